@@ -1,0 +1,498 @@
+//! The one task that owns a [`Topology`]: it resolves, probes, heart-beats and publishes what came of it.
+//!
+//! Decides nothing: each answer goes into the topology, each action that comes out is carried out. Knows nothing of
+//! pools and transactions; they read the published [`Snapshot`] and may cast suspicion. Invariants: a snapshot with the
+//! newer generation is published before the older generation's scope ends; no lock is held across an await; the task
+//! and all that it started end when the last [`Cluster`] is dropped. Tests: `tests/it/`.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::future::{BoxFuture, join_all};
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::{Instrument, Span, field};
+
+use crate::resolve::Resolve;
+use crate::server::{Opener, Session};
+use crate::topology::{
+    Action, Address, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
+    Probed, ServerReport, Settings, State, Suspicion, Topology, View,
+};
+
+/// A name of the configuration, with its port.
+#[derive(Clone, Debug)]
+pub(crate) struct Name {
+    pub(crate) host: Arc<str>,
+    pub(crate) port: u16,
+}
+
+/// What the task needs to begin.
+pub(crate) struct Setup {
+    pub(crate) settings: Settings,
+    pub(crate) names: Vec<Name>,
+    pub(crate) configured: Vec<Endpoint>,
+    pub(crate) resolver: Arc<dyn Resolve>,
+    pub(crate) opener: Arc<Opener>,
+    /// How many sessions of one generation may be opened at the same time.
+    pub(crate) gate: usize,
+    pub(crate) seed: u64,
+}
+
+/// One primary as the pool uses it: the plain data and what hangs on it.
+pub(crate) struct Generation {
+    pub(crate) primary: Primary,
+    /// Every session of the generation ends with it.
+    pub(crate) scope: CancellationToken,
+    /// New sessions pass here, so that a server that was just promoted meets a trickle.
+    pub(crate) gate: Semaphore,
+    /// The session that proved the server to be the primary, until somebody takes it.
+    spare: Mutex<Option<Session>>,
+    /// Why the last session could not be opened.
+    trouble: Mutex<Option<ProbeFailure>>,
+}
+
+impl Generation {
+    pub(crate) fn take_spare(&self) -> Option<Session> {
+        lock(&self.spare).take().filter(|session| !session.client.is_closed())
+    }
+
+    pub(crate) fn set_trouble(&self, failure: Option<ProbeFailure>) {
+        *lock(&self.trouble) = failure;
+    }
+
+    pub(crate) fn trouble(&self) -> Option<ProbeFailure> {
+        lock(&self.trouble).clone()
+    }
+}
+
+/// What the task publishes: the view, and the generation that connections may be handed out of.
+pub(crate) struct Snapshot {
+    pub(crate) view: View,
+    /// Set exactly while the view's state is [`State::Primary`].
+    pub(crate) generation: Option<Arc<Generation>>,
+}
+
+/// What the candidates said last, for whoever has to explain a failure.
+#[derive(Clone, Default)]
+pub(crate) struct Diagnosis {
+    pub(crate) candidates: Vec<CandidateReport>,
+    pub(crate) dns: Option<String>,
+}
+
+/// Why there is no primary to be had, now or ever.
+#[derive(Debug)]
+pub(crate) enum NoPrimary {
+    Closed,
+    Refused(ProbeFailure),
+}
+
+/// Signals to the task; they are coalesced and never acknowledged.
+#[derive(Default)]
+struct Signals {
+    suspicion: Option<(GenerationId, Suspicion)>,
+    demand: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    signals: Mutex<Signals>,
+    wake: Notify,
+    diagnosis: Mutex<Diagnosis>,
+}
+
+/// A handle to the task. The task ends with its last handle.
+pub(crate) struct Cluster {
+    snapshot: watch::Receiver<Arc<Snapshot>>,
+    view: watch::Receiver<View>,
+    shared: Arc<Shared>,
+    root: CancellationToken,
+    _end: DropGuard,
+}
+
+impl Cluster {
+    /// Starts the task on the runtime of the caller.
+    pub(crate) fn start(setup: Setup) -> Self {
+        let now = Instant::now();
+        let root = CancellationToken::new();
+        let shared = Arc::new(Shared::default());
+        let topology = Topology::new(setup.settings, setup.configured, !setup.names.is_empty(), setup.seed, now);
+        let first = topology.view();
+        let (view_tx, view) = watch::channel(first.clone());
+        let (snapshot_tx, snapshot) = watch::channel(Arc::new(Snapshot { view: first, generation: None }));
+        let task = Task {
+            revision: topology.revision(),
+            topology,
+            names: setup.names,
+            resolver: setup.resolver,
+            opener: setup.opener,
+            gate: setup.gate,
+            root: root.clone(),
+            shared: Arc::clone(&shared),
+            sessions: HashMap::new(),
+            work: FuturesUnordered::new(),
+            generation: None,
+            live: false,
+            ended: Vec::new(),
+            snapshot: snapshot_tx,
+            view: view_tx,
+            search: Some(search_span()),
+            searching_since: now,
+        };
+        tokio::spawn(task.run());
+        Self { snapshot, view, shared, _end: root.clone().drop_guard(), root }
+    }
+
+    /// The current generation, waiting for one. Cancel-safe.
+    pub(crate) async fn primary(&self) -> Result<Arc<Generation>, NoPrimary> {
+        if let Some(generation) = self.current() {
+            return Ok(generation);
+        }
+        let mut snapshot = self.snapshot.clone();
+        loop {
+            {
+                let now = snapshot.borrow_and_update();
+                match (&now.view.state, &now.generation) {
+                    (_, Some(generation)) => return Ok(Arc::clone(generation)),
+                    (State::Closed, None) => return Err(NoPrimary::Closed),
+                    (State::Searching { refused: Some(failure) }, None) => {
+                        let failure = failure.clone();
+                        self.demand();
+                        return Err(NoPrimary::Refused(failure));
+                    }
+                    _ => {}
+                }
+            }
+            if snapshot.changed().await.is_err() {
+                return Err(NoPrimary::Closed);
+            }
+        }
+    }
+
+    /// The current generation, if there is one now.
+    pub(crate) fn current(&self) -> Option<Arc<Generation>> {
+        self.snapshot.borrow().generation.clone()
+    }
+
+    pub(crate) fn is_current(&self, id: GenerationId) -> bool {
+        self.snapshot.borrow().generation.as_ref().is_some_and(|generation| generation.primary.id == id)
+    }
+
+    /// Waits until generation `id` is no longer the current one. Cancel-safe.
+    pub(crate) async fn left(&self, id: GenerationId) {
+        let current = |snapshot: &Arc<Snapshot>| {
+            snapshot.generation.as_ref().is_some_and(|generation| generation.primary.id == id)
+        };
+        // An error means that the task has ended, and no generation is current any more.
+        let _ = self.snapshot.clone().wait_for(|snapshot| !current(snapshot)).await;
+    }
+
+    /// Casts doubt on the primary of generation `id`; the task looks into it. Never waits.
+    pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
+        {
+            let mut signals = lock(&self.shared.signals);
+            let stronger = match &signals.suspicion {
+                Some((held, Suspicion::ReadOnly)) => id > *held,
+                Some((held, Suspicion::Connection)) => id >= *held,
+                None => true,
+            };
+            if stronger {
+                signals.suspicion = Some((id, suspicion));
+            }
+        }
+        self.shared.wake.notify_one();
+    }
+
+    pub(crate) fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<View> {
+        self.view.clone()
+    }
+
+    pub(crate) fn diagnosis(&self) -> Diagnosis {
+        lock(&self.shared.diagnosis).clone()
+    }
+
+    /// Ends with the cluster: for work that must not outlive it.
+    pub(crate) fn scope(&self) -> &CancellationToken {
+        &self.root
+    }
+
+    /// Ends the task, every generation and every session.
+    pub(crate) fn close(&self) {
+        self.root.cancel();
+    }
+
+    fn demand(&self) {
+        lock(&self.shared.signals).demand = true;
+        self.shared.wake.notify_one();
+    }
+}
+
+enum Event {
+    Resolved { endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool },
+    Probed { endpoint: Endpoint, fresh: bool, result: Result<(Session, ServerReport), ProbeFailure> },
+}
+
+struct Task {
+    topology: Topology,
+    revision: u64,
+    names: Vec<Name>,
+    resolver: Arc<dyn Resolve>,
+    opener: Arc<Opener>,
+    gate: usize,
+    root: CancellationToken,
+    shared: Arc<Shared>,
+    /// Sessions kept for the next question to their server.
+    sessions: HashMap<Address, Session>,
+    work: FuturesUnordered<BoxFuture<'static, Event>>,
+    /// The newest generation until it ends; published only while `live`.
+    generation: Option<Arc<Generation>>,
+    live: bool,
+    /// Scopes to end once the newer state is published.
+    ended: Vec<CancellationToken>,
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    view: watch::Sender<View>,
+    search: Option<Span>,
+    searching_since: Instant,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let root = self.root.clone();
+        loop {
+            for action in self.topology.poll(Instant::now()) {
+                self.act(action);
+            }
+            let topology = &self.topology;
+            self.sessions.retain(|address, _| topology.keeps(address));
+            self.publish();
+            let wake_at = self.topology.wake_at();
+            tokio::select! {
+                biased;
+                () = root.cancelled() => break,
+                Some(event) = self.work.next() => self.happened(event),
+                () = self.shared.wake.notified() => self.signalled(),
+                () = sleep_until(wake_at.unwrap_or_else(Instant::now)), if wake_at.is_some() => {}
+            }
+        }
+        self.closed();
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Resolve => self.work.push(self.resolve()),
+            Action::Probe { endpoint, fresh, within } => {
+                let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
+                self.work.push(self.probe(endpoint, kept, within));
+            }
+            Action::Suspend { why } => {
+                tracing::warn!(generation = self.topology.view().generation.get(), why, "primary lost");
+                self.live = false;
+                self.search = Some(search_span());
+                self.searching_since = Instant::now();
+            }
+            Action::Resume { lost_for } => {
+                self.live = true;
+                self.search = None;
+                let ms = milliseconds(lost_for);
+                tracing::info!(elapsed_ms = ms, "primary found: the same server answers again");
+            }
+            Action::End { id, why } => {
+                if self.live {
+                    tracing::warn!(generation = id.get(), why, "primary lost");
+                } else {
+                    tracing::debug!(generation = id.get(), why, "generation ended");
+                }
+                self.live = false;
+                self.ended.extend(self.generation.take().map(|generation| generation.scope.clone()));
+            }
+            Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
+            Action::Notice(notice) => say(&notice),
+        }
+    }
+
+    fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
+        let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
+        tracing::info!(
+            generation = primary.id.get(),
+            server.address = %primary.endpoint.address,
+            timeline = primary.report.timeline,
+            elapsed_ms = milliseconds(took),
+            "primary found"
+        );
+        let spare = self.sessions.remove(&primary.endpoint.address);
+        let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
+        self.generation = Some(Arc::new(Generation {
+            primary,
+            scope,
+            gate: Semaphore::new(self.gate),
+            spare: Mutex::new(spare),
+            trouble: Mutex::new(None),
+        }));
+        self.live = true;
+        self.search = None;
+    }
+
+    fn resolve(&self) -> BoxFuture<'static, Event> {
+        let resolver = Arc::clone(&self.resolver);
+        let names = self.names.clone();
+        let span = self.span();
+        let look_up = async move {
+            let answers = join_all(names.iter().map(|name| resolver.resolve(&name.host))).await;
+            let mut endpoints = Vec::new();
+            let mut failures = Vec::new();
+            let mut complete = true;
+            for (name, answer) in names.iter().zip(answers) {
+                match answer {
+                    Ok(addresses) if addresses.is_empty() => {
+                        complete = false;
+                        failures.push(format!("{} has no address", name.host));
+                    }
+                    Ok(addresses) => {
+                        failures.extend(addresses.partial().map(ToString::to_string));
+                        endpoints.extend(addresses.iter().map(|ip| Endpoint {
+                            host: Some(Arc::clone(&name.host)),
+                            address: Address::Tcp((ip, name.port).into()),
+                        }));
+                    }
+                    Err(error) => {
+                        complete = false;
+                        failures.push(error.to_string());
+                    }
+                }
+            }
+            let failure = (!failures.is_empty()).then(|| failures.join("; "));
+            Event::Resolved { endpoints, failure, complete }
+        };
+        Box::pin(look_up.instrument(span))
+    }
+
+    fn probe(&self, endpoint: Endpoint, kept: Option<Session>, within: Duration) -> BoxFuture<'static, Event> {
+        let opener = Arc::clone(&self.opener);
+        let scope = self.root.child_token();
+        let fresh = kept.is_none();
+        let span = self.span();
+        let ask = async move {
+            let asked = async {
+                match kept {
+                    Some(session) => {
+                        let report = opener.ask(&session).await?;
+                        Ok((session, report))
+                    }
+                    None => opener.open(&endpoint, scope).await,
+                }
+            };
+            let result = timeout(within, asked).await.unwrap_or_else(|_| {
+                Err(ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}")))
+            });
+            Event::Probed { endpoint, fresh, result }
+        };
+        Box::pin(ask.instrument(span))
+    }
+
+    fn happened(&mut self, event: Event) {
+        let now = Instant::now();
+        match event {
+            Event::Resolved { endpoints, failure, complete } => {
+                if let Some(failure) = &failure {
+                    tracing::debug!("{failure}");
+                }
+                self.topology.resolved(now, endpoints, failure, complete);
+            }
+            Event::Probed { endpoint, fresh, result } => {
+                let address = endpoint.address;
+                let result = result.map(|(session, report)| {
+                    self.sessions.insert(address.clone(), session);
+                    report
+                });
+                let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
+                self.topology.probed(now, Probed { address, result, fresh, still_open });
+            }
+        }
+        *lock(&self.shared.diagnosis) =
+            Diagnosis { candidates: self.topology.candidates(), dns: self.topology.dns_failure().map(str::to_owned) };
+    }
+
+    fn signalled(&mut self) {
+        let signals = std::mem::take(&mut *lock(&self.shared.signals));
+        let now = Instant::now();
+        if let Some((id, suspicion)) = signals.suspicion {
+            tracing::debug!(generation = id.get(), ?suspicion, "primary suspected");
+            self.topology.suspected(now, id, suspicion);
+        }
+        if signals.demand {
+            self.topology.demanded(now);
+        }
+    }
+
+    /// Publishes first and ends the older generation afterwards: whoever loses a connection finds the newer state.
+    fn publish(&mut self) {
+        if self.revision != self.topology.revision() {
+            self.revision = self.topology.revision();
+            self.send(self.topology.view());
+        }
+        for scope in self.ended.drain(..) {
+            scope.cancel();
+        }
+    }
+
+    fn send(&self, view: View) {
+        let generation = self.generation.clone().filter(|_| self.live);
+        self.snapshot.send_replace(Arc::new(Snapshot { view: view.clone(), generation }));
+        self.view.send_replace(view);
+    }
+
+    fn closed(mut self) {
+        self.live = false;
+        let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
+        self.send(View { state: State::Closed, changed, ..self.topology.view() });
+    }
+
+    fn span(&self) -> Span {
+        self.search.clone().unwrap_or_else(Span::none)
+    }
+}
+
+fn search_span() -> Span {
+    tracing::info_span!("search", db.system.name = "postgresql", otel.name = "search for the primary")
+}
+
+fn say(notice: &Notice) {
+    match notice {
+        Notice::Refused(address, refusal) => {
+            tracing::warn!(server.address = %address, reason = field::display(refusal), "server refused");
+        }
+        Notice::TwoPrimaries(address) => {
+            tracing::warn!(
+                server.address = %address,
+                "a second server is writable on the timeline of the primary; the one in use is kept"
+            );
+        }
+        Notice::RoleOnly(address) => {
+            tracing::warn!(
+                server.address = %address,
+                "this role may not read the server's identity; only its role is checked, so an old primary that \
+                 comes back writable cannot be told apart"
+            );
+        }
+        Notice::TooManyCandidates(most) => {
+            tracing::warn!("DNS names more than {most} servers; the rest is not probed");
+        }
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,421 @@
+//! The public errors, composed of what the layers below say.
+//!
+//! Invariants: an error that says "not committed" is true; every error says what happened and what to do; a time-out
+//! never hides its cause. Tests: `tests/it/errors.rs`.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use crate::classify::explain;
+use crate::cluster::Diagnosis;
+use crate::topology::{Answer, CandidateReport, Endpoint, FailureKind, ProbeFailure, Refusal};
+
+type Source = Box<dyn StdError + Send + Sync + 'static>;
+
+/// What a pool or a transaction can fail with.
+///
+/// Ask [`Error::commit_outcome`] for the one thing that matters after a write: whether it may have landed.
+///
+/// ```
+/// use tokio_postgres_failover::{CommitOutcome, Error};
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error {
+///         Error::Unavailable(_) => "no primary in time: answer 503 and try later",
+///         Error::Refused(_) | Error::Closed => "nothing that waiting would mend",
+///         _ if error.commit_outcome() == CommitOutcome::Unknown => "look whether the work is there before repeating it",
+///         _ => "the transaction was rolled back",
+///     }
+/// }
+/// # assert_eq!(advice(&Error::Closed), "nothing that waiting would mend");
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No connection to a verified primary was to be had before the deadline. Each candidate and what it said is listed.
+    #[error(transparent)]
+    Unavailable(Box<Unavailable>),
+    /// The servers refuse the credentials, the database or the kind of TLS; waiting would not help.
+    #[error(transparent)]
+    Refused(Box<Refused>),
+    /// The pool was closed.
+    #[error("the pool is closed; make a new one, or close it after the last user is done")]
+    Closed,
+    /// The database answered with an error, or the connection was lost on the way.
+    #[error("{}", explain(.0))]
+    Database(#[from] tokio_postgres::Error),
+    /// The connection was lost between COMMIT and its answer: the transaction may or may not have been committed.
+    #[error(transparent)]
+    CommitUnknown(Box<CommitUnknown>),
+    /// The closure returned `Ok`, but the transaction was rolled back.
+    #[error(transparent)]
+    RolledBack(RolledBack),
+    /// The work was run again until the retry policy said stop. Nothing was committed, unless the source says otherwise.
+    #[error(transparent)]
+    Exhausted(Box<Exhausted>),
+    /// The closure gave up with an error of its own (see [`Error::abort`]); the transaction was rolled back.
+    #[error(transparent)]
+    Aborted(Source),
+}
+
+/// Whether the work of a failed call may have been committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommitOutcome {
+    /// It was not, and never will be.
+    NotCommitted,
+    /// It may or may not have been.
+    Unknown,
+}
+
+impl Error {
+    /// Ends a transaction's closure with an error of the application's own: the transaction is rolled back, not run
+    /// again (unless the error's source chain holds a database error that a failover causes), and the error comes back
+    /// as [`Error::Aborted`]. Takes any error, a `String`, an `anyhow::Error` or a `Box<dyn Error>`.
+    ///
+    /// ```
+    /// use tokio_postgres_failover::Error;
+    ///
+    /// #[derive(Debug, PartialEq, thiserror::Error)]
+    /// #[error("sold out")]
+    /// struct SoldOut;
+    ///
+    /// let error = Error::abort(SoldOut);
+    /// assert_eq!(error.downcast_ref::<SoldOut>(), Some(&SoldOut));
+    /// assert_eq!(error.downcast::<SoldOut>().unwrap(), SoldOut);
+    /// ```
+    pub fn abort(error: impl Into<Source>) -> Self {
+        Self::Aborted(error.into())
+    }
+
+    /// The closure's own error, if it is an `E`.
+    #[must_use]
+    pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
+        match self {
+            Self::Aborted(source) => source.downcast_ref(),
+            _ => None,
+        }
+    }
+
+    /// The closure's own error, if it is an `E`; else the error itself.
+    pub fn downcast<E: StdError + 'static>(self) -> Result<E, Self> {
+        match self {
+            Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
+            other => Err(other),
+        }
+    }
+
+    /// May the work have been committed? Meant for the errors of `transaction`, `idempotent` and `read`.
+    #[must_use]
+    pub fn commit_outcome(&self) -> CommitOutcome {
+        match self {
+            Self::CommitUnknown(_) => CommitOutcome::Unknown,
+            Self::Exhausted(exhausted) => exhausted.outcome,
+            _ => CommitOutcome::NotCommitted,
+        }
+    }
+
+    /// The SQLSTATE of the database error in it, if there is one.
+    ///
+    /// ```
+    /// # use tokio_postgres_failover::Error;
+    /// assert!(Error::Closed.code().is_none());
+    /// ```
+    #[must_use]
+    pub fn code(&self) -> Option<&tokio_postgres::error::SqlState> {
+        match self {
+            Self::Database(error) => error.code(),
+            Self::CommitUnknown(unknown) => unknown.source.code(),
+            Self::Exhausted(exhausted) => exhausted.source.code(),
+            _ => None,
+        }
+    }
+}
+
+/// Why there was no connection in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnavailableReason {
+    /// No candidate is a writable primary.
+    NoPrimary,
+    /// The only primary is fenced: it is up, and set read-only.
+    Fenced,
+    /// No address is known: DNS gave none.
+    Dns,
+    /// A primary is known, and opening a session to it failed each time.
+    NoSession,
+    /// A primary is known, and every connection of the pool is in use.
+    PoolExhausted,
+}
+
+/// [`Error::Unavailable`]: what was tried, and what each candidate said.
+#[derive(Debug)]
+pub struct Unavailable {
+    reason: UnavailableReason,
+    waited: Duration,
+    candidates: Vec<CandidateReport>,
+    dns: Option<String>,
+    trouble: Option<ProbeFailure>,
+    max_size: usize,
+}
+
+impl Unavailable {
+    /// `generation`: the current one's last failure to open a session, if there is a current one.
+    pub(crate) fn new(
+        waited: Duration,
+        diagnosis: Diagnosis,
+        generation: Option<Option<ProbeFailure>>,
+        pool: &deadpool::managed::Status,
+    ) -> Self {
+        let fenced =
+            |candidate: &CandidateReport| matches!(candidate.answer, Some(Answer::Refused(_, Refusal::Fenced)));
+        let reason = match generation {
+            Some(_) if pool.size >= pool.max_size => UnavailableReason::PoolExhausted,
+            Some(_) => UnavailableReason::NoSession,
+            None if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
+            None if diagnosis.candidates.iter().any(fenced) => UnavailableReason::Fenced,
+            None => UnavailableReason::NoPrimary,
+        };
+        let trouble = generation.flatten().filter(|_| reason == UnavailableReason::NoSession);
+        let Diagnosis { candidates, dns } = diagnosis;
+        Self { reason, waited, candidates, dns, trouble, max_size: pool.max_size }
+    }
+
+    /// Why there was no connection.
+    #[must_use]
+    pub fn reason(&self) -> UnavailableReason {
+        self.reason
+    }
+
+    /// How long the caller waited.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// Each candidate and its last answer.
+    #[must_use]
+    pub fn candidates(&self) -> &[CandidateReport] {
+        &self.candidates
+    }
+
+    /// What DNS failed with, if it did.
+    #[must_use]
+    pub fn dns_failure(&self) -> Option<&str> {
+        self.dns.as_deref()
+    }
+}
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let waited = self.waited;
+        match self.reason {
+            UnavailableReason::NoPrimary => {
+                write!(f, "no writable primary within {waited:.1?}; start or promote one, or raise the deadline")?;
+            }
+            UnavailableReason::Fenced => write!(
+                f,
+                "the primary is fenced (default_transaction_read_only is on) and no other came up within {waited:.1?}; \
+                 look for a full disk, a lost quorum or a manual setting on the server"
+            )?,
+            UnavailableReason::Dns => {
+                write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
+            }
+            UnavailableReason::NoSession => write!(
+                f,
+                "the primary is known, but it took no new session within {waited:.1?}; raise max_connections or lower \
+                 max_size if it has too many clients"
+            )?,
+            UnavailableReason::PoolExhausted => write!(
+                f,
+                "all {} connections were in use for {waited:.1?}; raise max_size or hold connections for less time",
+                self.max_size
+            )?,
+        }
+        if let Some(trouble) = &self.trouble {
+            write!(f, "; last attempt: {trouble}")?;
+        }
+        if matches!(self.reason, UnavailableReason::PoolExhausted) {
+            return Ok(());
+        }
+        for candidate in &self.candidates {
+            write!(f, "; {candidate}")?;
+        }
+        if let Some(dns) = &self.dns {
+            write!(f, "; DNS: {dns}")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Unavailable {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.trouble.as_ref().map(|trouble| trouble as &(dyn StdError + 'static))
+    }
+}
+
+/// [`Error::Refused`]: a server that answered and will go on refusing.
+#[derive(Debug)]
+pub struct Refused {
+    endpoint: Option<Endpoint>,
+    failure: ProbeFailure,
+}
+
+impl Refused {
+    pub(crate) fn new(endpoint: Option<Endpoint>, failure: ProbeFailure) -> Self {
+        Self { endpoint, failure }
+    }
+
+    /// What the server said.
+    #[must_use]
+    pub fn failure(&self) -> &ProbeFailure {
+        &self.failure
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let advice = match self.failure.kind {
+            FailureKind::NotPostgres => "what answers there is not PostgreSQL; check host and port",
+            _ => "check user, password, database, pg_hba.conf and sslmode",
+        };
+        match &self.endpoint {
+            Some(endpoint) => write!(f, "{endpoint} refuses this pool: {}; {advice}", self.failure),
+            None => write!(f, "the server refuses this pool: {}; {advice}", self.failure),
+        }
+    }
+}
+
+impl StdError for Refused {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.failure)
+    }
+}
+
+/// [`Error::CommitUnknown`]: COMMIT was sent and its answer did not come.
+#[derive(Debug)]
+pub struct CommitUnknown {
+    source: tokio_postgres::Error,
+}
+
+impl CommitUnknown {
+    pub(crate) fn new(source: tokio_postgres::Error) -> Self {
+        Self { source }
+    }
+}
+
+impl fmt::Display for CommitUnknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed; \
+             look for its effect before repeating it, or use `idempotent` for work that may be applied twice",
+            explain(&self.source)
+        )
+    }
+}
+
+impl StdError for CommitUnknown {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// [`Error::RolledBack`]: why a closure's `Ok` was not committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RolledBack {
+    /// A statement had failed and the closure went on: PostgreSQL turns such a COMMIT into a ROLLBACK.
+    #[error(
+        "the transaction was rolled back: a statement in it failed and the closure returned Ok; pass the statement's \
+         error on with `?`, or put the statement into a savepoint"
+    )]
+    FailedInside,
+    /// A [`Transaction`](crate::Transaction) handle was still alive after its closure had returned.
+    #[error(
+        "the transaction was rolled back: its handle was kept beyond the closure; end every task \
+         that uses it before the closure returns"
+    )]
+    HandleKept,
+}
+
+/// [`Error::Exhausted`]: the retry policy ended a call.
+#[derive(Debug)]
+pub struct Exhausted {
+    attempts: u32,
+    why: String,
+    outcome: CommitOutcome,
+    source: Error,
+}
+
+impl Exhausted {
+    pub(crate) fn new(attempts: u32, why: String, outcome: CommitOutcome, source: Error) -> Self {
+        Self { attempts, why, outcome, source }
+    }
+
+    /// How often the work was run.
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The last attempt's error.
+    #[must_use]
+    pub fn last_error(&self) -> &Error {
+        &self.source
+    }
+}
+
+impl fmt::Display for Exhausted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = if self.attempts == 1 { "attempt" } else { "attempts" };
+        write!(f, "gave up after {} {times}, {}; the last one failed with: {}", self.attempts, self.why, self.source)?;
+        if self.outcome == CommitOutcome::Unknown {
+            f.write_str("; an earlier attempt may have been committed")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Exhausted {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// A configuration that no pool can be built from.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The connection string does not parse.
+    #[error(
+        "{}; expected postgres://user:password@host:port/database?option=value or `host=… user=…`, with tokio-postgres' \
+         options, and with `?`, `@`, `/`, `#` and `%` in a password written as %3F, %40, %2F, %23 and %25",
+        explain(.0)
+    )]
+    Url(#[source] tokio_postgres::Error),
+    /// Nothing to connect to.
+    #[error("no host: name at least one server or DNS name, as in postgres://app@my-pg.internal/app")]
+    NoHost,
+    /// A value that cannot be used.
+    #[error("{option}: {problem}")]
+    Invalid {
+        /// The option of the connection string or the builder's method.
+        option: &'static str,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// The system's resolver configuration cannot be read.
+    #[error("the resolver cannot be set up: {0}; give the name servers with `PoolBuilder::dns_servers`")]
+    Resolver(#[source] crate::resolve::ResolveError),
+    /// `build` was called outside a tokio runtime.
+    #[error("no tokio runtime: call `build` from within one, as in #[tokio::main]")]
+    NoRuntime,
+}
+
+impl BuildError {
+    pub(crate) fn invalid(option: &'static str, problem: impl Into<String>) -> Self {
+        Self::Invalid { option, problem: problem.into() }
+    }
+}

@@ -1,0 +1,462 @@
+//! Hands out connections of the current generation, and no others.
+//!
+//! Decides nothing about servers: what may be handed out is read from the cluster's snapshot. Knows nothing of how the
+//! primary was found. Invariants: a checkout does no I/O on an idle connection; a new connection has answered the probe
+//! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
+
+mod builder;
+
+pub use builder::{IntoConfig, PoolBuilder};
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult};
+use deadpool_postgres::ClientWrapper;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::cluster::{Cluster, Generation, NoPrimary};
+use crate::error::{BuildError, Error, Refused, Unavailable};
+use crate::retry::{Exponential, RetryBudget, RetryPolicy};
+use crate::server::{Opener, Session};
+use crate::topology::{FailureKind, GenerationId, ProbeFailure, Suspicion, View};
+
+/// Pauses between tries to open a session to a primary that is known and takes none.
+const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres_failover::Pool;
+///
+/// let pool = Pool::builder("postgres://app@my-pg.internal/app")?.max_size(16).build()?;
+/// let client = pool.get().await?;
+/// let row = client.query_one("SELECT version()", &[]).await?;
+/// println!("{}", row.get::<_, String>(0));
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Up to `max_size` connections are open for the callers, and one more for the heart-beat; for a moment after a failover
+/// one more holds the session that found the primary. When the last clone and the last [`Client`] are dropped, everything
+/// that the pool started ends.
+#[derive(Clone)]
+pub struct Pool {
+    inner: managed::Pool<Manager>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    checkout_timeout: Duration,
+    retry: RetryPolicy,
+    budget: RetryBudget,
+    seeds: AtomicU64,
+}
+
+impl Pool {
+    /// Starts a configuration from a connection string, in URL or `key=value` form, or a [`tokio_postgres::Config`].
+    ///
+    /// Everything that such a configuration carries is honoured, or refused with a [`BuildError`].
+    pub fn builder(config: impl IntoConfig) -> Result<PoolBuilder, BuildError> {
+        PoolBuilder::new(config)
+    }
+
+    /// Waits until a primary was found and verified, at most for the checkout timeout. Cancel-safe.
+    ///
+    /// Optional: `get` and the transactions wait by themselves. Of use at start-up, to fail early and with the reason.
+    pub async fn connect(&self) -> Result<(), Error> {
+        let began = Instant::now();
+        match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
+            Ok(found) => found.map(drop).map_err(Into::into),
+            Err(_) => Err(self.unavailable(began)),
+        }
+    }
+
+    /// A connection to the verified primary.
+    ///
+    /// Waits for a primary and for a free connection, at most for the checkout timeout (30 s unless set); then fails
+    /// with [`Error::Unavailable`], which lists each candidate and what it said. Fails at once with [`Error::Refused`]
+    /// where the credentials are wrong. An idle connection is handed out without a round trip. Cancel-safe.
+    ///
+    /// A failover ends the connection: its statements then fail with [`tokio_postgres::Error`]s, and the next `get`
+    /// gives one to the new primary. To have the work run again instead, use [`Pool::transaction`].
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let client = pool.get().await?;
+    /// let statement = client.prepare_cached("SELECT name FROM users WHERE id = $1").await?;
+    /// let row = client.query_one(&statement, &[&7_i64]).await?;
+    /// # drop(row);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get(&self) -> Result<Client, Error> {
+        self.get_until(Instant::now() + self.shared.checkout_timeout).await
+    }
+
+    /// What the pool is doing now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let managed::Status { max_size, size, available, waiting } = self.inner.status();
+        Status { max_size, size, available, waiting, view: self.cluster().view() }
+    }
+
+    /// Follows the cluster's state: the receiver sees each primary lost and found.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) {
+    /// use tokio_postgres_failover::State;
+    ///
+    /// let mut states = pool.subscribe();
+    /// while states.changed().await.is_ok() {
+    ///     let view = states.borrow_and_update().clone();
+    ///     match view.state {
+    ///         State::Primary { endpoint, .. } => println!("primary: {endpoint}"),
+    ///         State::Searching { .. } => println!("no primary: {}", view.changed.why),
+    ///         _ => break,
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<View> {
+        self.cluster().subscribe()
+    }
+
+    /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
+    /// Finish your work first. Idempotent; affects all clones.
+    pub fn close(&self) {
+        self.inner.close();
+        self.cluster().close();
+    }
+
+    pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client, Error> {
+        let began = Instant::now();
+        match timeout_at(deadline, self.inner.get()).await {
+            Ok(Ok(object)) => Ok(Client { object: Some(object), pool: self.clone() }),
+            Ok(Err(PoolError::Backend(error))) => Err(error),
+            // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
+            Ok(Err(_)) => Err(Error::Closed),
+            Err(_) => Err(self.unavailable(began)),
+        }
+    }
+
+    pub(crate) fn retry_policy(&self) -> &RetryPolicy {
+        &self.shared.retry
+    }
+
+    pub(crate) fn budget(&self) -> &RetryBudget {
+        &self.shared.budget
+    }
+
+    /// A seed for one call's jitter: different for each call, the same again for the same pool seed.
+    pub(crate) fn next_seed(&self) -> u64 {
+        self.shared.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
+    }
+
+    pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
+        self.cluster().suspect(id, suspicion);
+    }
+
+    fn cluster(&self) -> &Cluster {
+        &self.inner.manager().cluster
+    }
+
+    fn unavailable(&self, began: Instant) -> Error {
+        let trouble = self.cluster().current().map(|generation| generation.trouble());
+        let diagnosis = self.cluster().diagnosis();
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), diagnosis, trouble, &self.inner.status())))
+    }
+
+    /// Asks the server to stop what `client` runs, in a task of its own that ends with the pool.
+    fn cancel_running(&self, client: &ClientWrapper) {
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        let opener = Arc::clone(&self.inner.manager().opener);
+        let scope = self.cluster().scope().clone();
+        let token = client.cancel_token();
+        runtime.spawn(async move { scope.run_until_cancelled(opener.cancel(token)).await });
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+/// What a pool is doing, from [`Pool::status`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Status {
+    /// The most connections that are handed out at the same time.
+    pub max_size: usize,
+    /// Connections that exist now.
+    pub size: usize,
+    /// Those of them that are idle.
+    pub available: usize,
+    /// Callers that wait for one.
+    pub waiting: usize,
+    /// The primary, the generation, and the last change and why it happened.
+    pub view: View,
+}
+
+/// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
+///
+/// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
+/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`].
+///
+/// ```no_run
+/// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres::GenericClient;
+///
+/// async fn count(client: &impl GenericClient) -> Result<i64, tokio_postgres::Error> {
+///     Ok(client.query_one("SELECT count(*) FROM orders", &[]).await?.get(0))
+/// }
+///
+/// let mut client = pool.get().await?;
+/// count(&***client).await?;
+/// let transaction = client.transaction().await?;
+/// count(&**transaction).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Client {
+    /// Taken only by `drop`.
+    object: Option<Object<Manager>>,
+    /// Keeps the cluster's task alive for as long as the connection is in use.
+    pool: Pool,
+}
+
+impl Client {
+    /// The generation that the connection belongs to.
+    #[must_use]
+    pub fn generation(&self) -> GenerationId {
+        self.connection().map_or_else(GenerationId::default, |connection| connection.generation)
+    }
+
+    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
+    pub(crate) fn poison(&self) {
+        if let Some(connection) = self.connection() {
+            if !connection.poisoned.swap(true, Ordering::AcqRel) {
+                if !connection.client.is_closed() {
+                    self.pool.cancel_running(&connection.client);
+                }
+                connection.abort.abort();
+            }
+        }
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    fn connection(&self) -> Option<&Connection> {
+        self.object.as_deref()
+    }
+}
+
+impl Deref for Client {
+    type Target = Connection;
+
+    #[expect(clippy::expect_used, reason = "the object is taken in `drop` alone, after which nobody can deref")]
+    fn deref(&self) -> &Connection {
+        self.object.as_ref().expect("a client holds its connection until it is dropped")
+    }
+}
+
+impl DerefMut for Client {
+    #[expect(clippy::expect_used, reason = "the object is taken in `drop` alone, after which nobody can deref")]
+    fn deref_mut(&mut self) -> &mut Connection {
+        self.object.as_mut().expect("a client holds its connection until it is dropped")
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let Some(object) = self.object.take() else {
+            return;
+        };
+        if !object.usable() {
+            // Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
+            drop(Object::take(object));
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("generation", &self.generation()).finish_non_exhaustive()
+    }
+}
+
+/// One pooled connection: what a deadpool pool of this [`Manager`] holds.
+pub struct Connection {
+    client: ClientWrapper,
+    abort: AbortHandle,
+    generation: GenerationId,
+    poisoned: AtomicBool,
+}
+
+impl Connection {
+    fn new(session: Session, generation: &Generation) -> Self {
+        Self {
+            client: session.client,
+            abort: session.abort,
+            generation: generation.primary.id,
+            poisoned: AtomicBool::new(false),
+        }
+    }
+
+    fn usable(&self) -> bool {
+        !self.client.is_closed() && !self.poisoned.load(Ordering::Acquire)
+    }
+}
+
+impl Deref for Connection {
+    type Target = ClientWrapper;
+
+    fn deref(&self) -> &ClientWrapper {
+        &self.client
+    }
+}
+
+impl DerefMut for Connection {
+    fn deref_mut(&mut self) -> &mut ClientWrapper {
+        &mut self.client
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("generation", &self.generation).finish_non_exhaustive()
+    }
+}
+
+/// The deadpool manager inside a [`Pool`], for those who build their deadpool pools by hand.
+///
+/// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Its
+/// `recycle` does no I/O. What it lacks against [`Pool`] are the transactions and the explained time-outs.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres_failover::{Manager, Pool, deadpool};
+///
+/// let manager: Manager = Pool::builder("postgres://app@my-pg.internal/app")?.build_manager()?;
+/// let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(8).build()?;
+/// let connection = pool.get().await?;
+/// connection.batch_execute("SELECT 1").await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Manager {
+    cluster: Cluster,
+    opener: Arc<Opener>,
+    open_timeout: Duration,
+    seed: u64,
+}
+
+impl Manager {
+    /// Opens one session of this generation and lets its server prove that it is the one.
+    async fn open(&self, generation: &Generation) -> Result<Session, ProbeFailure> {
+        let endpoint = &generation.primary.endpoint;
+        let opening = self.opener.open(endpoint, generation.scope.clone());
+        let (session, report) = timeout(self.open_timeout, opening).await.unwrap_or_else(|_| {
+            let message = format!("no session within {:?}", self.open_timeout);
+            Err(ProbeFailure::new(FailureKind::TimedOut, message))
+        })?;
+        let admitted = generation.primary.admits(&report);
+        admitted.map_err(|refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))?;
+        Ok(session)
+    }
+
+    /// Tries until there is a session, or waiting makes no sense. `None`: the generation was left meanwhile.
+    async fn open_until_left(&self, generation: &Generation) -> Result<Option<Session>, Error> {
+        let id = generation.primary.id;
+        let mut pauses = Exponential::new(OPEN_PAUSE.0, 2.0, OPEN_PAUSE.1).jitter(self.seed ^ id.get());
+        // The gate is never closed, so waiting for it cannot fail.
+        while let Ok(_permit) = generation.gate.acquire().await {
+            if !self.cluster.is_current(id) {
+                return Ok(None);
+            }
+            if let Some(session) = generation.take_spare() {
+                return Ok(Some(session));
+            }
+            let failure = match self.open(generation).await {
+                Ok(session) => {
+                    generation.set_trouble(None);
+                    return Ok(self.cluster.is_current(id).then_some(session));
+                }
+                Err(failure) => failure,
+            };
+            tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
+            if failure.kind == FailureKind::Refused {
+                let endpoint = generation.primary.endpoint.clone();
+                return Err(Error::Refused(Box::new(Refused::new(Some(endpoint), failure))));
+            }
+            self.cluster.suspect(id, Suspicion::Connection);
+            generation.set_trouble(Some(failure));
+            // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
+            let pause = pauses.next().unwrap_or(OPEN_PAUSE.1).max(OPEN_PAUSE.0 / 2);
+            if timeout(pause, self.cluster.left(id)).await.is_ok() {
+                return Ok(None);
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl managed::Manager for Manager {
+    type Type = Connection;
+    type Error = Error;
+
+    async fn create(&self) -> Result<Connection, Error> {
+        loop {
+            let generation = self.cluster.primary().await?;
+            if let Some(session) = generation.take_spare() {
+                return Ok(Connection::new(session, &generation));
+            }
+            if let Some(session) = self.open_until_left(&generation).await? {
+                return Ok(Connection::new(session, &generation));
+            }
+        }
+    }
+
+    async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {
+        if !connection.usable() {
+            return Err(RecycleError::message("the connection has ended"));
+        }
+        if self.cluster.is_current(connection.generation) {
+            return Ok(());
+        }
+        // No primary is verified now. If it is the same one again, its connections are as good as before.
+        let generation = self.cluster.primary().await.map_err(|none| RecycleError::Backend(none.into()))?;
+        if generation.primary.id == connection.generation && connection.usable() {
+            return Ok(());
+        }
+        Err(RecycleError::message("the connection belongs to an older generation"))
+    }
+}
+
+impl fmt::Debug for Manager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manager").field("view", &self.cluster.view()).finish_non_exhaustive()
+    }
+}
+
+impl From<NoPrimary> for Error {
+    fn from(none: NoPrimary) -> Self {
+        match none {
+            NoPrimary::Closed => Self::Closed,
+            NoPrimary::Refused(failure) => Self::Refused(Box::new(Refused::new(None, failure))),
+        }
+    }
+}

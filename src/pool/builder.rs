@@ -1,0 +1,445 @@
+//! Turns a configuration into a pool, or says what is wrong with it.
+
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::BuildHasher;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use deadpool::managed;
+use tokio::runtime::Handle;
+use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
+use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio_postgres::{Config, NoTls, Socket};
+
+use super::{Manager, Pool, Shared};
+use crate::cluster::{Cluster, Name, Setup};
+use crate::error::BuildError;
+use crate::resolve::{HickoryResolver, Resolve};
+use crate::retry::{RetryBudget, RetryPolicy};
+use crate::server::Opener;
+use crate::topology::{Address, Endpoint, Settings};
+
+/// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
+const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+/// Probing an idle connection after five seconds, three times a second apart, notices a vanished host within eight.
+const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
+
+/// What [`Pool::builder`] takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
+pub trait IntoConfig: sealed::Sealed {
+    #[doc(hidden)]
+    fn into_config(self) -> Result<Config, BuildError>;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for &str {}
+    impl Sealed for String {}
+    impl Sealed for &String {}
+    impl Sealed for tokio_postgres::Config {}
+}
+
+impl IntoConfig for &str {
+    fn into_config(self) -> Result<Config, BuildError> {
+        self.parse().map_err(BuildError::Url)
+    }
+}
+
+impl IntoConfig for String {
+    fn into_config(self) -> Result<Config, BuildError> {
+        self.as_str().into_config()
+    }
+}
+
+impl IntoConfig for &String {
+    fn into_config(self) -> Result<Config, BuildError> {
+        self.as_str().into_config()
+    }
+}
+
+impl IntoConfig for Config {
+    fn into_config(self) -> Result<Config, BuildError> {
+        Ok(self)
+    }
+}
+
+/// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
+type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
+
+/// Configures a [`Pool`]. By value; the setters do not fail, [`PoolBuilder::build`] does.
+///
+/// ```no_run
+/// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::time::Duration;
+/// use tokio_postgres_failover::{Pool, RetryPolicy};
+///
+/// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
+///     .max_size(32)
+///     .checkout_timeout(Duration::from_secs(10))
+///     .retry(RetryPolicy::new().deadline(Duration::from_secs(90)))
+///     .build()?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a builder does nothing until `build` is called"]
+pub struct PoolBuilder {
+    config: Config,
+    make_opener: MakeOpener,
+    tls: bool,
+    resolver: Option<Arc<dyn Resolve>>,
+    dns_servers: Vec<SocketAddr>,
+    max_size: usize,
+    gate: usize,
+    checkout_timeout: Duration,
+    retry: RetryPolicy,
+    budget: RetryBudget,
+    settings: Settings,
+    seed: Option<u64>,
+}
+
+impl PoolBuilder {
+    pub(super) fn new(config: impl IntoConfig) -> Result<Self, BuildError> {
+        Ok(Self {
+            config: config.into_config()?,
+            make_opener: Box::new(|template| Opener::new(template, NoTls)),
+            tls: false,
+            resolver: None,
+            dns_servers: Vec::new(),
+            max_size: 16,
+            gate: 4,
+            checkout_timeout: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
+            budget: RetryBudget::default(),
+            settings: Settings {
+                poll: (Duration::from_millis(20), Duration::from_millis(250)),
+                heartbeat: Duration::from_secs(1),
+                heartbeat_timeout: Duration::from_secs(2),
+                patrol: Duration::from_secs(5),
+                probe_timeout: Duration::from_secs(3),
+                dead_after: Duration::from_secs(20),
+            },
+            seed: None,
+        })
+    }
+
+    /// The most connections handed out at the same time. Default: 16. Further callers wait.
+    pub fn max_size(mut self, max_size: usize) -> Self {
+        self.max_size = max_size;
+        self
+    }
+
+    /// How long [`Pool::get`] and [`Pool::connect`] wait for a primary and a free connection. Default: 30 s.
+    ///
+    /// Longer than your failover, and callers ride through it: 60 to 75 s on Fly's repmgr clusters, 30 s on Patroni's
+    /// defaults. Shorter, and they fail with the list of what each server said.
+    pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
+        self.checkout_timeout = timeout;
+        self
+    }
+
+    /// How transactions are run again. Default: [`RetryPolicy::default`].
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.retry = policy;
+        self
+    }
+
+    /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
+    pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// The TLS connector. Default: none. Certificates are checked against the configured host name, although the
+    /// connection is made to an address.
+    pub fn tls<T>(mut self, connector: T) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::Stream: Send,
+        T::TlsConnect: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        self.make_opener = Box::new(|template| Opener::new(template, connector));
+        self.tls = true;
+        self
+    }
+
+    /// Asks these name servers (UDP and TCP, on the given ports) instead of the system's, without a search list.
+    pub fn dns_servers(mut self, servers: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.dns_servers = servers.into_iter().collect();
+        self
+    }
+
+    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`] with the system's configuration.
+    pub fn resolver(mut self, resolver: impl Resolve) -> Self {
+        self.resolver = Some(Arc::new(resolver));
+        self
+    }
+
+    /// Shown in `pg_stat_activity`. Default: that of the connection string, else `tokio-postgres-failover`.
+    pub fn application_name(mut self, name: impl Into<String>) -> Self {
+        self.config.application_name(name);
+        self
+    }
+
+    /// Pause between two questions to the primary, on a connection of the pool's own. Default: 1 s.
+    ///
+    /// A closed or refused connection is noticed at once, without it. It is for what sends no sign: a fence, a host that
+    /// vanished while no call was under way.
+    pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
+        self.settings.heartbeat = interval;
+        self
+    }
+
+    /// A primary that leaves a heart-beat unanswered for so long is searched for; what is in flight goes on, so that a
+    /// server that was only slow loses nothing. Default: 2 s.
+    pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.heartbeat_timeout = timeout;
+        self
+    }
+
+    /// Pause between two looks at DNS and at the other members while the primary is well. Default: 5 s.
+    ///
+    /// It bounds how long an old primary that is cut off from its peers, but not from us, still gets writes.
+    pub fn patrol_interval(mut self, interval: Duration) -> Self {
+        self.settings.patrol = interval;
+        self
+    }
+
+    /// Pause between two probes of one server while there is no primary: shortest, and longest. In between it is one
+    /// per cent of the time already lost. Default: 20 ms and 250 ms.
+    pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
+        self.settings.poll = (shortest, longest);
+        self
+    }
+
+    /// Time for one probe, and for opening one connection: TCP, TLS, authentication and one query. Default: 3 s.
+    ///
+    /// Each candidate has its own, all at the same time: a silent one costs the others nothing.
+    pub fn probe_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.probe_timeout = timeout;
+        self
+    }
+
+    /// The connections of a primary that has been silent for so long are ended, even if no other primary was found.
+    /// Default: 20 s.
+    pub fn dead_after(mut self, silence: Duration) -> Self {
+        self.settings.dead_after = silence;
+        self
+    }
+
+    /// How many connections are opened at the same time. Default: 4. A server that was just promoted has other work.
+    pub fn connection_gate(mut self, at_once: usize) -> Self {
+        self.gate = at_once;
+        self
+    }
+
+    /// Makes the jitter of this pool repeatable, for tests. Default: random.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Makes the pool. Needs no server, and a tokio runtime, on which it starts its one task.
+    pub fn build(self) -> Result<Pool, BuildError> {
+        let (max_size, checkout_timeout) = (self.max_size, self.checkout_timeout);
+        if max_size == 0 {
+            return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
+        }
+        not_zero("checkout_timeout", checkout_timeout)?;
+        self.retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
+        let retry = self.retry.clone();
+        let budget = self.budget.clone();
+        let manager = self.build_manager()?;
+        let seeds = AtomicU64::new(manager.seed);
+        let inner = managed::Pool::builder(manager).max_size(max_size).build();
+        // Building fails only where time-outs are set without a runtime; none are.
+        let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
+        Ok(Pool { inner, shared: Arc::new(Shared { checkout_timeout, retry, budget, seeds }) })
+    }
+
+    /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
+    /// are not used.
+    pub fn build_manager(self) -> Result<Manager, BuildError> {
+        Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
+        let settings = &self.settings;
+        for (option, duration) in [
+            ("heartbeat_interval", settings.heartbeat),
+            ("heartbeat_timeout", settings.heartbeat_timeout),
+            ("patrol_interval", settings.patrol),
+            ("poll_interval", settings.poll.0),
+            ("probe_timeout", settings.probe_timeout),
+            ("dead_after", settings.dead_after),
+        ] {
+            not_zero(option, duration)?;
+        }
+        if settings.poll.0 > settings.poll.1 {
+            return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
+        }
+        if self.gate == 0 {
+            return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
+        }
+        let targets = targets(&self.config)?;
+        let template = template(&self.config, self.tls, settings.dead_after)?;
+        let open_timeout = settings.probe_timeout;
+        let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
+        let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
+        let opener = Arc::new((self.make_opener)(template));
+        let cluster = Cluster::start(Setup {
+            settings: self.settings,
+            names: targets.names,
+            configured: targets.addresses,
+            resolver,
+            opener: Arc::clone(&opener),
+            gate: self.gate,
+            seed,
+        });
+        Ok(Manager { cluster, opener, open_timeout, seed })
+    }
+}
+
+impl fmt::Debug for PoolBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The configuration's own Debug leaves the password out.
+        f.debug_struct("PoolBuilder")
+            .field("config", &self.config)
+            .field("max_size", &self.max_size)
+            .finish_non_exhaustive()
+    }
+}
+
+fn not_zero(option: &'static str, duration: Duration) -> Result<(), BuildError> {
+    if duration.is_zero() {
+        return Err(BuildError::invalid(option, "must be longer than zero"));
+    }
+    Ok(())
+}
+
+fn resolver(
+    own: Option<Arc<dyn Resolve>>,
+    servers: Vec<SocketAddr>,
+    unused: bool,
+) -> Result<Arc<dyn Resolve>, BuildError> {
+    if let Some(own) = own {
+        return Ok(own);
+    }
+    if !servers.is_empty() {
+        return Ok(Arc::new(HickoryResolver::with_name_servers(servers)));
+    }
+    if unused {
+        return Ok(Arc::new(crate::resolve::FixedResolver::new(Vec::<(String, Vec<IpAddr>)>::new())));
+    }
+    HickoryResolver::system().map(|resolver| Arc::new(resolver) as _).map_err(BuildError::Resolver)
+}
+
+/// What the configuration names: DNS names, and servers by address.
+struct Targets {
+    names: Vec<Name>,
+    addresses: Vec<Endpoint>,
+}
+
+fn targets(config: &Config) -> Result<Targets, BuildError> {
+    let (hosts, hostaddrs, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
+    let count = hosts.len().max(hostaddrs.len());
+    if count == 0 {
+        return Err(BuildError::NoHost);
+    }
+    if !hosts.is_empty() && !hostaddrs.is_empty() && hosts.len() != hostaddrs.len() {
+        let problem =
+            format!("{} hosts and {} hostaddrs; give one hostaddr for each host", hosts.len(), hostaddrs.len());
+        return Err(BuildError::invalid("hostaddr", problem));
+    }
+    if ports.len() > 1 && ports.len() != count {
+        let problem = format!("{} ports for {count} hosts; give one port, or one for each host", ports.len());
+        return Err(BuildError::invalid("port", problem));
+    }
+    let mut targets = Targets { names: Vec::new(), addresses: Vec::new() };
+    for index in 0..count {
+        let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
+        if port == 0 {
+            return Err(BuildError::invalid("port", "0 is not a port; PostgreSQL's default is 5432"));
+        }
+        targets.add(hosts.get(index), hostaddrs.get(index).copied(), port)?;
+    }
+    Ok(targets)
+}
+
+impl Targets {
+    fn add(&mut self, host: Option<&Host>, hostaddr: Option<IpAddr>, port: u16) -> Result<(), BuildError> {
+        let name = match host {
+            #[cfg(unix)]
+            Some(Host::Unix(folder)) => {
+                self.addresses.push(Endpoint { host: None, address: Address::Unix(folder.clone(), port) });
+                return Ok(());
+            }
+            Some(Host::Tcp(name)) if name.trim().is_empty() => return Err(BuildError::NoHost),
+            Some(Host::Tcp(name)) => Some(name.as_str()),
+            None => None,
+        };
+        // A URL writes an IPv6 address in brackets; the driver strips them, a hand-made configuration may not.
+        let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
+        match (hostaddr.or(literal), name) {
+            (Some(ip), name) => {
+                let address = Address::Tcp(SocketAddr::new(ip, port));
+                self.addresses.push(Endpoint { host: name.map(Arc::from), address });
+            }
+            (None, Some(name)) => self.names.push(Name { host: Arc::from(name), port }),
+            (None, None) => return Err(BuildError::NoHost),
+        }
+        Ok(())
+    }
+}
+
+/// The configuration without its hosts; it has no setter that removes them.
+fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
+    if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
+        let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
+        return Err(BuildError::invalid("target_session_attrs", problem));
+    }
+    if config.get_load_balance_hosts() == LoadBalanceHosts::Random {
+        let problem = "random cannot be honoured: all servers are probed at once and the primary is used; remove it";
+        return Err(BuildError::invalid("load_balance_hosts", problem));
+    }
+    if config.get_ssl_mode() == SslMode::Require && !tls {
+        let problem = "`require` needs a TLS connector; give one with `PoolBuilder::tls`";
+        return Err(BuildError::invalid("sslmode", problem));
+    }
+    if config.get_channel_binding() == ChannelBinding::Require && !tls {
+        let problem = "`require` needs TLS; give a connector with `PoolBuilder::tls`";
+        return Err(BuildError::invalid("channel_binding", problem));
+    }
+    let mut template = Config::new();
+    if let Some(user) = config.get_user() {
+        template.user(user);
+    }
+    if let Some(password) = config.get_password() {
+        template.password(password);
+    }
+    if let Some(dbname) = config.get_dbname() {
+        template.dbname(dbname);
+    }
+    if let Some(options) = config.get_options() {
+        template.options(options);
+    }
+    if let Some(timeout) = config.get_connect_timeout() {
+        template.connect_timeout(*timeout);
+    }
+    template
+        .application_name(config.get_application_name().unwrap_or("tokio-postgres-failover"))
+        .ssl_mode(config.get_ssl_mode())
+        .ssl_negotiation(config.get_ssl_negotiation())
+        .channel_binding(config.get_channel_binding())
+        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after));
+    keep_alive(config, &mut template);
+    Ok(template)
+}
+
+fn keep_alive(config: &Config, template: &mut Config) {
+    let idle = config.get_keepalives_idle();
+    template
+        .keepalives(config.get_keepalives())
+        .keepalives_idle(if idle == DRIVER_KEEPALIVES_IDLE { KEEPALIVES.0 } else { idle })
+        .keepalives_interval(config.get_keepalives_interval().unwrap_or(KEEPALIVES.1))
+        .keepalives_retries(config.get_keepalives_retries().unwrap_or(KEEPALIVES.2));
+}

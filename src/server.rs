@@ -1,0 +1,186 @@
+//! Opens one session to one server, asks it what it is, and drives it until its scope ends.
+//!
+//! Decides nothing, and knows nothing of which server is wanted: it turns bytes into a [`ServerReport`] or a
+//! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
+//! Tests: `tests/it/hostile.rs`, and every test that fails over.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use deadpool_postgres::ClientWrapper;
+use futures_util::future::BoxFuture;
+use tokio::task::AbortHandle;
+use tokio_postgres::config::SslMode;
+use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
+use tokio_util::sync::CancellationToken;
+
+use crate::classify::{Verdict, classify, explain, not_offered, verdict_of_open};
+use crate::topology::{Address, Endpoint, FailureKind, PROBE, ProbeFailure, ROLE_PROBE, ServerReport};
+
+/// A cancel request is a courtesy to the server; nobody waits for it longer than this.
+const CANCEL_WITHIN: Duration = Duration::from_secs(2);
+
+type Driver = BoxFuture<'static, Result<(), Error>>;
+
+/// Hides the type of the TLS connector.
+trait Dial: Send + Sync {
+    fn dial(&self, config: Config) -> BoxFuture<'_, Result<(Client, Driver), Error>>;
+    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, Result<(), Error>>;
+}
+
+struct Tls<T>(T);
+
+impl<T> Dial for Tls<T>
+where
+    T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
+    fn dial(&self, config: Config) -> BoxFuture<'_, Result<(Client, Driver), Error>> {
+        let tls = self.0.clone();
+        Box::pin(async move {
+            let (client, mut connection) = config.connect(tls).await?;
+            let driver: Driver = Box::pin(async move {
+                while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
+                    if let AsyncMessage::Notice(notice) = message? {
+                        tracing::debug!(code = notice.code().code(), "{}", notice.message());
+                    }
+                }
+                Ok(())
+            });
+            Ok((client, driver))
+        })
+    }
+
+    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, Result<(), Error>> {
+        let tls = self.0.clone();
+        Box::pin(async move { token.cancel_query(tls).await })
+    }
+}
+
+/// How sessions are opened: everything of the configuration but the address.
+pub(crate) struct Opener {
+    template: Config,
+    dial: Box<dyn Dial>,
+    /// Cleared for good when a server does not let this role read more than its role.
+    may_identify: AtomicBool,
+}
+
+impl Opener {
+    /// `template` carries no host; each session adds its own.
+    pub(crate) fn new<T>(template: Config, tls: T) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::Stream: Send,
+        T::TlsConnect: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        Self { template, dial: Box::new(Tls(tls)), may_identify: AtomicBool::new(true) }
+    }
+
+    /// Opens a session and asks it. Cancel-safe: dropping the future closes the socket.
+    pub(crate) async fn open(
+        &self,
+        endpoint: &Endpoint,
+        scope: CancellationToken,
+    ) -> Result<(Session, ServerReport), ProbeFailure> {
+        let dialled = self.dial.dial(self.config_for(endpoint)).await;
+        let (client, driver) = dialled.map_err(|error| failure(verdict_of_open(&error), error))?;
+        let task = tokio::spawn(drive(driver, scope.clone()));
+        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope };
+        let report = self.ask(&session).await?;
+        Ok((session, report))
+    }
+
+    /// Asks an open session what its server is: one round trip.
+    pub(crate) async fn ask(&self, session: &Session) -> Result<ServerReport, ProbeFailure> {
+        if self.may_identify.load(Ordering::Relaxed) {
+            match first_row(&session.client, PROBE).await {
+                Err(error) if not_offered(&error) => {
+                    tracing::debug!("the identity probe was refused: {}", explain(&error));
+                }
+                answer => return read(answer),
+            }
+        }
+        let report = read(first_row(&session.client, ROLE_PROBE).await)?;
+        self.may_identify.store(false, Ordering::Relaxed);
+        Ok(report)
+    }
+
+    /// Asks the server to stop what the session of `token` runs, and waits for that no longer than two seconds.
+    pub(crate) async fn cancel(&self, token: CancelToken) {
+        match tokio::time::timeout(CANCEL_WITHIN, self.dial.cancel(token)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!("a cancel request failed: {}", explain(&error)),
+            Err(_) => tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
+        }
+    }
+
+    fn config_for(&self, endpoint: &Endpoint) -> Config {
+        let mut config = self.template.clone();
+        match &endpoint.address {
+            Address::Tcp(address) => {
+                if let Some(host) = &endpoint.host {
+                    // A trailing dot makes a DNS name absolute; certificates are issued without it.
+                    config.host(host.trim_end_matches('.'));
+                }
+                config.hostaddr(address.ip()).port(address.port());
+            }
+            #[cfg(unix)]
+            Address::Unix(folder, port) => {
+                config.host_path(folder).port(*port).ssl_mode(SslMode::Disable);
+            }
+        }
+        config
+    }
+}
+
+/// One open session and its driver. Dropping it ends the driver and closes the socket.
+pub(crate) struct Session {
+    pub(crate) client: ClientWrapper,
+    /// Ends the driver from outside, although somebody still holds the client.
+    pub(crate) abort: AbortHandle,
+    /// All sessions of this scope end with it.
+    pub(crate) scope: CancellationToken,
+}
+
+async fn drive(driver: Driver, scope: CancellationToken) {
+    tokio::select! {
+        biased;
+        () = scope.cancelled() => {}
+        ended = driver => if let Err(error) = ended {
+            tracing::debug!("a session ended: {}", explain(&error));
+        }
+    }
+}
+
+async fn first_row(client: &Client, sql: &str) -> Result<Option<Vec<Option<String>>>, Error> {
+    let messages = client.simple_query(sql).await?;
+    Ok(messages.into_iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => {
+            Some((0..row.len()).map(|index| row.try_get(index).ok().flatten().map(str::to_owned)).collect())
+        }
+        _ => None,
+    }))
+}
+
+fn read(answer: Result<Option<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
+    let row = answer.map_err(|error| failure(classify(&error), error))?.unwrap_or_default();
+    let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+    ServerReport::parse(&row)
+        .map_err(|bad| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad)))
+}
+
+fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
+    let kind = match verdict {
+        Verdict::NotNow => FailureKind::NotNow,
+        Verdict::Refused => FailureKind::Refused,
+        Verdict::NotPostgres => FailureKind::NotPostgres,
+        _ => FailureKind::Unreachable,
+    };
+    ProbeFailure::new(kind, explain(&error)).caused_by(Arc::new(error))
+}

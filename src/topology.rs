@@ -1,0 +1,1017 @@
+//! Decides which server is the primary, when a generation begins and ends, and whom to ask next.
+//!
+//! Knows nothing of sockets, tasks, DNS or clocks: answers and the time come in as values, [`Action`]s go out.
+//! Invariants: the published timeline never goes back; generation numbers only grow; a signal from an older generation
+//! changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes, `dead_after`).
+//! Tests: `topology/tests.rs`.
+
+mod report;
+#[cfg(test)]
+mod tests;
+
+pub use report::{BadReport, Lsn, Role, ServerReport};
+pub(crate) use report::{PROBE, ROLE_PROBE};
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::net::SocketAddr;
+#[cfg(unix)]
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// More candidates than this are not probed: an answer of a thousand addresses is a mistake, not a cluster.
+const MAX_MEMBERS: usize = 64;
+/// A member that DNS no longer names, and that does not answer, is forgotten after this long.
+const REMEMBER: Duration = Duration::from_secs(600);
+/// How long the first writable server of a search waits for the others to object, at least and at most.
+const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
+/// A server that refuses the credentials is asked again no sooner than this.
+const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The socket address of a server, or the path of its Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Address {
+    /// An IP address and port.
+    Tcp(SocketAddr),
+    /// The folder of a Unix socket, and the port that its file name carries.
+    #[cfg(unix)]
+    Unix(PathBuf, u16),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            #[cfg(unix)]
+            Self::Unix(folder, port) => write!(f, "{}/.s.PGSQL.{port}", folder.display()),
+        }
+    }
+}
+
+/// Where one server can be reached, and the name it was reached by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Endpoint {
+    /// The name from the configuration: what TLS certificates are checked against.
+    pub host: Option<Arc<str>>,
+    /// The address that is connected to.
+    pub address: Address,
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Some(host) => write!(f, "{} ({host})", self.address),
+            None => self.address.fmt(f),
+        }
+    }
+}
+
+/// Why an address is a candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Origin {
+    /// The newest DNS answer holds it.
+    Resolved,
+    /// The configuration names the address itself.
+    Configured,
+    /// DNS named it before and the server there proved to be a member of this cluster.
+    Remembered,
+}
+
+/// What kind of failure a probe met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// Refused, reset or closed before the server had answered.
+    Unreachable,
+    /// Nothing came within the probe's time.
+    TimedOut,
+    /// The server is there and takes no session now: starting up, shutting down, too many clients.
+    NotNow,
+    /// The server refuses these credentials, this database or this kind of TLS: asking again does not help.
+    Refused,
+    /// What answered is not PostgreSQL, or its answer makes no sense.
+    NotPostgres,
+}
+
+/// A probe that brought no report.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+#[non_exhaustive]
+pub struct ProbeFailure {
+    /// The kind of failure.
+    pub kind: FailureKind,
+    /// What was seen, in one line.
+    pub message: String,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ProbeFailure {
+    pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    pub(crate) fn caused_by(self, source: Arc<dyn std::error::Error + Send + Sync>) -> Self {
+        Self { source: Some(source), ..self }
+    }
+}
+
+/// Equal when they say the same.
+impl PartialEq for ProbeFailure {
+    fn eq(&self, other: &Self) -> bool {
+        self.kind == other.kind && self.message == other.message
+    }
+}
+
+impl Eq for ProbeFailure {}
+
+/// Why a server that answered is not used as the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It is a standby.
+    Standby,
+    /// It is not in recovery, but new transactions are read-only: how Fly and others fence a primary.
+    Fenced,
+    /// It was being promoted while it answered.
+    Promoting,
+    /// It belongs to another cluster: its system identifier differs.
+    OtherCluster {
+        /// The identifier of the cluster that this pool knows.
+        expected: u64,
+        /// The identifier that the server gave.
+        found: u64,
+    },
+    /// It is writable, but a newer timeline is known: an old primary that came back.
+    Zombie {
+        /// The server's timeline.
+        timeline: u32,
+        /// The newest timeline seen.
+        newest: u32,
+    },
+    /// It is a primary, but not the one of this generation.
+    AnotherServer,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Standby => f.write_str("standby"),
+            Self::Fenced => f.write_str("fenced: not in recovery, but default_transaction_read_only is on"),
+            Self::Promoting => f.write_str("being promoted"),
+            Self::OtherCluster { expected, found } => {
+                write!(f, "another cluster: system identifier {found}, expected {expected}")
+            }
+            Self::Zombie { timeline, newest } => {
+                write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
+            }
+            Self::AnotherServer => f.write_str("another server than the one this generation began with"),
+        }
+    }
+}
+
+/// What a candidate said when it was last asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Answer {
+    /// It reported, and would be the primary.
+    Primary(ServerReport),
+    /// It reported, and is not used.
+    Refused(ServerReport, Refusal),
+    /// It did not report.
+    Failed(ProbeFailure),
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Primary(_) => f.write_str("primary"),
+            Self::Refused(_, refusal) => refusal.fmt(f),
+            Self::Failed(failure) => failure.fmt(f),
+        }
+    }
+}
+
+/// One candidate and what it said last.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CandidateReport {
+    /// The server.
+    pub endpoint: Endpoint,
+    /// Why it is a candidate.
+    pub origin: Origin,
+    /// Its last answer; `None` until the first one.
+    pub answer: Option<Answer>,
+    /// How long the last probe took.
+    pub took: Option<Duration>,
+}
+
+impl fmt::Display for CandidateReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.endpoint)?;
+        match &self.answer {
+            Some(answer) => answer.fmt(f),
+            None => f.write_str("has not answered yet"),
+        }
+    }
+}
+
+/// The number of a generation: one primary, from the moment it was found until it was replaced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GenerationId(pub(crate) u64);
+
+impl GenerationId {
+    /// The number; 0 means that no primary has been found yet.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for GenerationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a pool knows of its cluster at one moment.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct View {
+    /// Whether there is a verified primary.
+    pub state: State,
+    /// The newest generation that has begun.
+    pub generation: GenerationId,
+    /// When and why the state changed last.
+    pub changed: Change,
+}
+
+/// The state in a [`View`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum State {
+    /// No verified primary: checkouts wait.
+    Searching {
+        /// Set where every server that answered refuses the credentials: waiting does not help.
+        refused: Option<ProbeFailure>,
+    },
+    /// A verified primary.
+    Primary {
+        /// Where it is.
+        endpoint: Endpoint,
+        /// What it said when it was verified.
+        report: ServerReport,
+    },
+    /// The pool was closed.
+    Closed,
+}
+
+/// The last change of a [`View`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Change {
+    /// When it happened.
+    pub at: Instant,
+    /// Why, in a few words.
+    pub why: String,
+}
+
+/// The times that rule a topology.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Shortest and longest pause between two probes of one server while searching.
+    pub(crate) poll: (Duration, Duration),
+    /// Pause between two questions to the primary.
+    pub(crate) heartbeat: Duration,
+    /// A primary that leaves a question unanswered for so long is searched for.
+    pub(crate) heartbeat_timeout: Duration,
+    /// Pause between two looks at DNS and the other members while there is a primary.
+    pub(crate) patrol: Duration,
+    /// Time for one probe while searching.
+    pub(crate) probe_timeout: Duration,
+    /// A silent primary's connections are given up after this, even without a successor.
+    pub(crate) dead_after: Duration,
+}
+
+/// One primary and its connections.
+#[derive(Clone, Debug)]
+pub(crate) struct Primary {
+    pub(crate) id: GenerationId,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) report: ServerReport,
+}
+
+impl Primary {
+    /// May a session that answers with `report` serve in this generation?
+    pub(crate) fn admits(&self, report: &ServerReport) -> Result<(), Refusal> {
+        if let (Some(expected), Some(found)) = (self.report.system_identifier, report.system_identifier) {
+            if expected != found {
+                return Err(Refusal::OtherCluster { expected, found });
+            }
+        }
+        writable(report)?;
+        if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
+    }
+
+    /// Is the server that answers so at `address` this one, not started again since? Where the start time cannot be
+    /// read, the address has to do.
+    fn is(&self, address: &Address, report: &ServerReport) -> bool {
+        let mine = &self.report;
+        if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
+            return false;
+        }
+        match (mine.started_at, report.started_at) {
+            (Some(mine), Some(theirs)) => mine == theirs,
+            _ => self.endpoint.address == *address,
+        }
+    }
+}
+
+fn writable(report: &ServerReport) -> Result<(), Refusal> {
+    match report.role() {
+        Role::Primary => Ok(()),
+        Role::Standby => Err(Refusal::Standby),
+        Role::Fenced => Err(Refusal::Fenced),
+        Role::Promoting => Err(Refusal::Promoting),
+    }
+}
+
+/// Why somebody thinks that the primary is no longer one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Suspicion {
+    /// A session ended or could not be opened.
+    Connection,
+    /// A session of this generation found itself read-only.
+    ReadOnly,
+}
+
+/// What came of one probe.
+#[derive(Debug)]
+pub(crate) struct Probed {
+    pub(crate) address: Address,
+    pub(crate) result: Result<ServerReport, ProbeFailure>,
+    /// Asked on a session made for this probe.
+    pub(crate) fresh: bool,
+    /// A session to this server that was open before is still open.
+    pub(crate) still_open: bool,
+}
+
+/// What the shell has to do.
+#[derive(Clone, Debug)]
+pub(crate) enum Action {
+    /// Ask for the addresses behind the configured names.
+    Resolve,
+    /// Ask this server, on a new session if `fresh`.
+    Probe { endpoint: Endpoint, fresh: bool, within: Duration },
+    /// Checkouts wait; the generation's connections live on.
+    Suspend { why: String },
+    /// The suspended generation's server is the verified primary again.
+    Resume { lost_for: Duration },
+    /// All connections of this generation end now.
+    End { id: GenerationId, why: String },
+    /// A new generation begins.
+    Begin { primary: Primary, lost_for: Option<Duration> },
+    /// Something that an operator wants to know; each is said once.
+    Notice(Notice),
+}
+
+/// What an operator wants to know.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Notice {
+    /// A writable server was refused.
+    Refused(Address, Refusal),
+    /// Two servers of one timeline are writable; the one in use stays.
+    TwoPrimaries(Address),
+    /// The server does not let this role read its identity: only its role can be checked.
+    RoleOnly(Address),
+    /// DNS named more addresses than are probed.
+    TooManyCandidates(usize),
+}
+
+struct Member {
+    endpoint: Endpoint,
+    origin: Origin,
+    /// When to ask next; a probe that is under way is waited for first.
+    due: Instant,
+    asking: bool,
+    asked_at: Option<Instant>,
+    answered_at: Option<Instant>,
+    answer: Option<Answer>,
+    took: Option<Duration>,
+    /// The next probe needs a session of its own.
+    fresh: bool,
+    /// Has proved to belong to this cluster.
+    verified: bool,
+    named_at: Instant,
+}
+
+impl Member {
+    /// Ask as soon as may be, which is `pause` after the last question.
+    fn hurry(&mut self, now: Instant, pause: Duration) {
+        let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
+        self.due = self.due.min(earliest);
+    }
+}
+
+enum Phase {
+    Searching(Search),
+    Known { primary: Primary, answered_at: Instant },
+}
+
+struct Search {
+    since: Instant,
+    suspended: Option<Suspended>,
+    /// The best writable server so far, while others may still object.
+    pick: Option<Pick>,
+    refused: Option<ProbeFailure>,
+}
+
+struct Suspended {
+    primary: Primary,
+    answered_at: Instant,
+}
+
+struct Pick {
+    address: Address,
+    report: ServerReport,
+    decide_at: Instant,
+}
+
+pub(crate) struct Topology {
+    settings: Settings,
+    members: BTreeMap<Address, Member>,
+    phase: Phase,
+    generation: GenerationId,
+    system_identifier: Option<u64>,
+    newest_timeline: Option<u32>,
+    /// When to resolve; `None` while a look-up is under way or no name is configured.
+    resolve_due: Option<Instant>,
+    dns_failure: Option<String>,
+    changed: Change,
+    /// Grows whenever [`Self::view`] would show something else.
+    revision: u64,
+    noticed: HashSet<Notice>,
+    actions: Vec<Action>,
+    jitter: u64,
+}
+
+impl Topology {
+    /// A topology that searches. `names`: whether there is anything to resolve.
+    pub(crate) fn new(settings: Settings, configured: Vec<Endpoint>, names: bool, seed: u64, now: Instant) -> Self {
+        let mut topology = Self {
+            settings,
+            members: BTreeMap::new(),
+            phase: Phase::Searching(Search { since: now, suspended: None, pick: None, refused: None }),
+            generation: GenerationId::default(),
+            system_identifier: None,
+            newest_timeline: None,
+            resolve_due: names.then_some(now),
+            dns_failure: None,
+            changed: Change { at: now, why: "started".to_owned() },
+            revision: 0,
+            noticed: HashSet::new(),
+            actions: Vec::new(),
+            jitter: seed,
+        };
+        for endpoint in configured {
+            topology.add(endpoint, Origin::Configured, now);
+        }
+        topology
+    }
+
+    /// What is to be done now. Call after each input and at [`Self::wake_at`].
+    pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
+        self.decide_pick(now);
+        self.give_up_silent(now);
+        if self.resolve_due.is_some_and(|due| due <= now) {
+            self.resolve_due = None;
+            self.actions.push(Action::Resolve);
+        }
+        let current = self.primary_address();
+        for (address, member) in &mut self.members {
+            if member.asking || member.due > now {
+                continue;
+            }
+            let within = if current.as_ref() == Some(address) {
+                self.settings.heartbeat_timeout
+            } else {
+                self.settings.probe_timeout
+            };
+            member.asking = true;
+            member.asked_at = Some(now);
+            let fresh = std::mem::take(&mut member.fresh);
+            self.actions.push(Action::Probe { endpoint: member.endpoint.clone(), fresh, within });
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    /// The next moment at which [`Self::poll`] may have something to do without an input.
+    pub(crate) fn wake_at(&self) -> Option<Instant> {
+        let probes = self.members.values().filter(|member| !member.asking).map(|member| member.due);
+        let timers = match &self.phase {
+            Phase::Searching(search) => [
+                search.pick.as_ref().map(|pick| pick.decide_at),
+                search.suspended.as_ref().map(|suspended| suspended.answered_at + self.settings.dead_after),
+            ],
+            Phase::Known { .. } => [None, None],
+        };
+        probes.chain(self.resolve_due).chain(timers.into_iter().flatten()).min()
+    }
+
+    /// A look-up ended. `complete`: every name was answered, if only for one family; `failure` says what was not.
+    pub(crate) fn resolved(&mut self, now: Instant, endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool) {
+        self.resolve_due = Some(now + self.resolve_pause(now));
+        self.dns_failure = failure;
+        let named: HashSet<Address> = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
+        for endpoint in endpoints {
+            self.add(endpoint, Origin::Resolved, now);
+        }
+        // A failed look-up says nothing about the members: they stay what they were.
+        if !complete {
+            return;
+        }
+        let current = self.primary_address();
+        self.members.retain(|address, member| {
+            if member.origin == Origin::Configured || named.contains(address) {
+                return true;
+            }
+            member.origin = Origin::Remembered;
+            let alive = !matches!(member.answer, Some(Answer::Failed(_)));
+            let young = now.duration_since(member.named_at) < REMEMBER;
+            current.as_ref() == Some(address) || (member.verified && (alive || young))
+        });
+    }
+
+    /// A probe ended.
+    pub(crate) fn probed(&mut self, now: Instant, probed: Probed) {
+        let Some(member) = self.members.get(&probed.address) else {
+            return;
+        };
+        let took = member.asked_at.map(|at| now.duration_since(at));
+        let answer = match &probed.result {
+            Ok(report) => match self.admissible(report) {
+                Ok(()) => Answer::Primary(report.clone()),
+                Err(refusal) => Answer::Refused(report.clone(), refusal),
+            },
+            Err(failure) => Answer::Failed(failure.clone()),
+        };
+        self.notice(&probed.address, &answer);
+        let ours = match &answer {
+            Answer::Primary(_) => true,
+            Answer::Refused(report, refusal) => {
+                !matches!(refusal, Refusal::OtherCluster { .. })
+                    && report.system_identifier.is_some()
+                    && report.system_identifier == self.system_identifier
+            }
+            Answer::Failed(_) => false,
+        };
+        if let Some(member) = self.members.get_mut(&probed.address) {
+            member.asking = false;
+            member.took = took;
+            member.answered_at = Some(now);
+            member.answer = Some(answer.clone());
+            member.verified |= ours;
+        }
+        if self.primary_address().as_ref() == Some(&probed.address) {
+            self.primary_answered(now, &probed, &answer);
+        } else {
+            self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
+        }
+        self.schedule(now, &probed.address);
+    }
+
+    /// Somebody who uses generation `id` doubts its primary.
+    pub(crate) fn suspected(&mut self, now: Instant, id: GenerationId, suspicion: Suspicion) {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return;
+        };
+        if primary.id != id {
+            return;
+        }
+        let address = primary.endpoint.address.clone();
+        let pause = self.settings.poll.0;
+        if let Some(member) = self.members.get_mut(&address) {
+            member.fresh = true;
+            member.hurry(now, pause);
+        }
+        if matches!(suspicion, Suspicion::ReadOnly) {
+            self.suspend(now, "a session on the primary has turned read-only");
+        }
+    }
+
+    /// Somebody waits although every server refuses the credentials: ask again now.
+    pub(crate) fn demanded(&mut self, now: Instant) {
+        let Phase::Searching(Search { refused: Some(_), .. }) = &self.phase else {
+            return;
+        };
+        for member in self.members.values_mut() {
+            member.hurry(now, self.settings.poll.0);
+        }
+    }
+
+    /// Should an open session to this server be kept for the next question?
+    pub(crate) fn keeps(&self, address: &Address) -> bool {
+        match &self.phase {
+            Phase::Known { primary, .. } => primary.endpoint.address == *address,
+            Phase::Searching(search) => {
+                let picked = search.pick.as_ref().is_some_and(|pick| pick.address == *address);
+                // A session to a standby survives its promotion and is then the first one of the new primary. One that
+                // was opened under a fence stays read-only after the fence is lifted, so it is not kept.
+                let standby = self.members.get(address).is_some_and(|member| {
+                    matches!(&member.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
+                });
+                picked || standby
+            }
+        }
+    }
+
+    pub(crate) fn view(&self) -> View {
+        let state = match &self.phase {
+            Phase::Searching(search) => State::Searching { refused: search.refused.clone() },
+            Phase::Known { primary, .. } => {
+                State::Primary { endpoint: primary.endpoint.clone(), report: primary.report.clone() }
+            }
+        };
+        View { state, generation: self.generation, changed: self.changed.clone() }
+    }
+
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    pub(crate) fn candidates(&self) -> Vec<CandidateReport> {
+        let report = |member: &Member| CandidateReport {
+            endpoint: member.endpoint.clone(),
+            origin: member.origin,
+            answer: member.answer.clone(),
+            took: member.took,
+        };
+        self.members.values().map(report).collect()
+    }
+
+    pub(crate) fn dns_failure(&self) -> Option<&str> {
+        self.dns_failure.as_deref()
+    }
+
+    fn primary_address(&self) -> Option<Address> {
+        match &self.phase {
+            Phase::Known { primary, .. } => Some(primary.endpoint.address.clone()),
+            Phase::Searching(_) => None,
+        }
+    }
+
+    fn add(&mut self, endpoint: Endpoint, origin: Origin, now: Instant) {
+        if let Some(member) = self.members.get_mut(&endpoint.address) {
+            member.named_at = now;
+            if member.origin != Origin::Configured {
+                member.origin = origin;
+            }
+            return;
+        }
+        if self.members.len() >= MAX_MEMBERS {
+            self.say(Notice::TooManyCandidates(MAX_MEMBERS));
+            return;
+        }
+        let member = Member {
+            endpoint: endpoint.clone(),
+            origin,
+            due: now,
+            asking: false,
+            asked_at: None,
+            answered_at: None,
+            answer: None,
+            took: None,
+            fresh: true,
+            verified: false,
+            named_at: now,
+        };
+        self.members.insert(endpoint.address, member);
+    }
+
+    /// Could a server that says this be the primary of the cluster?
+    fn admissible(&self, report: &ServerReport) -> Result<(), Refusal> {
+        if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier) {
+            if expected != found {
+                return Err(Refusal::OtherCluster { expected, found });
+            }
+        }
+        writable(report)?;
+        match (report.timeline, self.newest_timeline) {
+            (Some(timeline), Some(newest)) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
+            _ => Ok(()),
+        }
+    }
+
+    fn primary_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
+        let Phase::Known { primary, answered_at } = &mut self.phase else {
+            return;
+        };
+        match answer {
+            Answer::Primary(report) if primary.is(&probed.address, report) => {
+                *answered_at = now;
+                // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
+                let fenced_for_new_sessions = report.fence_pending && !probed.fresh;
+                if let Some(member) = self.members.get_mut(&probed.address) {
+                    member.fresh |= fenced_for_new_sessions;
+                }
+            }
+            Answer::Primary(report) => {
+                self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
+            }
+            Answer::Refused(report, refusal) => {
+                let proof = primary.is(&probed.address, report) && *refusal != Refusal::Promoting;
+                let id = primary.id;
+                let why = format!("{}: {refusal}", primary.endpoint);
+                self.suspend(now, &why);
+                // Another server behind the address (a proxy's choice) proves nothing about the one in use.
+                if proof {
+                    self.end_suspended(id, &why);
+                }
+            }
+            Answer::Failed(failure) => match failure.kind {
+                // The question went over a session that had ended; that says nothing about the server yet.
+                FailureKind::Unreachable if !probed.fresh => {
+                    if let Some(member) = self.members.get_mut(&probed.address) {
+                        member.fresh = true;
+                    }
+                }
+                // It takes no new session, but the old ones live: ask one of those.
+                FailureKind::NotNow | FailureKind::Refused if probed.still_open => {}
+                _ => {
+                    let why = format!("{}: {failure}", primary.endpoint);
+                    self.suspend(now, &why);
+                }
+            },
+        }
+    }
+
+    fn member_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
+        match &self.phase {
+            Phase::Known { primary, .. } => {
+                let Answer::Primary(report) = answer else {
+                    return;
+                };
+                if primary.is(address, report) {
+                    return;
+                }
+                if report.timeline > primary.report.timeline && primary.report.timeline.is_some() {
+                    self.adopt(now, address, report.clone(), "a server on a newer timeline is writable");
+                } else {
+                    self.say(Notice::TwoPrimaries(address.clone()));
+                }
+            }
+            Phase::Searching(_) => self.candidate_answered(now, address, answer, took),
+        }
+    }
+
+    fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
+        let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member));
+        let newest = self.newest_timeline;
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
+        if search.pick.as_ref().is_some_and(|pick| pick.address == *address) {
+            search.pick = None;
+        }
+        let Answer::Primary(report) = answer else {
+            self.judge_refusals(now);
+            self.decide_pick(now);
+            return;
+        };
+        if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
+            self.resume(now, address, report);
+            return;
+        }
+        // A timeline that nobody had before is a promotion: no other server can object.
+        let promoted = newest.is_some() && report.timeline > newest;
+        let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
+        if better {
+            let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(GRACE.0, GRACE.1) };
+            let decide_at = search.pick.as_ref().map_or(now + wait, |pick| pick.decide_at.min(now + wait));
+            search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
+        }
+        self.decide_pick(now);
+    }
+
+    /// Has this member said anything since the search began?
+    fn answered(&self, member: &Member) -> bool {
+        match &self.phase {
+            Phase::Searching(search) => member.answered_at.is_some_and(|at| at >= search.since),
+            Phase::Known { .. } => true,
+        }
+    }
+
+    fn decide_pick(&mut self, now: Instant) {
+        let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {
+            return;
+        };
+        let all_answered = self.members.values().all(|member| self.answered(member));
+        if pick.decide_at > now && !all_answered {
+            return;
+        }
+        let (address, report) = (pick.address.clone(), pick.report.clone());
+        self.adopt(now, &address, report, "verified as the primary");
+    }
+
+    /// Where everybody who answers refuses us, waiting is no use; once a primary has been seen, an unreachable server
+    /// may be the one that would not.
+    fn judge_refusals(&mut self, now: Instant) {
+        let all_answered = self.members.values().all(|member| self.answered(member));
+        let known_before = self.generation.0 > 0;
+        let mut refused = None;
+        for member in self.members.values() {
+            match &member.answer {
+                Some(Answer::Failed(failure)) => match failure.kind {
+                    FailureKind::Refused => refused = Some(failure.clone()),
+                    FailureKind::NotPostgres if !known_before => {
+                        refused.get_or_insert_with(|| failure.clone());
+                    }
+                    FailureKind::Unreachable if !known_before => {}
+                    _ => return self.set_refused(now, None),
+                },
+                _ => return self.set_refused(now, None),
+            }
+        }
+        self.set_refused(now, refused.filter(|_| all_answered));
+    }
+
+    fn set_refused(&mut self, now: Instant, failure: Option<ProbeFailure>) {
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
+        if search.refused == failure {
+            return;
+        }
+        if let Some(failure) = &failure {
+            self.changed = Change { at: now, why: failure.message.clone() };
+        }
+        search.refused = failure;
+        self.revision += 1;
+    }
+
+    fn suspend(&mut self, now: Instant, why: &str) {
+        let Phase::Known { primary, answered_at } = &self.phase else {
+            return;
+        };
+        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at };
+        self.phase = Phase::Searching(Search { since: now, suspended: Some(suspended), pick: None, refused: None });
+        self.changed = Change { at: now, why: why.to_owned() };
+        self.revision += 1;
+        self.actions.push(Action::Suspend { why: why.to_owned() });
+        for member in self.members.values_mut() {
+            member.hurry(now, self.settings.poll.0);
+        }
+        self.resolve_due = self.resolve_due.map(|due| due.min(now));
+    }
+
+    fn end_suspended(&mut self, id: GenerationId, why: &str) {
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
+        if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.id == id) {
+            search.suspended = None;
+            self.actions.push(Action::End { id, why: why.to_owned() });
+        }
+    }
+
+    fn give_up_silent(&mut self, now: Instant) {
+        let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
+            return;
+        };
+        let silent = now.duration_since(suspended.answered_at);
+        if silent >= self.settings.dead_after {
+            let id = suspended.primary.id;
+            self.end_suspended(id, &format!("no answer for {silent:?}, and no other primary"));
+        }
+    }
+
+    fn resume(&mut self, now: Instant, address: &Address, report: &ServerReport) {
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
+        let Some(Suspended { mut primary, .. }) = search.suspended.take() else {
+            return;
+        };
+        let lost_for = now.duration_since(search.since);
+        if let Some(member) = self.members.get(address) {
+            primary.endpoint = member.endpoint.clone();
+        }
+        primary.report = report.clone();
+        self.known(now, primary, "the same server answers as the primary again");
+        self.actions.push(Action::Resume { lost_for });
+    }
+
+    fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
+        let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
+            return;
+        };
+        let (lost_for, old) = match &self.phase {
+            Phase::Searching(search) => {
+                let old = search.suspended.as_ref().map(|suspended| suspended.primary.id);
+                ((self.generation.0 > 0).then(|| now.duration_since(search.since)), old)
+            }
+            Phase::Known { primary, .. } => (None, Some(primary.id)),
+        };
+        if let Some(id) = old {
+            self.actions.push(Action::End { id, why: format!("{endpoint} is the primary now") });
+        }
+        self.generation.0 += 1;
+        self.system_identifier = self.system_identifier.or(report.system_identifier);
+        self.newest_timeline = self.newest_timeline.max(report.timeline);
+        // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
+        self.noticed.retain(|notice| !matches!(notice, Notice::Refused(..) | Notice::TwoPrimaries(_)));
+        let primary = Primary { id: self.generation, endpoint, report };
+        self.actions.push(Action::Begin { primary: primary.clone(), lost_for });
+        self.known(now, primary, why);
+    }
+
+    fn known(&mut self, now: Instant, primary: Primary, why: &str) {
+        let current = primary.endpoint.address.clone();
+        self.changed = Change { at: now, why: why.to_owned() };
+        self.revision += 1;
+        self.phase = Phase::Known { primary, answered_at: now };
+        if let Some(member) = self.members.get_mut(&current) {
+            member.verified = true;
+            member.fresh = false;
+        }
+        let addresses: Vec<Address> = self.members.keys().cloned().collect();
+        for address in addresses {
+            self.schedule(now, &address);
+        }
+        let patrol = self.settings.patrol;
+        self.resolve_due = self.resolve_due.map(|_| now + patrol);
+    }
+
+    /// When to ask a server again.
+    fn schedule(&mut self, now: Instant, address: &Address) {
+        let jitter = self.next_jitter();
+        let pause = match &self.phase {
+            Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
+                Some(member) if member.fresh => self.settings.poll.0,
+                _ => self.settings.heartbeat,
+            },
+            Phase::Known { .. } => self.settings.patrol.mul_f64(jitter),
+            Phase::Searching(search) => {
+                let refused = self.members.get(address).is_some_and(|member| {
+                    matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
+                });
+                let pause = self.poll_pause(now.duration_since(search.since));
+                if refused { pause.max(REFUSED_INTERVAL) } else { pause.mul_f64(jitter) }
+            }
+        };
+        let Some(member) = self.members.get_mut(address) else {
+            return;
+        };
+        member.due = now.max(member.asked_at.unwrap_or(now) + pause);
+    }
+
+    fn resolve_pause(&self, now: Instant) -> Duration {
+        match &self.phase {
+            Phase::Known { .. } => self.settings.patrol,
+            Phase::Searching(search) => 2 * self.poll_pause(now.duration_since(search.since)),
+        }
+    }
+
+    /// One per cent of the time already lost: a short outage is found at once, a long one is not polled to death.
+    fn poll_pause(&self, lost_for: Duration) -> Duration {
+        (lost_for / 100).clamp(self.settings.poll.0, self.settings.poll.1)
+    }
+
+    fn notice(&mut self, address: &Address, answer: &Answer) {
+        match answer {
+            Answer::Refused(_, refusal @ (Refusal::Zombie { .. } | Refusal::OtherCluster { .. } | Refusal::Fenced)) => {
+                self.say(Notice::Refused(address.clone(), *refusal));
+            }
+            Answer::Primary(report) if report.system_identifier.is_none() => {
+                self.say(Notice::RoleOnly(address.clone()));
+            }
+            _ => {}
+        }
+    }
+
+    fn say(&mut self, notice: Notice) {
+        if self.noticed.insert(notice.clone()) {
+            self.actions.push(Action::Notice(notice));
+        }
+    }
+
+    /// A factor between 0.75 and 1.25, so that many pools do not ask in step. An xorshift step; no security hangs on it.
+    fn next_jitter(&mut self) -> f64 {
+        let mut x = self.jitter | 1;
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.jitter = x;
+        0.75 + f64::from(u16::try_from(x >> 48).unwrap_or(0)) / f64::from(u16::MAX) / 2.0
+    }
+}
+
+/// Among writable servers: the newest timeline, then the most WAL.
+fn rank(report: &ServerReport) -> (Option<u32>, Option<Lsn>) {
+    (report.timeline, report.wal)
+}

@@ -1,0 +1,257 @@
+//! What a server says of itself when it is asked: the question, and how its answer is read.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// One round trip that tells a server's role and identity. Every function in it may be called by an ordinary role on a
+/// stock server. The timeline is the first eight digits of the current WAL file's name, as `pg_control_checkpoint()`
+/// still shows the old one for a while after a promotion. Column four is what a *new* session would be given, from
+/// `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order in which PostgreSQL applies them
+/// (`process_settings` in `postinit.c`).
+pub(crate) const PROBE: &str = "\
+SELECT pg_is_in_recovery(), \
+       current_setting('transaction_read_only'), \
+       current_setting('default_transaction_read_only'), \
+       (SELECT split_part(c, '=', 2)::boolean \
+          FROM pg_db_role_setting s, unnest(s.setconfig) c \
+         WHERE c LIKE 'default\\_transaction\\_read\\_only=%' \
+           AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
+           AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
+         ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1), \
+       (SELECT system_identifier FROM pg_control_system()), \
+       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+       CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
+       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END";
+
+/// What can be asked where the server does not let this role read more.
+pub(crate) const ROLE_PROBE: &str = "\
+SELECT pg_is_in_recovery(), \
+       current_setting('transaction_read_only'), \
+       current_setting('default_transaction_read_only')";
+
+/// A position in the write-ahead log, as PostgreSQL prints it: `16/B374D848`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lsn(u64);
+
+impl Lsn {
+    /// The position in bytes.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for Lsn {
+    type Err = BadReport;
+
+    fn from_str(text: &str) -> Result<Self, BadReport> {
+        let bad = || BadReport::new("an LSN", text);
+        let (high, low) = text.split_once('/').ok_or_else(bad)?;
+        let half = |digits: &str| {
+            let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+            plain.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
+        };
+        let (high, low) = (half(high).ok_or_else(bad)?, half(low).ok_or_else(bad)?);
+        Ok(Self(u64::from(high) << 32 | u64::from(low)))
+    }
+}
+
+impl fmt::Display for Lsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:X}/{:X}", self.0 >> 32, self.0 & 0xFFFF_FFFF)
+    }
+}
+
+/// An answer to the probe that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the server's answer to the probe makes no sense: expected {expected}, got `{got}`")]
+pub struct BadReport {
+    expected: &'static str,
+    got: String,
+}
+
+impl BadReport {
+    fn new(expected: &'static str, got: &str) -> Self {
+        // What a stranger sends is not copied into logs at any length.
+        Self { expected, got: got.chars().take(64).collect() }
+    }
+}
+
+/// What a server is to this pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Role {
+    /// Not in recovery, and new transactions may write.
+    Primary,
+    /// In recovery.
+    Standby,
+    /// Not in recovery, but new transactions are read-only by default: fenced.
+    Fenced,
+    /// Not in recovery, but the statement that asked began when it was: the promotion is a moment old.
+    Promoting,
+}
+
+/// What a server said of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServerReport {
+    /// `pg_is_in_recovery()`: the server is a standby, or recovers from a crash.
+    pub in_recovery: bool,
+    /// `transaction_read_only` in the session that asked.
+    pub read_only: bool,
+    /// `default_transaction_read_only` in the session that asked.
+    pub default_read_only: bool,
+    /// A new session would get `default_transaction_read_only = on`, by `ALTER DATABASE` or `ALTER ROLE`.
+    pub fence_pending: bool,
+    /// Equal on all servers of one cluster. `None` where the role may not read it.
+    pub system_identifier: Option<u64>,
+    /// When the server was started, in microseconds since 1970.
+    pub started_at: Option<i64>,
+    /// The timeline that a primary writes; it grows with each promotion. `None` on a standby.
+    pub timeline: Option<u32>,
+    /// A primary's end of WAL; a standby's end of replay.
+    pub wal: Option<Lsn>,
+}
+
+impl ServerReport {
+    /// What the server is to this pool.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        match self {
+            Self { in_recovery: true, .. } => Role::Standby,
+            Self { default_read_only: true, .. } => Role::Fenced,
+            Self { read_only: true, .. } => Role::Promoting,
+            _ => Role::Primary,
+        }
+    }
+
+    /// Reads a row of [`PROBE`] or [`ROLE_PROBE`].
+    pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
+        let column = |index: usize| row.get(index).copied().flatten();
+        let flag = |index: usize| {
+            let text = column(index).unwrap_or("NULL");
+            boolean(text).ok_or_else(|| BadReport::new("on or off", text))
+        };
+        let in_recovery = flag(0)?;
+        Ok(Self {
+            in_recovery,
+            read_only: flag(1)?,
+            default_read_only: flag(2)?,
+            fence_pending: column(3).and_then(boolean).unwrap_or(false),
+            system_identifier: column(4).map(system_identifier).transpose()?,
+            started_at: column(5).map(|text| number(text, "a start time")).transpose()?,
+            timeline: column(6).map(timeline).transpose()?,
+            wal: column(7).map(str::parse).transpose()?,
+        })
+    }
+}
+
+fn boolean(text: &str) -> Option<bool> {
+    match text {
+        "t" | "on" => Some(true),
+        "f" | "off" => Some(false),
+        _ => None,
+    }
+}
+
+fn number<T: FromStr>(text: &str, expected: &'static str) -> Result<T, BadReport> {
+    text.parse().map_err(|_| BadReport::new(expected, text))
+}
+
+/// PostgreSQL keeps 64 unsigned bits and shows them as a signed bigint.
+fn system_identifier(text: &str) -> Result<u64, BadReport> {
+    number::<i64>(text, "a system identifier").map(i64::cast_unsigned)
+}
+
+/// The timeline in a WAL file's name: 24 hexadecimal digits, the first eight are the timeline; 0 is not a timeline.
+fn timeline(text: &str) -> Result<u32, BadReport> {
+    let bad = || BadReport::new("the name of a WAL file", text);
+    if text.len() != 24 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(bad());
+    }
+    let digits = text.get(..8).ok_or_else(bad)?;
+    u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRIMARY: [Option<&str>; 8] = [
+        Some("f"),
+        Some("off"),
+        Some("off"),
+        None,
+        Some("7301827364512345678"),
+        Some("1764000000123456"),
+        Some("0000000200000000000000A1"),
+        Some("0/A1000060"),
+    ];
+
+    fn with(index: usize, value: Option<&'static str>) -> Result<ServerReport, BadReport> {
+        let mut row = PRIMARY;
+        row[index] = value;
+        ServerReport::parse(&row)
+    }
+
+    #[test]
+    fn a_primary_is_read_whole() {
+        let report = ServerReport::parse(&PRIMARY).unwrap();
+        assert_eq!(report.role(), Role::Primary);
+        assert_eq!(report.timeline, Some(2));
+        assert_eq!(report.system_identifier, Some(7_301_827_364_512_345_678));
+        assert_eq!(report.wal.map(|lsn| lsn.to_string()), Some("0/A1000060".to_owned()));
+        assert!(!report.fence_pending);
+    }
+
+    #[test]
+    fn roles() {
+        assert_eq!(with(0, Some("t")).unwrap().role(), Role::Standby);
+        assert_eq!(with(2, Some("on")).unwrap().role(), Role::Fenced);
+        assert_eq!(with(1, Some("on")).unwrap().role(), Role::Promoting);
+        assert!(with(3, Some("t")).unwrap().fence_pending);
+    }
+
+    #[test]
+    fn three_columns_tell_the_role_alone() {
+        let report = ServerReport::parse(&PRIMARY[..3]).unwrap();
+        assert_eq!(report.role(), Role::Primary);
+        assert_eq!((report.system_identifier, report.timeline, report.wal), (None, None, None));
+    }
+
+    #[test]
+    fn nonsense_is_refused_not_believed() {
+        for (index, value) in [
+            (0, None),
+            (0, Some("maybe")),
+            (1, Some("")),
+            (2, None),
+            (4, Some("not a number")),
+            (4, Some("99999999999999999999")),
+            (5, Some("yesterday")),
+            (6, Some("")),
+            (6, Some("0000000000000000000000A1")),
+            (6, Some("00000002000000000000000A1")),
+            (6, Some("zz0000020000000000000000")),
+            (7, Some("0")),
+            (7, Some("1FFFFFFFF/0")),
+            (7, Some("+1/0")),
+            (7, Some("/")),
+        ] {
+            assert!(with(index, value).is_err(), "column {index}: {value:?}");
+        }
+        assert!(ServerReport::parse(&[]).is_err());
+    }
+
+    #[test]
+    fn a_system_identifier_with_the_highest_bit_is_shown_negative() {
+        assert_eq!(with(4, Some("-1")).unwrap().system_identifier, Some(u64::MAX));
+    }
+
+    #[test]
+    fn a_bad_report_does_not_repeat_a_long_answer() {
+        let text = "x".repeat(10_000);
+        let error = text.parse::<Lsn>().unwrap_err().to_string();
+        assert!(error.len() < 200, "{error}");
+    }
+}

@@ -1,0 +1,686 @@
+//! The topology fed by hand, and by a small world of servers under a virtual clock.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const fn ms(milliseconds: u64) -> Duration {
+    Duration::from_millis(milliseconds)
+}
+
+fn settings() -> Settings {
+    Settings {
+        poll: (ms(20), ms(250)),
+        heartbeat: ms(1000),
+        heartbeat_timeout: ms(2000),
+        patrol: ms(5000),
+        probe_timeout: ms(3000),
+        dead_after: ms(20_000),
+    }
+}
+
+fn address(n: u8) -> Address {
+    Address::Tcp(SocketAddr::from(([127, 0, 0, n], 5432)))
+}
+
+fn endpoint(n: u8) -> Endpoint {
+    Endpoint { host: Some(Arc::from("pg.internal")), address: address(n) }
+}
+
+/// Server `n` as the primary of `timeline`, started at `n`.
+fn primary(n: u8, timeline: u32) -> ServerReport {
+    ServerReport {
+        in_recovery: false,
+        read_only: false,
+        default_read_only: false,
+        fence_pending: false,
+        system_identifier: Some(77),
+        started_at: Some(i64::from(n)),
+        timeline: Some(timeline),
+        wal: None,
+    }
+}
+
+fn standby(n: u8) -> ServerReport {
+    ServerReport { in_recovery: true, read_only: true, timeline: None, ..primary(n, 1) }
+}
+
+fn fenced(n: u8, timeline: u32) -> ServerReport {
+    ServerReport { read_only: true, default_read_only: true, ..primary(n, timeline) }
+}
+
+fn failure(kind: FailureKind) -> ProbeFailure {
+    ProbeFailure::new(kind, format!("{kind:?}"))
+}
+
+/// A topology, its clock, and all that it asked for.
+struct Bench {
+    topology: Topology,
+    now: Instant,
+    log: Vec<Action>,
+}
+
+impl Bench {
+    fn new(members: u8) -> Self {
+        let now = Instant::now();
+        let configured = (1..=members).map(endpoint).collect();
+        let mut bench = Self { topology: Topology::new(settings(), configured, false, 1, now), now, log: Vec::new() };
+        bench.poll();
+        bench
+    }
+
+    /// Three members; the first is the primary of timeline 1, the others are standbys.
+    fn settled() -> Self {
+        let mut bench = Self::new(3);
+        bench.report(2, standby(2));
+        bench.report(3, standby(3));
+        bench.report(1, primary(1, 1));
+        assert_eq!(bench.primary(), Some(1));
+        bench.log.clear();
+        bench
+    }
+
+    fn poll(&mut self) {
+        let actions = self.topology.poll(self.now);
+        self.log.extend(actions);
+    }
+
+    fn wait(&mut self, duration: Duration) {
+        let until = self.now + duration;
+        while let Some(next) = self.topology.wake_at().filter(|at| *at <= until) {
+            self.now = self.now.max(next);
+            self.poll();
+        }
+        self.now = until;
+        self.poll();
+    }
+
+    fn answer(&mut self, n: u8, result: Result<ServerReport, ProbeFailure>, fresh: bool, still_open: bool) {
+        self.topology.probed(self.now, Probed { address: address(n), result, fresh, still_open });
+        self.poll();
+    }
+
+    fn report(&mut self, n: u8, report: ServerReport) {
+        self.answer(n, Ok(report), true, true);
+    }
+
+    fn fail(&mut self, n: u8, kind: FailureKind) {
+        self.answer(n, Err(failure(kind)), true, false);
+    }
+
+    fn suspect(&mut self, generation: u64) {
+        self.topology.suspected(self.now, GenerationId(generation), Suspicion::Connection);
+        self.poll();
+    }
+
+    /// The last number of the current primary's address.
+    fn primary(&self) -> Option<u8> {
+        match self.topology.view().state {
+            State::Primary { endpoint, .. } => match endpoint.address {
+                Address::Tcp(SocketAddr::V4(address)) => Some(address.ip().octets()[3]),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn refused(&self) -> bool {
+        matches!(self.topology.view().state, State::Searching { refused: Some(_) })
+    }
+
+    fn ended(&self) -> Vec<u64> {
+        let end = |action: &Action| match action {
+            Action::End { id, .. } => Some(id.get()),
+            _ => None,
+        };
+        self.log.iter().filter_map(end).collect()
+    }
+
+    fn asked(&self, n: u8) -> usize {
+        let asks =
+            |action: &&Action| matches!(action, Action::Probe { endpoint, .. } if endpoint.address == address(n));
+        self.log.iter().filter(asks).count()
+    }
+
+    fn asked_freshly(&self, n: u8) -> bool {
+        self.log.iter().any(
+            |action| matches!(action, Action::Probe { endpoint, fresh: true, .. } if endpoint.address == address(n)),
+        )
+    }
+}
+
+#[test]
+fn the_first_search_waits_a_moment_for_an_objection() {
+    let mut bench = Bench::new(2);
+    bench.now += ms(4);
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), None, "the other may be on a newer timeline");
+    bench.report(2, primary(2, 2));
+    assert_eq!(bench.primary(), Some(2));
+}
+
+#[test]
+fn a_silent_candidate_delays_the_first_search_by_the_grace_at_most() {
+    let mut bench = Bench::new(2);
+    bench.now += ms(4);
+    bench.report(1, primary(1, 1));
+    bench.wait(ms(10));
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_promotion_is_believed_at_once() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    assert_eq!(bench.primary(), None);
+    assert!(bench.ended().is_empty(), "a dead primary is no proof of a new one");
+    bench.wait(ms(30));
+    // Servers 1 and 3 have not answered since; timeline 2 settles it.
+    bench.report(2, primary(2, 2));
+    assert_eq!(bench.primary(), Some(2));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_zombie_is_refused_and_said_once() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(6000));
+    bench.report(2, primary(2, 2));
+    assert_eq!(bench.primary(), Some(2), "the patrol saw the promotion");
+    assert_eq!(bench.ended(), [1]);
+    bench.log.clear();
+    for _ in 0..3 {
+        bench.wait(ms(7000));
+        bench.report(2, primary(2, 2));
+        bench.report(1, primary(1, 1));
+    }
+    assert_eq!(bench.primary(), Some(2));
+    let said = bench.log.iter().filter(|action| matches!(action, Action::Notice(_))).count();
+    assert_eq!(said, 1);
+}
+
+#[test]
+fn another_cluster_is_refused() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(6000));
+    bench.report(2, ServerReport { system_identifier: Some(78), ..primary(2, 9) });
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_late_signal_of_an_older_generation_changes_nothing() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(6000));
+    bench.report(2, primary(2, 2));
+    bench.log.clear();
+    bench.suspect(1);
+    bench.wait(ms(100));
+    assert_eq!(bench.primary(), Some(2));
+    assert!(!bench.asked_freshly(2));
+}
+
+#[test]
+fn a_suspicion_is_looked_into_on_a_new_session_and_evicts_nobody_by_itself() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.log.clear();
+    bench.suspect(1);
+    assert!(bench.asked_freshly(1));
+    assert_eq!(bench.primary(), Some(1));
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+    assert!(bench.ended().is_empty());
+}
+
+#[test]
+fn many_suspicions_are_one_probe_per_interval() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.log.clear();
+    for _ in 0..50 {
+        bench.suspect(1);
+        bench.now += ms(2);
+        if bench.topology.members[&address(1)].asking {
+            bench.report(1, primary(1, 1));
+        }
+    }
+    assert!(bench.asked(1) <= 6, "asked {} times in 100 ms", bench.asked(1));
+}
+
+#[test]
+fn a_slow_server_is_resumed_and_loses_no_connection() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+    assert_eq!(bench.primary(), None, "nobody is sent to a silent server");
+    bench.wait(ms(500));
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+    assert!(bench.ended().is_empty());
+    assert_eq!(bench.topology.view().generation.get(), 1);
+}
+
+#[test]
+fn a_silent_server_is_given_up_after_dead_after() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+    bench.wait(ms(18_000));
+    assert!(bench.ended().is_empty());
+    bench.wait(ms(2000));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_restart_is_a_new_generation() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(100));
+    bench.report(2, standby(2));
+    bench.report(3, standby(3));
+    bench.report(1, ServerReport { started_at: Some(999), ..primary(1, 1) });
+    assert_eq!(bench.primary(), Some(1));
+    assert_eq!(bench.topology.view().generation.get(), 2);
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn the_same_server_at_another_address_keeps_its_connections() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(50));
+    bench.report(3, primary(1, 1));
+    assert_eq!(bench.primary(), Some(3));
+    assert_eq!(bench.topology.view().generation.get(), 1);
+    assert!(bench.ended().is_empty());
+}
+
+#[test]
+fn without_a_start_time_another_address_is_another_server() {
+    let anonymous = ServerReport { system_identifier: None, started_at: None, timeline: None, ..primary(1, 1) };
+    let mut bench = Bench::new(2);
+    bench.report(2, ServerReport { system_identifier: None, started_at: None, ..standby(2) });
+    bench.report(1, anonymous.clone());
+    assert_eq!(bench.primary(), Some(1));
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(50));
+    bench.report(2, anonymous);
+    assert_eq!(bench.primary(), Some(2));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_fence_on_the_primary_ends_its_generation() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Ok(fenced(1, 1)), false, true);
+    assert_eq!(bench.primary(), None);
+    assert_eq!(bench.ended(), [1]);
+    bench.wait(ms(50));
+    bench.report(1, fenced(1, 1));
+    assert!(!bench.topology.keeps(&address(1)), "a session opened under a fence stays read-only after it");
+}
+
+#[test]
+fn a_fence_for_new_sessions_is_looked_into_on_a_new_session() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.log.clear();
+    bench.answer(1, Ok(ServerReport { fence_pending: true, ..primary(1, 1) }), false, true);
+    assert_eq!(bench.primary(), Some(1), "suspicion, not proof");
+    bench.wait(ms(20));
+    assert!(bench.asked_freshly(1));
+    bench.report(1, fenced(1, 1));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_read_only_session_stops_checkouts_until_the_primary_is_verified() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.topology.suspected(bench.now, GenerationId(1), Suspicion::ReadOnly);
+    bench.poll();
+    assert_eq!(bench.primary(), None);
+    assert!(bench.ended().is_empty());
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_standby_behind_the_address_proves_nothing_about_the_server_in_use() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.suspect(1);
+    bench.report(1, standby(9));
+    assert_eq!(bench.primary(), None);
+    assert!(bench.ended().is_empty(), "a proxy may have sent the probe elsewhere");
+    bench.wait(ms(50));
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_server_that_takes_no_new_session_keeps_the_old_ones() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1500));
+    bench.suspect(1);
+    bench.answer(1, Err(failure(FailureKind::NotNow)), true, true);
+    assert_eq!(bench.primary(), Some(1), "53300, or a smart shutdown: what is open works");
+    bench.wait(ms(1000));
+    bench.answer(1, Ok(primary(1, 1)), false, true);
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn the_end_of_the_heartbeat_session_alone_is_no_loss() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.log.clear();
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+    assert_eq!(bench.primary(), Some(1));
+    bench.wait(ms(20));
+    assert!(bench.asked_freshly(1));
+    bench.report(1, primary(1, 1));
+    assert!(bench.ended().is_empty());
+}
+
+#[test]
+fn refused_credentials_are_told_at_once() {
+    let mut bench = Bench::new(3);
+    bench.fail(1, FailureKind::Unreachable);
+    bench.fail(2, FailureKind::Refused);
+    assert!(!bench.refused(), "the third may take them");
+    bench.fail(3, FailureKind::Refused);
+    assert!(bench.refused());
+}
+
+#[test]
+fn one_server_that_refuses_does_not_speak_for_a_dead_primary() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(50));
+    bench.fail(2, FailureKind::Refused);
+    bench.fail(3, FailureKind::Refused);
+    assert!(!bench.refused(), "the credentials were good a moment ago, and the primary may come back");
+    bench.wait(ms(50));
+    bench.fail(1, FailureKind::Refused);
+    assert!(bench.refused(), "now everybody refuses them");
+}
+
+#[test]
+fn a_refusal_is_taken_back() {
+    let mut bench = Bench::new(1);
+    bench.fail(1, FailureKind::Refused);
+    assert!(bench.refused());
+    bench.log.clear();
+    bench.wait(ms(900));
+    assert_eq!(bench.asked(1), 0, "not hammered");
+    bench.topology.demanded(bench.now);
+    bench.poll();
+    assert_eq!(bench.asked(1), 1);
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_search_asks_each_server_once_per_interval() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.log.clear();
+    let steps = 500;
+    for _ in 0..steps {
+        bench.wait(ms(2));
+        for n in 1..=3 {
+            if bench.topology.members[&address(n)].asking {
+                bench.fail(n, FailureKind::Unreachable);
+            }
+        }
+    }
+    for n in 1..=3 {
+        // 1000 ms at 20 ms ± 25 %
+        assert!((30..=67).contains(&bench.asked(n)), "server {n} was asked {} times", bench.asked(n));
+    }
+}
+
+#[test]
+fn a_search_slows_down_with_the_outage() {
+    let bench = Bench::settled();
+    assert_eq!(bench.topology.poll_pause(ms(500)), ms(20));
+    assert_eq!(bench.topology.poll_pause(ms(10_000)), ms(100));
+    assert_eq!(bench.topology.poll_pause(Duration::from_secs(3600)), ms(250));
+}
+
+#[test]
+fn a_member_that_dns_forgot_is_still_asked() {
+    let now = Instant::now();
+    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
+    topology.resolved(now, (1..=4).map(endpoint).collect(), None, true);
+    topology.poll(now);
+    let probed = |n: u8, result| Probed { address: address(n), result, fresh: true, still_open: true };
+    topology.probed(now, probed(2, Ok(standby(2))));
+    topology.probed(now, probed(1, Ok(primary(1, 1))));
+    topology.poll(now + ms(200));
+    topology.probed(now, probed(2, Ok(standby(2))));
+    topology.resolved(now + ms(5000), vec![endpoint(1)], None, true);
+    let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
+    assert_eq!(known, [address(1), address(2)], "3 and 4 never proved to be members");
+    topology.resolved(now + ms(10_000), Vec::new(), Some("SERVFAIL".to_owned()), false);
+    assert_eq!(topology.candidates().len(), 2, "a failed look-up forgets nobody");
+}
+
+#[test]
+fn a_thousand_addresses_are_not_all_probed() {
+    let now = Instant::now();
+    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
+    let many = (0..1000_u16).map(|n| {
+        let [high, low] = n.to_be_bytes();
+        let address = Address::Tcp(SocketAddr::from(([127, 1, high, low], 5432)));
+        Endpoint { host: None, address }
+    });
+    topology.resolved(now, many.collect(), None, true);
+    let probes = topology.poll(now).iter().filter(|action| matches!(action, Action::Probe { .. })).count();
+    assert_eq!(probes, MAX_MEMBERS);
+}
+
+/// A world of servers: what each would answer. Commands change it; the topology asks it.
+#[derive(Clone, Debug)]
+enum Command {
+    Kill(usize),
+    Restart(usize),
+    Promote(usize),
+    Fence(usize, bool),
+    Freeze(usize, bool),
+    Suspect(u64),
+    Wait(u64),
+}
+
+#[derive(Clone)]
+struct Server {
+    up: bool,
+    frozen: bool,
+    fenced: bool,
+    primary: bool,
+    timeline: u32,
+    started: i64,
+}
+
+struct World {
+    servers: Vec<Server>,
+    starts: i64,
+    newest: u32,
+}
+
+impl World {
+    fn answer(&self, index: usize) -> Result<ServerReport, ProbeFailure> {
+        let server = &self.servers[index];
+        if !server.up {
+            return Err(failure(FailureKind::Unreachable));
+        }
+        if server.frozen {
+            return Err(failure(FailureKind::TimedOut));
+        }
+        let report = ServerReport { started_at: Some(server.started), ..primary(1, server.timeline) };
+        Ok(match (server.primary, server.fenced) {
+            (true, true) => ServerReport { read_only: true, default_read_only: true, ..report },
+            (true, false) => report,
+            (false, _) => ServerReport { in_recovery: true, read_only: true, timeline: None, ..report },
+        })
+    }
+
+    fn apply(&mut self, command: &Command) {
+        match *command {
+            Command::Kill(n) => self.servers[n].up = false,
+            Command::Restart(n) if !self.servers[n].up => {
+                self.starts += 1;
+                self.servers[n].started = self.starts;
+                self.servers[n].up = true;
+            }
+            Command::Promote(n) if self.servers[n].up && !self.servers[n].primary => {
+                self.newest += 1;
+                self.servers[n].timeline = self.newest;
+                self.servers[n].primary = true;
+            }
+            Command::Fence(n, fenced) => self.servers[n].fenced = fenced,
+            Command::Freeze(n, frozen) => self.servers[n].frozen = frozen,
+            _ => {}
+        }
+    }
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    let server = 0..3_usize;
+    prop_oneof![
+        server.clone().prop_map(Command::Kill),
+        server.clone().prop_map(Command::Restart),
+        server.clone().prop_map(Command::Promote),
+        (server.clone(), any::<bool>()).prop_map(|(n, on)| Command::Fence(n, on)),
+        (server, any::<bool>()).prop_map(|(n, on)| Command::Freeze(n, on)),
+        (0..4_u64).prop_map(Command::Suspect),
+        (1..8000_u64).prop_map(Command::Wait),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+
+    /// Over any history: the published timeline and the generation never go back, a generation ends at most once and
+    /// before a later one begins, nothing is asked twice at a time, and when the dust has settled the newest writable
+    /// primary is the one in use, or none is if there is none.
+    #[test]
+    fn any_history_ends_on_the_newest_primary(commands in prop::collection::vec(command(), 0..40)) {
+        let started = |started| Server { up: true, frozen: false, fenced: false, primary: started == 1, timeline: 1, started };
+        let mut world = World { servers: (1..=3).map(started).collect(), starts: 10, newest: 1 };
+        let mut bench = Bench::new(3);
+        let mut watch = Watch::default();
+        for command in &commands {
+            world.apply(command);
+            match *command {
+                Command::Suspect(generation) => bench.suspect(generation),
+                Command::Wait(milliseconds) => watch.run(&mut bench, &world, ms(milliseconds))?,
+                _ => {}
+            }
+        }
+        for server in &mut world.servers {
+            server.frozen = false;
+        }
+        watch.run(&mut bench, &world, ms(60_000))?;
+        let writable = |server: &&Server| server.up && server.primary && !server.fenced;
+        let best = world.servers.iter().filter(writable).map(|server| server.timeline).max();
+        let used = match bench.topology.view().state {
+            State::Primary { report, .. } => report.timeline,
+            _ => None,
+        };
+        // A primary of an older timeline than one that was seen and died is rightly refused.
+        prop_assert_eq!(used, best.filter(|timeline| Some(*timeline) >= bench.topology.newest_timeline));
+    }
+}
+
+/// What must hold at every step, and the probes that are under way.
+#[derive(Default)]
+struct Watch {
+    timeline: Option<u32>,
+    generation: u64,
+    begun: Vec<u64>,
+    ended: Vec<u64>,
+    answers: Vec<Answered>,
+}
+
+struct Answered {
+    at: Instant,
+    address: Address,
+    fresh: bool,
+    silent: bool,
+}
+
+impl Watch {
+    fn run(&mut self, bench: &mut Bench, world: &World, duration: Duration) -> Result<(), TestCaseError> {
+        let until = bench.now + duration;
+        loop {
+            for action in std::mem::take(&mut bench.log) {
+                self.see(bench, world, action)?;
+            }
+            let answer = self.answers.iter().map(|answer| answer.at).min();
+            let Some(next) = answer.into_iter().chain(bench.topology.wake_at()).min().filter(|at| *at <= until) else {
+                break;
+            };
+            bench.now = bench.now.max(next);
+            let due = |answer: &mut Answered| answer.at <= next;
+            for answer in self.answers.extract_if(.., due).collect::<Vec<_>>() {
+                Self::deliver(bench, world, answer);
+            }
+            bench.poll();
+        }
+        bench.now = until;
+        Ok(())
+    }
+
+    fn deliver(bench: &mut Bench, world: &World, answered: Answered) {
+        let index = index_of(&answered.address);
+        let result = if answered.silent { Err(failure(FailureKind::TimedOut)) } else { world.answer(index) };
+        let still_open = result.is_ok();
+        let Answered { address, fresh, .. } = answered;
+        bench.topology.probed(bench.now, Probed { address, result, fresh, still_open });
+    }
+
+    fn see(&mut self, bench: &Bench, world: &World, action: Action) -> Result<(), TestCaseError> {
+        match action {
+            Action::Begin { primary, .. } => {
+                prop_assert!(primary.id.get() > self.generation, "generation went back");
+                prop_assert!(primary.report.timeline >= self.timeline, "timeline went back");
+                prop_assert!(self.begun.iter().all(|id| self.ended.contains(id)), "an older generation lives on");
+                self.generation = primary.id.get();
+                self.timeline = primary.report.timeline;
+                self.begun.push(self.generation);
+            }
+            Action::End { id, .. } => {
+                prop_assert!(!self.ended.contains(&id.get()), "ended twice");
+                self.ended.push(id.get());
+            }
+            Action::Probe { endpoint, fresh, within } => {
+                let address = endpoint.address;
+                prop_assert!(self.answers.iter().all(|answer| answer.address != address), "asked twice at a time");
+                let silent = world.servers[index_of(&address)].frozen;
+                let at = bench.now + if silent { within } else { ms(1) };
+                self.answers.push(Answered { at, address, fresh, silent });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn index_of(wanted: &Address) -> usize {
+    (1..=3).position(|n| address(n) == *wanted).unwrap_or_default()
+}

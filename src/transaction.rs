@@ -1,0 +1,346 @@
+//! Transactions that run again across a failover, and are applied once.
+//!
+//! Decides, by the table in `decide`, what follows from a failed attempt; knows nothing of how connections are made.
+//! Invariants: COMMIT is sent at most once per attempt; after an in-doubt COMMIT nothing is run again unless the caller
+//! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool.
+//! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
+
+mod decide;
+mod run;
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool_postgres::ClientWrapper;
+use futures_util::FutureExt;
+use tokio_postgres::IsolationLevel;
+
+use crate::error::Error;
+use crate::pool::{Client, Pool};
+use crate::retry::RetryPolicy;
+use decide::Mode;
+
+impl Pool {
+    /// Runs `work` in a transaction on the primary and commits it; runs it again when a failover, a serialization
+    /// failure or a deadlock ended it *before it was committed*, within the pool's [`RetryPolicy`].
+    ///
+    /// `Ok` means committed. An error means not committed, but for [`Error::CommitUnknown`]: the connection was lost
+    /// between COMMIT and its answer. If your work can be applied twice without harm, [`Pool::idempotent`] runs it again
+    /// in that case, too.
+    ///
+    /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
+    /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,
+    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it.
+    ///
+    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it.
+    /// Cancel-safe: when the future is dropped, the server is told to stop, the connection is closed and the transaction
+    /// rolled back, unless COMMIT was under way.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool, sku: String) -> Result<(), Box<dyn std::error::Error>> {
+    /// let id: i64 = pool
+    ///     .transaction(async |tx| {
+    ///         tx.execute("UPDATE stock SET left = left - 1 WHERE sku = $1", &[&sku]).await?;
+    ///         let row = tx.query_one("INSERT INTO orders (sku) VALUES ($1) RETURNING id", &[&sku]).await?;
+    ///         Ok(row.get(0))
+    ///     })
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn transaction<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        self.build_transaction().run(work).await
+    }
+
+    /// Like [`Pool::transaction`], for work that may be applied more than once: it is run again also when the outcome of
+    /// its commit is unknown, so it fails only when the retry policy ends it.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool, id: i64) -> Result<(), Box<dyn std::error::Error>> {
+    /// pool.idempotent(async |tx| {
+    ///     tx.execute("INSERT INTO payments (id) VALUES ($1) ON CONFLICT (id) DO NOTHING", &[&id]).await?;
+    ///     Ok(())
+    /// })
+    /// .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn idempotent<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        self.build_transaction().guarantee(Guarantee::AtLeastOnce).run(work).await
+    }
+
+    /// Like [`Pool::transaction`], read-only: it can be run again at any point. A statement that writes gets its
+    /// SQLSTATE 25006 back, once.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let orders: i64 = pool
+    ///     .read(async |tx| Ok(tx.query_one("SELECT count(*) FROM orders", &[]).await?.get(0)))
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn read<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        self.build_transaction().read_only(true).run(work).await
+    }
+
+    /// Starts a transaction with options of its own.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    /// use tokio_postgres::IsolationLevel;
+    ///
+    /// pool.build_transaction()
+    ///     .isolation_level(IsolationLevel::Serializable)
+    ///     .deadline(Duration::from_secs(5))
+    ///     .run(async |tx| Ok(tx.batch_execute("UPDATE accounts SET balance = 0").await?))
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn build_transaction(&self) -> TransactionBuilder<'_> {
+        TransactionBuilder {
+            pool: self,
+            isolation_level: None,
+            read_only: false,
+            deferrable: false,
+            guarantee: Guarantee::default(),
+            retry: self.retry_policy().clone(),
+        }
+    }
+}
+
+/// What holds when the outcome of a COMMIT cannot be known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Guarantee {
+    /// The call fails with [`Error::CommitUnknown`]: the work was applied once or not at all.
+    #[default]
+    AtMostOnce,
+    /// The work is run again: it may have been applied more than once when the call returns.
+    AtLeastOnce,
+}
+
+/// The options of one transaction, from [`Pool::build_transaction`].
+#[derive(Debug)]
+#[must_use = "a builder does nothing until `run` is called"]
+pub struct TransactionBuilder<'a> {
+    pool: &'a Pool,
+    isolation_level: Option<IsolationLevel>,
+    read_only: bool,
+    deferrable: bool,
+    guarantee: Guarantee,
+    retry: RetryPolicy,
+}
+
+impl TransactionBuilder<'_> {
+    /// The isolation level. Default: the server's.
+    pub fn isolation_level(mut self, level: IsolationLevel) -> Self {
+        self.isolation_level = Some(level);
+        self
+    }
+
+    /// Begins `READ ONLY`, and may therefore be run again at any point. `false`, the default, leaves the access mode to
+    /// the server: `READ WRITE` is never asked for, since that would break through a fence.
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Begins `DEFERRABLE`: of use with serializable read-only transactions.
+    pub fn deferrable(mut self, deferrable: bool) -> Self {
+        self.deferrable = deferrable;
+        self
+    }
+
+    /// What holds when the outcome of the COMMIT cannot be known.
+    pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
+        self.guarantee = guarantee;
+        self
+    }
+
+    /// The retry policy of this call. Default: the pool's.
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.retry = policy;
+        self
+    }
+
+    /// The deadline of this call; that of its retry policy.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.retry = self.retry.deadline(deadline);
+        self
+    }
+
+    /// Runs `work` with these options; see [`Pool::transaction`].
+    pub async fn run<T, F, Fut>(self, work: F) -> Result<T, Error>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        run::run(&self, work).await
+    }
+
+    fn mode(&self) -> Mode {
+        match self.guarantee {
+            _ if self.read_only => Mode::Read,
+            Guarantee::AtMostOnce => Mode::Once,
+            Guarantee::AtLeastOnce => Mode::Idempotent,
+        }
+    }
+
+    fn begin(&self) -> String {
+        let mut sql = "BEGIN".to_owned();
+        if let Some(level) = self.isolation_level {
+            sql.push_str(" ISOLATION LEVEL ");
+            sql.push_str(level_name(level));
+        }
+        if self.read_only {
+            sql.push_str(" READ ONLY");
+        }
+        if self.deferrable {
+            sql.push_str(" DEFERRABLE");
+        }
+        sql
+    }
+}
+
+fn level_name(level: IsolationLevel) -> &'static str {
+    match level {
+        IsolationLevel::ReadUncommitted => "READ UNCOMMITTED",
+        IsolationLevel::ReadCommitted => "READ COMMITTED",
+        IsolationLevel::RepeatableRead => "REPEATABLE READ",
+        // The driver's enum may grow; the strictest level is the safe reading of a name that is not known here.
+        _ => "SERIALIZABLE",
+    }
+}
+
+/// One attempt's transaction, given to the closure.
+///
+/// Derefs to deadpool-postgres' `ClientWrapper` and [`tokio_postgres::Client`]: `query`, `execute`, `prepare_cached`
+/// and all else that takes `&self`. It is owned, so that the closure's future can be spawned; when it (or something that
+/// borrows from it) is still alive after the closure has returned, the transaction is rolled back and the call fails
+/// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
+pub struct Transaction {
+    client: Arc<Client>,
+}
+
+impl Transaction {
+    fn new(client: Arc<Client>) -> Self {
+        Self { client }
+    }
+
+    /// Sets a savepoint. What fails in it can be undone without losing the transaction.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// pool.transaction(async |mut tx| {
+    ///     let savepoint = tx.savepoint().await?;
+    ///     match savepoint.execute("INSERT INTO tags (name) VALUES ('new')", &[]).await {
+    ///         Ok(_) => savepoint.release().await?,
+    ///         Err(_) => savepoint.rollback().await?,
+    ///     }
+    ///     Ok(())
+    /// })
+    /// .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn savepoint(&mut self) -> Result<Savepoint<'_>, Error> {
+        Savepoint::set(&self.client, 1).await
+    }
+}
+
+impl Deref for Transaction {
+    type Target = ClientWrapper;
+
+    fn deref(&self) -> &ClientWrapper {
+        &self.client
+    }
+}
+
+impl fmt::Debug for Transaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transaction").field("generation", &self.client.generation()).finish_non_exhaustive()
+    }
+}
+
+/// A savepoint within a [`Transaction`]. Dropping it without [`Savepoint::release`] rolls back to it.
+pub struct Savepoint<'a> {
+    client: &'a Client,
+    /// How deeply it is nested. A name needs to differ along one line of nesting only.
+    depth: u32,
+    /// Set until the savepoint was released or rolled back.
+    open: bool,
+}
+
+impl<'a> Savepoint<'a> {
+    async fn set(client: &'a Client, depth: u32) -> Result<Self, Error> {
+        let savepoint = Self { client, depth, open: true };
+        client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await?;
+        Ok(savepoint)
+    }
+
+    /// Sets a savepoint within this one.
+    pub async fn savepoint(&mut self) -> Result<Savepoint<'_>, Error> {
+        Savepoint::set(self.client, self.depth + 1).await
+    }
+
+    /// Keeps what was done since the savepoint, as a part of the transaction.
+    pub async fn release(mut self) -> Result<(), Error> {
+        self.open = false;
+        Ok(self.client.batch_execute(&format!("RELEASE SAVEPOINT {}", self.name())).await?)
+    }
+
+    /// Undoes what was done since the savepoint; the transaction goes on.
+    pub async fn rollback(mut self) -> Result<(), Error> {
+        self.open = false;
+        Ok(self.client.batch_execute(&self.undo()).await?)
+    }
+
+    fn name(&self) -> String {
+        format!("failover_{}", self.depth)
+    }
+
+    fn undo(&self) -> String {
+        let name = self.name();
+        format!("ROLLBACK TO SAVEPOINT {name}; RELEASE SAVEPOINT {name}")
+    }
+}
+
+impl Deref for Savepoint<'_> {
+    type Target = ClientWrapper;
+
+    fn deref(&self) -> &ClientWrapper {
+        self.client
+    }
+}
+
+impl Drop for Savepoint<'_> {
+    fn drop(&mut self) {
+        if self.open {
+            // The driver queues a request at the first poll of its future; the answer is of no interest.
+            let _ = self.client.batch_execute(&self.undo()).now_or_never();
+        }
+    }
+}
+
+impl fmt::Debug for Savepoint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Savepoint").field("name", &self.name()).finish_non_exhaustive()
+    }
+}

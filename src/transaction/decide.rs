@@ -1,0 +1,105 @@
+//! The table that says what follows from a failed attempt: mode × stage × verdict → next.
+//!
+//! Pure. Whether the *schedule* allows another attempt is asked afterwards; it may only say no.
+
+use crate::classify::Verdict;
+
+/// What the caller allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Run again only what is known not to have been committed.
+    Once,
+    /// Applying the work twice is the same as once.
+    Idempotent,
+    /// Nothing is written.
+    Read,
+}
+
+/// How far an attempt had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// COMMIT was not sent.
+    Body,
+    /// COMMIT was sent, and its answer proves a rollback.
+    Refused,
+    /// COMMIT was sent; whether it was carried out is not known.
+    InDoubt,
+}
+
+/// What to do with a failed attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Give the caller the error.
+    Return,
+    /// Run the closure again.
+    Rerun,
+    /// Tell the caller that the outcome is unknown.
+    Unknown,
+    /// Give the caller the closure's value: there was nothing to commit.
+    Done,
+}
+
+/// `verdict`: [`Verdict::ReadOnly`] means here that the *server* refuses writes; a transaction that made itself
+/// read-only counts as the application's own doing.
+#[deny(clippy::wildcard_enum_match_arm)]
+pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
+    match (stage, mode) {
+        (Stage::InDoubt, Mode::Once) => return Next::Unknown,
+        (Stage::InDoubt, Mode::Idempotent) => return Next::Rerun,
+        (Stage::InDoubt, Mode::Read) => return Next::Done,
+        (Stage::Body | Stage::Refused, _) => {}
+    }
+    match verdict {
+        Verdict::ConnectionLost | Verdict::NotNow | Verdict::ReadOnly | Verdict::Conflict => Next::Rerun,
+        // "Unknown" before COMMIT was sent is about a statement of a transaction that is rolled back.
+        Verdict::OutcomeUnknown => Next::Rerun,
+        Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODES: [Mode; 3] = [Mode::Once, Mode::Idempotent, Mode::Read];
+    const VERDICTS: [Verdict; 9] = [
+        Verdict::ConnectionLost,
+        Verdict::NotNow,
+        Verdict::ReadOnly,
+        Verdict::Conflict,
+        Verdict::OutcomeUnknown,
+        Verdict::Aborted,
+        Verdict::Refused,
+        Verdict::NotPostgres,
+        Verdict::Application,
+    ];
+
+    #[test]
+    fn an_unknown_commit_is_never_run_again_unless_the_caller_allows_it() {
+        for verdict in VERDICTS {
+            assert_eq!(decide(Mode::Once, Stage::InDoubt, verdict), Next::Unknown, "{verdict:?}");
+            assert_eq!(decide(Mode::Idempotent, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
+            assert_eq!(decide(Mode::Read, Stage::InDoubt, verdict), Next::Done, "{verdict:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_failover_causes_is_run_again_in_every_mode() {
+        for mode in MODES {
+            for stage in [Stage::Body, Stage::Refused] {
+                for verdict in VERDICTS {
+                    let rerun = matches!(
+                        verdict,
+                        Verdict::ConnectionLost
+                            | Verdict::NotNow
+                            | Verdict::ReadOnly
+                            | Verdict::Conflict
+                            | Verdict::OutcomeUnknown
+                    );
+                    let expected = if rerun { Next::Rerun } else { Next::Return };
+                    assert_eq!(decide(mode, stage, verdict), expected, "{mode:?} {stage:?} {verdict:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The loop: attempt, decide, wait, again. Carries out what `decide` says.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres::SimpleQueryMessage;
+use tracing::Instrument;
+
+use super::decide::{Mode, Next, Stage, decide};
+use super::{Transaction, TransactionBuilder};
+use crate::classify::{Verdict, classify, classify_chain, commit_refused};
+use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, RolledBack};
+use crate::pool::{Client, Pool};
+use crate::retry::GiveUp;
+use crate::topology::Suspicion;
+
+/// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
+/// server say so, in the same message: 25P02.
+const COMMIT: &str = "SELECT 1; COMMIT";
+/// In one message: undo, and ask the session whether its server takes writes at all.
+const ROLLBACK_AND_ROLE: &str =
+    "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
+/// A session that does not answer its ROLLBACK within this is closed instead.
+const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
+
+pub(super) async fn run<T, F, Fut>(options: &TransactionBuilder<'_>, work: F) -> Result<T, Error>
+where
+    F: FnMut(Transaction) -> Fut,
+    Fut: Future<Output = Result<T, Error>>,
+{
+    let span = tracing::info_span!("transaction", db.system.name = "postgresql", mode = ?options.mode());
+    attempts(options, work).instrument(span).await
+}
+
+async fn attempts<T, F, Fut>(options: &TransactionBuilder<'_>, mut work: F) -> Result<T, Error>
+where
+    F: FnMut(Transaction) -> Fut,
+    Fut: Future<Output = Result<T, Error>>,
+{
+    let pool = options.pool;
+    let (begin, mode) = (options.begin(), options.mode());
+    let mut retries = options.retry.start(Instant::now(), pool.next_seed());
+    let mut doubt = false;
+    loop {
+        let number = retries.attempt();
+        let client = match pool.get_until(retries.deadline()).await {
+            Ok(client) => client,
+            Err(error) => return Err(for_good(error, number - 1, doubt)),
+        };
+        let span = tracing::debug_span!("attempt", number, generation = client.generation().get());
+        let failed = match Attempt::new(client).run(&begin, mode, &mut work).instrument(span).await {
+            Ok(value) => {
+                pool.budget().deposit();
+                return Ok(value);
+            }
+            Err(failed) => failed,
+        };
+        let Failed { stage, verdict, error, value } = failed;
+        match (decide(mode, stage, verdict), value) {
+            (Next::Done, Some(value)) => return Ok(value),
+            (Next::Unknown, _) => return Err(unknown(error)),
+            (Next::Return, _) => return Err(for_good(error, number, doubt)),
+            (Next::Rerun | Next::Done, _) => {}
+        }
+        doubt |= stage == Stage::InDoubt;
+        match retries.next(Instant::now(), pool.budget()) {
+            Ok(delay) => {
+                tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
+                sleep(delay).await;
+            }
+            Err(why) => return Err(given_up(error, number, why, stage, doubt)),
+        }
+    }
+}
+
+/// An error that no re-run would mend. "Not committed" must be true of every attempt, not of the last alone.
+fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
+    if !doubt {
+        return error;
+    }
+    let why = "as the next failed for good".to_owned();
+    Error::Exhausted(Box::new(Exhausted::new(attempts, why, CommitOutcome::Unknown, error)))
+}
+
+fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
+    if why == GiveUp::Attempts(1) {
+        return if stage == Stage::InDoubt { unknown(error) } else { error };
+    }
+    let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
+    Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
+}
+
+fn unknown(error: Error) -> Error {
+    match error {
+        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(source))),
+        other => other,
+    }
+}
+
+struct Failed<T> {
+    stage: Stage,
+    verdict: Verdict,
+    error: Error,
+    /// What the closure returned, where it had come to its end.
+    value: Option<T>,
+}
+
+impl<T> Failed<T> {
+    fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
+        Self { stage: Stage::Body, verdict, error: error.into(), value: None }
+    }
+}
+
+/// One connection during one attempt. Unless the session is known to be clean, dropping this closes it: so a future
+/// that is dropped at any point, or a closure that panics, leaves no open transaction behind.
+struct Attempt {
+    client: Arc<Client>,
+    clean: bool,
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.client.poison();
+        }
+    }
+}
+
+impl Attempt {
+    fn new(client: Client) -> Self {
+        Self { client: Arc::new(client), clean: false }
+    }
+
+    async fn run<T, F, Fut>(mut self, begin: &str, mode: Mode, work: &mut F) -> Result<T, Failed<T>>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        if let Err(error) = self.client.batch_execute(begin).await {
+            return Err(self.failed(mode, classify(&error), error.into()).await);
+        }
+        match work(Transaction::new(Arc::clone(&self.client))).await {
+            Ok(value) => self.commit(value).await,
+            Err(error) => {
+                let verdict = verdict_of(&error);
+                Err(self.failed(mode, verdict, error).await)
+            }
+        }
+    }
+
+    async fn commit<T>(&mut self, value: T) -> Result<T, Failed<T>> {
+        if Arc::strong_count(&self.client) > 1 {
+            let error = Error::RolledBack(RolledBack::HandleKept);
+            return Err(Failed::before_commit(Verdict::Application, error));
+        }
+        // On a session that has ended nothing is sent: then the transaction is certainly not committed.
+        let never_sent = self.client.is_closed();
+        let Err(error) = self.client.batch_execute(COMMIT).await else {
+            self.clean = true;
+            return Ok(value);
+        };
+        self.suspect();
+        let verdict = classify(&error);
+        if never_sent {
+            return Err(Failed::before_commit(verdict, error));
+        }
+        if !commit_refused(&error) {
+            return Err(Failed { stage: Stage::InDoubt, verdict, error: error.into(), value: Some(value) });
+        }
+        self.roll_back().await;
+        let error = match verdict {
+            Verdict::Aborted => Error::RolledBack(RolledBack::FailedInside),
+            _ => error.into(),
+        };
+        Err(Failed { stage: Stage::Refused, verdict, error, value: None })
+    }
+
+    /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
+    async fn failed<T>(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed<T> {
+        self.suspect();
+        if verdict == Verdict::ReadOnly && mode != Mode::Read {
+            let verdict = if self.server_is_read_only().await { verdict } else { Verdict::Application };
+            return Failed::before_commit(verdict, error);
+        }
+        self.roll_back().await;
+        let own_doing = verdict == Verdict::ReadOnly;
+        Failed::before_commit(if own_doing { Verdict::Application } else { verdict }, error)
+    }
+
+    async fn roll_back(&mut self) {
+        if !self.client.is_closed() {
+            let rolled_back = timeout(ROLLBACK_WITHIN, self.client.batch_execute("ROLLBACK")).await;
+            self.clean = matches!(rolled_back, Ok(Ok(())));
+        }
+    }
+
+    /// Rolls back and asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
+    /// had made itself read-only.
+    async fn server_is_read_only(&mut self) -> bool {
+        let asked = timeout(ROLLBACK_WITHIN, self.client.simple_query(ROLLBACK_AND_ROLE)).await;
+        let Ok(Ok(messages)) = asked else {
+            return true;
+        };
+        let read_only = messages.iter().any(|message| match message {
+            SimpleQueryMessage::Row(row) => matches!(row.try_get(0), Ok(Some("t"))),
+            _ => false,
+        });
+        if read_only {
+            self.pool().suspect(self.client.generation(), Suspicion::ReadOnly);
+        } else {
+            self.clean = true;
+        }
+        read_only
+    }
+
+    /// A session that ended makes its server suspect; other errors say nothing about it.
+    fn suspect(&self) {
+        if self.client.is_closed() {
+            self.pool().suspect(self.client.generation(), Suspicion::Connection);
+        }
+    }
+
+    fn pool(&self) -> &Pool {
+        self.client.pool()
+    }
+}
+
+fn verdict_of(error: &Error) -> Verdict {
+    match error {
+        Error::Database(error) => classify(error),
+        Error::Aborted(source) => classify_chain(source.as_ref()).unwrap_or(Verdict::Application),
+        _ => Verdict::Application,
+    }
+}

@@ -1,0 +1,42 @@
+//! Real PostgreSQL clusters on loopback, with faults as methods. For tests, examples and benchmarks; Linux.
+//!
+//! ```no_run
+//! # async fn example() {
+//! use testbed::{Cluster, Node};
+//!
+//! let cluster = Cluster::start().await; // a primary and two hot standbys, streaming
+//! cluster.kill(Node(0)).await;
+//! let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;
+//! cluster.start_node(Node(0)).await; // a zombie: writable, on its old timeline
+//! # }
+//! ```
+//!
+//! Every cluster has a block of loopback addresses to itself, so tests run in parallel, in threads and in processes.
+//! Nothing survives a test, not even one that is killed.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::missing_panics_doc,
+    reason = "a test bed that cannot do what it was told ends the test, and says why"
+)]
+#![allow(clippy::must_use_candidate, reason = "getters of a test bed")]
+#![allow(clippy::doc_markdown, reason = "PostgreSQL is a name")]
+
+mod block;
+mod cluster;
+mod dns;
+mod history;
+mod process;
+mod server;
+mod tap;
+mod trap;
+mod wait;
+
+pub use cluster::{Cluster, ClusterBuilder, Node, Promotion};
+pub use dns::{Answer, Dns};
+pub use history::{History, Verdict};
+pub use tap::{Counts, Tap};
+pub use trap::{Blackhole, Eof, Garbage, Silent};
+pub use wait::eventually;

@@ -1,0 +1,15 @@
+//! Every test that needs a server, in one binary: linked once.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
+
+mod cancel;
+mod deadline;
+mod demotion;
+mod dns;
+mod errors;
+mod failover;
+mod get;
+mod load;
+mod quiet;
+mod resolve;
+mod transaction;
