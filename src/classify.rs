@@ -20,8 +20,10 @@ const LINKS: usize = 16;
 pub(crate) enum Verdict {
     /// The session is gone, or going: nothing more is to be had from it. Says nothing about other sessions.
     ConnectionLost,
-    /// The server is there and takes no (more) work at the moment: starting, stopping, recovering, full.
+    /// The server is there and takes no work at the moment: starting, stopping, recovering.
     NotNow,
+    /// The server is well and takes no more sessions: too many clients.
+    Full,
     /// The session cannot write: a standby, a fenced primary, or the transaction's own `READ ONLY`.
     ReadOnly,
     /// The server rolled the transaction back in favour of another one: the same work may succeed next time.
@@ -215,7 +217,7 @@ fn of_report(db: &DbError, level: Level) -> Verdict {
         // Shutting down, starting up, in recovery, a standby that is not consistent yet.
         SqlState::CANNOT_CONNECT_NOW => Verdict::NotNow,
         // No slot left, for all or for this role or database.
-        SqlState::TOO_MANY_CONNECTIONS => Verdict::NotNow,
+        SqlState::TOO_MANY_CONNECTIONS => Verdict::Full,
 
         // An INSERT on a standby or under `default_transaction_read_only`, or in the user's own READ ONLY transaction.
         SqlState::READ_ONLY_SQL_TRANSACTION => Verdict::ReadOnly,
@@ -552,7 +554,7 @@ mod tests {
             ("FATAL", "40001", "terminating connection due to conflict with recovery", "ProcessRecoveryConflictInterrupt", ConnectionLost, false),
             ("FATAL", "57P03", "the database system is starting up", "ProcessStartupPacket", NotNow, false),
             ("ERROR", "57P03", "the database system is shutting down", "connect_pg_server", NotNow, false),
-            ("FATAL", "53300", "sorry, too many clients already", "InitProcess", NotNow, false),
+            ("FATAL", "53300", "sorry, too many clients already", "InitProcess", Full, false),
             ("ERROR", "25006", "cannot execute INSERT in a read-only transaction", "PreventCommandIfReadOnly", ReadOnly, true),
             ("ERROR", "0A000", "cannot set transaction read-write mode during recovery", "call_bool_check_hook", ReadOnly, true),
             ("ERROR", "0A000", "cannot use serializable mode in a hot standby", "call_enum_check_hook", ReadOnly, true),
@@ -648,7 +650,7 @@ mod tests {
             (server("22023", "invalid value for parameter \"work_mem\""), Refused),
             (server("55000", "database \"template0\" is not currently accepting connections"), Refused),
             (server("57P03", "the database system is in recovery mode"), NotNow),
-            (server("53300", "too many connections for role \"app\""), NotNow),
+            (server("53300", "too many connections for role \"app\""), Full),
             (server("57P01", "terminating connection"), ConnectionLost),
             (server("53200", "out of memory"), ConnectionLost),
             // Neon's proxy reports at ERROR, and hangs up.

@@ -6,23 +6,27 @@
 //! and all that it started end when the last [`Cluster`] is dropped. Tests: `tests/it/`.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{Instrument, Span, field};
 
-use crate::resolve::Resolve;
+use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Opener, Session};
 use crate::topology::{
     Action, Address, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
     Probed, ServerReport, Settings, State, Suspicion, Topology, View,
 };
+
+/// A look-up that takes longer is given up; the resolver's own limit is shorter.
+const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// A name of the configuration, with its port.
 #[derive(Clone, Debug)]
@@ -46,27 +50,41 @@ pub(crate) struct Setup {
 /// One primary as the pool uses it: the plain data and what hangs on it.
 pub(crate) struct Generation {
     pub(crate) primary: Primary,
+    /// Where new sessions go: the primary's address, until the same server was found again at another one.
+    endpoint: Mutex<Endpoint>,
     /// Every session of the generation ends with it.
     pub(crate) scope: CancellationToken,
     /// New sessions pass here, so that a server that was just promoted meets a trickle.
     pub(crate) gate: Semaphore,
     /// The session that proved the server to be the primary, until somebody takes it.
     spare: Mutex<Option<Session>>,
-    /// Why the last session could not be opened.
-    trouble: Mutex<Option<ProbeFailure>>,
+    /// Why the last session could not be opened, and how many in a row could not.
+    trouble: Mutex<(Option<ProbeFailure>, u32)>,
 }
 
 impl Generation {
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        lock(&self.endpoint).clone()
+    }
+
     pub(crate) fn take_spare(&self) -> Option<Session> {
         lock(&self.spare).take().filter(|session| !session.client.is_closed())
     }
 
-    pub(crate) fn set_trouble(&self, failure: Option<ProbeFailure>) {
-        *lock(&self.trouble) = failure;
+    pub(crate) fn opened(&self) {
+        *lock(&self.trouble) = (None, 0);
+    }
+
+    /// Returns how many tries had failed in a row before this one.
+    pub(crate) fn not_opened(&self, failure: ProbeFailure) -> u32 {
+        let mut trouble = lock(&self.trouble);
+        let failures = trouble.1;
+        *trouble = (Some(failure), failures.saturating_add(1));
+        failures
     }
 
     pub(crate) fn trouble(&self) -> Option<ProbeFailure> {
-        lock(&self.trouble).clone()
+        lock(&self.trouble).0.clone()
     }
 }
 
@@ -219,9 +237,8 @@ impl Cluster {
         lock(&self.shared.diagnosis).clone()
     }
 
-    /// Ends with the cluster: for work that must not outlive it.
-    pub(crate) fn scope(&self) -> &CancellationToken {
-        &self.root
+    pub(crate) fn is_closed(&self) -> bool {
+        self.root.is_cancelled()
     }
 
     /// Ends the task, every generation and every session.
@@ -282,7 +299,6 @@ impl Task {
                 () = sleep_until(wake_at.unwrap_or_else(Instant::now)), if wake_at.is_some() => {}
             }
         }
-        self.closed();
     }
 
     fn act(&mut self, action: Action) {
@@ -298,7 +314,10 @@ impl Task {
                 self.search = Some(search_span());
                 self.searching_since = Instant::now();
             }
-            Action::Resume { lost_for } => {
+            Action::Resume { endpoint, lost_for } => {
+                if let Some(generation) = &self.generation {
+                    *lock(&generation.endpoint) = endpoint;
+                }
                 self.live = true;
                 self.search = None;
                 let ms = milliseconds(lost_for);
@@ -330,11 +349,12 @@ impl Task {
         let spare = self.sessions.remove(&primary.endpoint.address);
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
+            endpoint: Mutex::new(primary.endpoint.clone()),
             primary,
             scope,
             gate: Semaphore::new(self.gate),
             spare: Mutex::new(spare),
-            trouble: Mutex::new(None),
+            trouble: Mutex::default(),
         }));
         self.live = true;
         self.search = None;
@@ -344,8 +364,8 @@ impl Task {
         let resolver = Arc::clone(&self.resolver);
         let names = self.names.clone();
         let span = self.span();
-        let look_up = async move {
-            let answers = join_all(names.iter().map(|name| resolver.resolve(&name.host))).await;
+        let resolve = async move {
+            let answers = join_all(names.iter().map(|name| look_up(&*resolver, &name.host))).await;
             let mut endpoints = Vec::new();
             let mut failures = Vec::new();
             let mut complete = true;
@@ -371,7 +391,7 @@ impl Task {
             let failure = (!failures.is_empty()).then(|| failures.join("; "));
             Event::Resolved { endpoints, failure, complete }
         };
-        Box::pin(look_up.instrument(span))
+        Box::pin(resolve.instrument(span))
     }
 
     fn probe(&self, endpoint: Endpoint, kept: Option<Session>, within: Duration) -> BoxFuture<'static, Event> {
@@ -383,7 +403,7 @@ impl Task {
             let asked = async {
                 match kept {
                     Some(session) => {
-                        let report = opener.ask(&session).await?;
+                        let report = opener.ask(&endpoint.address, &session).await?;
                         Ok((session, report))
                     }
                     None => opener.open(&endpoint, scope).await,
@@ -445,18 +465,33 @@ impl Task {
 
     fn send(&self, view: View) {
         let generation = self.generation.clone().filter(|_| self.live);
-        self.snapshot.send_replace(Arc::new(Snapshot { view: view.clone(), generation }));
-        self.view.send_replace(view);
-    }
-
-    fn closed(mut self) {
-        self.live = false;
-        let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
-        self.send(View { state: State::Closed, changed, ..self.topology.view() });
+        // The view first: whoever was given a connection finds its primary in the status.
+        self.view.send_replace(view.clone());
+        self.snapshot.send_replace(Arc::new(Snapshot { view, generation }));
     }
 
     fn span(&self) -> Span {
         self.search.clone().unwrap_or_else(Span::none)
+    }
+}
+
+/// However the task ends (closed, a panic in a user's connector, the end of its runtime), nothing is handed out afterwards.
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.live = false;
+        let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
+        self.send(View { state: State::Closed, changed, ..self.topology.view() });
+        self.root.cancel();
+    }
+}
+
+/// One look-up by a resolver that may be the user's own: it may take too long, and a panic in it costs this one answer.
+async fn look_up(resolver: &dyn Resolve, host: &str) -> Result<Addresses, ResolveError> {
+    let answer = AssertUnwindSafe(async { resolver.resolve(host).await }).catch_unwind();
+    match timeout(RESOLVE_WITHIN, answer).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err(ResolveError::custom(host, "the resolver panicked")),
+        Err(_) => Err(ResolveError::custom(host, format!("the resolver gave no answer within {RESOLVE_WITHIN:?}"))),
     }
 }
 

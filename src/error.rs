@@ -94,6 +94,7 @@ impl Error {
     pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
         match self {
             Self::Aborted(source) => source.downcast_ref(),
+            Self::Exhausted(exhausted) => exhausted.source.downcast_ref(),
             _ => None,
         }
     }
@@ -102,6 +103,7 @@ impl Error {
     pub fn downcast<E: StdError + 'static>(self) -> Result<E, Self> {
         match self {
             Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
+            Self::Exhausted(exhausted) if exhausted.source.downcast_ref::<E>().is_some() => exhausted.source.downcast(),
             other => Err(other),
         }
     }
@@ -126,7 +128,7 @@ impl Error {
     pub fn code(&self) -> Option<&tokio_postgres::error::SqlState> {
         match self {
             Self::Database(error) => error.code(),
-            Self::CommitUnknown(unknown) => unknown.source.code(),
+            Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(tokio_postgres::Error::code),
             Self::Exhausted(exhausted) => exhausted.source.code(),
             _ => None,
         }
@@ -141,6 +143,8 @@ pub enum UnavailableReason {
     NoPrimary,
     /// The only primary is fenced: it is up, and set read-only.
     Fenced,
+    /// A primary answers, and it belongs to another cluster than the one that this pool was connected to before.
+    OtherCluster,
     /// No address is known: DNS gave none.
     Dns,
     /// A primary is known, and opening a session to it failed each time.
@@ -161,25 +165,33 @@ pub struct Unavailable {
 }
 
 impl Unavailable {
-    /// `generation`: the current one's last failure to open a session, if there is a current one.
+    /// `generation`: the current one's last failure to open a session, if there is a current one. `exhausted`: the size
+    /// of the pool, if it has no room for another connection.
     pub(crate) fn new(
         waited: Duration,
         diagnosis: Diagnosis,
         generation: Option<Option<ProbeFailure>>,
-        pool: &deadpool::managed::Status,
+        exhausted: Option<usize>,
     ) -> Self {
-        let fenced =
-            |candidate: &CandidateReport| matches!(candidate.answer, Some(Answer::Refused(_, Refusal::Fenced)));
+        let refused = |expected: fn(&Refusal) -> bool| {
+            diagnosis
+                .candidates
+                .iter()
+                .any(|candidate| matches!(&candidate.answer, Some(Answer::Refused(_, refusal)) if expected(refusal)))
+        };
         let reason = match generation {
-            Some(_) if pool.size >= pool.max_size => UnavailableReason::PoolExhausted,
+            Some(_) if exhausted.is_some() => UnavailableReason::PoolExhausted,
             Some(_) => UnavailableReason::NoSession,
             None if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
-            None if diagnosis.candidates.iter().any(fenced) => UnavailableReason::Fenced,
+            None if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
+            None if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
+                UnavailableReason::OtherCluster
+            }
             None => UnavailableReason::NoPrimary,
         };
         let trouble = generation.flatten().filter(|_| reason == UnavailableReason::NoSession);
         let Diagnosis { candidates, dns } = diagnosis;
-        Self { reason, waited, candidates, dns, trouble, max_size: pool.max_size }
+        Self { reason, waited, candidates, dns, trouble, max_size: exhausted.unwrap_or_default() }
     }
 
     /// Why there was no connection.
@@ -218,6 +230,11 @@ impl fmt::Display for Unavailable {
                 f,
                 "the primary is fenced (default_transaction_read_only is on) and no other came up within {waited:.1?}; \
                  look for a full disk, a lost quorum or a manual setting on the server"
+            )?,
+            UnavailableReason::OtherCluster => write!(
+                f,
+                "what answers belongs to another cluster, and this pool's own primary did not come back within \
+                 {waited:.1?}; check where the name points, or build a new pool if the database was restored"
             )?,
             UnavailableReason::Dns => {
                 write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
@@ -293,32 +310,43 @@ impl StdError for Refused {
     }
 }
 
-/// [`Error::CommitUnknown`]: COMMIT was sent and its answer did not come.
+/// [`Error::CommitUnknown`]: COMMIT was sent, and whether it will last is not known.
 #[derive(Debug)]
 pub struct CommitUnknown {
-    source: tokio_postgres::Error,
+    /// How the connection was lost; `None` where the server itself gave up waiting for a standby.
+    source: Option<tokio_postgres::Error>,
 }
 
 impl CommitUnknown {
-    pub(crate) fn new(source: tokio_postgres::Error) -> Self {
-        Self { source }
+    pub(crate) fn lost(source: tokio_postgres::Error) -> Self {
+        Self { source: Some(source) }
+    }
+
+    pub(crate) fn not_replicated() -> Self {
+        Self { source: None }
     }
 }
 
 impl fmt::Display for CommitUnknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed; \
-             look for its effect before repeating it, or use `idempotent` for work that may be applied twice",
-            explain(&self.source)
-        )
+        match &self.source {
+            Some(source) => write!(
+                f,
+                "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed",
+                explain(source)
+            )?,
+            None => f.write_str(
+                "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
+                 failover may still lose it",
+            )?,
+        }
+        f.write_str("; look for its effect before repeating it, or use `idempotent` for work that may be applied twice")
     }
 }
 
 impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        Some(&self.source)
+        self.source.as_ref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 
@@ -332,6 +360,12 @@ pub enum RolledBack {
          error on with `?`, or put the statement into a savepoint"
     )]
     FailedInside,
+    /// The pooled connection had a transaction open already: whoever had it before began one by hand and left it.
+    #[error(
+        "nothing was done: the connection came with a transaction that someone had left open; end what you begin by hand \
+         before giving a connection back"
+    )]
+    StrangeSession,
     /// A [`Transaction`](crate::Transaction) handle was still alive after its closure had returned.
     #[error(
         "the transaction was rolled back: its handle was kept beyond the closure; end every task \
@@ -388,13 +422,13 @@ impl StdError for Exhausted {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// The connection string does not parse.
+    /// The connection string does not parse. Holds the driver's words, without anything that may be a piece of a password.
     #[error(
         "{}; expected postgres://user:password@host:port/database?option=value or `host=… user=…`, with tokio-postgres' \
          options, and with `?`, `@`, `/`, `#` and `%` in a password written as %3F, %40, %2F, %23 and %25",
-        explain(.0)
+        .0
     )]
-    Url(#[source] tokio_postgres::Error),
+    Url(String),
     /// Nothing to connect to.
     #[error("no host: name at least one server or DNS name, as in postgres://app@my-pg.internal/app")]
     NoHost,

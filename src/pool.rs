@@ -19,12 +19,12 @@ use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary};
 use crate::error::{BuildError, Error, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
-use crate::server::{Opener, Session};
+use crate::server::{Notices, Opener, Session};
 use crate::topology::{FailureKind, GenerationId, ProbeFailure, Suspicion, View};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
@@ -139,12 +139,26 @@ impl Pool {
 
     pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client, Error> {
         let began = Instant::now();
-        match timeout_at(deadline, self.inner.get()).await {
-            Ok(Ok(object)) => Ok(Client { object: Some(object), pool: self.clone() }),
-            Ok(Err(PoolError::Backend(error))) => Err(error),
-            // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
-            Ok(Err(_)) => Err(Error::Closed),
+        match timeout_at(deadline, self.checkout()).await {
+            Ok(checked_out) => checked_out,
             Err(_) => Err(self.unavailable(began)),
+        }
+    }
+
+    async fn checkout(&self) -> Result<Client, Error> {
+        loop {
+            // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
+            if self.cluster().current().is_none() {
+                self.cluster().primary().await?;
+            }
+            match self.inner.get().await {
+                Ok(object) => return Ok(Client { object: Some(object), pool: self.clone() }),
+                // No session could be opened now. Another caller may have given one back meanwhile: look there first.
+                Err(PoolError::Backend(Error::Unavailable(_))) => {}
+                Err(PoolError::Backend(error)) => return Err(error),
+                // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
+                Err(_) => return Err(Error::Closed),
+            }
         }
     }
 
@@ -171,19 +185,21 @@ impl Pool {
 
     fn unavailable(&self, began: Instant) -> Error {
         let trouble = self.cluster().current().map(|generation| generation.trouble());
+        let managed::Status { size, max_size, .. } = self.inner.status();
+        let exhausted = (size >= max_size).then_some(max_size);
         let diagnosis = self.cluster().diagnosis();
-        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), diagnosis, trouble, &self.inner.status())))
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), diagnosis, trouble, exhausted)))
     }
 
-    /// Asks the server to stop what `client` runs, in a task of its own that ends with the pool.
+    /// Asks the server to stop what `client` runs, in a task of its own that takes two seconds at most. It does not end
+    /// with the pool: a session whose socket is gone still runs its statement to the end.
     fn cancel_running(&self, client: &ClientWrapper) {
         let Ok(runtime) = Handle::try_current() else {
             return;
         };
         let opener = Arc::clone(&self.inner.manager().opener);
-        let scope = self.cluster().scope().clone();
         let token = client.cancel_token();
-        runtime.spawn(async move { scope.run_until_cancelled(opener.cancel(token)).await });
+        runtime.spawn(async move { opener.cancel(token).await });
     }
 }
 
@@ -247,7 +263,8 @@ impl Client {
     pub(crate) fn poison(&self) {
         if let Some(connection) = self.connection() {
             if !connection.poisoned.swap(true, Ordering::AcqRel) {
-                if !connection.client.is_closed() {
+                // What the pool itself has closed may still run on the server.
+                if !connection.client.is_closed() || self.pool.cluster().is_closed() {
                     self.pool.cancel_running(&connection.client);
                 }
                 connection.abort.abort();
@@ -285,7 +302,11 @@ impl Drop for Client {
         let Some(object) = self.object.take() else {
             return;
         };
-        if !object.usable() {
+        let closed = self.pool.cluster().is_closed();
+        if closed && !object.poisoned.load(Ordering::Acquire) {
+            self.pool.cancel_running(&object.client);
+        }
+        if closed || !object.usable() {
             // Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
             drop(Object::take(object));
         }
@@ -303,6 +324,7 @@ pub struct Connection {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
+    notices: Arc<Notices>,
     poisoned: AtomicBool,
 }
 
@@ -312,8 +334,13 @@ impl Connection {
             client: session.client,
             abort: session.abort,
             generation: generation.primary.id,
+            notices: session.notices,
             poisoned: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     fn usable(&self) -> bool {
@@ -343,8 +370,10 @@ impl fmt::Debug for Connection {
 
 /// The deadpool manager inside a [`Pool`], for those who build their deadpool pools by hand.
 ///
-/// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Its
-/// `recycle` does no I/O. What it lacks against [`Pool`] are the transactions and the explained time-outs.
+/// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Where a
+/// primary is known and takes no session it fails with [`Error::Unavailable`], and the next `get` may have more luck. Its
+/// `recycle` does no I/O. What it lacks against [`Pool`] are the transactions and the explained time-outs; and its
+/// connections end with the deadpool pool, also those in use.
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -367,8 +396,8 @@ pub struct Manager {
 impl Manager {
     /// Opens one session of this generation and lets its server prove that it is the one.
     async fn open(&self, generation: &Generation) -> Result<Session, ProbeFailure> {
-        let endpoint = &generation.primary.endpoint;
-        let opening = self.opener.open(endpoint, generation.scope.clone());
+        let endpoint = generation.endpoint();
+        let opening = self.opener.open(&endpoint, generation.scope.clone());
         let (session, report) = timeout(self.open_timeout, opening).await.unwrap_or_else(|_| {
             let message = format!("no session within {:?}", self.open_timeout);
             Err(ProbeFailure::new(FailureKind::TimedOut, message))
@@ -378,39 +407,34 @@ impl Manager {
         Ok(session)
     }
 
-    /// Tries until there is a session, or waiting makes no sense. `None`: the generation was left meanwhile.
-    async fn open_until_left(&self, generation: &Generation) -> Result<Option<Session>, Error> {
+    /// One try, through the generation's gate. `None`: the generation was left meanwhile.
+    async fn open_through_gate(&self, generation: &Generation) -> Result<Option<Session>, Error> {
         let id = generation.primary.id;
-        let mut pauses = Exponential::new(OPEN_PAUSE.0, 2.0, OPEN_PAUSE.1).jitter(self.seed ^ id.get());
         // The gate is never closed, so waiting for it cannot fail.
-        while let Ok(_permit) = generation.gate.acquire().await {
-            if !self.cluster.is_current(id) {
-                return Ok(None);
-            }
-            if let Some(session) = generation.take_spare() {
-                return Ok(Some(session));
-            }
-            let failure = match self.open(generation).await {
-                Ok(session) => {
-                    generation.set_trouble(None);
-                    return Ok(self.cluster.is_current(id).then_some(session));
-                }
-                Err(failure) => failure,
-            };
-            tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
-            if failure.kind == FailureKind::Refused {
-                let endpoint = generation.primary.endpoint.clone();
-                return Err(Error::Refused(Box::new(Refused::new(Some(endpoint), failure))));
-            }
-            self.cluster.suspect(id, Suspicion::Connection);
-            generation.set_trouble(Some(failure));
-            // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
-            let pause = pauses.next().unwrap_or(OPEN_PAUSE.1).max(OPEN_PAUSE.0 / 2);
-            if timeout(pause, self.cluster.left(id)).await.is_ok() {
-                return Ok(None);
-            }
+        let _permit = generation.gate.acquire().await;
+        if let Some(session) = generation.take_spare() {
+            return Ok(Some(session));
         }
-        Ok(None)
+        let failure = match self.open(generation).await {
+            Ok(session) => {
+                generation.opened();
+                return Ok(self.cluster.is_current(id).then_some(session));
+            }
+            Err(failure) => failure,
+        };
+        tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
+        if failure.kind == FailureKind::Refused {
+            return Err(Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure))));
+        }
+        self.cluster.suspect(id, Suspicion::Connection);
+        let failures = generation.not_opened(failure.clone());
+        // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
+        let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(OPEN_PAUSE.1);
+        let seed = self.seed ^ u64::from(failures) ^ id.get();
+        let jitter = Exponential::new(longest, 1.0, longest).jitter(seed).next().unwrap_or_default();
+        sleep((longest + jitter) / 2).await;
+        let waited = Duration::ZERO;
+        Err(Error::Unavailable(Box::new(Unavailable::new(waited, self.cluster.diagnosis(), Some(Some(failure)), None))))
     }
 }
 
@@ -424,7 +448,13 @@ impl managed::Manager for Manager {
             if let Some(session) = generation.take_spare() {
                 return Ok(Connection::new(session, &generation));
             }
-            if let Some(session) = self.open_until_left(&generation).await? {
+            // A dial to a server that has been replaced meanwhile is not waited for.
+            let opened = tokio::select! {
+                biased;
+                () = self.cluster.left(generation.primary.id) => None,
+                opened = self.open_through_gate(&generation) => opened?,
+            };
+            if let Some(session) = opened {
                 return Ok(Connection::new(session, &generation));
             }
         }

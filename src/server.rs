@@ -4,15 +4,17 @@
 //! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
 //! Tests: `tests/it/hostile.rs`, and every test that fails over.
 
+use std::collections::HashSet;
 use std::future::poll_fn;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
 use tokio::task::AbortHandle;
 use tokio_postgres::config::SslMode;
+use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
@@ -25,9 +27,40 @@ const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
+/// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
+/// driver task notes it before it hands that answer on.
+#[derive(Debug, Default)]
+pub(crate) struct Notices {
+    already_in_transaction: AtomicBool,
+    not_replicated: AtomicBool,
+}
+
+impl Notices {
+    fn note(&self, notice: &DbError) {
+        tracing::debug!(code = notice.code().code(), "{}", notice.message());
+        if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
+            self.already_in_transaction.store(true, Ordering::Release);
+        }
+        // Its message is translated and its code is that of all warnings; the routine (`syncrep.c`) is neither.
+        if notice.routine() == Some("SyncRepWaitForLSN") {
+            self.not_replicated.store(true, Ordering::Release);
+        }
+    }
+
+    /// A BEGIN met a transaction that was open already.
+    pub(crate) fn already_in_transaction(&self) -> bool {
+        self.already_in_transaction.load(Ordering::Acquire)
+    }
+
+    /// Whether a COMMIT since the last call gave up waiting for a synchronous standby.
+    pub(crate) fn not_replicated(&self) -> bool {
+        self.not_replicated.swap(false, Ordering::AcqRel)
+    }
+}
+
 /// Hides the type of the TLS connector.
 trait Dial: Send + Sync {
-    fn dial(&self, config: Config) -> BoxFuture<'_, Result<(Client, Driver), Error>>;
+    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'_, Result<(Client, Driver), Error>>;
     fn cancel(&self, token: CancelToken) -> BoxFuture<'_, Result<(), Error>>;
 }
 
@@ -40,14 +73,14 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    fn dial(&self, config: Config) -> BoxFuture<'_, Result<(Client, Driver), Error>> {
+    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'_, Result<(Client, Driver), Error>> {
         let tls = self.0.clone();
         Box::pin(async move {
             let (client, mut connection) = config.connect(tls).await?;
             let driver: Driver = Box::pin(async move {
                 while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
                     if let AsyncMessage::Notice(notice) = message? {
-                        tracing::debug!(code = notice.code().code(), "{}", notice.message());
+                        notices.note(&notice);
                     }
                 }
                 Ok(())
@@ -66,8 +99,8 @@ where
 pub(crate) struct Opener {
     template: Config,
     dial: Box<dyn Dial>,
-    /// Cleared for good when a server does not let this role read more than its role.
-    may_identify: AtomicBool,
+    /// Servers that do not let this role read more than their role.
+    role_only: Mutex<HashSet<Address>>,
 }
 
 impl Opener {
@@ -79,7 +112,7 @@ impl Opener {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self { template, dial: Box::new(Tls(tls)), may_identify: AtomicBool::new(true) }
+        Self { template, dial: Box::new(Tls(tls)), role_only: Mutex::default() }
     }
 
     /// Opens a session and asks it. Cancel-safe: dropping the future closes the socket.
@@ -88,17 +121,18 @@ impl Opener {
         endpoint: &Endpoint,
         scope: CancellationToken,
     ) -> Result<(Session, ServerReport), ProbeFailure> {
-        let dialled = self.dial.dial(self.config_for(endpoint)).await;
+        let notices = Arc::new(Notices::default());
+        let dialled = self.dial.dial(self.config_for(endpoint), Arc::clone(&notices)).await;
         let (client, driver) = dialled.map_err(|error| failure(verdict_of_open(&error), error))?;
         let task = tokio::spawn(drive(driver, scope.clone()));
-        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope };
-        let report = self.ask(&session).await?;
+        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
+        let report = self.ask(&endpoint.address, &session).await?;
         Ok((session, report))
     }
 
     /// Asks an open session what its server is: one round trip.
-    pub(crate) async fn ask(&self, session: &Session) -> Result<ServerReport, ProbeFailure> {
-        if self.may_identify.load(Ordering::Relaxed) {
+    pub(crate) async fn ask(&self, address: &Address, session: &Session) -> Result<ServerReport, ProbeFailure> {
+        if !self.role_only().contains(address) {
             match first_row(&session.client, PROBE).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
@@ -107,8 +141,12 @@ impl Opener {
             }
         }
         let report = read(first_row(&session.client, ROLE_PROBE).await)?;
-        self.may_identify.store(false, Ordering::Relaxed);
+        self.role_only().insert(address.clone());
         Ok(report)
+    }
+
+    fn role_only(&self) -> MutexGuard<'_, HashSet<Address>> {
+        self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks the server to stop what the session of `token` runs, and waits for that no longer than two seconds.
@@ -146,6 +184,7 @@ pub(crate) struct Session {
     pub(crate) abort: AbortHandle,
     /// All sessions of this scope end with it.
     pub(crate) scope: CancellationToken,
+    pub(crate) notices: Arc<Notices>,
 }
 
 async fn drive(driver: Driver, scope: CancellationToken) {
@@ -177,6 +216,7 @@ fn read(answer: Result<Option<Vec<Option<String>>>, Error>) -> Result<ServerRepo
 
 fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
     let kind = match verdict {
+        Verdict::Full => FailureKind::Full,
         Verdict::NotNow => FailureKind::NotNow,
         Verdict::Refused => FailureKind::Refused,
         Verdict::NotPostgres => FailureKind::NotPostgres,

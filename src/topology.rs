@@ -91,12 +91,21 @@ pub enum FailureKind {
     Unreachable,
     /// Nothing came within the probe's time.
     TimedOut,
-    /// The server is there and takes no session now: starting up, shutting down, too many clients.
+    /// The server is there and takes no session now: starting up, shutting down.
     NotNow,
+    /// The server is up, and all its slots for sessions are taken.
+    Full,
     /// The server refuses these credentials, this database or this kind of TLS: asking again does not help.
     Refused,
     /// What answered is not PostgreSQL, or its answer makes no sense.
     NotPostgres,
+}
+
+impl FailureKind {
+    /// The server itself spoke.
+    fn is_an_answer(self) -> bool {
+        matches!(self, Self::NotNow | Self::Full | Self::Refused)
+    }
 }
 
 /// A probe that brought no report.
@@ -154,6 +163,8 @@ pub enum Refusal {
         /// The newest timeline seen.
         newest: u32,
     },
+    /// It does not tell its system identifier, and the cluster that this pool knows has one.
+    Unidentified,
     /// It is a primary, but not the one of this generation.
     AnotherServer,
 }
@@ -170,6 +181,9 @@ impl fmt::Display for Refusal {
             Self::Zombie { timeline, newest } => {
                 write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
             }
+            Self::Unidentified => f.write_str(
+                "not identified: the role may not read its system identifier, as it may on the other servers",
+            ),
             Self::AnotherServer => f.write_str("another server than the one this generation began with"),
         }
     }
@@ -370,8 +384,8 @@ pub(crate) enum Action {
     Probe { endpoint: Endpoint, fresh: bool, within: Duration },
     /// Checkouts wait; the generation's connections live on.
     Suspend { why: String },
-    /// The suspended generation's server is the verified primary again.
-    Resume { lost_for: Duration },
+    /// The suspended generation's server is the verified primary again, perhaps at another address.
+    Resume { endpoint: Endpoint, lost_for: Duration },
     /// All connections of this generation end now.
     End { id: GenerationId, why: String },
     /// A new generation begins.
@@ -553,7 +567,12 @@ impl Topology {
             return;
         };
         let took = member.asked_at.map(|at| now.duration_since(at));
+        let current = self.primary_address().as_ref() == Some(&probed.address);
         let answer = match &probed.result {
+            // A session that was open before does not feel the fence; the next probe comes on a new one.
+            Ok(report) if report.fence_pending && !probed.fresh && !current && !report.in_recovery => {
+                Answer::Refused(report.clone(), Refusal::Fenced)
+            }
             Ok(report) => match self.admissible(report) {
                 Ok(()) => Answer::Primary(report.clone()),
                 Err(refusal) => Answer::Refused(report.clone(), refusal),
@@ -577,7 +596,7 @@ impl Topology {
             member.answer = Some(answer.clone());
             member.verified |= ours;
         }
-        if self.primary_address().as_ref() == Some(&probed.address) {
+        if current {
             self.primary_answered(now, &probed, &answer);
         } else {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
@@ -673,7 +692,7 @@ impl Topology {
             }
             return;
         }
-        if self.members.len() >= MAX_MEMBERS {
+        if self.members.len() >= MAX_MEMBERS && !self.forget_one(now) {
             self.say(Notice::TooManyCandidates(MAX_MEMBERS));
             return;
         }
@@ -693,6 +712,20 @@ impl Topology {
         self.members.insert(endpoint.address, member);
     }
 
+    /// Makes room: of the members that this moment's answer does not name, the one that was named longest ago goes.
+    fn forget_one(&mut self, now: Instant) -> bool {
+        let current = self.primary_address();
+        let oldest = self
+            .members
+            .iter()
+            .filter(|(address, member)| {
+                member.origin != Origin::Configured && member.named_at < now && current.as_ref() != Some(*address)
+            })
+            .min_by_key(|(_, member)| member.named_at)
+            .map(|(address, _)| address.clone());
+        oldest.is_some_and(|address| self.members.remove(&address).is_some())
+    }
+
     /// Could a server that says this be the primary of the cluster?
     fn admissible(&self, report: &ServerReport) -> Result<(), Refusal> {
         if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier) {
@@ -701,6 +734,9 @@ impl Topology {
             }
         }
         writable(report)?;
+        if self.system_identifier.is_some() && report.system_identifier.is_none() {
+            return Err(Refusal::Unidentified);
+        }
         match (report.timeline, self.newest_timeline) {
             (Some(timeline), Some(newest)) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
             _ => Ok(()),
@@ -740,6 +776,9 @@ impl Topology {
                         member.fresh = true;
                     }
                 }
+                // Up, and no reason to doubt its role. The slots may all be this pool's own: to make its callers wait for
+                // a free one would be to wait for themselves.
+                FailureKind::Full => {}
                 // It takes no new session, but the old ones live: ask one of those.
                 FailureKind::NotNow | FailureKind::Refused if probed.still_open => {}
                 _ => {
@@ -775,9 +814,25 @@ impl Topology {
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };
-        if search.pick.as_ref().is_some_and(|pick| pick.address == *address) {
-            search.pick = None;
+        let confirmed = search.pick.take_if(|pick| pick.address == *address).map(|pick| pick.decide_at);
+        if let Some(suspended) = &mut search.suspended {
+            let same_address = suspended.primary.endpoint.address == *address;
+            match answer {
+                Answer::Refused(report, refusal) if suspended.primary.is(address, report) => {
+                    suspended.answered_at = now;
+                    if *refusal != Refusal::Promoting {
+                        let (id, why) = (suspended.primary.id, format!("{}: {refusal}", suspended.primary.endpoint));
+                        self.end_suspended(id, &why);
+                    }
+                }
+                // It is not silent, whatever else it is.
+                Answer::Failed(failure) if same_address && failure.kind.is_an_answer() => suspended.answered_at = now,
+                _ => {}
+            }
         }
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
         let Answer::Primary(report) = answer else {
             self.judge_refusals(now);
             self.decide_pick(now);
@@ -792,7 +847,8 @@ impl Topology {
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
         if better {
             let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(GRACE.0, GRACE.1) };
-            let decide_at = search.pick.as_ref().map_or(now + wait, |pick| pick.decide_at.min(now + wait));
+            let earlier = confirmed.or(search.pick.as_ref().map(|pick| pick.decide_at));
+            let decide_at = earlier.map_or(now + wait, |at| at.min(now + wait));
             search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
         }
         self.decide_pick(now);
@@ -902,8 +958,9 @@ impl Topology {
             primary.endpoint = member.endpoint.clone();
         }
         primary.report = report.clone();
+        let endpoint = primary.endpoint.clone();
         self.known(now, primary, "the same server answers as the primary again");
-        self.actions.push(Action::Resume { lost_for });
+        self.actions.push(Action::Resume { endpoint, lost_for });
     }
 
     fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
@@ -923,6 +980,11 @@ impl Topology {
         self.generation.0 += 1;
         self.system_identifier = self.system_identifier.or(report.system_identifier);
         self.newest_timeline = self.newest_timeline.max(report.timeline);
+        // Until the first primary was found there was no cluster to belong to.
+        for member in self.members.values_mut() {
+            let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };
+            member.verified |= said.system_identifier.is_some() && said.system_identifier == self.system_identifier;
+        }
         // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
         self.noticed.retain(|notice| !matches!(notice, Notice::Refused(..) | Notice::TwoPrimaries(_)));
         let primary = Primary { id: self.generation, endpoint, report };
@@ -950,9 +1012,13 @@ impl Topology {
     /// When to ask a server again.
     fn schedule(&mut self, now: Instant, address: &Address) {
         let jitter = self.next_jitter();
+        let began = self.changed.at == now;
         let pause = match &self.phase {
             Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
                 Some(member) if member.fresh => self.settings.poll.0,
+                // The session that proved the server was given away. Its successor is opened before the pool has taken
+                // what may be the server's last slots.
+                _ if began => self.settings.heartbeat / 10,
                 _ => self.settings.heartbeat,
             },
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter),

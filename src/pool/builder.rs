@@ -15,6 +15,7 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
 use super::{Manager, Pool, Shared};
+use crate::classify::explain;
 use crate::cluster::{Cluster, Name, Setup};
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
@@ -22,6 +23,10 @@ use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::Opener;
 use crate::topology::{Address, Endpoint, Settings};
 
+/// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
+const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+/// Linux takes it in milliseconds, in 31 bits.
+const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
 const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
 /// Probing an idle connection after five seconds, three times a second apart, notices a vanished host within eight.
@@ -43,7 +48,13 @@ mod sealed {
 
 impl IntoConfig for &str {
     fn into_config(self) -> Result<Config, BuildError> {
-        self.parse().map_err(BuildError::Url)
+        let config: Config = self.parse().map_err(|error| BuildError::Url(explain(&error)))?;
+        if config.get_dbname().is_some_and(|dbname| dbname.contains('@')) {
+            let problem = "holds an `@`: a `/` in the password must be written %2F, and an `@` in the name %40";
+            // Not quoted: it may be a piece of the password.
+            return Err(BuildError::invalid("dbname", problem));
+        }
+        Ok(config)
     }
 }
 
@@ -243,7 +254,7 @@ impl PoolBuilder {
 
     /// Makes the pool. Needs no server, and a tokio runtime, on which it starts its one task.
     pub fn build(self) -> Result<Pool, BuildError> {
-        let (max_size, checkout_timeout) = (self.max_size, self.checkout_timeout);
+        let (max_size, checkout_timeout) = (self.max_size, self.checkout_timeout.min(FAR));
         if max_size == 0 {
             return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
         }
@@ -261,18 +272,20 @@ impl PoolBuilder {
 
     /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
     /// are not used.
-    pub fn build_manager(self) -> Result<Manager, BuildError> {
+    pub fn build_manager(mut self) -> Result<Manager, BuildError> {
         Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
-        let settings = &self.settings;
+        let settings = &mut self.settings;
         for (option, duration) in [
-            ("heartbeat_interval", settings.heartbeat),
-            ("heartbeat_timeout", settings.heartbeat_timeout),
-            ("patrol_interval", settings.patrol),
-            ("poll_interval", settings.poll.0),
-            ("probe_timeout", settings.probe_timeout),
-            ("dead_after", settings.dead_after),
+            ("heartbeat_interval", &mut settings.heartbeat),
+            ("heartbeat_timeout", &mut settings.heartbeat_timeout),
+            ("patrol_interval", &mut settings.patrol),
+            ("poll_interval", &mut settings.poll.0),
+            ("poll_interval", &mut settings.poll.1),
+            ("probe_timeout", &mut settings.probe_timeout),
+            ("dead_after", &mut settings.dead_after),
         ] {
-            not_zero(option, duration)?;
+            not_zero(option, *duration)?;
+            *duration = FAR.min(*duration);
         }
         if settings.poll.0 > settings.poll.1 {
             return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
@@ -301,11 +314,8 @@ impl PoolBuilder {
 
 impl fmt::Debug for PoolBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The configuration's own Debug leaves the password out.
-        f.debug_struct("PoolBuilder")
-            .field("config", &self.config)
-            .field("max_size", &self.max_size)
-            .finish_non_exhaustive()
+        // The configuration is left out: in one that was misread, any part may be a piece of the password.
+        f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
     }
 }
 
@@ -409,6 +419,9 @@ fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, 
         let problem = "`require` needs TLS; give a connector with `PoolBuilder::tls`";
         return Err(BuildError::invalid("channel_binding", problem));
     }
+    if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
+        return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
+    }
     let mut template = Config::new();
     if let Some(user) = config.get_user() {
         template.user(user);
@@ -430,7 +443,7 @@ fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, 
         .ssl_mode(config.get_ssl_mode())
         .ssl_negotiation(config.get_ssl_negotiation())
         .channel_binding(config.get_channel_binding())
-        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after));
+        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after.min(LONGEST_USER_TIMEOUT)));
     keep_alive(config, &mut template);
     Ok(template)
 }

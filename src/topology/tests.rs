@@ -76,6 +76,8 @@ impl Bench {
         bench.report(3, standby(3));
         bench.report(1, primary(1, 1));
         assert_eq!(bench.primary(), Some(1));
+        bench.wait(ms(100));
+        bench.report(1, primary(1, 1));
         bench.log.clear();
         bench
     }
@@ -343,6 +345,66 @@ fn a_fence_for_new_sessions_is_looked_into_on_a_new_session() {
 }
 
 #[test]
+fn a_fence_found_after_a_suspicion_ends_the_generation_too() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.topology.suspected(bench.now, GenerationId(1), Suspicion::ReadOnly);
+    bench.poll();
+    bench.report(1, fenced(1, 1));
+    assert_eq!(bench.ended(), [1], "sessions from before the fence would go on writing");
+}
+
+#[test]
+fn a_server_that_answers_is_not_silent() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::NotNow)), true, false);
+    for _ in 0..30 {
+        bench.wait(ms(1000));
+        bench.fail(1, FailureKind::NotNow);
+    }
+    assert!(bench.ended().is_empty(), "it is starting up, or full: its sessions may live");
+}
+
+#[test]
+fn a_server_that_does_not_tell_its_cluster_is_refused_where_another_did() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(50));
+    let anonymous = ServerReport { system_identifier: None, started_at: None, timeline: None, ..primary(3, 1) };
+    bench.report(3, anonymous);
+    bench.wait(ms(200));
+    assert_eq!(bench.primary(), None);
+}
+
+#[test]
+fn a_session_kept_from_before_a_fence_does_not_vouch_for_new_ones() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.wait(ms(50));
+    bench.answer(2, Ok(ServerReport { fence_pending: true, ..primary(2, 2) }), false, true);
+    assert_eq!(bench.primary(), None);
+    assert!(!bench.topology.keeps(&address(2)));
+}
+
+#[test]
+fn a_full_table_makes_room_for_what_dns_names_now() {
+    let now = Instant::now();
+    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
+    for n in 0..100_u8 {
+        // One of several names fails, so no answer is complete and nobody is forgotten for being left out.
+        topology.resolved(now + ms(u64::from(n)), vec![endpoint(n)], Some("NXDOMAIN".to_owned()), false);
+    }
+    let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
+    assert_eq!(known.len(), MAX_MEMBERS);
+    assert!(known.contains(&address(99)) && !known.contains(&address(0)));
+}
+
+#[test]
 fn a_read_only_session_stops_checkouts_until_the_primary_is_verified() {
     let mut bench = Bench::settled();
     bench.wait(ms(500));
@@ -373,10 +435,18 @@ fn a_server_that_takes_no_new_session_keeps_the_old_ones() {
     bench.wait(ms(1500));
     bench.suspect(1);
     bench.answer(1, Err(failure(FailureKind::NotNow)), true, true);
-    assert_eq!(bench.primary(), Some(1), "53300, or a smart shutdown: what is open works");
+    assert_eq!(bench.primary(), Some(1), "a smart shutdown: what is open works");
     bench.wait(ms(1000));
     bench.answer(1, Ok(primary(1, 1)), false, true);
     assert_eq!(bench.primary(), Some(1));
+}
+
+#[test]
+fn a_full_server_without_a_slot_for_the_heart_beat_is_no_loss() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::Full)), true, false);
+    assert_eq!(bench.primary(), Some(1), "53300 on a session of its own: all slots may be the pool's");
 }
 
 #[test]

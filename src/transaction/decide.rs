@@ -35,8 +35,6 @@ pub(super) enum Next {
     Rerun,
     /// Tell the caller that the outcome is unknown.
     Unknown,
-    /// Give the caller the closure's value: there was nothing to commit.
-    Done,
 }
 
 /// `verdict`: [`Verdict::ReadOnly`] means here that the *server* refuses writes; a transaction that made itself
@@ -45,12 +43,14 @@ pub(super) enum Next {
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
     match (stage, mode) {
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
-        (Stage::InDoubt, Mode::Idempotent) => return Next::Rerun,
-        (Stage::InDoubt, Mode::Read) => return Next::Done,
+        // What a serializable transaction has read holds only if its COMMIT succeeds, so `Read` asks again, too.
+        (Stage::InDoubt, Mode::Idempotent | Mode::Read) => return Next::Rerun,
         (Stage::Body | Stage::Refused, _) => {}
     }
     match verdict {
-        Verdict::ConnectionLost | Verdict::NotNow | Verdict::ReadOnly | Verdict::Conflict => Next::Rerun,
+        Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
+            Next::Rerun
+        }
         // "Unknown" before COMMIT was sent is about a statement of a transaction that is rolled back.
         Verdict::OutcomeUnknown => Next::Rerun,
         Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
@@ -62,9 +62,10 @@ mod tests {
     use super::*;
 
     const MODES: [Mode; 3] = [Mode::Once, Mode::Idempotent, Mode::Read];
-    const VERDICTS: [Verdict; 9] = [
+    const VERDICTS: [Verdict; 10] = [
         Verdict::ConnectionLost,
         Verdict::NotNow,
+        Verdict::Full,
         Verdict::ReadOnly,
         Verdict::Conflict,
         Verdict::OutcomeUnknown,
@@ -79,7 +80,7 @@ mod tests {
         for verdict in VERDICTS {
             assert_eq!(decide(Mode::Once, Stage::InDoubt, verdict), Next::Unknown, "{verdict:?}");
             assert_eq!(decide(Mode::Idempotent, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
-            assert_eq!(decide(Mode::Read, Stage::InDoubt, verdict), Next::Done, "{verdict:?}");
+            assert_eq!(decide(Mode::Read, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
         }
     }
 
@@ -92,6 +93,7 @@ mod tests {
                         verdict,
                         Verdict::ConnectionLost
                             | Verdict::NotNow
+                            | Verdict::Full
                             | Verdict::ReadOnly
                             | Verdict::Conflict
                             | Verdict::OutcomeUnknown

@@ -56,14 +56,13 @@ where
             }
             Err(failed) => failed,
         };
-        let Failed { stage, verdict, error, value } = failed;
-        match (decide(mode, stage, verdict), value) {
-            (Next::Done, Some(value)) => return Ok(value),
-            (Next::Unknown, _) => return Err(unknown(error)),
-            (Next::Return, _) => return Err(for_good(error, number, doubt)),
-            (Next::Rerun | Next::Done, _) => {}
+        let Failed { stage, verdict, error } = failed;
+        match decide(mode, stage, verdict) {
+            Next::Unknown => return Err(unknown(error)),
+            Next::Return => return Err(for_good(error, number, doubt)),
+            Next::Rerun => {}
         }
-        doubt |= stage == Stage::InDoubt;
+        doubt |= stage == Stage::InDoubt && mode != Mode::Read;
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
                 tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
@@ -85,7 +84,7 @@ fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
 
 fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
-        return if stage == Stage::InDoubt { unknown(error) } else { error };
+        return if doubt && stage == Stage::InDoubt { unknown(error) } else { error };
     }
     let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
@@ -93,22 +92,20 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
 
 fn unknown(error: Error) -> Error {
     match error {
-        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(source))),
+        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::lost(source))),
         other => other,
     }
 }
 
-struct Failed<T> {
+struct Failed {
     stage: Stage,
     verdict: Verdict,
     error: Error,
-    /// What the closure returned, where it had come to its end.
-    value: Option<T>,
 }
 
-impl<T> Failed<T> {
+impl Failed {
     fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self { stage: Stage::Body, verdict, error: error.into(), value: None }
+        Self { stage: Stage::Body, verdict, error: error.into() }
     }
 }
 
@@ -132,13 +129,22 @@ impl Attempt {
         Self { client: Arc::new(client), clean: false }
     }
 
-    async fn run<T, F, Fut>(mut self, begin: &str, mode: Mode, work: &mut F) -> Result<T, Failed<T>>
+    async fn run<T, F, Fut>(mut self, begin: &str, mode: Mode, work: &mut F) -> Result<T, Failed>
     where
         F: FnMut(Transaction) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         if let Err(error) = self.client.batch_execute(begin).await {
-            return Err(self.failed(mode, classify(&error), error.into()).await);
+            let verdict = match classify(&error) {
+                // Whoever had the connection before left a failed transaction on it.
+                Verdict::Aborted => Verdict::ConnectionLost,
+                verdict => verdict,
+            };
+            return Err(self.failed(mode, verdict, error.into()).await);
+        }
+        if self.client.notices().already_in_transaction() {
+            // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
+            return Err(Failed::before_commit(Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
         match work(Transaction::new(Arc::clone(&self.client))).await {
             Ok(value) => self.commit(value).await,
@@ -149,8 +155,8 @@ impl Attempt {
         }
     }
 
-    async fn commit<T>(&mut self, value: T) -> Result<T, Failed<T>> {
-        if Arc::strong_count(&self.client) > 1 {
+    async fn commit<T>(&mut self, value: T) -> Result<T, Failed> {
+        if self.is_shared() {
             let error = Error::RolledBack(RolledBack::HandleKept);
             return Err(Failed::before_commit(Verdict::Application, error));
         }
@@ -158,7 +164,11 @@ impl Attempt {
         let never_sent = self.client.is_closed();
         let Err(error) = self.client.batch_execute(COMMIT).await else {
             self.clean = true;
-            return Ok(value);
+            if !self.client.notices().not_replicated() {
+                return Ok(value);
+            }
+            let error = Error::CommitUnknown(Box::new(CommitUnknown::not_replicated()));
+            return Err(Failed { stage: Stage::InDoubt, verdict: Verdict::OutcomeUnknown, error });
         };
         self.suspect();
         let verdict = classify(&error);
@@ -166,19 +176,25 @@ impl Attempt {
             return Err(Failed::before_commit(verdict, error));
         }
         if !commit_refused(&error) {
-            return Err(Failed { stage: Stage::InDoubt, verdict, error: error.into(), value: Some(value) });
+            return Err(Failed { stage: Stage::InDoubt, verdict, error: error.into() });
         }
         self.roll_back().await;
         let error = match verdict {
             Verdict::Aborted => Error::RolledBack(RolledBack::FailedInside),
             _ => error.into(),
         };
-        Err(Failed { stage: Stage::Refused, verdict, error, value: None })
+        Err(Failed { stage: Stage::Refused, verdict, error })
     }
 
     /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
-    async fn failed<T>(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed<T> {
+    async fn failed(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed {
         self.suspect();
+        if self.is_shared() {
+            // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
+            // the session ends as it is, and all that was done in it with it.
+            let own_doing = verdict == Verdict::ReadOnly;
+            return Failed::before_commit(if own_doing { Verdict::Application } else { verdict }, error);
+        }
         if verdict == Verdict::ReadOnly && mode != Mode::Read {
             let verdict = if self.server_is_read_only().await { verdict } else { Verdict::Application };
             return Failed::before_commit(verdict, error);
@@ -214,6 +230,11 @@ impl Attempt {
         read_only
     }
 
+    /// A handle given to the closure is still alive.
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.client) > 1
+    }
+
     /// A session that ended makes its server suspect; other errors say nothing about it.
     fn suspect(&self) {
         if self.client.is_closed() {
@@ -229,7 +250,17 @@ impl Attempt {
 fn verdict_of(error: &Error) -> Verdict {
     match error {
         Error::Database(error) => classify(error),
-        Error::Aborted(source) => classify_chain(source.as_ref()).unwrap_or(Verdict::Application),
+        Error::Aborted(source) if !holds_doubt(source.as_ref()) => {
+            classify_chain(source.as_ref()).unwrap_or(Verdict::Application)
+        }
         _ => Verdict::Application,
     }
+}
+
+/// The closure ran another transaction whose outcome is not known: running it again could apply that one twice.
+fn holds_doubt(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source())
+        .take(16)
+        .filter_map(|error| error.downcast_ref::<Error>())
+        .any(|error| error.commit_outcome() == CommitOutcome::Unknown)
 }

@@ -547,7 +547,8 @@ impl Cluster {
     /// Makes a standby the primary; returns when it accepts writes and the other awake standbys stream from it. For these it
     /// waits half a second at most.
     ///
-    /// In a synchronous cluster its commits wait for any one of these; with none awake they wait for nobody.
+    /// In a synchronous cluster commits wait for one of these from the moment they stream, and what was committed before
+    /// has reached them when this returns; so Patroni does it, too. With none awake commits wait for nobody.
     /// Nothing is done to the old primary. Promote [`Cluster::most_advanced_standby`]: another one may lack commits that
     /// were acknowledged.
     pub async fn promote_timed(&self, node: Node) -> Promotion {
@@ -556,9 +557,9 @@ impl Cluster {
         for other in self.awake_others(node).into_iter().filter(|other| *other != self.primary()) {
             followers.push((other, self.direct(other).await));
         }
-        // Inert before the promotion, in force from its first moment.
-        let names = self.synchronous_names(followers.iter().map(|(other, _)| *other));
-        alter_system(&asking, "synchronous_standby_names", &names).await;
+        // The other standbys still follow the old primary: commits that waited for them from the first moment would stand
+        // still until they have turned round.
+        alter_system(&asking, "synchronous_standby_names", "").await;
 
         let begun = Instant::now();
         asking.execute("SELECT pg_promote(false)", &[]).await.expect("pg_promote");
@@ -585,6 +586,10 @@ impl Cluster {
         for (other, session) in &followers {
             self.wait_following(*other, session, node).await;
         }
+        let names = self.synchronous_names(followers.iter().map(|(other, _)| *other));
+        alter_system(&asking, "synchronous_standby_names", &names).await;
+        // A commit that waits for a standby also waits for all before it. Under a fence there is nothing to wait for.
+        let _ = timeout(TURNING_PATIENCE, asking.batch_execute("UPDATE testbed.probe SET writes = writes + 1")).await;
         Promotion { accepted_at, took: accepted_at - begun }
     }
 

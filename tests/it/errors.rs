@@ -1,1 +1,363 @@
-//! (being written)
+//! Every mistake is a typed error with a sentence that says what to do, soon; and no error or log holds a password.
+
+use std::fmt::Debug;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use testbed::{Answer, Cluster, Dns, Garbage, Node, eventually};
+use tokio_postgres_failover::{
+    BuildError, Error, FailureKind, Pool, PoolBuilder, RetryPolicy, State, UnavailableReason,
+};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// For conditions that come at once on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The default deadline is thirty seconds: what ends before this did not wait for it.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+/// What is wrong with a configuration, by the option that the error names.
+fn invalid(error: &BuildError) -> &'static str {
+    match error {
+        BuildError::Url(_) => "url",
+        BuildError::NoHost => "no host",
+        BuildError::Invalid { option, .. } => option,
+        BuildError::Resolver(_) => "resolver",
+        BuildError::NoRuntime => "no runtime",
+        _ => "?",
+    }
+}
+
+/// Acceptance 9: connection strings that cannot be used.
+#[tokio::test]
+async fn bad_connection_strings_are_refused() {
+    let table: &[(&str, &str, &[&str])] = &[
+        ("", "no host", &["name at least one server"]),
+        ("postgres://", "no host", &["postgres://app@my-pg.internal/app"]),
+        ("user=app", "no host", &["name at least one server"]),
+        ("host='' user=app", "no host", &["name at least one server"]),
+        ("host=a,,b user=app", "no host", &["name at least one server"]),
+        ("nonsense", "url", &["expected postgres://", "host="]),
+        ("mysql://app@db/app", "url", &["expected postgres://"]),
+        ("postgres://app@db:notaport/app", "url", &["expected postgres://"]),
+        ("postgres://app@db:99999/app", "url", &["expected postgres://"]),
+        ("postgres://app@[::1/app", "url", &["expected postgres://"]),
+        ("postgres://app@db/app?no_such_option=1", "url", &["no_such_option", "expected"]),
+        ("postgres://app@db/app?connect_timeout=soon", "url", &["connect_timeout", "expected"]),
+        ("postgres://app@db/app?target_session_attrs=primary", "url", &["target_session_attrs", "expected"]),
+        ("host=db hostaddr=nowhere", "url", &["hostaddr", "expected"]),
+        ("postgres://app@db:0/app", "port", &["0 is not a port", "5432"]),
+        ("host=a,b,c port=1,2 user=app", "port", &["2 ports for 3 hosts", "one port, or one for each"]),
+        ("host=a,b hostaddr=127.0.0.1 user=app", "hostaddr", &["2 hosts and 1 hostaddrs", "one hostaddr for each"]),
+        ("postgres://app@db/app?target_session_attrs=read-only", "target_session_attrs", &["primary", "remove"]),
+        ("postgres://app@db/app?load_balance_hosts=random", "load_balance_hosts", &["primary", "remove"]),
+        ("postgres://app@db/app?sslmode=require", "sslmode", &["PoolBuilder::tls"]),
+        ("postgres://app@db/app?channel_binding=require", "channel_binding", &["PoolBuilder::tls"]),
+    ];
+    for (url, what, words) in table {
+        let error = match Pool::builder(*url) {
+            Ok(builder) => builder.build().map(drop).unwrap_err(),
+            Err(error) => error,
+        };
+        let text = error.to_string();
+        assert_eq!(invalid(&error), *what, "{url}: {error:?}");
+        for word in *words {
+            assert!(text.contains(word), "{url}: {text:?} lacks {word:?}");
+        }
+    }
+}
+
+/// Acceptance 9: what the configuration carries and the pool honours in its own way is taken.
+#[tokio::test]
+async fn harmless_options_are_taken() {
+    for url in [
+        "postgres://app@127.0.0.1/app?target_session_attrs=read-write",
+        "postgres://app@127.0.0.1/app?target_session_attrs=any",
+        "postgres://app@127.0.0.1/app?load_balance_hosts=disable",
+        "postgres://app@127.0.0.1/app?sslmode=prefer",
+        "postgres://app@127.0.0.1/app?connect_timeout=5&keepalives=0&tcp_user_timeout=7",
+        "host=/var/run/postgresql user=app",
+    ] {
+        assert!(Pool::builder(url).unwrap().build().is_ok(), "{url}");
+    }
+}
+
+/// Acceptance 9: sizes and durations of nothing, and settings that contradict each other.
+#[tokio::test]
+async fn bad_settings_are_refused() {
+    type Set = fn(PoolBuilder) -> PoolBuilder;
+    const ZERO: Duration = Duration::ZERO;
+    const SECOND: Duration = Duration::from_secs(1);
+    let table: &[(Set, &str, &str)] = &[
+        (|b| b.max_size(0), "max_size", "at least 1"),
+        (|b| b.connection_gate(0), "connection_gate", "at least 1"),
+        (|b| b.checkout_timeout(ZERO), "checkout_timeout", "longer than zero"),
+        (|b| b.heartbeat_interval(ZERO), "heartbeat_interval", "longer than zero"),
+        (|b| b.heartbeat_timeout(ZERO), "heartbeat_timeout", "longer than zero"),
+        (|b| b.patrol_interval(ZERO), "patrol_interval", "longer than zero"),
+        (|b| b.poll_interval(ZERO, SECOND), "poll_interval", "longer than zero"),
+        (|b| b.poll_interval(SECOND, SECOND / 2), "poll_interval", "shortest"),
+        (|b| b.probe_timeout(ZERO), "probe_timeout", "longer than zero"),
+        (|b| b.dead_after(ZERO), "dead_after", "longer than zero"),
+        (|b| b.retry(RetryPolicy::new().deadline(ZERO)), "retry", "deadline is zero"),
+        (|b| b.retry(RetryPolicy::new().attempts(0)), "retry", "at least 1"),
+        (|b| b.retry(RetryPolicy::new().factor(f64::NAN)), "retry", "factor"),
+        (|b| b.retry(RetryPolicy::new().max_delay(ZERO)), "retry", "max_delay"),
+    ];
+    for (set, option, word) in table {
+        let builder = set(Pool::builder("postgres://app@127.0.0.1/app").unwrap());
+        let error = builder.build().map(drop).unwrap_err();
+        assert_eq!(invalid(&error), *option, "{error:?}");
+        assert!(error.to_string().contains(word) && error.to_string().contains(option), "{error}");
+    }
+}
+
+/// Acceptance 9: without a runtime there is no panic, but an error that names it.
+#[test]
+fn building_outside_a_runtime_is_refused() {
+    let error = Pool::builder("postgres://app@127.0.0.1/app").unwrap().build().map(drop).unwrap_err();
+    assert!(matches!(error, BuildError::NoRuntime), "{error:?}");
+    assert!(error.to_string().contains("#[tokio::main]"), "{error}");
+    let error = Pool::builder("postgres://app@127.0.0.1/app").unwrap().build_manager().map(drop).unwrap_err();
+    assert!(matches!(error, BuildError::NoRuntime), "{error:?}");
+}
+
+/// All three calls fail alike, and at once.
+async fn refused_at_once(pool: &Pool, words: &[&str]) {
+    let began = Instant::now();
+    let errors = [
+        pool.get().await.map(drop).unwrap_err(),
+        pool.connect().await.unwrap_err(),
+        pool.transaction(async |_| Ok(())).await.unwrap_err(),
+    ];
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    for error in errors {
+        let Error::Refused(refused) = &error else { panic!("{error:?}") };
+        assert!(matches!(refused.failure().kind, FailureKind::Refused | FailureKind::NotPostgres));
+        let text = error.to_string();
+        for word in words {
+            assert!(text.contains(word), "{text:?} lacks {word:?}");
+        }
+    }
+}
+
+async fn waits_for_success(pool: &Pool) {
+    eventually("the same pool works now", PATIENCE, async || pool.get().await.is_ok()).await;
+    pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+}
+
+/// Acceptance 9, C9: a wrong password fails at once; the same pool works when it was put right.
+#[tokio::test]
+async fn c9_a_wrong_password_fails_at_once() {
+    let cluster = Cluster::builder().nodes(3).password("the-right-one").start().await;
+    let hosts: Vec<_> = cluster.nodes().into_iter().map(|node| cluster.socket_addr(node).to_string()).collect();
+    let pool = Pool::builder(format!("postgres://app:the-new-one@{}/app", hosts.join(","))).unwrap().build().unwrap();
+    refused_at_once(&pool, &["28P01", "password authentication failed", "check user, password"]).await;
+    let view = pool.status().view;
+    assert!(matches!(view.state, State::Searching { refused: Some(_) }), "{view:?}");
+
+    let owner = cluster.direct(Node(0)).await;
+    owner.batch_execute("ALTER ROLE app PASSWORD 'the-new-one'").await.unwrap();
+    waits_for_success(&pool).await;
+}
+
+/// Acceptance 9, C9: no password where one is asked for.
+#[tokio::test]
+async fn c9_a_missing_password_fails_at_once() {
+    let cluster = Cluster::builder().nodes(1).password("secret").start().await;
+    let pool = Pool::builder(format!("postgres://app@{}/app", cluster.socket_addr(Node(0)))).unwrap().build().unwrap();
+    refused_at_once(&pool, &["password", "check user, password"]).await;
+}
+
+/// Acceptance 9, C9: a missing database, a missing role, a TLS server that is none: at once, and the first two can be made.
+#[tokio::test]
+async fn c9_a_missing_database_or_role_fails_at_once() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let addr = cluster.socket_addr(Node(0));
+    let no_database = Pool::builder(format!("postgres://app@{addr}/orders")).unwrap().build().unwrap();
+    refused_at_once(&no_database, &["3D000", "database \"orders\" does not exist", "check user, password, database"])
+        .await;
+    let no_role = Pool::builder(format!("postgres://clerk@{addr}/app")).unwrap().build().unwrap();
+    refused_at_once(&no_role, &["28000", "role \"clerk\" does not exist", "check user"]).await;
+
+    let owner = cluster.direct(Node(0)).await;
+    owner.batch_execute("CREATE DATABASE orders").await.unwrap();
+    owner.batch_execute("CREATE ROLE clerk LOGIN").await.unwrap();
+    waits_for_success(&no_database).await;
+    waits_for_success(&no_role).await;
+}
+
+/// Acceptance 9, C9: a role whose rights end while the pool runs: new connections fail at once, the open one goes on.
+#[tokio::test]
+async fn c9_a_password_changed_meanwhile_refuses_new_connections() {
+    let cluster = Cluster::builder().nodes(1).password("old").start().await;
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
+    let open = pool.get().await.unwrap();
+    let owner = cluster.direct(Node(0)).await;
+    owner.batch_execute("ALTER ROLE app PASSWORD 'new'").await.unwrap();
+    let began = Instant::now();
+    let error = pool.get().await.unwrap_err();
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    assert!(matches!(error, Error::Refused(_)), "{error:?}");
+    assert!(error.to_string().contains(&cluster.socket_addr(Node(0)).to_string()), "{error}");
+    open.batch_execute("SELECT 1").await.unwrap();
+    owner.batch_execute("ALTER ROLE app PASSWORD 'old'").await.unwrap();
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// Acceptance 9: what is not PostgreSQL is named as such, at once.
+#[tokio::test]
+async fn what_is_not_postgresql_fails_at_once() {
+    let local = SocketAddr::from(([127, 0, 0, 1], 0));
+    for bytes in [&b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"[..], b"SSH-2.0-OpenSSH_9.2\r\n", &[0; 64]] {
+        let garbage = Garbage::start(local, bytes).await;
+        let pool = Pool::builder(format!("postgres://app@{}/app", garbage.addr())).unwrap().build().unwrap();
+        refused_at_once(&pool, &["not PostgreSQL", "check host and port"]).await;
+    }
+}
+
+/// Acceptance 9, D1: a name that does not resolve is waited for, and the error says whose fault it is.
+#[tokio::test]
+async fn a_name_that_does_not_resolve_says_so() {
+    let dns = Dns::start(([127, 0, 0, 1], 0).into()).await;
+    for (answer, word) in [(Answer::NxDomain, "NXDOMAIN"), (Answer::ServFail, "SERVFAIL"), (Answer::Empty, "address")] {
+        dns.answer(answer);
+        let builder = Pool::builder("postgres://app@pg.internal/app").unwrap().dns_servers([dns.addr()]);
+        let pool = builder.checkout_timeout(Duration::from_millis(300)).build().unwrap();
+        let error = pool.get().await.unwrap_err();
+        let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+        assert_eq!(unavailable.reason(), UnavailableReason::Dns);
+        let text = error.to_string();
+        for word in [word, "pg.internal", "check the host name and the name servers"] {
+            assert!(text.contains(word), "{text:?} lacks {word:?}");
+        }
+    }
+}
+
+/// Collects what `tracing` writes.
+#[derive(Clone, Default)]
+struct Collected(Arc<Mutex<Vec<u8>>>);
+
+impl Collected {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+impl Write for Collected {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Collected {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// What a secret would look like in a text: as it is, and as a URL writes it.
+const SECRET: &str = "s3cr3t/w0rd";
+
+fn holds_no_secret(what: &str, text: &str) {
+    assert!(!text.contains("s3cr3t") && !text.contains("w0rd"), "{what} holds the password: {text}");
+}
+
+fn says_no_secret(what: &str, value: &(impl Debug + ?Sized)) {
+    holds_no_secret(what, &format!("{value:?}"));
+    holds_no_secret(what, &format!("{value:#?}"));
+}
+
+fn error_says_no_secret(error: &(dyn std::error::Error + 'static)) {
+    let mut link = Some(error);
+    while let Some(error) = link {
+        says_no_secret("an error", error);
+        holds_no_secret("an error", &error.to_string());
+        link = error.source();
+    }
+}
+
+/// No password in any text, over a run with failures of all kinds and a failover.
+#[test]
+fn no_text_holds_a_password() {
+    let log = Collected::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_span_events(tracing_subscriber::fmt::format::FmtSpan::FULL)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    // One thread, so that this thread's subscriber sees all that the pool's tasks say.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tracing::subscriber::with_default(subscriber, || runtime.block_on(a_life_with_a_password()));
+    let text = log.text();
+    for said in ["primary found", "primary lost", "search", "transaction", "attempt"] {
+        assert!(text.contains(said), "the log is of no use without {said:?}: {text}");
+    }
+    holds_no_secret("the log", &text);
+}
+
+async fn a_life_with_a_password() {
+    let cluster = Cluster::builder().password(SECRET).start().await;
+    let url = cluster.url_hosts();
+    let by_name = Pool::builder(cluster.url()).unwrap().dns_servers([cluster.dns().addr()]);
+    says_no_secret("a builder", &by_name);
+    let pool = Pool::builder(&url).unwrap().build().unwrap();
+    for pool in [by_name.build().unwrap(), pool.clone()] {
+        pool.connect().await.unwrap();
+        says_no_secret("a pool", &pool);
+        says_no_secret("a status", &pool.status());
+        says_no_secret("a transaction's builder", &pool.build_transaction());
+        let client = pool.get().await.unwrap();
+        says_no_secret("a client", &client);
+        says_no_secret("a connection", &*client);
+        error_says_no_secret(&client.query("SELECT 1 / 0", &[]).await.unwrap_err());
+    }
+    says_no_secret("a manager", &Pool::builder(&url).unwrap().build_manager().unwrap());
+    let error = pool
+        .transaction(async |tx| {
+            says_no_secret("a transaction", &tx);
+            tx.batch_execute("SELECT no_such_function()").await?;
+            Ok(())
+        })
+        .await
+        .unwrap_err();
+    error_says_no_secret(&error);
+
+    cluster.kill(Node(0)).await;
+    cluster.promote(cluster.most_advanced_standby().await).await;
+    pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+    for node in cluster.nodes() {
+        if cluster.is_running(node) {
+            cluster.kill(node).await;
+        }
+    }
+    let hasty = Pool::builder(&url).unwrap().checkout_timeout(Duration::from_millis(300)).build().unwrap();
+    error_says_no_secret(&hasty.get().await.unwrap_err());
+
+    let other = Cluster::builder().nodes(1).password("another").start().await;
+    let encoded = SECRET.replace('/', "%2F");
+    let url = format!("postgres://app:{encoded}@{}/app", other.socket_addr(Node(0)));
+    error_says_no_secret(&Pool::builder(url).unwrap().build().unwrap().get().await.unwrap_err());
+    // A password whose `/` nobody escaped is misread as something else.
+    for url in [
+        format!("postgres://app:{SECRET}@127.0.0.1/app"),
+        format!("host=127.0.0.1 password='{SECRET} user=app"),
+        format!("postgres://app:{encoded}@127.0.0.1/app?nonsense=1"),
+        format!("postgres://app:{encoded}@127.0.0.1:0/app"),
+        format!("postgres://app:{encoded}@127.0.0.1/app?sslmode=require"),
+    ] {
+        match Pool::builder(&url).and_then(PoolBuilder::build) {
+            Err(error) => error_says_no_secret(&error),
+            Ok(pool) => says_no_secret("a pool", &pool),
+        }
+    }
+}

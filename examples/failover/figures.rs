@@ -1,0 +1,218 @@
+//! The figures of a run, and how they are compared over many.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use serde_json::{Map, Value, json};
+
+use crate::load::Writer;
+use crate::scenario::{Outcome, Run};
+use crate::{PACE, Settings, WRITERS};
+
+/// What happened when.
+pub(crate) struct Timeline {
+    pub(crate) start: Instant,
+    pub(crate) killed: Instant,
+    /// When the new primary had answered the first direct write.
+    pub(crate) accepted: Instant,
+    /// When a direct write had been confirmed by a standby as well: these first have to turn to the new primary.
+    pub(crate) confirmed: Instant,
+    /// How long PostgreSQL took from the promotion's order to that write.
+    pub(crate) promotion: Duration,
+    /// When DNS was moved, where it moves.
+    pub(crate) named: Option<Instant>,
+    pub(crate) end: Instant,
+}
+
+/// What one side came to in one run.
+#[derive(Clone, Debug)]
+pub(crate) struct Figures {
+    pub(crate) acknowledged: usize,
+    /// Errors that reached the caller.
+    pub(crate) errors: usize,
+    /// Rows beyond one per id.
+    pub(crate) duplicates: usize,
+    /// Acknowledged and not stored.
+    pub(crate) lost: usize,
+    /// The longest time that any writer was without an acknowledgement.
+    pub(crate) longest_gap: Duration,
+    /// From the new primary's first direct write to the first acknowledgement; `None`: it never came.
+    pub(crate) first_success: Option<Duration>,
+    /// The same, to the last writer's first acknowledgement.
+    pub(crate) all_writers: Option<Duration>,
+    /// From the first direct write that a standby confirmed, as those of the pools are, to the first acknowledgement.
+    pub(crate) after_direct: Option<Duration>,
+    /// From the change of DNS to the first acknowledgement, where DNS moves: before, the new primary has no name.
+    pub(crate) after_dns: Option<Duration>,
+}
+
+impl Figures {
+    /// `stored`: each id in the table, and how often it is there.
+    pub(crate) fn new(timeline: &Timeline, writers: &[Writer], stored: &HashMap<i64, i64>) -> Self {
+        let acknowledged = || writers.iter().flat_map(|writer| &writer.acknowledged);
+        let firsts: Vec<Option<Duration>> = writers
+            .iter()
+            .map(|writer| {
+                let first = writer.acknowledged.iter().find(|(_, at)| *at > timeline.accepted);
+                first.map(|(_, at)| *at - timeline.accepted)
+            })
+            .collect();
+        let first_success = firsts.iter().flatten().min().copied();
+        let since =
+            |then: Instant| first_success.map(|first| (timeline.accepted + first).saturating_duration_since(then));
+        Self {
+            acknowledged: acknowledged().count(),
+            errors: writers.iter().map(|writer| writer.errors.len()).sum(),
+            duplicates: stored.values().map(|count| usize::try_from(count - 1).unwrap_or(0)).sum(),
+            lost: acknowledged().filter(|(id, _)| !stored.contains_key(id)).count(),
+            longest_gap: writers.iter().map(|writer| longest_gap(timeline, writer)).max().unwrap_or_default(),
+            first_success,
+            all_writers: firsts.into_iter().collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().max()),
+            after_direct: since(timeline.confirmed),
+            after_dns: timeline.named.and_then(since),
+        }
+    }
+
+    /// What must not happen to a user of this pool.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let mut must_not = |happened: bool, what: String| {
+            if happened {
+                faults.push(what);
+            }
+        };
+        must_not(self.errors > 0, format!("{} errors reached the callers of this pool", self.errors));
+        must_not(self.duplicates > 0, format!("this pool stored {} rows twice", self.duplicates));
+        must_not(self.lost > 0, format!("{} writes that this pool acknowledged are lost", self.lost));
+        must_not(self.all_writers.is_none(), "not every writer of this pool wrote again".to_owned());
+        faults
+    }
+
+    /// The figures by the names that they have in the JSON file.
+    pub(crate) fn named(&self) -> Vec<(&'static str, Option<f64>)> {
+        let mut named = vec![
+            ("acknowledged", Some(count(self.acknowledged))),
+            ("errors", Some(count(self.errors))),
+            ("duplicates", Some(count(self.duplicates))),
+            ("lost", Some(count(self.lost))),
+            ("longest_gap_ms", Some(milliseconds(self.longest_gap))),
+            ("first_success_ms", self.first_success.map(milliseconds)),
+            ("all_writers_ms", self.all_writers.map(milliseconds)),
+        ];
+        // While the name leads nowhere, what the servers do is not what anybody waits for.
+        named.push(match self.after_dns {
+            Some(after) => ("first_success_after_dns_ms", Some(milliseconds(after))),
+            None => ("first_success_after_direct_ms", self.after_direct.map(milliseconds)),
+        });
+        named
+    }
+}
+
+/// The pause at the end counts as well: a writer that never came back has a gap.
+fn longest_gap(timeline: &Timeline, writer: &Writer) -> Duration {
+    let mut before = timeline.start;
+    let mut longest = Duration::ZERO;
+    for at in writer.acknowledged.iter().map(|(_, at)| *at).chain([timeline.end]) {
+        longest = longest.max(at.saturating_duration_since(before));
+        before = at;
+    }
+    longest
+}
+
+/// Median, minimum and maximum. `None` among the values stands for "never", and is more than any number.
+#[derive(Clone, Copy)]
+pub(crate) struct Spread {
+    pub(crate) median: Option<f64>,
+    pub(crate) min: Option<f64>,
+    pub(crate) max: Option<f64>,
+}
+
+impl Spread {
+    pub(crate) fn of(values: impl Iterator<Item = Option<f64>>) -> Self {
+        let mut values: Vec<f64> = values.map(|value| value.unwrap_or(f64::INFINITY)).collect();
+        values.sort_unstable_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied();
+        let (low, high) = (at(values.len().saturating_sub(1) / 2), at(values.len() / 2));
+        let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
+        Self {
+            median: finite(low.zip(high).map(|(low, high)| f64::midpoint(low, high))),
+            min: finite(at(0)),
+            max: finite(values.last().copied()),
+        }
+    }
+}
+
+/// Each figure over all runs. `side` picks the pool.
+pub(crate) fn spreads(runs: &[Run], side: fn(&Run) -> &Outcome) -> Vec<(&'static str, Spread)> {
+    let figures: Vec<_> = runs.iter().map(|run| side(run).figures.named()).collect();
+    let names = figures.first().into_iter().flatten().map(|(name, _)| *name);
+    let value = |of: &[(&'static str, Option<f64>)], wanted| {
+        of.iter().find(|(name, _)| *name == wanted).and_then(|(_, value)| *value)
+    };
+    names.map(|name| (name, Spread::of(figures.iter().map(|run| value(run, name))))).collect()
+}
+
+/// What the servers needed by themselves.
+pub(crate) fn server(runs: &[Run]) -> [(&'static str, Spread); 2] {
+    let spread =
+        |of: fn(&Timeline) -> Duration| Spread::of(runs.iter().map(|run| Some(milliseconds(of(&run.timeline)))));
+    [
+        ("promotion_ms", spread(|timeline| timeline.promotion)),
+        ("confirmed_ms", spread(|timeline| timeline.confirmed.saturating_duration_since(timeline.accepted))),
+    ]
+}
+
+/// The file's content: the figures of the last run, which is the one in the picture, and the spread over all.
+pub(crate) fn json(settings: Settings, runs: &[Run]) -> Value {
+    let mut all = json!({
+        "conditions": {
+            "dns": settings.naming.name(),
+            "detection_ms": number(Some(milliseconds(settings.detection))),
+            "writers": WRITERS,
+            "pace_ms": number(Some(milliseconds(PACE))),
+        },
+    });
+    if let Some(last) = runs.last() {
+        all["pool"] = object(last.pool.figures.named().into_iter().map(|(name, value)| (name, number(value))));
+        all["plain"] = object(last.plain.figures.named().into_iter().map(|(name, value)| (name, number(value))));
+        all["server"] =
+            object(server(std::slice::from_ref(last)).into_iter().map(|(name, of)| (name, number(of.median))));
+    }
+    if runs.len() > 1 {
+        let side = |side| object(spreads(runs, side).into_iter().map(|(name, spread)| (name, spread_json(spread))));
+        all["runs"] = json!({
+            "count": runs.len(),
+            "pool": side(|run| &run.pool),
+            "plain": side(|run| &run.plain),
+            "server": object(server(runs).into_iter().map(|(name, spread)| (name, spread_json(spread)))),
+        });
+    }
+    all
+}
+
+fn object(members: impl Iterator<Item = (&'static str, Value)>) -> Value {
+    Value::Object(members.map(|(name, value)| (name.to_owned(), value)).collect::<Map<_, _>>())
+}
+
+fn spread_json(spread: Spread) -> Value {
+    json!({ "median": number(spread.median), "min": number(spread.min), "max": number(spread.max) })
+}
+
+/// Whole numbers without a decimal point, others with one digit.
+#[allow(clippy::cast_possible_truncation, reason = "counts of a demo are far below 2^53")]
+fn number(value: Option<f64>) -> Value {
+    match value {
+        Some(value) if value.fract() == 0.0 => json!(value as i64),
+        Some(value) => json!((value * 10.0).round() / 10.0),
+        None => Value::Null,
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "counts of a demo are far below 2^53")]
+fn count(count: usize) -> f64 {
+    count as f64
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 10_000.0).round() / 10.0
+}

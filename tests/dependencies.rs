@@ -1,0 +1,91 @@
+//! What the default build pulls in: nothing with an open advisory, nothing newer than `rust-version` allows.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
+use std::collections::BTreeMap;
+use std::process::Command;
+
+use serde_json::Value;
+
+/// The versions that mended the advisories known of what this crate uses.
+const MENDED: [(&str, [u64; 3], &str); 4] = [
+    ("hickory-proto", [0, 26, 1], "RUSTSEC-2026-0118, RUSTSEC-2026-0119"),
+    ("hickory-net", [0, 26, 1], "RUSTSEC-2026-0120"),
+    ("tokio-postgres", [0, 7, 18], "RUSTSEC-2026-0178"),
+    ("postgres-protocol", [0, 6, 12], "RUSTSEC-2026-0179, RUSTSEC-2026-0180"),
+];
+/// Crates with an advisory that nothing mends.
+const UNMENDED: [(&str, &str); 2] = [("backoff", "RUSTSEC-2025-0012"), ("instant", "RUSTSEC-2024-0384")];
+
+fn cargo(arguments: &[&str]) -> String {
+    let output = Command::new(env!("CARGO"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .args(arguments)
+        .args(["--locked", "--offline"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Name and version of each crate in a build of the library.
+fn crates(features: &[&str]) -> BTreeMap<String, [u64; 3]> {
+    let mut arguments = vec!["tree", "--package", "tokio-postgres-failover", "--edges", "normal", "--prefix", "none"];
+    arguments.extend(features);
+    cargo(&arguments)
+        .lines()
+        .filter_map(|line| {
+            let (name, rest) = line.split_once(" v")?;
+            Some((name.to_owned(), version(rest.split_whitespace().next()?)))
+        })
+        .collect()
+}
+
+fn version(text: &str) -> [u64; 3] {
+    let plain = text.split(['-', '+']).next().unwrap();
+    let mut parts = plain.split('.').map(|part| part.parse().unwrap());
+    [parts.next().unwrap(), parts.next().unwrap_or(0), parts.next().unwrap_or(0)]
+}
+
+#[test]
+fn the_default_build_holds_no_crate_with_an_open_advisory() {
+    let crates = crates(&[]);
+    println!("{} crates, this one included", crates.len());
+    for (name, least, advisory) in MENDED {
+        assert!(crates[name] >= least, "{name} {:?} is older than the mend of {advisory}", crates[name]);
+    }
+    for (name, advisory) in UNMENDED {
+        assert!(!crates.contains_key(name), "{name}: {advisory}");
+    }
+}
+
+#[test]
+fn only_the_feature_backoff_brings_the_unmaintained_crates() {
+    let crates = crates(&["--features", "backoff"]);
+    for (name, _) in UNMENDED {
+        assert!(crates.contains_key(name), "the check above looks for a name that does not exist: {name}");
+    }
+}
+
+#[test]
+fn no_dependency_needs_a_newer_rust_than_the_manifest_says() {
+    let metadata: Value = serde_json::from_str(&cargo(&["metadata", "--format-version", "1"])).unwrap();
+    let used = crates(&["--all-features"]);
+    let packages = metadata["packages"].as_array().unwrap();
+    let rust_version = |package: &Value| package["rust_version"].as_str().map(version);
+    let named = |package: &&Value| package["name"] == "tokio-postgres-failover";
+    let ours = packages.iter().find(named).and_then(rust_version).unwrap();
+    let mut newest = [0; 3];
+    for package in packages {
+        let used = used.get(package["name"].as_str().unwrap());
+        if used != Some(&version(package["version"].as_str().unwrap())) {
+            continue;
+        }
+        let needs = rust_version(package).unwrap_or_default();
+        assert!(needs <= ours, "{} needs Rust {needs:?}, the manifest promises {ours:?}", package["name"]);
+        if !named(&package) {
+            newest = newest.max(needs);
+        }
+    }
+    assert_eq!(newest, ours, "the manifest may promise an older Rust than {ours:?}");
+}
