@@ -85,6 +85,10 @@ impl Pool {
     /// with [`Error::Unavailable`], which lists each candidate and what it said. Fails at once with [`Error::Refused`]
     /// where the credentials are wrong. An idle connection is handed out without a round trip. Cancel-safe.
     ///
+    /// What you begin by hand, end by hand before the connection goes back: neither an open transaction nor a statement
+    /// whose future was dropped is undone for you. [`Client::transaction`](deadpool_postgres::ClientWrapper::transaction)
+    /// rolls back by itself, and [`Pool::transaction`] leaves nothing behind whatever happens.
+    ///
     /// A failover ends the connection: its statements then fail with [`tokio_postgres::Error`]s, and the next `get`
     /// gives one to the new primary. To have the work run again instead, use [`Pool::transaction`].
     ///

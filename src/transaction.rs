@@ -235,6 +235,8 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// and all else that takes `&self`. It is owned, so that the closure's future can be spawned; when it (or something that
 /// borrows from it) is still alive after the closure has returned, the transaction is rolled back and the call fails
 /// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
+///
+/// Read a row stream to its end, or drop it, within the closure: COMMIT's answer comes behind its rows.
 pub struct Transaction {
     client: Arc<Client>,
 }

@@ -9,6 +9,7 @@ mod dns;
 mod errors;
 mod failover;
 mod get;
+mod hygiene;
 mod load;
 mod quiet;
 mod resolve;

@@ -1,0 +1,222 @@
+//! What must not happen to a pool or through one: strangers' transactions, stray handles, starvation, a dead task.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use testbed::{Cluster, eventually};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_postgres_failover::{
+    Addresses, BoxFuture, CommitOutcome, Error, Pool, PoolBuilder, Resolve, ResolveError, State,
+};
+
+use crate::load::create_table;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn builder(cluster: &Cluster) -> PoolBuilder {
+    Pool::builder(cluster.url()).unwrap().dns_servers([cluster.dns().addr()])
+}
+
+async fn single() -> Cluster {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    create_table(&cluster).await;
+    cluster
+}
+
+async fn stored(cluster: &Cluster) -> i64 {
+    cluster.direct(cluster.primary()).await.query_one("SELECT count(*) FROM entries", &[]).await.unwrap().get(0)
+}
+
+/// C6: a handle that outlives a closure which failed must not write after the rollback, outside any transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c6_a_stray_handle_writes_nothing_after_a_failed_closure() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(2).build().unwrap();
+    let (go, went) = oneshot::channel::<()>();
+    let (tell, told) = oneshot::channel();
+    let mut stray = Some((went, tell));
+    let error = pool
+        .transaction::<(), _, _>(|tx| {
+            let (went, tell) = stray.take().expect("the closure runs once");
+            async move {
+                let tx = Arc::new(tx);
+                let other = Arc::clone(&tx);
+                tokio::spawn(async move {
+                    went.await.unwrap();
+                    let _ = tell.send(other.execute("INSERT INTO entries (id) VALUES (1)", &[]).await);
+                });
+                Err(Error::abort("own"))
+            }
+        })
+        .await
+        .unwrap_err();
+    assert_eq!(error.commit_outcome(), CommitOutcome::NotCommitted);
+    go.send(()).unwrap();
+    assert!(told.await.unwrap().is_err(), "the session of the stray handle has ended");
+    assert_eq!(stored(&cluster).await, 0);
+}
+
+/// K7: the server reports a cancelled wait for its standby as a warning and a success; a failover may lose such a commit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k7_a_cancelled_wait_for_the_standby_is_in_doubt() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    create_table(&cluster).await;
+    let pool = builder(&cluster).build().unwrap();
+    pool.connect().await.unwrap();
+    let standby = cluster.nodes().into_iter().find(|node| *node != cluster.primary()).unwrap();
+    cluster.freeze(standby);
+    let work = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.transaction(async |tx| Ok(tx.batch_execute("INSERT INTO entries VALUES (1)").await?)).await }
+    });
+    let admin = cluster.direct(cluster.primary()).await;
+    eventually("the commit's wait is cancelled", 10 * SECOND, async || {
+        let sql = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        !admin.query(sql, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    let error = timeout(10 * SECOND, work).await.unwrap().unwrap().unwrap_err();
+    assert!(matches!(error, Error::CommitUnknown(_)), "{error:?}");
+    assert!(error.to_string().contains("synchronous standby"), "{error}");
+    cluster.thaw(standby);
+}
+
+/// C1: a caller of `get` that began a transaction by hand and left it open must not have it committed by the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c1_a_transaction_left_open_by_hand_is_not_committed_by_the_next_caller() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(1).build().unwrap();
+    for left_behind in ["BEGIN; INSERT INTO entries (id) VALUES (7)", "BEGIN; SELECT 1/0"] {
+        let client = pool.get().await.unwrap();
+        let _ = client.batch_execute(left_behind).await;
+        drop(client);
+        pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+        assert_eq!(stored(&cluster).await, 0, "after {left_behind}");
+    }
+}
+
+/// S11: a server without a slot to spare, not even for the heart-beat, serves those who have one, without a pause.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s11_a_full_server_is_neither_left_nor_stalled() {
+    let cluster = single().await;
+    let admin = cluster.direct(cluster.primary()).await;
+    admin.batch_execute("ALTER ROLE app CONNECTION LIMIT 4").await.unwrap();
+    let pool = builder(&cluster)
+        .max_size(8)
+        .heartbeat_interval(Duration::from_millis(200))
+        .dead_after(SECOND)
+        .checkout_timeout(10 * SECOND)
+        .build()
+        .unwrap();
+    let until = Instant::now() + 4 * SECOND;
+    let mut workers = JoinSet::new();
+    for _ in 0..12 {
+        let pool = pool.clone();
+        workers.spawn(async move {
+            let mut served = 0;
+            while Instant::now() < until {
+                pool.get().await.unwrap().query_one("SELECT 1, pg_sleep(0.01)", &[]).await.unwrap();
+                served += 1;
+            }
+            served
+        });
+    }
+    while let Some(served) = workers.join_next().await {
+        assert!(served.unwrap() > 0, "a worker starved");
+    }
+    assert_eq!(pool.status().view.generation.get(), 1, "nobody was evicted");
+}
+
+/// A caller whose dial hangs at the old primary is not kept there when the new one is known.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dial_to_the_old_primary_is_left_when_a_new_one_is_found() {
+    let cluster = Cluster::start().await;
+    let pool = builder(&cluster)
+        .probe_timeout(20 * SECOND)
+        .heartbeat_interval(Duration::from_millis(100))
+        .heartbeat_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap();
+    let _held = pool.get().await.unwrap();
+    let old = cluster.primary();
+    cluster.freeze(old);
+    let waiter = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.map(|client| client.generation().get()) }
+    });
+    cluster.promote(cluster.most_advanced_standby().await).await;
+    let generation = timeout(10 * SECOND, waiter).await.expect("the waiter follows").unwrap().unwrap();
+    assert_eq!(generation, 2);
+    cluster.thaw(old);
+}
+
+/// C7: when the runtime that the pool was built on is gone, it is closed, and does not go on unsupervised.
+#[test]
+fn c7_a_pool_whose_runtime_has_ended_is_closed() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let (outer, inner) = (runtime(), runtime());
+    let cluster = outer.block_on(single());
+    let pool = inner.block_on(async {
+        let pool = builder(&cluster).build().unwrap();
+        pool.connect().await.unwrap();
+        pool
+    });
+    drop(inner);
+    let answer = outer.block_on(async { timeout(10 * SECOND, pool.get()).await });
+    assert!(matches!(answer, Ok(Err(Error::Closed))), "{answer:?}");
+    assert!(matches!(pool.status().view.state, State::Closed));
+    // The cluster's own connections live on the outer runtime.
+    outer.block_on(async move { drop(cluster) });
+}
+
+/// Settings that mean "never" are taken as such.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_longest_durations_are_usable() {
+    let cluster = single().await;
+    let settings: [fn(PoolBuilder) -> PoolBuilder; 7] = [
+        |builder| builder.checkout_timeout(Duration::MAX),
+        |builder| builder.dead_after(Duration::MAX),
+        |builder| builder.patrol_interval(Duration::MAX),
+        |builder| builder.heartbeat_interval(Duration::MAX),
+        |builder| builder.heartbeat_timeout(Duration::MAX),
+        |builder| builder.probe_timeout(Duration::MAX),
+        |builder| builder.poll_interval(Duration::MAX, Duration::MAX),
+    ];
+    for (index, setting) in settings.into_iter().enumerate() {
+        let pool = setting(builder(&cluster)).build().unwrap();
+        let client = timeout(10 * SECOND, pool.get()).await.unwrap();
+        assert!(client.is_ok(), "setting {index}: {client:?}");
+    }
+}
+
+/// Answers once, then panics.
+struct Faulty {
+    asked: AtomicUsize,
+    address: IpAddr,
+}
+
+impl Resolve for Faulty {
+    fn resolve<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Addresses, ResolveError>> {
+        assert!(self.asked.fetch_add(1, Ordering::Relaxed) == 0, "a bug in the resolver");
+        Box::pin(async { Ok(Addresses::new([self.address])) })
+    }
+}
+
+/// A panic in a user's resolver costs that one answer, not the pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panicking_resolver_does_not_end_the_pool() {
+    let cluster = single().await;
+    let faulty = Arc::new(Faulty { asked: AtomicUsize::new(0), address: cluster.addr(cluster.primary()) });
+    let pool =
+        builder(&cluster).resolver(Arc::clone(&faulty)).patrol_interval(Duration::from_millis(100)).build().unwrap();
+    pool.connect().await.unwrap();
+    eventually("the resolver has panicked", 10 * SECOND, async || faulty.asked.load(Ordering::Relaxed) > 2).await;
+    cluster.kill(cluster.primary()).await;
+    cluster.start_node(cluster.primary()).await;
+    let client = timeout(20 * SECOND, pool.get()).await.unwrap().unwrap();
+    client.batch_execute("SELECT 1").await.unwrap();
+}
