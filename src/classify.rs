@@ -118,6 +118,18 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether the peer ended an open connection without a word that makes sense.
+pub(crate) fn hung_up(error: &Error) -> bool {
+    match Kind::of(error) {
+        Kind::Closed => true,
+        // The second is of the codec: what came before the end was no whole message.
+        Kind::Io => io_error(error).is_some_and(|cause| {
+            cause.kind() == io::ErrorKind::UnexpectedEof || cause.to_string() == "bytes remaining on stream"
+        }),
+        _ => false,
+    }
+}
+
 /// The error in one line: what the driver says, the SQLSTATE and message of the server, and the causes.
 ///
 /// `Display` of the driver's error stops at "db error". DETAIL and HINT are left out, as they quote rows, and so is

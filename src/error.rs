@@ -449,6 +449,10 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    pub(crate) fn url(error: &tokio_postgres::Error) -> Self {
+        Self::Url(explain(error))
+    }
+
     pub(crate) fn invalid(option: &'static str, problem: impl Into<String>) -> Self {
         Self::Invalid { option, problem: problem.into() }
     }

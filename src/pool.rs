@@ -11,7 +11,7 @@ pub use builder::{IntoConfig, PoolBuilder};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult};
@@ -25,7 +25,7 @@ use crate::cluster::{Cluster, Generation, NoPrimary};
 use crate::error::{BuildError, Error, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
-use crate::topology::{FailureKind, GenerationId, ProbeFailure, Suspicion, View};
+use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, Suspicion, View};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -58,6 +58,8 @@ struct Shared {
     retry: RetryPolicy,
     budget: RetryBudget,
     seeds: AtomicU64,
+    /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
+    searching: AtomicUsize,
 }
 
 impl Pool {
@@ -109,6 +111,7 @@ impl Pool {
     #[must_use]
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.inner.status();
+        let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         Status { max_size, size, available, waiting, view: self.cluster().view() }
     }
 
@@ -134,6 +137,19 @@ impl Pool {
         self.cluster().subscribe()
     }
 
+    /// Each candidate of the newest search or patrol, and what it said last: for diagnosis. Its answers may be as old as
+    /// the last patrol.
+    #[must_use]
+    pub fn candidates(&self) -> Vec<CandidateReport> {
+        self.cluster().diagnosis().candidates
+    }
+
+    /// What DNS failed with when it was asked last, if it did.
+    #[must_use]
+    pub fn dns_failure(&self) -> Option<String> {
+        self.cluster().diagnosis().dns
+    }
+
     /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
     /// Finish your work first. Idempotent; affects all clones.
     pub fn close(&self) {
@@ -153,6 +169,7 @@ impl Pool {
         loop {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
             if self.cluster().current().is_none() {
+                let _counted = Counted::new(&self.shared.searching);
                 self.cluster().primary().await?;
             }
             match self.inner.get().await {
@@ -204,6 +221,22 @@ impl Pool {
         let opener = Arc::clone(&self.inner.manager().opener);
         let token = client.cancel_token();
         runtime.spawn(async move { opener.cancel(token).await });
+    }
+}
+
+/// One more in a counter, for as long as it lives.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn new(counter: &'a AtomicUsize) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -19,8 +19,8 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, classify, explain, not_offered, verdict_of_open};
-use crate::topology::{Address, Endpoint, FailureKind, PROBE, ProbeFailure, ROLE_PROBE, ServerReport};
+use crate::classify::{Verdict, classify, explain, hung_up, not_offered, verdict_of_open};
+use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, ServerReport, probe};
 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
@@ -123,17 +123,21 @@ impl Opener {
     ) -> Result<(Session, ServerReport), ProbeFailure> {
         let notices = Arc::new(Notices::default());
         let dialled = self.dial.dial(self.config_for(endpoint), Arc::clone(&notices)).await;
-        let (client, driver) = dialled.map_err(|error| failure(verdict_of_open(&error), error))?;
+        let (client, driver) = dialled.map_err(not_opened)?;
         let task = tokio::spawn(drive(driver, scope.clone()));
         let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
-        let report = self.ask(&endpoint.address, &session).await?;
+        let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
     }
 
-    /// Asks an open session what its server is: one round trip.
+    /// Asks a session that was opened earlier what its server is: one round trip.
     pub(crate) async fn ask(&self, address: &Address, session: &Session) -> Result<ServerReport, ProbeFailure> {
+        self.question(address, session, false).await
+    }
+
+    async fn question(&self, address: &Address, session: &Session, fresh: bool) -> Result<ServerReport, ProbeFailure> {
         if !self.role_only().contains(address) {
-            match first_row(&session.client, PROBE).await {
+            match first_row(&session.client, &probe(fresh)).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
                 }
@@ -212,6 +216,16 @@ fn read(answer: Result<Option<Vec<Option<String>>>, Error>) -> Result<ServerRepo
     let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
     ServerReport::parse(&row)
         .map_err(|bad| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad)))
+}
+
+fn not_opened(error: Error) -> ProbeFailure {
+    // What speaks in lines of text looks like this to the driver, which takes the first letters for a long message.
+    let hung_up = hung_up(&error);
+    let mut failure = failure(verdict_of_open(&error), error);
+    if hung_up && failure.kind == FailureKind::Unreachable {
+        failure.message.push_str("; it hung up first: a proxy without a server behind it, or not PostgreSQL");
+    }
+    failure
 }
 
 fn failure(verdict: Verdict, error: Error) -> ProbeFailure {

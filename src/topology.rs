@@ -10,7 +10,7 @@ mod report;
 mod tests;
 
 pub use report::{BadReport, Lsn, Role, ServerReport};
-pub(crate) use report::{PROBE, ROLE_PROBE};
+pub(crate) use report::{ROLE_PROBE, probe};
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -28,6 +28,8 @@ const MAX_MEMBERS: usize = 64;
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How long the first writable server of a search waits for the others to object, at least and at most.
 const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
+/// DNS is asked no more often than this while searching.
+const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -770,8 +772,9 @@ impl Topology {
                 }
             }
             Answer::Failed(failure) => match failure.kind {
-                // The question went over a session that had ended; that says nothing about the server yet.
-                FailureKind::Unreachable if !probed.fresh => {
+                // The question went over a session that had ended, or that an administrator has ended (57P01); that says
+                // nothing about the server yet.
+                FailureKind::Unreachable | FailureKind::NotNow if !probed.fresh => {
                     if let Some(member) = self.members.get_mut(&probed.address) {
                         member.fresh = true;
                     }
@@ -1039,7 +1042,7 @@ impl Topology {
     fn resolve_pause(&self, now: Instant) -> Duration {
         match &self.phase {
             Phase::Known { .. } => self.settings.patrol,
-            Phase::Searching(search) => 2 * self.poll_pause(now.duration_since(search.since)),
+            Phase::Searching(search) => self.poll_pause(now.duration_since(search.since)).max(RESOLVE_INTERVAL),
         }
     }
 

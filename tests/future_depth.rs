@@ -13,6 +13,7 @@ use tokio_postgres_failover::{
 };
 
 fn movable<T: Send + Sync + 'static>() {}
+fn sendable<T: Send + 'static>() {}
 fn spawnable<F: Future + Send + 'static>(future: F) {
     drop(future);
 }
@@ -31,8 +32,7 @@ fn the_types_go_to_other_threads() {
     movable::<View>();
     movable::<RetryPolicy>();
     movable::<deadpool::managed::Pool<Manager>>();
-    fn is_send<T: Send + 'static>() {}
-    is_send::<PoolBuilder>();
+    sendable::<PoolBuilder>();
 }
 
 /// A result is passed through every caller's hands: it stays small.

@@ -15,9 +15,9 @@ pub(crate) struct Timeline {
     pub(crate) killed: Instant,
     /// When the new primary had answered the first direct write.
     pub(crate) accepted: Instant,
-    /// When a direct write had been confirmed by a standby as well: these first have to turn to the new primary.
-    pub(crate) confirmed: Instant,
-    /// How long PostgreSQL took from the promotion's order to that write.
+    /// When this pool had verified the new primary.
+    pub(crate) verified: Instant,
+    /// How long the server took from the promotion's order to that write.
     pub(crate) promotion: Duration,
     /// When DNS was moved, where it moves.
     pub(crate) named: Option<Instant>,
@@ -40,8 +40,6 @@ pub(crate) struct Figures {
     pub(crate) first_success: Option<Duration>,
     /// The same, to the last writer's first acknowledgement.
     pub(crate) all_writers: Option<Duration>,
-    /// From the first direct write that a standby confirmed, as those of the pools are, to the first acknowledgement.
-    pub(crate) after_direct: Option<Duration>,
     /// From the change of DNS to the first acknowledgement, where DNS moves: before, the new primary has no name.
     pub(crate) after_dns: Option<Duration>,
 }
@@ -68,7 +66,6 @@ impl Figures {
             longest_gap: writers.iter().map(|writer| longest_gap(timeline, writer)).max().unwrap_or_default(),
             first_success,
             all_writers: firsts.into_iter().collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().max()),
-            after_direct: since(timeline.confirmed),
             after_dns: timeline.named.and_then(since),
         }
     }
@@ -99,11 +96,7 @@ impl Figures {
             ("first_success_ms", self.first_success.map(milliseconds)),
             ("all_writers_ms", self.all_writers.map(milliseconds)),
         ];
-        // While the name leads nowhere, what the servers do is not what anybody waits for.
-        named.push(match self.after_dns {
-            Some(after) => ("first_success_after_dns_ms", Some(milliseconds(after))),
-            None => ("first_success_after_direct_ms", self.after_direct.map(milliseconds)),
-        });
+        named.extend(self.after_dns.map(|after| ("first_success_after_dns_ms", Some(milliseconds(after)))));
         named
     }
 }
@@ -152,13 +145,13 @@ pub(crate) fn spreads(runs: &[Run], side: fn(&Run) -> &Outcome) -> Vec<(&'static
     names.map(|name| (name, Spread::of(figures.iter().map(|run| value(run, name))))).collect()
 }
 
-/// What the servers needed by themselves.
-pub(crate) fn server(runs: &[Run]) -> [(&'static str, Spread); 2] {
+/// From the order to promote to the first write, and from there to this pool's proof that the new primary is one.
+pub(crate) fn change(runs: &[Run]) -> [(&'static str, Spread); 2] {
     let spread =
         |of: fn(&Timeline) -> Duration| Spread::of(runs.iter().map(|run| Some(milliseconds(of(&run.timeline)))));
     [
         ("promotion_ms", spread(|timeline| timeline.promotion)),
-        ("confirmed_ms", spread(|timeline| timeline.confirmed.saturating_duration_since(timeline.accepted))),
+        ("verified_ms", spread(|timeline| timeline.verified.saturating_duration_since(timeline.accepted))),
     ]
 }
 
@@ -175,8 +168,8 @@ pub(crate) fn json(settings: Settings, runs: &[Run]) -> Value {
     if let Some(last) = runs.last() {
         all["pool"] = object(last.pool.figures.named().into_iter().map(|(name, value)| (name, number(value))));
         all["plain"] = object(last.plain.figures.named().into_iter().map(|(name, value)| (name, number(value))));
-        all["server"] =
-            object(server(std::slice::from_ref(last)).into_iter().map(|(name, of)| (name, number(of.median))));
+        all["change"] =
+            object(change(std::slice::from_ref(last)).into_iter().map(|(name, of)| (name, number(of.median))));
     }
     if runs.len() > 1 {
         let side = |side| object(spreads(runs, side).into_iter().map(|(name, spread)| (name, spread_json(spread))));
@@ -184,7 +177,7 @@ pub(crate) fn json(settings: Settings, runs: &[Run]) -> Value {
             "count": runs.len(),
             "pool": side(|run| &run.pool),
             "plain": side(|run| &run.plain),
-            "server": object(server(runs).into_iter().map(|(name, spread)| (name, spread_json(spread)))),
+            "change": object(change(runs).into_iter().map(|(name, spread)| (name, spread_json(spread)))),
         });
     }
     all

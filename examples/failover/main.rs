@@ -1,6 +1,6 @@
 //! The demo: a primary is killed while this pool and a plain deadpool-postgres pool write to the same cluster.
 //!
-//! `make demo`, or `cargo run --release --example failover`. It starts its own PostgreSQL servers. Environment:
+//! `make demo`, or `cargo run --release --example failover`. It starts its own servers. Environment:
 //! - `RUNS=20` repeats the failover on fresh clusters and shows median, minimum and maximum of each figure.
 //! - `DNS=moves` (default): the name leads to the primary alone and moves 200 ms after the promotion; `DNS=all`: it lists
 //!   all members all the time; `DNS=hosts`: the connection string names the three hosts, and there is no DNS.

@@ -172,9 +172,9 @@ fn legend(svg: &mut String, nth: usize, side: &Outcome) {
         0 => "no error reached a caller".to_owned(),
         count => format!("{count} errors reached the callers"),
     };
-    let twice =
-        if figures.duplicates > 0 { format!(", {} rows stored twice", figures.duplicates) } else { String::new() };
-    let lost = if figures.lost > 0 { format!(", {} writes lost", figures.lost) } else { String::new() };
+    let further = |count: usize, what: &str| if count > 0 { format!(", {count} {what}") } else { String::new() };
+    let twice = further(figures.duplicates, "stored twice");
+    let lost = further(figures.lost, "lost");
     let note = if figures.errors > 0 { ERROR } else { "#4b5563" };
     put(
         svg,

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio_postgres_failover::deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod};
 use tokio_postgres_failover::tokio_postgres::config::{Host, TargetSessionAttrs};
 use tokio_postgres_failover::tokio_postgres::{self, Client, Config, NoTls};
-use tokio_postgres_failover::{HickoryResolver, Resolve};
+use tokio_postgres_failover::{Addresses, HickoryResolver, Resolve};
 
 use crate::WRITERS;
 
@@ -44,7 +44,7 @@ impl Connect for ResolveAndConnect {
             // A name without an address is left to the driver, which then fails in its own words.
             if let Some(Host::Tcp(name)) = config.get_hosts().first().cloned() {
                 let addresses = self.resolver.resolve(&name).await;
-                for (nth, address) in addresses.iter().flat_map(|addresses| addresses.iter()).enumerate() {
+                for (nth, address) in addresses.iter().flat_map(Addresses::iter).enumerate() {
                     if nth > 0 {
                         config.host(&name);
                     }

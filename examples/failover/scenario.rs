@@ -4,9 +4,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use testbed::Cluster;
-use tokio::task::JoinHandle;
-use tokio::time::{interval, sleep, sleep_until};
-use tokio_postgres_failover::tokio_postgres::Client;
+use tokio::time::{sleep, sleep_until};
 use tokio_postgres_failover::{Pool, deadpool_postgres};
 
 use crate::figures::{Figures, Timeline};
@@ -63,7 +61,6 @@ pub(crate) async fn run(settings: Settings, screen: &Screen) -> Result<Run, Box<
 
     sleep_until((killed + settings.detection).into()).await;
     let new = cluster.most_advanced_standby().await;
-    let direct = write_directly(cluster.direct(new).await).await?;
     let promotion = cluster.promote_timed(new).await;
     screen.event(start, &format!("{} was promoted in {:.0?}", cluster.socket_addr(new), promotion.took));
 
@@ -86,8 +83,9 @@ pub(crate) async fn run(settings: Settings, screen: &Screen) -> Result<Run, Box<
     let (lived, lived_plain) = (first.stop().await?, second.stop().await?);
     drop(live);
     let accepted = promotion.accepted_at;
-    let confirmed = direct.await?;
-    let timeline = Timeline { start, killed, accepted, confirmed, promotion: promotion.took, named, end };
+    // The last change of the pool's state: it holds since the new primary was verified.
+    let verified = failover.status().view.changed.at.into_std();
+    let timeline = Timeline { start, killed, accepted, verified, promotion: promotion.took, named, end };
     let pool = outcome(&cluster, &sides[0], &timeline, &lived).await?;
     let plain = outcome(&cluster, &sides[1], &timeline, &lived_plain).await?;
     Ok(Run { naming: settings.naming, timeline, pool, plain })
@@ -108,27 +106,12 @@ fn contestants(cluster: &Cluster, naming: Naming) -> Result<(Pool, deadpool_post
 
 async fn create_tables(cluster: &Cluster, sides: &[Side]) -> Result<(), Box<dyn Error>> {
     let client = cluster.direct(cluster.primary()).await;
-    client.batch_execute("CREATE TABLE demo_direct (id bigint)").await?;
     for side in sides {
         let key = if matches!(side, Side::Failover(_)) { "PRIMARY KEY" } else { "NOT NULL" };
         let table = side.table();
         client.batch_execute(&format!("CREATE TABLE {table} (id bigint {key}); GRANT ALL ON {table} TO app")).await?;
     }
     Ok(())
-}
-
-/// Tries to write on a session that is already open, every millisecond, as an ordinary client does: a commit waits for a
-/// standby. Ends with the first success, which no pool can come before.
-async fn write_directly(client: Client) -> Result<JoinHandle<Instant>, Box<dyn Error>> {
-    // Refusals are expected; the server's log need not tell of them.
-    client.batch_execute("SET log_min_messages = fatal").await?;
-    Ok(tokio::spawn(async move {
-        let mut tick = interval(Duration::from_millis(1));
-        while client.execute("INSERT INTO demo_direct VALUES (1)", &[]).await.is_err() && !client.is_closed() {
-            tick.tick().await;
-        }
-        Instant::now()
-    }))
 }
 
 /// Reads the table back from the new primary and holds it against what the writers were told.

@@ -10,7 +10,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_postgres_failover::{Pool, State};
 
 use crate::WRITERS;
-use crate::figures::{Spread, milliseconds, server, spreads};
+use crate::figures::{Spread, change, milliseconds, spreads};
 use crate::load::Progress;
 use crate::scenario::Run;
 
@@ -112,8 +112,7 @@ impl Screen {
         for ((name, ours), (_, theirs)) in pool.iter().zip(&plain) {
             println!("{:<58}{:>width$}{:>width$}", label(name), self.cell(name, *ours), self.cell(name, *theirs));
         }
-        println!("The servers' own share:");
-        for (name, spread) in server(runs) {
+        for (name, spread) in change(runs) {
             println!("{:<58}{:>width$}", label(name), self.cell(name, spread));
         }
     }
@@ -139,9 +138,8 @@ fn label(name: &str) -> String {
         "first_success_ms" => "first write after the new primary accepted writes".to_owned(),
         "all_writers_ms" => format!("all {WRITERS} writers after the new primary accepted writes"),
         "first_success_after_dns_ms" => "first write after DNS named the new primary".to_owned(),
-        "first_success_after_direct_ms" => "first write after a direct one that waits for a standby".to_owned(),
-        "promotion_ms" => "from the order to promote to the first accepted write".to_owned(),
-        "confirmed_ms" => "from there to the first one that a standby confirms".to_owned(),
+        "promotion_ms" => "the promotion itself, up to the first accepted write".to_owned(),
+        "verified_ms" => "this pool's proof of the new primary, after that write".to_owned(),
         other => other.to_owned(),
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
 use deadpool::managed;
@@ -15,7 +15,6 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
 use super::{Manager, Pool, Shared};
-use crate::classify::explain;
 use crate::cluster::{Cluster, Name, Setup};
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
@@ -48,7 +47,7 @@ mod sealed {
 
 impl IntoConfig for &str {
     fn into_config(self) -> Result<Config, BuildError> {
-        let config: Config = self.parse().map_err(|error| BuildError::Url(explain(&error)))?;
+        let config: Config = self.parse().map_err(|error| BuildError::url(&error))?;
         if config.get_dbname().is_some_and(|dbname| dbname.contains('@')) {
             let problem = "holds an `@`: a `/` in the password must be written %2F, and an `@` in the name %40";
             // Not quoted: it may be a piece of the password.
@@ -124,7 +123,7 @@ impl PoolBuilder {
             retry: RetryPolicy::default(),
             budget: RetryBudget::default(),
             settings: Settings {
-                poll: (Duration::from_millis(20), Duration::from_millis(250)),
+                poll: (Duration::from_millis(10), Duration::from_millis(250)),
                 heartbeat: Duration::from_secs(1),
                 heartbeat_timeout: Duration::from_secs(2),
                 patrol: Duration::from_secs(5),
@@ -219,7 +218,7 @@ impl PoolBuilder {
     }
 
     /// Pause between two probes of one server while there is no primary: shortest, and longest. In between it is one
-    /// per cent of the time already lost. Default: 20 ms and 250 ms.
+    /// per cent of the time already lost. Default: 10 ms and 250 ms.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
         self.settings.poll = (shortest, longest);
         self
@@ -267,7 +266,10 @@ impl PoolBuilder {
         let inner = managed::Pool::builder(manager).max_size(max_size).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        Ok(Pool { inner, shared: Arc::new(Shared { checkout_timeout, retry, budget, seeds }) })
+        Ok(Pool {
+            inner,
+            shared: Arc::new(Shared { checkout_timeout, retry, budget, seeds, searching: AtomicUsize::new(0) }),
+        })
     }
 
     /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings

@@ -5,23 +5,33 @@ use std::str::FromStr;
 
 /// One round trip that tells a server's role and identity. Every function in it may be called by an ordinary role on a
 /// stock server. The timeline is the first eight digits of the current WAL file's name, as `pg_control_checkpoint()`
-/// still shows the old one for a while after a promotion. Column four is what a *new* session would be given, from
-/// `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order in which PostgreSQL applies them
-/// (`process_settings` in `postinit.c`).
-pub(crate) const PROBE: &str = "\
-SELECT pg_is_in_recovery(), \
-       current_setting('transaction_read_only'), \
-       current_setting('default_transaction_read_only'), \
-       (SELECT split_part(c, '=', 2)::boolean \
-          FROM pg_db_role_setting s, unnest(s.setconfig) c \
-         WHERE c LIKE 'default\\_transaction\\_read\\_only=%' \
-           AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
-           AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
-         ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1), \
-       (SELECT system_identifier FROM pg_control_system()), \
-       (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
-       CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
-       CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END";
+/// still shows the old one for a while after a promotion.
+///
+/// A `fresh` session shows by its own settings what new ones get. Another one has to look it up ([`FENCE`]), which a session
+/// that was just opened, with no catalogue in its cache, would pay for dearly.
+pub(crate) fn probe(fresh: bool) -> String {
+    let fence = if fresh { "NULL::boolean" } else { FENCE };
+    format!(
+        "SELECT pg_is_in_recovery(), \
+                current_setting('transaction_read_only'), \
+                current_setting('default_transaction_read_only'), \
+                {fence}, \
+                (SELECT system_identifier FROM pg_control_system()), \
+                (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
+                CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END"
+    )
+}
+
+/// What a new session would be given by `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order
+/// in which PostgreSQL applies them (`process_settings` in `postinit.c`).
+const FENCE: &str = "\
+    (SELECT split_part(c, '=', 2)::boolean \
+       FROM pg_db_role_setting s, unnest(s.setconfig) c \
+      WHERE c LIKE 'default\\_transaction\\_read\\_only=%' \
+        AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
+        AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
+      ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
 /// What can be asked where the server does not let this role read more.
 pub(crate) const ROLE_PROBE: &str = "\
@@ -125,7 +135,7 @@ impl ServerReport {
         }
     }
 
-    /// Reads a row of [`PROBE`] or [`ROLE_PROBE`].
+    /// Reads a row of [`probe`] or [`ROLE_PROBE`].
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {

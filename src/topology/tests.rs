@@ -451,15 +451,18 @@ fn a_full_server_without_a_slot_for_the_heart_beat_is_no_loss() {
 
 #[test]
 fn the_end_of_the_heartbeat_session_alone_is_no_loss() {
-    let mut bench = Bench::settled();
-    bench.wait(ms(1000));
-    bench.log.clear();
-    bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
-    assert_eq!(bench.primary(), Some(1));
-    bench.wait(ms(20));
-    assert!(bench.asked_freshly(1));
-    bench.report(1, primary(1, 1));
-    assert!(bench.ended().is_empty());
+    // It was closed, or an administrator ended it (57P01).
+    for kind in [FailureKind::Unreachable, FailureKind::NotNow] {
+        let mut bench = Bench::settled();
+        bench.wait(ms(1000));
+        bench.log.clear();
+        bench.answer(1, Err(failure(kind)), false, false);
+        assert_eq!(bench.primary(), Some(1), "{kind:?}");
+        bench.wait(ms(20));
+        assert!(bench.asked_freshly(1), "{kind:?}");
+        bench.report(1, primary(1, 1));
+        assert!(bench.ended().is_empty(), "{kind:?}");
+    }
 }
 
 #[test]

@@ -54,7 +54,7 @@ impl Bench {
     }
 
     /// What must hold once everything was dropped; ends the pool.
-    async fn is_clean(self) {
+    async fn ends_clean(self) {
         let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{NAME}'");
         eventually("no transaction is open and no statement runs", PATIENCE, async || {
             self.count(&format!("{sessions} AND state <> 'idle'")).await == 0
@@ -169,7 +169,7 @@ async fn c1_dropped_at_every_poll() {
     .await;
     assert!(ended > 0, "no call was polled to its end, so the last awaits were not reached");
     assert!(ended < 3 * 60, "no call was dropped");
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C1, acceptance 12: dropped after a time, where the task's polls do not tell the points apart.
@@ -189,7 +189,7 @@ async fn c1_dropped_at_many_times() {
     })
     .await;
     assert!(ended < 3 * 100, "no call was dropped");
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C1: a dropped `get` gives back its place in the queue, and the connection that was being opened for it.
@@ -212,7 +212,7 @@ async fn c1_get_dropped_at_every_poll() {
     while let Some(task) = tasks.join_next().await {
         task.unwrap();
     }
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C1, C2: a statement that would run for ten minutes, holding a lock, is cancelled on the server when its call is dropped.
@@ -240,7 +240,7 @@ async fn c1_the_server_is_told_to_stop() {
         task.abort();
         eventually("the statement is cancelled", PATIENCE, async || bench.count(&running).await == 0).await;
     }
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C1, C2: the same at once after it was sent, when the cancel request may overtake the statement.
@@ -251,7 +251,7 @@ async fn c1_the_cancel_request_does_not_come_too_early() {
         let call = bench.pool.transaction(async |tx| Ok(tx.batch_execute(SLOW).await?));
         assert!(timeout(Duration::from_micros(300 + round * 50), call).await.is_err());
     }
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C2: a time-out within the closure: the busy session is not used again, and its statement is cancelled.
@@ -268,7 +268,7 @@ async fn c2_a_timed_out_statement_is_cancelled() {
         .await
         .unwrap_err();
     assert!(error.downcast_ref::<tokio::time::error::Elapsed>().is_some(), "{error:?}");
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C3: a panic in the closure goes on to the caller; the transaction is rolled back and its connection closed.
@@ -294,7 +294,7 @@ async fn c3_a_panic_rolls_back() {
     })
     .await;
     assert_eq!(bench.count("SELECT count(*) FROM parts").await, 0);
-    bench.is_clean().await;
+    bench.ends_clean().await;
 }
 
 /// C1: a call dropped while the pool searches, or waits for a free connection, leaves the queue.
@@ -320,7 +320,7 @@ async fn c1_dropped_while_it_waits() {
     }
     assert_eq!(bench.pool.status().waiting, 0);
     drop(held);
-    bench.is_clean().await;
+    bench.ends_clean().await;
 
     let pool = builder(([127, 0, 0, 1], 1).into()).build().unwrap();
     let mut waiting = JoinSet::new();

@@ -28,10 +28,10 @@ fn assert_at_deadline(elapsed: Duration) {
     assert!(elapsed >= earliest && elapsed <= latest, "the deadline is {DEADLINE:?}, the end came after {elapsed:?}");
 }
 
-fn unavailable(error: Error) -> Box<Unavailable> {
+fn unavailable(error: Error) -> Unavailable {
     assert_eq!(error.commit_outcome(), CommitOutcome::NotCommitted);
     match error {
-        Error::Unavailable(unavailable) => unavailable,
+        Error::Unavailable(unavailable) => *unavailable,
         other => panic!("{other:?}"),
     }
 }
@@ -132,7 +132,8 @@ async fn five_hundred_waiting_tasks_are_one_search() {
     let interval = Duration::from_millis(100);
     let pool = builder(&format!("postgres://app@{},{},{}/app", standby.addr(), eof.addr(), silent.addr()))
         .poll_interval(interval, interval)
-        .probe_timeout(interval)
+        // A loaded machine must not let the standby look silent: its session would be closed and made anew.
+        .probe_timeout(Duration::from_secs(2))
         .build()
         .unwrap();
     let began = Instant::now();
@@ -154,9 +155,9 @@ async fn five_hundred_waiting_tasks_are_one_search() {
     let elapsed = began.elapsed();
     // The pauses are spread by a quarter, so that many pools do not ask in step.
     let most = 1 + elapsed.as_millis() / (interval * 3 / 4).as_millis();
-    for (name, asked) in [("standby", counts.round_trips), ("eof", closed), ("silent", hung)] {
+    for (name, asked, at_least) in [("standby", counts.round_trips, 3), ("eof", closed, 3), ("silent", hung, 1)] {
         assert!(u128::from(asked) <= most, "{name} was asked {asked} times in {elapsed:?}, not {most}");
-        assert!(asked >= 3, "{name} was asked {asked} times in {elapsed:?}");
+        assert!(asked >= at_least, "{name} was asked {asked} times in {elapsed:?}");
     }
     assert_eq!(counts.startups, 1, "a standby's session is kept: {counts:?}");
 }

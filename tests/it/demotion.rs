@@ -168,6 +168,13 @@ async fn fenced_alone(fence: impl AsyncFn(&Cluster, bool)) {
         .build()
         .unwrap();
     let opened_before = pool.get().await.unwrap();
+    // The heart-beat's session is open as well, and does not feel the fence of the database by itself.
+    let administrator = cluster.direct(Node(0)).await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle'";
+    eventually("the heart-beat has begun", Duration::from_secs(10), async || {
+        administrator.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) == 2
+    })
+    .await;
     fence(&cluster, true).await;
     primary_lost(&pool).await;
     eventually("the sessions of before are ended", Duration::from_secs(10), async || opened_before.is_closed()).await;

@@ -141,7 +141,7 @@ async fn slow_dns_during_a_failover() {
     let (first, all) = outcome.recovery(accepted);
     println!("first write after {first:?}, all writers after {all:?}");
     outcome.assert_flawless();
-    assert!(all < slow - Duration::from_secs(1), "the last writer wrote only after {all:?}");
+    assert!(all < slow / 3 * 2, "the last writer wrote only after {all:?}");
 }
 
 /// D4: thirty addresses, the dead ones first: some refuse, some swallow what is sent, one never completes a connect.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Garbage, Node, Promotion, Tap, eventually};
 use tokio::time::sleep;
-use tokio_postgres_failover::{Error, Pool};
+use tokio_postgres_failover::{Client, Error, Pool};
 
 use crate::load::{Load, Outcome, Write, by_name, by_url, create_table, generation, primary_lost};
 
@@ -192,6 +192,34 @@ async fn terminated_backends_cost_nothing_else() {
     assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
 }
 
+/// S6: the heart-beat's session is one like any other; that it ends says nothing about the primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn terminated_heart_beat_is_no_lost_primary() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_name(&cluster).heartbeat_interval(Duration::from_millis(100)).build().unwrap();
+    let client = pool.get().await.unwrap();
+    let own = backend_pid_of(&client).await;
+    let found = pool.status().view.changed.at;
+    let administrator = cluster.direct(Node(0)).await;
+    for _ in 0..3 {
+        // One that has answered before: the loss of a session that was opened to ask is a reason for doubt.
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                   WHERE usename = 'app' AND pid <> $1 AND state = 'idle' AND query LIKE '%pg_is_in_recovery%'";
+        eventually("the next heart-beat's session is there, and ended", Duration::from_secs(10), async || {
+            administrator.execute(sql, &[&own]).await.unwrap() == 1
+        })
+        .await;
+    }
+    eventually("the heart beats again", Duration::from_secs(10), async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1 AND state = 'idle'";
+        administrator.execute(sql, &[&own]).await.unwrap() == 1
+    })
+    .await;
+    assert_eq!(backend_pid_of(&client).await, own);
+    assert_eq!(generation(&pool), 1);
+    assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
+}
+
 /// S10: "starting up" is an answer to wait by, before the first success and at the deadline.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn server_that_starts_up_is_waited_for() {
@@ -320,7 +348,10 @@ async fn five_hundred_tasks_on_eight_connections() {
 }
 
 async fn backend_pid(pool: &Pool) -> i32 {
-    let client = pool.get().await.unwrap();
+    backend_pid_of(&pool.get().await.unwrap()).await
+}
+
+async fn backend_pid_of(client: &Client) -> i32 {
     client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
 }
 
@@ -330,7 +361,7 @@ async fn server_of(pool: &Pool) -> String {
     client.query_one("SELECT host(inet_server_addr())", &[]).await.unwrap().get(0)
 }
 
-/// An ErrorResponse that ends the session.
+/// An error message that ends the session.
 fn fatal(code: &str, message: &str) -> Vec<u8> {
     let body = format!("SFATAL\0VFATAL\0C{code}\0M{message}\0\0");
     let length = u32::try_from(body.len() + 4).unwrap();

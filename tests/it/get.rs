@@ -119,14 +119,14 @@ fn name_of(state: &State) -> &'static str {
 async fn status_and_subscription_follow_a_failover() {
     let cluster = Cluster::start().await;
     let pool = Pool::builder(cluster.url_hosts()).unwrap().max_size(4).build().unwrap();
-    let mut states = pool.subscribe();
-    let first = states.borrow_and_update().clone();
+    let mut views = pool.subscribe();
+    let first = views.borrow_and_update().clone();
     assert_eq!((name_of(&first.state), first.generation.get()), ("searching", 0));
     assert!(!first.changed.why.is_empty());
     let seen = tokio::spawn(async move {
         let mut seen: Vec<View> = Vec::new();
-        while states.changed().await.is_ok() {
-            seen.push(states.borrow_and_update().clone());
+        while views.changed().await.is_ok() {
+            seen.push(views.borrow_and_update().clone());
         }
         seen
     });
@@ -155,9 +155,9 @@ async fn status_and_subscription_follow_a_failover() {
     pool.close();
     drop((pool, client, next));
     let seen = seen.await.unwrap();
-    let states: Vec<_> = seen.iter().map(|view| (name_of(&view.state), view.generation.get())).collect();
+    let names: Vec<_> = seen.iter().map(|view| (name_of(&view.state), view.generation.get())).collect();
     // A receiver may miss a state that lasted a moment, but none of these did.
-    assert_eq!(states, [("primary", 1), ("searching", 1), ("primary", 2), ("closed", 2)], "{seen:#?}");
+    assert_eq!(names, [("primary", 1), ("searching", 1), ("primary", 2), ("closed", 2)], "{seen:#?}");
     let lost = &seen[1].changed.why;
     assert!(lost.contains(&cluster.socket_addr(Node(0)).to_string()), "it says who was lost: {lost}");
     assert!(seen.windows(2).all(|pair| pair[0].changed.at <= pair[1].changed.at));

@@ -432,7 +432,9 @@ async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
         tap.drop_connections();
         pid
     };
-    let (result, pid) = tokio::join!(work, cut);
+    // A run more than there should be waits at the gate for ever.
+    let both = async { tokio::join!(work, cut) };
+    let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
     assert!(matches!(error, Error::CommitUnknown(_)), "{error:?}");
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown);
@@ -458,7 +460,9 @@ async fn k2_a_backend_ended_in_commit_is_unknown_and_was_not_committed() {
         gate.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.unwrap();
         pid
     };
-    let (result, pid) = tokio::join!(work, cut);
+    // A run more than there should be waits at the gate for ever.
+    let both = async { tokio::join!(work, cut) };
+    let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error:?}");
     assert_eq!(runs.count(), 1);
@@ -509,32 +513,47 @@ async fn k2_idempotent_work_that_may_not_run_again_is_unknown() {
     }
 }
 
-/// K2 for `read`: there was nothing to commit, so the value stands.
+/// K2 for `read`: what a serializable transaction has read holds only if its COMMIT succeeds, so it reads again.
 #[tokio::test]
-async fn k2_a_read_needs_no_commit() {
+async fn k2_a_read_is_run_again() {
     let cluster = server().await;
     let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let pool = builder(tap.addr()).build().unwrap();
     pool.connect().await.unwrap();
-    let runs = Runs::default();
+    let ended = Runs::default();
     let work = pool.read(async |tx| {
-        runs.begin();
         let value: i32 = tx.query_one("SELECT 7", &[]).await?.get(0);
-        tap.stall(true);
+        if ended.count() == 0 {
+            tap.stall(true);
+        }
+        ended.begin();
         Ok(value)
     });
-    tokio::pin!(work);
-    // COMMIT is on its way as soon as the closure has ended, and nothing answers it.
-    eventually("the closure has ended", PATIENCE, async || {
-        let pending = tokio::time::timeout(Duration::from_millis(20), &mut work).await.is_err();
-        assert!(pending, "it ended without an answer to its COMMIT");
-        runs.count() == 1
-    })
-    .await;
-    tap.drop_connections();
-    tap.stall(false);
-    assert_eq!(work.await.unwrap(), 7);
-    assert_eq!(runs.count(), 1);
+    let cut = async {
+        // COMMIT is sent in the same turn in which the closure ends, and nothing answers it.
+        eventually("the closure has ended", PATIENCE, async || ended.count() == 1).await;
+        tap.drop_connections();
+        tap.stall(false);
+    };
+    let (value, ()) = tokio::join!(work, cut);
+    assert_eq!(value.unwrap(), 7);
+    assert_eq!(ended.count(), 2);
+
+    // It may not run again, and there is nothing to be in doubt about.
+    let cut = Runs::default();
+    let error = pool
+        .build_transaction()
+        .read_only(true)
+        .retry(RetryPolicy::none())
+        .run(async |tx| {
+            tap.drop_connections();
+            cut.begin();
+            tx.batch_execute("SELECT 1").await?;
+            Ok(())
+        })
+        .await
+        .unwrap_err();
+    assert_eq!((cut.count(), error.commit_outcome()), (1, CommitOutcome::NotCommitted), "{error:?}");
 }
 
 /// K8: a deferred constraint that fails at COMMIT is an error of the application's: once, and not committed.
