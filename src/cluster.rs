@@ -96,7 +96,7 @@ pub(crate) struct Snapshot {
 }
 
 /// What the candidates said last, for whoever has to explain a failure.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Diagnosis {
     pub(crate) candidates: Vec<CandidateReport>,
     pub(crate) dns: Option<String>,
@@ -252,6 +252,7 @@ impl Cluster {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "a handful is alive at a time")]
 enum Event {
     Resolved { endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool },
     Probed { endpoint: Endpoint, fresh: bool, result: Result<(Session, ServerReport), ProbeFailure> },
@@ -433,7 +434,7 @@ impl Task {
                     report
                 });
                 let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
-                self.topology.probed(now, Probed { address, result, fresh, still_open });
+                self.topology.probed(now, &Probed { address, result, fresh, still_open });
             }
         }
         *lock(&self.shared.diagnosis) =

@@ -158,40 +158,41 @@ pub enum UnavailableReason {
 pub struct Unavailable {
     reason: UnavailableReason,
     waited: Duration,
-    candidates: Vec<CandidateReport>,
-    dns: Option<String>,
-    trouble: Option<ProbeFailure>,
-    max_size: usize,
+    obstacle: Obstacle,
+    diagnosis: Diagnosis,
+}
+
+/// What stood between a caller and a connection.
+#[derive(Debug)]
+pub(crate) enum Obstacle {
+    NoPrimary,
+    /// The primary is known; how the last try to open a session failed, if one has ended.
+    NoSession(Option<ProbeFailure>),
+    /// The primary is known, and all connections are in use.
+    NoneFree {
+        max_size: usize,
+    },
 }
 
 impl Unavailable {
-    /// `generation`: the current one's last failure to open a session, if there is a current one. `exhausted`: the size
-    /// of the pool, if it has no room for another connection.
-    pub(crate) fn new(
-        waited: Duration,
-        diagnosis: Diagnosis,
-        generation: Option<Option<ProbeFailure>>,
-        exhausted: Option<usize>,
-    ) -> Self {
+    pub(crate) fn new(waited: Duration, diagnosis: Diagnosis, obstacle: Obstacle) -> Self {
         let refused = |expected: fn(&Refusal) -> bool| {
             diagnosis
                 .candidates
                 .iter()
                 .any(|candidate| matches!(&candidate.answer, Some(Answer::Refused(_, refusal)) if expected(refusal)))
         };
-        let reason = match generation {
-            Some(_) if exhausted.is_some() => UnavailableReason::PoolExhausted,
-            Some(_) => UnavailableReason::NoSession,
-            None if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
-            None if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
-            None if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
+        let reason = match &obstacle {
+            Obstacle::NoneFree { .. } => UnavailableReason::PoolExhausted,
+            Obstacle::NoSession(_) => UnavailableReason::NoSession,
+            Obstacle::NoPrimary if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
+            Obstacle::NoPrimary if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
+            Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
                 UnavailableReason::OtherCluster
             }
-            None => UnavailableReason::NoPrimary,
+            Obstacle::NoPrimary => UnavailableReason::NoPrimary,
         };
-        let trouble = generation.flatten().filter(|_| reason == UnavailableReason::NoSession);
-        let Diagnosis { candidates, dns } = diagnosis;
-        Self { reason, waited, candidates, dns, trouble, max_size: exhausted.unwrap_or_default() }
+        Self { reason, waited, obstacle, diagnosis }
     }
 
     /// Why there was no connection.
@@ -209,13 +210,27 @@ impl Unavailable {
     /// Each candidate and its last answer.
     #[must_use]
     pub fn candidates(&self) -> &[CandidateReport] {
-        &self.candidates
+        &self.diagnosis.candidates
     }
 
     /// What DNS failed with, if it did.
     #[must_use]
     pub fn dns_failure(&self) -> Option<&str> {
-        self.dns.as_deref()
+        self.diagnosis.dns.as_deref()
+    }
+
+    fn trouble(&self) -> Option<&ProbeFailure> {
+        match &self.obstacle {
+            Obstacle::NoSession(trouble) => trouble.as_ref(),
+            _ => None,
+        }
+    }
+
+    fn max_size(&self) -> usize {
+        match self.obstacle {
+            Obstacle::NoneFree { max_size } => max_size,
+            _ => 0,
+        }
     }
 }
 
@@ -244,22 +259,21 @@ impl fmt::Display for Unavailable {
                 "the primary is known, but it took no new session within {waited:.1?}; raise max_connections or lower \
                  max_size if it has too many clients"
             )?,
-            UnavailableReason::PoolExhausted => write!(
-                f,
-                "all {} connections were in use for {waited:.1?}; raise max_size or hold connections for less time",
-                self.max_size
-            )?,
+            UnavailableReason::PoolExhausted => {
+                return write!(
+                    f,
+                    "all {} connections were in use for {waited:.1?}; raise max_size or hold connections for less time",
+                    self.max_size()
+                );
+            }
         }
-        if let Some(trouble) = &self.trouble {
+        if let Some(trouble) = self.trouble() {
             write!(f, "; last attempt: {trouble}")?;
         }
-        if matches!(self.reason, UnavailableReason::PoolExhausted) {
-            return Ok(());
-        }
-        for candidate in &self.candidates {
+        for candidate in self.candidates() {
             write!(f, "; {candidate}")?;
         }
-        if let Some(dns) = &self.dns {
+        if let Some(dns) = self.dns_failure() {
             write!(f, "; DNS: {dns}")?;
         }
         Ok(())
@@ -268,7 +282,7 @@ impl fmt::Display for Unavailable {
 
 impl StdError for Unavailable {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.trouble.as_ref().map(|trouble| trouble as &(dyn StdError + 'static))
+        self.trouble().map(|trouble| trouble as &(dyn StdError + 'static))
     }
 }
 

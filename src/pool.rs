@@ -22,7 +22,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary};
-use crate::error::{BuildError, Error, Refused, Unavailable};
+use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
 use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, Suspicion, View};
@@ -205,14 +205,16 @@ impl Pool {
     }
 
     fn unavailable(&self, began: Instant) -> Error {
-        let trouble = self.cluster().current().map(|generation| generation.trouble());
         let managed::Status { size, max_size, .. } = self.inner.status();
-        let exhausted = (size >= max_size).then_some(max_size);
-        let diagnosis = self.cluster().diagnosis();
-        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), diagnosis, trouble, exhausted)))
+        let obstacle = match self.cluster().current() {
+            None => Obstacle::NoPrimary,
+            Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
+            Some(generation) => Obstacle::NoSession(generation.trouble()),
+        };
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
     }
 
-    /// Asks the server to stop what `client` runs, in a task of its own that takes two seconds at most. It does not end
+    /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
     /// with the pool: a session whose socket is gone still runs its statement to the end.
     fn cancel_running(&self, client: &ClientWrapper) {
         let Ok(runtime) = Handle::try_current() else {
@@ -298,14 +300,14 @@ impl Client {
 
     /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
     pub(crate) fn poison(&self) {
-        if let Some(connection) = self.connection() {
-            if !connection.poisoned.swap(true, Ordering::AcqRel) {
-                // What the pool itself has closed may still run on the server.
-                if !connection.client.is_closed() || self.pool.cluster().is_closed() {
-                    self.pool.cancel_running(&connection.client);
-                }
-                connection.abort.abort();
+        if let Some(connection) = self.connection()
+            && !connection.poisoned.swap(true, Ordering::AcqRel)
+        {
+            // What the pool itself has closed may still run on the server.
+            if !connection.client.is_closed() || self.pool.cluster().is_closed() {
+                self.pool.cancel_running(&connection.client);
             }
+            connection.abort.abort();
         }
     }
 
@@ -470,8 +472,8 @@ impl Manager {
         let seed = self.seed ^ u64::from(failures) ^ id.get();
         let jitter = Exponential::new(longest, 1.0, longest).jitter(seed).next().unwrap_or_default();
         sleep((longest + jitter) / 2).await;
-        let waited = Duration::ZERO;
-        Err(Error::Unavailable(Box::new(Unavailable::new(waited, self.cluster.diagnosis(), Some(Some(failure)), None))))
+        let obstacle = Obstacle::NoSession(Some(failure));
+        Err(Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle))))
     }
 }
 

@@ -25,6 +25,9 @@ use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
+/// Pauses before the cancel requests for one session. Its statement is on the server long before the last of them.
+const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
+
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
 /// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
@@ -153,12 +156,16 @@ impl Opener {
         self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks the server to stop what the session of `token` runs, and waits for that no longer than two seconds.
+    /// Asks the server to stop what the session of `token` runs: again after a moment, as a request that overtakes the
+    /// statement finds the session idle and is lost. Ends with the first that is not taken within two seconds.
     pub(crate) async fn cancel(&self, token: CancelToken) {
-        match tokio::time::timeout(CANCEL_WITHIN, self.dial.cancel(token)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!("a cancel request failed: {}", explain(&error)),
-            Err(_) => tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
+        for pause in CANCEL_AFTER {
+            tokio::time::sleep(pause).await;
+            match tokio::time::timeout(CANCEL_WITHIN, self.dial.cancel(token.clone())).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return tracing::debug!("a cancel request failed: {}", explain(&error)),
+                Err(_) => return tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
+            }
         }
     }
 

@@ -5,19 +5,18 @@
 //! changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes, `dead_after`).
 //! Tests: `topology/tests.rs`.
 
+mod candidate;
 mod report;
 #[cfg(test)]
 mod tests;
+mod view;
 
+pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub use report::{BadReport, Lsn, Role, ServerReport};
 pub(crate) use report::{ROLE_PROBE, probe};
+pub use view::{Change, GenerationId, State, View};
 
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
-use std::net::SocketAddr;
-#[cfg(unix)]
-use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -32,270 +31,6 @@ const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_m
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The socket address of a server, or the path of its Unix socket.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Address {
-    /// An IP address and port.
-    Tcp(SocketAddr),
-    /// The folder of a Unix socket, and the port that its file name carries.
-    #[cfg(unix)]
-    Unix(PathBuf, u16),
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            #[cfg(unix)]
-            Self::Unix(folder, port) => write!(f, "{}/.s.PGSQL.{port}", folder.display()),
-        }
-    }
-}
-
-/// Where one server can be reached, and the name it was reached by.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Endpoint {
-    /// The name from the configuration: what TLS certificates are checked against.
-    pub host: Option<Arc<str>>,
-    /// The address that is connected to.
-    pub address: Address,
-}
-
-impl fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Some(host) => write!(f, "{} ({host})", self.address),
-            None => self.address.fmt(f),
-        }
-    }
-}
-
-/// Why an address is a candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Origin {
-    /// The newest DNS answer holds it.
-    Resolved,
-    /// The configuration names the address itself.
-    Configured,
-    /// DNS named it before and the server there proved to be a member of this cluster.
-    Remembered,
-}
-
-/// What kind of failure a probe met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FailureKind {
-    /// Refused, reset or closed before the server had answered.
-    Unreachable,
-    /// Nothing came within the probe's time.
-    TimedOut,
-    /// The server is there and takes no session now: starting up, shutting down.
-    NotNow,
-    /// The server is up, and all its slots for sessions are taken.
-    Full,
-    /// The server refuses these credentials, this database or this kind of TLS: asking again does not help.
-    Refused,
-    /// What answered is not PostgreSQL, or its answer makes no sense.
-    NotPostgres,
-}
-
-impl FailureKind {
-    /// The server itself spoke.
-    fn is_an_answer(self) -> bool {
-        matches!(self, Self::NotNow | Self::Full | Self::Refused)
-    }
-}
-
-/// A probe that brought no report.
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("{message}")]
-#[non_exhaustive]
-pub struct ProbeFailure {
-    /// The kind of failure.
-    pub kind: FailureKind,
-    /// What was seen, in one line.
-    pub message: String,
-    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
-}
-
-impl ProbeFailure {
-    pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
-    }
-
-    pub(crate) fn caused_by(self, source: Arc<dyn std::error::Error + Send + Sync>) -> Self {
-        Self { source: Some(source), ..self }
-    }
-}
-
-/// Equal when they say the same.
-impl PartialEq for ProbeFailure {
-    fn eq(&self, other: &Self) -> bool {
-        self.kind == other.kind && self.message == other.message
-    }
-}
-
-impl Eq for ProbeFailure {}
-
-/// Why a server that answered is not used as the primary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// It is a standby.
-    Standby,
-    /// It is not in recovery, but new transactions are read-only: how Fly and others fence a primary.
-    Fenced,
-    /// It was being promoted while it answered.
-    Promoting,
-    /// It belongs to another cluster: its system identifier differs.
-    OtherCluster {
-        /// The identifier of the cluster that this pool knows.
-        expected: u64,
-        /// The identifier that the server gave.
-        found: u64,
-    },
-    /// It is writable, but a newer timeline is known: an old primary that came back.
-    Zombie {
-        /// The server's timeline.
-        timeline: u32,
-        /// The newest timeline seen.
-        newest: u32,
-    },
-    /// It does not tell its system identifier, and the cluster that this pool knows has one.
-    Unidentified,
-    /// It is a primary, but not the one of this generation.
-    AnotherServer,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Standby => f.write_str("standby"),
-            Self::Fenced => f.write_str("fenced: not in recovery, but default_transaction_read_only is on"),
-            Self::Promoting => f.write_str("being promoted"),
-            Self::OtherCluster { expected, found } => {
-                write!(f, "another cluster: system identifier {found}, expected {expected}")
-            }
-            Self::Zombie { timeline, newest } => {
-                write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
-            }
-            Self::Unidentified => f.write_str(
-                "not identified: the role may not read its system identifier, as it may on the other servers",
-            ),
-            Self::AnotherServer => f.write_str("another server than the one this generation began with"),
-        }
-    }
-}
-
-/// What a candidate said when it was last asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Answer {
-    /// It reported, and would be the primary.
-    Primary(ServerReport),
-    /// It reported, and is not used.
-    Refused(ServerReport, Refusal),
-    /// It did not report.
-    Failed(ProbeFailure),
-}
-
-impl fmt::Display for Answer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Primary(_) => f.write_str("primary"),
-            Self::Refused(_, refusal) => refusal.fmt(f),
-            Self::Failed(failure) => failure.fmt(f),
-        }
-    }
-}
-
-/// One candidate and what it said last.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct CandidateReport {
-    /// The server.
-    pub endpoint: Endpoint,
-    /// Why it is a candidate.
-    pub origin: Origin,
-    /// Its last answer; `None` until the first one.
-    pub answer: Option<Answer>,
-    /// How long the last probe took.
-    pub took: Option<Duration>,
-}
-
-impl fmt::Display for CandidateReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.endpoint)?;
-        match &self.answer {
-            Some(answer) => answer.fmt(f),
-            None => f.write_str("has not answered yet"),
-        }
-    }
-}
-
-/// The number of a generation: one primary, from the moment it was found until it was replaced.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GenerationId(pub(crate) u64);
-
-impl GenerationId {
-    /// The number; 0 means that no primary has been found yet.
-    #[must_use]
-    pub fn get(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for GenerationId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// What a pool knows of its cluster at one moment.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct View {
-    /// Whether there is a verified primary.
-    pub state: State,
-    /// The newest generation that has begun.
-    pub generation: GenerationId,
-    /// When and why the state changed last.
-    pub changed: Change,
-}
-
-/// The state in a [`View`].
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum State {
-    /// No verified primary: checkouts wait.
-    Searching {
-        /// Set where every server that answered refuses the credentials: waiting does not help.
-        refused: Option<ProbeFailure>,
-    },
-    /// A verified primary.
-    Primary {
-        /// Where it is.
-        endpoint: Endpoint,
-        /// What it said when it was verified.
-        report: ServerReport,
-    },
-    /// The pool was closed.
-    Closed,
-}
-
-/// The last change of a [`View`].
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Change {
-    /// When it happened.
-    pub at: Instant,
-    /// Why, in a few words.
-    pub why: String,
-}
 
 /// The times that rule a topology.
 #[derive(Clone, Debug)]
@@ -325,10 +60,10 @@ pub(crate) struct Primary {
 impl Primary {
     /// May a session that answers with `report` serve in this generation?
     pub(crate) fn admits(&self, report: &ServerReport) -> Result<(), Refusal> {
-        if let (Some(expected), Some(found)) = (self.report.system_identifier, report.system_identifier) {
-            if expected != found {
-                return Err(Refusal::OtherCluster { expected, found });
-            }
+        if let (Some(expected), Some(found)) = (self.report.system_identifier, report.system_identifier)
+            && expected != found
+        {
+            return Err(Refusal::OtherCluster { expected, found });
         }
         writable(report)?;
         if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
@@ -564,7 +299,7 @@ impl Topology {
     }
 
     /// A probe ended.
-    pub(crate) fn probed(&mut self, now: Instant, probed: Probed) {
+    pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
         let Some(member) = self.members.get(&probed.address) else {
             return;
         };
@@ -599,7 +334,7 @@ impl Topology {
             member.verified |= ours;
         }
         if current {
-            self.primary_answered(now, &probed, &answer);
+            self.primary_answered(now, probed, &answer);
         } else {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
         }
@@ -730,10 +465,10 @@ impl Topology {
 
     /// Could a server that says this be the primary of the cluster?
     fn admissible(&self, report: &ServerReport) -> Result<(), Refusal> {
-        if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier) {
-            if expected != found {
-                return Err(Refusal::OtherCluster { expected, found });
-            }
+        if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier)
+            && expected != found
+        {
+            return Err(Refusal::OtherCluster { expected, found });
         }
         writable(report)?;
         if self.system_identifier.is_some() && report.system_identifier.is_none() {

@@ -104,6 +104,7 @@ pub enum Role {
 /// What a server said of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(clippy::struct_excessive_bools, reason = "four settings of the server, as it told them")]
 pub struct ServerReport {
     /// `pg_is_in_recovery()`: the server is a standby, or recovers from a crash.
     pub in_recovery: bool,

@@ -1,5 +1,8 @@
 //! The topology fed by hand, and by a small world of servers under a virtual clock.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -98,7 +101,7 @@ impl Bench {
     }
 
     fn answer(&mut self, n: u8, result: Result<ServerReport, ProbeFailure>, fresh: bool, still_open: bool) {
-        self.topology.probed(self.now, Probed { address: address(n), result, fresh, still_open });
+        self.topology.probed(self.now, &Probed { address: address(n), result, fresh, still_open });
         self.poll();
     }
 
@@ -542,10 +545,10 @@ fn a_member_that_dns_forgot_is_still_asked() {
     topology.resolved(now, (1..=4).map(endpoint).collect(), None, true);
     topology.poll(now);
     let probed = |n: u8, result| Probed { address: address(n), result, fresh: true, still_open: true };
-    topology.probed(now, probed(2, Ok(standby(2))));
-    topology.probed(now, probed(1, Ok(primary(1, 1))));
+    topology.probed(now, &probed(2, Ok(standby(2))));
+    topology.probed(now, &probed(1, Ok(primary(1, 1))));
     topology.poll(now + ms(200));
-    topology.probed(now, probed(2, Ok(standby(2))));
+    topology.probed(now, &probed(2, Ok(standby(2))));
     topology.resolved(now + ms(5000), vec![endpoint(1)], None, true);
     let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
     assert_eq!(known, [address(1), address(2)], "3 and 4 never proved to be members");
@@ -580,6 +583,7 @@ enum Command {
 }
 
 #[derive(Clone)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch that a command turns")]
 struct Server {
     up: bool,
     frozen: bool,
@@ -724,7 +728,7 @@ impl Watch {
         let result = if answered.silent { Err(failure(FailureKind::TimedOut)) } else { world.answer(index) };
         let still_open = result.is_ok();
         let Answered { address, fresh, .. } = answered;
-        bench.topology.probed(bench.now, Probed { address, result, fresh, still_open });
+        bench.topology.probed(bench.now, &Probed { address, result, fresh, still_open });
     }
 
     fn see(&mut self, bench: &Bench, world: &World, action: Action) -> Result<(), TestCaseError> {

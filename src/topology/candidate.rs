@@ -1,0 +1,214 @@
+//! The words for a server that may be the primary: where it is, why it is asked, what it said.
+
+use std::fmt;
+use std::net::SocketAddr;
+#[cfg(unix)]
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::ServerReport;
+
+/// The socket address of a server, or the path of its Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Address {
+    /// An IP address and port.
+    Tcp(SocketAddr),
+    /// The folder of a Unix socket, and the port that its file name carries.
+    #[cfg(unix)]
+    Unix(PathBuf, u16),
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            #[cfg(unix)]
+            Self::Unix(folder, port) => write!(f, "{}/.s.PGSQL.{port}", folder.display()),
+        }
+    }
+}
+
+/// Where one server can be reached, and the name it was reached by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Endpoint {
+    /// The name from the configuration: what TLS certificates are checked against.
+    pub host: Option<Arc<str>>,
+    /// The address that is connected to.
+    pub address: Address,
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Some(host) => write!(f, "{} ({host})", self.address),
+            None => self.address.fmt(f),
+        }
+    }
+}
+
+/// Why an address is a candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Origin {
+    /// The newest DNS answer holds it.
+    Resolved,
+    /// The configuration names the address itself.
+    Configured,
+    /// DNS named it before and the server there proved to be a member of this cluster.
+    Remembered,
+}
+
+/// What kind of failure a probe met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FailureKind {
+    /// Refused, reset or closed before the server had answered.
+    Unreachable,
+    /// Nothing came within the probe's time.
+    TimedOut,
+    /// The server is there and takes no session now: starting up, shutting down.
+    NotNow,
+    /// The server is up, and all its slots for sessions are taken.
+    Full,
+    /// The server refuses these credentials, this database or this kind of TLS: asking again does not help.
+    Refused,
+    /// What answered is not PostgreSQL, or its answer makes no sense.
+    NotPostgres,
+}
+
+impl FailureKind {
+    /// The server itself spoke.
+    pub(super) fn is_an_answer(self) -> bool {
+        matches!(self, Self::NotNow | Self::Full | Self::Refused)
+    }
+}
+
+/// A probe that brought no report.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+#[non_exhaustive]
+pub struct ProbeFailure {
+    /// The kind of failure.
+    pub kind: FailureKind,
+    /// What was seen, in one line.
+    pub message: String,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ProbeFailure {
+    pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), source: None }
+    }
+
+    pub(crate) fn caused_by(self, source: Arc<dyn std::error::Error + Send + Sync>) -> Self {
+        Self { source: Some(source), ..self }
+    }
+}
+
+/// Equal when they say the same.
+impl PartialEq for ProbeFailure {
+    fn eq(&self, other: &Self) -> bool {
+        self.kind == other.kind && self.message == other.message
+    }
+}
+
+impl Eq for ProbeFailure {}
+
+/// Why a server that answered is not used as the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// It is a standby.
+    Standby,
+    /// It is not in recovery, but new transactions are read-only: how Fly and others fence a primary.
+    Fenced,
+    /// It was being promoted while it answered.
+    Promoting,
+    /// It belongs to another cluster: its system identifier differs.
+    OtherCluster {
+        /// The identifier of the cluster that this pool knows.
+        expected: u64,
+        /// The identifier that the server gave.
+        found: u64,
+    },
+    /// It is writable, but a newer timeline is known: an old primary that came back.
+    Zombie {
+        /// The server's timeline.
+        timeline: u32,
+        /// The newest timeline seen.
+        newest: u32,
+    },
+    /// It does not tell its system identifier, and the cluster that this pool knows has one.
+    Unidentified,
+    /// It is a primary, but not the one of this generation.
+    AnotherServer,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Standby => f.write_str("standby"),
+            Self::Fenced => f.write_str("fenced: not in recovery, but default_transaction_read_only is on"),
+            Self::Promoting => f.write_str("being promoted"),
+            Self::OtherCluster { expected, found } => {
+                write!(f, "another cluster: system identifier {found}, expected {expected}")
+            }
+            Self::Zombie { timeline, newest } => {
+                write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
+            }
+            Self::Unidentified => f.write_str(
+                "not identified: the role may not read its system identifier, as it may on the other servers",
+            ),
+            Self::AnotherServer => f.write_str("another server than the one this generation began with"),
+        }
+    }
+}
+
+/// What a candidate said when it was last asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Answer {
+    /// It reported, and would be the primary.
+    Primary(ServerReport),
+    /// It reported, and is not used.
+    Refused(ServerReport, Refusal),
+    /// It did not report.
+    Failed(ProbeFailure),
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Primary(_) => f.write_str("primary"),
+            Self::Refused(_, refusal) => refusal.fmt(f),
+            Self::Failed(failure) => failure.fmt(f),
+        }
+    }
+}
+
+/// One candidate and what it said last.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct CandidateReport {
+    /// The server.
+    pub endpoint: Endpoint,
+    /// Why it is a candidate.
+    pub origin: Origin,
+    /// Its last answer; `None` until the first one.
+    pub answer: Option<Answer>,
+    /// How long the last probe took.
+    pub took: Option<Duration>,
+}
+
+impl fmt::Display for CandidateReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.endpoint)?;
+        match &self.answer {
+            Some(answer) => answer.fmt(f),
+            None => f.write_str("has not answered yet"),
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The words for what a pool knows of its cluster, as it is published.
+
+use std::fmt;
+
+use tokio::time::Instant;
+
+use super::{Endpoint, ProbeFailure, ServerReport};
+
+/// The number of a generation: one primary, from the moment it was found until it was replaced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GenerationId(pub(crate) u64);
+
+impl GenerationId {
+    /// The number; 0 means that no primary has been found yet.
+    #[must_use]
+    pub fn get(self) -> u64 {
+        self.0
+    }
+}
+
+impl fmt::Display for GenerationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What a pool knows of its cluster at one moment.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct View {
+    /// Whether there is a verified primary.
+    pub state: State,
+    /// The newest generation that has begun.
+    pub generation: GenerationId,
+    /// When and why the state changed last.
+    pub changed: Change,
+}
+
+/// The state in a [`View`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum State {
+    /// No verified primary: checkouts wait.
+    Searching {
+        /// Set where every server that answered refuses the credentials: waiting does not help.
+        refused: Option<ProbeFailure>,
+    },
+    /// A verified primary.
+    Primary {
+        /// Where it is.
+        endpoint: Endpoint,
+        /// What it said when it was verified.
+        report: ServerReport,
+    },
+    /// The pool was closed.
+    Closed,
+}
+
+/// The last change of a [`View`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Change {
+    /// When it happened.
+    pub at: Instant,
+    /// Why, in a few words.
+    pub why: String,
+}
