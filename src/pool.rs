@@ -280,7 +280,7 @@ pub struct Status {
 /// let mut client = pool.get().await?;
 /// count(&***client).await?;
 /// let transaction = client.transaction().await?;
-/// count(&**transaction).await?;
+/// count(&*transaction).await?;
 /// # Ok(())
 /// # }
 /// ```
