@@ -150,6 +150,7 @@ fn role(answer: &Answer, newest: Option<&ServerReport>) -> String {
             FailureKind::Refused => "refuses us",
             FailureKind::NotPostgres => "no server",
             FailureKind::NotNow => "not ready",
+            FailureKind::Full => "full",
             FailureKind::TimedOut => "silent",
             _ => "down",
         },
@@ -180,14 +181,20 @@ fn verdict(pool: &Pool, candidates: &[CandidateReport], refused: Option<PoolErro
     };
     let fenced = count(|answer| matches!(answer, Answer::Refused(_, Refusal::Fenced)));
     let standbys = count(|answer| matches!(answer, Answer::Refused(_, Refusal::Standby)));
+    let busy = count(
+        |answer| matches!(answer, Answer::Failed(failure) if matches!(failure.kind, FailureKind::NotNow | FailureKind::Full)),
+    );
     let why = match (candidates.is_empty(), fenced, standbys) {
         (true, ..) => "the name leads to no server; check its spelling and the name servers (--dns)".to_owned(),
         (_, 1.., _) => {
             "the primary is fenced (default_transaction_read_only is on), and there is no other; look for a \
-                        full disk, a lost quorum or a manual setting"
+             full disk, a lost quorum or a manual setting"
                 .to_owned()
         }
         (_, 0, 1..) => format!("none of the servers is a primary (standbys that answer: {standbys}); promote one"),
+        _ if busy > 0 => {
+            "a server is up and takes no session now: it starts, stops, or has too many clients; see its row".to_owned()
+        }
         _ => "none of the servers answers as PostgreSQL; check that they run, the port, and the firewall".to_owned(),
     };
     (false, format!("A pool would wait: {why}."))

@@ -124,7 +124,8 @@ pub(crate) fn hung_up(error: &Error) -> bool {
         Kind::Closed => true,
         // The second is of the codec: what came before the end was no whole message.
         Kind::Io => io_error(error).is_some_and(|cause| {
-            cause.kind() == io::ErrorKind::UnexpectedEof || cause.to_string() == "bytes remaining on stream"
+            matches!(cause.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+                || cause.to_string() == "bytes remaining on stream"
         }),
         _ => false,
     }

@@ -241,6 +241,11 @@ impl Cluster {
         self.root.is_cancelled()
     }
 
+    /// Ends with the cluster: for work that must not outlive it.
+    pub(crate) fn scope(&self) -> &CancellationToken {
+        &self.root
+    }
+
     /// Ends the task, every generation and every session.
     pub(crate) fn close(&self) {
         self.root.cancel();
@@ -334,7 +339,7 @@ impl Task {
                 self.ended.extend(self.generation.take().map(|generation| generation.scope.clone()));
             }
             Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
-            Action::Notice(notice) => say(&notice),
+            Action::Notice(notice) => self.say(&notice),
         }
     }
 
@@ -471,6 +476,35 @@ impl Task {
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation }));
     }
 
+    fn say(&self, notice: &Notice) {
+        match notice {
+            Notice::Refused(address, refusal) => {
+                tracing::warn!(server.address = %address, reason = field::display(refusal), "server refused");
+            }
+            Notice::TwoPrimaries(address) => {
+                tracing::warn!(
+                    server.address = %address,
+                    "a second server is writable on the timeline of the primary; the one in use is kept"
+                );
+            }
+            Notice::RoleOnly(address) => {
+                tracing::warn!(
+                    server.address = %address,
+                    "this role may not read the server's identity; only its role is checked, so an old primary that \
+                     comes back writable cannot be told apart"
+                );
+            }
+            Notice::StillSearching(since) => {
+                let said: Vec<String> = self.topology.candidates().iter().map(ToString::to_string).collect();
+                let dns = self.topology.dns_failure().unwrap_or_default();
+                tracing::warn!(elapsed_ms = milliseconds(*since), dns, "no primary yet: {}", said.join("; "));
+            }
+            Notice::TooManyCandidates(most) => {
+                tracing::warn!("DNS names more than {most} servers; the rest is not probed");
+            }
+        }
+    }
+
     fn span(&self) -> Span {
         self.search.clone().unwrap_or_else(Span::none)
     }
@@ -498,30 +532,6 @@ async fn look_up(resolver: &dyn Resolve, host: &str) -> Result<Addresses, Resolv
 
 fn search_span() -> Span {
     tracing::info_span!("search", db.system.name = "postgresql", otel.name = "search for the primary")
-}
-
-fn say(notice: &Notice) {
-    match notice {
-        Notice::Refused(address, refusal) => {
-            tracing::warn!(server.address = %address, reason = field::display(refusal), "server refused");
-        }
-        Notice::TwoPrimaries(address) => {
-            tracing::warn!(
-                server.address = %address,
-                "a second server is writable on the timeline of the primary; the one in use is kept"
-            );
-        }
-        Notice::RoleOnly(address) => {
-            tracing::warn!(
-                server.address = %address,
-                "this role may not read the server's identity; only its role is checked, so an old primary that \
-                 comes back writable cannot be told apart"
-            );
-        }
-        Notice::TooManyCandidates(most) => {
-            tracing::warn!("DNS names more than {most} servers; the rest is not probed");
-        }
-    }
 }
 
 fn milliseconds(duration: Duration) -> u64 {

@@ -54,6 +54,16 @@ pub enum Error {
     /// The work was run again until the retry policy said stop. Nothing was committed, unless the source says otherwise.
     #[error(transparent)]
     Exhausted(Box<Exhausted>),
+    /// The attempt took longer than [`RetryPolicy::attempt_timeout`](crate::RetryPolicy::attempt_timeout) allows. The server
+    /// was told to stop, and the transaction is rolled back.
+    #[error(
+        "the transaction took longer than {after:?} and was rolled back; make its statements faster, split it, or raise \
+         the policy's attempt_timeout"
+    )]
+    TimedOut {
+        /// The limit.
+        after: Duration,
+    },
     /// The closure gave up with an error of its own (see [`Error::abort`]); the transaction was rolled back.
     #[error(transparent)]
     Aborted(Source),
@@ -128,7 +138,7 @@ impl Error {
     pub fn code(&self) -> Option<&tokio_postgres::error::SqlState> {
         match self {
             Self::Database(error) => error.code(),
-            Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(tokio_postgres::Error::code),
+            Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(|source| source.0.code()),
             Self::Exhausted(exhausted) => exhausted.source.code(),
             _ => None,
         }
@@ -328,12 +338,12 @@ impl StdError for Refused {
 #[derive(Debug)]
 pub struct CommitUnknown {
     /// How the connection was lost; `None` where the server itself gave up waiting for a standby.
-    source: Option<tokio_postgres::Error>,
+    source: Option<InDoubt>,
 }
 
 impl CommitUnknown {
     pub(crate) fn lost(source: tokio_postgres::Error) -> Self {
-        Self { source: Some(source) }
+        Self { source: Some(InDoubt(source)) }
     }
 
     pub(crate) fn not_replicated() -> Self {
@@ -347,7 +357,7 @@ impl fmt::Display for CommitUnknown {
             Some(source) => write!(
                 f,
                 "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed",
-                explain(source)
+                explain(&source.0)
             )?,
             None => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
@@ -363,6 +373,12 @@ impl StdError for CommitUnknown {
         self.source.as_ref().map(|source| source as &(dyn StdError + 'static))
     }
 }
+
+/// A link of the source chain that no wrapper skips: whoever walks the chain of an application's error has to meet the
+/// doubt before the lost connection, which taken alone would be a reason to run again.
+#[derive(Debug, thiserror::Error)]
+#[error("the outcome of a commit is not known")]
+pub(crate) struct InDoubt(#[source] tokio_postgres::Error);
 
 /// [`Error::RolledBack`]: why a closure's `Ok` was not committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -14,12 +14,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult};
+use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, WeakPool};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Cluster, Generation, NoPrimary};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
@@ -29,6 +30,9 @@ use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, 
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// Shortest and longest pause between two looks at the idle connections.
+const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
 
 /// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
 ///
@@ -57,7 +61,6 @@ struct Shared {
     checkout_timeout: Duration,
     retry: RetryPolicy,
     budget: RetryBudget,
-    seeds: AtomicU64,
     /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
     searching: AtomicUsize,
 }
@@ -191,9 +194,9 @@ impl Pool {
         &self.shared.budget
     }
 
-    /// A seed for one call's jitter: different for each call, the same again for the same pool seed.
+    /// A seed for one call's jitter.
     pub(crate) fn next_seed(&self) -> u64 {
-        self.shared.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
+        self.inner.manager().next_seed()
     }
 
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
@@ -245,6 +248,35 @@ impl Drop for Counted<'_> {
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+/// When idle connections are closed.
+#[derive(Clone, Copy, Debug)]
+struct Idle {
+    timeout: Duration,
+    min: usize,
+}
+
+impl Idle {
+    /// Closes what is of no use any more and what has been idle for too long, until the pool is gone.
+    async fn reap(self, pool: WeakPool<Manager>, end: CancellationToken) {
+        let pause = (self.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
+        while end.run_until_cancelled(sleep(pause)).await.is_some() {
+            let Some(pool) = pool.upgrade() else {
+                return;
+            };
+            let mut surplus = pool.status().available.saturating_sub(self.min);
+            let reaped = pool.retain(|connection, metrics| {
+                let stale = !connection.usable() || connection.expired();
+                let reap = stale || (surplus > 0 && metrics.last_used() >= self.timeout);
+                surplus = surplus.saturating_sub(usize::from(reap));
+                !reap
+            });
+            if !reaped.removed.is_empty() {
+                tracing::debug!(closed = reaped.removed.len(), idle = reaped.retained, "idle connections reaped");
+            }
+        }
     }
 }
 
@@ -364,12 +396,15 @@ pub struct Connection {
     abort: AbortHandle,
     generation: GenerationId,
     notices: Arc<Notices>,
+    /// From then on it is not handed out any more.
+    expires: Instant,
     poisoned: AtomicBool,
 }
 
 impl Connection {
-    fn new(session: Session, generation: &Generation) -> Self {
+    fn new(session: Session, generation: &Generation, lifetime: Duration) -> Self {
         Self {
+            expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
             generation: generation.primary.id,
@@ -384,6 +419,10 @@ impl Connection {
 
     fn usable(&self) -> bool {
         !self.client.is_closed() && !self.poisoned.load(Ordering::Acquire)
+    }
+
+    fn expired(&self) -> bool {
+        Instant::now() >= self.expires
     }
 }
 
@@ -429,10 +468,22 @@ pub struct Manager {
     cluster: Cluster,
     opener: Arc<Opener>,
     open_timeout: Duration,
-    seed: u64,
+    max_lifetime: Duration,
+    seeds: AtomicU64,
 }
 
 impl Manager {
+    fn connection(&self, session: Session, generation: &Generation) -> Connection {
+        // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
+        let less = Exponential::new(self.max_lifetime / 10, 1.0, Duration::MAX).jitter(self.next_seed()).next();
+        Connection::new(session, generation, self.max_lifetime.saturating_sub(less.unwrap_or_default()))
+    }
+
+    /// A seed for one decision's jitter: different each time, the same series again for the same seed of the pool.
+    fn next_seed(&self) -> u64 {
+        self.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
+    }
+
     /// Opens one session of this generation and lets its server prove that it is the one.
     async fn open(&self, generation: &Generation) -> Result<Session, ProbeFailure> {
         let endpoint = generation.endpoint();
@@ -469,8 +520,7 @@ impl Manager {
         let failures = generation.not_opened(failure.clone());
         // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
         let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(OPEN_PAUSE.1);
-        let seed = self.seed ^ u64::from(failures) ^ id.get();
-        let jitter = Exponential::new(longest, 1.0, longest).jitter(seed).next().unwrap_or_default();
+        let jitter = Exponential::new(longest, 1.0, longest).jitter(self.next_seed()).next().unwrap_or_default();
         sleep((longest + jitter) / 2).await;
         let obstacle = Obstacle::NoSession(Some(failure));
         Err(Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle))))
@@ -485,7 +535,7 @@ impl managed::Manager for Manager {
         loop {
             let generation = self.cluster.primary().await?;
             if let Some(session) = generation.take_spare() {
-                return Ok(Connection::new(session, &generation));
+                return Ok(self.connection(session, &generation));
             }
             // A dial to a server that has been replaced meanwhile is not waited for.
             let opened = tokio::select! {
@@ -494,14 +544,14 @@ impl managed::Manager for Manager {
                 opened = self.open_through_gate(&generation) => opened?,
             };
             if let Some(session) = opened {
-                return Ok(Connection::new(session, &generation));
+                return Ok(self.connection(session, &generation));
             }
         }
     }
 
     async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {
-        if !connection.usable() {
-            return Err(RecycleError::message("the connection has ended"));
+        if !connection.usable() || connection.expired() {
+            return Err(RecycleError::message("the connection has ended, or is too old"));
         }
         if self.cluster.is_current(connection.generation) {
             return Ok(());

@@ -178,6 +178,7 @@ pub struct RetryPolicy {
     seed: Option<u64>,
     deadline: Duration,
     attempts: Option<u32>,
+    attempt_timeout: Option<Duration>,
     schedule: Option<Arc<MakeBackoff>>,
 }
 
@@ -190,7 +191,9 @@ impl Default for RetryPolicy {
 impl fmt::Debug for RetryPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut out = f.debug_struct("RetryPolicy");
-        out.field("deadline", &self.deadline).field("attempts", &self.attempts);
+        out.field("deadline", &self.deadline)
+            .field("attempts", &self.attempts)
+            .field("attempt_timeout", &self.attempt_timeout);
         if self.schedule.is_some() {
             return out.field("schedule", &"own").finish_non_exhaustive();
         }
@@ -215,6 +218,7 @@ impl RetryPolicy {
             seed: None,
             deadline: Duration::from_secs(30),
             attempts: None,
+            attempt_timeout: None,
             schedule: None,
         }
     }
@@ -313,6 +317,31 @@ impl RetryPolicy {
         self
     }
 
+    /// How long one attempt may take from its BEGIN to its COMMIT. Default: no limit.
+    ///
+    /// An attempt that takes longer ends with [`Error::TimedOut`](crate::Error::TimedOut): the server is told to stop what it
+    /// runs, the connection is closed, locks are freed, nothing is committed, and it is not run again. COMMIT itself is
+    /// not cut off, as that would make its outcome unknown. For a limit on each statement set PostgreSQL's own
+    /// `statement_timeout`, as in `options=-c statement_timeout=5s` of the connection string.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tokio_postgres_failover::RetryPolicy;
+    ///
+    /// let policy = RetryPolicy::new().attempt_timeout(Duration::from_secs(5));
+    /// # let _ = policy;
+    /// ```
+    #[must_use]
+    pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.attempt_timeout = Some(timeout);
+        self
+    }
+
+    /// The limit set by [`attempt_timeout`](Self::attempt_timeout), if any.
+    pub(crate) fn attempt_limit(&self) -> Duration {
+        self.attempt_timeout.unwrap_or(FAR).min(FAR)
+    }
+
     /// The time one call may take, as set by [`deadline`](Self::deadline).
     #[must_use]
     pub fn deadline_after(&self) -> Duration {
@@ -329,6 +358,9 @@ impl RetryPolicy {
     pub(crate) fn validate(&self) -> Result<(), String> {
         if self.deadline.is_zero() {
             return Err("the retry deadline is zero, so no call could ever succeed".into());
+        }
+        if self.attempt_timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err("the attempt time-out is zero, so no attempt could ever succeed".into());
         }
         if self.attempts == Some(0) {
             return Err("attempts counts the first run, so it must be at least 1".into());

@@ -2,9 +2,9 @@
 //!
 //! Decides nothing, and knows nothing of which server is wanted: it turns bytes into a [`ServerReport`] or a
 //! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
-//! Tests: `tests/it/hostile.rs`, and every test that fails over.
+//! Tests: `tests/it/errors.rs`, and every test that fails over.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ use std::time::Duration;
 use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
@@ -27,6 +28,9 @@ const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
 /// Pauses before the cancel requests for one session. Its statement is on the server long before the last of them.
 const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
+
+/// A server that did not let itself be identified is tried again after this: the right may have been granted since.
+const ROLE_ONLY_FOR: Duration = Duration::from_secs(60);
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
@@ -50,14 +54,20 @@ impl Notices {
         }
     }
 
+    /// What was said before is of no interest to what comes now.
+    pub(crate) fn forget(&self) {
+        self.already_in_transaction.store(false, Ordering::Release);
+        self.not_replicated.store(false, Ordering::Release);
+    }
+
     /// A BEGIN met a transaction that was open already.
     pub(crate) fn already_in_transaction(&self) -> bool {
         self.already_in_transaction.load(Ordering::Acquire)
     }
 
-    /// Whether a COMMIT since the last call gave up waiting for a synchronous standby.
+    /// A COMMIT gave up waiting for a synchronous standby.
     pub(crate) fn not_replicated(&self) -> bool {
-        self.not_replicated.swap(false, Ordering::AcqRel)
+        self.not_replicated.load(Ordering::Acquire)
     }
 }
 
@@ -102,8 +112,8 @@ where
 pub(crate) struct Opener {
     template: Config,
     dial: Box<dyn Dial>,
-    /// Servers that do not let this role read more than their role.
-    role_only: Mutex<HashSet<Address>>,
+    /// Servers that did not let this role read more than their role, and when that was.
+    role_only: Mutex<HashMap<Address, Instant>>,
 }
 
 impl Opener {
@@ -139,7 +149,7 @@ impl Opener {
     }
 
     async fn question(&self, address: &Address, session: &Session, fresh: bool) -> Result<ServerReport, ProbeFailure> {
-        if !self.role_only().contains(address) {
+        if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
             match first_row(&session.client, &probe(fresh)).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
@@ -148,11 +158,11 @@ impl Opener {
             }
         }
         let report = read(first_row(&session.client, ROLE_PROBE).await)?;
-        self.role_only().insert(address.clone());
+        self.role_only().insert(address.clone(), Instant::now());
         Ok(report)
     }
 
-    fn role_only(&self) -> MutexGuard<'_, HashSet<Address>> {
+    fn role_only(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
         self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

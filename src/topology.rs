@@ -8,6 +8,8 @@
 mod candidate;
 mod report;
 #[cfg(test)]
+mod scenarios;
+#[cfg(test)]
 mod tests;
 mod view;
 
@@ -27,8 +29,17 @@ const MAX_MEMBERS: usize = 64;
 const REMEMBER: Duration = Duration::from_secs(600);
 /// How long the first writable server of a search waits for the others to object, at least and at most.
 const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
+/// The same in the first search of all, which knows no timeline to tell an old primary by.
+const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+/// A primary that leaves a question open for so long makes the pool uneasy: the others are asked at this pace, so that a
+/// successor is seen although the primary is not given up yet.
+const UNEASY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(100));
+/// A search that takes longer is worth a line in the log, with what each candidate said.
+const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
+/// Shortest pause between two questions to a standby on a warm session, while searching.
+const WARM_INTERVAL: Duration = Duration::from_millis(1);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -47,6 +58,8 @@ pub(crate) struct Settings {
     pub(crate) probe_timeout: Duration,
     /// A silent primary's connections are given up after this, even without a successor.
     pub(crate) dead_after: Duration,
+    /// Keep a session to each standby while there is a primary.
+    pub(crate) warm_standbys: bool,
 }
 
 /// One primary and its connections.
@@ -142,6 +155,8 @@ pub(crate) enum Notice {
     RoleOnly(Address),
     /// DNS named more addresses than are probed.
     TooManyCandidates(usize),
+    /// There has been no primary for so long.
+    StillSearching(Duration),
 }
 
 struct Member {
@@ -152,6 +167,8 @@ struct Member {
     asking: bool,
     asked_at: Option<Instant>,
     answered_at: Option<Instant>,
+    /// When it reported last.
+    heard_at: Option<Instant>,
     answer: Option<Answer>,
     took: Option<Duration>,
     /// The next probe needs a session of its own.
@@ -180,11 +197,14 @@ struct Search {
     /// The best writable server so far, while others may still object.
     pick: Option<Pick>,
     refused: Option<ProbeFailure>,
+    /// An operator was told that it takes long.
+    told: bool,
 }
 
 struct Suspended {
     primary: Primary,
     answered_at: Instant,
+    silent: bool,
 }
 
 struct Pick {
@@ -204,6 +224,7 @@ pub(crate) struct Topology {
     resolve_due: Option<Instant>,
     dns_failure: Option<String>,
     changed: Change,
+    polled_at: Instant,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
     noticed: HashSet<Notice>,
@@ -217,13 +238,14 @@ impl Topology {
         let mut topology = Self {
             settings,
             members: BTreeMap::new(),
-            phase: Phase::Searching(Search { since: now, suspended: None, pick: None, refused: None }),
+            phase: Phase::Searching(Search { since: now, suspended: None, pick: None, refused: None, told: false }),
             generation: GenerationId::default(),
             system_identifier: None,
             newest_timeline: None,
             resolve_due: names.then_some(now),
             dns_failure: None,
             changed: Change { at: now, why: "started".to_owned() },
+            polled_at: now,
             revision: 0,
             noticed: HashSet::new(),
             actions: Vec::new(),
@@ -237,8 +259,11 @@ impl Topology {
 
     /// What is to be done now. Call after each input and at [`Self::wake_at`].
     pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
+        self.polled_at = now;
         self.decide_pick(now);
         self.give_up_silent(now);
+        self.tell_of_a_long_search(now);
+        self.hurry_if_uneasy(now);
         if self.resolve_due.is_some_and(|due| due <= now) {
             self.resolve_due = None;
             self.actions.push(Action::Resolve);
@@ -268,8 +293,9 @@ impl Topology {
             Phase::Searching(search) => [
                 search.pick.as_ref().map(|pick| pick.decide_at),
                 search.suspended.as_ref().map(|suspended| suspended.answered_at + self.settings.dead_after),
+                (!search.told).then(|| search.since + LONG_SEARCH),
             ],
-            Phase::Known { .. } => [None, None],
+            Phase::Known { .. } => [self.uneasy_at().filter(|at| *at > self.polled_at), None, None],
         };
         probes.chain(self.resolve_due).chain(timers.into_iter().flatten()).min()
     }
@@ -286,15 +312,15 @@ impl Topology {
         if !complete {
             return;
         }
-        let current = self.primary_address();
+        let needed = self.needed();
         self.members.retain(|address, member| {
             if member.origin == Origin::Configured || named.contains(address) {
                 return true;
             }
             member.origin = Origin::Remembered;
-            let alive = !matches!(member.answer, Some(Answer::Failed(_)));
-            let young = now.duration_since(member.named_at) < REMEMBER;
-            current.as_ref() == Some(address) || (member.verified && (alive || young))
+            let seen_at = member.heard_at.map_or(member.named_at, |at| at.max(member.named_at));
+            let young = now.duration_since(seen_at) < REMEMBER;
+            needed.contains(address) || (member.verified && young)
         });
     }
 
@@ -330,6 +356,9 @@ impl Topology {
             member.asking = false;
             member.took = took;
             member.answered_at = Some(now);
+            if probed.result.is_ok() {
+                member.heard_at = Some(now);
+            }
             member.answer = Some(answer.clone());
             member.verified |= ours;
         }
@@ -356,7 +385,7 @@ impl Topology {
             member.hurry(now, pause);
         }
         if matches!(suspicion, Suspicion::ReadOnly) {
-            self.suspend(now, "a session on the primary has turned read-only");
+            self.suspend(now, "a session on the primary has turned read-only", false);
         }
     }
 
@@ -373,17 +402,21 @@ impl Topology {
     /// Should an open session to this server be kept for the next question?
     pub(crate) fn keeps(&self, address: &Address) -> bool {
         match &self.phase {
-            Phase::Known { primary, .. } => primary.endpoint.address == *address,
+            Phase::Known { primary, .. } => {
+                primary.endpoint.address == *address || (self.settings.warm_standbys && self.is_standby(address))
+            }
             Phase::Searching(search) => {
-                let picked = search.pick.as_ref().is_some_and(|pick| pick.address == *address);
-                // A session to a standby survives its promotion and is then the first one of the new primary. One that
-                // was opened under a fence stays read-only after the fence is lifted, so it is not kept.
-                let standby = self.members.get(address).is_some_and(|member| {
-                    matches!(&member.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
-                });
-                picked || standby
+                search.pick.as_ref().is_some_and(|pick| pick.address == *address) || self.is_standby(address)
             }
         }
+    }
+
+    /// A session to a standby survives its promotion and is then the first one of the new primary. One that was opened under
+    /// a fence stays read-only after the fence is lifted, so it does not count.
+    fn is_standby(&self, address: &Address) -> bool {
+        self.members.get(address).is_some_and(|member| {
+            matches!(&member.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
+        })
     }
 
     pub(crate) fn view(&self) -> View {
@@ -421,6 +454,18 @@ impl Topology {
         }
     }
 
+    /// Members that are not forgotten, whatever DNS says: the primary, the one that is searched for, the one that is about to
+    /// be believed.
+    fn needed(&self) -> Vec<Address> {
+        match &self.phase {
+            Phase::Known { primary, .. } => vec![primary.endpoint.address.clone()],
+            Phase::Searching(search) => {
+                let suspended = search.suspended.as_ref().map(|suspended| suspended.primary.endpoint.address.clone());
+                suspended.into_iter().chain(search.pick.as_ref().map(|pick| pick.address.clone())).collect()
+            }
+        }
+    }
+
     fn add(&mut self, endpoint: Endpoint, origin: Origin, now: Instant) {
         if let Some(member) = self.members.get_mut(&endpoint.address) {
             member.named_at = now;
@@ -440,6 +485,7 @@ impl Topology {
             asking: false,
             asked_at: None,
             answered_at: None,
+            heard_at: None,
             answer: None,
             took: None,
             fresh: true,
@@ -451,12 +497,12 @@ impl Topology {
 
     /// Makes room: of the members that this moment's answer does not name, the one that was named longest ago goes.
     fn forget_one(&mut self, now: Instant) -> bool {
-        let current = self.primary_address();
+        let needed = self.needed();
         let oldest = self
             .members
             .iter()
             .filter(|(address, member)| {
-                member.origin != Origin::Configured && member.named_at < now && current.as_ref() != Some(*address)
+                member.origin != Origin::Configured && member.named_at < now && !needed.contains(address)
             })
             .min_by_key(|(_, member)| member.named_at)
             .map(|(address, _)| address.clone());
@@ -497,10 +543,10 @@ impl Topology {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
             Answer::Refused(report, refusal) => {
-                let proof = primary.is(&probed.address, report) && *refusal != Refusal::Promoting;
+                let proof = primary.is(&probed.address, report) && refusal.is_proof();
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
-                self.suspend(now, &why);
+                self.suspend(now, &why, false);
                 // Another server behind the address (a proxy's choice) proves nothing about the one in use.
                 if proof {
                     self.end_suspended(id, &why);
@@ -516,12 +562,12 @@ impl Topology {
                 }
                 // Up, and no reason to doubt its role. The slots may all be this pool's own: to make its callers wait for
                 // a free one would be to wait for themselves.
-                FailureKind::Full => {}
+                FailureKind::Full => *answered_at = now,
                 // It takes no new session, but the old ones live: ask one of those.
-                FailureKind::NotNow | FailureKind::Refused if probed.still_open => {}
+                FailureKind::NotNow | FailureKind::Refused if probed.still_open => *answered_at = now,
                 _ => {
                     let why = format!("{}: {failure}", primary.endpoint);
-                    self.suspend(now, &why);
+                    self.suspend(now, &why, true);
                 }
             },
         }
@@ -556,9 +602,15 @@ impl Topology {
         if let Some(suspended) = &mut search.suspended {
             let same_address = suspended.primary.endpoint.address == *address;
             match answer {
+                // It was only silent for a while, and has no slot for a question now: they may all be this pool's own.
+                Answer::Failed(failure) if same_address && suspended.silent && failure.kind == FailureKind::Full => {
+                    let report = suspended.primary.report.clone();
+                    self.resume(now, address, &report);
+                    return;
+                }
                 Answer::Refused(report, refusal) if suspended.primary.is(address, report) => {
                     suspended.answered_at = now;
-                    if *refusal != Refusal::Promoting {
+                    if refusal.is_proof() {
                         let (id, why) = (suspended.primary.id, format!("{}: {refusal}", suspended.primary.endpoint));
                         self.end_suspended(id, &why);
                     }
@@ -584,7 +636,8 @@ impl Topology {
         let promoted = newest.is_some() && report.timeline > newest;
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
         if better {
-            let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(GRACE.0, GRACE.1) };
+            let grace = if newest.is_none() { FIRST_GRACE } else { GRACE };
+            let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(grace.0, grace.1) };
             let earlier = confirmed.or(search.pick.as_ref().map(|pick| pick.decide_at));
             let decide_at = earlier.map_or(now + wait, |at| at.min(now + wait));
             search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
@@ -648,12 +701,14 @@ impl Topology {
         self.revision += 1;
     }
 
-    fn suspend(&mut self, now: Instant, why: &str) {
+    /// `silent`: it did not answer; otherwise, what was seen of it casts doubt on its role.
+    fn suspend(&mut self, now: Instant, why: &str, silent: bool) {
         let Phase::Known { primary, answered_at } = &self.phase else {
             return;
         };
-        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at };
-        self.phase = Phase::Searching(Search { since: now, suspended: Some(suspended), pick: None, refused: None });
+        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent };
+        self.phase =
+            Phase::Searching(Search { since: now, suspended: Some(suspended), pick: None, refused: None, told: false });
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
         self.actions.push(Action::Suspend { why: why.to_owned() });
@@ -670,6 +725,35 @@ impl Topology {
         if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.id == id) {
             search.suspended = None;
             self.actions.push(Action::End { id, why: why.to_owned() });
+        }
+    }
+
+    /// When the primary's silence begins to tell; `None` while no question to it is open.
+    fn uneasy_at(&self) -> Option<Instant> {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return None;
+        };
+        let member = self.members.get(&primary.endpoint.address).filter(|member| member.asking)?;
+        member.asked_at.map(|asked| asked + UNEASY.0)
+    }
+
+    fn hurry_if_uneasy(&mut self, now: Instant) {
+        if self.uneasy_at().is_none_or(|at| at > now) {
+            return;
+        }
+        for member in self.members.values_mut() {
+            member.hurry(now, UNEASY.1);
+        }
+        self.resolve_due = self.resolve_due.map(|due| due.min(now + UNEASY.1));
+    }
+
+    fn tell_of_a_long_search(&mut self, now: Instant) {
+        if let Phase::Searching(search) = &mut self.phase
+            && !search.told
+            && now >= search.since + LONG_SEARCH
+        {
+            search.told = true;
+            self.actions.push(Action::Notice(Notice::StillSearching(now.duration_since(search.since))));
         }
     }
 
@@ -703,6 +787,10 @@ impl Topology {
 
     fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
+            // A member that is needed is not forgotten; if it were, waiting for it would not end.
+            if let Phase::Searching(search) = &mut self.phase {
+                search.pick = None;
+            }
             return;
         };
         let (lost_for, old) = match &self.phase {
@@ -759,7 +847,14 @@ impl Topology {
                 _ if began => self.settings.heartbeat / 10,
                 _ => self.settings.heartbeat,
             },
+            Phase::Known { .. } if self.settings.warm_standbys && self.is_standby(address) => {
+                self.settings.heartbeat.min(self.settings.patrol).mul_f64(jitter)
+            }
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter),
+            // Another question on an open session is cheap: ten times as many, each a round trip.
+            Phase::Searching(search) if self.settings.warm_standbys && self.is_standby(address) => {
+                (now.duration_since(search.since) / 1000).max(WARM_INTERVAL).min(self.settings.poll.1).mul_f64(jitter)
+            }
             Phase::Searching(search) => {
                 let refused = self.members.get(address).is_some_and(|member| {
                     matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)

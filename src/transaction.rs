@@ -27,7 +27,7 @@ impl Pool {
     /// failure or a deadlock ended it *before it was committed*, within the pool's [`RetryPolicy`].
     ///
     /// `Ok` means committed. An error means not committed, but for [`Error::CommitUnknown`]: the connection was lost
-    /// between COMMIT and its answer. If your work can be applied twice without harm, [`Pool::idempotent`] runs it again
+    /// between COMMIT and its answer, or its wait for a synchronous standby was cancelled. If your work can be applied twice without harm, [`Pool::idempotent`] runs it again
     /// in that case, too.
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep

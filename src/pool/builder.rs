@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
-use deadpool::managed;
+use deadpool::managed::{self, QueueMode};
 use tokio::runtime::Handle;
 use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
-use super::{Manager, Pool, Shared};
+use super::{Idle, Manager, Pool, Shared};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
@@ -101,6 +101,8 @@ pub struct PoolBuilder {
     resolver: Option<Arc<dyn Resolve>>,
     dns_servers: Vec<SocketAddr>,
     max_size: usize,
+    idle: Idle,
+    max_lifetime: Duration,
     gate: usize,
     checkout_timeout: Duration,
     retry: RetryPolicy,
@@ -118,6 +120,8 @@ impl PoolBuilder {
             resolver: None,
             dns_servers: Vec::new(),
             max_size: 16,
+            idle: Idle { timeout: Duration::from_secs(10 * 60), min: 0 },
+            max_lifetime: Duration::from_secs(30 * 60),
             gate: 4,
             checkout_timeout: Duration::from_secs(30),
             retry: RetryPolicy::default(),
@@ -129,6 +133,7 @@ impl PoolBuilder {
                 patrol: Duration::from_secs(5),
                 probe_timeout: Duration::from_secs(3),
                 dead_after: Duration::from_secs(20),
+                warm_standbys: false,
             },
             seed: None,
         })
@@ -137,6 +142,28 @@ impl PoolBuilder {
     /// The most connections handed out at the same time. Default: 16. Further callers wait.
     pub fn max_size(mut self, max_size: usize) -> Self {
         self.max_size = max_size;
+        self
+    }
+
+    /// How many idle connections are left open however long they have been idle. Default: 0. None is opened ahead of need.
+    pub fn min_idle(mut self, min_idle: usize) -> Self {
+        self.idle.min = min_idle;
+        self
+    }
+
+    /// A connection that has been idle for so long is closed, down to [`PoolBuilder::min_idle`]. Default: 10 min.
+    ///
+    /// Shorter than what proxies in between allow (Fly's recommends 5 min). Connections are reused last in, first out, so
+    /// that a pool shrinks to what the load needs.
+    pub fn idle_timeout(mut self, timeout: Duration) -> Self {
+        self.idle.timeout = timeout;
+        self
+    }
+
+    /// A connection is not handed out any more at this age, less up to a tenth, by chance, so that those which were opened
+    /// together after a failover are not renewed together. Default: 30 min.
+    pub fn max_lifetime(mut self, lifetime: Duration) -> Self {
+        self.max_lifetime = lifetime;
         self
     }
 
@@ -239,6 +266,15 @@ impl PoolBuilder {
         self
     }
 
+    /// Keeps a session to each standby while there is a primary, and asks it with each heart-beat. Default: no.
+    ///
+    /// A session survives its server's promotion, so such a pool notices one within a round trip, and has its first
+    /// connection to the new primary at that moment. It costs each standby a connection from each pool.
+    pub fn warm_standbys(mut self, warm: bool) -> Self {
+        self.settings.warm_standbys = warm;
+        self
+    }
+
     /// How many connections are opened at the same time. Default: 4. A server that was just promoted has other work.
     pub fn connection_gate(mut self, at_once: usize) -> Self {
         self.gate = at_once;
@@ -258,18 +294,18 @@ impl PoolBuilder {
             return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
         }
         not_zero("checkout_timeout", checkout_timeout)?;
+        not_zero("idle_timeout", self.idle.timeout)?;
+        let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
         self.retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
         let retry = self.retry.clone();
         let budget = self.budget.clone();
         let manager = self.build_manager()?;
-        let seeds = AtomicU64::new(manager.seed);
-        let inner = managed::Pool::builder(manager).max_size(max_size).build();
+        let end = manager.cluster.scope().clone();
+        let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        Ok(Pool {
-            inner,
-            shared: Arc::new(Shared { checkout_timeout, retry, budget, seeds, searching: AtomicUsize::new(0) }),
-        })
+        tokio::spawn(idle.reap(inner.weak(), end));
+        Ok(Pool { inner, shared: Arc::new(Shared { checkout_timeout, retry, budget, searching: AtomicUsize::new(0) }) })
     }
 
     /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
@@ -292,6 +328,7 @@ impl PoolBuilder {
         if settings.poll.0 > settings.poll.1 {
             return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
         }
+        not_zero("max_lifetime", self.max_lifetime)?;
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
@@ -310,7 +347,8 @@ impl PoolBuilder {
             gate: self.gate,
             seed,
         });
-        Ok(Manager { cluster, opener, open_timeout, seed })
+        let max_lifetime = self.max_lifetime.min(FAR);
+        Ok(Manager { cluster, opener, open_timeout, max_lifetime, seeds: AtomicU64::new(seed) })
     }
 }
 

@@ -147,6 +147,13 @@ pub enum Refusal {
     AnotherServer,
 }
 
+impl Refusal {
+    /// The server itself refuses writes; the others say that it cannot be told who it is, or that it is not the one.
+    pub(super) fn is_proof(self) -> bool {
+        matches!(self, Self::Standby | Self::Fenced)
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -19,6 +19,7 @@ fn settings() -> Settings {
         patrol: ms(5000),
         probe_timeout: ms(3000),
         dead_after: ms(20_000),
+        warm_standbys: false,
     }
 }
 
@@ -169,7 +170,7 @@ fn a_silent_candidate_delays_the_first_search_by_the_grace_at_most() {
     let mut bench = Bench::new(2);
     bench.now += ms(4);
     bench.report(1, primary(1, 1));
-    bench.wait(ms(10));
+    bench.wait(FIRST_GRACE.0);
     assert_eq!(bench.primary(), Some(1));
 }
 
@@ -355,6 +356,40 @@ fn a_fence_found_after_a_suspicion_ends_the_generation_too() {
     bench.poll();
     bench.report(1, fenced(1, 1));
     assert_eq!(bench.ended(), [1], "sessions from before the fence would go on writing");
+}
+
+#[test]
+fn a_successor_is_looked_for_before_a_silent_primary_is_given_up() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1100));
+    bench.log.clear();
+    // The heart-beat has then been open for 250 ms and more; its limit is 2 s.
+    bench.wait(ms(300));
+    assert!(bench.asked(2) > 0 && bench.asked(3) > 0, "the patrol would come seconds later");
+    bench.report(2, standby(2));
+    bench.wait(ms(150));
+    assert_eq!(bench.primary(), Some(1), "it is only slow, so far");
+    bench.report(2, primary(2, 2));
+    assert_eq!(bench.primary(), Some(2));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_server_that_was_silent_and_is_full_serves_again() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+    assert_eq!(bench.primary(), None);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Full);
+    assert_eq!(bench.primary(), Some(1), "the slots may be this pool's own");
+
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.topology.suspected(bench.now, GenerationId(1), Suspicion::ReadOnly);
+    bench.poll();
+    bench.fail(1, FailureKind::Full);
+    assert_eq!(bench.primary(), None, "it may be fenced");
 }
 
 #[test]
@@ -554,6 +589,77 @@ fn a_member_that_dns_forgot_is_still_asked() {
     assert_eq!(known, [address(1), address(2)], "3 and 4 never proved to be members");
     topology.resolved(now + ms(10_000), Vec::new(), Some("SERVFAIL".to_owned()), false);
     assert_eq!(topology.candidates().len(), 2, "a failed look-up forgets nobody");
+}
+
+#[test]
+fn warm_sessions_to_standbys_are_kept_and_asked_without_a_pause() {
+    let mut bench = Bench::settled();
+    assert!(!bench.topology.keeps(&address(2)), "by default a patrol opens a session, and closes it");
+    bench.topology.settings.warm_standbys = true;
+    assert!(bench.topology.keeps(&address(2)));
+    bench.suspect(1);
+    bench.wait(ms(20));
+    bench.fail(1, FailureKind::Unreachable);
+    bench.log.clear();
+    for _ in 0..20 {
+        bench.wait(ms(2));
+        if bench.topology.members[&address(2)].asking {
+            bench.answer(2, Ok(standby(2)), false, true);
+        }
+    }
+    assert!(bench.asked(2) >= 10, "asked {} times in 40 ms", bench.asked(2));
+}
+
+#[test]
+fn the_primary_that_is_searched_for_is_not_forgotten() {
+    let now = Instant::now();
+    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
+    topology.resolved(now, vec![endpoint(1)], None, true);
+    topology.poll(now);
+    let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true };
+    topology.probed(now, &probed(Ok(primary(1, 1))));
+    // DNS has named another server for longer than anybody is remembered; then one heart-beat is late.
+    let later = now + 2 * REMEMBER;
+    topology.poll(later);
+    topology.probed(later, &probed(Err(failure(FailureKind::TimedOut))));
+    topology.resolved(later, vec![endpoint(2)], None, true);
+    let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
+    assert_eq!(known, [address(1), address(2)]);
+}
+
+#[test]
+fn time_in_which_a_full_server_answered_is_not_silence() {
+    let mut bench = Bench::settled();
+    for _ in 0..30 {
+        bench.wait(ms(1000));
+        bench.answer(1, Err(failure(FailureKind::Full)), true, false);
+    }
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), true, false);
+    bench.wait(ms(5000));
+    assert!(bench.ended().is_empty(), "it was silent for six seconds");
+}
+
+#[test]
+fn a_right_that_was_taken_away_is_no_proof_against_a_server() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    let anonymous = ServerReport { system_identifier: None, started_at: None, timeline: None, ..primary(1, 1) };
+    bench.answer(1, Ok(anonymous), false, true);
+    assert!(bench.ended().is_empty(), "its connections are good");
+}
+
+#[test]
+fn a_long_search_is_said_once() {
+    let mut bench = Bench::new(1);
+    bench.fail(1, FailureKind::Unreachable);
+    bench.log.clear();
+    for _ in 0..100 {
+        bench.wait(ms(100));
+        bench.fail(1, FailureKind::Unreachable);
+    }
+    let said = |action: &&Action| matches!(action, Action::Notice(Notice::StillSearching(_)));
+    assert_eq!(bench.log.iter().filter(said).count(), 1);
 }
 
 #[test]

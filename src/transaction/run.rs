@@ -10,7 +10,7 @@ use tracing::Instrument;
 use super::decide::{Mode, Next, Stage, decide};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::{Verdict, classify, classify_chain, commit_refused};
-use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, RolledBack};
+use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
 use crate::topology::Suspicion;
@@ -23,6 +23,8 @@ const ROLLBACK_AND_ROLE: &str =
     "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
 /// A session that does not answer its ROLLBACK within this is closed instead.
 const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
+/// A source chain longer than this is a loop.
+const LINKS: usize = 16;
 
 pub(super) async fn run<T, F, Fut>(options: &TransactionBuilder<'_>, work: F) -> Result<T, Error>
 where
@@ -49,7 +51,8 @@ where
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
         let span = tracing::debug_span!("attempt", number, generation = client.generation().get());
-        let failed = match Attempt::new(client).run(&begin, mode, &mut work).instrument(span).await {
+        let attempt = Attempt { client: Arc::new(client), clean: false, limit: options.retry.attempt_limit() };
+        let failed = match attempt.run(&begin, mode, &mut work).instrument(span).await {
             Ok(value) => {
                 pool.budget().deposit();
                 return Ok(value);
@@ -114,6 +117,8 @@ impl Failed {
 struct Attempt {
     client: Arc<Client>,
     clean: bool,
+    /// Time from BEGIN to COMMIT.
+    limit: Duration,
 }
 
 impl Drop for Attempt {
@@ -125,34 +130,41 @@ impl Drop for Attempt {
 }
 
 impl Attempt {
-    fn new(client: Client) -> Self {
-        Self { client: Arc::new(client), clean: false }
-    }
-
     async fn run<T, F, Fut>(mut self, begin: &str, mode: Mode, work: &mut F) -> Result<T, Failed>
     where
         F: FnMut(Transaction) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
+        match timeout(self.limit, self.body(begin, work)).await {
+            Ok(Ok(value)) => self.commit(value).await,
+            Ok(Err((verdict, error))) => Err(self.failed(mode, verdict, error).await),
+            Err(_) => {
+                self.pool().suspect(self.client.generation(), Suspicion::Connection);
+                Err(Failed::before_commit(Verdict::Application, Error::TimedOut { after: self.limit }))
+            }
+        }
+    }
+
+    /// BEGIN and the closure.
+    async fn body<T, F, Fut>(&self, begin: &str, work: &mut F) -> Result<T, (Verdict, Error)>
+    where
+        F: FnMut(Transaction) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        self.client.notices().forget();
         if let Err(error) = self.client.batch_execute(begin).await {
             let verdict = match classify(&error) {
                 // Whoever had the connection before left a failed transaction on it.
                 Verdict::Aborted => Verdict::ConnectionLost,
                 verdict => verdict,
             };
-            return Err(self.failed(mode, verdict, error.into()).await);
+            return Err((verdict, error.into()));
         }
         if self.client.notices().already_in_transaction() {
             // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
-            return Err(Failed::before_commit(Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
+            return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
-        match work(Transaction::new(Arc::clone(&self.client))).await {
-            Ok(value) => self.commit(value).await,
-            Err(error) => {
-                let verdict = verdict_of(&error);
-                Err(self.failed(mode, verdict, error).await)
-            }
-        }
+        work(Transaction::new(Arc::clone(&self.client))).await.map_err(|error| (verdict_of(&error), error))
     }
 
     async fn commit<T>(&mut self, value: T) -> Result<T, Failed> {
@@ -250,17 +262,65 @@ impl Attempt {
 fn verdict_of(error: &Error) -> Verdict {
     match error {
         Error::Database(error) => classify(error),
-        Error::Aborted(source) if !holds_doubt(source.as_ref()) => {
-            classify_chain(source.as_ref()).unwrap_or(Verdict::Application)
-        }
+        Error::Aborted(source) => verdict_of_own(source.as_ref()),
         _ => Verdict::Application,
     }
 }
 
-/// The closure ran another transaction whose outcome is not known: running it again could apply that one twice.
-fn holds_doubt(error: &(dyn std::error::Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source())
-        .take(16)
-        .filter_map(|error| error.downcast_ref::<Error>())
-        .any(|error| error.commit_outcome() == CommitOutcome::Unknown)
+/// The closure's own error may hold a database error, which decides; or the error of another call of a pool, whose word on
+/// running again stands: its outcome may be unknown, or its retries are used up.
+fn verdict_of_own(error: &(dyn std::error::Error + 'static)) -> Verdict {
+    let links = || std::iter::successors(Some(error), |error| error.source()).take(LINKS);
+    if links().any(<dyn std::error::Error>::is::<InDoubt>) {
+        return Verdict::Application;
+    }
+    match links().find_map(|link| link.downcast_ref::<Error>()) {
+        Some(Error::Database(error)) => classify(error),
+        Some(_) => Verdict::Application,
+        None => classify_chain(error).unwrap_or(Verdict::Application),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As applications write them: `source()` leads past the wrapped error to what is behind it.
+    #[derive(Debug, thiserror::Error)]
+    enum App {
+        #[error(transparent)]
+        Pool(#[from] Error),
+        #[error("application")]
+        Named(#[source] Error),
+    }
+
+    /// The driver makes no error that others can construct; this one comes of a connection string.
+    fn driver_error() -> tokio_postgres::Error {
+        "host=h port=x".parse::<tokio_postgres::Config>().unwrap_err()
+    }
+
+    #[test]
+    fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
+        for wrap in [App::Pool, App::Named] {
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::lost(driver_error())));
+            let links: Vec<String> =
+                std::iter::successors(Some(&wrap(doubt) as &dyn std::error::Error), |e| e.source())
+                    .map(ToString::to_string)
+                    .collect();
+            assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::lost(driver_error())));
+            assert_eq!(verdict_of(&Error::abort(wrap(doubt))), Verdict::Application);
+        }
+    }
+
+    #[test]
+    fn a_database_error_within_an_own_one_decides() {
+        let expected = classify(&driver_error());
+        assert_ne!(expected, Verdict::Application, "the test needs a verdict that shows");
+        for wrap in [App::Pool, App::Named] {
+            assert_eq!(verdict_of(&Error::abort(wrap(Error::Database(driver_error())))), expected);
+        }
+        assert_eq!(verdict_of(&Error::abort("own")), Verdict::Application);
+        assert_eq!(verdict_of(&Error::abort(App::Pool(Error::Closed))), Verdict::Application);
+    }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use testbed::{Cluster, Node, eventually};
 use tokio::runtime::Handle;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tokio_postgres_failover::{Error, Pool, PoolBuilder, State, Transaction};
 
@@ -76,8 +76,8 @@ impl Bench {
         let status = self.pool.status();
         assert_eq!((status.size, status.available, status.waiting), (MAX_SIZE, MAX_SIZE, 0));
         assert_eq!(status.view.generation.get(), 1, "nobody is evicted");
-        // The pool's task, the heart-beat's session and the pooled ones.
-        let most = self.tasks_before + 2 + MAX_SIZE;
+        // The cluster's task, the one that reaps idle connections, the heart-beat's session and the pooled ones.
+        let most = self.tasks_before + 3 + MAX_SIZE;
         eventually("no task is left behind", PATIENCE, async || alive_tasks() <= most).await;
 
         let Self { cluster, observer, pool, tasks_before } = self;
@@ -203,7 +203,15 @@ async fn c1_get_dropped_at_every_poll() {
             for polls in (1..=25).filter(|polls| polls % 8 == lane) {
                 // Ends the connection at each turn, so that the next `get` opens one.
                 if let Some(client) = cut_after(polls, pool.get()).await {
-                    let _ = client.unwrap().batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await;
+                    let client = client.unwrap();
+                    let _ = client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await;
+                    // A connection that is given back before its end is seen would be handed out again.
+                    let seen = async {
+                        while !client.is_closed() {
+                            yield_now().await;
+                        }
+                    };
+                    timeout(PATIENCE, seen).await.unwrap();
                 }
                 let _ = timeout(Duration::from_micros(polls as u64 * 200), pool.get()).await;
             }
@@ -311,7 +319,7 @@ async fn c1_dropped_while_it_waits() {
                 tokio::select! {
                     biased;
                     _ = bench.pool.transaction(async |_| Ok(())) => {}
-                    () = async { loop { tokio::task::yield_now().await } } => {}
+                    () = async { loop { yield_now().await } } => {}
                 }
             })
             .await

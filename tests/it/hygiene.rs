@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres_failover::{
-    Addresses, BoxFuture, CommitOutcome, Error, Pool, PoolBuilder, Resolve, ResolveError, State,
+    Addresses, BoxFuture, CommitOutcome, Error, Pool, PoolBuilder, Resolve, ResolveError, RetryPolicy, State,
 };
 
 use crate::load::create_table;
@@ -97,6 +97,16 @@ async fn c1_a_transaction_left_open_by_hand_is_not_committed_by_the_next_caller(
         pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
         assert_eq!(stored(&cluster).await, 0, "after {left_behind}");
     }
+}
+
+/// A transaction that a caller of `get` began twice and ended is no concern of the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_connection_was_told_before_does_not_count() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(1).retry(RetryPolicy::none()).build().unwrap();
+    pool.get().await.unwrap().batch_execute("BEGIN; BEGIN; COMMIT").await.unwrap();
+    pool.transaction(async |tx| Ok(tx.batch_execute("INSERT INTO entries (id) VALUES (1)").await?)).await.unwrap();
+    assert_eq!(stored(&cluster).await, 1);
 }
 
 /// S11: a server without a slot to spare, not even for the heart-beat, serves those who have one, without a pause.
@@ -219,4 +229,89 @@ async fn a_panicking_resolver_does_not_end_the_pool() {
     cluster.start_node(cluster.primary()).await;
     let client = timeout(20 * SECOND, pool.get()).await.unwrap().unwrap();
     client.batch_execute("SELECT 1").await.unwrap();
+}
+
+/// A connection past its lifetime is not handed out again; the ages at which that happens are spread.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_connection_is_renewed() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(1).max_lifetime(Duration::from_millis(300)).build().unwrap();
+    let backend = async || -> i32 {
+        let client = pool.get().await.unwrap();
+        client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
+    };
+    let first = backend().await;
+    assert_eq!(backend().await, first, "a young one is used again");
+    eventually("the connection is renewed", 10 * SECOND, async || backend().await != first).await;
+    assert_eq!(pool.status().view.generation.get(), 1);
+}
+
+/// Idle connections are closed down to `min_idle`, and the pool that closes them still serves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_are_reaped_to_the_minimum() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(6).min_idle(2).idle_timeout(Duration::from_millis(300)).build().unwrap();
+    let mut held = Vec::new();
+    for _ in 0..6 {
+        held.push(pool.get().await.unwrap());
+    }
+    drop(held);
+    assert_eq!(pool.status().size, 6);
+    eventually("four of six are closed", 10 * SECOND, async || pool.status().size == 2).await;
+    let admin = cluster.direct(cluster.primary()).await;
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tokio-postgres-failover'";
+    eventually("the server has seen it", 10 * SECOND, async || {
+        // The two, and the heart-beat's.
+        admin.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) <= 3
+    })
+    .await;
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// C2: an attempt past its limit is stopped on the server, its locks are free, and nothing of it is stored.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c2_an_attempt_past_its_limit_is_stopped_on_the_server() {
+    let cluster = single().await;
+    let pool = builder(&cluster).max_size(2).build().unwrap();
+    let limit = RetryPolicy::new().attempt_timeout(Duration::from_millis(300));
+    let runs = AtomicUsize::new(0);
+    let error = pool
+        .build_transaction()
+        .retry(limit)
+        .run(async |tx| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            tx.batch_execute("INSERT INTO entries (id) VALUES (1); LOCK TABLE keyed; SELECT pg_sleep(600)").await?;
+            Ok(())
+        })
+        .await
+        .unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+    assert_eq!((error.commit_outcome(), runs.into_inner()), (CommitOutcome::NotCommitted, 1));
+    let admin = cluster.direct(cluster.primary()).await;
+    eventually("the server has stopped it", 10 * SECOND, async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()";
+        admin.query(sql, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    pool.transaction(async |tx| Ok(tx.batch_execute("LOCK TABLE keyed NOWAIT").await?)).await.unwrap();
+    assert_eq!(stored(&cluster).await, 0);
+}
+
+/// With warm sessions, the standby's own becomes the first connection to the promoted server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_warm_session_survives_the_promotion_of_its_standby() {
+    let cluster = Cluster::start().await;
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().warm_standbys(true).max_size(2).build().unwrap();
+    pool.connect().await.unwrap();
+    let successor = cluster.most_advanced_standby().await;
+    let admin = cluster.direct(successor).await;
+    let sql = "SELECT min(pid) FROM pg_stat_activity WHERE application_name = 'tokio-postgres-failover'";
+    let warm = async || admin.query_one(sql, &[]).await.unwrap().get::<_, Option<i32>>(0);
+    eventually("the standby has a warm session", 10 * SECOND, async || warm().await.is_some()).await;
+    let before = warm().await;
+    cluster.kill(cluster.primary()).await;
+    cluster.promote(successor).await;
+    let client = pool.get().await.unwrap();
+    let backend: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    assert_eq!(Some(backend), before);
 }

@@ -13,4 +13,5 @@ mod hygiene;
 mod load;
 mod quiet;
 mod resolve;
+mod scenarios;
 mod transaction;
