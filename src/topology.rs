@@ -30,7 +30,7 @@ const REMEMBER: Duration = Duration::from_secs(600);
 /// How long the first writable server of a search waits for the others to object, at least and at most.
 const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
 /// The same in the first search of all, which knows no timeline to tell an old primary by.
-const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 /// A primary that leaves a question open for so long makes the pool uneasy: the others are asked at this pace, so that a
 /// successor is seen although the primary is not given up yet.
 const UNEASY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(100));
@@ -814,6 +814,15 @@ impl Topology {
         // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
         self.noticed.retain(|notice| !matches!(notice, Notice::Refused(..) | Notice::TwoPrimaries(_)));
         let primary = Primary { id: self.generation, endpoint, report };
+        let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {
+            Some(Answer::Primary(said)) if said.timeline == primary.report.timeline && !primary.is(other, said) => {
+                Some(Notice::TwoPrimaries(other.clone()))
+            }
+            _ => None,
+        });
+        for notice in rivals.collect::<Vec<_>>() {
+            self.say(notice);
+        }
         self.actions.push(Action::Begin { primary: primary.clone(), lost_for });
         self.known(now, primary, why);
     }

@@ -498,7 +498,6 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
 
 /// S11, S12: no slot for a heart-beat, and a stall that costs it the session it had: the pool's own connections still serve.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "a suspended primary that answers 53300 is never resumed"]
 async fn s11_a_full_server_that_stalls_is_used_again() {
     let cluster = single().await;
     let pool = by_name(&cluster).max_size(3).checkout_timeout(5 * SECOND).build().unwrap();
