@@ -21,7 +21,8 @@ if command -v apt-get >/dev/null 2>&1; then
         echo "create_main_cluster = false" | $as_root tee /etc/postgresql-common/createcluster.conf >/dev/null
     fi
     $as_root apt-get update -q
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends postgresql
+    $as_root env DEBIAN_FRONTEND=noninteractive UCF_FORCE_CONFFOLD=1 \
+        apt-get install -q -y --no-install-recommends -o Dpkg::Options::=--force-confold postgresql
 elif command -v dnf >/dev/null 2>&1; then
     $as_root dnf install -y postgresql-server
 elif command -v brew >/dev/null 2>&1; then
