@@ -475,8 +475,12 @@ pub struct Manager {
 impl Manager {
     fn connection(&self, session: Session, generation: &Generation) -> Connection {
         // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
-        let less = Exponential::new(self.max_lifetime / 10, 1.0, Duration::MAX).jitter(self.next_seed()).next();
-        Connection::new(session, generation, self.max_lifetime.saturating_sub(less.unwrap_or_default()))
+        let less = self.random_up_to(self.max_lifetime / 10);
+        Connection::new(session, generation, self.max_lifetime.saturating_sub(less))
+    }
+
+    fn random_up_to(&self, most: Duration) -> Duration {
+        Exponential::new(most, 1.0, most).jitter(self.next_seed()).next().unwrap_or_default()
     }
 
     /// A seed for one decision's jitter: different each time, the same series again for the same seed of the pool.
@@ -520,8 +524,7 @@ impl Manager {
         let failures = generation.not_opened(failure.clone());
         // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
         let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(OPEN_PAUSE.1);
-        let jitter = Exponential::new(longest, 1.0, longest).jitter(self.next_seed()).next().unwrap_or_default();
-        sleep((longest + jitter) / 2).await;
+        sleep((longest + self.random_up_to(longest)) / 2).await;
         let obstacle = Obstacle::NoSession(Some(failure));
         Err(Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle))))
     }
