@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Opener, Session};
 use crate::topology::{
     Action, Address, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
-    Probed, ServerReport, Settings, State, Suspicion, Topology, View,
+    Probed, Pulse, ServerReport, Settings, State, Suspicion, Topology, View,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -121,6 +122,19 @@ struct Shared {
     signals: Mutex<Signals>,
     wake: Notify,
     diagnosis: Mutex<Diagnosis>,
+    /// Connections on loan.
+    in_use: AtomicUsize,
+    /// The task looks often enough to notice when they fall silent.
+    listening: AtomicBool,
+}
+
+/// One connection on loan, for as long as it lives.
+pub(crate) struct InUse(Arc<Shared>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A handle to the task. The task ends with its last handle.
@@ -160,6 +174,7 @@ impl Cluster {
             view: view_tx,
             search: Some(search_span()),
             searching_since: now,
+            stirs: 0,
         };
         tokio::spawn(task.run());
         Self { snapshot, view, shared, _end: root.clone().drop_guard(), root }
@@ -225,6 +240,16 @@ impl Cluster {
         self.shared.wake.notify_one();
     }
 
+    /// A connection is given on loan: from now on the task notices when its server falls silent.
+    pub(crate) fn lend(&self) -> InUse {
+        // Both orderings are the strongest, as they are in `Task::feel`: either the task sees the loan, or it is woken.
+        self.shared.in_use.fetch_add(1, Ordering::SeqCst);
+        if !self.shared.listening.swap(true, Ordering::SeqCst) {
+            self.shared.wake.notify_one();
+        }
+        InUse(Arc::clone(&self.shared))
+    }
+
     pub(crate) fn view(&self) -> View {
         self.view.borrow().clone()
     }
@@ -284,13 +309,18 @@ struct Task {
     view: watch::Sender<View>,
     search: Option<Span>,
     searching_since: Instant,
+    /// The opener's count of stirs at the last look.
+    stirs: u64,
 }
 
 impl Task {
     async fn run(mut self) {
         let root = self.root.clone();
         loop {
-            for action in self.topology.poll(Instant::now()) {
+            let now = Instant::now();
+            let pulse = self.feel();
+            self.topology.pulse(now, pulse);
+            for action in self.topology.poll(now) {
                 self.act(action);
             }
             let topology = &self.topology;
@@ -305,6 +335,18 @@ impl Task {
                 () = sleep_until(wake_at.unwrap_or_else(Instant::now)), if wake_at.is_some() => {}
             }
         }
+    }
+
+    /// What the sessions did since the last look.
+    fn feel(&mut self) -> Pulse {
+        let stirs = self.opener.stirs();
+        let moved = std::mem::replace(&mut self.stirs, stirs) != stirs;
+        self.shared.listening.store(moved, Ordering::SeqCst);
+        let in_use = self.shared.in_use.load(Ordering::SeqCst) > 0;
+        if in_use {
+            self.shared.listening.store(true, Ordering::SeqCst);
+        }
+        Pulse { in_use, moved }
     }
 
     fn act(&mut self, action: Action) {
@@ -438,6 +480,8 @@ impl Task {
                     self.sessions.insert(address.clone(), session);
                     report
                 });
+                // The task's own question and its answer are no sign that others get theirs.
+                self.stirs = self.opener.stirs();
                 let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
                 self.topology.probed(now, &Probed { address, result, fresh, still_open });
             }

@@ -22,7 +22,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Cluster, Generation, NoPrimary};
+use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
@@ -176,7 +176,10 @@ impl Pool {
                 self.cluster().primary().await?;
             }
             match self.inner.get().await {
-                Ok(object) => return Ok(Client { object: Some(object), pool: self.clone() }),
+                Ok(object) => {
+                    let in_use = self.cluster().lend();
+                    return Ok(Client { object: Some(object), pool: self.clone(), _in_use: in_use });
+                }
                 // No session could be opened now. Another caller may have given one back meanwhile: look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
                 Err(PoolError::Backend(error)) => return Err(error),
@@ -321,6 +324,7 @@ pub struct Client {
     object: Option<Object<Manager>>,
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool,
+    _in_use: InUse,
 }
 
 impl Client {

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -112,6 +112,8 @@ where
 pub(crate) struct Opener {
     template: Config,
     dial: Box<dyn Dial>,
+    /// Grows whenever something is sent or received on any session.
+    stirs: Arc<AtomicU64>,
     /// Servers that did not let this role read more than their role, and when that was.
     role_only: Mutex<HashMap<Address, Instant>>,
 }
@@ -125,7 +127,7 @@ impl Opener {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self { template, dial: Box::new(Tls(tls)), role_only: Mutex::default() }
+        Self { template, dial: Box::new(Tls(tls)), stirs: Arc::default(), role_only: Mutex::default() }
     }
 
     /// Opens a session and asks it. Cancel-safe: dropping the future closes the socket.
@@ -137,10 +139,15 @@ impl Opener {
         let notices = Arc::new(Notices::default());
         let dialled = self.dial.dial(self.config_for(endpoint), Arc::clone(&notices)).await;
         let (client, driver) = dialled.map_err(not_opened)?;
-        let task = tokio::spawn(drive(driver, scope.clone()));
+        let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&self.stirs)));
         let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
         let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
+    }
+
+    /// Another number than before, if something was sent or received meanwhile on any session.
+    pub(crate) fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
     }
 
     /// Asks a session that was opened earlier what its server is: one round trip.
@@ -208,11 +215,16 @@ pub(crate) struct Session {
     pub(crate) notices: Arc<Notices>,
 }
 
-async fn drive(driver: Driver, scope: CancellationToken) {
+async fn drive(mut driver: Driver, scope: CancellationToken, stirs: Arc<AtomicU64>) {
+    // The driver is woken by what is to be sent and by what was received, and by nothing else.
+    let stirring = poll_fn(|cx| {
+        stirs.fetch_add(1, Ordering::Relaxed);
+        driver.as_mut().poll(cx)
+    });
     tokio::select! {
         biased;
         () = scope.cancelled() => {}
-        ended = driver => if let Err(error) = ended {
+        ended = stirring => if let Err(error) = ended {
             tracing::debug!("a session ended: {}", explain(&error));
         }
     }

@@ -31,9 +31,15 @@ const REMEMBER: Duration = Duration::from_secs(600);
 const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
 /// The same in the first search of all, which knows no timeline to tell an old primary by.
 const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// A primary that leaves a question open for so long makes the pool uneasy: the others are asked at this pace, so that a
-/// successor is seen although the primary is not given up yet.
-const UNEASY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_millis(100));
+/// A primary that leaves a question open for three times as long as its last answer took, within these bounds, makes the
+/// pool uneasy.
+const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_millis(250));
+/// Then the others are asked at this pace, so that a successor is seen although the primary is not given up yet.
+const UNEASY_PACE: Duration = Duration::from_millis(100);
+/// While connections are in use, a primary of which nothing was heard for this part of the heart-beat's interval is asked.
+const QUIET: u32 = 20;
+/// Shortest pause between two looks at whether anything was heard.
+const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 /// A search that takes longer is worth a line in the log, with what each candidate said.
 const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
@@ -112,6 +118,15 @@ pub(crate) enum Suspicion {
     Connection,
     /// A session of this generation found itself read-only.
     ReadOnly,
+}
+
+/// What the sessions of the pool were doing since the last look.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Pulse {
+    /// Somebody has a connection on loan, and perhaps waits for an answer on it.
+    pub(crate) in_use: bool,
+    /// Something was sent or received.
+    pub(crate) moved: bool,
 }
 
 /// What came of one probe.
@@ -225,6 +240,8 @@ pub(crate) struct Topology {
     dns_failure: Option<String>,
     changed: Change,
     polled_at: Instant,
+    pulse: Pulse,
+    moved_at: Instant,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
     noticed: HashSet<Notice>,
@@ -246,6 +263,8 @@ impl Topology {
             dns_failure: None,
             changed: Change { at: now, why: "started".to_owned() },
             polled_at: now,
+            pulse: Pulse::default(),
+            moved_at: now,
             revision: 0,
             noticed: HashSet::new(),
             actions: Vec::new(),
@@ -263,6 +282,7 @@ impl Topology {
         self.decide_pick(now);
         self.give_up_silent(now);
         self.tell_of_a_long_search(now);
+        self.ask_if_quiet(now);
         self.hurry_if_uneasy(now);
         if self.resolve_due.is_some_and(|due| due <= now) {
             self.resolve_due = None;
@@ -295,7 +315,11 @@ impl Topology {
                 search.suspended.as_ref().map(|suspended| suspended.answered_at + self.settings.dead_after),
                 (!search.told).then(|| search.since + LONG_SEARCH),
             ],
-            Phase::Known { .. } => [self.uneasy_at().filter(|at| *at > self.polled_at), None, None],
+            Phase::Known { .. } => [
+                self.uneasy_at().filter(|at| *at > self.polled_at),
+                (self.pulse.in_use || self.pulse.moved).then(|| self.polled_at + self.listen_interval()),
+                None,
+            ],
         };
         probes.chain(self.resolve_due).chain(timers.into_iter().flatten()).min()
     }
@@ -386,6 +410,14 @@ impl Topology {
         }
         if matches!(suspicion, Suspicion::ReadOnly) {
             self.suspend(now, "a session on the primary has turned read-only", false);
+        }
+    }
+
+    /// What the sessions in use did since the last look. Call before each [`Self::poll`].
+    pub(crate) fn pulse(&mut self, now: Instant, pulse: Pulse) {
+        self.pulse = pulse;
+        if pulse.moved {
+            self.moved_at = now;
         }
     }
 
@@ -734,7 +766,29 @@ impl Topology {
             return None;
         };
         let member = self.members.get(&primary.endpoint.address).filter(|member| member.asking)?;
-        member.asked_at.map(|asked| asked + UNEASY.0)
+        let patience = member.took.map_or(UNEASY.1, |took| (took * 3).clamp(UNEASY.0, UNEASY.1));
+        member.asked_at.map(|asked| asked + patience)
+    }
+
+    /// Work is under way and nothing is heard: a silent server, or a long statement. Ask at once, and while the silence
+    /// lasts and the answers are good, less and less often.
+    fn ask_if_quiet(&mut self, now: Instant) {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return;
+        };
+        let (least, most) = (self.settings.heartbeat / QUIET, self.settings.heartbeat);
+        let Some(member) = self.members.get_mut(&primary.endpoint.address).filter(|_| self.pulse.in_use) else {
+            return;
+        };
+        let asked_at = member.asked_at.unwrap_or(now);
+        let quiet_then = asked_at.saturating_duration_since(self.moved_at);
+        if now >= self.moved_at + least && now >= asked_at + quiet_then.clamp(least, most) {
+            member.due = member.due.min(now);
+        }
+    }
+
+    fn listen_interval(&self) -> Duration {
+        (self.settings.heartbeat / QUIET / 2).max(LISTEN_INTERVAL)
     }
 
     fn hurry_if_uneasy(&mut self, now: Instant) {
@@ -742,9 +796,9 @@ impl Topology {
             return;
         }
         for member in self.members.values_mut() {
-            member.hurry(now, UNEASY.1);
+            member.hurry(now, UNEASY_PACE);
         }
-        self.resolve_due = self.resolve_due.map(|due| due.min(now + UNEASY.1));
+        self.resolve_due = self.resolve_due.map(|due| due.min(now + UNEASY_PACE));
     }
 
     fn tell_of_a_long_search(&mut self, now: Instant) {

@@ -223,7 +223,8 @@ impl PoolBuilder {
     /// Pause between two questions to the primary, on a connection of the pool's own. Default: 1 s.
     ///
     /// A closed or refused connection is noticed at once, without it. It is for what sends no sign: a fence, a host that
-    /// vanished while no call was under way.
+    /// vanished while no call was under way. While connections are on loan and nothing is heard on any of them for a
+    /// twentieth of this, the primary is asked without waiting for the next beat.
     pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
         self.settings.heartbeat = interval;
         self
@@ -349,6 +350,16 @@ impl PoolBuilder {
         });
         let max_lifetime = self.max_lifetime.min(FAR);
         Ok(Manager { cluster, opener, open_timeout, max_lifetime, seeds: AtomicU64::new(seed) })
+    }
+
+    /// What `build_manager` reads from the configuration, without a runtime: names, addresses, and the sessions' template.
+    #[cfg(fuzzing)]
+    pub(crate) fn read(&self, tls: bool) -> Result<(Vec<(String, u16)>, Vec<String>, Config), BuildError> {
+        let targets = targets(&self.config)?;
+        let template = template(&self.config, tls, self.settings.dead_after)?;
+        let names = targets.names.iter().map(|name| (name.host.to_string(), name.port)).collect();
+        let addresses = targets.addresses.iter().map(ToString::to_string).collect();
+        Ok((names, addresses, template))
     }
 }
 

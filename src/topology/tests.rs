@@ -101,6 +101,16 @@ impl Bench {
         self.poll();
     }
 
+    /// A connection is in use, and something is heard on it or not.
+    fn work(&mut self, duration: Duration, heard: bool) {
+        let until = self.now + duration;
+        while self.now < until {
+            self.now += ms(25);
+            self.topology.pulse(self.now, Pulse { in_use: true, moved: heard });
+            self.poll();
+        }
+    }
+
     fn answer(&mut self, n: u8, result: Result<ServerReport, ProbeFailure>, fresh: bool, still_open: bool) {
         self.topology.probed(self.now, &Probed { address: address(n), result, fresh, still_open });
         self.poll();
@@ -361,10 +371,10 @@ fn a_fence_found_after_a_suspicion_ends_the_generation_too() {
 #[test]
 fn a_successor_is_looked_for_before_a_silent_primary_is_given_up() {
     let mut bench = Bench::settled();
-    bench.wait(ms(1100));
+    bench.wait(ms(1050));
     bench.log.clear();
-    // The heart-beat has then been open for 250 ms and more; its limit is 2 s.
-    bench.wait(ms(300));
+    // The heart-beat has then been open for 75 ms; its limit is 2 s.
+    bench.wait(ms(75));
     assert!(bench.asked(2) > 0 && bench.asked(3) > 0, "the patrol would come seconds later");
     bench.report(2, standby(2));
     bench.wait(ms(150));
@@ -372,6 +382,39 @@ fn a_successor_is_looked_for_before_a_silent_primary_is_given_up() {
     bench.report(2, primary(2, 2));
     assert_eq!(bench.primary(), Some(2));
     assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_primary_that_falls_silent_under_load_is_asked_at_once() {
+    let mut bench = Bench::settled();
+    bench.work(ms(500), true);
+    assert_eq!(bench.asked(1), 0, "what is heard from it is sign enough");
+    bench.work(ms(75), false);
+    assert_eq!(bench.asked(1), 1);
+    bench.work(ms(100), false);
+    assert!(bench.asked(2) > 0 && bench.asked(3) > 0, "nor does it answer");
+}
+
+#[test]
+fn a_long_statement_is_no_reason_to_go_on_asking() {
+    let mut bench = Bench::settled();
+    for _ in 0..40 {
+        let before = bench.asked(1);
+        bench.work(ms(50), false);
+        if bench.asked(1) > before {
+            bench.answer(1, Ok(primary(1, 1)), false, true);
+        }
+    }
+    // Each time after twice as long, and from then on as always.
+    assert!((3..=7).contains(&bench.asked(1)), "asked {} times in two seconds", bench.asked(1));
+    assert_eq!(bench.asked(2), 0, "it answers");
+}
+
+#[test]
+fn an_idle_pool_asks_no_more_than_the_heart_beat() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(800));
+    assert_eq!(bench.asked(1), 0);
 }
 
 #[test]
