@@ -118,6 +118,13 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether the server refused the role or its password. Not all ways to authenticate have the code of a wrong password:
+/// PAM, by which RDS takes its tokens, has the more general one.
+pub(crate) fn not_let_in(error: &Error) -> bool {
+    let codes = [SqlState::INVALID_PASSWORD, SqlState::INVALID_AUTHORIZATION_SPECIFICATION];
+    error.code().is_some_and(|code| codes.contains(code))
+}
+
 /// Whether the peer ended an open connection without a word that makes sense.
 pub(crate) fn hung_up(error: &Error) -> bool {
     match Kind::of(error) {

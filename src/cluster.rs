@@ -22,7 +22,7 @@ use tracing::{Instrument, Span, field};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Opener, Session};
 use crate::topology::{
-    Action, Address, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
+    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
     Probed, Pulse, ServerReport, Settings, State, Suspicion, Topology, View,
 };
 
@@ -107,7 +107,7 @@ pub(crate) struct Diagnosis {
 #[derive(Debug)]
 pub(crate) enum NoPrimary {
     Closed,
-    Refused(ProbeFailure),
+    Refused(Option<Endpoint>, ProbeFailure),
 }
 
 /// Signals to the task; they are coalesced and never acknowledged.
@@ -195,7 +195,7 @@ impl Cluster {
                     (State::Searching { refused: Some(failure) }, None) => {
                         let failure = failure.clone();
                         self.demand();
-                        return Err(NoPrimary::Refused(failure));
+                        return Err(NoPrimary::Refused(self.endpoint_of(&failure), failure));
                     }
                     _ => {}
                 }
@@ -260,6 +260,13 @@ impl Cluster {
 
     pub(crate) fn diagnosis(&self) -> Diagnosis {
         lock(&self.shared.diagnosis).clone()
+    }
+
+    /// Who failed so.
+    fn endpoint_of(&self, failure: &ProbeFailure) -> Option<Endpoint> {
+        let diagnosis = lock(&self.shared.diagnosis);
+        let said = |candidate: &&CandidateReport| matches!(&candidate.answer, Some(Answer::Failed(it)) if it == failure);
+        diagnosis.candidates.iter().find(said).map(|candidate| candidate.endpoint.clone())
     }
 
     pub(crate) fn is_closed(&self) -> bool {

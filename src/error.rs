@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::classify::explain;
 use crate::cluster::Diagnosis;
+use crate::commit::Unsettled;
 use crate::topology::{Answer, CandidateReport, Endpoint, FailureKind, ProbeFailure, Refusal};
 
 type Source = Box<dyn StdError + Send + Sync + 'static>;
@@ -45,9 +46,17 @@ pub enum Error {
     /// The database answered with an error, or the connection was lost on the way.
     #[error("{}", explain(.0))]
     Database(#[from] tokio_postgres::Error),
-    /// The connection was lost between COMMIT and its answer: the transaction may or may not have been committed.
+    /// The connection was lost between COMMIT and its answer, and the outcome could not be settled: the transaction may or
+    /// may not have been committed.
     #[error(transparent)]
     CommitUnknown(Box<CommitUnknown>),
+    /// The transaction did not begin, as the ledger of [`Guarantee::Ledger`](crate::Guarantee::Ledger) cannot be written.
+    #[error(
+        "the ledger cannot be written: {}; create it with `Ledger::install` or sql/ledger.sql, and grant SELECT, INSERT, \
+         UPDATE and DELETE on it",
+        explain(.0)
+    )]
+    Ledger(#[source] tokio_postgres::Error),
     /// The closure returned `Ok`, but the transaction was rolled back.
     #[error(transparent)]
     RolledBack(RolledBack),
@@ -137,7 +146,7 @@ impl Error {
     #[must_use]
     pub fn code(&self) -> Option<&tokio_postgres::error::SqlState> {
         match self {
-            Self::Database(error) => error.code(),
+            Self::Database(error) | Self::Ledger(error) => error.code(),
             Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(|source| source.0.code()),
             Self::Exhausted(exhausted) => exhausted.source.code(),
             _ => None,
@@ -339,15 +348,19 @@ impl StdError for Refused {
 pub struct CommitUnknown {
     /// How the connection was lost; `None` where the server itself gave up waiting for a standby.
     source: Option<InDoubt>,
+    reason: Unsettled,
 }
 
 impl CommitUnknown {
-    pub(crate) fn lost(source: tokio_postgres::Error) -> Self {
-        Self { source: Some(InDoubt(source)) }
+    /// `lost`: what came instead of an answer; `None` where the server gave up waiting for a standby.
+    pub(crate) fn new(lost: Option<tokio_postgres::Error>, reason: Unsettled) -> Self {
+        Self { source: lost.map(InDoubt), reason }
     }
 
-    pub(crate) fn not_replicated() -> Self {
-        Self { source: None }
+    /// Why the outcome could not be settled.
+    #[must_use]
+    pub fn reason(&self) -> Unsettled {
+        self.reason
     }
 }
 
@@ -364,7 +377,16 @@ impl fmt::Display for CommitUnknown {
                  failover may still lose it",
             )?,
         }
-        f.write_str("; look for its effect before repeating it, or use `idempotent` for work that may be applied twice")
+        write!(f, "; {}; look for its effect before repeating it", self.reason)?;
+        match self.reason {
+            Unsettled::NoMarker => {
+                f.write_str(", or use `idempotent` for work that may be applied twice, or a guarantee that settles")
+            }
+            Unsettled::SeveralFailovers | Unsettled::Restarted | Unsettled::OtherHistory | Unsettled::Forgotten => {
+                f.write_str("; `Guarantee::Ledger` would have known")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -390,6 +412,11 @@ pub enum RolledBack {
          error on with `?`, or put the statement into a savepoint"
     )]
     FailedInside,
+    /// The primary on which it was committed was lost before a standby had it, and its successor does not know it.
+    #[error(
+        "the transaction was lost with the primary that it was committed on, before a standby had it; run it again"
+    )]
+    LostWithPrimary,
     /// The pooled connection had a transaction open already: whoever had it before began one by hand and left it.
     #[error(
         "nothing was done: the connection came with a transaction that someone had left open; end what you begin by hand \

@@ -2,6 +2,7 @@
 
 // Level 0: pure. Decides; no I/O, no clock, no task.
 mod classify;
+mod commit;
 mod resolve;
 mod retry;
 mod topology;
@@ -25,6 +26,8 @@ pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
+pub use commit::ledger::Ledger;
+pub use commit::{Guarantee, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, Unavailable, UnavailableReason,
 };
@@ -35,4 +38,40 @@ pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
-pub use transaction::{Guarantee, Savepoint, Transaction, TransactionBuilder};
+pub use transaction::{Savepoint, Transaction, TransactionBuilder};
+
+/// What the fuzz targets read with: the parsers, which are private otherwise. `cargo fuzz` sets the cfg.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing {
+    use tokio_postgres::Config;
+
+    use crate::{BadReport, BuildError, Pool, ServerReport};
+
+    /// What a pool would be made of.
+    #[derive(Clone, Debug)]
+    pub struct Configuration {
+        /// DNS names and their ports.
+        pub names: Vec<(String, u16)>,
+        /// Servers by address.
+        pub addresses: Vec<String>,
+        /// What each session is opened with.
+        pub template: Config,
+    }
+
+    /// The timeline in the name of a WAL file.
+    pub fn timeline(name: &str) -> Result<u32, BadReport> {
+        ServerReport::timeline_of(name)
+    }
+
+    /// An answer to the probe.
+    pub fn report(row: &[Option<&str>]) -> Result<ServerReport, BadReport> {
+        ServerReport::parse(row)
+    }
+
+    /// A connection string, up to where a pool would need a runtime.
+    pub fn configuration(text: &str, tls: bool) -> Result<Configuration, BuildError> {
+        let (names, addresses, template) = Pool::builder(text)?.read(tls)?;
+        Ok(Configuration { names, addresses, template })
+    }
+}

@@ -10,7 +10,7 @@ pub use builder::{IntoConfig, PoolBuilder};
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -22,11 +22,12 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::commit::{Guarantee, Server};
 use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
-use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, Suspicion, View};
+use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -61,8 +62,13 @@ struct Shared {
     checkout_timeout: Duration,
     retry: RetryPolicy,
     budget: RetryBudget,
+    guarantee: Guarantee,
     /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
     searching: AtomicUsize,
+    /// The newest primary on which transactions cannot be marked, and why.
+    unmarked: Mutex<Option<(GenerationId, String)>>,
+    /// When a ledger is pruned next.
+    prune_at: Mutex<Option<Instant>>,
 }
 
 impl Pool {
@@ -115,7 +121,9 @@ impl Pool {
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.inner.status();
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
-        Status { max_size, size, available, waiting, view: self.cluster().view() }
+        let view = self.cluster().view();
+        let fallback = lock(&self.shared.unmarked).clone().filter(|(id, _)| *id == view.generation).map(|(_, why)| why);
+        Status { max_size, size, available, waiting, fallback, view }
     }
 
     /// Follows the cluster's state: the receiver sees each primary lost and found.
@@ -173,7 +181,11 @@ impl Pool {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
             if self.cluster().current().is_none() {
                 let _counted = Counted::new(&self.shared.searching);
-                self.cluster().primary().await?;
+                if let Err(none) = self.cluster().primary().await {
+                    // Whoever asks again at once, in a loop, must let the task run that might find something better.
+                    tokio::task::yield_now().await;
+                    return Err(none.into());
+                }
             }
             match self.inner.get().await {
                 Ok(object) => {
@@ -195,6 +207,35 @@ impl Pool {
 
     pub(crate) fn budget(&self) -> &RetryBudget {
         &self.shared.budget
+    }
+
+    pub(crate) fn guarantee(&self) -> &Guarantee {
+        &self.shared.guarantee
+    }
+
+    /// Can the transactions of this primary not be marked?
+    pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
+        lock(&self.shared.unmarked).as_ref().is_some_and(|(unmarked, _)| *unmarked == id)
+    }
+
+    /// Remembers that the transactions of this primary cannot be marked; says so the first time.
+    pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
+        let before = lock(&self.shared.unmarked).replace((id, why.to_owned()));
+        if before.is_none_or(|(_, said)| said != why) {
+            tracing::warn!(why, "transactions cannot be settled here: ExactlyOnce is AtMostOnce");
+        }
+    }
+
+    /// Is it this caller who prunes the ledger? One does, several times while a row is kept.
+    pub(crate) fn prunes(&self, keep: Duration) -> bool {
+        let (now, pause) = (Instant::now(), keep / 8);
+        let mut prune_at = lock(&self.shared.prune_at);
+        // Pools that were started together do not prune together.
+        let due = *prune_at.get_or_insert_with(|| now + self.inner.manager().random_up_to(pause));
+        if due <= now {
+            *prune_at = Some(now + pause);
+        }
+        due <= now
     }
 
     /// A seed for one call's jitter.
@@ -295,6 +336,9 @@ pub struct Status {
     pub available: usize,
     /// Callers that wait for one.
     pub waiting: usize,
+    /// Why [`Guarantee::ExactlyOnce`] is no more than [`Guarantee::AtMostOnce`] on this primary, if it is not: what the
+    /// server does not offer. Known from the first transaction on.
+    pub fallback: Option<String>,
     /// The primary, the generation, and the last change and why it happened.
     pub view: View,
 }
@@ -351,6 +395,11 @@ impl Client {
         &self.pool
     }
 
+    /// The server at the other end, where it lets itself be identified.
+    pub(crate) fn server(&self) -> Option<Server> {
+        self.connection().and_then(|connection| connection.server)
+    }
+
     fn connection(&self) -> Option<&Connection> {
         self.object.as_deref()
     }
@@ -399,6 +448,7 @@ pub struct Connection {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
+    server: Option<Server>,
     notices: Arc<Notices>,
     /// From then on it is not handed out any more.
     expires: Instant,
@@ -412,6 +462,7 @@ impl Connection {
             client: session.client,
             abort: session.abort,
             generation: generation.primary.id,
+            server: identity(&generation.primary.report),
             notices: session.notices,
             poisoned: AtomicBool::new(false),
         }
@@ -428,6 +479,19 @@ impl Connection {
     fn expired(&self) -> bool {
         Instant::now() >= self.expires
     }
+}
+
+fn identity(report: &ServerReport) -> Option<Server> {
+    Some(Server {
+        system_identifier: report.system_identifier?,
+        timeline: report.timeline?,
+        started_at: report.started_at?,
+    })
+}
+
+/// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Deref for Connection {
@@ -582,7 +646,7 @@ impl From<NoPrimary> for Error {
     fn from(none: NoPrimary) -> Self {
         match none {
             NoPrimary::Closed => Self::Closed,
-            NoPrimary::Refused(failure) => Self::Refused(Box::new(Refused::new(None, failure))),
+            NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
         }
     }
 }

@@ -4,6 +4,10 @@
 //! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
 //! Tests: `tests/it/errors.rs`, and every test that fails over.
 
+mod password;
+
+pub(crate) use password::{Ask, Passwords};
+
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,14 +24,17 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, classify, explain, hung_up, not_offered, verdict_of_open};
-use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, ServerReport, probe};
+use crate::classify::{Verdict, classify, explain, hung_up, not_let_in, not_offered, verdict_of_open};
+use crate::topology::{Address, BadReport, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, ServerReport, probe};
 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
 /// Pauses before the cancel requests for one session. Its statement is on the server long before the last of them.
 const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
+
+/// In characters. What a stranger says is kept, and copied into logs and errors, for no longer than this.
+const LONGEST_MESSAGE: usize = 500;
 
 /// A server that did not let itself be identified is tried again after this: the right may have been granted since.
 const ROLE_ONLY_FOR: Duration = Duration::from_secs(60);
@@ -112,6 +119,8 @@ where
 pub(crate) struct Opener {
     template: Config,
     dial: Box<dyn Dial>,
+    /// Where the template holds no password because each session has its own.
+    passwords: Option<Passwords>,
     /// Grows whenever something is sent or received on any session.
     stirs: Arc<AtomicU64>,
     /// Servers that did not let this role read more than their role, and when that was.
@@ -127,7 +136,12 @@ impl Opener {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self { template, dial: Box::new(Tls(tls)), stirs: Arc::default(), role_only: Mutex::default() }
+        Self { template, dial: Box::new(Tls(tls)), passwords: None, stirs: Arc::default(), role_only: Mutex::default() }
+    }
+
+    /// Asks for the password of each session.
+    pub(crate) fn with_passwords(self, passwords: Option<Passwords>) -> Self {
+        Self { passwords, ..self }
     }
 
     /// Opens a session and asks it. Cancel-safe: dropping the future closes the socket.
@@ -137,12 +151,32 @@ impl Opener {
         scope: CancellationToken,
     ) -> Result<(Session, ServerReport), ProbeFailure> {
         let notices = Arc::new(Notices::default());
-        let dialled = self.dial.dial(self.config_for(endpoint), Arc::clone(&notices)).await;
-        let (client, driver) = dialled.map_err(not_opened)?;
+        let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
         let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&self.stirs)));
         let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
         let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
+    }
+
+    async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
+        let Some(passwords) = &self.passwords else {
+            return self.dial.dial(self.config_for(endpoint), notices).await.map_err(not_opened);
+        };
+        // Boxed: those who have no provider are spared the size of its future.
+        let dialling = async {
+            let password = passwords.next().await?;
+            let mut config = self.config_for(endpoint);
+            config.password(password);
+            match self.dial.dial(config, notices).await {
+                Ok(opened) => {
+                    passwords.accepted();
+                    Ok(opened)
+                }
+                Err(error) if not_let_in(&error) => Err(passwords.refused(not_opened(error)).await),
+                Err(error) => Err(not_opened(error)),
+            }
+        };
+        Box::pin(dialling).await
     }
 
     /// Another number than before, if something was sent or received meanwhile on any session.
@@ -157,14 +191,14 @@ impl Opener {
 
     async fn question(&self, address: &Address, session: &Session, fresh: bool) -> Result<ServerReport, ProbeFailure> {
         if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
-            match first_row(&session.client, &probe(fresh)).await {
+            match rows(&session.client, &probe(fresh)).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
                 }
                 answer => return read(answer),
             }
         }
-        let report = read(first_row(&session.client, ROLE_PROBE).await)?;
+        let report = read(rows(&session.client, ROLE_PROBE).await)?;
         self.role_only().insert(address.clone(), Instant::now());
         Ok(report)
     }
@@ -230,21 +264,28 @@ async fn drive(mut driver: Driver, scope: CancellationToken, stirs: Arc<AtomicU6
     }
 }
 
-async fn first_row(client: &Client, sql: &str) -> Result<Option<Vec<Option<String>>>, Error> {
-    let messages = client.simple_query(sql).await?;
-    Ok(messages.into_iter().find_map(|message| match message {
+/// The rows of the answer. A value that is no text is not the same as NULL, which says that something is not told.
+pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
+    let text = |value: Option<&str>| value.map(str::to_owned);
+    let rows = client.simple_query(sql).await?.into_iter().filter_map(|message| match message {
         SimpleQueryMessage::Row(row) => {
-            Some((0..row.len()).map(|index| row.try_get(index).ok().flatten().map(str::to_owned)).collect())
+            let value = |index| row.try_get(index).map_or_else(|_| Some('\u{FFFD}'.to_string()), text);
+            Some((0..row.len()).map(value).collect())
         }
         _ => None,
-    }))
+    });
+    Ok(rows.collect())
 }
 
-fn read(answer: Result<Option<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
-    let row = answer.map_err(|error| failure(classify(&error), error))?.unwrap_or_default();
+fn read(answer: Result<Vec<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
+    let nonsense =
+        |bad: BadReport| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad));
+    let rows = answer.map_err(|error| failure(classify(&error), error))?;
+    let [row] = &rows[..] else {
+        return Err(nonsense(BadReport::new("one row", &format!("{} rows", rows.len()))));
+    };
     let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
-    ServerReport::parse(&row)
-        .map_err(|bad| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad)))
+    ServerReport::parse(&row).map_err(nonsense)
 }
 
 fn not_opened(error: Error) -> ProbeFailure {
@@ -265,5 +306,6 @@ fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
         Verdict::NotPostgres => FailureKind::NotPostgres,
         _ => FailureKind::Unreachable,
     };
-    ProbeFailure::new(kind, explain(&error)).caused_by(Arc::new(error))
+    let message: String = explain(&error).chars().take(LONGEST_MESSAGE).collect();
+    ProbeFailure::new(kind, message).caused_by(Arc::new(error))
 }

@@ -527,14 +527,19 @@ impl Topology {
         self.members.insert(endpoint.address, member);
     }
 
-    /// Makes room: of the members that this moment's answer does not name, the one that was named longest ago goes.
+    /// Makes room: of the members that this moment's answer does not name, the one that was named longest ago goes. One that
+    /// proved to belong to the cluster may be the next primary: a mistake in DNS pushes out half of those at most.
     fn forget_one(&mut self, now: Instant) -> bool {
         let needed = self.needed();
+        let crowded = self.members.values().filter(|member| member.verified).count() > MAX_MEMBERS / 2;
         let oldest = self
             .members
             .iter()
             .filter(|(address, member)| {
-                member.origin != Origin::Configured && member.named_at < now && !needed.contains(address)
+                member.origin != Origin::Configured
+                    && member.named_at < now
+                    && (crowded || !member.verified)
+                    && !needed.contains(address)
             })
             .min_by_key(|(_, member)| member.named_at)
             .map(|(address, _)| address.clone());
@@ -973,7 +978,7 @@ impl Topology {
     }
 }
 
-/// Among writable servers: the newest timeline, then the most WAL.
-fn rank(report: &ServerReport) -> (Option<u32>, Option<Lsn>) {
-    (report.timeline, report.wal)
+/// Among writable servers: one that tells who it is, then the newest timeline, then the most WAL.
+fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
+    (report.system_identifier.is_some(), report.timeline, report.wal)
 }

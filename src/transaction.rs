@@ -7,6 +7,7 @@
 
 mod decide;
 mod run;
+mod settle;
 
 use std::fmt;
 use std::ops::Deref;
@@ -17,18 +18,25 @@ use deadpool_postgres::ClientWrapper;
 use futures_util::FutureExt;
 use tokio_postgres::IsolationLevel;
 
+use crate::commit::Guarantee;
 use crate::error::Error;
 use crate::pool::{Client, Pool};
 use crate::retry::RetryPolicy;
 use decide::Mode;
+use run::{Begin, Marks};
 
 impl Pool {
-    /// Runs `work` in a transaction on the primary and commits it; runs it again when a failover, a serialization
-    /// failure or a deadlock ended it *before it was committed*, within the pool's [`RetryPolicy`].
+    /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a
+    /// serialization failure or a deadlock ended it before it was committed, within the pool's [`RetryPolicy`].
     ///
-    /// `Ok` means committed. An error means not committed, but for [`Error::CommitUnknown`]: the connection was lost
-    /// between COMMIT and its answer, or its wait for a synchronous standby was cancelled. If your work can be applied twice without harm, [`Pool::idempotent`] runs it again
-    /// in that case, too.
+    /// `Ok` means committed, and confirmed by the synchronous standbys, if there are any. An error means not committed, but
+    /// for [`Error::CommitUnknown`]. When the connection is lost between COMMIT and its answer, the new primary is asked
+    /// whether the transaction is in its history, and the work runs again if it is not; see [`Guarantee::ExactlyOnce`]. What
+    /// cannot be told even so is `CommitUnknown`. If your work can be applied twice without harm, [`Pool::idempotent`]
+    /// runs it again in that case, too.
+    ///
+    /// The mark by which the server is asked makes every such transaction one that writes: use [`Pool::read`] for what only
+    /// reads.
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
     /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,
@@ -119,21 +127,10 @@ impl Pool {
             isolation_level: None,
             read_only: false,
             deferrable: false,
-            guarantee: Guarantee::default(),
+            guarantee: self.guarantee().clone(),
             retry: self.retry_policy().clone(),
         }
     }
-}
-
-/// What holds when the outcome of a COMMIT cannot be known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Guarantee {
-    /// The call fails with [`Error::CommitUnknown`]: the work was applied once or not at all.
-    #[default]
-    AtMostOnce,
-    /// The work is run again: it may have been applied more than once when the call returns.
-    AtLeastOnce,
 }
 
 /// The options of one transaction, from [`Pool::build_transaction`].
@@ -168,7 +165,8 @@ impl TransactionBuilder<'_> {
         self
     }
 
-    /// What holds when the outcome of the COMMIT cannot be known.
+    /// What holds when the connection is lost between COMMIT and its answer. Default: the pool's, and that is
+    /// [`Guarantee::ExactlyOnce`] unless set.
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
         self.guarantee = guarantee;
         self
@@ -198,12 +196,19 @@ impl TransactionBuilder<'_> {
     fn mode(&self) -> Mode {
         match self.guarantee {
             _ if self.read_only => Mode::Read,
+            Guarantee::ExactlyOnce | Guarantee::Ledger(_) => Mode::Exactly,
             Guarantee::AtMostOnce => Mode::Once,
             Guarantee::AtLeastOnce => Mode::Idempotent,
         }
     }
 
-    fn begin(&self) -> String {
+    fn begin(&self) -> Begin {
+        let marks = match &self.guarantee {
+            _ if self.read_only => Marks::Nothing,
+            Guarantee::ExactlyOnce => Marks::Wal,
+            Guarantee::Ledger(ledger) => Marks::Ledger(ledger.clone()),
+            Guarantee::AtMostOnce | Guarantee::AtLeastOnce => Marks::Nothing,
+        };
         let mut sql = "BEGIN".to_owned();
         if let Some(level) = self.isolation_level {
             sql.push_str(" ISOLATION LEVEL ");
@@ -215,7 +220,7 @@ impl TransactionBuilder<'_> {
         if self.deferrable {
             sql.push_str(" DEFERRABLE");
         }
-        sql
+        Begin { sql, marks }
     }
 }
 

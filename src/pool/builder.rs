@@ -1,10 +1,11 @@
 //! Turns a configuration into a pool, or says what is wrong with it.
 
 use std::collections::hash_map::RandomState;
+use std::error::Error as StdError;
 use std::fmt;
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::Duration;
 
@@ -16,10 +17,11 @@ use tokio_postgres::{Config, NoTls, Socket};
 
 use super::{Idle, Manager, Pool, Shared};
 use crate::cluster::{Cluster, Name, Setup};
+use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::Opener;
+use crate::server::{Ask, Opener, Passwords};
 use crate::topology::{Address, Endpoint, Settings};
 
 /// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
@@ -48,11 +50,7 @@ mod sealed {
 impl IntoConfig for &str {
     fn into_config(self) -> Result<Config, BuildError> {
         let config: Config = self.parse().map_err(|error| BuildError::url(&error))?;
-        if config.get_dbname().is_some_and(|dbname| dbname.contains('@')) {
-            let problem = "holds an `@`: a `/` in the password must be written %2F, and an `@` in the name %40";
-            // Not quoted: it may be a piece of the password.
-            return Err(BuildError::invalid("dbname", problem));
-        }
+        not_misread(self, &config)?;
         Ok(config)
     }
 }
@@ -73,6 +71,33 @@ impl IntoConfig for Config {
     fn into_config(self) -> Result<Config, BuildError> {
         Ok(self)
     }
+}
+
+/// Refuses what the driver reads, as libpq does, in a way that puts a piece of the password where it would be shown: into
+/// the name of a host, a database or a role. Nothing is quoted: it may be that piece.
+fn not_misread(text: &str, config: &Config) -> Result<(), BuildError> {
+    let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
+        // The driver ends the credentials at the first `@`, wherever it stands.
+        let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
+        let (user, _) = credentials.split_once(':').unwrap_or((credentials, ""));
+        if before_parameters.contains('@') || user.contains(['/', '?']) || credentials.contains("password=") {
+            let problem = "an `@` in a password, a name or a parameter must be written %40";
+            return Err(BuildError::invalid("connection string", problem));
+        }
+    }
+    let hosts = config.get_hosts().iter().filter_map(|host| match host {
+        Host::Tcp(name) => Some(name.as_str()),
+        #[cfg(unix)]
+        Host::Unix(_) => None,
+    });
+    let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
+    // In `host= password=…` the value of `host` is `password=…`.
+    if url.is_none() && hosts.chain(names.into_iter().flatten()).any(|value| value.starts_with("password=")) {
+        let problem = "has no value, and took the password for it; write '' for an empty value";
+        return Err(BuildError::invalid("the option before `password`", problem));
+    }
+    Ok(())
 }
 
 /// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
@@ -98,6 +123,7 @@ pub struct PoolBuilder {
     config: Config,
     make_opener: MakeOpener,
     tls: bool,
+    ask_password: Option<Ask>,
     resolver: Option<Arc<dyn Resolve>>,
     dns_servers: Vec<SocketAddr>,
     max_size: usize,
@@ -107,6 +133,7 @@ pub struct PoolBuilder {
     checkout_timeout: Duration,
     retry: RetryPolicy,
     budget: RetryBudget,
+    guarantee: Guarantee,
     settings: Settings,
     seed: Option<u64>,
 }
@@ -117,6 +144,7 @@ impl PoolBuilder {
             config: config.into_config()?,
             make_opener: Box::new(|template| Opener::new(template, NoTls)),
             tls: false,
+            ask_password: None,
             resolver: None,
             dns_servers: Vec::new(),
             max_size: 16,
@@ -126,6 +154,7 @@ impl PoolBuilder {
             checkout_timeout: Duration::from_secs(30),
             retry: RetryPolicy::default(),
             budget: RetryBudget::default(),
+            guarantee: Guarantee::default(),
             settings: Settings {
                 poll: (Duration::from_millis(10), Duration::from_millis(250)),
                 heartbeat: Duration::from_secs(1),
@@ -182,14 +211,71 @@ impl PoolBuilder {
         self
     }
 
+    /// What [`Pool::transaction`] guarantees when the connection is lost between COMMIT and its answer. Default:
+    /// [`Guarantee::ExactlyOnce`].
+    pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
+        self.guarantee = guarantee;
+        self
+    }
+
     /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
         self.budget = budget;
         self
     }
 
+    /// Asks this function for the password of each new session, instead of taking one from the connection string: for
+    /// secrets that are rotated, and tokens that expire. Default: none.
+    ///
+    /// It is asked once before each session is opened, of the pool's own sessions too (probes, heart-beat), and nothing is
+    /// kept. A search for the primary asks up to a hundred times a second for each server: a provider that calls a slow or
+    /// metered service should keep its answer itself for as long as it is good. It must not block, and may be called by
+    /// several tasks at a time. Open connections live on, whatever becomes of their password.
+    ///
+    /// # Errors
+    /// A provider that fails, panics or is too slow is asked again for the next try, and the callers wait, like for a
+    /// primary: at their deadline they get [`Error::Unavailable`](crate::Error::Unavailable), which says what the provider
+    /// said; its error is in the chain of sources where the primary is known. It has three quarters of the shortest of
+    /// [`PoolBuilder::probe_timeout`], [`PoolBuilder::heartbeat_timeout`] and a third of [`PoolBuilder::dead_after`]. What the
+    /// provider's error says gets into errors and logs: keep the secret out of it.
+    ///
+    /// A password that the server refuses is told at once, as [`Error::Refused`](crate::Error::Refused), as long as none was
+    /// right. After that it is taken for a change under way, and waited for in the same way.
+    ///
+    /// [`PoolBuilder::build`] fails where the connection string holds a password too.
+    ///
+    /// # Cancel safety
+    /// The future is dropped where its session is not wanted any more, or is too late.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::Pool;
+    ///
+    /// // A secret that an orchestrator renews in a file.
+    /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
+    ///     .password_provider(|| async { Ok(tokio::fs::read_to_string("/run/secrets/pg").await?.trim_end().to_owned()) })
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn password_provider<F, Fut, P>(mut self, provider: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<P, Box<dyn StdError + Send + Sync>>> + Send + 'static,
+        P: Into<Vec<u8>>,
+    {
+        self.ask_password = Some(Box::new(move || {
+            let asked = provider();
+            Box::pin(async move { asked.await.map(Into::into) })
+        }));
+        self
+    }
+
     /// The TLS connector. Default: none. Certificates are checked against the configured host name, although the
     /// connection is made to an address.
+    ///
+    /// A clone of it is asked for each new session, so a [`MakeTlsConnect`] that holds its certificates behind an `Arc` and
+    /// reads them anew from time to time rotates them; open connections live on with the old ones.
     pub fn tls<T>(mut self, connector: T) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
@@ -299,14 +385,23 @@ impl PoolBuilder {
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
         self.retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
         let retry = self.retry.clone();
-        let budget = self.budget.clone();
+        let (budget, guarantee) = (self.budget.clone(), self.guarantee.clone());
         let manager = self.build_manager()?;
         let end = manager.cluster.scope().clone();
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
         tokio::spawn(idle.reap(inner.weak(), end));
-        Ok(Pool { inner, shared: Arc::new(Shared { checkout_timeout, retry, budget, searching: AtomicUsize::new(0) }) })
+        let shared = Arc::new(Shared {
+            checkout_timeout,
+            retry,
+            budget,
+            guarantee,
+            searching: AtomicUsize::new(0),
+            unmarked: Mutex::default(),
+            prune_at: Mutex::default(),
+        });
+        Ok(Pool { inner, shared })
     }
 
     /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
@@ -335,10 +430,17 @@ impl PoolBuilder {
         }
         let targets = targets(&self.config)?;
         let template = template(&self.config, self.tls, settings.dead_after)?;
+        if self.ask_password.is_some() && template.get_password().is_some() {
+            let problem = "the connection string holds a password too; remove one of them";
+            return Err(BuildError::invalid("password_provider", problem));
+        }
+        // More than one of its failures must fit into the silence after which connections are ended.
+        let shortest = settings.probe_timeout.min(settings.heartbeat_timeout).min(settings.dead_after / 3);
+        let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
         let open_timeout = settings.probe_timeout;
         let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
-        let opener = Arc::new((self.make_opener)(template));
+        let opener = Arc::new((self.make_opener)(template).with_passwords(passwords));
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: targets.names,
@@ -506,4 +608,47 @@ fn keep_alive(config: &Config, template: &mut Config) {
         .keepalives_idle(if idle == DRIVER_KEEPALIVES_IDLE { KEEPALIVES.0 } else { idle })
         .keepalives_interval(config.get_keepalives_interval().unwrap_or(KEEPALIVES.1))
         .keepalives_retries(config.get_keepalives_retries().unwrap_or(KEEPALIVES.2));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        let error = text.into_config().map(drop).expect_err(text).to_string();
+        assert!(!error.contains("s3cr3t"), "{error}");
+        error
+    }
+
+    /// Found by the fuzz target `password`, and reading on from there.
+    #[test]
+    fn a_password_that_is_read_as_something_else_is_refused_and_not_repeated() {
+        for text in [
+            "postgres://app:p@s3cr3t@my-pg.internal/app",
+            "postgres://app:p@s3cr3t/s3cr3t@my-pg.internal/app",
+            "postgresql://app:p@s3cr3t,s3cr3t@my-pg.internal/app",
+            "postgres://app:p@%2Fs3cr3t@my-pg.internal/app",
+            "postgres://my-pg.internal/app?password=p@s3cr3t",
+            "postgres://my-pg.internal:5432/app?password=p@s3cr3t",
+        ] {
+            assert!(refused(text).contains("must be written %40"), "{text}");
+        }
+        for option in ["host", "user", "dbname", "options", "application_name"] {
+            let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
+            assert!(refused(&text).contains("has no value"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_unambiguous_is_taken() {
+        for (text, dbname) in [
+            ("postgres://app:p%40s3cr3t@my-pg.internal/a%40b", "a@b"),
+            ("postgres://app:p/s?3@my-pg.internal/app", "app"),
+            ("postgres://app@my-pg.internal/app?application_name=a@b", "app"),
+            ("host=my-pg.internal dbname=a@b password=p@s", "a@b"),
+            ("host=my-pg.internal dbname=app application_name='' password=p", "app"),
+        ] {
+            assert_eq!(text.into_config().unwrap().get_dbname(), Some(dbname), "{text}");
+        }
+    }
 }

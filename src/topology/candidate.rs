@@ -69,7 +69,8 @@ pub enum FailureKind {
     Unreachable,
     /// Nothing came within the probe's time.
     TimedOut,
-    /// The server is there and takes no session now: starting up, shutting down.
+    /// No session can be had now, and may be later: the server starts up or shuts down, or the
+    /// [password provider](crate::PoolBuilder::password_provider) gave no password, or one that has just been changed.
     NotNow,
     /// The server is up, and all its slots for sessions are taken.
     Full,
@@ -80,7 +81,7 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    /// The server itself spoke.
+    /// The server itself spoke, or was not asked for want of a password: not silence, in either case.
     pub(super) fn is_an_answer(self) -> bool {
         matches!(self, Self::NotNow | Self::Full | Self::Refused)
     }

@@ -58,7 +58,8 @@ impl FromStr for Lsn {
         let bad = || BadReport::new("an LSN", text);
         let (high, low) = text.split_once('/').ok_or_else(bad)?;
         let half = |digits: &str| {
-            let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+            let plain = digits.len() <= 8 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+            // An empty half is refused by `from_str_radix`.
             plain.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
         };
         let (high, low) = (half(high).ok_or_else(bad)?, half(low).ok_or_else(bad)?);
@@ -81,9 +82,9 @@ pub struct BadReport {
 }
 
 impl BadReport {
-    fn new(expected: &'static str, got: &str) -> Self {
-        // What a stranger sends is not copied into logs at any length.
-        Self { expected, got: got.chars().take(64).collect() }
+    pub(crate) fn new(expected: &'static str, got: &str) -> Self {
+        // What a stranger sends is copied into logs neither at any length nor with line breaks and escape sequences.
+        Self { expected, got: got.chars().take(64).flat_map(char::escape_debug).collect() }
     }
 }
 
@@ -136,6 +137,11 @@ impl ServerReport {
         }
     }
 
+    /// The timeline in the name of a WAL file.
+    pub(crate) fn timeline_of(wal_file: &str) -> Result<u32, BadReport> {
+        timeline(wal_file)
+    }
+
     /// Reads a row of [`probe`] or [`ROLE_PROBE`].
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
@@ -148,7 +154,7 @@ impl ServerReport {
             in_recovery,
             read_only: flag(1)?,
             default_read_only: flag(2)?,
-            fence_pending: column(3).and_then(boolean).unwrap_or(false),
+            fence_pending: column(3).is_some() && flag(3)?,
             system_identifier: column(4).map(system_identifier).transpose()?,
             started_at: column(5).map(|text| number(text, "a start time")).transpose()?,
             timeline: column(6).map(timeline).transpose()?,
@@ -237,6 +243,7 @@ mod tests {
             (0, Some("maybe")),
             (1, Some("")),
             (2, None),
+            (3, Some("maybe")),
             (4, Some("not a number")),
             (4, Some("99999999999999999999")),
             (5, Some("yesterday")),
@@ -246,6 +253,7 @@ mod tests {
             (6, Some("zz0000020000000000000000")),
             (7, Some("0")),
             (7, Some("1FFFFFFFF/0")),
+            (7, Some("000000001/0")),
             (7, Some("+1/0")),
             (7, Some("/")),
         ] {
@@ -264,5 +272,13 @@ mod tests {
         let text = "x".repeat(10_000);
         let error = text.parse::<Lsn>().unwrap_err().to_string();
         assert!(error.len() < 200, "{error}");
+    }
+
+    /// Found by the fuzz target `lsn`: an answer with a line break wrote a line of its own into the log.
+    #[test]
+    fn a_bad_report_stays_in_one_line() {
+        let error = "0/0\n2026-01-01 INFO primary found\u{1b}[31m".parse::<Lsn>().unwrap_err().to_string();
+        assert!(!error.contains(char::is_control), "{error:?}");
+        assert!(error.contains(r"0/0\n2026-01-01 INFO primary found\u{1b}[31m"), "{error}");
     }
 }

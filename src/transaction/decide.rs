@@ -7,6 +7,8 @@ use crate::classify::Verdict;
 /// What the caller allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
+    /// Run again only what is known not to have been committed; find that out.
+    Exactly,
     /// Run again only what is known not to have been committed.
     Once,
     /// Applying the work twice is the same as once.
@@ -20,7 +22,7 @@ pub(super) enum Mode {
 pub(super) enum Stage {
     /// COMMIT was not sent.
     Body,
-    /// COMMIT was sent, and its answer proves a rollback.
+    /// COMMIT was sent, and the transaction was rolled back: its answer proves it, or it was settled.
     Refused,
     /// COMMIT was sent; whether it was carried out is not known.
     InDoubt,
@@ -33,6 +35,8 @@ pub(super) enum Next {
     Return,
     /// Run the closure again.
     Rerun,
+    /// Find out whether it was committed.
+    Settle,
     /// Tell the caller that the outcome is unknown.
     Unknown,
 }
@@ -42,6 +46,7 @@ pub(super) enum Next {
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
     match (stage, mode) {
+        (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
         // What a serializable transaction has read holds only if its COMMIT succeeds, so `Read` asks again, too.
         (Stage::InDoubt, Mode::Idempotent | Mode::Read) => return Next::Rerun,
@@ -61,7 +66,7 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
 mod tests {
     use super::*;
 
-    const MODES: [Mode; 3] = [Mode::Once, Mode::Idempotent, Mode::Read];
+    const MODES: [Mode; 4] = [Mode::Exactly, Mode::Once, Mode::Idempotent, Mode::Read];
     const VERDICTS: [Verdict; 10] = [
         Verdict::ConnectionLost,
         Verdict::NotNow,
@@ -78,6 +83,7 @@ mod tests {
     #[test]
     fn an_unknown_commit_is_never_run_again_unless_the_caller_allows_it() {
         for verdict in VERDICTS {
+            assert_eq!(decide(Mode::Exactly, Stage::InDoubt, verdict), Next::Settle, "{verdict:?}");
             assert_eq!(decide(Mode::Once, Stage::InDoubt, verdict), Next::Unknown, "{verdict:?}");
             assert_eq!(decide(Mode::Idempotent, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
             assert_eq!(decide(Mode::Read, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");

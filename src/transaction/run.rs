@@ -8,8 +8,11 @@ use tokio_postgres::SimpleQueryMessage;
 use tracing::Instrument;
 
 use super::decide::{Mode, Next, Stage, decide};
+use super::settle::{Mark, Outcome, Settler, settle};
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{Verdict, classify, classify_chain, commit_refused};
+use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, not_offered};
+use crate::commit::ledger::{Ledger, entered};
+use crate::commit::{Unsettled, wal};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
@@ -41,31 +44,42 @@ where
     Fut: Future<Output = Result<T, Error>>,
 {
     let pool = options.pool;
-    let (begin, mode) = (options.begin(), options.mode());
+    let mode = options.mode();
+    let mut begin = options.begin();
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
     let mut doubt = false;
     loop {
-        let number = retries.attempt();
-        let client = match pool.get_until(retries.deadline()).await {
+        let (number, deadline) = (retries.attempt(), retries.deadline());
+        let client = match pool.get_until(deadline).await {
             Ok(client) => client,
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
         let span = tracing::debug_span!("attempt", number, generation = client.generation().get());
-        let attempt = Attempt { client: Arc::new(client), clean: false, limit: options.retry.attempt_limit() };
-        let failed = match attempt.run(&begin, mode, &mut work).instrument(span).await {
-            Ok(value) => {
+        let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
+        let ended = async {
+            match attempt.run(&begin, mode, &mut work).await {
+                Ended::InDoubt(in_doubt) => in_doubt.settled(pool, mode, deadline).await,
+                ended => ended,
+            }
+        };
+        let (stage, failed) = match ended.instrument(span).await {
+            Ended::Committed(value) => {
                 pool.budget().deposit();
                 return Ok(value);
             }
-            Err(failed) => failed,
+            Ended::Failed(stage, failed) => (stage, failed),
+            Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed),
         };
-        let Failed { stage, verdict, error } = failed;
+        let Failed { verdict, error } = failed;
         match decide(mode, stage, verdict) {
-            Next::Unknown => return Err(unknown(error)),
+            Next::Settle | Next::Unknown => return Err(unknown(error, Unsettled::NoMarker)),
             Next::Return => return Err(for_good(error, number, doubt)),
             Next::Rerun => {}
         }
-        doubt |= stage == Stage::InDoubt && mode != Mode::Read;
+        if stage == Stage::InDoubt && mode != Mode::Read {
+            doubt = true;
+            begin.marks = Marks::Write;
+        }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
                 tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
@@ -74,6 +88,22 @@ where
             Err(why) => return Err(given_up(error, number, why, stage, doubt)),
         }
     }
+}
+
+/// What a transaction begins with.
+pub(super) struct Begin {
+    pub(super) sql: String,
+    pub(super) marks: Marks,
+}
+
+/// What is written along with BEGIN.
+pub(super) enum Marks {
+    Nothing,
+    /// A mark that nobody asks for. It makes COMMIT wait for the synchronous standbys although the work may find itself
+    /// done, and write nothing.
+    Write,
+    Wal,
+    Ledger(Ledger),
 }
 
 /// An error that no re-run would mend. "Not committed" must be true of every attempt, not of the last alone.
@@ -87,41 +117,91 @@ fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
 
 fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
-        return if doubt && stage == Stage::InDoubt { unknown(error) } else { error };
+        return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
     }
     let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
 }
 
-fn unknown(error: Error) -> Error {
+fn unknown(error: Error, why: Unsettled) -> Error {
     match error {
-        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::lost(source))),
+        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
+        Error::CommitUnknown(_) => Error::CommitUnknown(Box::new(CommitUnknown::new(None, why))),
         other => other,
     }
 }
 
+/// How an attempt ended.
+enum Ended<T> {
+    Committed(T),
+    Failed(Stage, Failed),
+    InDoubt(Unanswered<T>),
+}
+
 struct Failed {
-    stage: Stage,
     verdict: Verdict,
     error: Error,
 }
 
-impl Failed {
-    fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self { stage: Stage::Body, verdict, error: error.into() }
+/// COMMIT was sent, and nothing came back that tells what became of it.
+struct Unanswered<T> {
+    value: T,
+    mark: Option<Mark>,
+    failed: Failed,
+}
+
+impl<T> Unanswered<T> {
+    async fn settled(self, pool: &Pool, mode: Mode, deadline: Instant) -> Ended<T> {
+        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict), &self.mark) else {
+            return Ended::InDoubt(self);
+        };
+        let Failed { verdict, error } = self.failed;
+        // Boxed, as it is rare and large, and every waiting call would carry it.
+        match Box::pin(settle(pool, mark, deadline)).await {
+            Ok(Outcome::Committed) => Ended::Committed(self.value),
+            Ok(Outcome::NotCommitted) => {
+                let error = match error {
+                    Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
+                    error => error,
+                };
+                Ended::Failed(Stage::Refused, Failed { verdict, error })
+            }
+            Err(why) => {
+                let failed = Failed { verdict: Verdict::Application, error: unknown(error, why) };
+                Ended::Failed(Stage::Refused, failed)
+            }
+        }
     }
 }
 
-/// One connection during one attempt. Unless the session is known to be clean, dropping this closes it: so a future
-/// that is dropped at any point, or a closure that panics, leaves no open transaction behind.
-struct Attempt {
-    client: Arc<Client>,
-    clean: bool,
-    /// Time from BEGIN to COMMIT.
-    limit: Duration,
+impl<T> Ended<T> {
+    fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
+        Self::Failed(Stage::Body, Failed { verdict, error: error.into() })
+    }
 }
 
-impl Drop for Attempt {
+/// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
+/// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
+pub(super) struct Held {
+    client: Arc<Client>,
+    clean: bool,
+}
+
+impl Held {
+    pub(super) fn new(client: Client) -> Self {
+        Self { client: Arc::new(client), clean: false }
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.client
+    }
+
+    pub(super) fn clean(&mut self, clean: bool) {
+        self.clean = clean;
+    }
+}
+
+impl Drop for Held {
     fn drop(&mut self) {
         if !self.clean {
             self.client.poison();
@@ -129,73 +209,152 @@ impl Drop for Attempt {
     }
 }
 
+/// One connection during one attempt.
+struct Attempt {
+    held: Held,
+    /// Time from BEGIN to COMMIT.
+    limit: Duration,
+}
+
 impl Attempt {
-    async fn run<T, F, Fut>(mut self, begin: &str, mode: Mode, work: &mut F) -> Result<T, Failed>
+    async fn run<T, F, Fut>(mut self, begin: &Begin, mode: Mode, work: &mut F) -> Ended<T>
     where
         F: FnMut(Transaction) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         match timeout(self.limit, self.body(begin, work)).await {
-            Ok(Ok(value)) => self.commit(value).await,
-            Ok(Err((verdict, error))) => Err(self.failed(mode, verdict, error).await),
+            Ok(Ok((value, mark))) => self.commit(value, mark, begin).await,
+            Ok(Err((verdict, error))) => Ended::Failed(Stage::Body, self.failed(mode, verdict, error).await),
             Err(_) => {
-                self.pool().suspect(self.client.generation(), Suspicion::Connection);
-                Err(Failed::before_commit(Verdict::Application, Error::TimedOut { after: self.limit }))
+                self.pool().suspect(self.client().generation(), Suspicion::Connection);
+                Ended::before_commit(Verdict::Application, Error::TimedOut { after: self.limit })
             }
         }
     }
 
     /// BEGIN and the closure.
-    async fn body<T, F, Fut>(&self, begin: &str, work: &mut F) -> Result<T, (Verdict, Error)>
+    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<(T, Option<Mark>), (Verdict, Error)>
     where
         F: FnMut(Transaction) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        self.client.notices().forget();
-        if let Err(error) = self.client.batch_execute(begin).await {
-            let verdict = match classify(&error) {
+        self.client().notices().forget();
+        let mark = self.begin(begin).await.map_err(|error| {
+            let verdict = match verdict_of(&error) {
                 // Whoever had the connection before left a failed transaction on it.
                 Verdict::Aborted => Verdict::ConnectionLost,
                 verdict => verdict,
             };
-            return Err((verdict, error.into()));
-        }
-        if self.client.notices().already_in_transaction() {
+            (verdict, error)
+        })?;
+        if self.client().notices().already_in_transaction() {
             // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
             return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
-        work(Transaction::new(Arc::clone(&self.client))).await.map_err(|error| (verdict_of(&error), error))
+        let done = work(Transaction::new(Arc::clone(&self.held.client))).await;
+        done.map(|value| (value, mark)).map_err(|error| (verdict_of(&error), error))
     }
 
-    async fn commit<T>(&mut self, value: T) -> Result<T, Failed> {
+    /// BEGIN and the mark, in one message.
+    async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
+        let (client, now) = (self.client(), Instant::now());
+        let mark_sql = match &begin.marks {
+            Marks::Nothing => None,
+            Marks::Wal | Marks::Write => self.can_be_marked().then(|| wal::MARK.to_owned()),
+            Marks::Ledger(ledger) => Some(ledger.enter()),
+        };
+        let Some(mark_sql) = mark_sql else {
+            client.batch_execute(&begin.sql).await?;
+            return Ok(None);
+        };
+        let row = match wal::only_row(client, &format!("{}; {mark_sql}", begin.sql)).await {
+            Ok(row) => row,
+            Err(error) if !not_offered(&error) => return Err(error.into()),
+            Err(error) if matches!(begin.marks, Marks::Ledger(_)) => return Err(Error::Ledger(error)),
+            Err(error) => {
+                self.pool().set_unmarked(client.generation(), &explain(&error));
+                client.batch_execute("ROLLBACK").await?;
+                client.batch_execute(&begin.sql).await?;
+                return Ok(None);
+            }
+        };
+        let read = match (&begin.marks, client.server()) {
+            (Marks::Ledger(ledger), _) => {
+                entered(&row).map(|(id, backend)| (Settler::Ledger(ledger.clone(), id), backend))
+            }
+            (_, Some(server)) => wal::marker(server, &row).map(|(marker, backend)| (Settler::Wal(marker), backend)),
+            _ => return Ok(None),
+        };
+        match read {
+            Ok((by, backend)) => Ok(Some(Mark { by, backend, generation: client.generation(), began: now })),
+            Err(bad) => {
+                tracing::warn!("a transaction cannot be settled: {bad}");
+                Ok(None)
+            }
+        }
+    }
+
+    fn can_be_marked(&self) -> bool {
+        let (client, pool) = (self.client(), self.pool());
+        if pool.is_unmarked(client.generation()) {
+            return false;
+        }
+        if client.server().is_none() {
+            pool.set_unmarked(client.generation(), "this role may not read the server's identity");
+        }
+        client.server().is_some()
+    }
+
+    async fn commit<T>(&mut self, value: T, mark: Option<Mark>, begin: &Begin) -> Ended<T> {
         if self.is_shared() {
-            let error = Error::RolledBack(RolledBack::HandleKept);
-            return Err(Failed::before_commit(Verdict::Application, error));
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
         }
         // On a session that has ended nothing is sent: then the transaction is certainly not committed.
-        let never_sent = self.client.is_closed();
-        let Err(error) = self.client.batch_execute(COMMIT).await else {
-            self.clean = true;
-            if !self.client.notices().not_replicated() {
-                return Ok(value);
+        let never_sent = self.client().is_closed();
+        let Err(error) = self.client().batch_execute(COMMIT).await else {
+            self.held.clean(true);
+            if self.client().notices().not_replicated() {
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
+                let failed = Failed { verdict: Verdict::OutcomeUnknown, error };
+                return Ended::InDoubt(Unanswered { value, mark, failed });
             }
-            let error = Error::CommitUnknown(Box::new(CommitUnknown::not_replicated()));
-            return Err(Failed { stage: Stage::InDoubt, verdict: Verdict::OutcomeUnknown, error });
+            self.prune(begin);
+            return Ended::Committed(value);
         };
         self.suspect();
         let verdict = classify(&error);
         if never_sent {
-            return Err(Failed::before_commit(verdict, error));
+            return Ended::before_commit(verdict, error);
         }
         if !commit_refused(&error) {
-            return Err(Failed { stage: Stage::InDoubt, verdict, error: error.into() });
+            return Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into() } });
         }
         self.roll_back().await;
         let error = match verdict {
             Verdict::Aborted => Error::RolledBack(RolledBack::FailedInside),
             _ => error.into(),
         };
-        Err(Failed { stage: Stage::Refused, verdict, error })
+        Ended::Failed(Stage::Refused, Failed { verdict, error })
+    }
+
+    /// From time to time, once the caller's work is done, on the connection that did it: in a task, so that nobody waits.
+    /// The task ends with the session, and so with the pool.
+    fn prune(&self, begin: &Begin) {
+        let Marks::Ledger(ledger) = &begin.marks else {
+            return;
+        };
+        if !self.pool().prunes(ledger.kept_for()) {
+            return;
+        }
+        let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });
+        tokio::spawn(async move {
+            let pruned = ledger.prune_all(held.client()).await;
+            held.clean(pruned.is_ok());
+            match pruned {
+                Ok(rows) => tracing::debug!(rows, "the ledger was pruned"),
+                Err(error) => tracing::warn!("the ledger could not be pruned: {}", explain(&error)),
+            }
+        });
     }
 
     /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
@@ -205,28 +364,28 @@ impl Attempt {
             // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
             // the session ends as it is, and all that was done in it with it.
             let own_doing = verdict == Verdict::ReadOnly;
-            return Failed::before_commit(if own_doing { Verdict::Application } else { verdict }, error);
+            return Failed { verdict: if own_doing { Verdict::Application } else { verdict }, error };
         }
         if verdict == Verdict::ReadOnly && mode != Mode::Read {
             let verdict = if self.server_is_read_only().await { verdict } else { Verdict::Application };
-            return Failed::before_commit(verdict, error);
+            return Failed { verdict, error };
         }
         self.roll_back().await;
         let own_doing = verdict == Verdict::ReadOnly;
-        Failed::before_commit(if own_doing { Verdict::Application } else { verdict }, error)
+        Failed { verdict: if own_doing { Verdict::Application } else { verdict }, error }
     }
 
     async fn roll_back(&mut self) {
-        if !self.client.is_closed() {
-            let rolled_back = timeout(ROLLBACK_WITHIN, self.client.batch_execute("ROLLBACK")).await;
-            self.clean = matches!(rolled_back, Ok(Ok(())));
+        if !self.client().is_closed() {
+            let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
+            self.held.clean(matches!(rolled_back, Ok(Ok(()))));
         }
     }
 
     /// Rolls back and asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
     /// had made itself read-only.
     async fn server_is_read_only(&mut self) -> bool {
-        let asked = timeout(ROLLBACK_WITHIN, self.client.simple_query(ROLLBACK_AND_ROLE)).await;
+        let asked = timeout(ROLLBACK_WITHIN, self.client().simple_query(ROLLBACK_AND_ROLE)).await;
         let Ok(Ok(messages)) = asked else {
             return true;
         };
@@ -235,27 +394,31 @@ impl Attempt {
             _ => false,
         });
         if read_only {
-            self.pool().suspect(self.client.generation(), Suspicion::ReadOnly);
+            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
         } else {
-            self.clean = true;
+            self.held.clean(true);
         }
         read_only
     }
 
     /// A handle given to the closure is still alive.
     fn is_shared(&self) -> bool {
-        Arc::strong_count(&self.client) > 1
+        Arc::strong_count(&self.held.client) > 1
     }
 
     /// A session that ended makes its server suspect; other errors say nothing about it.
     fn suspect(&self) {
-        if self.client.is_closed() {
-            self.pool().suspect(self.client.generation(), Suspicion::Connection);
+        if self.client().is_closed() {
+            self.pool().suspect(self.client().generation(), Suspicion::Connection);
         }
     }
 
+    fn client(&self) -> &Client {
+        self.held.client()
+    }
+
     fn pool(&self) -> &Pool {
-        self.client.pool()
+        self.client().pool()
     }
 }
 
@@ -302,13 +465,13 @@ mod tests {
     #[test]
     fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
         for wrap in [App::Pool, App::Named] {
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::lost(driver_error())));
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
             let links: Vec<String> =
                 std::iter::successors(Some(&wrap(doubt) as &dyn std::error::Error), |e| e.source())
                     .map(ToString::to_string)
                     .collect();
             assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::lost(driver_error())));
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
             assert_eq!(verdict_of(&Error::abort(wrap(doubt))), Verdict::Application);
         }
     }

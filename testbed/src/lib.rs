@@ -26,17 +26,24 @@
 
 mod block;
 mod cluster;
+mod cutter;
 mod dns;
+mod frames;
 mod history;
 mod process;
+mod raw_dns;
+mod script;
 mod server;
 mod tap;
 mod trap;
 mod wait;
 
 pub use cluster::{Cluster, ClusterBuilder, Node, Promotion};
+pub use cutter::{Armed, Cut, Cutter, Done};
 pub use dns::{Answer, Dns};
 pub use history::{History, Verdict};
+pub use raw_dns::{Question, RawDns, record};
+pub use script::{Change, Reply, Script, Tamper};
 pub use tap::{Counts, Tap};
 pub use trap::{Blackhole, Eof, Garbage, Silent};
 pub use wait::eventually;

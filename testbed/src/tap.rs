@@ -14,6 +14,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::frames::{self, Frames, Head};
+
 /// What passed through a [`Tap`] from clients to the server.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Counts {
@@ -202,87 +204,38 @@ async fn pump(
     }
 }
 
-/// Where a client's byte stream stands: message headers are looked at, bodies are skipped.
-#[derive(Default)]
-struct Frontend {
-    /// After the start-up message, messages begin with a type letter.
-    started: bool,
-    encrypted: bool,
-    header: Vec<u8>,
-    skip: usize,
-}
+/// Counts what a client's byte stream holds.
+struct Frontend(Frames);
 
-// Request codes of the start-up phase: https://www.postgresql.org/docs/current/protocol-message-formats.html
-const CANCEL: u32 = 80_877_102;
-const TLS: u32 = 80_877_103;
-const GSS: u32 = 80_877_104;
-/// The first byte of a TLS record that carries a handshake.
-const HANDSHAKE: u8 = 0x16;
+impl Default for Frontend {
+    fn default() -> Self {
+        Self(Frames::of_client())
+    }
+}
 
 impl Frontend {
-    fn feed(&mut self, mut bytes: &[u8], counts: &mut Counts) {
-        while !bytes.is_empty() && !self.encrypted {
-            let skipped = self.skip.min(bytes.len());
-            self.skip -= skipped;
-            bytes = &bytes[skipped..];
-            let Some((byte, rest)) = bytes.split_first() else { return };
-            if !self.started && self.header.is_empty() && *byte == HANDSHAKE {
-                self.encrypted = true;
-                return;
-            }
-            self.header.push(*byte);
-            bytes = rest;
-            if self.started {
-                self.message(counts);
-            } else {
-                self.startup(counts);
+    fn feed(&mut self, bytes: &[u8], counts: &mut Counts) {
+        self.0.feed(bytes);
+        while let Some(frame) = self.0.next() {
+            match frame.head {
+                Head::Message(letter) => {
+                    *counts.by_type.entry(char::from(letter)).or_default() += 1;
+                    counts.round_trips += u64::from(matches!(letter, b'Q' | b'S' | b'F'));
+                    counts.queries += u64::from(matches!(letter, b'Q' | b'E'));
+                }
+                Head::Request(frames::CANCEL) => counts.cancels += 1,
+                Head::Request(frames::TLS | frames::GSS) | Head::Byte(_) | Head::Opaque => {}
+                Head::Request(_) => counts.startups += 1,
             }
         }
     }
-
-    fn message(&mut self, counts: &mut Counts) {
-        let Some((&letter, size)) = self.header.split_first() else { return };
-        let Some((&size, _)) = size.split_first_chunk() else { return };
-        self.header.clear();
-        self.skip = length(size).saturating_sub(4);
-        *counts.by_type.entry(char::from(letter)).or_default() += 1;
-        counts.round_trips += u64::from(matches!(letter, b'Q' | b'S' | b'F'));
-        counts.queries += u64::from(matches!(letter, b'Q' | b'E'));
-    }
-
-    fn startup(&mut self, counts: &mut Counts) {
-        let Some((&size, code)) = self.header.split_first_chunk() else { return };
-        let Some((&code, _)) = code.split_first_chunk() else { return };
-        self.header.clear();
-        self.skip = length(size).saturating_sub(8);
-        match u32::from_be_bytes(code) {
-            TLS | GSS => {}
-            CANCEL => counts.cancels += 1,
-            _ => {
-                counts.startups += 1;
-                self.started = true;
-            }
-        }
-    }
-}
-
-fn length(bytes: [u8; 4]) -> usize {
-    u32::from_be_bytes(bytes) as usize
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn startup(code: u32, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(8 + body.len()).unwrap();
-        [&length.to_be_bytes(), &code.to_be_bytes(), body].concat()
-    }
-
-    fn message(letter: u8, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(4 + body.len()).unwrap();
-        [&[letter][..], &length.to_be_bytes(), body].concat()
-    }
+    use crate::frames::samples::{message, startup};
+    use crate::frames::{CANCEL, TLS};
 
     #[test]
     fn messages_are_counted_however_they_are_cut() {
@@ -321,7 +274,7 @@ mod tests {
 
         let (mut frontend, mut counts) = (Frontend::default(), Counts::default());
         frontend.feed(&startup(TLS, b""), &mut counts);
-        frontend.feed(&[HANDSHAKE, 3, 1, 0, 200, 1, 2, 3, 4, 5], &mut counts);
+        frontend.feed(&[0x16, 3, 1, 0, 200, 1, 2, 3, 4, 5], &mut counts);
         assert_eq!(counts, Counts::default());
     }
 }

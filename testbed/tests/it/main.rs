@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests are tests")]
 #![allow(clippy::doc_markdown, reason = "PostgreSQL is a name")]
 
+mod cutter;
 mod failover;
 mod faults;
 mod leak;

@@ -1,0 +1,206 @@
+//! Settling by a table of the user's database: each transaction writes a row with BEGIN, and whoever has to know whether
+//! it was committed inserts the same id. Decides nothing. Tests: `tests/it/settle.rs`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Error, SimpleQueryMessage};
+
+use super::wal::{Backend, Row, field, only_row, text};
+use super::{Entry, Settled};
+use crate::topology::BadReport;
+
+/// The documented file; its names are those of [`Ledger::default`].
+const DDL: &str = include_str!("../../sql/ledger.sql");
+const SCHEMA: &str = "failover";
+const TABLE: &str = "ledger";
+
+/// A settler does not stand in the way of others for longer than this at a time.
+const LOCK_TIMEOUT: &str = "250ms";
+/// One pruning removes no more rows than this, so that it stays a short transaction.
+const PRUNED_AT_ONCE: u32 = 10_000;
+/// A row is kept at least so long. Half of it is the longest that a transaction may take and still be settled; the other
+/// half is for clocks that differ.
+const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
+
+/// A table that tells which transactions were committed: the settler of [`Guarantee::Ledger`](crate::Guarantee::Ledger).
+///
+/// Exact under any number of crashes and failovers, at the price of a table, a row per transaction, and its pruning.
+/// `sql/ledger.sql` has the table with its reasons; [`Ledger::install`] creates it.
+///
+/// ```no_run
+/// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres_failover::{Guarantee, Ledger};
+///
+/// let ledger = Ledger::default();
+/// ledger.install(&pool.get().await?).await?;
+/// pool.build_transaction()
+///     .guarantee(Guarantee::Ledger(ledger))
+///     .run(async |tx| Ok(tx.execute("INSERT INTO payments DEFAULT VALUES", &[]).await?))
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ledger {
+    schema: Arc<str>,
+    table: Arc<str>,
+    keep: Duration,
+}
+
+impl Default for Ledger {
+    /// The table `failover.ledger`; rows are kept for an hour.
+    fn default() -> Self {
+        Self::named(SCHEMA, TABLE)
+    }
+}
+
+impl Ledger {
+    /// A ledger in another table. The names are taken as they are, in the case that they are written in.
+    #[must_use]
+    pub fn named(schema: &str, table: &str) -> Self {
+        Self { schema: quoted(schema), table: quoted(table), keep: Duration::from_secs(3600) }
+    }
+
+    /// For how long rows are kept, by the server's clock; at least ten minutes. Default: one hour.
+    ///
+    /// A transaction can be settled for half of this time after its BEGIN; later its outcome counts as unknown. All pools
+    /// that use the table must agree on it.
+    #[must_use]
+    pub fn keep(mut self, keep: Duration) -> Self {
+        self.keep = keep.max(KEEP_AT_LEAST);
+        self
+    }
+
+    pub(crate) fn kept_for(&self) -> Duration {
+        self.keep
+    }
+
+    /// The statements that [`Ledger::install`] runs.
+    #[must_use]
+    pub fn ddl(&self) -> String {
+        let (schema, table) = (&self.schema, &self.table);
+        let index = quoted(&format!("{}_begun", table.trim_matches('"').replace("\"\"", "\"")));
+        DDL.replace("\"ledger_begun\"", &index)
+            .replace("\"failover\".\"ledger\"", &format!("{schema}.{table}"))
+            .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {schema}"))
+    }
+
+    /// Creates schema, table and index unless they are there. Needs the right to do so; several may call it at once.
+    ///
+    /// `client` is a connection to the primary: `&pool.get().await?`.
+    pub async fn install(&self, client: &Client) -> Result<(), Error> {
+        client.batch_execute(&self.ddl()).await
+    }
+
+    /// Removes rows that are older than [`Ledger::keep`], ten thousand at most; tells how many. The pool does this by
+    /// itself from time to time, so call it only to catch up. Cancel-safe.
+    pub async fn prune(&self, client: &Client) -> Result<u64, Error> {
+        let (table, keep) = (self.path(), self.keep.as_secs());
+        let sql = format!(
+            "DELETE FROM {table} WHERE id IN (\
+                SELECT id FROM {table} WHERE begun < now() - interval '{keep} seconds' \
+                 LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
+        );
+        let messages = client.simple_query(&sql).await?;
+        Ok(messages.iter().map(|message| if let SimpleQueryMessage::CommandComplete(rows) = message { *rows } else { 0 }).sum())
+    }
+
+    /// Removes all rows that are due.
+    pub(crate) async fn prune_all(&self, client: &Client) -> Result<u64, Error> {
+        let mut all = 0;
+        loop {
+            let rows = self.prune(client).await?;
+            all += rows;
+            if rows < u64::from(PRUNED_AT_ONCE) {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// To be sent with BEGIN. The id is the server's, from its own strong source of randomness.
+    pub(crate) fn enter(&self) -> String {
+        format!("INSERT INTO {} DEFAULT VALUES RETURNING id, pg_backend_pid(), pg_current_xact_id()", self.path())
+    }
+
+    /// Tries to insert the id. Waits while its transaction is in progress, and then says so.
+    pub(crate) async fn ask(&self, client: &Client, id: &str) -> Result<Settled, Option<Error>> {
+        // The update that changes nothing makes a conflict write WAL, too: so this waits until a synchronous standby has
+        // what was found.
+        let sql = format!(
+            "SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
+             INSERT INTO {} AS entry (id, fence) VALUES ('{id}', true) \
+                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence",
+            self.path()
+        );
+        let row = match only_row(client, &sql).await {
+            // The second: it was committed while this waited, in the eyes of a stricter isolation level.
+            Err(error) if [Some(&SqlState::LOCK_NOT_AVAILABLE), Some(&SqlState::T_R_SERIALIZATION_FAILURE)].contains(&error.code()) => {
+                return Ok(Settled::InProgress);
+            }
+            row => row?,
+        };
+        match text(&row, 0) {
+            Some("t") => Ok(Entry::Fence.into()),
+            Some("f") => Ok(Entry::Own.into()),
+            _ => Err(None),
+        }
+    }
+
+    fn path(&self) -> String {
+        format!("{}.{}", self.schema, self.table)
+    }
+}
+
+/// Reads the answer to [`Ledger::enter`]: the id, and the session that it belongs to.
+pub(crate) fn entered(row: &Row) -> Result<(String, Backend), BadReport> {
+    let id = text(row, 0).unwrap_or("NULL");
+    // It goes into a statement as it is.
+    if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
+        return Err(BadReport::new("a UUID", id));
+    }
+    let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
+    Ok((id.to_owned(), backend))
+}
+
+/// As an identifier of SQL.
+fn quoted(name: &str) -> Arc<str> {
+    format!("\"{}\"", name.replace('"', "\"\"")).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_file_is_what_is_installed() {
+        assert_eq!(Ledger::default().ddl(), DDL);
+    }
+
+    #[test]
+    fn other_names_replace_each_name() {
+        let ddl = Ledger::named("my schema", "a\"b").ddl();
+        let code: Vec<&str> = ddl.lines().filter(|line| !line.starts_with("--")).collect();
+        let code = code.join("\n");
+        assert!(code.contains(r#"CREATE SCHEMA IF NOT EXISTS "my schema""#), "{code}");
+        assert!(code.contains(r#"CREATE TABLE IF NOT EXISTS "my schema"."a""b""#), "{code}");
+        assert!(code.contains(r#""a""b_begun" ON "my schema"."a""b""#), "{code}");
+        assert!(!code.contains("\"failover\"") && !code.contains("\"ledger"), "{code}");
+    }
+
+    #[test]
+    fn only_a_uuid_is_an_id() {
+        let row = |id: &str| vec![Some(id.to_owned()), Some("1".to_owned()), Some("2".to_owned())];
+        let id = "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e11";
+        assert_eq!(entered(&row(id)).unwrap(), (id.to_owned(), Backend { pid: 1, xid: 2 }));
+        for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
+            assert!(entered(&row(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rows_are_kept_for_ten_minutes_at_least() {
+        assert_eq!(Ledger::default().keep(Duration::ZERO).kept_for(), KEEP_AT_LEAST);
+    }
+}

@@ -1,0 +1,559 @@
+//! A small world of servers, as far as the fate of a transaction depends on it: WAL that is lost, forks and is replayed,
+//! timelines, and transaction ids that are given out again. It knows the truth, which the rule has to find.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// Tells transactions apart that were given the same id.
+pub(super) type Token = u64;
+
+/// What the first transaction of each world is given.
+pub(super) const FIRST_XID: u64 = 728;
+
+/// A record of WAL. The serial number tells apart what equals by chance on two branches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Record {
+    serial: u64,
+    what: What,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    /// A client's marker, or anything else that is written under an id.
+    Data {
+        xid: u64,
+    },
+    Commit {
+        xid: u64,
+        token: Token,
+    },
+    Abort {
+        xid: u64,
+    },
+    /// The end of a recovery or a shutdown. It is flushed before the server takes work, so no two recoveries end at one
+    /// position: the rule tells a server's lives apart by that.
+    Checkpoint {
+        next_xid: u64,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Primary,
+    Standby,
+    StoppedPrimary { clean: bool },
+    StoppedStandby,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Running {
+    token: Token,
+    /// Its commit record is written, and it waits for the flush or for a synchronous standby.
+    committing: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Node {
+    /// All since the beginning; positions are counted in records. Servers that forked have the first part in common.
+    wal: Vec<Record>,
+    flushed: usize,
+    role: Role,
+    upstream: Option<usize>,
+    identity: Server,
+    replayed: Option<Lsn>,
+    received: Option<Lsn>,
+    /// Lost in a crash, as is what runs.
+    next_xid: u64,
+    running: BTreeMap<u64, Running>,
+    /// Counts promotions in the whole world: which primary is newer, and whether it was another thing in between.
+    term: u64,
+}
+
+impl Node {
+    fn is_up(&self) -> bool {
+        matches!(self.role, Role::Primary | Role::Standby)
+    }
+
+    fn end(&self) -> Lsn {
+        lsn(self.wal.len())
+    }
+
+    fn common_with(&self, other: &Self) -> usize {
+        self.wal.iter().zip(&other.wal).take_while(|(mine, theirs)| mine == theirs).count()
+    }
+
+    /// What recovery finds: an id that no record tells of is forgotten, and will be given out again.
+    fn next_xid_by_wal(&self) -> u64 {
+        let next = self.wal.iter().map(|record| match record.what {
+            What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid } => xid + 1,
+            What::Checkpoint { next_xid } => next_xid,
+        });
+        next.max().unwrap_or(FIRST_XID)
+    }
+
+    /// What was not flushed is gone, but for `kept` records that happened to be.
+    fn lose_memory(&mut self, kept: usize) {
+        self.wal.truncate(self.flushed + kept);
+        self.flushed = self.wal.len();
+        self.running.clear();
+        self.received = None;
+    }
+
+    pub(super) fn says(&self, primaries_since: u64) -> Now {
+        Now { server: self.identity, replayed: self.replayed, received: self.received, primaries_since }
+    }
+
+    /// `pg_xact_status`. `None`: the error "transaction ID … is in the future".
+    pub(super) fn xact_status(&self, xid: u64) -> Option<XactStatus> {
+        if xid >= self.next_xid {
+            return None;
+        }
+        let is_commit = |record: &Record| matches!(record.what, What::Commit { xid: of, .. } if of == xid);
+        Some(match () {
+            () if self.running.contains_key(&xid) => XactStatus::InProgress,
+            () if self.wal.iter().any(is_commit) => XactStatus::Committed,
+            () => XactStatus::Aborted,
+        })
+    }
+
+    pub(super) fn truth(&self, token: Token) -> Truth {
+        let is_commit = |record: &Record| matches!(record.what, What::Commit { token: of, .. } if of == token);
+        match () {
+            () if self.running.values().any(|running| running.token == token) => Truth::Running,
+            () if self.wal.iter().any(is_commit) => Truth::Committed,
+            () => Truth::NeverHere,
+        }
+    }
+}
+
+/// What became of a transaction on one server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Truth {
+    Committed,
+    Running,
+    /// It is not in the server's history and will not be.
+    NeverHere,
+}
+
+/// What happened in a world so far, or since a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    /// Servers that became primaries by a promotion or by recovering from a crash. A crash of a server that stays away, or
+    /// comes back as a standby, does not count apart from the promotion that replaces it.
+    pub(super) recoveries: u64,
+    /// Those of them that no restart shows.
+    pub(super) backend_crashes: u64,
+    /// Promotions of a standby that had not asked anybody for WAL since it was started: fed by an archive alone, or promoted
+    /// at once.
+    pub(super) unfed: u64,
+    pub(super) clean_starts: u64,
+    /// New primaries as a pool counts them that misses none: it goes by [`Server`].
+    pub(super) primaries: u64,
+}
+
+/// A client's transaction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Begun {
+    pub(super) marker: Marker,
+    pub(super) token: Token,
+    node: usize,
+    term: u64,
+    before: Tally,
+    /// It began on the primary that a pool would use.
+    pub(super) on_newest: bool,
+    /// When it began, its timeline was one of two with that number.
+    pub(super) split_brain: bool,
+}
+
+/// Servers are named by their number, modulo those that the operation is possible on; so are transactions.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Op {
+    Begin {
+        on: usize,
+    },
+    /// A whole transaction of somebody else.
+    Write {
+        on: usize,
+        flush: bool,
+    },
+    Commit {
+        client: usize,
+        how: Commit,
+    },
+    /// The synchronous standby confirms, or the wait for it is cancelled.
+    Finish {
+        client: usize,
+    },
+    Abort {
+        client: usize,
+    },
+    Ship {
+        to: usize,
+        records: usize,
+    },
+    Crash {
+        on: usize,
+        kept: usize,
+    },
+    BackendCrash {
+        on: usize,
+        kept: usize,
+    },
+    Stop {
+        on: usize,
+    },
+    /// As what it was.
+    Start {
+        on: usize,
+    },
+    /// Restarted as a standby, rewound to the fork.
+    Follow {
+        on: usize,
+        upstream: usize,
+    },
+    Promote {
+        on: usize,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Commit {
+    Flushed,
+    /// `synchronous_commit = off`.
+    Unflushed,
+    /// Its record is written, and it is in progress until it is finished.
+    Held,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct World {
+    nodes: Vec<Node>,
+    clients: Vec<Begun>,
+    /// The timeline of each promotion.
+    promotions: Vec<u32>,
+    tally: Tally,
+    /// The primary that the pool has seen last.
+    seen: Server,
+    /// For serial numbers, tokens and start times.
+    counter: u64,
+}
+
+impl World {
+    /// Server 0 is the primary, the others are its standbys.
+    pub(super) fn new(servers: usize) -> Self {
+        let node = |index: usize| Node {
+            wal: Vec::new(),
+            flushed: 0,
+            role: if index == 0 { Role::Primary } else { Role::Standby },
+            upstream: (index > 0).then_some(0),
+            identity: Server { system_identifier: 77, timeline: 1, started_at: -i64::try_from(index).unwrap() },
+            replayed: None,
+            received: (index > 0).then(|| lsn(0)),
+            next_xid: FIRST_XID,
+            running: BTreeMap::new(),
+            term: 0,
+        };
+        let nodes: Vec<_> = (0..servers).map(node).collect();
+        let seen = nodes[0].identity;
+        Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0 }
+    }
+
+    pub(super) fn node(&self, index: usize) -> &Node {
+        &self.nodes[index]
+    }
+
+    pub(super) fn clients(&self) -> &[Begun] {
+        &self.clients
+    }
+
+    pub(super) fn primaries(&self) -> Vec<usize> {
+        self.those(|node| node.role == Role::Primary)
+    }
+
+    /// The primary that a pool would use: never one of a lower timeline, and of two with one number the one it has.
+    pub(super) fn newest(&self) -> Option<usize> {
+        let identity = |index: usize| self.nodes[index].identity;
+        let age = |index: &usize| (identity(*index).timeline, identity(*index) == self.seen, self.nodes[*index].term);
+        let newest = self.primaries().into_iter().max_by_key(age)?;
+        (identity(newest).timeline >= self.seen.timeline).then_some(newest)
+    }
+
+    pub(super) fn since(&self, begun: &Begun) -> Tally {
+        Tally {
+            recoveries: self.tally.recoveries - begun.before.recoveries,
+            backend_crashes: self.tally.backend_crashes - begun.before.backend_crashes,
+            unfed: self.tally.unfed - begun.before.unfed,
+            clean_starts: self.tally.clean_starts - begun.before.clean_starts,
+            primaries: self.tally.primaries - begun.before.primaries,
+        }
+    }
+
+    /// Two servers were promoted to one timeline number, each from a history of its own.
+    pub(super) fn is_split_brain(&self, timeline: u32) -> bool {
+        self.promotions.iter().filter(|promoted| **promoted == timeline).count() > 1
+    }
+
+    /// `asked` is the primary that the transaction began on, or the standby that replaced it, streaming until then.
+    pub(super) fn is_plain_failover(&self, begun: &Begun, asked: usize) -> bool {
+        let node = &self.nodes[asked];
+        let stayed = asked == begun.node && node.term == begun.term;
+        let replaced = node.identity.timeline == begun.marker.server.timeline + 1 && node.received.is_some();
+        begun.on_newest && (stayed || replaced)
+    }
+
+    pub(super) fn apply(&mut self, op: Op) {
+        match op {
+            Op::Begin { on } => self.on(&[Role::Primary], on, Self::begin),
+            Op::Write { on, flush } => self.on(&[Role::Primary], on, |world, on| world.write(on, flush)),
+            Op::Commit { client, how } => self.commit(client, how),
+            Op::Finish { client } => self.finish(client),
+            Op::Abort { client } => self.abort(client),
+            Op::Ship { to, records } => self.on(&[Role::Standby], to, |world, to| world.ship(to, records)),
+            Op::Crash { on, kept } => self.on(&[Role::Primary, Role::Standby], on, |world, on| world.crash(on, kept)),
+            Op::BackendCrash { on, kept } => {
+                self.on(&[Role::Primary, Role::Standby], on, |world, on| world.backend_crash(on, kept));
+            }
+            Op::Stop { on } => self.on(&[Role::Primary, Role::Standby], on, Self::stop),
+            Op::Start { on } => {
+                let stopped =
+                    [true, false].map(|clean| Role::StoppedPrimary { clean }).into_iter().chain([Role::StoppedStandby]);
+                self.on(&stopped.collect::<Vec<_>>(), on, Self::start);
+            }
+            Op::Follow { on, upstream } => self.follow(on % self.nodes.len(), upstream % self.nodes.len()),
+            Op::Promote { on } => self.on(&[Role::Standby], on, Self::promote),
+        }
+        if let Some(newest) = self.newest().map(|newest| self.nodes[newest].identity).filter(|new| *new != self.seen) {
+            self.tally.primaries += 1;
+            self.seen = newest;
+        }
+    }
+
+    fn those(&self, which: impl Fn(&Node) -> bool) -> Vec<usize> {
+        (0..self.nodes.len()).filter(|index| which(&self.nodes[*index])).collect()
+    }
+
+    fn on(&mut self, roles: &[Role], number: usize, act: impl FnOnce(&mut Self, usize)) {
+        let able = self.those(|node| roles.contains(&node.role));
+        if !able.is_empty() {
+            act(self, able[number % able.len()]);
+        }
+    }
+
+    fn count(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+
+    fn append(&mut self, on: usize, what: What) {
+        let serial = self.count();
+        self.nodes[on].wal.push(Record { serial, what });
+    }
+
+    fn append_flushed(&mut self, on: usize, what: What) {
+        self.append(on, what);
+        self.flush(on);
+    }
+
+    fn flush(&mut self, on: usize) {
+        let node = &mut self.nodes[on];
+        node.flushed = node.wal.len();
+    }
+
+    fn next_xid(&mut self, on: usize) -> u64 {
+        let node = &mut self.nodes[on];
+        node.next_xid += 1;
+        node.next_xid - 1
+    }
+
+    fn begin(&mut self, on: usize) {
+        let (xid, token) = (self.next_xid(on), self.count());
+        self.append(on, What::Data { xid });
+        let on_newest = self.newest() == Some(on);
+        let node = &mut self.nodes[on];
+        node.running.insert(xid, Running { token, committing: false });
+        let marker = Marker { server: node.identity, replayed: node.replayed, xid, lsn: node.end() };
+        let (term, before) = (node.term, self.tally);
+        let split_brain = self.is_split_brain(marker.server.timeline);
+        self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain });
+    }
+
+    fn write(&mut self, on: usize, flush: bool) {
+        let (xid, token) = (self.next_xid(on), self.count());
+        self.append(on, What::Data { xid });
+        self.append(on, What::Commit { xid, token });
+        if flush {
+            self.flush(on);
+        }
+    }
+
+    /// The transaction, if it still runs, and whether it is being committed.
+    fn running(&self, client: usize) -> Option<(Begun, bool)> {
+        let begun = *self.clients.get(client % self.clients.len().max(1))?;
+        let running = self.nodes[begun.node].running.get(&begun.marker.xid)?;
+        (running.token == begun.token).then_some((begun, running.committing))
+    }
+
+    fn commit(&mut self, client: usize, how: Commit) {
+        let Some((Begun { node: on, marker: Marker { xid, .. }, token, .. }, false)) = self.running(client) else {
+            return;
+        };
+        self.append(on, What::Commit { xid, token });
+        match how {
+            Commit::Held => {
+                self.nodes[on].running.insert(xid, Running { token, committing: true });
+            }
+            Commit::Flushed => self.end(on, xid, true),
+            Commit::Unflushed => self.end(on, xid, false),
+        }
+    }
+
+    fn finish(&mut self, client: usize) {
+        if let Some((begun, true)) = self.running(client) {
+            self.end(begun.node, begun.marker.xid, true);
+        }
+    }
+
+    fn abort(&mut self, client: usize) {
+        if let Some((Begun { node: on, marker: Marker { xid, .. }, .. }, false)) = self.running(client) {
+            self.append(on, What::Abort { xid });
+            self.end(on, xid, false);
+        }
+    }
+
+    fn end(&mut self, on: usize, xid: u64, flush: bool) {
+        self.nodes[on].running.remove(&xid);
+        if flush {
+            self.flush(on);
+        }
+    }
+
+    /// A standby is sent what its sender has flushed, and follows it to a newer timeline. That it asked shows, even if
+    /// nobody answered.
+    fn ship(&mut self, to: usize, records: usize) {
+        let Some(from) = self.nodes[to].upstream.map(|upstream| self.nodes[upstream].clone()) else { return };
+        let node = &mut self.nodes[to];
+        node.received = Some(node.end());
+        let has = node.wal.len();
+        let continues = node.common_with(&from) == has && from.identity.timeline >= node.identity.timeline;
+        if !from.is_up() || !continues || has > from.flushed {
+            return;
+        }
+        node.wal.extend(from.wal[has..from.flushed].iter().take(records));
+        node.flushed = node.wal.len();
+        node.identity.timeline = from.identity.timeline;
+        node.received = Some(node.end());
+    }
+
+    fn crash(&mut self, on: usize, kept: usize) {
+        let node = &mut self.nodes[on];
+        node.lose_memory(kept);
+        node.role = match node.role {
+            Role::Primary => Role::StoppedPrimary { clean: false },
+            _ => Role::StoppedStandby,
+        };
+    }
+
+    /// The postmaster goes on, with its memory set up anew.
+    fn backend_crash(&mut self, on: usize, kept: usize) {
+        self.nodes[on].lose_memory(kept);
+        if self.nodes[on].role == Role::Primary {
+            self.tally.backend_crashes += 1;
+            self.recover(on);
+        }
+    }
+
+    /// The server has become a primary by replay.
+    fn recover(&mut self, on: usize) {
+        self.tally.recoveries += 1;
+        let node = &mut self.nodes[on];
+        node.replayed = Some(node.end());
+        node.next_xid = node.next_xid_by_wal();
+        let next_xid = node.next_xid;
+        self.append_flushed(on, What::Checkpoint { next_xid });
+    }
+
+    /// A clean shutdown: what runs is aborted, waits for a standby are cancelled, all is flushed.
+    fn stop(&mut self, on: usize) {
+        if self.nodes[on].role != Role::Primary {
+            self.nodes[on].role = Role::StoppedStandby;
+            return;
+        }
+        for (xid, running) in std::mem::take(&mut self.nodes[on].running) {
+            if !running.committing {
+                self.append(on, What::Abort { xid });
+            }
+        }
+        let next_xid = self.nodes[on].next_xid;
+        self.append_flushed(on, What::Checkpoint { next_xid });
+        self.nodes[on].role = Role::StoppedPrimary { clean: true };
+    }
+
+    fn start(&mut self, on: usize) {
+        let started_at = self.count().cast_signed();
+        let node = &mut self.nodes[on];
+        node.identity.started_at = started_at;
+        (node.replayed, node.received) = (None, None);
+        match node.role {
+            Role::StoppedPrimary { clean } => {
+                node.role = Role::Primary;
+                if clean {
+                    self.tally.clean_starts += 1;
+                } else {
+                    self.recover(on);
+                }
+            }
+            _ => node.role = Role::Standby,
+        }
+    }
+
+    fn follow(&mut self, on: usize, upstream: usize) {
+        let mut senders = std::iter::successors(Some(upstream), |sender| self.nodes[*sender].upstream);
+        if senders.any(|sender| sender == on) || !self.nodes[upstream].is_up() {
+            return;
+        }
+        let started_at = self.count().cast_signed();
+        let from = self.nodes[upstream].clone();
+        let node = &mut self.nodes[on];
+        node.wal.truncate(node.common_with(&from).min(from.flushed));
+        node.flushed = node.wal.len();
+        node.running.clear();
+        node.identity = Server { started_at, timeline: from.identity.timeline, ..node.identity };
+        (node.replayed, node.received) = (None, None);
+        (node.role, node.upstream) = (Role::Standby, Some(upstream));
+    }
+
+    /// The new timeline is the next after the newest that this standby knows of. Another may be given the same number.
+    fn promote(&mut self, on: usize) {
+        let node = &mut self.nodes[on];
+        node.identity.timeline += 1;
+        (node.role, node.upstream) = (Role::Primary, None);
+        self.tally.unfed += u64::from(node.received.is_none());
+        self.promotions.push(node.identity.timeline);
+        node.term = self.promotions.len() as u64;
+        self.recover(on);
+    }
+}
+
+pub(super) fn lsn(position: usize) -> Lsn {
+    format!("0/{position:X}").parse().unwrap()
+}
+
+pub(super) fn op() -> impl Strategy<Value = Op> {
+    let number = 0..12_usize;
+    let how = prop_oneof![4 => Just(Commit::Flushed), 2 => Just(Commit::Unflushed), 2 => Just(Commit::Held)];
+    prop_oneof![
+        5 => number.clone().prop_map(|on| Op::Begin { on }),
+        6 => (number.clone(), any::<bool>()).prop_map(|(on, flush)| Op::Write { on, flush }),
+        5 => (number.clone(), how).prop_map(|(client, how)| Op::Commit { client, how }),
+        1 => number.clone().prop_map(|client| Op::Finish { client }),
+        1 => number.clone().prop_map(|client| Op::Abort { client }),
+        6 => (number.clone(), 0..8_usize).prop_map(|(to, records)| Op::Ship { to, records }),
+        2 => (number.clone(), 0..4_usize).prop_map(|(on, kept)| Op::Crash { on, kept }),
+        1 => (number.clone(), 0..4_usize).prop_map(|(on, kept)| Op::BackendCrash { on, kept }),
+        1 => number.clone().prop_map(|on| Op::Stop { on }),
+        2 => number.clone().prop_map(|on| Op::Start { on }),
+        2 => (number.clone(), number.clone()).prop_map(|(on, upstream)| Op::Follow { on, upstream }),
+        2 => number.prop_map(|on| Op::Promote { on }),
+    ]
+}

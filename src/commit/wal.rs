@@ -1,0 +1,154 @@
+//! Settling by the write-ahead log: writes a transaction's marker, and asks a server what it says of one. Decides nothing.
+//! Tests: `tests/it/settle.rs`.
+
+use tokio_postgres::{Client, Error};
+
+use super::{Marker, Now, Server, XactStatus};
+use crate::server::rows;
+use crate::topology::{BadReport, ServerReport};
+
+/// To be sent with BEGIN. Asking for the id first makes a standby refuse with 25006. The second function writes a record
+/// of WAL that carries the id and that nobody reads, and returns its end.
+pub(crate) const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_message(true, 'failover', ''), \
+     pg_last_wal_replay_lsn(), pg_backend_pid()";
+
+/// A transaction of its own that waits for the synchronous standbys as any does. WAL is replicated in order: once this is,
+/// so is all that was committed before.
+const CONFIRM: &str = "SELECT pg_logical_emit_message(true, 'failover', '')";
+
+const LOOK: &str = "SELECT system_identifier, \
+            (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+            pg_walfile_name(pg_current_wal_insert_lsn()), \
+            pg_last_wal_replay_lsn(), \
+            pg_last_wal_receive_lsn() \
+       FROM pg_control_system()";
+
+/// The session that a transaction runs on: the server may go on with it long after its client is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Backend {
+    pub(crate) pid: i32,
+    pub(crate) xid: u64,
+}
+
+/// A row as the driver's simple protocol gives it.
+pub(crate) type Row = Vec<Option<String>>;
+
+/// The one row of the answer; where there is none, or more, one without columns, in which nothing is found.
+pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
+    let mut rows = rows(client, sql).await?;
+    Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
+}
+
+/// Reads the answer to [`MARK`].
+pub(crate) fn marker(server: Server, row: &Row) -> Result<(Marker, Backend), BadReport> {
+    let xid = field(row, 0, "a transaction id")?;
+    let marker = Marker {
+        server,
+        replayed: optional(row, 2)?,
+        xid,
+        lsn: field(row, 1, "an LSN")?,
+    };
+    Ok((marker, Backend { pid: field(row, 3, "a process id")?, xid }))
+}
+
+/// What the server says of itself. `Err(None)`: it makes no sense.
+pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, Option<Error>> {
+    let row = only_row(client, LOOK).await?;
+    now(&row, primaries_since).map_err(|_| None)
+}
+
+fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
+    let server = Server {
+        system_identifier: field::<i64>(row, 0, "a system identifier")?.cast_unsigned(),
+        started_at: field(row, 1, "a start time")?,
+        timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
+    };
+    Ok(Now { server, replayed: optional(row, 3)?, received: optional(row, 4)?, primaries_since })
+}
+
+/// What the server says of an id that belongs to its history. `Err(None)`: it makes no sense.
+pub(crate) async fn status(client: &Client, xid: u64) -> Result<XactStatus, Option<Error>> {
+    let row = only_row(client, &format!("SELECT pg_xact_status('{xid}')")).await?;
+    match text(&row, 0) {
+        Some("in progress") => Ok(XactStatus::InProgress),
+        Some("committed") => Ok(XactStatus::Committed),
+        Some("aborted") => Ok(XactStatus::Aborted),
+        None if row.len() == 1 => Ok(XactStatus::Forgotten),
+        _ => Err(None),
+    }
+}
+
+/// Waits until the synchronous standbys have everything that was committed before. The server tells by a notice when an
+/// administrator cancelled the wait.
+pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
+    client.batch_execute(CONFIRM).await
+}
+
+/// Ends the session that an undelivered COMMIT has left idle within its transaction, holding its locks: the server may
+/// not learn for hours that its client is gone. A session that is committing is left alone.
+pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(), Error> {
+    let Backend { pid, xid } = backend;
+    // `pg_stat_activity` shows the id without its epoch.
+    let xid = xid & u64::from(u32::MAX);
+    let sql = format!(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+          WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND state LIKE 'idle in transaction%'"
+    );
+    client.batch_execute(&sql).await
+}
+
+pub(crate) fn text(row: &Row, index: usize) -> Option<&str> {
+    row.get(index)?.as_deref()
+}
+
+pub(crate) fn field<T: std::str::FromStr>(row: &Row, index: usize, expected: &'static str) -> Result<T, BadReport> {
+    let text = text(row, index).unwrap_or("NULL");
+    text.parse().map_err(|_| BadReport::new(expected, text))
+}
+
+fn optional<T: std::str::FromStr<Err = BadReport>>(row: &Row, index: usize) -> Result<Option<T>, BadReport> {
+    text(row, index).map(str::parse).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::Lsn;
+
+    const SERVER: Server = Server { system_identifier: 1, timeline: 1, started_at: 1 };
+
+    fn row(columns: &[Option<&str>]) -> Row {
+        columns.iter().map(|column| column.map(str::to_owned)).collect()
+    }
+
+    #[test]
+    fn a_marker_is_read() {
+        let (marker, backend) = marker(SERVER, &row(&[Some("728"), Some("0/30162E0"), None, Some("42")])).unwrap();
+        assert_eq!((marker.xid, marker.lsn.to_string(), marker.replayed), (728, "0/30162E0".to_owned(), None));
+        assert_eq!(backend, Backend { pid: 42, xid: 728 });
+    }
+
+    #[test]
+    fn nonsense_is_no_marker() {
+        let good = [Some("728"), Some("0/30162E0"), Some("0/1"), Some("42")];
+        for (index, bad) in [(0, None), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None)] {
+            let mut columns = good;
+            columns[index] = bad;
+            assert!(marker(SERVER, &row(&columns)).is_err(), "column {index}: {bad:?}");
+        }
+        assert!(marker(SERVER, &row(&[])).is_err());
+    }
+
+    #[test]
+    fn what_a_server_says_of_itself_is_read() {
+        let good = [Some("-1"), Some("1764000000123456"), Some("0000000200000000000000A1"), Some("0/5"), None];
+        let read = now(&row(&good), 1).unwrap();
+        assert_eq!(read.server, Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 });
+        assert_eq!((read.replayed.map(Lsn::get), read.received, read.primaries_since), (Some(5), None, 1));
+        for index in 0..3 {
+            let mut columns = good;
+            columns[index] = None;
+            assert!(now(&row(&columns), 1).is_err(), "column {index}");
+        }
+    }
+}
