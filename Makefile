@@ -1,9 +1,9 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture test test-long soak lint
+.PHONY: help setup demo picture test test-long soak exactly-once fuzz lint
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: ## Install PostgreSQL's server programs, if they are missing
 	@sh scripts/setup.sh
@@ -20,8 +20,18 @@ test: setup ## Run every test against real servers
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak
 
-test-long: test ## All tests, and five minutes of the soak
+exactly-once: setup ## Cut COMMITs and kill primaries; nothing may be lost, doubled or untrue (CUTS=1000 FAILOVERS=200 ASYNC=100 SEED=...)
+	CUTS=$${CUTS:-1000} FAILOVERS=$${FAILOVERS:-200} ASYNC=$${ASYNC:-100} cargo test --release --all-features --test exactly_once
+
+test-long: test ## All tests, five minutes of the soak, and a tenth of the proof
 	MINUTES=5 cargo test --release --all-features --test soak
+	CUTS=200 FAILOVERS=20 ASYNC=10 cargo test --release --all-features --test exactly_once
+
+SECONDS ?= 600
+TARGETS ?= lsn wal_file_name probe_answer connection_string password
+
+fuzz: ## Fuzz what is parsed, one target after the other (SECONDS=600 each, TARGETS="lsn password")
+	@sh scripts/fuzz.sh $(SECONDS) $(TARGETS)
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	cargo fmt --all --check

@@ -88,15 +88,15 @@ impl Primary {
         if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
     }
 
-    /// Is the server that answers so at `address` this one, not started again since? Where the start time cannot be
-    /// read, the address has to do.
+    /// Is the server that answers so at `address` this one, and in the same life: neither started again nor recovered from a
+    /// crash since? Where the start time cannot be read, the address has to do.
     fn is(&self, address: &Address, report: &ServerReport) -> bool {
         let mine = &self.report;
         if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
             return false;
         }
         match (mine.started_at, report.started_at) {
-            (Some(mine), Some(theirs)) => mine == theirs,
+            (Some(started), Some(theirs)) => started == theirs && mine.replayed == report.replayed,
             _ => self.endpoint.address == *address,
         }
     }

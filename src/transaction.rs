@@ -36,7 +36,8 @@ impl Pool {
     /// runs it again in that case, too.
     ///
     /// The mark by which the server is asked makes every such transaction one that writes: use [`Pool::read`] for what only
-    /// reads.
+    /// reads. It is also the transaction's first query: set the isolation level with [`Pool::build_transaction`], as `SET
+    /// TRANSACTION ISOLATION LEVEL` within the closure would come too late.
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
     /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,

@@ -124,6 +124,25 @@ async fn a_life_with_a_password() {
     let encoded = SECRET.replace('/', "%2F");
     let url = format!("postgres://app:{encoded}@{}/app", other.socket_addr(Node(0)));
     error_says_no_secret(&Pool::builder(url).unwrap().build().unwrap().get().await.unwrap_err());
+    // The same from a provider: right, then wrong, then with an error of its own.
+    let says = Arc::new(Mutex::new(Ok::<_, &str>("another")));
+    let provider = {
+        let says = Arc::clone(&says);
+        move || {
+            let says = *says.lock().unwrap();
+            async move { Ok(says?) }
+        }
+    };
+    let url = format!("postgres://app@{}/app", other.socket_addr(Node(0)));
+    let builder = Pool::builder(url).unwrap().password_provider(provider).checkout_timeout(Duration::from_millis(700));
+    says_no_secret("a builder", &builder);
+    let pool = builder.build().unwrap();
+    let _held = pool.get().await.unwrap();
+    for next in [Ok(SECRET), Err("no password today")] {
+        *says.lock().unwrap() = next;
+        error_says_no_secret(&pool.get().await.unwrap_err());
+        says_no_secret("a pool", &(&pool, pool.candidates()));
+    }
     // A password whose `/` nobody escaped is misread as something else.
     for url in [
         format!("postgres://app:{SECRET}@127.0.0.1/app"),

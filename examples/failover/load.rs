@@ -18,9 +18,9 @@ const PATIENCE: Duration = Duration::from_secs(35);
 /// The two contestants. Both are driven by the same loop.
 #[derive(Clone)]
 pub(crate) enum Side {
-    /// This crate: the row is keyed by the caller's id, so that writing it again changes nothing.
+    /// This crate.
     Failover(Pool),
-    /// What an application has today; its table has no unique key, so that a doubled row shows.
+    /// What an application has today.
     Plain(deadpool_postgres::Pool),
 }
 
@@ -35,13 +35,13 @@ impl Side {
     async fn write(&self, id: i64) -> Result<(), String> {
         match self {
             Self::Failover(pool) => {
-                let sql = "INSERT INTO demo_failover (id) VALUES ($1) ON CONFLICT (id) DO NOTHING";
+                let sql = "INSERT INTO demo_failover (id) VALUES ($1)";
                 let work = async |tx: tokio_postgres_failover::Transaction| {
                     let insert = tx.prepare_cached(sql).await?;
                     tx.execute(&insert, &[&id]).await?;
                     Ok(())
                 };
-                pool.idempotent(work).await.map_err(|error| error.to_string())
+                pool.transaction(work).await.map_err(|error| error.to_string())
             }
             Self::Plain(pool) => {
                 let client = pool.get().await.map_err(|error| error.to_string())?;

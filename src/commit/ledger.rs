@@ -104,7 +104,10 @@ impl Ledger {
                  LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
         );
         let messages = client.simple_query(&sql).await?;
-        Ok(messages.iter().map(|message| if let SimpleQueryMessage::CommandComplete(rows) = message { *rows } else { 0 }).sum())
+        Ok(messages
+            .iter()
+            .map(|message| if let SimpleQueryMessage::CommandComplete(rows) = message { *rows } else { 0 })
+            .sum())
     }
 
     /// Removes all rows that are due.
@@ -126,17 +129,19 @@ impl Ledger {
 
     /// Tries to insert the id. Waits while its transaction is in progress, and then says so.
     pub(crate) async fn ask(&self, client: &Client, id: &str) -> Result<Settled, Option<Error>> {
-        // The update that changes nothing makes a conflict write WAL, too: so this waits until a synchronous standby has
-        // what was found.
+        // Does not wait for a synchronous standby, so that the answer is known while `confirm` does.
         let sql = format!(
-            "SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
+            "SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; SET LOCAL synchronous_commit = local; \
              INSERT INTO {} AS entry (id, fence) VALUES ('{id}', true) \
                  ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence",
             self.path()
         );
         let row = match only_row(client, &sql).await {
             // The second: it was committed while this waited, in the eyes of a stricter isolation level.
-            Err(error) if [Some(&SqlState::LOCK_NOT_AVAILABLE), Some(&SqlState::T_R_SERIALIZATION_FAILURE)].contains(&error.code()) => {
+            Err(error)
+                if [Some(&SqlState::LOCK_NOT_AVAILABLE), Some(&SqlState::T_R_SERIALIZATION_FAILURE)]
+                    .contains(&error.code()) =>
+            {
                 return Ok(Settled::InProgress);
             }
             row => row?,
@@ -146,6 +151,12 @@ impl Ledger {
             Some("f") => Ok(Entry::Own.into()),
             _ => Err(None),
         }
+    }
+
+    /// Waits until the synchronous standbys have the row, and what was committed with it: the change that changes nothing
+    /// writes WAL behind both. The server tells by a notice when an administrator cancelled the wait.
+    pub(crate) async fn confirm(&self, client: &Client, id: &str) -> Result<(), Error> {
+        client.batch_execute(&format!("UPDATE {} SET fence = fence WHERE id = '{id}'", self.path())).await
     }
 
     fn path(&self) -> String {

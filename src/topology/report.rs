@@ -19,7 +19,8 @@ pub(crate) fn probe(fresh: bool) -> String {
                 (SELECT system_identifier FROM pg_control_system()), \
                 (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
-                CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END"
+                CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
+                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END"
     )
 }
 
@@ -123,6 +124,9 @@ pub struct ServerReport {
     pub timeline: Option<u32>,
     /// A primary's end of WAL; a standby's end of replay.
     pub wal: Option<Lsn>,
+    /// Where a primary's last replay ended, by which its lives differ: the crash of one backend, which every session dies of,
+    /// moves it and leaves the start time as it was. `None` after a clean start, and on a standby.
+    pub replayed: Option<Lsn>,
 }
 
 impl ServerReport {
@@ -159,6 +163,7 @@ impl ServerReport {
             started_at: column(5).map(|text| number(text, "a start time")).transpose()?,
             timeline: column(6).map(timeline).transpose()?,
             wal: column(7).map(str::parse).transpose()?,
+            replayed: column(8).map(str::parse).transpose()?,
         })
     }
 }
@@ -194,7 +199,7 @@ fn timeline(text: &str) -> Result<u32, BadReport> {
 mod tests {
     use super::*;
 
-    const PRIMARY: [Option<&str>; 8] = [
+    const PRIMARY: [Option<&str>; 9] = [
         Some("f"),
         Some("off"),
         Some("off"),
@@ -203,6 +208,7 @@ mod tests {
         Some("1764000000123456"),
         Some("0000000200000000000000A1"),
         Some("0/A1000060"),
+        Some("0/A0000028"),
     ];
 
     fn with(index: usize, value: Option<&'static str>) -> Result<ServerReport, BadReport> {
@@ -256,6 +262,7 @@ mod tests {
             (7, Some("000000001/0")),
             (7, Some("+1/0")),
             (7, Some("/")),
+            (8, Some("0")),
         ] {
             assert!(with(index, value).is_err(), "column {index}: {value:?}");
         }

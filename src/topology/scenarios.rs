@@ -49,6 +49,8 @@ struct Step {
     says: Option<Says>,
     timeline: Option<u32>,
     wal: Option<u64>,
+    /// Where its last replay ended; a crash moves it.
+    replayed: Option<u64>,
     /// Which start of the server this is; a restart has another number.
     started: Option<i64>,
     cluster: Option<u64>,
@@ -152,6 +154,10 @@ fn number(address: &Address) -> u8 {
     }
 }
 
+fn lsn(position: u64) -> Lsn {
+    format!("0/{position:X}").parse().expect("an LSN")
+}
+
 impl Step {
     fn answer(&self, server: u8, says: Says) -> Result<ServerReport, ProbeFailure> {
         let failed = |kind: FailureKind| Err(ProbeFailure::new(kind, format!("{kind:?}")));
@@ -176,7 +182,8 @@ impl Step {
             system_identifier: known.then(|| self.cluster.unwrap_or(OURS)),
             started_at: known.then(|| self.started.unwrap_or(i64::from(server))),
             timeline: self.timeline,
-            wal: self.wal.map(|wal| format!("0/{wal:X}").parse().expect("an LSN")),
+            wal: self.wal.map(lsn),
+            replayed: self.replayed.map(lsn),
         })
     }
 
@@ -184,6 +191,7 @@ impl Step {
     fn mistake(&self, started: bool, named: bool) -> Option<&'static str> {
         let about_a_report = self.timeline.is_some()
             || self.wal.is_some()
+            || self.replayed.is_some()
             || self.started.is_some()
             || self.cluster.is_some()
             || self.anonymous

@@ -42,6 +42,7 @@ fn primary(n: u8, timeline: u32) -> ServerReport {
         started_at: Some(i64::from(n)),
         timeline: Some(timeline),
         wal: None,
+        replayed: None,
     }
 }
 

@@ -47,16 +47,20 @@ pub(super) async fn settle(pool: &Pool, mark: &Mark, deadline: Instant) -> Resul
     let deadline = deadline.max(Instant::now() + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut reason = Unsettled::NoPrimary;
-    loop {
-        match timeout_at(deadline, round(pool, mark, deadline, &mut reason)).await {
-            Ok(Some(settled)) => {
-                tracing::info!(?settled, "a commit without an answer was settled");
+    let rounds = async {
+        loop {
+            if let Some(settled) = round(pool, mark, deadline, &mut reason).await {
                 return settled;
             }
-            Ok(None) => sleep(pauses.next().unwrap_or(PAUSE.1)).await,
-            Err(_) => return Err(reason),
+            sleep(pauses.next().unwrap_or(PAUSE.1)).await;
         }
+    };
+    // Around the loop, not in it: a round that begins late ends at once, and without an answer.
+    let settled = timeout_at(deadline, rounds).await;
+    if let Ok(settled) = settled {
+        tracing::info!(?settled, "a commit without an answer was settled");
     }
+    settled.unwrap_or(Err(reason))
 }
 
 /// One question; `None`: ask again, and if there is no time left, `reason` is why.
@@ -82,14 +86,11 @@ async fn round(
         }
         Ok(Settled::Committed) => {
             *reason = Unsettled::NotReplicated;
-            held.client().notices().forget();
-            let confirmed = wal::confirm(held.client()).await.is_ok();
-            held.clean(confirmed);
-            (confirmed && !held.client().notices().not_replicated()).then_some(Ok(Outcome::Committed))
+            confirmed(&mut held, mark, Outcome::Committed).await
         }
         Ok(Settled::NotCommitted) => {
-            held.clean(true);
-            Some(Ok(Outcome::NotCommitted))
+            *reason = Unsettled::InProgress;
+            confirmed(&mut held, mark, Outcome::NotCommitted).await
         }
         Ok(Settled::Unknown(why)) => {
             held.clean(true);
@@ -118,4 +119,19 @@ async fn question(held: &Held, mark: &Mark) -> Result<Settled, Option<tokio_post
             Ok(ledger.ask(client, id).await?)
         }
     }
+}
+
+/// Waits until the synchronous standbys have what was found: a successor must not say otherwise.
+async fn confirmed(held: &mut Held, mark: &Mark, outcome: Outcome) -> Option<Result<Outcome, Unsettled>> {
+    let client = held.client();
+    client.notices().forget();
+    let waited = match (&mark.by, outcome) {
+        // What is not in the log cannot be waited for.
+        (Settler::Wal(_), Outcome::NotCommitted) => Ok(()),
+        (Settler::Wal(_), Outcome::Committed) => wal::confirm(client).await,
+        (Settler::Ledger(ledger, id), _) => ledger.confirm(client, id).await,
+    };
+    let confirmed = waited.is_ok() && !client.notices().not_replicated();
+    held.clean(waited.is_ok());
+    confirmed.then_some(Ok(outcome))
 }

@@ -71,6 +71,11 @@ pub(super) struct Node {
 }
 
 impl Node {
+    /// What a pool tells one primary from the next by.
+    fn life(&self) -> (Server, Option<Lsn>) {
+        (self.identity, self.replayed)
+    }
+
     fn is_up(&self) -> bool {
         matches!(self.role, Role::Primary | Role::Standby)
     }
@@ -142,8 +147,6 @@ pub(super) struct Tally {
     /// Servers that became primaries by a promotion or by recovering from a crash. A crash of a server that stays away, or
     /// comes back as a standby, does not count apart from the promotion that replaces it.
     pub(super) recoveries: u64,
-    /// Those of them that no restart shows.
-    pub(super) backend_crashes: u64,
     /// Promotions of a standby that had not asked anybody for WAL since it was started: fed by an archive alone, or promoted
     /// at once.
     pub(super) unfed: u64,
@@ -233,8 +236,8 @@ pub(super) struct World {
     /// The timeline of each promotion.
     promotions: Vec<u32>,
     tally: Tally,
-    /// The primary that the pool has seen last.
-    seen: Server,
+    /// The primary that the pool has seen last, and where its last replay had ended.
+    seen: (Server, Option<Lsn>),
     /// For serial numbers, tokens and start times.
     counter: u64,
 }
@@ -255,7 +258,7 @@ impl World {
             term: 0,
         };
         let nodes: Vec<_> = (0..servers).map(node).collect();
-        let seen = nodes[0].identity;
+        let seen = nodes[0].life();
         Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0 }
     }
 
@@ -274,15 +277,15 @@ impl World {
     /// The primary that a pool would use: never one of a lower timeline, and of two with one number the one it has.
     pub(super) fn newest(&self) -> Option<usize> {
         let identity = |index: usize| self.nodes[index].identity;
-        let age = |index: &usize| (identity(*index).timeline, identity(*index) == self.seen, self.nodes[*index].term);
+        let is_seen = |index: usize| identity(index) == self.seen.0;
+        let age = |index: &usize| (identity(*index).timeline, is_seen(*index), self.nodes[*index].term);
         let newest = self.primaries().into_iter().max_by_key(age)?;
-        (identity(newest).timeline >= self.seen.timeline).then_some(newest)
+        (identity(newest).timeline >= self.seen.0.timeline).then_some(newest)
     }
 
     pub(super) fn since(&self, begun: &Begun) -> Tally {
         Tally {
             recoveries: self.tally.recoveries - begun.before.recoveries,
-            backend_crashes: self.tally.backend_crashes - begun.before.backend_crashes,
             unfed: self.tally.unfed - begun.before.unfed,
             clean_starts: self.tally.clean_starts - begun.before.clean_starts,
             primaries: self.tally.primaries - begun.before.primaries,
@@ -323,7 +326,7 @@ impl World {
             Op::Follow { on, upstream } => self.follow(on % self.nodes.len(), upstream % self.nodes.len()),
             Op::Promote { on } => self.on(&[Role::Standby], on, Self::promote),
         }
-        if let Some(newest) = self.newest().map(|newest| self.nodes[newest].identity).filter(|new| *new != self.seen) {
+        if let Some(newest) = self.newest().map(|newest| self.nodes[newest].life()).filter(|new| *new != self.seen) {
             self.tally.primaries += 1;
             self.seen = newest;
         }
@@ -458,7 +461,6 @@ impl World {
     fn backend_crash(&mut self, on: usize, kept: usize) {
         self.nodes[on].lose_memory(kept);
         if self.nodes[on].role == Role::Primary {
-            self.tally.backend_crashes += 1;
             self.recover(on);
         }
     }
