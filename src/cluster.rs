@@ -381,6 +381,7 @@ impl Task {
             Action::End { id, why } => {
                 if self.live {
                     tracing::warn!(generation = id.get(), why, "primary lost");
+                    self.searching_since = Instant::now();
                 } else {
                     tracing::debug!(generation = id.get(), why, "generation ended");
                 }

@@ -201,6 +201,7 @@ impl Member {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "there is one")]
 enum Phase {
     Searching(Search),
     Known { primary: Primary, answered_at: Instant },
@@ -918,7 +919,8 @@ impl Topology {
             Phase::Known { .. } if self.settings.warm_standbys && self.is_standby(address) => {
                 self.settings.heartbeat.min(self.settings.patrol).mul_f64(jitter)
             }
-            Phase::Known { .. } => self.settings.patrol.mul_f64(jitter),
+            // Never later than the interval that was promised.
+            Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
             // Another question on an open session is cheap: ten times as many, each a round trip.
             Phase::Searching(search) if self.settings.warm_standbys && self.is_standby(address) => {
                 (now.duration_since(search.since) / 1000).max(WARM_INTERVAL).min(self.settings.poll.1).mul_f64(jitter)

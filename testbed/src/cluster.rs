@@ -463,6 +463,14 @@ impl Cluster {
         self.postmaster(node).frozen = false;
     }
 
+    /// SIGSTOP to the process that sends a standby its WAL: what is committed from now on is on the primary alone, until
+    /// that is killed, or for three seconds: then the standby gives up the silent connection, and is sent everything.
+    pub async fn stop_shipping(&self, primary: Node, standby: Node) {
+        let sql = "SELECT pid FROM pg_stat_replication WHERE application_name = $1";
+        let row = self.direct(primary).await.query_one(sql, &[&name(standby)]).await;
+        process::stop(row.expect("a sender of WAL").get::<_, i32>(0).unsigned_abs());
+    }
+
     /// Starts a stopped node as it is: an old primary comes back writable, on its old timeline, beside the new one.
     ///
     /// In a synchronous cluster such a zombie has no standby, so its commits wait for ever unless the session says

@@ -64,7 +64,7 @@ fn children(id: u32) -> Vec<u32> {
 }
 
 /// Stops one process and returns when it has stopped.
-fn stop(id: u32) {
+pub(crate) fn stop(id: u32) {
     signal(id, Signal::STOP);
     let deadline = Instant::now() + Duration::from_secs(5);
     while !matches!(state(id), None | Some('T' | 't' | 'Z' | 'X')) {

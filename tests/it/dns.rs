@@ -36,7 +36,7 @@ fn split(a: Answer, aaaa: Answer) -> Answer {
 async fn failing_dns_after_the_first_success() {
     let cluster = started().await;
     let pool = by_name(&cluster).patrol_interval(Duration::from_millis(100)).build().unwrap();
-    let load = Load::warm(&pool, 8, Write::Idempotent).await;
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
     let found = pool.status().view.changed.at;
     let failures = [Answer::NxDomain, Answer::Empty, Answer::ServFail, Answer::Refused];
     for answer in &failures {
@@ -109,7 +109,7 @@ async fn silent_dns_during_a_failover() {
     let resolver = HickoryResolver::with_name_servers([cluster.dns().addr()]).timeout(patience);
     let pool = by_name(&cluster).dns_servers([]).resolver(resolver).patrol_interval(Duration::from_millis(100));
     let pool = pool.build().unwrap();
-    let load = Load::warm(&pool, 8, Write::Idempotent).await;
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
     cluster.dns().answer(Answer::Silent);
     let before = cluster.dns().queries();
     eventually("the pool asks in vain", Duration::from_secs(10), async || cluster.dns().queries() > before).await;
@@ -133,7 +133,7 @@ async fn slow_dns_during_a_failover() {
     let cluster = started().await;
     let resolver = HickoryResolver::with_name_servers([cluster.dns().addr()]).timeout(2 * slow);
     let pool = by_name(&cluster).dns_servers([]).resolver(resolver).build().unwrap();
-    let load = Load::warm(&pool, 8, Write::Idempotent).await;
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
     cluster.dns().delay(slow);
     let accepted = fail_over(&cluster).await;
     load.all_written_since(Instant::now()).await;
@@ -191,7 +191,7 @@ async fn addresses_change_while_the_server_lives_on() {
 
     // Open connections through the old address stay; nobody gets a new one there.
     old.set_upstream((cluster.spare_addr(9), cluster.port()).into());
-    let load = Load::warm(&pool, 7, Write::Idempotent).await;
+    let load = Load::warm(&pool, 7, Write::Transaction).await;
     load.stop(&cluster).await.assert_flawless();
     held.batch_execute("COMMIT").await.expect("a connection that works is kept");
     drop(held);
@@ -217,7 +217,7 @@ async fn long_time_to_live_is_not_trusted() {
     cluster.dns().ttl(3600);
     cluster.dns().set(&[cluster.addr(cluster.primary())]);
     let pool = by_name(&cluster).build().unwrap();
-    let load = Load::warm(&pool, 8, Write::Idempotent).await;
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
     fail_over(&cluster).await;
     cluster.dns().set(&[cluster.addr(cluster.primary())]);
     let moved = Instant::now();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use testbed::{Cluster, Counts, Node, Tap};
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{Pool, PoolBuilder, deadpool_postgres};
+use tokio_postgres_failover::{Guarantee, Ledger, Pool, PoolBuilder, deadpool_postgres};
 
 const TIMES: u64 = 25;
 /// Longer than the test.
@@ -110,10 +110,19 @@ async fn a_transaction_takes_no_round_trip_more() {
         .await;
     let once =
         bench.count(async || ours.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap()).await;
+    let ledger = Ledger::default();
+    // The application's role owns the database.
+    ledger.install(&ours.get().await.unwrap()).await.unwrap();
+    let with_ledger = bench
+        .count(async || {
+            let call = ours.build_transaction().guarantee(Guarantee::Ledger(ledger.clone()));
+            call.run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+        })
+        .await;
     let idempotent =
         bench.count(async || ours.idempotent(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap()).await;
     let read = bench.count(async || ours.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap()).await;
-    for counts in [once, idempotent, read] {
+    for counts in [once, with_ledger, idempotent, read] {
         assert_eq!(counts.round_trips, drivers.round_trips, "{counts:?} {drivers:?}");
         assert_eq!((counts.connections, counts.cancels), (0, 0));
     }

@@ -11,11 +11,11 @@ use tokio::sync::Barrier;
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryBudget, RetryPolicy, RolledBack, Transaction,
+    CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryBudget, RetryPolicy, RolledBack, Transaction, Unsettled,
 };
 
 /// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Key of the advisory lock behind which COMMIT waits, see [`slow_commit`].
 const GATE: i64 = 4711;
 /// Fails like a conflict of serializable transactions, without needing a second one.
@@ -27,8 +27,8 @@ async fn server() -> Cluster {
     cluster
 }
 
-/// As the superuser, on a session of its own.
-async fn sql(cluster: &Cluster, sql: &str) {
+/// As the superuser, on a session of its own on the first server.
+pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
     cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
 }
 
@@ -41,12 +41,12 @@ fn pool(cluster: &Cluster) -> Pool {
 }
 
 /// All that is stored, smallest first.
-async fn stored(cluster: &Cluster) -> Vec<i64> {
-    let rows = cluster.direct(Node(0)).await.query("SELECT id FROM entries ORDER BY id", &[]).await.unwrap();
+pub(crate) async fn stored(cluster: &Cluster) -> Vec<i64> {
+    let rows = cluster.direct(cluster.primary()).await.query("SELECT id FROM entries ORDER BY id", &[]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-async fn insert(tx: &Transaction, id: i64) -> Result<(), Error> {
+pub(crate) async fn insert(tx: &Transaction, id: i64) -> Result<(), Error> {
     tx.execute("INSERT INTO entries VALUES ($1)", &[&id]).await?;
     Ok(())
 }
@@ -68,14 +68,14 @@ struct OrderFailed(#[source] Box<dyn StdError + Send + Sync>);
 
 /// Counts the runs of a closure.
 #[derive(Clone, Default)]
-struct Runs(Arc<AtomicU32>);
+pub(crate) struct Runs(Arc<AtomicU32>);
 
 impl Runs {
-    fn begin(&self) -> u32 {
+    pub(crate) fn begin(&self) -> u32 {
         self.0.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u32 {
         self.0.load(Ordering::SeqCst)
     }
 }
@@ -378,8 +378,14 @@ async fn k1_a_connection_lost_before_commit_is_run_again() {
 /// A server on which a COMMIT waits, inside the server, while the returned session holds the lock.
 async fn slow_commit() -> (Cluster, tokio_postgres::Client) {
     let cluster = server().await;
+    let gate = close_gate(&cluster).await;
+    (cluster, gate)
+}
+
+/// From now on a COMMIT waits, inside the first server, while the returned session holds the lock.
+pub(crate) async fn close_gate(cluster: &Cluster) -> tokio_postgres::Client {
     sql(
-        &cluster,
+        cluster,
         &format!(
             "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
                  'BEGIN PERFORM pg_advisory_xact_lock_shared({GATE}); RETURN NULL; END';
@@ -390,11 +396,11 @@ async fn slow_commit() -> (Cluster, tokio_postgres::Client) {
     .await;
     let gate = cluster.direct(Node(0)).await;
     gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
-    (cluster, gate)
+    gate
 }
 
 /// The process of the backend that waits at the gate.
-async fn committing(gate: &tokio_postgres::Client) -> i32 {
+pub(crate) async fn committing(gate: &tokio_postgres::Client) -> i32 {
     let mut waits = None;
     eventually("a COMMIT waits in the server", PATIENCE, async || {
         let sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
@@ -405,25 +411,25 @@ async fn committing(gate: &tokio_postgres::Client) -> i32 {
     waits.unwrap()
 }
 
-async fn open_gate(gate: &tokio_postgres::Client) {
+pub(crate) async fn open_gate(gate: &tokio_postgres::Client) {
     gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
 }
 
-async fn wait_gone(gate: &tokio_postgres::Client, pid: i32) {
+pub(crate) async fn wait_gone(gate: &tokio_postgres::Client, pid: i32) {
     eventually("the cut-off backend has ended", PATIENCE, async || {
         gate.query("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await.unwrap().is_empty()
     })
     .await;
 }
 
-/// K2: cut off after COMMIT was sent, and the server goes on and commits: unknown, and never run again.
+/// K2 for `AtMostOnce`: cut off after COMMIT was sent, and the server goes on and commits: unknown, and never run again.
 #[tokio::test]
 async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
     let (cluster, gate) = slow_commit().await;
     let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let pool = builder(tap.addr()).build().unwrap();
     let runs = Runs::default();
-    let work = pool.transaction(async |tx| {
+    let work = pool.build_transaction().guarantee(Guarantee::AtMostOnce).run(async |tx| {
         runs.begin();
         insert(&tx, 1).await
     });
@@ -436,7 +442,8 @@ async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
     let both = async { tokio::join!(work, cut) };
     let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
-    assert!(matches!(error, Error::CommitUnknown(_)), "{error:?}");
+    let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
+    assert_eq!(unknown.reason(), Unsettled::NoMarker);
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown);
     assert!(error.to_string().contains("may or may not"), "{error}");
     assert_eq!(runs.count(), 1);
@@ -445,13 +452,13 @@ async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
     assert_eq!(stored(&cluster).await, [1], "the commit did land");
 }
 
-/// K2, the other outcome: the server ends the backend within COMMIT. Unknown to the client, and not committed.
+/// K2 for `AtMostOnce`, the other outcome: the server ends the backend within COMMIT. Unknown, and not committed.
 #[tokio::test]
 async fn k2_a_backend_ended_in_commit_is_unknown_and_was_not_committed() {
     let (cluster, gate) = slow_commit().await;
     let pool = pool(&cluster);
     let runs = Runs::default();
-    let work = pool.transaction(async |tx| {
+    let work = pool.build_transaction().guarantee(Guarantee::AtMostOnce).run(async |tx| {
         runs.begin();
         insert(&tx, 1).await
     });
@@ -464,7 +471,9 @@ async fn k2_a_backend_ended_in_commit_is_unknown_and_was_not_committed() {
     let both = async { tokio::join!(work, cut) };
     let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
-    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error:?}");
+    let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
+    assert_eq!(unknown.reason(), Unsettled::NoMarker);
+    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown);
     assert_eq!(runs.count(), 1);
     wait_gone(&gate, pid).await;
     assert_eq!(stored(&cluster).await, [0_i64; 0]);

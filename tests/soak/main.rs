@@ -11,6 +11,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
+mod command;
 mod dice;
 mod faults;
 mod growth;
@@ -20,7 +21,7 @@ use std::env;
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use testbed::Cluster;
@@ -41,16 +42,15 @@ pub(crate) enum Until {
 }
 
 fn main() -> ExitCode {
-    if !wanted(&env::args().skip(1).collect::<Vec<_>>()) {
+    if !command::wanted("soak", &env::args().skip(1).collect::<Vec<_>>()) {
         return ExitCode::SUCCESS;
     }
     // Silent unless RUST_LOG asks.
     tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).with_writer(io::stderr).init();
-    let clock = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_secs();
-    let seed = variable("SEED").unwrap_or_else(clock);
-    let until = match variable("FAILOVERS") {
+    let seed = command::seed();
+    let until = match command::variable("FAILOVERS") {
         Some(failovers) => Until::Failovers(failovers),
-        None => Until::Elapsed(Duration::from_secs_f64(variable("MINUTES").unwrap_or(0.5) * 60.0)),
+        None => Until::Elapsed(Duration::from_secs_f64(command::variable("MINUTES").unwrap_or(0.5) * 60.0)),
     };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
@@ -91,14 +91,7 @@ async fn soak(seed: u64, until: Until) -> bool {
     for fault in &faults {
         println!("FAILED: {fault}");
     }
-    let word = if passed { "ok" } else { "FAILED" };
-    println!("test soak ... {word}\n");
-    println!(
-        "test result: {word}. {} passed; {} failed; 0 ignored; 0 measured; 0 filtered out; finished in {:.2}s\n",
-        u8::from(passed),
-        u8::from(!passed),
-        begun.elapsed().as_secs_f64()
-    );
+    command::report("soak", passed, begun);
     println!(
         "failovers={failovers} acknowledged={} lost={} doubled={} untrue={} stuck={stuck} seed={seed} unknown={unknown} \
          errors={errors}",
@@ -108,36 +101,4 @@ async fn soak(seed: u64, until: Until) -> bool {
         verdict.untrue.len(),
     );
     passed
-}
-
-/// A number of the environment; empty is unset.
-fn variable<T: std::str::FromStr>(name: &str) -> Option<T> {
-    let text = env::var(name).ok().filter(|text| !text.is_empty())?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text}: say a number")))
-}
-
-/// Reads the arguments of `cargo test`: with a filter for other tests this one stays out, and `--list` names it.
-fn wanted(arguments: &[String]) -> bool {
-    const NAME: &str = "soak";
-    let (mut filters, mut skipped, mut listed, mut exact, mut ignored) = (Vec::new(), false, false, false, false);
-    let mut rest = arguments.iter().map(String::as_str);
-    while let Some(argument) = rest.next() {
-        match argument {
-            "--list" => listed = true,
-            "--exact" => exact = true,
-            "--ignored" => ignored = true,
-            "--skip" => skipped |= rest.next().is_some_and(|pattern| NAME.contains(pattern)),
-            "--test-threads" | "--format" | "--color" | "--logfile" | "--shuffle-seed" | "-Z" => {
-                let _value = rest.next();
-            }
-            option if option.starts_with('-') => {}
-            filter => filters.push(filter),
-        }
-    }
-    let matches = |filter: &&str| if exact { NAME == *filter } else { NAME.contains(*filter) };
-    let chosen = !ignored && !skipped && (filters.is_empty() || filters.iter().any(matches));
-    if listed && chosen {
-        println!("{NAME}: test");
-    }
-    chosen && !listed
 }

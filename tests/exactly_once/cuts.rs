@@ -1,0 +1,137 @@
+//! Connections cut at every point of a transaction: most while the server lives on, some while it crashes.
+//!
+//! One crash at a time: the next one comes when all that had begun before the last has ended. More than one is what the
+//! settler from the WAL does not promise to know.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use testbed::{Cluster, Cut, Cutter, Node, eventually};
+use tokio::time::{sleep, timeout};
+
+use crate::dice::Dice;
+use crate::failovers::in_front_of;
+use crate::writers::{Outcome, Settler, Writers, create_tables};
+
+const WRITERS: usize = 8;
+/// One transaction of so many is cut.
+const CUT: usize = 3;
+/// One crash to so many cuts of a commit.
+const CRASH: u64 = 12;
+/// More than the answer to COMMIT has bytes.
+const ANSWER: usize = 100;
+/// For the next cuts, or for a crash and the way back.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Cuts until so many commits were cut; each kind of cut with how often it was made, and how many of them were crashes.
+pub(crate) struct Cuts {
+    pub(crate) of_commits: u64,
+    pub(crate) by_kind: Vec<(&'static str, u64)>,
+    pub(crate) crashes: u64,
+    pub(crate) outcome: Outcome,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Crash {
+    /// One backend is killed: the server ends all sessions and recovers.
+    Backend,
+    /// The whole server is killed, and started again.
+    Server,
+}
+
+pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts, String> {
+    let mut dice = Dice::new(seed);
+    // Commits wait for a standby: so there is a time in which a commit is neither done nor undone.
+    let cluster = Arc::new(Cluster::builder().nodes(2).start().await);
+    create_tables(&cluster).await;
+    let cutter = in_front_of(&cluster, Node(0)).await;
+    let writers = Writers::start(&format!("postgres://app@{}/app", cutter.addr()), settler, WRITERS, seed);
+    let mut planned = Dice::new(seed.rotate_left(32));
+    cutter.arm_every(move |_, _| planned.one_in(CUT).then(|| any_cut(&mut planned)));
+    let (mut crashes, mut goal) = (0, 0);
+    loop {
+        goal = wanted.min(goal + CRASH);
+        eventually("the writers come to the next cuts", PATIENCE, async || of_commits(&cutter) >= goal).await;
+        // Sessions that nobody uses any more. Those that still hold something were ended by the settler.
+        cutter.release();
+        if goal == wanted {
+            break;
+        }
+        let crash = dice.pick(&[Crash::Backend, Crash::Server]);
+        let at = commit_cut(&mut dice);
+        crash_at(&cluster, &cutter, at, crash).await?;
+        crashes += 1;
+        cluster.wait_streaming(Node(0), 1).await;
+        writers.recovered(Instant::now()).await?;
+    }
+    cutter.disarm();
+    writers.recovered(Instant::now()).await?;
+    let by_kind = cutter.cuts().into_iter().collect();
+    let of_commits = of_commits(&cutter);
+    cutter.release();
+    Ok(Cuts { of_commits, by_kind, crashes, outcome: writers.stop(&cluster, &[]).await })
+}
+
+/// The server crashes while a transaction stands at the point, and is back when its client finds the connection closed.
+async fn crash_at(cluster: &Arc<Cluster>, cutter: &Cutter, at: Cut, crash: Crash) -> Result<(), String> {
+    let armed = cutter.arm_with(at, {
+        let cluster = Arc::clone(cluster);
+        async move || match crash {
+            Crash::Backend => crash_backend(&cluster, Node(0)).await,
+            Crash::Server => {
+                cluster.kill(Node(0)).await;
+                cluster.start_node(Node(0)).await;
+            }
+        }
+    });
+    let crashed = timeout(PATIENCE, armed.happened()).await;
+    crashed.map(drop).map_err(|_| format!("{crash:?} at {at:?} did not happen"))
+}
+
+/// Returns when the server has recovered. Until it has noticed, its other sessions go on, and what they begin crashes with it.
+async fn crash_backend(cluster: &Cluster, node: Node) {
+    let before = replayed(cluster, node).await;
+    cluster.kill_backend(node).await;
+    let recovered = timeout(PATIENCE, async {
+        loop {
+            let now = replayed(cluster, node).await;
+            if now.is_some() && now != before {
+                return;
+            }
+            sleep(Duration::from_millis(3)).await;
+        }
+    });
+    recovered.await.expect("the server recovers");
+}
+
+/// Where the server's last recovery ended.
+async fn replayed(cluster: &Cluster, node: Node) -> Option<String> {
+    let session = cluster.try_direct(node).await.ok()?;
+    session.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.ok()?.get(0)
+}
+
+/// Anywhere between BEGIN and the answer to COMMIT. The server lives on.
+fn any_cut(dice: &mut Dice) -> Cut {
+    match dice.below(9) {
+        0 => Cut::BeginUndelivered,
+        1 => Cut::BeforeBeginAnswer,
+        2 => Cut::AfterStatement(dice.pick(&[0, 1, 2])),
+        _ => commit_cut(dice),
+    }
+}
+
+/// Anywhere between COMMIT and its answer.
+pub(crate) fn commit_cut(dice: &mut Dice) -> Cut {
+    match dice.below(6) {
+        0 => Cut::CommitUndelivered { server_stays: false },
+        1 => Cut::CommitUndelivered { server_stays: true },
+        2 => Cut::CommitDelivered,
+        3 => Cut::CommitAnswerDropped,
+        4 => Cut::CommitAnswerHalf(dice.below(ANSWER)),
+        _ => Cut::CommitHeld,
+    }
+}
+
+fn of_commits(cutter: &Cutter) -> u64 {
+    cutter.cuts().iter().filter(|(kind, _)| kind.starts_with("Commit")).map(|(_, cuts)| cuts).sum()
+}

@@ -1,0 +1,336 @@
+//! Passwords and certificates that change while the pool runs: each new session uses what the user's provider gives then.
+
+use std::error::Error as StdError;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use testbed::{Cluster, Node, eventually};
+use tokio::time::timeout;
+use tokio_postgres::tls::{MakeTlsConnect, NoTls, NoTlsStream};
+use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, State, UnavailableReason, tokio_postgres};
+
+/// For conditions that come at once on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The default deadline is thirty seconds: what ends before this did not wait for it.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+/// What the provider does when it is asked.
+#[derive(Clone)]
+enum Says {
+    Password(&'static str),
+    Sealed,
+    Nothing,
+    Panics,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the vault is sealed")]
+struct Sealed(#[source] io::Error);
+
+/// A store of secrets, as a provider asks one.
+#[derive(Clone)]
+struct Vault(Arc<Inner>);
+
+struct Inner {
+    says: Mutex<Says>,
+    asked: AtomicUsize,
+    /// Questions whose future was dropped, answered or not, are in `asked` and not in here.
+    open: AtomicUsize,
+}
+
+impl Vault {
+    fn new(says: Says) -> Self {
+        Self(Arc::new(Inner { says: Mutex::new(says), asked: AtomicUsize::new(0), open: AtomicUsize::new(0) }))
+    }
+
+    fn says(&self, says: Says) {
+        *self.0.says.lock().unwrap() = says;
+    }
+
+    fn asked(&self) -> usize {
+        self.0.asked.load(Ordering::SeqCst)
+    }
+
+    fn open(&self) -> usize {
+        self.0.open.load(Ordering::SeqCst)
+    }
+
+    async fn password(self) -> Result<String, Box<dyn StdError + Send + Sync>> {
+        struct Open<'a>(&'a AtomicUsize);
+        impl Drop for Open<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        self.0.asked.fetch_add(1, Ordering::SeqCst);
+        self.0.open.fetch_add(1, Ordering::SeqCst);
+        let _open = Open(&self.0.open);
+        let says = self.0.says.lock().unwrap().clone();
+        match says {
+            Says::Password(password) => Ok(password.to_owned()),
+            Says::Sealed => Err(Sealed(io::Error::other("no quorum\nof key holders")).into()),
+            Says::Nothing => std::future::pending().await,
+            Says::Panics => panic!("the provider has a bug"),
+        }
+    }
+
+    fn builder(&self, cluster: &Cluster) -> PoolBuilder {
+        let hosts: Vec<_> = cluster.nodes().into_iter().map(|node| cluster.socket_addr(node).to_string()).collect();
+        let vault = self.clone();
+        Pool::builder(format!("postgres://app@{}/app", hosts.join(",")))
+            .unwrap()
+            .password_provider(move || vault.clone().password())
+    }
+}
+
+async fn one_node() -> Cluster {
+    Cluster::builder().nodes(1).password("first").start().await
+}
+
+async fn rotate(cluster: &Cluster, password: &str) {
+    let owner = cluster.direct(Node(0)).await;
+    owner.batch_execute(&format!("ALTER ROLE app PASSWORD '{password}'")).await.unwrap();
+}
+
+async fn works(client: &Client) {
+    client.batch_execute("SELECT 1").await.unwrap();
+}
+
+/// The sessions of the pool on the server: those of its callers, and its own.
+async fn sessions(cluster: &Cluster) -> usize {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+    let count: i64 = cluster.direct(Node(0)).await.query_one(sql, &[]).await.unwrap().get(0);
+    usize::try_from(count).unwrap()
+}
+
+fn lacks_nothing(error: &Error, words: &[&str]) {
+    let text = error.to_string();
+    for word in words {
+        assert!(text.contains(word), "{text:?} lacks {word:?}");
+    }
+}
+
+/// C10: after a rotation new sessions give the new password and old ones live on; each session asks once.
+#[tokio::test]
+async fn c10_new_sessions_give_the_password_of_the_moment() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("first"));
+    let pool = vault.builder(&cluster).build().unwrap();
+    let old = pool.get().await.unwrap();
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
+    rotate(&cluster, "second").await;
+    vault.says(Says::Password("second"));
+    let (one, two) = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    for client in [&old, &one, &two] {
+        works(client).await;
+        assert_eq!(client.generation(), old.generation());
+    }
+    // Three of ours, and the heart-beat's; none was ever closed.
+    assert_eq!((vault.asked(), sessions(&cluster).await), (4, 4));
+    // An idle connection needs no password.
+    drop(one);
+    works(&pool.get().await.unwrap()).await;
+    assert_eq!(vault.asked(), 4);
+}
+
+/// C10: the provider is behind the server: callers wait instead of failing, and the open connections are used meanwhile.
+#[tokio::test]
+async fn c10_a_rotation_under_way_is_waited_for() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("first"));
+    let pool = vault.builder(&cluster).build().unwrap();
+    let old = pool.get().await.unwrap();
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
+    rotate(&cluster, "second").await;
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await }
+    });
+    let before = vault.asked();
+    eventually("the provider is asked again and again", PATIENCE, async || vault.asked() >= before + 3).await;
+    works(&old).await;
+    let view = pool.status().view;
+    assert!(matches!(view.state, State::Primary { .. }), "{view:?}");
+    assert!(!waits.is_finished());
+    vault.says(Says::Password("second"));
+    let new = timeout(AT_ONCE, waits).await.unwrap().unwrap().unwrap();
+    assert_eq!(new.generation(), old.generation());
+}
+
+/// C10: whoever never gave the right password is told at once, and let in when it does.
+#[tokio::test]
+async fn c10_a_password_that_was_never_right_is_refused_at_once() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("wrong"));
+    let pool = vault.builder(&cluster).build().unwrap();
+    let began = Instant::now();
+    let error = pool.get().await.unwrap_err();
+    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    assert!(matches!(error, Error::Refused(_)), "{error:?}");
+    lacks_nothing(&error, &["28P01", "check user, password"]);
+    vault.says(Says::Password("first"));
+    eventually("the same pool works now", PATIENCE, async || pool.get().await.is_ok()).await;
+}
+
+/// C10: a provider that fails is named with its reason; what is open is used meanwhile.
+#[tokio::test]
+async fn c10_a_failing_provider_is_named() {
+    let cluster = one_node().await;
+    for (says, words) in [
+        (Says::Sealed, "the password provider failed: the vault is sealed: no quorum of key holders"),
+        (Says::Panics, "the password provider panicked"),
+        (Says::Nothing, "the password provider gave no password within 750ms"),
+    ] {
+        let vault = Vault::new(says.clone());
+        let limit = Duration::from_secs(1);
+        let builder =
+            || vault.builder(&cluster).probe_timeout(limit).heartbeat_timeout(limit).checkout_timeout(limit * 2);
+        let none_yet = builder().build().unwrap();
+        let error = none_yet.get().await.unwrap_err();
+        assert!(matches!(&error, Error::Unavailable(u) if u.reason() == UnavailableReason::NoPrimary), "{error:?}");
+        lacks_nothing(&error, &[words, &cluster.socket_addr(Node(0)).to_string()]);
+        drop(none_yet);
+
+        vault.says(Says::Password("first"));
+        let pool = builder().build().unwrap();
+        let held = pool.get().await.unwrap();
+        eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
+        vault.says(says);
+        let error = pool.get().await.unwrap_err();
+        let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+        assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{error}");
+        lacks_nothing(&error, &[words]);
+        let mut link: Option<&(dyn StdError + 'static)> = Some(&error);
+        while let Some(error) = link.filter(|error| !error.is::<Sealed>()) {
+            link = error.source();
+        }
+        assert_eq!(link.is_some(), words.contains("sealed"), "{error:?}");
+        works(&held).await;
+        drop(held);
+        works(&pool.get().await.unwrap()).await;
+    }
+}
+
+/// C10: not to ask a server is not its silence: although the pool cannot ask the primary for longer than `dead_after`,
+/// no connection is ended, and the same generation goes on when the provider works again.
+#[tokio::test]
+async fn c10_a_provider_that_is_away_ends_no_connection() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("first"));
+    // Wide limits: on a busy machine an opening that is too slow would be the server's silence.
+    let (limit, dead_after) = (Duration::from_secs(2), Duration::from_secs(3));
+    let builder = vault.builder(&cluster).heartbeat_interval(Duration::from_millis(100));
+    let builder = builder.heartbeat_timeout(limit).probe_timeout(limit).dead_after(dead_after);
+    let pool = builder.checkout_timeout(dead_after + limit).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let mine: i32 = held.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
+    let owner = cluster.direct(Node(0)).await;
+    for away in [Says::Sealed, Says::Nothing, Says::Password("wrong")] {
+        vault.says(away);
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
+        owner.execute(sql, &[&mine]).await.unwrap();
+        eventually("it is searched for", PATIENCE, async || {
+            matches!(pool.status().view.state, State::Searching { .. })
+        })
+        .await;
+        let error = pool.get().await.unwrap_err();
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+        works(&held).await;
+        vault.says(Says::Password("first"));
+        let another = pool.get().await.unwrap();
+        assert_eq!(another.generation(), held.generation());
+    }
+}
+
+/// C10: a provider that does not answer holds up those alone who need a new session, and no longer than their deadline.
+#[tokio::test]
+async fn c10_a_slow_provider_stalls_nobody_else() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("first"));
+    let deadline = Duration::from_secs(2);
+    let pool = vault.builder(&cluster).checkout_timeout(deadline).build().unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 4).await;
+    vault.says(Says::Nothing);
+    let began = Instant::now();
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await }
+    });
+    eventually("the provider is asked", PATIENCE, async || vault.open() > 0).await;
+    let [held, one, two] = held;
+    // Who waits takes one of them, when the provider has been given up; the other is for those who come meanwhile.
+    drop((one, two));
+    let mut slowest = Duration::ZERO;
+    while !waits.is_finished() {
+        let asked = Instant::now();
+        works(&held).await;
+        pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+        slowest = slowest.max(asked.elapsed());
+    }
+    let waited = waits.await.unwrap();
+    assert!(began.elapsed() < deadline + Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(waited.is_ok() || matches!(waited, Err(Error::Unavailable(_))), "{waited:?}");
+    assert!(Duration::ZERO < slowest && slowest < Duration::from_secs(1), "{slowest:?}");
+}
+
+/// C10: a caller that gives up takes the question to the provider along, and leaves nothing behind.
+#[tokio::test]
+async fn c10_a_dropped_get_drops_the_providers_future() {
+    let cluster = one_node().await;
+    let vault = Vault::new(Says::Password("first"));
+    let pool = vault.builder(&cluster).build().unwrap();
+    let held = pool.get().await.unwrap();
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
+    vault.says(Says::Nothing);
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.map(drop) }
+    });
+    eventually("the provider is asked", PATIENCE, async || vault.open() == 1).await;
+    waits.abort();
+    assert!(waits.await.unwrap_err().is_cancelled());
+    assert_eq!(vault.open(), 0);
+    vault.says(Says::Password("first"));
+    let another = pool.get().await.unwrap();
+    assert_eq!(another.generation(), held.generation());
+    assert_eq!(pool.status().size, 2);
+}
+
+/// C10: a password in both places: which one is meant cannot be known.
+#[tokio::test]
+async fn c10_a_provider_beside_a_password_is_refused() {
+    let builder = Pool::builder("postgres://app:secret@localhost/app").unwrap();
+    let error = builder.password_provider(|| async { Ok("other") }).build().unwrap_err().to_string();
+    assert!(error.contains("password_provider") && error.contains("remove one of them"), "{error}");
+    assert!(!error.contains("secret"), "{error}");
+}
+
+/// Counts how often it was asked for a connection, as one that reloads its certificates is.
+#[derive(Clone)]
+struct Reloads(Arc<AtomicUsize>);
+
+impl<S> MakeTlsConnect<S> for Reloads {
+    type Stream = NoTlsStream;
+    type TlsConnect = NoTls;
+    type Error = tokio_postgres::Error;
+
+    fn make_tls_connect(&mut self, _: &str) -> Result<NoTls, tokio_postgres::Error> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(NoTls)
+    }
+}
+
+/// C10: the connector is asked for each new session, so that it may take a new certificate.
+#[tokio::test]
+async fn c10_a_connector_is_asked_for_each_session() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().tls(Reloads(Arc::clone(&asked))).build().unwrap();
+    let _held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 4).await;
+    assert_eq!(asked.load(Ordering::SeqCst), 4);
+}
