@@ -130,7 +130,8 @@ async fn main() {
     println!("{rounds} rounds, synchronous standby, fsync on; ratios to plain of the same round, median (min – max)");
     for (index, (name, _)) in candidates.iter().enumerate() {
         let ratio = |of: fn(&Figures) -> f64| {
-            let mut ratios: Vec<f64> = figures[index].iter().zip(&figures[0]).map(|(it, plain)| of(it) / of(plain)).collect();
+            let mut ratios: Vec<f64> =
+                figures[index].iter().zip(&figures[0]).map(|(it, plain)| of(it) / of(plain)).collect();
             ratios.sort_by(f64::total_cmp);
             format!("{:.3} ({:.3} – {:.3})", ratios[ratios.len() / 2], ratios[0], ratios[ratios.len() - 1])
         };

@@ -22,8 +22,8 @@ use tracing::{Instrument, Span, field};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Opener, Session};
 use crate::topology::{
-    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary, ProbeFailure,
-    Probed, Pulse, ServerReport, Settings, State, Suspicion, Topology, View,
+    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary,
+    ProbeFailure, Probed, Pulse, ServerReport, Settings, State, Suspicion, Topology, View,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -265,7 +265,8 @@ impl Cluster {
     /// Who failed so.
     fn endpoint_of(&self, failure: &ProbeFailure) -> Option<Endpoint> {
         let diagnosis = lock(&self.shared.diagnosis);
-        let said = |candidate: &&CandidateReport| matches!(&candidate.answer, Some(Answer::Failed(it)) if it == failure);
+        let said =
+            |candidate: &&CandidateReport| matches!(&candidate.answer, Some(Answer::Failed(it)) if it == failure);
         diagnosis.candidates.iter().find(said).map(|candidate| candidate.endpoint.clone())
     }
 

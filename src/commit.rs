@@ -58,6 +58,8 @@ pub(crate) struct Marker {
     pub(crate) xid: u64,
     /// The end of a WAL record that carries the id. The commit record, if there is one, lies behind it.
     pub(crate) lsn: Lsn,
+    /// When the server's statistics were reset, where that tells of crashes.
+    pub(crate) stats_reset: Option<i64>,
 }
 
 /// What the primary says when it is asked about a marker.
@@ -68,6 +70,9 @@ pub(crate) struct Now {
     pub(crate) replayed: Option<Lsn>,
     /// Up to where it received WAL as a standby; `None` if it was not one since its memory was set up last.
     pub(crate) received: Option<Lsn>,
+    /// When its statistics were reset, where that tells of crashes: from PostgreSQL 15 on they survive a clean restart and no
+    /// crash (`pgstat_discard_stats` in `xlog.c`).
+    pub(crate) stats_reset: Option<i64>,
     /// How many primaries the pool has seen since BEGIN, the same server after a restart included.
     pub(crate) primaries_since: u64,
 }
@@ -115,7 +120,8 @@ pub enum Unsettled {
     /// More than one crash or failover since BEGIN.
     #[error("there was more than one crash or failover since it began")]
     SeveralFailovers,
-    /// The server was shut down and started since BEGIN, which hides whether it had crashed before.
+    /// The server was shut down and started since BEGIN, and does not show whether it had crashed before: PostgreSQL 14 and
+    /// older never do. Or it was promoted and crashed or was restarted afterwards.
     #[error("the server was restarted since it began, and no longer shows whether it had lost anything")]
     Restarted,
     /// The primary's timeline has the number of the transaction's, or a lower one, and is another.
@@ -150,11 +156,11 @@ pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
     if then.system_identifier != server.system_identifier {
         return Located::Unclear(Unsettled::OtherCluster);
     }
-    if now.primaries_since > 1 {
-        return Located::Unclear(Unsettled::SeveralFailovers);
-    }
     if server == then && now.replayed == marker.replayed {
         return Located::Here;
+    }
+    if now.primaries_since > 1 {
+        return Located::Unclear(Unsettled::SeveralFailovers);
     }
     let promoted = match server.timeline.checked_sub(then.timeline) {
         Some(0) => false,
@@ -167,6 +173,8 @@ pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
         return Located::Unclear(Unsettled::OtherHistory);
     }
     match now.replayed {
+        // It was shut down and started, and lost nothing: in between it has not crashed.
+        None if !promoted && now.stats_reset.is_some() && now.stats_reset == marker.stats_reset => Located::Here,
         None => Located::Unclear(Unsettled::Restarted),
         Some(replayed) if replayed < marker.lsn => Located::Lost,
         // It may have crashed after its promotion: then this is the end of that recovery, and behind what it took over.

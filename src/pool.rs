@@ -10,8 +10,8 @@ pub use builder::{IntoConfig, PoolBuilder};
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, WeakPool};
@@ -22,8 +22,8 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::commit::{Guarantee, Server};
 use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
+use crate::commit::{Guarantee, Server};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
@@ -400,6 +400,11 @@ impl Client {
         self.connection().and_then(|connection| connection.server)
     }
 
+    /// When that server's statistics were reset, as of the beginning of the generation.
+    pub(crate) fn stats_reset(&self) -> Option<i64> {
+        self.connection().and_then(|connection| connection.stats_reset)
+    }
+
     fn connection(&self) -> Option<&Connection> {
         self.object.as_deref()
     }
@@ -449,6 +454,7 @@ pub struct Connection {
     abort: AbortHandle,
     generation: GenerationId,
     server: Option<Server>,
+    stats_reset: Option<i64>,
     notices: Arc<Notices>,
     /// From then on it is not handed out any more.
     expires: Instant,
@@ -463,6 +469,7 @@ impl Connection {
             abort: session.abort,
             generation: generation.primary.id,
             server: identity(&generation.primary.report),
+            stats_reset: generation.primary.report.stats_reset,
             notices: session.notices,
             poisoned: AtomicBool::new(false),
         }

@@ -109,7 +109,9 @@ async fn create_tables(cluster: &Cluster, sides: &[Side]) -> Result<(), Box<dyn 
     for side in sides {
         let table = side.table();
         // Without a unique key, so that a doubled row shows.
-        client.batch_execute(&format!("CREATE TABLE {table} (id bigint NOT NULL); GRANT ALL ON {table} TO app")).await?;
+        client
+            .batch_execute(&format!("CREATE TABLE {table} (id bigint NOT NULL); GRANT ALL ON {table} TO app"))
+            .await?;
     }
     Ok(())
 }

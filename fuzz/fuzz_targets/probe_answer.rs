@@ -52,8 +52,9 @@ impl Row {
         row.push(wal.map(|wal| format!("{:08X}{:08X}{:08X}", wal[0], wal[1], wal[2])));
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[3])));
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[2])));
+        row.push(numbers[1].map(|number| number.to_string()));
         if let Some((column, Value(value))) = planted {
-            row[usize::from(column % 9)] = value;
+            row[usize::from(column % 10)] = value;
         }
         row
     }

@@ -17,11 +17,11 @@ const NEXT: Server = Server { timeline: 4, started_at: 50, ..OLD };
 
 /// A marker that ends at 20, on a server whose replay had ended at `replayed`.
 fn marker(replayed: Option<usize>) -> Marker {
-    Marker { server: OLD, replayed: replayed.map(lsn), xid: FIRST_XID, lsn: lsn(20) }
+    Marker { server: OLD, replayed: replayed.map(lsn), xid: FIRST_XID, lsn: lsn(20), stats_reset: Some(7) }
 }
 
 fn now(server: Server, replayed: Option<usize>, received: Option<usize>) -> Now {
-    Now { server, replayed: replayed.map(lsn), received: received.map(lsn), primaries_since: 1 }
+    Now { server, replayed: replayed.map(lsn), received: received.map(lsn), stats_reset: Some(8), primaries_since: 1 }
 }
 
 #[test]
@@ -47,6 +47,19 @@ fn after_crash_recovery_the_end_of_replay_decides() {
     assert_eq!(locate(&marker(None), &now(AGAIN, Some(21), None)), Located::Here);
     // Its replay ended where that of its life before had: recovery came to nothing that the old life wrote.
     assert_eq!(locate(&marker(Some(5)), &now(AGAIN, Some(5), None)), Located::Lost);
+}
+
+#[test]
+fn a_clean_start_loses_nothing_if_the_statistics_survived() {
+    let kept = |server, replayed, received| Now { stats_reset: Some(7), ..now(server, replayed, received) };
+    assert_eq!(locate(&marker(None), &kept(AGAIN, None, None)), Located::Here);
+    assert_eq!(locate(&marker(Some(5)), &kept(AGAIN, None, None)), Located::Here);
+    let untold = Marker { stats_reset: None, ..marker(None) };
+    let unclear = Located::Unclear(Unsettled::Restarted);
+    assert_eq!(locate(&untold, &Now { stats_reset: None, ..now(AGAIN, None, None) }), unclear, "PostgreSQL 14");
+    assert_eq!(locate(&marker(None), &kept(NEXT, None, None)), unclear, "another server's statistics");
+    // Somebody reset them by hand: it is still the same life.
+    assert_eq!(locate(&marker(Some(5)), &now(OLD, Some(5), None)), Located::Here);
 }
 
 #[test]
@@ -116,13 +129,15 @@ fn another_cluster_tells_nothing_whatever_else_is_equal() {
 
 #[test]
 fn more_than_one_new_primary_is_one_too_many() {
-    for (server, replayed, received) in [(OLD, None, None), (AGAIN, Some(19), None), (NEXT, Some(20), Some(20))] {
+    for (server, replayed, received) in [(AGAIN, Some(19), None), (NEXT, Some(20), Some(20))] {
         for (primaries_since, is_clear) in [(0, true), (1, true), (2, false), (3, false)] {
             let located = locate(&marker(None), &Now { primaries_since, ..now(server, replayed, received) });
             let unclear = Located::Unclear(Unsettled::SeveralFailovers);
             assert_eq!(located != unclear, is_clear, "{primaries_since} on {server:?}");
         }
     }
+    // But the same life is the same life, whoever was thought to be the primary in between.
+    assert_eq!(locate(&marker(None), &Now { primaries_since: 3, ..now(OLD, None, None) }), Located::Here);
 }
 
 #[test]
@@ -320,10 +335,11 @@ proptest! {
     }
 
     #[test]
-    fn one_failover_leaves_no_answer_open((servers, history) in histories()) {
+    fn one_failover_or_clean_restart_leaves_no_answer_open((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
             let since = world.since(begun);
-            let plain = since.clean_starts == 0 && world.is_plain_failover(begun, asked);
+            let restarted = since.clean_starts == 1 && since.recoveries == 0;
+            let plain = (since.clean_starts == 0 || restarted) && world.is_plain_failover(begun, asked);
             if world.newest() == Some(asked) && is_assumed(world, begun) && plain {
                 let answer = settled(begun, world.node(asked), since.primaries);
                 let node = world.node(asked);

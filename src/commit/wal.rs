@@ -5,7 +5,7 @@ use tokio_postgres::{Client, Error};
 
 use super::{Marker, Now, Server, XactStatus};
 use crate::server::rows;
-use crate::topology::{BadReport, ServerReport};
+use crate::topology::{BadReport, STATS_RESET, ServerReport};
 
 /// To be sent with BEGIN. Asking for the id first makes a standby refuse with 25006. The second function writes a record
 /// of WAL that carries the id and that nobody reads, and returns its end.
@@ -15,13 +15,6 @@ pub(crate) const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_mess
 /// A transaction of its own that waits for the synchronous standbys as any does. WAL is replicated in order: once this is,
 /// so is all that was committed before.
 const CONFIRM: &str = "SELECT pg_logical_emit_message(true, 'failover', '')";
-
-const LOOK: &str = "SELECT system_identifier, \
-            (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
-            pg_walfile_name(pg_current_wal_insert_lsn()), \
-            pg_last_wal_replay_lsn(), \
-            pg_last_wal_receive_lsn() \
-       FROM pg_control_system()";
 
 /// The session that a transaction runs on: the server may go on with it long after its client is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,21 +32,25 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// Reads the answer to [`MARK`].
-pub(crate) fn marker(server: Server, row: &Row) -> Result<(Marker, Backend), BadReport> {
+/// Reads the answer to [`MARK`]. The server is known since the session was opened, and cannot crash without ending that.
+pub(crate) fn marker(server: Server, stats_reset: Option<i64>, row: &Row) -> Result<(Marker, Backend), BadReport> {
     let xid = field(row, 0, "a transaction id")?;
-    let marker = Marker {
-        server,
-        replayed: optional(row, 2)?,
-        xid,
-        lsn: field(row, 1, "an LSN")?,
-    };
+    let marker = Marker { server, replayed: optional(row, 2)?, xid, lsn: field(row, 1, "an LSN")?, stats_reset };
     Ok((marker, Backend { pid: field(row, 3, "a process id")?, xid }))
 }
 
 /// What the server says of itself. `Err(None)`: it makes no sense.
 pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, Option<Error>> {
-    let row = only_row(client, LOOK).await?;
+    let look = format!(
+        "SELECT system_identifier, \
+                (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+                pg_walfile_name(pg_current_wal_insert_lsn()), \
+                pg_last_wal_replay_lsn(), \
+                pg_last_wal_receive_lsn(), \
+                {STATS_RESET} \
+           FROM pg_control_system()"
+    );
+    let row = only_row(client, &look).await?;
     now(&row, primaries_since).map_err(|_| None)
 }
 
@@ -63,7 +60,8 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
         started_at: field(row, 1, "a start time")?,
         timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
     };
-    Ok(Now { server, replayed: optional(row, 3)?, received: optional(row, 4)?, primaries_since })
+    let stats_reset = text(row, 5).is_some().then(|| field(row, 5, "a time")).transpose()?;
+    Ok(Now { server, replayed: optional(row, 3)?, received: optional(row, 4)?, stats_reset, primaries_since })
 }
 
 /// What the server says of an id that belongs to its history. `Err(None)`: it makes no sense.
@@ -123,7 +121,8 @@ mod tests {
 
     #[test]
     fn a_marker_is_read() {
-        let (marker, backend) = marker(SERVER, &row(&[Some("728"), Some("0/30162E0"), None, Some("42")])).unwrap();
+        let (marker, backend) =
+            marker(SERVER, Some(9), &row(&[Some("728"), Some("0/30162E0"), None, Some("42")])).unwrap();
         assert_eq!((marker.xid, marker.lsn.to_string(), marker.replayed), (728, "0/30162E0".to_owned(), None));
         assert_eq!(backend, Backend { pid: 42, xid: 728 });
     }
@@ -134,17 +133,19 @@ mod tests {
         for (index, bad) in [(0, None), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None)] {
             let mut columns = good;
             columns[index] = bad;
-            assert!(marker(SERVER, &row(&columns)).is_err(), "column {index}: {bad:?}");
+            assert!(marker(SERVER, None, &row(&columns)).is_err(), "column {index}: {bad:?}");
         }
-        assert!(marker(SERVER, &row(&[])).is_err());
+        assert!(marker(SERVER, None, &row(&[])).is_err());
     }
 
     #[test]
     fn what_a_server_says_of_itself_is_read() {
-        let good = [Some("-1"), Some("1764000000123456"), Some("0000000200000000000000A1"), Some("0/5"), None];
+        let good =
+            [Some("-1"), Some("1764000000123456"), Some("0000000200000000000000A1"), Some("0/5"), None, Some("7")];
         let read = now(&row(&good), 1).unwrap();
         assert_eq!(read.server, Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 });
         assert_eq!((read.replayed.map(Lsn::get), read.received, read.primaries_since), (Some(5), None, 1));
+        assert_eq!(read.stats_reset, Some(7));
         for index in 0..3 {
             let mut columns = good;
             columns[index] = None;

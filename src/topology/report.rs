@@ -20,7 +20,8 @@ pub(crate) fn probe(fresh: bool) -> String {
                 (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
                 CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
-                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END"
+                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
+                {STATS_RESET}"
     )
 }
 
@@ -33,6 +34,12 @@ const FENCE: &str = "\
         AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
+
+/// When the server's statistics were reset, in microseconds since 1970. Before PostgreSQL 15 asking that reads a file, and
+/// the answer says less.
+pub(crate) const STATS_RESET: &str = "\
+    CASE WHEN current_setting('server_version_num')::int >= 150000 \
+         THEN (SELECT (extract(epoch FROM stats_reset) * 1000000)::bigint FROM pg_stat_bgwriter) END";
 
 /// What can be asked where the server does not let this role read more.
 pub(crate) const ROLE_PROBE: &str = "\
@@ -127,6 +134,9 @@ pub struct ServerReport {
     /// Where a primary's last replay ended, by which its lives differ: the crash of one backend, which every session dies of,
     /// moves it and leaves the start time as it was. `None` after a clean start, and on a standby.
     pub replayed: Option<Lsn>,
+    /// When the server's statistics were reset, in microseconds since 1970: by hand, or by a crash, which they do not survive.
+    /// Told by PostgreSQL 15 and newer.
+    pub stats_reset: Option<i64>,
 }
 
 impl ServerReport {
@@ -164,6 +174,7 @@ impl ServerReport {
             timeline: column(6).map(timeline).transpose()?,
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
+            stats_reset: column(9).map(|text| number(text, "a time")).transpose()?,
         })
     }
 }
@@ -199,7 +210,7 @@ fn timeline(text: &str) -> Result<u32, BadReport> {
 mod tests {
     use super::*;
 
-    const PRIMARY: [Option<&str>; 9] = [
+    const PRIMARY: [Option<&str>; 10] = [
         Some("f"),
         Some("off"),
         Some("off"),
@@ -209,6 +220,7 @@ mod tests {
         Some("0000000200000000000000A1"),
         Some("0/A1000060"),
         Some("0/A0000028"),
+        Some("1763000000123456"),
     ];
 
     fn with(index: usize, value: Option<&'static str>) -> Result<ServerReport, BadReport> {
@@ -263,6 +275,7 @@ mod tests {
             (7, Some("+1/0")),
             (7, Some("/")),
             (8, Some("0")),
+            (9, Some("never")),
         ] {
             assert!(with(index, value).is_err(), "column {index}: {value:?}");
         }

@@ -184,6 +184,7 @@ impl Step {
             timeline: self.timeline,
             wal: self.wal.map(lsn),
             replayed: self.replayed.map(lsn),
+            stats_reset: None,
         })
     }
 

@@ -43,6 +43,7 @@ fn primary(n: u8, timeline: u32) -> ServerReport {
         timeline: Some(timeline),
         wal: None,
         replayed: None,
+        stats_reset: None,
     }
 }
 

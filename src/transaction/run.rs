@@ -126,7 +126,10 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
 fn unknown(error: Error, why: Unsettled) -> Error {
     match error {
         Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
-        Error::CommitUnknown(_) => Error::CommitUnknown(Box::new(CommitUnknown::new(None, why))),
+        // It was not lost but not replicated, which is reason enough unless a settler found a better one.
+        Error::CommitUnknown(_) if why != Unsettled::NoMarker => {
+            Error::CommitUnknown(Box::new(CommitUnknown::new(None, why)))
+        }
         other => other,
     }
 }
@@ -282,7 +285,9 @@ impl Attempt {
             (Marks::Ledger(ledger), _) => {
                 entered(&row).map(|(id, backend)| (Settler::Ledger(ledger.clone(), id), backend))
             }
-            (_, Some(server)) => wal::marker(server, &row).map(|(marker, backend)| (Settler::Wal(marker), backend)),
+            (_, Some(server)) => {
+                wal::marker(server, client.stats_reset(), &row).map(|(marker, backend)| (Settler::Wal(marker), backend))
+            }
             _ => return Ok(None),
         };
         match read {

@@ -1,8 +1,9 @@
-//! Connections cut at every point of a transaction: most while the server lives on, some while it crashes.
+//! Connections cut at every point of a transaction: most while the server lives on, some while it crashes or restarts.
 //!
-//! One crash at a time: the next one comes when all that had begun before the last has ended. More than one is what the
+//! One outage at a time: the next one comes when all that had begun before the last has ended. More than one is what the
 //! settler from the WAL does not promise to know.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,27 +17,31 @@ use crate::writers::{Outcome, Settler, Writers, create_tables};
 const WRITERS: usize = 8;
 /// One transaction of so many is cut.
 const CUT: usize = 3;
-/// One crash to so many cuts of a commit.
-const CRASH: u64 = 12;
+/// One outage to so many cuts of a commit.
+const OUTAGE: u64 = 12;
 /// More than the answer to COMMIT has bytes.
 const ANSWER: usize = 100;
-/// For the next cuts, or for a crash and the way back.
+/// For the next cuts, or for an outage and the way back.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Cuts until so many commits were cut; each kind of cut with how often it was made, and how many of them were crashes.
+/// What came of some cuts.
 pub(crate) struct Cuts {
     pub(crate) of_commits: u64,
-    pub(crate) by_kind: Vec<(&'static str, u64)>,
-    pub(crate) crashes: u64,
+    pub(crate) by_kind: BTreeMap<&'static str, u64>,
+    pub(crate) outages: BTreeMap<Outage, u64>,
     pub(crate) outcome: Outcome,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Crash {
+/// What happens to the server while a transaction stands at the point of its cut.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Outage {
     /// One backend is killed: the server ends all sessions and recovers.
-    Backend,
+    CrashOfBackend,
     /// The whole server is killed, and started again.
-    Server,
+    Crash,
+    /// The server is shut down, which ends all sessions, and started again. A settler from the WAL knows of commits before
+    /// that from PostgreSQL 15 on.
+    Restart,
 }
 
 pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts, String> {
@@ -48,44 +53,47 @@ pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts
     let writers = Writers::start(&format!("postgres://app@{}/app", cutter.addr()), settler, WRITERS, seed);
     let mut planned = Dice::new(seed.rotate_left(32));
     cutter.arm_every(move |_, _| planned.one_in(CUT).then(|| any_cut(&mut planned)));
-    let (mut crashes, mut goal) = (0, 0);
+    let (mut outages, mut goal) = (BTreeMap::new(), 0);
     loop {
-        goal = wanted.min(goal + CRASH);
+        goal = wanted.min(goal + OUTAGE);
         eventually("the writers come to the next cuts", PATIENCE, async || of_commits(&cutter) >= goal).await;
         // Sessions that nobody uses any more. Those that still hold something were ended by the settler.
         cutter.release();
         if goal == wanted {
             break;
         }
-        let crash = dice.pick(&[Crash::Backend, Crash::Server]);
+        let outage = dice.pick(&[Outage::CrashOfBackend, Outage::Crash, Outage::Restart]);
         let at = commit_cut(&mut dice);
-        crash_at(&cluster, &cutter, at, crash).await?;
-        crashes += 1;
+        outage_at(&cluster, &cutter, at, outage).await?;
+        *outages.entry(outage).or_default() += 1;
         cluster.wait_streaming(Node(0), 1).await;
         writers.recovered(Instant::now()).await?;
     }
     cutter.disarm();
     writers.recovered(Instant::now()).await?;
-    let by_kind = cutter.cuts().into_iter().collect();
-    let of_commits = of_commits(&cutter);
     cutter.release();
-    Ok(Cuts { of_commits, by_kind, crashes, outcome: writers.stop(&cluster, &[]).await })
+    let (of_commits, by_kind) = (of_commits(&cutter), cutter.cuts());
+    Ok(Cuts { of_commits, by_kind, outages, outcome: writers.stop(&cluster, &[]).await })
 }
 
-/// The server crashes while a transaction stands at the point, and is back when its client finds the connection closed.
-async fn crash_at(cluster: &Arc<Cluster>, cutter: &Cutter, at: Cut, crash: Crash) -> Result<(), String> {
+/// The server is away while a transaction stands at the point, and is back when its client finds the connection closed.
+async fn outage_at(cluster: &Arc<Cluster>, cutter: &Cutter, at: Cut, outage: Outage) -> Result<(), String> {
     let armed = cutter.arm_with(at, {
         let cluster = Arc::clone(cluster);
-        async move || match crash {
-            Crash::Backend => crash_backend(&cluster, Node(0)).await,
-            Crash::Server => {
+        async move || match outage {
+            Outage::CrashOfBackend => crash_backend(&cluster, Node(0)).await,
+            Outage::Crash => {
                 cluster.kill(Node(0)).await;
+                cluster.start_node(Node(0)).await;
+            }
+            Outage::Restart => {
+                cluster.stop_fast(Node(0)).await;
                 cluster.start_node(Node(0)).await;
             }
         }
     });
-    let crashed = timeout(PATIENCE, armed.happened()).await;
-    crashed.map(drop).map_err(|_| format!("{crash:?} at {at:?} did not happen"))
+    let over = timeout(PATIENCE, armed.happened()).await;
+    over.map(drop).map_err(|_| format!("{outage:?} at {at:?} did not happen"))
 }
 
 /// Returns when the server has recovered. Until it has noticed, its other sessions go on, and what they begin crashes with it.

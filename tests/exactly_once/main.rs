@@ -1,6 +1,6 @@
-//! The proof that a transaction is committed exactly once: connections are cut at every point of COMMIT, servers crash,
-//! primaries are killed, and every answer is held against what is stored in the end. For both settlers: the one that reads
-//! the WAL, and the ledger.
+//! The proof that a transaction is committed exactly once: connections are cut at every point of COMMIT, servers crash and
+//! restart, primaries are killed, and every answer is held against what is stored in the end. For both settlers: the one
+//! that reads the WAL, and the ledger.
 //!
 //! `cargo test` runs it small; `make exactly-once` with these numbers. Environment:
 //! - `CUTS=1000`: so many connections are cut between COMMIT and its answer, for each settler.
@@ -32,12 +32,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use cuts::Cuts;
 use failovers::{Failovers, Replication};
 use writers::{Outcome, Settler};
 
@@ -51,9 +51,9 @@ struct Numbers {
     without_waiting: u64,
 }
 
-/// What is wrong, and the lines to end with.
-#[derive(Default)]
+/// What one settler has shown: what is wrong, and the lines to end with.
 struct Report {
+    settler: Settler,
     faults: Vec<String>,
     lines: Vec<String>,
 }
@@ -81,72 +81,71 @@ async fn prove(seed: u64, numbers: Numbers) -> bool {
     let begun = Instant::now();
     println!("\nrunning 1 test\nseed={seed}");
     let only: Option<String> = command::variable("SETTLER");
-    let mut report = Report::default();
-    for settler in [Settler::Wal, Settler::Ledger] {
-        if only.as_ref().is_none_or(|only| only == settler.name()) {
-            report.waiting(settler, numbers, seed).await;
-        }
-    }
-    for settler in [Settler::Wal, Settler::Ledger] {
-        if only.as_ref().is_none_or(|only| only == settler.name()) && numbers.without_waiting > 0 {
-            report.without_waiting(settler, numbers.without_waiting, seed).await;
-        }
-    }
-    for fault in &report.faults {
+    let wanted = |settler: &Settler| only.as_ref().is_none_or(|only| only == settler.name());
+    let settlers = [Settler::Wal, Settler::Ledger].into_iter().filter(wanted);
+    // At the same time, each on clusters of its own.
+    let reports = join_all(settlers.map(|settler| Report::of(settler, numbers, seed))).await;
+    for fault in reports.iter().flat_map(|report| &report.faults) {
         println!("FAILED: {fault}");
     }
-    let passed = report.faults.is_empty() && !report.lines.is_empty();
+    let passed = !reports.is_empty() && reports.iter().all(|report| report.faults.is_empty());
     command::report(NAME, passed, begun);
-    for line in report.lines {
+    for line in reports.iter().flat_map(|report| &report.lines) {
         println!("{line}");
     }
     passed
 }
 
 impl Report {
+    async fn of(settler: Settler, numbers: Numbers, seed: u64) -> Self {
+        let mut report = Self { settler, faults: Vec::new(), lines: Vec::new() };
+        report.waiting(numbers, seed).await;
+        if numbers.without_waiting > 0 {
+            report.without_waiting(numbers.without_waiting, seed).await;
+        }
+        report
+    }
+
     /// The cuts, and the failovers where commits wait for a standby.
-    async fn waiting(&mut self, settler: Settler, numbers: Numbers, seed: u64) {
-        let name = settler.name();
+    async fn waiting(&mut self, numbers: Numbers, seed: u64) {
         let mut all = Outcome::default();
         let (mut of_commits, mut made) = (0, 0);
         if numbers.cuts > 0 {
-            println!("settler={name}: {} cuts of commits", numbers.cuts);
             let begun = Instant::now();
-            if let Some(cuts) = self.ended(cuts::run(settler, numbers.cuts, seed)).await {
-                let Cuts { by_kind, crashes, outcome, .. } = cuts;
+            if let Some(cuts) = self.ended(cuts::run(self.settler, numbers.cuts, seed)).await {
                 of_commits = cuts.of_commits;
-                let kinds: Vec<String> = by_kind.iter().map(|(kind, cuts)| format!("{kind} {cuts}")).collect();
-                println!("settler={name} cuts: {}; the server crashed at {crashes} of them", kinds.join(", "));
-                self.look(&format!("settler={name} cuts"), settler, &outcome, begun);
-                all.add(outcome);
+                self.say(&format!("cuts: {:?}, with {:?}", cuts.by_kind, cuts.outages));
+                self.look("cuts", &cuts.outcome, begun);
+                all.add(cuts.outcome);
             }
         }
         if numbers.failovers > 0 {
-            println!("settler={name}: {} failovers", numbers.failovers);
             let begun = Instant::now();
-            let run = failovers::run(settler, Replication::Synchronous, numbers.failovers, seed);
+            let run = failovers::run(self.settler, Replication::Synchronous, numbers.failovers, seed);
             if let Some(failovers) = self.ended(run).await {
                 made = failovers.made;
-                println!("settler={name} failovers: {}", reused(&failovers));
-                self.look(&format!("settler={name} failovers"), settler, &failovers.outcome, begun);
+                self.say(&format!("failovers: {}", reused(&failovers)));
+                self.look("failovers", &failovers.outcome, begun);
                 all.add(failovers.outcome);
             }
         }
-        let counts = counts(&all);
-        self.lines.push(format!("settler={name} cuts={of_commits} failovers={made} {counts}"));
+        self.lines.push(format!("{} cuts={of_commits} failovers={made} {}", self.settler, counts(&all)));
     }
 
     /// The failovers where commits do not wait.
-    async fn without_waiting(&mut self, settler: Settler, wanted: u64, seed: u64) {
-        let (name, begun) = (settler.name(), Instant::now());
-        println!("settler={name}: {wanted} failovers, asynchronous");
-        let run = failovers::run(settler, Replication::Asynchronous, wanted, seed);
+    async fn without_waiting(&mut self, wanted: u64, seed: u64) {
+        let begun = Instant::now();
+        let run = failovers::run(self.settler, Replication::Asynchronous, wanted, seed);
         let Some(failovers) = self.ended(run).await else { return };
-        println!("settler={name} async: {}", reused(&failovers));
-        self.look(&format!("settler={name} async"), settler, &failovers.outcome, begun);
-        let (made, allowed) = (failovers.made, failovers.outcome.allowed_loss);
-        let counts = counts(&failovers.outcome);
-        self.lines.push(format!("settler={name} async failovers={made} allowed_loss={allowed} {counts}"));
+        self.say(&format!("async: {}", reused(&failovers)));
+        self.look("async", &failovers.outcome, begun);
+        let Failovers { made, outcome, .. } = failovers;
+        let (allowed, counts) = (outcome.allowed_loss, counts(&outcome));
+        self.lines.push(format!("{} async failovers={made} allowed_loss={allowed} {counts}", self.settler));
+    }
+
+    fn say(&self, what: &str) {
+        println!("{} {what}", self.settler);
     }
 
     /// A step of the test bed that does not come about panics; the other parts are still of interest.
@@ -157,20 +156,20 @@ impl Report {
             Ok(Err(fault)) => fault,
             Err(_) => "the test bed gave up, see above".to_owned(),
         };
-        self.faults.push(fault);
+        self.faults.push(format!("{}: {fault}", self.settler));
         None
     }
 
     /// Says what a part came to, and notes what is wrong with it.
-    fn look(&mut self, part: &str, settler: Settler, outcome: &Outcome, begun: Instant) {
+    fn look(&mut self, part: &str, outcome: &Outcome, begun: Instant) {
         let Outcome { acknowledged, refused, failed, stuck, settled, unknown, .. } = outcome;
-        println!(
+        self.say(&format!(
             "{part}: in doubt and settled: {} committed, {} not committed; unknown: {unknown:?}; acknowledged: \
              {acknowledged}, refused: {refused}, stuck: {stuck}; {:.0} s",
             settled.committed,
             settled.not_committed,
             begun.elapsed().as_secs_f64()
-        );
+        ));
         let Outcome { lost, doubled, untrue, .. } = outcome;
         let unknowns = outcome.unknowns();
         let faults = [
@@ -179,10 +178,11 @@ impl Report {
             (!untrue.is_empty(), format!("untrue {untrue:?}")),
             (*stuck > 0, format!("{stuck} calls were stuck")),
             (*failed > 0, format!("{failed} calls should have been run again")),
-            (settler == Settler::Ledger && unknowns > 0, format!("the ledger did not know {unknowns}")),
+            (self.settler == Settler::Ledger && unknowns > 0, format!("the ledger did not know {unknowns}")),
             (settled.committed + settled.not_committed == 0, "nothing was in doubt".to_owned()),
         ];
-        self.faults.extend(faults.into_iter().filter(|(wrong, _)| *wrong).map(|(_, what)| format!("{part}: {what}")));
+        let found = faults.into_iter().filter(|(wrong, _)| *wrong);
+        self.faults.extend(found.map(|(_, what)| format!("{} {part}: {what}", self.settler)));
     }
 }
 

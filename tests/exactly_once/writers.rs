@@ -1,6 +1,7 @@
 //! Writers of plain rows without any key, so that a doubled write shows; and what they were told.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +40,12 @@ impl Settler {
     }
 }
 
+impl fmt::Display for Settler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "settler={}", self.name())
+    }
+}
+
 /// Writers at work.
 pub(crate) struct Writers {
     shared: Arc<Shared>,
@@ -46,6 +53,7 @@ pub(crate) struct Writers {
 }
 
 struct Shared {
+    settler: Settler,
     pool: Pool,
     begun: Instant,
     stop: AtomicBool,
@@ -154,6 +162,7 @@ impl Writers {
             .and_then(|builder| builder.retry(RetryPolicy::new().max_delay(Duration::from_millis(100))).build())
             .expect("a pool");
         let shared = Arc::new(Shared {
+            settler,
             pool,
             begun: Instant::now(),
             stop: AtomicBool::new(false),
@@ -263,7 +272,7 @@ impl Shared {
     }
 
     fn say(&self, what: &str) {
-        println!("{:7.2} s  {what}", self.begun.elapsed().as_secs_f64());
+        println!("{} {:7.2} s  {what}", self.settler, self.begun.elapsed().as_secs_f64());
     }
 
     /// `None`: the call did not end in time, so nobody knows.

@@ -218,11 +218,7 @@ impl Load {
             .unwrap();
         let stored: Vec<(i64, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
         let record = std::mem::take(&mut *self.record.lock().unwrap());
-        Outcome {
-            verdict: record.history.check(&stored),
-            errors: record.errors,
-            successes: record.successes,
-        }
+        Outcome { verdict: record.history.check(&stored), errors: record.errors, successes: record.successes }
     }
 }
 

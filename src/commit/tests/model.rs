@@ -63,6 +63,8 @@ pub(super) struct Node {
     identity: Server,
     replayed: Option<Lsn>,
     received: Option<Lsn>,
+    /// When the statistics were reset.
+    stats_reset: i64,
     /// Lost in a crash, as is what runs.
     next_xid: u64,
     running: BTreeMap<u64, Running>,
@@ -98,15 +100,22 @@ impl Node {
     }
 
     /// What was not flushed is gone, but for `kept` records that happened to be.
-    fn lose_memory(&mut self, kept: usize) {
+    fn lose_memory(&mut self, kept: usize, now: i64) {
         self.wal.truncate(self.flushed + kept);
         self.flushed = self.wal.len();
         self.running.clear();
         self.received = None;
+        self.stats_reset = now;
     }
 
     pub(super) fn says(&self, primaries_since: u64) -> Now {
-        Now { server: self.identity, replayed: self.replayed, received: self.received, primaries_since }
+        Now {
+            server: self.identity,
+            replayed: self.replayed,
+            received: self.received,
+            stats_reset: Some(self.stats_reset),
+            primaries_since,
+        }
     }
 
     /// `pg_xact_status`. `None`: the error "transaction ID … is in the future".
@@ -252,6 +261,7 @@ impl World {
             upstream: (index > 0).then_some(0),
             identity: Server { system_identifier: 77, timeline: 1, started_at: -i64::try_from(index).unwrap() },
             replayed: None,
+            stats_reset: -i64::try_from(index).unwrap(),
             received: (index > 0).then(|| lsn(0)),
             next_xid: FIRST_XID,
             running: BTreeMap::new(),
@@ -375,7 +385,13 @@ impl World {
         let on_newest = self.newest() == Some(on);
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
-        let marker = Marker { server: node.identity, replayed: node.replayed, xid, lsn: node.end() };
+        let marker = Marker {
+            server: node.identity,
+            replayed: node.replayed,
+            xid,
+            lsn: node.end(),
+            stats_reset: Some(node.stats_reset),
+        };
         let (term, before) = (node.term, self.tally);
         let split_brain = self.is_split_brain(marker.server.timeline);
         self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain });
@@ -449,8 +465,9 @@ impl World {
     }
 
     fn crash(&mut self, on: usize, kept: usize) {
+        let now = self.count().cast_signed();
         let node = &mut self.nodes[on];
-        node.lose_memory(kept);
+        node.lose_memory(kept, now);
         node.role = match node.role {
             Role::Primary => Role::StoppedPrimary { clean: false },
             _ => Role::StoppedStandby,
@@ -459,7 +476,8 @@ impl World {
 
     /// The postmaster goes on, with its memory set up anew.
     fn backend_crash(&mut self, on: usize, kept: usize) {
-        self.nodes[on].lose_memory(kept);
+        let now = self.count().cast_signed();
+        self.nodes[on].lose_memory(kept, now);
         if self.nodes[on].role == Role::Primary {
             self.recover(on);
         }

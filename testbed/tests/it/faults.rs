@@ -113,3 +113,18 @@ async fn there_are_three_ways_to_stop() {
     drop(session);
     eventually("the server exits", LONG, async || !cluster.is_running(Node(0))).await;
 }
+
+#[tokio::test]
+async fn what_is_not_shipped_dies_with_the_primary() {
+    let cluster = Cluster::builder().nodes(2).asynchronous().start().await;
+    let session = cluster.direct(Node(0)).await;
+    session.batch_execute("CREATE TABLE shipped ()").await.unwrap();
+    cluster.wait_replayed(Node(1)).await;
+    cluster.stop_shipping(Node(0), Node(1)).await;
+    session.batch_execute("CREATE TABLE unshipped ()").await.unwrap();
+    cluster.kill(Node(0)).await;
+    cluster.promote(Node(1)).await;
+    let sql = "SELECT to_regclass('shipped') IS NOT NULL, to_regclass('unshipped') IS NOT NULL";
+    let row = cluster.direct(Node(1)).await.query_one(sql, &[]).await.unwrap();
+    assert_eq!((row.get(0), row.get(1)), (true, false));
+}
