@@ -11,14 +11,14 @@ CREATE SCHEMA IF NOT EXISTS "failover";
 
 CREATE TABLE IF NOT EXISTS "failover"."ledger" (
     id    uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
-    -- By the server's clock; rows older than `Ledger::keep` are pruned.
-    begun timestamptz NOT NULL DEFAULT now(),
+    -- By the server's clock; then it may be pruned. The transaction's BEGIN and `Ledger::keep`.
+    until timestamptz NOT NULL,
     -- A settler's row, not a transaction's.
     fence boolean     NOT NULL DEFAULT false
 );
 
 -- For pruning. A BRIN index costs a writer next to nothing.
-CREATE INDEX IF NOT EXISTS "ledger_begun" ON "failover"."ledger" USING brin (begun);
+CREATE INDEX IF NOT EXISTS "ledger_until" ON "failover"."ledger" USING brin (until);
 
 -- What the application's role needs:
 --   GRANT USAGE ON SCHEMA failover TO app;

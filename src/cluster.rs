@@ -489,8 +489,6 @@ impl Task {
                     self.sessions.insert(address.clone(), session);
                     report
                 });
-                // The task's own question and its answer are no sign that others get theirs.
-                self.stirs = self.opener.stirs();
                 let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
                 self.topology.probed(now, &Probed { address, result, fresh, still_open });
             }

@@ -39,13 +39,30 @@ pub enum Guarantee {
     AtLeastOnce,
 }
 
-/// Which server a transaction runs on, and in which of its lives.
+/// A server since it was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Server {
     pub(crate) system_identifier: u64,
     pub(crate) timeline: u32,
     /// When its postmaster was started, in microseconds since 1970.
     pub(crate) started_at: i64,
+}
+
+/// A server as the pool has verified it: which one, and in which of its lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub(crate) server: Server,
+    /// Where its last replay had ended: a crash of one backend moves it, and nothing else that can be seen.
+    pub(crate) replayed: Option<Lsn>,
+    /// When its statistics were reset, where that tells of crashes.
+    pub(crate) stats_reset: Option<i64>,
+}
+
+impl Life {
+    /// Statistics can be reset by hand.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.server == other.server && self.replayed == other.replayed
+    }
 }
 
 /// What a transaction left behind when it began.
@@ -136,11 +153,12 @@ pub enum Unsettled {
     /// Until the deadline the server was still committing it, perhaps waiting for a synchronous standby.
     #[error("it was still in progress at the deadline: look whether COMMIT waits for a synchronous standby")]
     InProgress,
-    /// It is committed on the primary, and no synchronous standby confirmed that until the deadline.
-    #[error("it is committed on the primary, but no synchronous standby had confirmed it at the deadline")]
+    /// What the primary says of it was not confirmed by a synchronous standby until the deadline, and may not outlast the
+    /// primary.
+    #[error("what the primary says of it had not been confirmed by a synchronous standby at the deadline")]
     NotReplicated,
-    /// Until the deadline there was no primary to ask.
-    #[error("there was no primary to ask before the deadline")]
+    /// Until the deadline there was no primary that answered.
+    #[error("there was no primary that answered before the deadline")]
     NoPrimary,
     /// The primary does not answer the question: a missing function, right or table.
     #[error("the primary refuses to tell: it lacks a function, a right or the ledger's table")]
@@ -204,16 +222,12 @@ pub(crate) enum Entry {
     Fence,
 }
 
-impl From<Entry> for Settled {
-    fn from(entry: Entry) -> Self {
-        match entry {
-            Entry::Own => Self::Committed,
-            Entry::Fence => Self::NotCommitted,
-        }
+/// What the entry says of a transaction that began `age` ago, by the server's clock. Its own row is pruned when it is older
+/// than `keep`, and a fence goes in where there is none; the other half is for the clocks of two servers that differ.
+pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> Settled {
+    match entry {
+        Entry::Own => Settled::Committed,
+        Entry::Fence if age > keep / 2 => Settled::Unknown(Unsettled::TooOld),
+        Entry::Fence => Settled::NotCommitted,
     }
-}
-
-/// May the ledger be asked about a transaction that began so long ago? Its row may be pruned once it is older than `keep`.
-pub(crate) fn ledger_remembers(age: Duration, keep: Duration) -> bool {
-    age <= keep / 2
 }

@@ -417,6 +417,11 @@ pub enum RolledBack {
         "the transaction was lost with the primary that it was committed on, before a standby had it; run it again"
     )]
     LostWithPrimary,
+    /// BEGIN reached another server than the one that the connection was verified with: a proxy in between has moved on.
+    #[error(
+        "nothing was done: the connection leads to another server than the one that was verified, as a proxy moved on"
+    )]
+    OtherServer,
     /// The pooled connection had a transaction open already: whoever had it before began one by hand and left it.
     #[error(
         "nothing was done: the connection came with a transaction that someone had left open; end what you begin by hand \

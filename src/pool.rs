@@ -8,6 +8,7 @@ mod builder;
 
 pub use builder::{IntoConfig, PoolBuilder};
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -17,13 +18,14 @@ use std::time::Duration;
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, WeakPool};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
-use crate::commit::{Guarantee, Server};
+use crate::commit::ledger::Ledger;
+use crate::commit::{Guarantee, Life, Server};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
@@ -31,6 +33,9 @@ use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, 
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// One new pool of so many prunes its ledger at once.
+const PRUNE_AT_ONCE: u64 = 64;
 
 /// Shortest and longest pause between two looks at the idle connections.
 const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
@@ -67,8 +72,10 @@ struct Shared {
     searching: AtomicUsize,
     /// The newest primary on which transactions cannot be marked, and why.
     unmarked: Mutex<Option<(GenerationId, String)>>,
-    /// When a ledger is pruned next.
-    prune_at: Mutex<Option<Instant>>,
+    /// When each ledger is pruned next, by its name.
+    prune_at: Mutex<HashMap<String, Instant>>,
+    /// Of those who settle a commit, so many ask at the same time.
+    settlers: Semaphore,
 }
 
 impl Pool {
@@ -227,15 +234,31 @@ impl Pool {
     }
 
     /// Is it this caller who prunes the ledger? One does, several times while a row is kept.
-    pub(crate) fn prunes(&self, keep: Duration) -> bool {
-        let (now, pause) = (Instant::now(), keep / 8);
-        let mut prune_at = lock(&self.shared.prune_at);
-        // Pools that were started together do not prune together.
-        let due = *prune_at.get_or_insert_with(|| now + self.inner.manager().random_up_to(pause));
-        if due <= now {
-            *prune_at = Some(now + pause);
+    pub(crate) fn prunes(&self, ledger: &Ledger) -> bool {
+        let (now, pause) = (Instant::now(), ledger.kept_for() / 8);
+        let mut dates = lock(&self.shared.prune_at);
+        let date = dates.entry(ledger.path()).or_insert_with(|| {
+            // Pools that were started together do not prune together; and those that never live so long prune, too.
+            let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
+            if at_once { now } else { now + self.inner.manager().random_up_to(pause) }
+        });
+        let due = *date <= now;
+        if due {
+            *date = now + pause;
         }
-        due <= now
+        due
+    }
+
+    /// A session beside those of the pool. Whoever settles a commit must not queue behind those who wait for its locks.
+    /// Waits for a primary without a limit of its own. Cancel-safe.
+    pub(crate) async fn aside(&self) -> Result<Aside, Error> {
+        let (session, generation) = self.inner.manager().session().await?;
+        Ok(Aside { session, generation })
+    }
+
+    /// Passed by those who settle a commit, while they ask.
+    pub(crate) fn settlers(&self) -> &Semaphore {
+        &self.shared.settlers
     }
 
     /// A seed for one call's jitter.
@@ -270,6 +293,30 @@ impl Pool {
         let opener = Arc::clone(&self.inner.manager().opener);
         let token = client.cancel_token();
         runtime.spawn(async move { opener.cancel(token).await });
+    }
+}
+
+/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
+pub(crate) struct Aside {
+    session: Session,
+    generation: Arc<Generation>,
+}
+
+impl Aside {
+    pub(crate) fn client(&self) -> &tokio_postgres::Client {
+        &self.session.client
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.session.notices
+    }
+
+    pub(crate) fn generation(&self) -> GenerationId {
+        self.generation.primary.id
+    }
+
+    pub(crate) fn life(&self) -> Option<Life> {
+        life(&self.generation.primary.report)
     }
 }
 
@@ -396,13 +443,8 @@ impl Client {
     }
 
     /// The server at the other end, where it lets itself be identified.
-    pub(crate) fn server(&self) -> Option<Server> {
-        self.connection().and_then(|connection| connection.server)
-    }
-
-    /// When that server's statistics were reset, as of the beginning of the generation.
-    pub(crate) fn stats_reset(&self) -> Option<i64> {
-        self.connection().and_then(|connection| connection.stats_reset)
+    pub(crate) fn life(&self) -> Option<Life> {
+        self.connection().and_then(|connection| connection.life)
     }
 
     fn connection(&self) -> Option<&Connection> {
@@ -453,8 +495,7 @@ pub struct Connection {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
-    server: Option<Server>,
-    stats_reset: Option<i64>,
+    life: Option<Life>,
     notices: Arc<Notices>,
     /// From then on it is not handed out any more.
     expires: Instant,
@@ -463,13 +504,13 @@ pub struct Connection {
 
 impl Connection {
     fn new(session: Session, generation: &Generation, lifetime: Duration) -> Self {
+        session.notices.pool();
         Self {
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
             generation: generation.primary.id,
-            server: identity(&generation.primary.report),
-            stats_reset: generation.primary.report.stats_reset,
+            life: life(&generation.primary.report),
             notices: session.notices,
             poisoned: AtomicBool::new(false),
         }
@@ -488,12 +529,13 @@ impl Connection {
     }
 }
 
-fn identity(report: &ServerReport) -> Option<Server> {
-    Some(Server {
+fn life(report: &ServerReport) -> Option<Life> {
+    let server = Server {
         system_identifier: report.system_identifier?,
         timeline: report.timeline?,
         started_at: report.started_at?,
-    })
+    };
+    Some(Life { server, replayed: report.replayed, stats_reset: report.stats_reset })
 }
 
 /// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
@@ -576,6 +618,25 @@ impl Manager {
         Ok(session)
     }
 
+    /// A session of the current generation.
+    async fn session(&self) -> Result<(Session, Arc<Generation>), Error> {
+        loop {
+            let generation = self.cluster.primary().await?;
+            if let Some(session) = generation.take_spare() {
+                return Ok((session, generation));
+            }
+            // A dial to a server that has been replaced meanwhile is not waited for.
+            let opened = tokio::select! {
+                biased;
+                () = self.cluster.left(generation.primary.id) => None,
+                opened = self.open_through_gate(&generation) => opened?,
+            };
+            if let Some(session) = opened {
+                return Ok((session, generation));
+            }
+        }
+    }
+
     /// One try, through the generation's gate. `None`: the generation was left meanwhile.
     async fn open_through_gate(&self, generation: &Generation) -> Result<Option<Session>, Error> {
         let id = generation.primary.id;
@@ -610,21 +671,8 @@ impl managed::Manager for Manager {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection, Error> {
-        loop {
-            let generation = self.cluster.primary().await?;
-            if let Some(session) = generation.take_spare() {
-                return Ok(self.connection(session, &generation));
-            }
-            // A dial to a server that has been replaced meanwhile is not waited for.
-            let opened = tokio::select! {
-                biased;
-                () = self.cluster.left(generation.primary.id) => None,
-                opened = self.open_through_gate(&generation) => opened?,
-            };
-            if let Some(session) = opened {
-                return Ok(self.connection(session, &generation));
-            }
-        }
+        let (session, generation) = self.session().await?;
+        Ok(self.connection(session, &generation))
     }
 
     async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {

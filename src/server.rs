@@ -47,6 +47,8 @@ type Driver = BoxFuture<'static, Result<(), Error>>;
 pub(crate) struct Notices {
     already_in_transaction: AtomicBool,
     not_replicated: AtomicBool,
+    /// The session is one of the pool's, whose traffic shows that the server is there.
+    pooled: AtomicBool,
 }
 
 impl Notices {
@@ -59,6 +61,11 @@ impl Notices {
         if notice.routine() == Some("SyncRepWaitForLSN") {
             self.not_replicated.store(true, Ordering::Release);
         }
+    }
+
+    /// From now on the session's traffic counts.
+    pub(crate) fn pool(&self) {
+        self.pooled.store(true, Ordering::Relaxed);
     }
 
     /// What was said before is of no interest to what comes now.
@@ -121,7 +128,7 @@ pub(crate) struct Opener {
     dial: Box<dyn Dial>,
     /// Where the template holds no password because each session has its own.
     passwords: Option<Passwords>,
-    /// Grows whenever something is sent or received on any session.
+    /// Grows whenever something is sent or received on any session of the pool.
     stirs: Arc<AtomicU64>,
     /// Servers that did not let this role read more than their role, and when that was.
     role_only: Mutex<HashMap<Address, Instant>>,
@@ -152,7 +159,7 @@ impl Opener {
     ) -> Result<(Session, ServerReport), ProbeFailure> {
         let notices = Arc::new(Notices::default());
         let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
-        let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&self.stirs)));
+        let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
         let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
         let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
@@ -179,7 +186,7 @@ impl Opener {
         Box::pin(dialling).await
     }
 
-    /// Another number than before, if something was sent or received meanwhile on any session.
+    /// Another number than before, if something was sent or received meanwhile on any session of the pool.
     pub(crate) fn stirs(&self) -> u64 {
         self.stirs.load(Ordering::Relaxed)
     }
@@ -249,10 +256,12 @@ pub(crate) struct Session {
     pub(crate) notices: Arc<Notices>,
 }
 
-async fn drive(mut driver: Driver, scope: CancellationToken, stirs: Arc<AtomicU64>) {
+async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
     // The driver is woken by what is to be sent and by what was received, and by nothing else.
     let stirring = poll_fn(|cx| {
-        stirs.fetch_add(1, Ordering::Relaxed);
+        if notices.pooled.load(Ordering::Relaxed) {
+            stirs.fetch_add(1, Ordering::Relaxed);
+        }
         driver.as_mut().poll(cx)
     });
     tokio::select! {

@@ -243,6 +243,8 @@ pub(crate) struct Topology {
     polled_at: Instant,
     pulse: Pulse,
     moved_at: Instant,
+    /// How long after a question the next one is asked because of silence.
+    quiet_pause: Duration,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
     noticed: HashSet<Notice>,
@@ -254,6 +256,7 @@ impl Topology {
     /// A topology that searches. `names`: whether there is anything to resolve.
     pub(crate) fn new(settings: Settings, configured: Vec<Endpoint>, names: bool, seed: u64, now: Instant) -> Self {
         let mut topology = Self {
+            quiet_pause: settings.heartbeat / QUIET,
             settings,
             members: BTreeMap::new(),
             phase: Phase::Searching(Search { since: now, suspended: None, pick: None, refused: None, told: false }),
@@ -620,6 +623,10 @@ impl Topology {
                 if primary.is(address, report) {
                     return;
                 }
+                if same_start(report, &primary.report) {
+                    // One server by two addresses, or what it said in an earlier life.
+                    return;
+                }
                 if report.timeline > primary.report.timeline && primary.report.timeline.is_some() {
                     self.adopt(now, address, report.clone(), "a server on a newer timeline is writable");
                 } else {
@@ -776,8 +783,8 @@ impl Topology {
         member.asked_at.map(|asked| asked + patience)
     }
 
-    /// Work is under way and nothing is heard: a silent server, or a long statement. Ask at once, and while the silence
-    /// lasts and the answers are good, less and less often.
+    /// Work is under way and nothing is heard: a silent server, or a long statement. Ask at once, and where that is how the
+    /// work goes on, less and less often.
     fn ask_if_quiet(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -786,10 +793,15 @@ impl Topology {
         let Some(member) = self.members.get_mut(&primary.endpoint.address).filter(|_| self.pulse.in_use) else {
             return;
         };
-        let asked_at = member.asked_at.unwrap_or(now);
-        let quiet_then = asked_at.saturating_duration_since(self.moved_at);
-        if now >= self.moved_at + least && now >= asked_at + quiet_then.clamp(least, most) {
-            member.due = member.due.min(now);
+        if member.asking {
+            return;
+        }
+        if member.due <= now {
+            // It is asked anyway: the silence did not come before.
+            self.quiet_pause = (self.quiet_pause / 2).max(least);
+        } else if now >= self.moved_at + least && member.asked_at.is_none_or(|asked| now >= asked + self.quiet_pause) {
+            member.due = now;
+            self.quiet_pause = (self.quiet_pause * 2).min(most);
         }
     }
 
@@ -875,7 +887,11 @@ impl Topology {
         self.noticed.retain(|notice| !matches!(notice, Notice::Refused(..) | Notice::TwoPrimaries(_)));
         let primary = Primary { id: self.generation, endpoint, report };
         let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {
-            Some(Answer::Primary(said)) if said.timeline == primary.report.timeline && !primary.is(other, said) => {
+            Some(Answer::Primary(said))
+                if said.timeline == primary.report.timeline
+                    && !primary.is(other, said)
+                    && !same_start(said, &primary.report) =>
+            {
                 Some(Notice::TwoPrimaries(other.clone()))
             }
             _ => None,
@@ -892,6 +908,7 @@ impl Topology {
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
         self.phase = Phase::Known { primary, answered_at: now };
+        self.quiet_pause = self.settings.heartbeat / QUIET;
         if let Some(member) = self.members.get_mut(&current) {
             member.verified = true;
             member.fresh = false;
@@ -978,6 +995,10 @@ impl Topology {
         self.jitter = x;
         0.75 + f64::from(u16::try_from(x >> 48).unwrap_or(0)) / f64::from(u16::MAX) / 2.0
     }
+}
+
+fn same_start(one: &ServerReport, other: &ServerReport) -> bool {
+    one.started_at.is_some() && one.started_at == other.started_at
 }
 
 /// Among writable servers: one that tells who it is, then the newest timeline, then the most WAL.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::wal::{Backend, Row, field, only_row, text};
-use super::{Entry, Settled};
+use super::wal::{BEGIN, Backend, Row, field, only_row, text};
+use super::{Entry, Settled, settle_entry};
 use crate::topology::BadReport;
 
 /// The documented file; its names are those of [`Ledger::default`].
@@ -20,8 +20,9 @@ const TABLE: &str = "ledger";
 const LOCK_TIMEOUT: &str = "250ms";
 /// One pruning removes no more rows than this, so that it stays a short transaction.
 const PRUNED_AT_ONCE: u32 = 10_000;
-/// A row is kept at least so long. Half of it is the longest that a transaction may take and still be settled; the other
-/// half is for clocks that differ.
+/// In microseconds since 1970.
+const NOW: &str = "(extract(epoch FROM now()) * 1000000)::bigint";
+/// A row is kept at least so long.
 const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 
 /// A table that tells which transactions were committed: the settler of [`Guarantee::Ledger`](crate::Guarantee::Ledger).
@@ -60,13 +61,14 @@ impl Ledger {
     /// A ledger in another table. The names are taken as they are, in the case that they are written in.
     #[must_use]
     pub fn named(schema: &str, table: &str) -> Self {
-        Self { schema: quoted(schema), table: quoted(table), keep: Duration::from_secs(3600) }
+        Self { schema: schema.into(), table: table.into(), keep: Duration::from_secs(3600) }
     }
 
-    /// For how long rows are kept, by the server's clock; at least ten minutes. Default: one hour.
+    /// For how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes. Default: one
+    /// hour.
     ///
-    /// A transaction can be settled for half of this time after its BEGIN; later its outcome counts as unknown. All pools
-    /// that use the table must agree on it.
+    /// A transaction that was not committed can be told for half of this time after its BEGIN; later its outcome counts as
+    /// unknown.
     #[must_use]
     pub fn keep(mut self, keep: Duration) -> Self {
         self.keep = keep.max(KEEP_AT_LEAST);
@@ -80,28 +82,28 @@ impl Ledger {
     /// The statements that [`Ledger::install`] runs.
     #[must_use]
     pub fn ddl(&self) -> String {
-        let (schema, table) = (&self.schema, &self.table);
-        let index = quoted(&format!("{}_begun", table.trim_matches('"').replace("\"\"", "\"")));
-        DDL.replace("\"ledger_begun\"", &index)
-            .replace("\"failover\".\"ledger\"", &format!("{schema}.{table}"))
-            .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {schema}"))
+        // A longer name would be cut, and might then be that of the table.
+        let stem: String = self.table.chars().take(14).collect();
+        DDL.replace("\"ledger_until\"", &quoted(&format!("{stem}_until")))
+            .replace("\"failover\".\"ledger\"", &self.path())
+            .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {}", quoted(&self.schema)))
     }
 
-    /// Creates schema, table and index unless they are there. Needs the right to do so; several may call it at once.
+    /// Creates schema, table and index unless they are there, all or none of them. Needs the right to do so; several may call
+    /// it at once. Cancel-safe.
     ///
     /// `client` is a connection to the primary: `&pool.get().await?`.
     pub async fn install(&self, client: &Client) -> Result<(), Error> {
         client.batch_execute(&self.ddl()).await
     }
 
-    /// Removes rows that are older than [`Ledger::keep`], ten thousand at most; tells how many. The pool does this by
+    /// Removes rows that were kept for long enough, ten thousand at most; tells how many. The pool does this by
     /// itself from time to time, so call it only to catch up. Cancel-safe.
     pub async fn prune(&self, client: &Client) -> Result<u64, Error> {
-        let (table, keep) = (self.path(), self.keep.as_secs());
+        let table = self.path();
         let sql = format!(
             "DELETE FROM {table} WHERE id IN (\
-                SELECT id FROM {table} WHERE begun < now() - interval '{keep} seconds' \
-                 LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
+                SELECT id FROM {table} WHERE until < now() LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
         );
         let messages = client.simple_query(&sql).await?;
         Ok(messages
@@ -124,60 +126,78 @@ impl Ledger {
 
     /// To be sent with BEGIN. The id is the server's, from its own strong source of randomness.
     pub(crate) fn enter(&self) -> String {
-        format!("INSERT INTO {} DEFAULT VALUES RETURNING id, pg_backend_pid(), pg_current_xact_id()", self.path())
+        format!(
+            "INSERT INTO {} (until) VALUES ({}) RETURNING id, pg_backend_pid(), pg_current_xact_id(), {NOW}",
+            self.path(),
+            self.until()
+        )
     }
 
-    /// Tries to insert the id. Waits while its transaction is in progress, and then says so.
-    pub(crate) async fn ask(&self, client: &Client, id: &str) -> Result<Settled, Option<Error>> {
-        // Does not wait for a synchronous standby, so that the answer is known while `confirm` does.
+    /// Begins a settler's transaction, and tries to insert the id. Waits while its transaction is in progress, and then says
+    /// so; the settler's own is over then.
+    pub(crate) async fn ask(&self, client: &Client, entered: &Entered) -> Result<Settled, Option<Error>> {
+        // The update that changes nothing makes a conflict write WAL, too: so COMMIT waits until a synchronous standby has
+        // what was found.
         let sql = format!(
-            "SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; SET LOCAL synchronous_commit = local; \
-             INSERT INTO {} AS entry (id, fence) VALUES ('{id}', true) \
-                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence",
-            self.path()
+            "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
+             INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
+                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}",
+            self.path(),
+            entered.id,
+            self.until()
         );
         let row = match only_row(client, &sql).await {
-            // The second: it was committed while this waited, in the eyes of a stricter isolation level.
-            Err(error)
-                if [Some(&SqlState::LOCK_NOT_AVAILABLE), Some(&SqlState::T_R_SERIALIZATION_FAILURE)]
-                    .contains(&error.code()) =>
-            {
-                return Ok(Settled::InProgress);
-            }
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Settled::InProgress),
             row => row?,
         };
-        match text(&row, 0) {
-            Some("t") => Ok(Entry::Fence.into()),
-            Some("f") => Ok(Entry::Own.into()),
-            _ => Err(None),
-        }
+        let entry = match text(&row, 0) {
+            Some("t") => Entry::Fence,
+            Some("f") => Entry::Own,
+            _ => return Err(None),
+        };
+        let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
+        // A clock that went back makes a row no older.
+        let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
+        Ok(settle_entry(entry, Duration::from_micros(age), self.keep))
     }
 
-    /// Waits until the synchronous standbys have the row, and what was committed with it: the change that changes nothing
-    /// writes WAL behind both. The server tells by a notice when an administrator cancelled the wait.
-    pub(crate) async fn confirm(&self, client: &Client, id: &str) -> Result<(), Error> {
-        client.batch_execute(&format!("UPDATE {} SET fence = fence WHERE id = '{id}'", self.path())).await
+    /// Ends a settler's transaction: its COMMIT waits for the synchronous standbys, as it has written. The server tells by a
+    /// notice when an administrator cancelled the wait.
+    pub(crate) async fn confirm(&self, client: &Client) -> Result<(), Error> {
+        client.batch_execute("COMMIT").await
     }
 
-    fn path(&self) -> String {
-        format!("{}.{}", self.schema, self.table)
+    fn until(&self) -> String {
+        format!("now() + interval '{} seconds'", self.keep.as_secs())
+    }
+
+    pub(crate) fn path(&self) -> String {
+        format!("{}.{}", quoted(&self.schema), quoted(&self.table))
     }
 }
 
-/// Reads the answer to [`Ledger::enter`]: the id, and the session that it belongs to.
-pub(crate) fn entered(row: &Row) -> Result<(String, Backend), BadReport> {
+/// A transaction's row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entered {
+    id: String,
+    /// In microseconds since 1970, by the server's clock.
+    begun: i64,
+}
+
+/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it.
+pub(crate) fn entered(row: &Row) -> Result<(Entered, Backend), BadReport> {
     let id = text(row, 0).unwrap_or("NULL");
     // It goes into a statement as it is.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
     let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
-    Ok((id.to_owned(), backend))
+    Ok((Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
 }
 
 /// As an identifier of SQL.
-fn quoted(name: &str) -> Arc<str> {
-    format!("\"{}\"", name.replace('"', "\"\"")).into()
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 #[cfg(test)]
@@ -195,16 +215,19 @@ mod tests {
         let code: Vec<&str> = ddl.lines().filter(|line| !line.starts_with("--")).collect();
         let code = code.join("\n");
         assert!(code.contains(r#"CREATE SCHEMA IF NOT EXISTS "my schema""#), "{code}");
+        let long = Ledger::named("failover", &"t".repeat(63)).ddl();
+        assert!(long.contains(r#""tttttttttttttt_until" ON"#), "{long}");
         assert!(code.contains(r#"CREATE TABLE IF NOT EXISTS "my schema"."a""b""#), "{code}");
-        assert!(code.contains(r#""a""b_begun" ON "my schema"."a""b""#), "{code}");
+        assert!(code.contains(r#""a""b_until" ON "my schema"."a""b""#), "{code}");
         assert!(!code.contains("\"failover\"") && !code.contains("\"ledger"), "{code}");
     }
 
     #[test]
     fn only_a_uuid_is_an_id() {
-        let row = |id: &str| vec![Some(id.to_owned()), Some("1".to_owned()), Some("2".to_owned())];
+        let row = |id: &str| [id, "1", "2", "3"].map(|text| Some(text.to_owned())).to_vec();
         let id = "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e11";
-        assert_eq!(entered(&row(id)).unwrap(), (id.to_owned(), Backend { pid: 1, xid: 2 }));
+        let expected = Entered { id: id.to_owned(), begun: 3 };
+        assert_eq!(entered(&row(id)).unwrap(), (expected, Backend { pid: 1, xid: 2 }));
         for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
             assert!(entered(&row(bad)).is_err(), "{bad}");
         }

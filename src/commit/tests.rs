@@ -149,17 +149,15 @@ fn what_the_server_says_of_an_id_it_knows_is_the_answer() {
 }
 
 #[test]
-fn the_row_that_is_in_the_ledger_is_the_answer() {
-    assert_eq!(Settled::from(Entry::Own), Settled::Committed);
-    assert_eq!(Settled::from(Entry::Fence), Settled::NotCommitted);
-}
-
-#[test]
-fn the_ledger_is_asked_no_later_than_after_half_of_what_it_keeps() {
-    let hours = |hours: u64| Duration::from_secs(3600 * hours);
-    assert!(ledger_remembers(hours(0), hours(24)));
-    assert!(ledger_remembers(hours(12), hours(24)));
-    assert!(!ledger_remembers(hours(12) + Duration::from_nanos(1), hours(24)));
+fn a_fence_is_believed_for_half_of_the_time_that_rows_are_kept() {
+    let keep = Duration::from_secs(3600);
+    let settle = |entry, age| settle_entry(entry, Duration::from_secs(age), keep);
+    assert_eq!(settle(Entry::Fence, 0), Settled::NotCommitted);
+    assert_eq!(settle(Entry::Fence, 1800), Settled::NotCommitted);
+    assert_eq!(settle(Entry::Fence, 1801), Settled::Unknown(Unsettled::TooOld), "its own row may have been pruned");
+    for age in [0, 1801, 3600 * 24] {
+        assert_eq!(settle(Entry::Own, age), Settled::Committed, "a row that is there is true at any age");
+    }
 }
 
 /// What the pool answers, when it has seen so many new primaries.

@@ -3,18 +3,19 @@
 
 use tokio_postgres::{Client, Error};
 
-use super::{Marker, Now, Server, XactStatus};
+use super::{Life, Marker, Now, Server, XactStatus};
 use crate::server::rows;
 use crate::topology::{BadReport, STATS_RESET, ServerReport};
 
 /// To be sent with BEGIN. Asking for the id first makes a standby refuse with 25006. The second function writes a record
-/// of WAL that carries the id and that nobody reads, and returns its end.
+/// of WAL that carries the id and that nobody reads, and returns its end. The third and the last tell the server's life: a
+/// proxy may have led this transaction to another server than the one that its session was verified with.
 pub(crate) const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_message(true, 'failover', ''), \
-     pg_last_wal_replay_lsn(), pg_backend_pid()";
+     pg_last_wal_replay_lsn(), pg_backend_pid(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
 
-/// A transaction of its own that waits for the synchronous standbys as any does. WAL is replicated in order: once this is,
-/// so is all that was committed before.
-const CONFIRM: &str = "SELECT pg_logical_emit_message(true, 'failover', '')";
+/// A settler asks in one transaction: behind a proxy that stays on one server. It waits for the synchronous standbys,
+/// whatever the role's default is.
+pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on";
 
 /// The session that a transaction runs on: the server may go on with it long after its client is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,17 +33,24 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// Reads the answer to [`MARK`]. The server is known since the session was opened, and cannot crash without ending that.
-pub(crate) fn marker(server: Server, stats_reset: Option<i64>, row: &Row) -> Result<(Marker, Backend), BadReport> {
+/// Reads the answer to [`MARK`]. `None`: this is not the life that the session was verified in.
+pub(crate) fn marker(life: &Life, row: &Row) -> Result<Option<(Marker, Backend)>, BadReport> {
     let xid = field(row, 0, "a transaction id")?;
-    let marker = Marker { server, replayed: optional(row, 2)?, xid, lsn: field(row, 1, "an LSN")?, stats_reset };
-    Ok((marker, Backend { pid: field(row, 3, "a process id")?, xid }))
+    let lsn = field(row, 1, "an LSN")?;
+    let backend = Backend { pid: field(row, 3, "a process id")?, xid };
+    let (replayed, started_at) = (optional(row, 2)?, field(row, 4, "a start time")?);
+    let Life { server, stats_reset, .. } = *life;
+    if !life.is(&Life { server: Server { started_at, ..server }, replayed, stats_reset }) {
+        return Ok(None);
+    }
+    Ok(Some((Marker { server, replayed, xid, lsn, stats_reset }, backend)))
 }
 
-/// What the server says of itself. `Err(None)`: it makes no sense.
+/// Begins a settler's transaction. What the server says of itself; `Err(None)`: it makes no sense.
 pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, Option<Error>> {
     let look = format!(
-        "SELECT system_identifier, \
+        "{BEGIN}; \
+         SELECT system_identifier, \
                 (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
                 pg_walfile_name(pg_current_wal_insert_lsn()), \
                 pg_last_wal_replay_lsn(), \
@@ -76,20 +84,21 @@ pub(crate) async fn status(client: &Client, xid: u64) -> Result<XactStatus, Opti
     }
 }
 
-/// Waits until the synchronous standbys have everything that was committed before. The server tells by a notice when an
+/// Ends a settler's transaction with a COMMIT that waits for the synchronous standbys, as it has written. WAL is replicated
+/// in order: once they have this, they have all that was committed before. The server tells by a notice when an
 /// administrator cancelled the wait.
 pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
-    client.batch_execute(CONFIRM).await
+    client.batch_execute("SELECT pg_logical_emit_message(true, 'failover', ''); COMMIT").await
 }
 
 /// Ends the session that an undelivered COMMIT has left idle within its transaction, holding its locks: the server may
-/// not learn for hours that its client is gone. A session that is committing is left alone.
+/// not learn for hours that its client is gone. A session that is committing is left alone. Ends a settler's transaction.
 pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(), Error> {
     let Backend { pid, xid } = backend;
     // `pg_stat_activity` shows the id without its epoch.
     let xid = xid & u64::from(u32::MAX);
     let sql = format!(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+        "ROLLBACK; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
           WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND state LIKE 'idle in transaction%'"
     );
     client.batch_execute(&sql).await
@@ -113,29 +122,43 @@ mod tests {
     use super::*;
     use crate::topology::Lsn;
 
-    const SERVER: Server = Server { system_identifier: 1, timeline: 1, started_at: 1 };
+    fn life() -> Life {
+        let server = Server { system_identifier: 1, timeline: 1, started_at: 5 };
+        Life { server, replayed: None, stats_reset: Some(9) }
+    }
 
     fn row(columns: &[Option<&str>]) -> Row {
         columns.iter().map(|column| column.map(str::to_owned)).collect()
     }
 
+    const MARKED: [Option<&str>; 5] = [Some("728"), Some("0/30162E0"), None, Some("42"), Some("5")];
+
     #[test]
     fn a_marker_is_read() {
-        let (marker, backend) =
-            marker(SERVER, Some(9), &row(&[Some("728"), Some("0/30162E0"), None, Some("42")])).unwrap();
+        let (marker, backend) = marker(&life(), &row(&MARKED)).unwrap().unwrap();
         assert_eq!((marker.xid, marker.lsn.to_string(), marker.replayed), (728, "0/30162E0".to_owned(), None));
         assert_eq!(backend, Backend { pid: 42, xid: 728 });
     }
 
     #[test]
-    fn nonsense_is_no_marker() {
-        let good = [Some("728"), Some("0/30162E0"), Some("0/1"), Some("42")];
-        for (index, bad) in [(0, None), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None)] {
-            let mut columns = good;
-            columns[index] = bad;
-            assert!(marker(SERVER, None, &row(&columns)).is_err(), "column {index}: {bad:?}");
+    fn a_marker_of_another_life_is_none() {
+        for (index, other) in [(2, Some("0/1")), (4, Some("6"))] {
+            let mut columns = MARKED;
+            columns[index] = other;
+            assert_eq!(marker(&life(), &row(&columns)).unwrap(), None, "column {index}");
         }
-        assert!(marker(SERVER, None, &row(&[])).is_err());
+    }
+
+    #[test]
+    fn nonsense_is_no_marker() {
+        for (index, bad) in
+            [(0, None), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None), (4, None)]
+        {
+            let mut columns = MARKED;
+            columns[index] = bad;
+            assert!(marker(&life(), &row(&columns)).is_err(), "column {index}: {bad:?}");
+        }
+        assert!(marker(&life(), &row(&[])).is_err());
     }
 
     #[test]

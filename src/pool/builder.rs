@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use deadpool::managed::{self, QueueMode};
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
@@ -99,6 +100,9 @@ fn not_misread(text: &str, config: &Config) -> Result<(), BuildError> {
     }
     Ok(())
 }
+
+/// A failover may leave as many commits in doubt as there are connections; the new primary is asked about a few at a time.
+const SETTLERS: usize = 4;
 
 /// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
 type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
@@ -400,6 +404,7 @@ impl PoolBuilder {
             searching: AtomicUsize::new(0),
             unmarked: Mutex::default(),
             prune_at: Mutex::default(),
+            settlers: Semaphore::new(SETTLERS),
         });
         Ok(Pool { inner, shared })
     }

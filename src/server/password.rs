@@ -27,6 +27,9 @@ struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
 /// The user's function.
 pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
 
+/// A source chain longer than this is a loop.
+const LINKS: usize = 16;
+
 /// Neither a provider nor a server that said no is asked again earlier than after this.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -81,16 +84,22 @@ impl Passwords {
     }
 }
 
+/// Whatever its `Display` does, and however long its chain of sources is.
 fn in_one_line(error: &(dyn Error + 'static)) -> String {
+    std::panic::catch_unwind(AssertUnwindSafe(|| chain(error))).unwrap_or_else(|_| "its error panicked".to_owned())
+}
+
+fn chain(error: &(dyn Error + 'static)) -> String {
     let mut line = String::new();
     let mut next = Some(error);
-    while let Some(error) = next {
+    for _ in 0..LINKS {
+        let Some(error) = next else { break };
+        next = error.source();
         let text = error.to_string();
         if !line.ends_with(&text) {
             // Writing to a String cannot fail.
             let _ = write!(line, "{}{text}", if line.is_empty() { "" } else { ": " });
         }
-        next = error.source();
     }
     line.split_whitespace().collect::<Vec<_>>().join(" ")
 }

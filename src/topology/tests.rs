@@ -413,6 +413,34 @@ fn a_long_statement_is_no_reason_to_go_on_asking() {
 }
 
 #[test]
+fn slow_statements_are_no_reason_either() {
+    let mut bench = Bench::settled();
+    for _ in 0..100 {
+        bench.work(ms(75), false);
+        bench.work(ms(25), true);
+        bench.answer(1, Ok(primary(1, 1)), false, true);
+    }
+    assert!(bench.asked(1) <= 25, "asked {} times in ten seconds", bench.asked(1));
+    // What is heard all the time is asked as soon as it falls silent.
+    for _ in 0..6 {
+        bench.work(ms(1000), true);
+        bench.answer(1, Ok(primary(1, 1)), false, true);
+    }
+    bench.log.clear();
+    bench.work(ms(75), false);
+    assert_eq!(bench.asked(1), 1);
+}
+
+#[test]
+fn one_server_by_two_addresses_is_no_second_primary() {
+    let mut bench = Bench::settled();
+    let before = ServerReport { replayed: "0/10".parse().ok(), ..primary(1, 1) };
+    bench.report(2, before);
+    let two = |action: &Action| matches!(action, Action::Notice(Notice::TwoPrimaries(_)));
+    assert!(!bench.log.iter().any(two), "what the same postmaster said in another life");
+}
+
+#[test]
 fn an_idle_pool_asks_no_more_than_the_heart_beat() {
     let mut bench = Bench::settled();
     bench.wait(ms(800));

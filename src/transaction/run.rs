@@ -69,6 +69,7 @@ where
             }
             Ended::Failed(stage, failed) => (stage, failed),
             Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed),
+            Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error } = failed;
         match decide(mode, stage, verdict) {
@@ -139,6 +140,8 @@ enum Ended<T> {
     Committed(T),
     Failed(Stage, Failed),
     InDoubt(Unanswered<T>),
+    /// And nobody could tell.
+    Unknown(Error),
 }
 
 struct Failed {
@@ -169,10 +172,7 @@ impl<T> Unanswered<T> {
                 };
                 Ended::Failed(Stage::Refused, Failed { verdict, error })
             }
-            Err(why) => {
-                let failed = Failed { verdict: Verdict::Application, error: unknown(error, why) };
-                Ended::Failed(Stage::Refused, failed)
-            }
+            Err(why) => Ended::Unknown(unknown(error, why)),
         }
     }
 }
@@ -243,10 +243,10 @@ impl Attempt {
     {
         self.client().notices().forget();
         let mark = self.begin(begin).await.map_err(|error| {
-            let verdict = match verdict_of(&error) {
-                // Whoever had the connection before left a failed transaction on it.
-                Verdict::Aborted => Verdict::ConnectionLost,
-                verdict => verdict,
+            let verdict = match (verdict_of(&error), &error) {
+                // Whoever had the connection before left a failed transaction on it; or it leads somewhere else by now.
+                (Verdict::Aborted, _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
+                (verdict, _) => verdict,
             };
             (verdict, error)
         })?;
@@ -260,7 +260,7 @@ impl Attempt {
 
     /// BEGIN and the mark, in one message.
     async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
-        let (client, now) = (self.client(), Instant::now());
+        let client = self.client();
         let mark_sql = match &begin.marks {
             Marks::Nothing => None,
             Marks::Wal | Marks::Write => self.can_be_marked().then(|| wal::MARK.to_owned()),
@@ -272,7 +272,8 @@ impl Attempt {
         };
         let row = match wal::only_row(client, &format!("{}; {mark_sql}", begin.sql)).await {
             Ok(row) => row,
-            Err(error) if !not_offered(&error) => return Err(error.into()),
+            // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
+            Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
             Err(error) if matches!(begin.marks, Marks::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
                 self.pool().set_unmarked(client.generation(), &explain(&error));
@@ -281,19 +282,26 @@ impl Attempt {
                 return Ok(None);
             }
         };
-        let read = match (&begin.marks, client.server()) {
-            (Marks::Ledger(ledger), _) => {
-                entered(&row).map(|(id, backend)| (Settler::Ledger(ledger.clone(), id), backend))
-            }
-            (_, Some(server)) => {
-                wal::marker(server, client.stats_reset(), &row).map(|(marker, backend)| (Settler::Wal(marker), backend))
+        let read = match (&begin.marks, client.life()) {
+            (Marks::Ledger(ledger), _) => entered(&row).map(|(entered, backend)| {
+                let by = Settler::Ledger(ledger.clone(), entered);
+                Some((by, backend))
+            }),
+            (_, Some(life)) => {
+                wal::marker(&life, &row).map(|read| read.map(|(marker, backend)| (Settler::Wal(marker), backend)))
             }
             _ => return Ok(None),
         };
         match read {
-            Ok((by, backend)) => Ok(Some(Mark { by, backend, generation: client.generation(), began: now })),
+            Ok(Some((by, backend))) => {
+                Ok(Some(Mark { by, backend, generation: client.generation(), life: client.life() }))
+            }
+            Ok(None) => {
+                self.pool().suspect(client.generation(), Suspicion::Connection);
+                Err(Error::RolledBack(RolledBack::OtherServer))
+            }
             Err(bad) => {
-                tracing::warn!("a transaction cannot be settled: {bad}");
+                self.pool().set_unmarked(client.generation(), &bad.to_string());
                 Ok(None)
             }
         }
@@ -304,10 +312,10 @@ impl Attempt {
         if pool.is_unmarked(client.generation()) {
             return false;
         }
-        if client.server().is_none() {
+        if client.life().is_none() {
             pool.set_unmarked(client.generation(), "this role may not read the server's identity");
         }
-        client.server().is_some()
+        client.life().is_some()
     }
 
     async fn commit<T>(&mut self, value: T, mark: Option<Mark>, begin: &Begin) -> Ended<T> {
@@ -348,7 +356,7 @@ impl Attempt {
         let Marks::Ledger(ledger) = &begin.marks else {
             return;
         };
-        if !self.pool().prunes(ledger.kept_for()) {
+        if !self.pool().prunes(ledger) {
             return;
         }
         let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });

@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::run::Held;
-use crate::classify::not_offered;
-use crate::commit::ledger::Ledger;
+use crate::classify::{explain, not_offered};
+use crate::commit::ledger::{Entered, Ledger};
 use crate::commit::wal::{self, Backend};
-use crate::commit::{Located, Marker, Settled, Unsettled, ledger_remembers, locate};
+use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
 use crate::error::Error;
-use crate::pool::Pool;
+use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
 use crate::topology::GenerationId;
 
@@ -26,13 +25,24 @@ pub(super) struct Mark {
     pub(super) by: Settler,
     pub(super) backend: Backend,
     pub(super) generation: GenerationId,
-    pub(super) began: Instant,
+    /// The server's, where it lets itself be identified.
+    pub(super) life: Option<Life>,
+}
+
+impl Mark {
+    /// Does this session lead to the server that the transaction ran on, in the same life?
+    fn is_of(&self, aside: &Aside) -> bool {
+        match (&self.life, aside.life()) {
+            (Some(then), Some(now)) => then.is(&now),
+            _ => self.generation == aside.generation(),
+        }
+    }
 }
 
 #[derive(Debug)]
 pub(super) enum Settler {
     Wal(Marker),
-    Ledger(Ledger, String),
+    Ledger(Ledger, Entered),
 }
 
 /// What became of it, once that is known.
@@ -49,7 +59,7 @@ pub(super) async fn settle(pool: &Pool, mark: &Mark, deadline: Instant) -> Resul
     let mut reason = Unsettled::NoPrimary;
     let rounds = async {
         loop {
-            if let Some(settled) = round(pool, mark, deadline, &mut reason).await {
+            if let Some(settled) = round(pool, mark, &mut reason).await {
                 return settled;
             }
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
@@ -64,74 +74,69 @@ pub(super) async fn settle(pool: &Pool, mark: &Mark, deadline: Instant) -> Resul
 }
 
 /// One question; `None`: ask again, and if there is no time left, `reason` is why.
-async fn round(
-    pool: &Pool,
-    mark: &Mark,
-    deadline: Instant,
-    reason: &mut Unsettled,
-) -> Option<Result<Outcome, Unsettled>> {
-    let mut held = match pool.get_until(deadline).await {
-        Ok(client) => Held::new(client),
-        Err(Error::Unavailable(_)) => return None,
-        Err(_) => return Some(Err(Unsettled::NoPrimary)),
+async fn round(pool: &Pool, mark: &Mark, reason: &mut Unsettled) -> Option<Result<Outcome, Unsettled>> {
+    let (aside, settled) = {
+        // Never closed, so waiting for it cannot fail.
+        let _permit = pool.settlers().acquire().await;
+        let aside = match pool.aside().await {
+            Ok(aside) => aside,
+            Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
+            Err(_) => {
+                *reason = Unsettled::NoPrimary;
+                return None;
+            }
+        };
+        match question(&aside, mark).await {
+            Ok(settled) => (aside, settled),
+            Err(Some(error)) if !not_offered(&error) => return None,
+            Err(_) => return Some(Err(Unsettled::NotOffered)),
+        }
     };
-    match question(&held, mark).await {
-        Ok(Settled::InProgress) => {
+    match settled {
+        Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            // Its process is on this server only if this is still the server that it began on.
-            let here = held.client().generation() == mark.generation;
-            let clean = !here || wal::end_abandoned(held.client(), mark.backend).await.is_ok();
-            held.clean(clean);
+            if mark.is_of(&aside)
+                && let Err(error) = wal::end_abandoned(aside.client(), mark.backend).await
+            {
+                tracing::debug!("an abandoned session could not be ended: {}", explain(&error));
+            }
             None
         }
-        Ok(Settled::Committed) => {
-            *reason = Unsettled::NotReplicated;
-            confirmed(&mut held, mark, Outcome::Committed).await
-        }
-        Ok(Settled::NotCommitted) => {
-            *reason = Unsettled::InProgress;
-            confirmed(&mut held, mark, Outcome::NotCommitted).await
-        }
-        Ok(Settled::Unknown(why)) => {
-            held.clean(true);
-            Some(Err(why))
-        }
-        Err(Some(error)) if !not_offered(&error) => None,
-        Err(_) => Some(Err(Unsettled::NotOffered)),
+        Settled::Committed => confirmed(&aside, mark, Outcome::Committed, reason).await,
+        Settled::NotCommitted => confirmed(&aside, mark, Outcome::NotCommitted, reason).await,
+        Settled::Unknown(why) => Some(Err(why)),
     }
 }
 
-async fn question(held: &Held, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
-    let client = held.client();
+async fn question(aside: &Aside, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
+    let client = aside.client();
     match &mark.by {
         Settler::Wal(marker) => {
-            let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
+            let primaries_since = aside.generation().get().saturating_sub(mark.generation.get());
             match locate(marker, &wal::look(client, primaries_since).await?) {
                 Located::Here => Ok(wal::status(client, marker.xid).await?.into()),
                 Located::Lost => Ok(Settled::NotCommitted),
                 Located::Unclear(why) => Ok(Settled::Unknown(why)),
             }
         }
-        Settler::Ledger(ledger, id) => {
-            if !ledger_remembers(mark.began.elapsed(), ledger.kept_for()) {
-                return Ok(Settled::Unknown(Unsettled::TooOld));
-            }
-            Ok(ledger.ask(client, id).await?)
-        }
+        Settler::Ledger(ledger, entered) => ledger.ask(client, entered).await,
     }
 }
 
 /// Waits until the synchronous standbys have what was found: a successor must not say otherwise.
-async fn confirmed(held: &mut Held, mark: &Mark, outcome: Outcome) -> Option<Result<Outcome, Unsettled>> {
-    let client = held.client();
-    client.notices().forget();
+async fn confirmed(
+    aside: &Aside,
+    mark: &Mark,
+    outcome: Outcome,
+    reason: &mut Unsettled,
+) -> Option<Result<Outcome, Unsettled>> {
+    *reason = Unsettled::NotReplicated;
     let waited = match (&mark.by, outcome) {
         // What is not in the log cannot be waited for.
         (Settler::Wal(_), Outcome::NotCommitted) => Ok(()),
-        (Settler::Wal(_), Outcome::Committed) => wal::confirm(client).await,
-        (Settler::Ledger(ledger, id), _) => ledger.confirm(client, id).await,
+        (Settler::Wal(_), Outcome::Committed) => wal::confirm(aside.client()).await,
+        (Settler::Ledger(ledger, _), _) => ledger.confirm(aside.client()).await,
     };
-    let confirmed = waited.is_ok() && !client.notices().not_replicated();
-    held.clean(waited.is_ok());
+    let confirmed = waited.is_ok() && !aside.notices().not_replicated();
     confirmed.then_some(Ok(outcome))
 }

@@ -136,7 +136,7 @@ pub struct Script {
 
 impl Script {
     /// What a server of its first timeline says to the pool's probe, in the order of its columns.
-    pub const PRIMARY: [Option<&'static str>; 8] = [
+    pub const PRIMARY: [Option<&'static str>; 10] = [
         Some("f"),
         Some("off"),
         Some("off"),
@@ -145,6 +145,8 @@ impl Script {
         Some("1764000000123456"),
         Some("0000000100000000000000A1"),
         Some("0/A1000060"),
+        None,
+        Some("1763000000123456"),
     ];
 
     /// Listens on `addr` and answers each simple query by `answer`, which gets the whole text: also several statements.

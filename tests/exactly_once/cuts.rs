@@ -53,16 +53,16 @@ pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts
     let writers = Writers::start(&format!("postgres://app@{}/app", cutter.addr()), settler, WRITERS, seed);
     let mut planned = Dice::new(seed.rotate_left(32));
     cutter.arm_every(move |_, _| planned.one_in(CUT).then(|| any_cut(&mut planned)));
-    let (mut outages, mut goal) = (BTreeMap::new(), 0);
+    let (mut bag, mut outages, mut goal) = (Vec::new(), BTreeMap::new(), 0);
     loop {
         goal = wanted.min(goal + OUTAGE);
         eventually("the writers come to the next cuts", PATIENCE, async || of_commits(&cutter) >= goal).await;
-        // Sessions that nobody uses any more. Those that still hold something were ended by the settler.
+        // Sessions that nobody uses any more. One that still holds something is ended by this, or was by its settler.
         cutter.release();
         if goal == wanted {
             break;
         }
-        let outage = dice.pick(&[Outage::CrashOfBackend, Outage::Crash, Outage::Restart]);
+        let outage = dice.draw(&mut bag, &[Outage::CrashOfBackend, Outage::Crash, Outage::Restart]);
         let at = commit_cut(&mut dice);
         outage_at(&cluster, &cutter, at, outage).await?;
         *outages.entry(outage).or_default() += 1;

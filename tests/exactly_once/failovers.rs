@@ -68,7 +68,8 @@ pub(crate) async fn run(
     let url = format!("postgres://app@{}/app", hosts.join(","));
     let writers = Writers::start(&url, settler, WRITERS, seed);
     writers.recovered(Instant::now()).await?;
-    let mut director = Director { cluster: &cluster, cutters: &cutters, writers: &writers, dice: Dice::new(seed) };
+    let mut director =
+        Director { cluster: &cluster, cutters: &cutters, writers: &writers, dice: Dice::new(seed), bag: Vec::new() };
     let (mut unreplicated, mut reused) = (Vec::new(), 0);
     for made in 1..=wanted {
         let span = director.fail_over(replication, made).await?;
@@ -91,6 +92,7 @@ struct Director<'a> {
     cutters: &'a [Cutter],
     writers: &'a Writers,
     dice: Dice,
+    bag: Vec<Lag>,
 }
 
 impl Director<'_> {
@@ -107,10 +109,11 @@ impl Director<'_> {
             cluster.wait_replayed(*standby).await;
         }
 
-        let lag = match replication {
-            Replication::Synchronous => self.dice.pick(&[Lag::Nothing, Lag::Nothing, Lag::Senders, Lag::Standbys]),
-            Replication::Asynchronous => self.dice.pick(&[Lag::Senders, Lag::Senders, Lag::Standbys]),
+        let lags: &[Lag] = match replication {
+            Replication::Synchronous => &[Lag::Nothing, Lag::Nothing, Lag::Senders, Lag::Standbys],
+            Replication::Asynchronous => &[Lag::Senders, Lag::Senders, Lag::Standbys],
         };
+        let lag = self.dice.draw(&mut self.bag, lags);
         for standby in &standbys {
             match lag {
                 Lag::Nothing => {}

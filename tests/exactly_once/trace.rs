@@ -47,7 +47,7 @@ pub(crate) enum Found {
 }
 
 impl Trace {
-    /// Follows a call; `None` is a call that did not end.
+    /// Follows a call to its end.
     pub(crate) async fn of<T>(call: impl Future<Output = T>) -> (T, Self) {
         CALL.scope(RefCell::default(), async {
             let answer = call.await;

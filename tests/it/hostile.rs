@@ -171,7 +171,7 @@ fn odd() -> Vec<(&'static str, Reply)> {
         ("NULL for the timeline", with(6, None)),
         ("NULL for the LSN", with(7, None)),
         ("three columns", Reply::rows([primary[..3].to_vec()])),
-        // The first eight are the answer.
+        // The first ten are the answer.
         ("a hundred columns", Reply::rows([primary.iter().cycle().take(100).cloned().collect::<Vec<_>>()])),
         ("the highest LSN", text(7, "FFFFFFFF/FFFFFFFF")),
         ("the highest timeline", text(6, "FFFFFFFF00000000000000A1")),

@@ -37,6 +37,15 @@ impl Dice {
         from[self.below(from.len())]
     }
 
+    /// From a bag that is filled again when it is empty: so all come, and as often as each other.
+    pub(crate) fn draw<T: Copy>(&mut self, bag: &mut Vec<T>, full: &[T]) -> T {
+        if bag.is_empty() {
+            bag.extend_from_slice(full);
+            self.shuffle(bag);
+        }
+        bag.pop().expect("it was filled")
+    }
+
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, self.below(last + 1));

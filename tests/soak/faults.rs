@@ -149,11 +149,7 @@ impl<'a> Director<'a> {
     }
 
     async fn next(&mut self) -> Option<Duration> {
-        if self.bag.is_empty() {
-            self.bag = BAG.to_vec();
-            self.dice.shuffle(&mut self.bag);
-        }
-        let fault = self.bag.pop().expect("it was filled");
+        let fault = self.dice.draw(&mut self.bag, &BAG);
         sleep(self.dice.milliseconds(0, 500)).await;
         let naming = if self.dice.one_in(2) { Naming::AllMembers } else { self.dice.pick(&BROKEN) };
         let recovered = match fault {
