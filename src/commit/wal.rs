@@ -17,6 +17,10 @@ pub(crate) const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_mess
 /// whatever the role's default is.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on";
 
+/// A COMMIT that is on its way gets there within this, mostly; ending the session earlier would make the work run again for
+/// nothing.
+const LATE: &str = "250 milliseconds";
+
 /// The session that a transaction runs on: the server may go on with it long after its client is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
@@ -99,7 +103,8 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(
     let xid = xid & u64::from(u32::MAX);
     let sql = format!(
         "ROLLBACK; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-          WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND state LIKE 'idle in transaction%'"
+          WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND state LIKE 'idle in transaction%' \
+            AND state_change < now() - interval '{LATE}'"
     );
     client.batch_execute(&sql).await
 }

@@ -13,6 +13,8 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::{Client, CommitOutcome, Error, Pool, PoolBuilder, State};
 use tracing_subscriber::EnvFilter;
 
+use crate::transaction::insert;
+
 /// Ten times and more of what an idle machine takes: a busy one passes, a time-out that nobody should have waited for
 /// does not. What it really took is printed; docs/figures.md has it.
 pub(crate) const PROMPT: Duration = Duration::from_secs(2);
@@ -26,6 +28,8 @@ pub(crate) enum Write {
     Idempotent,
     /// `transaction`, without any unique key.
     Transaction,
+    /// The same with a statement that is prepared in it, and not kept for the next one.
+    Uncached,
 }
 
 #[derive(Default)]
@@ -259,6 +263,7 @@ async fn one(pool: &Pool, write: Write, id: i64) -> Result<(), Error> {
             })
             .await
         }
+        Write::Uncached => pool.transaction(async |tx| insert(&tx, id).await).await,
     }
 }
 

@@ -12,6 +12,7 @@ mod get;
 mod hostile;
 mod hygiene;
 mod load;
+mod pooler;
 mod quiet;
 mod resolve;
 mod rotation;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use testbed::{Armed, Cluster, ClusterBuilder, Cut, Cutter, Node, eventually};
+use testbed::{Armed, Cluster, ClusterBuilder, Cut, Cutter, Node, Tap, eventually};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
@@ -18,7 +18,7 @@ use tokio_postgres_failover::{
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::load::{LONG, by_name, create_table, generation};
+use crate::load::{LONG, by_name, create_table, generation, primary_lost};
 use crate::transaction::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 
 /// What the pool gives a settler at least, and time for what comes around it.
@@ -26,6 +26,8 @@ const GRANTED: Duration = Duration::from_secs(5);
 /// What the application's role needs, as in sql/ledger.sql.
 const GRANTS: &str = "GRANT USAGE ON SCHEMA failover TO app; \
                       GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
+/// As a transaction ends.
+const COMMIT: &str = "SELECT 1; COMMIT";
 /// As a settler asks the ledger.
 const ASK: &str = "ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence";
 
@@ -115,6 +117,19 @@ impl Bench {
         }
     }
 
+    /// The server carries out COMMIT, and its client is gone.
+    fn hold_commit(&self) {
+        // Not sooner: a session that has not yet read its COMMIT is taken for an abandoned one, and ended.
+        self.cut_with(Cut::CommitHeld, async |cluster| {
+            let admin = cluster.direct(Node(0)).await;
+            let sql = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query = $1";
+            eventually("the server commits", PATIENCE, async || {
+                !admin.query(sql, &[&COMMIT]).await.unwrap().is_empty()
+            })
+            .await;
+        });
+    }
+
     fn cut(&self, cut: Cut) {
         self.armed.lock().unwrap().push(self.cutter.arm(cut));
     }
@@ -173,7 +188,7 @@ async fn told_in_progress(admin: &Client) {
 
 /// A session that waits for a synchronous standby, by its statement.
 async fn waits_for_standby(admin: &Client, statement: &str) {
-    let sql = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE $1";
+    let sql = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query = $1";
     eventually("a session waits for a standby", PATIENCE, async || {
         !admin.query(sql, &[&statement]).await.unwrap().is_empty()
     })
@@ -185,7 +200,7 @@ async fn waits_for_standby(admin: &Client, statement: &str) {
 async fn k2_a_commit_under_way_is_waited_for() {
     with_each_settler(single, async |bench| {
         let gate = close_gate(&bench.cluster).await;
-        bench.cut(Cut::CommitHeld);
+        bench.hold_commit();
         let fault = async {
             let pid = committing(&gate).await;
             told_in_progress(&gate).await;
@@ -205,7 +220,7 @@ async fn k2_the_ledger_can_be_asked_in_strict_isolation() {
     let strict = single().setting("default_transaction_isolation", "serializable");
     let bench = Bench::new(strict, Guarantee::Ledger(Ledger::default())).await;
     let gate = close_gate(&bench.cluster).await;
-    bench.cut(Cut::CommitHeld);
+    bench.hold_commit();
     let fault = async {
         committing(&gate).await;
         told_in_progress(&gate).await;
@@ -253,6 +268,71 @@ async fn k2_work_whose_commit_was_not_delivered_runs_again() {
         })
         .await;
     }
+}
+
+/// K2: COMMIT did not get through, and every connection of the pool waits for the locks of its transaction: whoever settles
+/// needs none of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k2_callers_that_all_wait_for_the_lock_of_an_undelivered_commit_all_finish() {
+    const CONNECTIONS: usize = 4;
+    const WRITERS: i64 = 12;
+    with_each_settler(single, async |bench| {
+        let pool = by_name(&bench.cluster).max_size(CONNECTIONS).build().unwrap();
+        sql(&bench.cluster, "INSERT INTO keyed (id) VALUES (1)").await;
+        bench.cut_with(Cut::CommitUndelivered { server_stays: true }, async |cluster| {
+            let admin = cluster.direct(Node(0)).await;
+            let sql = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+            eventually("the other connections wait", PATIENCE, async || {
+                admin.query(sql, &[]).await.unwrap().len() == CONNECTIONS - 1
+            })
+            .await;
+        });
+        let mut writers = JoinSet::new();
+        for id in 0..WRITERS {
+            let (pool, guarantee) = (pool.clone(), bench.guarantee.clone());
+            writers.spawn(async move {
+                let work = pool.build_transaction().guarantee(guarantee).run(async |tx| {
+                    tx.execute("UPDATE keyed SET at = now() WHERE id = 1", &[]).await?;
+                    insert(&tx, id).await
+                });
+                timeout(LONG, work).await.expect("a caller waits for ever")
+            });
+        }
+        while let Some(written) = writers.join_next().await {
+            written.unwrap().unwrap();
+        }
+        bench.assert_all_cut().await;
+        assert_eq!(stored(&bench.cluster).await, (0..WRITERS).collect::<Vec<_>>());
+        eventually("the server has ended the session", PATIENCE, async || bench.cutter.held() == 0).await;
+    })
+    .await;
+}
+
+/// K2: COMMIT is lost in a partition that outlasts `dead_after`. Afterwards the same server, in the same life, is the next
+/// generation: the session that it still holds for the lost one is ended, and the work runs again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k2_work_whose_commit_a_partition_swallowed_runs_again_on_the_same_server() {
+    with_each_settler(single, async |bench| {
+        let way = SocketAddr::new(bench.cluster.spare_addr(1), bench.cluster.port());
+        let way = Arc::new(Tap::start(way, bench.cutter.addr()).await);
+        bench.cluster.dns().set(&[way.addr().ip()]);
+        let pool = by_name(&bench.cluster).dead_after(Duration::from_millis(1500)).build().unwrap();
+        pool.connect().await.unwrap();
+        let bench = Bench { pool, ..bench };
+        let partition = Arc::clone(&way);
+        bench.cut_with(Cut::CommitUndelivered { server_stays: true }, async move |_| partition.stall(true));
+        let healing = async {
+            primary_lost(&bench.pool).await;
+            assert_eq!(bench.cutter.held(), 1, "the server does not know");
+            way.stall(false);
+        };
+        let (result, ()) = tokio::join!(bench.write(), healing);
+        result.unwrap();
+        bench.assert_once(2).await;
+        assert_eq!(generation(&bench.pool), 2);
+        eventually("the server has ended the session", PATIENCE, async || bench.cutter.held() == 0).await;
+    })
+    .await;
 }
 
 /// K1, K2: wherever the connection is cut, and after each byte of COMMIT's answer, the work is stored once.
@@ -382,11 +462,11 @@ async fn k6_a_commit_that_waits_for_a_standby_is_waited_for() {
         async |bench| {
             let admin = bench.cluster.direct(Node(0)).await;
             bench.cluster.freeze(Node(1));
-            bench.cut(Cut::CommitHeld);
+            bench.hold_commit();
             let fault = async {
-                waits_for_standby(&admin, "%COMMIT").await;
+                waits_for_standby(&admin, COMMIT).await;
                 told_in_progress(&admin).await;
-                waits_for_standby(&admin, "%COMMIT").await;
+                waits_for_standby(&admin, COMMIT).await;
                 bench.cluster.thaw(Node(1));
             };
             let (result, ()) = tokio::join!(bench.write(), fault);
@@ -405,9 +485,9 @@ async fn k6_a_commit_that_no_standby_got_runs_again_on_the_survivor() {
         async |bench| {
             let admin = bench.cluster.direct(Node(0)).await;
             cut_replication(&bench.cluster, &[Node(1)]).await;
-            bench.cut(Cut::CommitHeld);
+            bench.hold_commit();
             let fault = async {
-                waits_for_standby(&admin, "%COMMIT").await;
+                waits_for_standby(&admin, COMMIT).await;
                 told_in_progress(&admin).await;
                 bench.cluster.kill(Node(0)).await;
                 bench.cluster.promote(Node(1)).await;
@@ -428,7 +508,7 @@ async fn k6_the_ledgers_fence_waits_for_a_standby() {
     bench.cluster.freeze(Node(1));
     bench.cut(Cut::CommitUndelivered { server_stays: false });
     let fault = async {
-        waits_for_standby(&admin, "UPDATE %fence%").await;
+        waits_for_standby(&admin, "COMMIT").await;
         assert_eq!(bench.runs.count(), 1);
         bench.cluster.thaw(Node(1));
     };
@@ -444,7 +524,7 @@ async fn unknown_while_it_is_in_progress() {
         || Cluster::builder().nodes(2),
         async |bench| {
             bench.cluster.freeze(Node(1));
-            bench.cut(Cut::CommitHeld);
+            bench.hold_commit();
             let began = Instant::now();
             bench.assert_unknown(bench.call().deadline(Duration::from_secs(1)), Unsettled::InProgress).await;
             assert!(began.elapsed() >= GRANTED, "a settler has five seconds: {:?}", began.elapsed());
@@ -714,7 +794,7 @@ async fn all_settlers_of_one_transaction_agree() {
     let bench = Bench::new(single(), Guarantee::Ledger(Ledger::default())).await;
     let transaction = bench.cluster.direct(Node(0)).await;
     for commits in [true, false, true, false] {
-        let entered = "BEGIN; INSERT INTO failover.ledger DEFAULT VALUES RETURNING id::text";
+        let entered = "BEGIN; INSERT INTO failover.ledger (until) VALUES (now()) RETURNING id::text";
         let id = transaction.simple_query(entered).await.unwrap().into_iter().find_map(|message| match message {
             tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
             _ => None,
@@ -724,7 +804,7 @@ async fn all_settlers_of_one_transaction_agree() {
         for _ in 0..16 {
             let (client, id) = (bench.cluster.direct(Node(0)).await, id.clone());
             settlers.spawn(async move {
-                let sql = format!("INSERT INTO failover.ledger AS entry (id, fence) VALUES ('{id}', true) {ASK}");
+                let sql = format!("INSERT INTO failover.ledger AS entry (id, until, fence) VALUES ('{id}', now(), true) {ASK}");
                 client.batch_execute("SET lock_timeout = '20ms'").await.unwrap();
                 loop {
                     match client.query_one(&sql, &[]).await {
@@ -747,30 +827,64 @@ async fn all_settlers_of_one_transaction_agree() {
     }
 }
 
-/// Rows of the ledger that are not due, or that somebody is busy with.
-async fn left_over(admin: &Client) -> Vec<String> {
-    let sql = "SELECT DISTINCT date_trunc('minute', now() - begun)::text FROM failover.ledger ORDER BY 1";
+/// For how long the rows that are left are kept, in minutes.
+async fn left_over(admin: &Client) -> Vec<i64> {
+    let sql = "SELECT DISTINCT ceil(extract(epoch FROM until - now()) / 60)::bigint FROM failover.ledger ORDER BY 1";
     admin.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
 
-const OLD_ROW: &str =
-    "INSERT INTO failover.ledger (begun) SELECT now() - interval '2 hours' FROM generate_series(1, 3)";
+const DUE_ROWS: &str =
+    "INSERT INTO failover.ledger (until) SELECT now() - interval '1 hour' FROM generate_series(1, 3)";
 
-/// Pruning takes what is older than `keep`, and leaves what is younger, not committed, or locked.
+/// Pruning takes the rows whose time is over, and leaves what is to be kept, not committed, or locked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn pruning_takes_old_rows_alone() {
+async fn pruning_takes_rows_that_are_due_alone() {
     let bench = Bench::new(single(), Guarantee::Ledger(Ledger::default())).await;
     let (admin, open) = (bench.cluster.direct(Node(0)).await, bench.cluster.direct(Node(0)).await);
-    admin.batch_execute("INSERT INTO failover.ledger (begun) VALUES (now() - interval '59 minutes')").await.unwrap();
-    admin.batch_execute(OLD_ROW).await.unwrap();
-    let lock = "SELECT FROM failover.ledger WHERE begun < now() - interval '1 hour' LIMIT 1 FOR UPDATE";
-    open.batch_execute(&format!("BEGIN; {lock}; {OLD_ROW}")).await.unwrap();
+    admin.batch_execute("INSERT INTO failover.ledger (until) VALUES (now() + interval '1 minute')").await.unwrap();
+    admin.batch_execute(DUE_ROWS).await.unwrap();
+    let lock = "SELECT FROM failover.ledger WHERE until < now() LIMIT 1 FOR UPDATE";
+    open.batch_execute(&format!("BEGIN; {lock}; {DUE_ROWS}")).await.unwrap();
     let client = bench.pool.get().await.unwrap();
     assert_eq!(Ledger::default().prune(&client).await.unwrap(), 2, "three are due, and one is locked");
     open.batch_execute("COMMIT").await.unwrap();
-    assert_eq!(left_over(&admin).await, ["00:59:00", "02:00:00"]);
+    assert_eq!(left_over(&admin).await, [-60, 1]);
     assert_eq!(Ledger::default().prune(&client).await.unwrap(), 4);
-    assert_eq!(left_over(&admin).await, ["00:59:00"]);
+    assert_eq!(left_over(&admin).await, [1]);
+}
+
+/// A row says itself until when it is kept: a pool that keeps its own for ten minutes leaves those that another pool
+/// keeps for a day, its fences among them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_that_keep_rows_for_other_times_share_a_table() {
+    const DAY: i64 = 24 * 60;
+    let ledger = |minutes: u64| Ledger::default().keep(Duration::from_secs(60 * minutes));
+    let (briefly, long) = (ledger(10), ledger(DAY.unsigned_abs()));
+    let bench = Bench::new(single(), Guarantee::Ledger(long.clone())).await;
+    let admin = bench.cluster.direct(Node(0)).await;
+    let later = async |minutes: i64| {
+        let sql = format!("UPDATE failover.ledger SET until = until - interval '{minutes} minutes'");
+        admin.batch_execute(&sql).await.unwrap();
+    };
+    // A row, a fence and the row of the work's second run.
+    bench.cut(Cut::CommitUndelivered { server_stays: false });
+    bench.write().await.unwrap();
+    bench.assert_once(2).await;
+    bench.run(bench.call().guarantee(Guarantee::Ledger(briefly.clone()))).await.unwrap();
+    assert_eq!(left_over(&admin).await, [10, DAY]);
+
+    let client = bench.pool.get().await.unwrap();
+    let prune_all = async || {
+        let (by_brief, by_long) = (briefly.prune(&client).await.unwrap(), long.prune(&client).await.unwrap());
+        (by_brief, by_long, left_over(&admin).await)
+    };
+    assert_eq!(prune_all().await, (0, 0, vec![10, DAY]));
+    later(11).await;
+    assert_eq!(prune_all().await, (1, 0, vec![DAY - 11]));
+    later(DAY - 12).await;
+    assert_eq!(prune_all().await, (0, 0, vec![1]), "the last minute of a day");
+    later(2).await;
+    assert_eq!(prune_all().await, (2, 0, vec![]));
 }
 
 /// The pool prunes by itself, after a transaction, several times while a row is kept.
@@ -779,18 +893,18 @@ async fn the_pool_prunes_by_itself() {
     let keep = Duration::from_secs(600);
     let bench = Bench::new(single(), Guarantee::Ledger(Ledger::default().keep(keep))).await;
     let admin = bench.cluster.direct(Node(0)).await;
-    admin.batch_execute(OLD_ROW).await.unwrap();
+    admin.batch_execute(DUE_ROWS).await.unwrap();
     bench.write().await.unwrap();
     for _ in 0..2 {
         tokio::time::pause();
         tokio::time::advance(keep / 8).await;
         tokio::time::resume();
         bench.write().await.unwrap();
-        eventually("the old rows are gone", PATIENCE, async || left_over(&admin).await == ["00:00:00"]).await;
-        admin.batch_execute(OLD_ROW).await.unwrap();
+        eventually("the rows that are due are gone", PATIENCE, async || left_over(&admin).await == [10]).await;
+        admin.batch_execute(DUE_ROWS).await.unwrap();
     }
     bench.write().await.unwrap();
-    assert_eq!(left_over(&admin).await, ["00:00:00", "02:00:00"], "it is not done at each transaction");
+    assert_eq!(left_over(&admin).await, [-60, 10], "it is not done at each transaction");
 }
 
 /// Each guarantee: a transaction that writes nothing is fine, and one that swallows an error is no success.
