@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
 use crate::commit::ledger::Ledger;
+use crate::commit::wal::Marking;
 use crate::commit::{Guarantee, Life, Server};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
@@ -447,6 +448,17 @@ impl Client {
         self.connection().and_then(|connection| connection.life)
     }
 
+    /// How its session marks transactions.
+    pub(crate) fn marking(&self) -> Marking {
+        self.connection().map_or(Marking::Plain, |connection| *lock(&connection.marking))
+    }
+
+    pub(crate) fn set_marking(&self, marking: Marking) {
+        if let Some(connection) = self.connection() {
+            *lock(&connection.marking) = marking;
+        }
+    }
+
     fn connection(&self) -> Option<&Connection> {
         self.object.as_deref()
     }
@@ -496,6 +508,7 @@ pub struct Connection {
     abort: AbortHandle,
     generation: GenerationId,
     life: Option<Life>,
+    marking: Mutex<Marking>,
     notices: Arc<Notices>,
     /// From then on it is not handed out any more.
     expires: Instant,
@@ -511,6 +524,7 @@ impl Connection {
             abort: session.abort,
             generation: generation.primary.id,
             life: life(&generation.primary.report),
+            marking: Mutex::default(),
             notices: session.notices,
             poisoned: AtomicBool::new(false),
         }

@@ -11,16 +11,17 @@ use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, not_offered};
+use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
-use crate::commit::{Unsettled, wal};
+use crate::commit::wal::{self, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
 use crate::topology::Suspicion;
 
 /// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
-/// server say so, in the same message: 25P02.
-const COMMIT: &str = "SELECT 1; COMMIT";
+/// server say so, in the same message: 25P02. This one needs no planning.
+const COMMIT: &str = "SHOW transaction_isolation; COMMIT";
 /// In one message: undo, and ask the session whether its server takes writes at all.
 const ROLLBACK_AND_ROLE: &str =
     "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
@@ -261,16 +262,15 @@ impl Attempt {
     /// BEGIN and the mark, in one message.
     async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
         let client = self.client();
-        let mark_sql = match &begin.marks {
-            Marks::Nothing => None,
-            Marks::Wal | Marks::Write => self.can_be_marked().then(|| wal::MARK.to_owned()),
-            Marks::Ledger(ledger) => Some(ledger.enter()),
+        let marked = match &begin.marks {
+            Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
+            Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql).await,
+            Marks::Nothing | Marks::Wal | Marks::Write => {
+                client.batch_execute(&begin.sql).await?;
+                return Ok(None);
+            }
         };
-        let Some(mark_sql) = mark_sql else {
-            client.batch_execute(&begin.sql).await?;
-            return Ok(None);
-        };
-        let row = match wal::only_row(client, &format!("{}; {mark_sql}", begin.sql)).await {
+        let row = match marked {
             Ok(row) => row,
             // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
@@ -304,6 +304,25 @@ impl Attempt {
                 self.pool().set_unmarked(client.generation(), &bad.to_string());
                 Ok(None)
             }
+        }
+    }
+
+    async fn mark(&self, begin: &str) -> Result<wal::Row, tokio_postgres::Error> {
+        let client = self.client();
+        let marking = client.marking();
+        match wal::only_row(client, &format!("{begin}; {}", marking.sql())).await {
+            Ok(row) => {
+                if marking == Marking::New {
+                    client.set_marking(Marking::Prepared);
+                }
+                Ok(row)
+            }
+            Err(error) if marking.failed(&error) => {
+                client.set_marking(Marking::Plain);
+                client.batch_execute("ROLLBACK").await?;
+                wal::only_row(client, &format!("{begin}; {}", Marking::Plain.sql())).await
+            }
+            Err(error) => Err(error),
         }
     }
 
