@@ -19,8 +19,8 @@ use tokio::time::sleep;
 
 use crate::frames::{self, Frame, Frames, Head};
 
-/// Between two tries to log in to a server that takes nobody.
-const RETRY: Duration = Duration::from_millis(5);
+/// Between two tries to log in to a server that takes nobody, and two looks at what a client waits for.
+const PAUSE: Duration = Duration::from_millis(5);
 /// What PgBouncer tells a client whose server connection has ended, with the three fields that it sends.
 const CRASHED: &[u8] = b"SFATAL\0C08P01\0Mserver conn crashed?\0\0";
 /// The answer to the log-in of a client without a password.
@@ -38,7 +38,8 @@ pub struct Pooler {
 }
 
 struct Shared {
-    target: Mutex<SocketAddr>,
+    /// `None`: paused.
+    target: Mutex<Option<SocketAddr>>,
     /// Those that no client is on, the next one first.
     idle: Mutex<VecDeque<Server>>,
     /// Where the clients are that are within a transaction, and the key to cancel what they run there.
@@ -51,7 +52,7 @@ impl Pooler {
     pub async fn start(listen: SocketAddr, target: SocketAddr) -> Self {
         let listener = TcpListener::bind(listen).await.unwrap_or_else(|error| panic!("pooler on {listen}: {error}"));
         let shared = Arc::new(Shared {
-            target: Mutex::new(target),
+            target: Mutex::new(Some(target)),
             idle: Mutex::default(),
             busy: Mutex::default(),
             clients: AtomicI32::default(),
@@ -66,9 +67,17 @@ impl Pooler {
         self.addr
     }
 
-    /// Where transactions run that begin from now on; those that have begun end where they are.
+    /// Where transactions run that begin from now on; those that have begun end where they are. Ends a pause.
     pub fn set_target(&self, target: SocketAddr) {
-        *lock(&self.shared.target) = target;
+        *lock(&self.shared.target) = Some(target);
+    }
+
+    /// Lets no transaction begin, whose clients wait, and returns when those that had begun have ended: `PAUSE`.
+    pub async fn pause(&self) {
+        *lock(&self.shared.target) = None;
+        while self.busy() > 0 {
+            sleep(PAUSE).await;
+        }
     }
 
     /// How many clients are within a transaction.
@@ -113,23 +122,21 @@ async fn serve(mut client: Wire, shared: Arc<Shared>) -> Option<()> {
         }
     };
     let number = shared.clients.fetch_add(1, Ordering::Relaxed);
-    let server = client.wait_for(shared.take(&startup)).await?;
+    let (server, busy) = client.wait_for(shared.take(&startup, number)).await?;
     let mut greeting = message(b'R', &AUTHENTICATED);
     greeting.extend_from_slice(&server.parameters);
     greeting.extend(message(b'K', &[number.to_be_bytes(), [0; 4]].concat()));
     greeting.extend(message(b'Z', b"I"));
-    shared.give_back(server);
+    busy.give_back(server);
     client.send(&greeting).await?;
     loop {
         let first = client.next().await?;
         if first.head == Head::Message(b'X') {
             return None;
         }
-        let mut server = client.wait_for(shared.take(&startup)).await?;
-        let busy = Busy::new(&shared, number, &server);
+        let (mut server, busy) = client.wait_for(shared.take(&startup, number)).await?;
         transact(&mut client, &mut server.wire, first).await?;
-        drop(busy);
-        shared.give_back(server);
+        busy.give_back(server);
     }
 }
 
@@ -166,18 +173,30 @@ async fn transact(client: &mut Wire, server: &mut Wire, first: Frame) -> Option<
 }
 
 impl Shared {
-    /// A connection to the target that nobody is on. Waits until the target gives one.
-    async fn take(&self, startup: &[u8]) -> Server {
+    /// A connection to the target that nobody is on. Waits until the target gives one, and for the end of a pause.
+    async fn take(&self, startup: &[u8], client: i32) -> (Server, Busy<'_>) {
         loop {
-            let target = *lock(&self.target);
-            if let Some(server) = self.idle(target, startup) {
-                return server;
+            if let Some(server) = self.server(startup).await {
+                let busy = Busy::new(self, client, &server);
+                // In this order: a pause that began meanwhile has seen this client, or is seen here.
+                if self.target() == Some(server.addr) {
+                    return (server, busy);
+                }
             }
-            if let Some(server) = Server::log_in(target, startup).await {
-                return server;
-            }
-            sleep(RETRY).await;
+            sleep(PAUSE).await;
         }
+    }
+
+    fn target(&self) -> Option<SocketAddr> {
+        *lock(&self.target)
+    }
+
+    async fn server(&self, startup: &[u8]) -> Option<Server> {
+        let target = self.target()?;
+        if let Some(idle) = self.idle(target, startup) {
+            return Some(idle);
+        }
+        Server::log_in(target, startup).await
     }
 
     /// The first idle one. What leads elsewhere by now, or has ended, is closed.
@@ -186,10 +205,6 @@ impl Shared {
         idle.retain(|server| server.addr == target && server.is_silent());
         let first = idle.iter().position(|server| server.startup == startup)?;
         idle.remove(first)
-    }
-
-    fn give_back(&self, server: Server) {
-        lock(&self.idle).push_back(server);
     }
 
     /// Passes a cancel request on to where the client is.
@@ -211,6 +226,10 @@ impl<'a> Busy<'a> {
     fn new(shared: &'a Shared, client: i32, server: &Server) -> Self {
         lock(&shared.busy).insert(client, (server.addr, server.key.clone()));
         Self { shared, client }
+    }
+
+    fn give_back(self, server: Server) {
+        lock(&self.shared.idle).push_back(server);
     }
 }
 
@@ -374,18 +393,35 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_pause_waits_for_transactions_and_lets_none_begin() {
+        let (cluster, pooler) = pooler(1).await;
+        let ((client, _), (other, _)) = (session(&pooler).await, session(&pooler).await);
+        client.batch_execute("BEGIN").await.unwrap();
+        let mut waits = std::pin::pin!(other.batch_execute("SELECT 1"));
+        let ends = async {
+            assert_eq!(pooler.busy(), 1);
+            client.batch_execute("COMMIT").await.unwrap();
+        };
+        tokio::select! {
+            biased;
+            ((), ()) = async { tokio::join!(pooler.pause(), ends) } => {}
+            _ = &mut waits => panic!("it did not wait"),
+        }
+        pooler.set_target(cluster.socket_addr(Node(0)));
+        waits.await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_lost_server_ends_those_who_are_on_it_and_the_others_wait() {
         let (cluster, pooler) = pooler(1).await;
         let ((busy, ended), (idle, _)) = (session(&pooler).await, session(&pooler).await);
         busy.batch_execute("BEGIN").await.unwrap();
+        // So that it has no time for last words of its own.
+        cluster.freeze(Node(0));
         cluster.kill(Node(0)).await;
-        let said = busy.batch_execute("SELECT 1").await.unwrap_err();
-        let said = if let Some(code) = said.code() {
-            code.clone()
-        } else {
-            ended.await.unwrap().unwrap_err().code().unwrap().clone()
-        };
-        assert_eq!(said, SqlState::PROTOCOL_VIOLATION);
+        let said = ended.await.unwrap().unwrap_err();
+        assert_eq!(said.code(), Some(&SqlState::PROTOCOL_VIOLATION), "{said:?}");
+        assert!(busy.is_closed() && !idle.is_closed());
         let (answer, ()) = tokio::join!(idle.batch_execute("SELECT 1"), cluster.start_node(Node(0)));
         answer.unwrap();
     }

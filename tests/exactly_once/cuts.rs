@@ -3,11 +3,11 @@
 //! One outage at a time: the next one comes when all that had begun before the last has ended. More than one is what the
 //! settler from the WAL does not promise to know.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, Cut, Cutter, Node, eventually};
+use testbed::{Cluster, Cut, Cutter, Done, Node, eventually};
 use tokio::time::{sleep, timeout};
 
 use crate::dice::Dice;
@@ -18,15 +18,22 @@ const WRITERS: usize = 8;
 /// One transaction of so many is cut.
 const CUT: usize = 3;
 /// One outage to so many cuts of a commit.
-const OUTAGE: u64 = 12;
+const OUTAGE: usize = 12;
 /// More than the answer to COMMIT has bytes.
 const ANSWER: usize = 100;
 /// For the next cuts, or for an outage and the way back.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// In a settler's BEGIN, and in no writer's.
+const SETTLES: &str = "SET LOCAL";
+
 /// What came of some cuts.
 pub(crate) struct Cuts {
-    pub(crate) of_commits: u64,
+    /// Between a writer's COMMIT and its answer.
+    pub(crate) of_commits: usize,
+    /// Anywhere in the transaction of somebody who settles another.
+    pub(crate) of_settlers: usize,
+    /// Those of both, and those in writers' transactions before COMMIT.
     pub(crate) by_kind: BTreeMap<&'static str, u64>,
     pub(crate) outages: BTreeMap<Outage, u64>,
     pub(crate) outcome: Outcome,
@@ -44,19 +51,30 @@ pub(crate) enum Outage {
     Restart,
 }
 
-pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts, String> {
+pub(crate) async fn run(settler: Settler, wanted: usize, seed: u64) -> Result<Cuts, String> {
     let mut dice = Dice::new(seed);
     // Commits wait for a standby: so there is a time in which a commit is neither done nor undone.
     let cluster = Arc::new(Cluster::builder().nodes(2).start().await);
     create_tables(&cluster).await;
     let cutter = in_front_of(&cluster, Node(0)).await;
     let writers = Writers::start(&format!("postgres://app@{}/app", cutter.addr()), settler, WRITERS, seed);
-    let mut planned = Dice::new(seed.rotate_left(32));
-    cutter.arm_every(move |_, _| planned.one_in(CUT).then(|| any_cut(&mut planned)));
+    let of_settlers = Arc::new(Mutex::new(BTreeSet::new()));
+    cutter.arm_every({
+        let (of_settlers, mut dice) = (Arc::clone(&of_settlers), Dice::new(seed.rotate_left(32)));
+        move |transaction, begin| {
+            if begin.contains(SETTLES) {
+                of_settlers.lock().unwrap().insert(transaction);
+            }
+            dice.one_in(CUT).then(|| any_cut(&mut dice))
+        }
+    });
+    let at_commit = |cut: &Done| cut.cut.kind().starts_with("Commit");
+    let is_settlers = |cut: &Done| cut.transaction.is_some_and(|number| of_settlers.lock().unwrap().contains(&number));
+    let of_commits = || count(&cutter, |cut| at_commit(cut) && !is_settlers(cut));
     let (mut bag, mut outages, mut goal) = (Vec::new(), BTreeMap::new(), 0);
     loop {
         goal = wanted.min(goal + OUTAGE);
-        eventually("the writers come to the next cuts", PATIENCE, async || of_commits(&cutter) >= goal).await;
+        eventually("the writers come to the next cuts", PATIENCE, async || of_commits() >= goal).await;
         // Sessions that nobody uses any more. One that still holds something is ended by this, or was by its settler.
         cutter.release();
         if goal == wanted {
@@ -72,8 +90,8 @@ pub(crate) async fn run(settler: Settler, wanted: u64, seed: u64) -> Result<Cuts
     cutter.disarm();
     writers.recovered(Instant::now()).await?;
     cutter.release();
-    let (of_commits, by_kind) = (of_commits(&cutter), cutter.cuts());
-    Ok(Cuts { of_commits, by_kind, outages, outcome: writers.stop(&cluster, &[]).await })
+    let (of_commits, of_settlers, by_kind) = (of_commits(), count(&cutter, is_settlers), cutter.cuts());
+    Ok(Cuts { of_commits, of_settlers, by_kind, outages, outcome: writers.stop(&cluster, &[]).await })
 }
 
 /// The server is away while a transaction stands at the point, and is back when its client finds the connection closed.
@@ -140,6 +158,6 @@ pub(crate) fn commit_cut(dice: &mut Dice) -> Cut {
     }
 }
 
-fn of_commits(cutter: &Cutter) -> u64 {
-    cutter.cuts().iter().filter(|(kind, _)| kind.starts_with("Commit")).map(|(_, cuts)| cuts).sum()
+fn count(cutter: &Cutter, counts: impl Fn(&Done) -> bool) -> usize {
+    cutter.done().iter().filter(|cut| counts(cut)).count()
 }

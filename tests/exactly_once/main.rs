@@ -38,6 +38,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
+use cuts::Cuts;
 use failovers::{Failovers, Replication};
 use writers::{Outcome, Settler};
 
@@ -46,7 +47,7 @@ const NAME: &str = "exactly_once";
 /// How much of everything.
 #[derive(Clone, Copy)]
 struct Numbers {
-    cuts: u64,
+    cuts: usize,
     failovers: u64,
     without_waiting: u64,
 }
@@ -114,7 +115,8 @@ impl Report {
             let begun = Instant::now();
             if let Some(cuts) = self.ended(cuts::run(self.settler, numbers.cuts, seed)).await {
                 of_commits = cuts.of_commits;
-                self.say(&format!("cuts: {:?}, with {:?}", cuts.by_kind, cuts.outages));
+                let Cuts { by_kind, of_settlers, outages, .. } = &cuts;
+                self.say(&format!("cuts: {by_kind:?}, {of_settlers} of them while settling, with {outages:?}"));
                 self.look("cuts", &cuts.outcome, begun);
                 all.add(cuts.outcome);
             }

@@ -27,12 +27,19 @@ const GRANTED: Duration = Duration::from_secs(5);
 const GRANTS: &str = "GRANT USAGE ON SCHEMA failover TO app; \
                       GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
 /// As a transaction ends.
-const COMMIT: &str = "SELECT 1; COMMIT";
+const COMMIT: &str = "SHOW transaction_isolation; COMMIT";
 /// As a settler asks the ledger.
 const ASK: &str = "ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence";
 
-fn settlers() -> [Guarantee; 2] {
+pub(crate) fn settlers() -> [Guarantee; 2] {
     [Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())]
+}
+
+/// The ledger of [`Ledger::default`], as the application needs it.
+pub(crate) async fn install_ledger(cluster: &Cluster) {
+    let admin = cluster.direct(Node(0)).await;
+    Ledger::default().install(&admin).await.unwrap();
+    admin.batch_execute(GRANTS).await.unwrap();
 }
 
 fn single() -> ClusterBuilder {
@@ -53,9 +60,7 @@ impl Bench {
     async fn new(cluster: ClusterBuilder, guarantee: Guarantee) -> Self {
         let cluster = Arc::new(cluster.start().await);
         create_table(&cluster).await;
-        let admin = cluster.direct(Node(0)).await;
-        Ledger::default().install(&admin).await.unwrap();
-        admin.batch_execute(GRANTS).await.unwrap();
+        install_ledger(&cluster).await;
         for standby in standbys(&cluster) {
             cluster.wait_replayed(standby).await;
         }
@@ -121,12 +126,7 @@ impl Bench {
     fn hold_commit(&self) {
         // Not sooner: a session that has not yet read its COMMIT is taken for an abandoned one, and ended.
         self.cut_with(Cut::CommitHeld, async |cluster| {
-            let admin = cluster.direct(Node(0)).await;
-            let sql = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query = $1";
-            eventually("the server commits", PATIENCE, async || {
-                !admin.query(sql, &[&COMMIT]).await.unwrap().is_empty()
-            })
-            .await;
+            until_sessions(&cluster, 1, &format!("state = 'active' AND query = '{COMMIT}'")).await;
         });
     }
 
@@ -178,6 +178,20 @@ async fn cut_replication(cluster: &Cluster, standbys: &[Node]) {
         primary.query("SELECT FROM pg_stat_replication", &[]).await.unwrap().is_empty()
     })
     .await;
+}
+
+/// [`eventually`] so many sessions are like this, for a hook of the cutter: the server waits by itself.
+async fn until_sessions(cluster: &Cluster, sessions: usize, are: &str) {
+    let sql = format!(
+        "SET statement_timeout = '{}s';
+         DO $$ BEGIN
+             WHILE (SELECT count(*) FROM pg_stat_activity WHERE {are}) < {sessions} LOOP
+                 PERFORM pg_stat_clear_snapshot(), pg_sleep(0.003);
+             END LOOP;
+         END $$",
+        PATIENCE.as_secs()
+    );
+    cluster.direct(cluster.primary()).await.batch_execute(&sql).await.unwrap();
 }
 
 /// Waits until a settler was told "in progress": it then looks whether the session was abandoned.
@@ -280,12 +294,7 @@ async fn k2_callers_that_all_wait_for_the_lock_of_an_undelivered_commit_all_fini
         let pool = by_name(&bench.cluster).max_size(CONNECTIONS).build().unwrap();
         sql(&bench.cluster, "INSERT INTO keyed (id) VALUES (1)").await;
         bench.cut_with(Cut::CommitUndelivered { server_stays: true }, async |cluster| {
-            let admin = cluster.direct(Node(0)).await;
-            let sql = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
-            eventually("the other connections wait", PATIENCE, async || {
-                admin.query(sql, &[]).await.unwrap().len() == CONNECTIONS - 1
-            })
-            .await;
+            until_sessions(&cluster, CONNECTIONS - 1, "wait_event_type = 'Lock'").await;
         });
         let mut writers = JoinSet::new();
         for id in 0..WRITERS {
@@ -804,7 +813,9 @@ async fn all_settlers_of_one_transaction_agree() {
         for _ in 0..16 {
             let (client, id) = (bench.cluster.direct(Node(0)).await, id.clone());
             settlers.spawn(async move {
-                let sql = format!("INSERT INTO failover.ledger AS entry (id, until, fence) VALUES ('{id}', now(), true) {ASK}");
+                let sql = format!(
+                    "INSERT INTO failover.ledger AS entry (id, until, fence) VALUES ('{id}', now(), true) {ASK}"
+                );
                 client.batch_execute("SET lock_timeout = '20ms'").await.unwrap();
                 loop {
                     match client.query_one(&sql, &[]).await {
