@@ -1,8 +1,8 @@
 //! What a transaction with one INSERT costs under each guarantee, as ratios to plain tokio-postgres in the same run.
 //!
-//! `cargo bench --bench transaction`; ROUNDS, WRITERS and SECONDS change the run, and `COMMIT_DELAY` is how long a COMMIT waits for
-//! its disk, in microseconds: on loopback and a fast disk, the processors are what is measured. Each round runs every candidate in an order of
-//! its own, and each ratio is that of a candidate to the plain one of its own round; the median round is shown.
+//! `cargo bench --bench transaction`; ROUNDS, WRITERS and SECONDS change the run, and `COMMIT_DELAY` is how long a COMMIT
+//! waits for its disk, in microseconds: on loopback and a fast disk, the processors are what is measured. Each round runs
+//! every candidate, forwards or backwards, and each ratio is that of a candidate to the plain one of its own round.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a benchmark that cannot run has to say so")]
 

@@ -14,8 +14,9 @@ use crate::topology::{BadReport, STATS_RESET, ServerReport};
 const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_message(true, 'failover', ''), \
      pg_last_wal_replay_lsn(), pg_backend_pid(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
 
-/// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`MARK`] does.
-const PREPARED: &str = "tokio_postgres_failover_mark";
+/// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`MARK`] does. Another
+/// number for other columns: behind a proxy, versions of this crate may share a session.
+const PREPARED: &str = "tokio_postgres_failover_mark_1";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
