@@ -340,13 +340,14 @@ async fn zombie_is_never_used() {
     cluster.start_node(old).await;
     let zombie = cluster.direct(old).await;
     zombie.batch_execute("UPDATE testbed.probe SET writes = writes + 1").await.expect("the zombie takes writes");
-    let rows = async || zombie.query_one("SELECT count(*) FROM keyed", &[]).await.unwrap().get::<_, i64>(0);
+    let rows = async || zombie.query_one("SELECT count(*) FROM entries", &[]).await.unwrap().get::<_, i64>(0);
     let administrator = cluster.direct(successor).await;
     let opened = async || {
         let sql = "SELECT sessions FROM pg_stat_database WHERE datname = 'app'";
         administrator.query_one(sql, &[]).await.unwrap().get::<_, i64>(0)
     };
     let (before, written_before, opened_before) = (rows().await, load.acknowledged(), opened().await);
+    assert!(before > 0, "what was written to it as the primary is there");
     // The zombie first, then last.
     for named in [[old, successor], [successor, old]] {
         cluster.dns().set(&named.map(|node| cluster.addr(node)));
