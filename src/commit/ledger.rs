@@ -35,7 +35,8 @@ const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 /// use tokio_postgres_failover::{Guarantee, Ledger};
 ///
 /// let ledger = Ledger::default();
-/// ledger.install(&pool.get().await?).await?;
+/// let client = pool.get().await?;
+/// ledger.install(&client).await?;
 /// pool.build_transaction()
 ///     .guarantee(Guarantee::Ledger(ledger))
 ///     .run(async |tx| Ok(tx.execute("INSERT INTO payments DEFAULT VALUES", &[]).await?))
@@ -92,7 +93,7 @@ impl Ledger {
     /// Creates schema, table and index unless they are there, all or none of them. Needs the right to do so; several may call
     /// it at once. Cancel-safe.
     ///
-    /// `client` is a connection to the primary: `&pool.get().await?`.
+    /// `client` is a connection to the primary, as [`Pool::get`](crate::Pool::get) gives.
     pub async fn install(&self, client: &Client) -> Result<(), Error> {
         client.batch_execute(&self.ddl()).await
     }
