@@ -8,11 +8,15 @@ use super::{Life, Marker, Now, Server, XactStatus};
 use crate::server::rows;
 use crate::topology::{BadReport, STATS_RESET, ServerReport};
 
-/// Asking for the id first makes a standby refuse with 25006. The second function writes a record
-/// of WAL that carries the id and that nobody reads, and returns its end. The third and the last tell the server's life: a
-/// proxy may have led this transaction to another server than the one that its session was verified with.
-const MARK: &str = "SELECT pg_current_xact_id(), pg_logical_emit_message(true, 'failover', ''), \
-     pg_last_wal_replay_lsn(), pg_backend_pid(), (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
+/// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
+/// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the last tell the
+/// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
+const MARK: &str = "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
+            CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', '') END, \
+            pg_last_wal_replay_lsn(), \
+            pg_backend_pid(), \
+            (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint \
+       FROM (SELECT current_setting('transaction_read_only') = 'off' AS writes) s";
 
 /// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`MARK`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
@@ -72,7 +76,7 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// Reads the mark's answer. `None`: this is not the life that the session was verified in.
+/// Reads the mark's answer, which is one of a transaction that can write. `None`: this is not the life that the session was verified in.
 pub(crate) fn marker(life: &Life, row: &Row) -> Result<Option<(Marker, Backend)>, BadReport> {
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
@@ -142,6 +146,11 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(
             AND state_change < now() - interval '{LATE}'"
     );
     client.batch_execute(&sql).await
+}
+
+/// Is it a mark at all? A transaction that cannot write leaves none, and needs none.
+pub(crate) fn is_mark(row: &Row) -> bool {
+    text(row, 0).is_some() || row.len() < 2
 }
 
 pub(crate) fn text(row: &Row, index: usize) -> Option<&str> {

@@ -287,7 +287,7 @@ impl Attempt {
                 let by = Settler::Ledger(ledger.clone(), entered);
                 Some((by, backend))
             }),
-            (_, Some(life)) => {
+            (_, Some(life)) if wal::is_mark(&row) => {
                 wal::marker(&life, &row).map(|read| read.map(|(marker, backend)| (Settler::Wal(marker), backend)))
             }
             _ => return Ok(None),
