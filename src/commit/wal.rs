@@ -76,7 +76,8 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// Reads the mark's answer, which is one of a transaction that can write. `None`: this is not the life that the session was verified in.
+/// Reads the mark's answer, which is one of a transaction that can write. `None`: this is not the life that the session was
+/// verified in.
 pub(crate) fn marker(life: &Life, row: &Row) -> Result<Option<(Marker, Backend)>, BadReport> {
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
