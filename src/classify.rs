@@ -399,7 +399,7 @@ fn certificate_alert(text: &str) -> bool {
 }
 
 /// The error and its causes, from the outside in.
-fn links<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+pub(crate) fn links<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     std::iter::successors(Some(error), |link| (*link).source()).take(LINKS)
 }
 

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, join_all};
@@ -20,10 +20,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{Instrument, Span, field};
 
 use crate::resolve::{Addresses, Resolve, ResolveError};
-use crate::server::{Opener, Session};
+use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{
     Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary,
-    ProbeFailure, Probed, Pulse, ServerReport, Settings, State, Suspicion, Topology, View,
+    ProbeFailure, Probed, Pulse, Settings, State, Suspicion, Topology, View,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -37,19 +37,19 @@ pub(crate) struct Name {
 }
 
 /// What the task needs to begin.
-pub(crate) struct Setup {
+pub(crate) struct Setup<C> {
     pub(crate) settings: Settings,
     pub(crate) names: Vec<Name>,
     pub(crate) configured: Vec<Endpoint>,
     pub(crate) resolver: Arc<dyn Resolve>,
-    pub(crate) opener: Arc<Opener>,
+    pub(crate) opener: Arc<dyn Open<C>>,
     /// How many sessions of one generation may be opened at the same time.
     pub(crate) gate: usize,
     pub(crate) seed: u64,
 }
 
 /// One primary as the pool uses it: the plain data and what hangs on it.
-pub(crate) struct Generation {
+pub(crate) struct Generation<C> {
     pub(crate) primary: Primary,
     /// Where new sessions go: the primary's address, until the same server was found again at another one.
     endpoint: Mutex<Endpoint>,
@@ -58,17 +58,17 @@ pub(crate) struct Generation {
     /// New sessions pass here, so that a server that was just promoted meets a trickle.
     pub(crate) gate: Semaphore,
     /// The session that proved the server to be the primary, until somebody takes it.
-    spare: Mutex<Option<Session>>,
+    spare: Mutex<Option<Session<C>>>,
     /// Why the last session could not be opened, and how many in a row could not.
     trouble: Mutex<(Option<ProbeFailure>, u32)>,
 }
 
-impl Generation {
+impl<C: SessionClient> Generation<C> {
     pub(crate) fn endpoint(&self) -> Endpoint {
         lock(&self.endpoint).clone()
     }
 
-    pub(crate) fn take_spare(&self) -> Option<Session> {
+    pub(crate) fn take_spare(&self) -> Option<Session<C>> {
         lock(&self.spare).take().filter(|session| !session.client.is_closed())
     }
 
@@ -90,10 +90,10 @@ impl Generation {
 }
 
 /// What the task publishes: the view, and the generation that connections may be handed out of.
-pub(crate) struct Snapshot {
+pub(crate) struct Snapshot<C> {
     pub(crate) view: View,
     /// Set exactly while the view's state is [`State::Primary`].
-    pub(crate) generation: Option<Arc<Generation>>,
+    pub(crate) generation: Option<Arc<Generation<C>>>,
 }
 
 /// What the candidates said last, for whoever has to explain a failure.
@@ -138,17 +138,17 @@ impl Drop for InUse {
 }
 
 /// A handle to the task. The task ends with its last handle.
-pub(crate) struct Cluster {
-    snapshot: watch::Receiver<Arc<Snapshot>>,
+pub(crate) struct Cluster<C> {
+    snapshot: watch::Receiver<Arc<Snapshot<C>>>,
     view: watch::Receiver<View>,
     shared: Arc<Shared>,
     root: CancellationToken,
     _end: DropGuard,
 }
 
-impl Cluster {
+impl<C: SessionClient> Cluster<C> {
     /// Starts the task on the runtime of the caller.
-    pub(crate) fn start(setup: Setup) -> Self {
+    pub(crate) fn start(setup: Setup<C>) -> Self {
         let now = Instant::now();
         let root = CancellationToken::new();
         let shared = Arc::new(Shared::default());
@@ -181,7 +181,7 @@ impl Cluster {
     }
 
     /// The current generation, waiting for one. Cancel-safe.
-    pub(crate) async fn primary(&self) -> Result<Arc<Generation>, NoPrimary> {
+    pub(crate) async fn primary(&self) -> Result<Arc<Generation<C>>, NoPrimary> {
         if let Some(generation) = self.current() {
             return Ok(generation);
         }
@@ -207,7 +207,7 @@ impl Cluster {
     }
 
     /// The current generation, if there is one now.
-    pub(crate) fn current(&self) -> Option<Arc<Generation>> {
+    pub(crate) fn current(&self) -> Option<Arc<Generation<C>>> {
         self.snapshot.borrow().generation.clone()
     }
 
@@ -217,7 +217,7 @@ impl Cluster {
 
     /// Waits until generation `id` is no longer the current one. Cancel-safe.
     pub(crate) async fn left(&self, id: GenerationId) {
-        let current = |snapshot: &Arc<Snapshot>| {
+        let current = |snapshot: &Arc<Snapshot<C>>| {
             snapshot.generation.as_ref().is_some_and(|generation| generation.primary.id == id)
         };
         // An error means that the task has ended, and no generation is current any more.
@@ -291,29 +291,29 @@ impl Cluster {
 }
 
 #[expect(clippy::large_enum_variant, reason = "a handful is alive at a time")]
-enum Event {
+enum Event<C> {
     Resolved { endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool },
-    Probed { endpoint: Endpoint, fresh: bool, result: Result<(Session, ServerReport), ProbeFailure> },
+    Probed { endpoint: Endpoint, fresh: bool, result: Opened<C> },
 }
 
-struct Task {
+struct Task<C: SessionClient> {
     topology: Topology,
     revision: u64,
     names: Vec<Name>,
     resolver: Arc<dyn Resolve>,
-    opener: Arc<Opener>,
+    opener: Arc<dyn Open<C>>,
     gate: usize,
     root: CancellationToken,
     shared: Arc<Shared>,
     /// Sessions kept for the next question to their server.
-    sessions: HashMap<Address, Session>,
-    work: FuturesUnordered<BoxFuture<'static, Event>>,
+    sessions: HashMap<Address, Session<C>>,
+    work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
     /// The newest generation until it ends; published only while `live`.
-    generation: Option<Arc<Generation>>,
+    generation: Option<Arc<Generation<C>>>,
     live: bool,
     /// Scopes to end once the newer state is published.
     ended: Vec<CancellationToken>,
-    snapshot: watch::Sender<Arc<Snapshot>>,
+    snapshot: watch::Sender<Arc<Snapshot<C>>>,
     view: watch::Sender<View>,
     search: Option<Span>,
     searching_since: Instant,
@@ -321,7 +321,7 @@ struct Task {
     stirs: u64,
 }
 
-impl Task {
+impl<C: SessionClient> Task<C> {
     async fn run(mut self) {
         let root = self.root.clone();
         loop {
@@ -417,7 +417,7 @@ impl Task {
         self.search = None;
     }
 
-    fn resolve(&self) -> BoxFuture<'static, Event> {
+    fn resolve(&self) -> BoxFuture<'static, Event<C>> {
         let resolver = Arc::clone(&self.resolver);
         let names = self.names.clone();
         let span = self.span();
@@ -451,7 +451,7 @@ impl Task {
         Box::pin(resolve.instrument(span))
     }
 
-    fn probe(&self, endpoint: Endpoint, kept: Option<Session>, within: Duration) -> BoxFuture<'static, Event> {
+    fn probe(&self, endpoint: Endpoint, kept: Option<Session<C>>, within: Duration) -> BoxFuture<'static, Event<C>> {
         let opener = Arc::clone(&self.opener);
         let scope = self.root.child_token();
         let fresh = kept.is_none();
@@ -460,7 +460,7 @@ impl Task {
             let asked = async {
                 match kept {
                     Some(session) => {
-                        let report = opener.ask(&endpoint.address, &session).await?;
+                        let report = opener.ask(&endpoint.address, &session.client).await?;
                         Ok((session, report))
                     }
                     None => opener.open(&endpoint, scope).await,
@@ -474,7 +474,7 @@ impl Task {
         Box::pin(ask.instrument(span))
     }
 
-    fn happened(&mut self, event: Event) {
+    fn happened(&mut self, event: Event<C>) {
         let now = Instant::now();
         match event {
             Event::Resolved { endpoints, failure, complete } => {
@@ -485,11 +485,13 @@ impl Task {
             }
             Event::Probed { endpoint, fresh, result } => {
                 let address = endpoint.address;
+                let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
                 let result = result.map(|(session, report)| {
-                    self.sessions.insert(address.clone(), session);
+                    if !(still_open && self.topology.strayed(&address, &report)) {
+                        self.sessions.insert(address.clone(), session);
+                    }
                     report
                 });
-                let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
                 self.topology.probed(now, &Probed { address, result, fresh, still_open });
             }
         }
@@ -562,7 +564,7 @@ impl Task {
 }
 
 /// However the task ends (closed, a panic in a user's connector, the end of its runtime), nothing is handed out afterwards.
-impl Drop for Task {
+impl<C: SessionClient> Drop for Task<C> {
     fn drop(&mut self) {
         self.live = false;
         let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
@@ -590,6 +592,6 @@ fn milliseconds(duration: Duration) -> u64 {
 }
 
 /// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

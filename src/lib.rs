@@ -31,9 +31,10 @@ pub use commit::{Guarantee, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, Unavailable, UnavailableReason,
 };
-pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status};
+pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, RetryBudget, RetryPolicy};
+pub use server::SessionClient;
 pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,

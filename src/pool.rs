@@ -5,41 +5,42 @@
 //! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
 
 mod builder;
+mod client;
+mod connection;
+mod dialer;
+mod wrap;
 
 pub use builder::{IntoConfig, PoolBuilder};
+pub use client::Client;
+pub use connection::{Connection, Manager};
+pub use wrap::WrapBuilder;
 
 use std::collections::HashMap;
+use std::error::Error as StdError;
 use std::fmt;
-use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, WeakPool};
+use deadpool::managed::{self, PoolError};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
-use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
+use crate::cluster::{Cluster, Generation, NoPrimary, lock};
 use crate::commit::ledger::Ledger;
-use crate::commit::wal::Marking;
-use crate::commit::{Guarantee, Life, Server};
+use crate::commit::{Guarantee, Life};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
-use crate::retry::{Exponential, RetryBudget, RetryPolicy};
-use crate::server::{Notices, Opener, Session};
-use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View};
-
-/// Pauses between tries to open a session to a primary that is known and takes none.
-const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+use crate::retry::{RetryBudget, RetryPolicy};
+use crate::server::{Notices, Session, SessionClient};
+use crate::topology::{CandidateReport, GenerationId, Suspicion, View};
+use client::Loan;
+use dialer::Dialer;
+use wrap::Wrapped;
 
 /// One new pool of so many prunes its ledger at once.
 const PRUNE_AT_ONCE: u64 = 64;
-
-/// Shortest and longest pause between two looks at the idle connections.
-const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
 
 /// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
 ///
@@ -58,10 +59,16 @@ const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::f
 /// Up to `max_size` connections are open for the callers, and one more for the heart-beat; for a moment after a failover
 /// one more holds the session that found the primary. When the last clone and the last [`Client`] are dropped, everything
 /// that the pool started ends.
-#[derive(Clone)]
-pub struct Pool {
-    inner: managed::Pool<Manager>,
+pub struct Pool<C: SessionClient = ClientWrapper> {
+    source: Source<C>,
+    dialer: Arc<Dialer<C>>,
     shared: Arc<Shared>,
+}
+
+/// Where the connections come from.
+enum Source<C: SessionClient> {
+    Own(managed::Pool<Manager<C>>),
+    Wrapped(Arc<Wrapped<C>>),
 }
 
 struct Shared {
@@ -85,6 +92,47 @@ impl Pool {
     /// Everything that such a configuration carries is honoured, or refused with a [`BuildError`].
     pub fn builder(config: impl IntoConfig) -> Result<PoolBuilder, BuildError> {
         PoolBuilder::new(config)
+    }
+}
+
+impl<C: SessionClient> Pool<C> {
+    /// Starts a configuration around a deadpool pool that is there already: its manager goes on opening the connections,
+    /// and this pool verifies them, runs transactions again, settles commits in doubt, and evicts what leads to an older
+    /// primary. A `deadpool_postgres::Pool` becomes a [`Pool`] like any other; the pool of another manager becomes one whose
+    /// clients are what that manager makes.
+    ///
+    /// Each connection is asked once in each generation which server is at its other end; after that a checkout does no
+    /// I/O of this crate's. Beside the pool's connections the manager opens sessions for the heart-beat, one for each patrol,
+    /// and up to four at a time while commits are settled; hooks of the wrapped pool are not run for these.
+    ///
+    /// What cannot be had without connecting by ourselves, and [`Pool::builder`] has:
+    /// - The manager's connecting must lead to the primary by itself: `target_session_attrs=read-write` with all hosts, or a
+    ///   name that follows it. Its DNS answers and its time-outs stay what they are. Where it hangs on a host that is frozen, so
+    ///   does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
+    /// - A statement under way on a connection from [`Pool::get`] is not ended with its primary. Within a transaction of this
+    ///   pool's it is.
+    /// - The server's notices are not seen: a transaction that somebody left open on a connection is not noticed, and neither is
+    ///   a COMMIT whose wait for a synchronous standby was cancelled by hand.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::{Pool, deadpool_postgres, tokio_postgres};
+    ///
+    /// let mut config = deadpool_postgres::Config::new();
+    /// config.url = Some("postgres://app@a.my-pg.internal,b.my-pg.internal/app?target_session_attrs=read-write".into());
+    /// let existing = config.create_pool(None, tokio_postgres::NoTls)?;
+    ///
+    /// let pool: Pool = Pool::wrap(existing).build()?;
+    /// pool.transaction(async |tx| Ok(tx.execute("UPDATE stock SET left = left - 1", &[]).await?)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn wrap<M>(existing: managed::Pool<M>) -> WrapBuilder<M>
+    where
+        M: managed::Manager<Type = C> + 'static,
+        M::Error: StdError + Send + Sync + 'static,
+    {
+        WrapBuilder::new(existing)
     }
 
     /// Waits until a primary was found and verified, at most for the checkout timeout. Cancel-safe.
@@ -120,14 +168,14 @@ impl Pool {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn get(&self) -> Result<Client, Error> {
+    pub async fn get(&self) -> Result<Client<C>, Error> {
         self.get_until(Instant::now() + self.shared.checkout_timeout).await
     }
 
     /// What the pool is doing now.
     #[must_use]
     pub fn status(&self) -> Status {
-        let managed::Status { max_size, size, available, waiting } = self.inner.status();
+        let managed::Status { max_size, size, available, waiting } = self.source.status();
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();
         let fallback = lock(&self.shared.unmarked).clone().filter(|(id, _)| *id == view.generation).map(|(_, why)| why);
@@ -170,13 +218,16 @@ impl Pool {
     }
 
     /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
-    /// Finish your work first. Idempotent; affects all clones.
+    /// Finish your work first. Idempotent; affects all clones. A pool that was [wrapped](Pool::wrap) stays open, with the
+    /// connections that are idle in it.
     pub fn close(&self) {
-        self.inner.close();
+        if let Source::Own(inner) = &self.source {
+            inner.close();
+        }
         self.cluster().close();
     }
 
-    pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client, Error> {
+    pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
         let began = Instant::now();
         match timeout_at(deadline, self.checkout()).await {
             Ok(checked_out) => checked_out,
@@ -184,7 +235,7 @@ impl Pool {
         }
     }
 
-    async fn checkout(&self) -> Result<Client, Error> {
+    async fn checkout(&self) -> Result<Client<C>, Error> {
         loop {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
             if self.cluster().current().is_none() {
@@ -195,11 +246,15 @@ impl Pool {
                     return Err(none.into());
                 }
             }
-            match self.inner.get().await {
-                Ok(object) => {
-                    let in_use = self.cluster().lend();
-                    return Ok(Client { object: Some(object), pool: self.clone(), _in_use: in_use });
+            let inner = match &self.source {
+                Source::Own(inner) => inner,
+                Source::Wrapped(wrapped) => {
+                    let loan = Box::pin(wrapped.checkout(&self.dialer)).await?;
+                    return Ok(self.lend(loan));
                 }
+            };
+            match inner.get().await {
+                Ok(object) => return Ok(self.lend(Loan::Own(object))),
                 // No session could be opened now. Another caller may have given one back meanwhile: look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
                 Err(PoolError::Backend(error)) => return Err(error),
@@ -207,6 +262,10 @@ impl Pool {
                 Err(_) => return Err(Error::Closed),
             }
         }
+    }
+
+    fn lend(&self, loan: Loan<C>) -> Client<C> {
+        Client::new(loan, self.clone(), self.cluster().lend())
     }
 
     pub(crate) fn retry_policy(&self) -> &RetryPolicy {
@@ -241,7 +300,7 @@ impl Pool {
         let date = dates.entry(ledger.path()).or_insert_with(|| {
             // Pools that were started together do not prune together; and those that never live so long prune, too.
             let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
-            if at_once { now } else { now + self.inner.manager().random_up_to(pause) }
+            if at_once { now } else { now + self.dialer.random_up_to(pause) }
         });
         let due = *date <= now;
         if due {
@@ -252,8 +311,8 @@ impl Pool {
 
     /// A session beside those of the pool. Whoever settles a commit must not queue behind those who wait for its locks.
     /// Waits for a primary without a limit of its own. Cancel-safe.
-    pub(crate) async fn aside(&self) -> Result<Aside, Error> {
-        let (session, generation) = self.inner.manager().session().await?;
+    pub(crate) async fn aside(&self) -> Result<Aside<C>, Error> {
+        let (session, generation) = self.dialer.session().await?;
         Ok(Aside { session, generation })
     }
 
@@ -264,19 +323,19 @@ impl Pool {
 
     /// A seed for one call's jitter.
     pub(crate) fn next_seed(&self) -> u64 {
-        self.inner.manager().next_seed()
+        self.dialer.next_seed()
     }
 
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         self.cluster().suspect(id, suspicion);
     }
 
-    fn cluster(&self) -> &Cluster {
-        &self.inner.manager().cluster
+    fn cluster(&self) -> &Cluster<C> {
+        &self.dialer.cluster
     }
 
     fn unavailable(&self, began: Instant) -> Error {
-        let managed::Status { size, max_size, .. } = self.inner.status();
+        let managed::Status { size, max_size, .. } = self.source.status();
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
             Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
@@ -287,23 +346,47 @@ impl Pool {
 
     /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
     /// with the pool: a session whose socket is gone still runs its statement to the end.
-    fn cancel_running(&self, client: &ClientWrapper) {
+    fn cancel_running(&self, client: &tokio_postgres::Client) {
         let Ok(runtime) = Handle::try_current() else {
             return;
         };
-        let opener = Arc::clone(&self.inner.manager().opener);
+        let opener = Arc::clone(&self.dialer.opener);
         let token = client.cancel_token();
         runtime.spawn(async move { opener.cancel(token).await });
     }
 }
 
-/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
-pub(crate) struct Aside {
-    session: Session,
-    generation: Arc<Generation>,
+impl<C: SessionClient> Clone for Pool<C> {
+    fn clone(&self) -> Self {
+        Self { source: self.source.clone(), dialer: Arc::clone(&self.dialer), shared: Arc::clone(&self.shared) }
+    }
 }
 
-impl Aside {
+impl<C: SessionClient> Source<C> {
+    fn status(&self) -> managed::Status {
+        match self {
+            Self::Own(inner) => inner.status(),
+            Self::Wrapped(wrapped) => wrapped.status(),
+        }
+    }
+}
+
+impl<C: SessionClient> Clone for Source<C> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Own(inner) => Self::Own(inner.clone()),
+            Self::Wrapped(wrapped) => Self::Wrapped(Arc::clone(wrapped)),
+        }
+    }
+}
+
+/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
+pub(crate) struct Aside<C> {
+    session: Session<C>,
+    generation: Arc<Generation<C>>,
+}
+
+impl<C: SessionClient> Aside<C> {
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         &self.session.client
     }
@@ -317,7 +400,7 @@ impl Aside {
     }
 
     pub(crate) fn life(&self) -> Option<Life> {
-        life(&self.generation.primary.report)
+        connection::life(&self.generation.primary.report)
     }
 }
 
@@ -337,38 +420,9 @@ impl Drop for Counted<'_> {
     }
 }
 
-impl fmt::Debug for Pool {
+impl<C: SessionClient> fmt::Debug for Pool<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("status", &self.status()).finish_non_exhaustive()
-    }
-}
-
-/// When idle connections are closed.
-#[derive(Clone, Copy, Debug)]
-struct Idle {
-    timeout: Duration,
-    min: usize,
-}
-
-impl Idle {
-    /// Closes what is of no use any more and what has been idle for too long, until the pool is gone.
-    async fn reap(self, pool: WeakPool<Manager>, end: CancellationToken) {
-        let pause = (self.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
-        while end.run_until_cancelled(sleep(pause)).await.is_some() {
-            let Some(pool) = pool.upgrade() else {
-                return;
-            };
-            let mut surplus = pool.status().available.saturating_sub(self.min);
-            let reaped = pool.retain(|connection, metrics| {
-                let stale = !connection.usable() || connection.expired();
-                let reap = stale || (surplus > 0 && metrics.last_used() >= self.timeout);
-                surplus = surplus.saturating_sub(usize::from(reap));
-                !reap
-            });
-            if !reaped.removed.is_empty() {
-                tracing::debug!(closed = reaped.removed.len(), idle = reaped.retained, "idle connections reaped");
-            }
-        }
     }
 }
 
@@ -389,326 +443,6 @@ pub struct Status {
     pub fallback: Option<String>,
     /// The primary, the generation, and the last change and why it happened.
     pub view: View,
-}
-
-/// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
-///
-/// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
-/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`].
-///
-/// ```no_run
-/// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres::GenericClient;
-///
-/// async fn count(client: &impl GenericClient) -> Result<i64, tokio_postgres::Error> {
-///     Ok(client.query_one("SELECT count(*) FROM orders", &[]).await?.get(0))
-/// }
-///
-/// let mut client = pool.get().await?;
-/// count(&***client).await?;
-/// let transaction = client.transaction().await?;
-/// count(&*transaction).await?;
-/// # Ok(())
-/// # }
-/// ```
-pub struct Client {
-    /// Taken only by `drop`.
-    object: Option<Object<Manager>>,
-    /// Keeps the cluster's task alive for as long as the connection is in use.
-    pool: Pool,
-    _in_use: InUse,
-}
-
-impl Client {
-    /// The generation that the connection belongs to.
-    #[must_use]
-    pub fn generation(&self) -> GenerationId {
-        self.connection().map_or_else(GenerationId::default, |connection| connection.generation)
-    }
-
-    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
-    pub(crate) fn poison(&self) {
-        if let Some(connection) = self.connection()
-            && !connection.poisoned.swap(true, Ordering::AcqRel)
-        {
-            // What the pool itself has closed may still run on the server.
-            if !connection.client.is_closed() || self.pool.cluster().is_closed() {
-                self.pool.cancel_running(&connection.client);
-            }
-            connection.abort.abort();
-        }
-    }
-
-    pub(crate) fn pool(&self) -> &Pool {
-        &self.pool
-    }
-
-    /// The server at the other end, where it lets itself be identified.
-    pub(crate) fn life(&self) -> Option<Life> {
-        self.connection().and_then(|connection| connection.life)
-    }
-
-    /// How its session marks transactions.
-    pub(crate) fn marking(&self) -> Marking {
-        self.connection().map_or(Marking::Plain, |connection| *lock(&connection.marking))
-    }
-
-    pub(crate) fn set_marking(&self, marking: Marking) {
-        if let Some(connection) = self.connection() {
-            *lock(&connection.marking) = marking;
-        }
-    }
-
-    fn connection(&self) -> Option<&Connection> {
-        self.object.as_deref()
-    }
-}
-
-impl Deref for Client {
-    type Target = Connection;
-
-    #[expect(clippy::expect_used, reason = "the object is taken in `drop` alone, after which nobody can deref")]
-    fn deref(&self) -> &Connection {
-        self.object.as_ref().expect("a client holds its connection until it is dropped")
-    }
-}
-
-impl DerefMut for Client {
-    #[expect(clippy::expect_used, reason = "the object is taken in `drop` alone, after which nobody can deref")]
-    fn deref_mut(&mut self) -> &mut Connection {
-        self.object.as_mut().expect("a client holds its connection until it is dropped")
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        let Some(object) = self.object.take() else {
-            return;
-        };
-        let closed = self.pool.cluster().is_closed();
-        if closed && !object.poisoned.load(Ordering::Acquire) {
-            self.pool.cancel_running(&object.client);
-        }
-        if closed || !object.usable() {
-            // Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
-            drop(Object::take(object));
-        }
-    }
-}
-
-impl fmt::Debug for Client {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("generation", &self.generation()).finish_non_exhaustive()
-    }
-}
-
-/// One pooled connection: what a deadpool pool of this [`Manager`] holds.
-pub struct Connection {
-    client: ClientWrapper,
-    abort: AbortHandle,
-    generation: GenerationId,
-    life: Option<Life>,
-    marking: Mutex<Marking>,
-    notices: Arc<Notices>,
-    /// From then on it is not handed out any more.
-    expires: Instant,
-    poisoned: AtomicBool,
-}
-
-impl Connection {
-    fn new(session: Session, generation: &Generation, lifetime: Duration) -> Self {
-        session.notices.pool();
-        Self {
-            expires: Instant::now() + lifetime,
-            client: session.client,
-            abort: session.abort,
-            generation: generation.primary.id,
-            life: life(&generation.primary.report),
-            marking: Mutex::default(),
-            notices: session.notices,
-            poisoned: AtomicBool::new(false),
-        }
-    }
-
-    pub(crate) fn notices(&self) -> &Notices {
-        &self.notices
-    }
-
-    fn usable(&self) -> bool {
-        !self.client.is_closed() && !self.poisoned.load(Ordering::Acquire)
-    }
-
-    fn expired(&self) -> bool {
-        Instant::now() >= self.expires
-    }
-}
-
-fn life(report: &ServerReport) -> Option<Life> {
-    let server = Server {
-        system_identifier: report.system_identifier?,
-        timeline: report.timeline?,
-        started_at: report.started_at?,
-    };
-    Some(Life { server, replayed: report.replayed, stats_reset: report.stats_reset })
-}
-
-/// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Deref for Connection {
-    type Target = ClientWrapper;
-
-    fn deref(&self) -> &ClientWrapper {
-        &self.client
-    }
-}
-
-impl DerefMut for Connection {
-    fn deref_mut(&mut self) -> &mut ClientWrapper {
-        &mut self.client
-    }
-}
-
-impl fmt::Debug for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("generation", &self.generation).finish_non_exhaustive()
-    }
-}
-
-/// The deadpool manager inside a [`Pool`], for those who build their deadpool pools by hand.
-///
-/// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Where a
-/// primary is known and takes no session it fails with [`Error::Unavailable`], and the next `get` may have more luck. Its
-/// `recycle` does no I/O. What it lacks against [`Pool`] are the transactions and the explained time-outs; and its
-/// connections end with the deadpool pool, also those in use.
-///
-/// ```no_run
-/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres_failover::{Manager, Pool, deadpool};
-///
-/// let manager: Manager = Pool::builder("postgres://app@my-pg.internal/app")?.build_manager()?;
-/// let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(8).build()?;
-/// let connection = pool.get().await?;
-/// connection.batch_execute("SELECT 1").await?;
-/// # Ok(())
-/// # }
-/// ```
-pub struct Manager {
-    cluster: Cluster,
-    opener: Arc<Opener>,
-    open_timeout: Duration,
-    max_lifetime: Duration,
-    seeds: AtomicU64,
-}
-
-impl Manager {
-    fn connection(&self, session: Session, generation: &Generation) -> Connection {
-        // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
-        let less = self.random_up_to(self.max_lifetime / 10);
-        Connection::new(session, generation, self.max_lifetime.saturating_sub(less))
-    }
-
-    fn random_up_to(&self, most: Duration) -> Duration {
-        Exponential::new(most, 1.0, most).jitter(self.next_seed()).next().unwrap_or_default()
-    }
-
-    /// A seed for one decision's jitter: different each time, the same series again for the same seed of the pool.
-    fn next_seed(&self) -> u64 {
-        self.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
-    }
-
-    /// Opens one session of this generation and lets its server prove that it is the one.
-    async fn open(&self, generation: &Generation) -> Result<Session, ProbeFailure> {
-        let endpoint = generation.endpoint();
-        let opening = self.opener.open(&endpoint, generation.scope.clone());
-        let (session, report) = timeout(self.open_timeout, opening).await.unwrap_or_else(|_| {
-            let message = format!("no session within {:?}", self.open_timeout);
-            Err(ProbeFailure::new(FailureKind::TimedOut, message))
-        })?;
-        let admitted = generation.primary.admits(&report);
-        admitted.map_err(|refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))?;
-        Ok(session)
-    }
-
-    /// A session of the current generation.
-    async fn session(&self) -> Result<(Session, Arc<Generation>), Error> {
-        loop {
-            let generation = self.cluster.primary().await?;
-            if let Some(session) = generation.take_spare() {
-                return Ok((session, generation));
-            }
-            // A dial to a server that has been replaced meanwhile is not waited for.
-            let opened = tokio::select! {
-                biased;
-                () = self.cluster.left(generation.primary.id) => None,
-                opened = self.open_through_gate(&generation) => opened?,
-            };
-            if let Some(session) = opened {
-                return Ok((session, generation));
-            }
-        }
-    }
-
-    /// One try, through the generation's gate. `None`: the generation was left meanwhile.
-    async fn open_through_gate(&self, generation: &Generation) -> Result<Option<Session>, Error> {
-        let id = generation.primary.id;
-        // The gate is never closed, so waiting for it cannot fail.
-        let _permit = generation.gate.acquire().await;
-        if let Some(session) = generation.take_spare() {
-            return Ok(Some(session));
-        }
-        let failure = match self.open(generation).await {
-            Ok(session) => {
-                generation.opened();
-                return Ok(self.cluster.is_current(id).then_some(session));
-            }
-            Err(failure) => failure,
-        };
-        tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
-        if failure.kind == FailureKind::Refused {
-            return Err(Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure))));
-        }
-        self.cluster.suspect(id, Suspicion::Connection);
-        let failures = generation.not_opened(failure.clone());
-        // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
-        let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(OPEN_PAUSE.1);
-        sleep((longest + self.random_up_to(longest)) / 2).await;
-        let obstacle = Obstacle::NoSession(Some(failure));
-        Err(Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle))))
-    }
-}
-
-impl managed::Manager for Manager {
-    type Type = Connection;
-    type Error = Error;
-
-    async fn create(&self) -> Result<Connection, Error> {
-        let (session, generation) = self.session().await?;
-        Ok(self.connection(session, &generation))
-    }
-
-    async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {
-        if !connection.usable() || connection.expired() {
-            return Err(RecycleError::message("the connection has ended, or is too old"));
-        }
-        if self.cluster.is_current(connection.generation) {
-            return Ok(());
-        }
-        // No primary is verified now. If it is the same one again, its connections are as good as before.
-        let generation = self.cluster.primary().await.map_err(|none| RecycleError::Backend(none.into()))?;
-        if generation.primary.id == connection.generation && connection.usable() {
-            return Ok(());
-        }
-        Err(RecycleError::message("the connection belongs to an older generation"))
-    }
-}
-
-impl fmt::Debug for Manager {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Manager").field("view", &self.cluster.view()).finish_non_exhaustive()
-    }
 }
 
 impl From<NoPrimary> for Error {

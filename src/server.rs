@@ -10,6 +10,7 @@ pub(crate) use password::{Ask, Passwords};
 
 use std::collections::HashMap;
 use std::future::poll_fn;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,7 +25,7 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, classify, explain, hung_up, not_let_in, not_offered, verdict_of_open};
+use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
 use crate::topology::{Address, BadReport, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, ServerReport, probe};
 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
@@ -122,7 +123,30 @@ where
     }
 }
 
-/// How sessions are opened: everything of the configuration but the address.
+/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool pool
+/// makes. Implemented for everything that derefs to a [`tokio_postgres::Client`].
+pub trait SessionClient: DerefMut<Target = Client> + Send + Sync + 'static {}
+
+impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {}
+
+/// Opens sessions, and asks what is at the other end. Cancel-safe: dropping a future closes the session that it opens.
+pub(crate) trait Open<C>: Send + Sync {
+    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<C>>;
+
+    /// Asks a session that was opened earlier what its server is: one round trip.
+    fn ask<'a>(&'a self, address: &'a Address, client: &'a Client)
+    -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
+
+    /// Another number than before, if something was sent or received meanwhile on any session of the pool.
+    fn stirs(&self) -> u64;
+
+    /// Asks the server to stop what the session of `token` runs.
+    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()>;
+}
+
+pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
+
+/// How this crate opens sessions: everything of the configuration but the address.
 pub(crate) struct Opener {
     template: Config,
     dial: Box<dyn Dial>,
@@ -130,8 +154,7 @@ pub(crate) struct Opener {
     passwords: Option<Passwords>,
     /// Grows whenever something is sent or received on any session of the pool.
     stirs: Arc<AtomicU64>,
-    /// Servers that did not let this role read more than their role, and when that was.
-    role_only: Mutex<HashMap<Address, Instant>>,
+    questions: Questions,
 }
 
 impl Opener {
@@ -143,26 +166,18 @@ impl Opener {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self { template, dial: Box::new(Tls(tls)), passwords: None, stirs: Arc::default(), role_only: Mutex::default() }
+        Self {
+            template,
+            dial: Box::new(Tls(tls)),
+            passwords: None,
+            stirs: Arc::default(),
+            questions: Questions::default(),
+        }
     }
 
     /// Asks for the password of each session.
     pub(crate) fn with_passwords(self, passwords: Option<Passwords>) -> Self {
         Self { passwords, ..self }
-    }
-
-    /// Opens a session and asks it. Cancel-safe: dropping the future closes the socket.
-    pub(crate) async fn open(
-        &self,
-        endpoint: &Endpoint,
-        scope: CancellationToken,
-    ) -> Result<(Session, ServerReport), ProbeFailure> {
-        let notices = Arc::new(Notices::default());
-        let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
-        let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
-        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
-        let report = self.question(&endpoint.address, &session, true).await?;
-        Ok((session, report))
     }
 
     async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
@@ -186,47 +201,6 @@ impl Opener {
         Box::pin(dialling).await
     }
 
-    /// Another number than before, if something was sent or received meanwhile on any session of the pool.
-    pub(crate) fn stirs(&self) -> u64 {
-        self.stirs.load(Ordering::Relaxed)
-    }
-
-    /// Asks a session that was opened earlier what its server is: one round trip.
-    pub(crate) async fn ask(&self, address: &Address, session: &Session) -> Result<ServerReport, ProbeFailure> {
-        self.question(address, session, false).await
-    }
-
-    async fn question(&self, address: &Address, session: &Session, fresh: bool) -> Result<ServerReport, ProbeFailure> {
-        if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
-            match rows(&session.client, &probe(fresh)).await {
-                Err(error) if not_offered(&error) => {
-                    tracing::debug!("the identity probe was refused: {}", explain(&error));
-                }
-                answer => return read(answer),
-            }
-        }
-        let report = read(rows(&session.client, ROLE_PROBE).await)?;
-        self.role_only().insert(address.clone(), Instant::now());
-        Ok(report)
-    }
-
-    fn role_only(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
-        self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Asks the server to stop what the session of `token` runs: again after a moment, as a request that overtakes the
-    /// statement finds the session idle and is lost. Ends with the first that is not taken within two seconds.
-    pub(crate) async fn cancel(&self, token: CancelToken) {
-        for pause in CANCEL_AFTER {
-            tokio::time::sleep(pause).await;
-            match tokio::time::timeout(CANCEL_WITHIN, self.dial.cancel(token.clone())).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => return tracing::debug!("a cancel request failed: {}", explain(&error)),
-                Err(_) => return tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
-            }
-        }
-    }
-
     fn config_for(&self, endpoint: &Endpoint) -> Config {
         let mut config = self.template.clone();
         match &endpoint.address {
@@ -241,19 +215,141 @@ impl Opener {
             Address::Unix(folder, port) => {
                 config.host_path(folder).port(*port).ssl_mode(SslMode::Disable);
             }
+            // No candidate of a pool that connects by itself.
+            Address::Wrapped => {}
         }
         config
     }
 }
 
-/// One open session and its driver. Dropping it ends the driver and closes the socket.
-pub(crate) struct Session {
-    pub(crate) client: ClientWrapper,
-    /// Ends the driver from outside, although somebody still holds the client.
-    pub(crate) abort: AbortHandle,
-    /// All sessions of this scope end with it.
+impl Open<ClientWrapper> for Opener {
+    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<ClientWrapper>> {
+        Box::pin(async move {
+            let notices = Arc::new(Notices::default());
+            let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
+            let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
+            let abort = Some(task.abort_handle());
+            let client = Guarded::new(ClientWrapper::new(client, task));
+            let session = Session { client, abort, scope, notices };
+            let report = self.questions.ask(&endpoint.address, &session.client, true).await?;
+            Ok((session, report))
+        })
+    }
+
+    fn ask<'a>(
+        &'a self,
+        address: &'a Address,
+        client: &'a Client,
+    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
+        Box::pin(self.questions.ask(address, client, false))
+    }
+
+    fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
+    }
+
+    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {
+        Box::pin(cancel(move || self.dial.cancel(token.clone())))
+    }
+}
+
+/// Sends a cancel request, and again after a moment, as one that overtakes the statement finds the session idle and is
+/// lost. Ends with the first that is not taken within two seconds.
+pub(crate) async fn cancel<Fut>(request: impl Fn() -> Fut)
+where
+    Fut: Future<Output = Result<(), Error>>,
+{
+    for pause in CANCEL_AFTER {
+        tokio::time::sleep(pause).await;
+        match tokio::time::timeout(CANCEL_WITHIN, request()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return tracing::debug!("a cancel request failed: {}", explain(&error)),
+            Err(_) => return tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
+        }
+    }
+}
+
+/// Asks servers what they are.
+#[derive(Default)]
+pub(crate) struct Questions {
+    /// Servers that did not let this role read more than their role, and when that was.
+    role_only: Mutex<HashMap<Address, Instant>>,
+}
+
+impl Questions {
+    /// `fresh`: on a session that was made for this question.
+    pub(crate) async fn ask(
+        &self,
+        address: &Address,
+        client: &Client,
+        fresh: bool,
+    ) -> Result<ServerReport, ProbeFailure> {
+        if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
+            match rows(client, &probe(fresh)).await {
+                Err(error) if not_offered(&error) => {
+                    tracing::debug!("the identity probe was refused: {}", explain(&error));
+                }
+                answer => return read(answer),
+            }
+        }
+        let report = read(rows(client, ROLE_PROBE).await)?;
+        self.role_only().insert(address.clone(), Instant::now());
+        Ok(report)
+    }
+
+    fn role_only(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
+        self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One open session. Dropping it closes the socket.
+pub(crate) struct Session<C = ClientWrapper> {
+    pub(crate) client: Guarded<C>,
+    /// Ends the driver from outside, although somebody still holds the client; where the driver is this crate's.
+    pub(crate) abort: Option<AbortHandle>,
+    /// All sessions of this scope end with it, where their drivers are this crate's.
     pub(crate) scope: CancellationToken,
     pub(crate) notices: Arc<Notices>,
+}
+
+type Farewell<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
+
+/// A client, and what is to be done when it is dropped.
+pub(crate) struct Guarded<C> {
+    client: C,
+    farewell: Option<Farewell<C>>,
+}
+
+impl<C> Guarded<C> {
+    fn new(client: C) -> Self {
+        Self { client, farewell: None }
+    }
+
+    pub(crate) fn with_farewell(client: C, farewell: impl FnOnce(&mut C) + Send + Sync + 'static) -> Self {
+        Self { client, farewell: Some(Box::new(farewell)) }
+    }
+}
+
+impl<C> Drop for Guarded<C> {
+    fn drop(&mut self) {
+        if let Some(farewell) = self.farewell.take() {
+            farewell(&mut self.client);
+        }
+    }
+}
+
+impl<C> Deref for Guarded<C> {
+    type Target = C;
+
+    fn deref(&self) -> &C {
+        &self.client
+    }
+}
+
+impl<C> DerefMut for Guarded<C> {
+    fn deref_mut(&mut self) -> &mut C {
+        &mut self.client
+    }
 }
 
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
@@ -307,14 +403,29 @@ fn not_opened(error: Error) -> ProbeFailure {
     failure
 }
 
+/// The manager of a wrapped pool could not make a session.
+pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E) -> ProbeFailure {
+    let driver = links(&error).find_map(|link| link.downcast_ref::<Error>());
+    let verdict = driver.map_or(Verdict::ConnectionLost, verdict_of_open);
+    let message = driver.map_or_else(|| error.to_string(), explain);
+    ProbeFailure::new(kind_of(verdict), shortened(&message)).caused_by(Arc::new(error))
+}
+
 fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
-    let kind = match verdict {
+    let message = shortened(&explain(&error));
+    ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
+}
+
+fn shortened(message: &str) -> String {
+    message.chars().take(LONGEST_MESSAGE).collect()
+}
+
+fn kind_of(verdict: Verdict) -> FailureKind {
+    match verdict {
         Verdict::Full => FailureKind::Full,
         Verdict::NotNow => FailureKind::NotNow,
         Verdict::Refused => FailureKind::Refused,
         Verdict::NotPostgres => FailureKind::NotPostgres,
         _ => FailureKind::Unreachable,
-    };
-    let message: String = explain(&error).chars().take(LONGEST_MESSAGE).collect();
-    ProbeFailure::new(kind, message).caused_by(Arc::new(error))
+    }
 }

@@ -66,6 +66,23 @@ pub(crate) struct Settings {
     pub(crate) dead_after: Duration,
     /// Keep a session to each standby while there is a primary.
     pub(crate) warm_standbys: bool,
+    /// Each new session to a candidate may lead to another server: somebody else decides where.
+    pub(crate) roaming: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            poll: (Duration::from_millis(10), Duration::from_millis(250)),
+            heartbeat: Duration::from_secs(1),
+            heartbeat_timeout: Duration::from_secs(2),
+            patrol: Duration::from_secs(5),
+            probe_timeout: Duration::from_secs(3),
+            dead_after: Duration::from_secs(20),
+            warm_standbys: false,
+            roaming: false,
+        }
+    }
 }
 
 /// One primary and its connections.
@@ -245,6 +262,8 @@ pub(crate) struct Topology {
     moved_at: Instant,
     /// How long after a question the next one is asked because of silence.
     quiet_pause: Duration,
+    /// When a new session was opened last to see where it leads.
+    patrolled_at: Instant,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
     noticed: HashSet<Notice>,
@@ -269,6 +288,7 @@ impl Topology {
             polled_at: now,
             pulse: Pulse::default(),
             moved_at: now,
+            patrolled_at: now,
             revision: 0,
             noticed: HashSet::new(),
             actions: Vec::new(),
@@ -296,6 +316,10 @@ impl Topology {
         for (address, member) in &mut self.members {
             if member.asking || member.due > now {
                 continue;
+            }
+            if self.settings.roaming && now >= self.patrolled_at + self.settings.patrol {
+                self.patrolled_at = now;
+                member.fresh = true;
             }
             let within = if current.as_ref() == Some(address) {
                 self.settings.heartbeat_timeout
@@ -435,6 +459,15 @@ impl Topology {
         }
     }
 
+    /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
+    /// is kept, and not this one.
+    pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return false;
+        };
+        self.settings.roaming && !primary.is(address, report) && self.admissible(report).is_err()
+    }
+
     /// Should an open session to this server be kept for the next question?
     pub(crate) fn keeps(&self, address: &Address) -> bool {
         match &self.phase {
@@ -450,7 +483,8 @@ impl Topology {
     /// A session to a standby survives its promotion and is then the first one of the new primary. One that was opened under
     /// a fence stays read-only after the fence is lifted, so it does not count.
     fn is_standby(&self, address: &Address) -> bool {
-        self.members.get(address).is_some_and(|member| {
+        !self.settings.roaming
+            && self.members.get(address).is_some_and(|member| {
             matches!(&member.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
         })
     }
@@ -583,6 +617,10 @@ impl Topology {
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
+            // Nor does the next session have to lead to the same server: the one that is held will tell.
+            Answer::Refused(report, _)
+                if self.settings.roaming && probed.still_open && !primary.is(&probed.address, report) => {}
+            Answer::Failed(_) if self.settings.roaming && probed.still_open => {}
             Answer::Refused(report, refusal) => {
                 let proof = primary.is(&probed.address, report) && refusal.is_proof();
                 let id = primary.id;
@@ -673,7 +711,9 @@ impl Topology {
             self.decide_pick(now);
             return;
         };
-        if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
+        // Where it cannot be read who answers, an address that may lead anywhere does not say either that it is the same.
+        let anybody = self.settings.roaming && report.started_at.is_none();
+        if !anybody && search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
             self.resume(now, address, report);
             return;
         }

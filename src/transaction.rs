@@ -22,10 +22,11 @@ use crate::commit::Guarantee;
 use crate::error::Error;
 use crate::pool::{Client, Pool};
 use crate::retry::RetryPolicy;
+use crate::server::SessionClient;
 use decide::Mode;
 use run::{Begin, Marks};
 
-impl Pool {
+impl<C: SessionClient> Pool<C> {
     /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a
     /// serialization failure or a deadlock ended it before it was committed, within the pool's [`RetryPolicy`].
     ///
@@ -61,7 +62,7 @@ impl Pool {
     /// ```
     pub async fn transaction<T, F, Fut>(&self, work: F) -> Result<T, Error>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         self.build_transaction().run(work).await
@@ -82,7 +83,7 @@ impl Pool {
     /// ```
     pub async fn idempotent<T, F, Fut>(&self, work: F) -> Result<T, Error>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         self.build_transaction().guarantee(Guarantee::AtLeastOnce).run(work).await
@@ -101,7 +102,7 @@ impl Pool {
     /// ```
     pub async fn read<T, F, Fut>(&self, work: F) -> Result<T, Error>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         self.build_transaction().read_only(true).run(work).await
@@ -122,7 +123,7 @@ impl Pool {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn build_transaction(&self) -> TransactionBuilder<'_> {
+    pub fn build_transaction(&self) -> TransactionBuilder<'_, C> {
         TransactionBuilder {
             pool: self,
             isolation_level: None,
@@ -137,8 +138,8 @@ impl Pool {
 /// The options of one transaction, from [`Pool::build_transaction`].
 #[derive(Debug)]
 #[must_use = "a builder does nothing until `run` is called"]
-pub struct TransactionBuilder<'a> {
-    pool: &'a Pool,
+pub struct TransactionBuilder<'a, C: SessionClient = ClientWrapper> {
+    pool: &'a Pool<C>,
     isolation_level: Option<IsolationLevel>,
     read_only: bool,
     deferrable: bool,
@@ -146,7 +147,7 @@ pub struct TransactionBuilder<'a> {
     retry: RetryPolicy,
 }
 
-impl TransactionBuilder<'_> {
+impl<C: SessionClient> TransactionBuilder<'_, C> {
     /// The isolation level. Default: the server's.
     pub fn isolation_level(mut self, level: IsolationLevel) -> Self {
         self.isolation_level = Some(level);
@@ -188,7 +189,7 @@ impl TransactionBuilder<'_> {
     /// Runs `work` with these options; see [`Pool::transaction`].
     pub async fn run<T, F, Fut>(self, work: F) -> Result<T, Error>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         run::run(&self, work).await
@@ -243,12 +244,12 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
 ///
 /// Read a row stream to its end, or drop it, within the closure: COMMIT's answer comes behind its rows.
-pub struct Transaction {
-    client: Arc<Client>,
+pub struct Transaction<C: SessionClient = ClientWrapper> {
+    client: Arc<Client<C>>,
 }
 
-impl Transaction {
-    fn new(client: Arc<Client>) -> Self {
+impl<C: SessionClient> Transaction<C> {
+    fn new(client: Arc<Client<C>>) -> Self {
         Self { client }
     }
 
@@ -268,43 +269,43 @@ impl Transaction {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn savepoint(&mut self) -> Result<Savepoint<'_>, Error> {
+    pub async fn savepoint(&mut self) -> Result<Savepoint<'_, C>, Error> {
         Savepoint::set(&self.client, 1).await
     }
 }
 
-impl Deref for Transaction {
-    type Target = ClientWrapper;
+impl<C: SessionClient> Deref for Transaction<C> {
+    type Target = C;
 
-    fn deref(&self) -> &ClientWrapper {
+    fn deref(&self) -> &C {
         &self.client
     }
 }
 
-impl fmt::Debug for Transaction {
+impl<C: SessionClient> fmt::Debug for Transaction<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Transaction").field("generation", &self.client.generation()).finish_non_exhaustive()
     }
 }
 
 /// A savepoint within a [`Transaction`]. Dropping it without [`Savepoint::release`] rolls back to it.
-pub struct Savepoint<'a> {
-    client: &'a Client,
+pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
+    client: &'a Client<C>,
     /// How deeply it is nested. A name needs to differ along one line of nesting only.
     depth: u32,
     /// Set until the savepoint was released or rolled back.
     open: bool,
 }
 
-impl<'a> Savepoint<'a> {
-    async fn set(client: &'a Client, depth: u32) -> Result<Self, Error> {
+impl<'a, C: SessionClient> Savepoint<'a, C> {
+    async fn set(client: &'a Client<C>, depth: u32) -> Result<Self, Error> {
         let savepoint = Self { client, depth, open: true };
         client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await?;
         Ok(savepoint)
     }
 
     /// Sets a savepoint within this one.
-    pub async fn savepoint(&mut self) -> Result<Savepoint<'_>, Error> {
+    pub async fn savepoint(&mut self) -> Result<Savepoint<'_, C>, Error> {
         Savepoint::set(self.client, self.depth + 1).await
     }
 
@@ -330,15 +331,15 @@ impl<'a> Savepoint<'a> {
     }
 }
 
-impl Deref for Savepoint<'_> {
-    type Target = ClientWrapper;
+impl<C: SessionClient> Deref for Savepoint<'_, C> {
+    type Target = C;
 
-    fn deref(&self) -> &ClientWrapper {
+    fn deref(&self) -> &C {
         self.client
     }
 }
 
-impl Drop for Savepoint<'_> {
+impl<C: SessionClient> Drop for Savepoint<'_, C> {
     fn drop(&mut self) {
         if self.open {
             // The driver queues a request at the first poll of its future; the answer is of no interest.
@@ -347,7 +348,7 @@ impl Drop for Savepoint<'_> {
     }
 }
 
-impl fmt::Debug for Savepoint<'_> {
+impl<C: SessionClient> fmt::Debug for Savepoint<'_, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Savepoint").field("name", &self.name()).finish_non_exhaustive()
     }

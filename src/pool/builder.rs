@@ -5,24 +5,27 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use deadpool::managed::{self, QueueMode};
+use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
-use super::{Idle, Manager, Pool, Shared};
+use super::connection::Idle;
+use super::dialer::Dialer;
+use super::{Manager, Pool, Shared, Source};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Ask, Opener, Passwords};
+use crate::server::{Ask, Open, Opener, Passwords};
 use crate::topology::{Address, Endpoint, Settings};
 
 /// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
@@ -134,10 +137,7 @@ pub struct PoolBuilder {
     idle: Idle,
     max_lifetime: Duration,
     gate: usize,
-    checkout_timeout: Duration,
-    retry: RetryPolicy,
-    budget: RetryBudget,
-    guarantee: Guarantee,
+    calls: CallOptions,
     settings: Settings,
     seed: Option<u64>,
 }
@@ -155,19 +155,8 @@ impl PoolBuilder {
             idle: Idle { timeout: Duration::from_secs(10 * 60), min: 0 },
             max_lifetime: Duration::from_secs(30 * 60),
             gate: 4,
-            checkout_timeout: Duration::from_secs(30),
-            retry: RetryPolicy::default(),
-            budget: RetryBudget::default(),
-            guarantee: Guarantee::default(),
-            settings: Settings {
-                poll: (Duration::from_millis(10), Duration::from_millis(250)),
-                heartbeat: Duration::from_secs(1),
-                heartbeat_timeout: Duration::from_secs(2),
-                patrol: Duration::from_secs(5),
-                probe_timeout: Duration::from_secs(3),
-                dead_after: Duration::from_secs(20),
-                warm_standbys: false,
-            },
+            calls: CallOptions::default(),
+            settings: Settings::default(),
             seed: None,
         })
     }
@@ -205,26 +194,26 @@ impl PoolBuilder {
     /// Longer than your failover, and callers ride through it: 60 to 75 s on Fly's repmgr clusters, 30 s on Patroni's
     /// defaults. Shorter, and they fail with the list of what each server said.
     pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
-        self.checkout_timeout = timeout;
+        self.calls.checkout_timeout = timeout;
         self
     }
 
     /// How transactions are run again. Default: [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.retry = policy;
+        self.calls.retry = policy;
         self
     }
 
     /// What [`Pool::transaction`] guarantees when the connection is lost between COMMIT and its answer. Default:
     /// [`Guarantee::ExactlyOnce`].
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
-        self.guarantee = guarantee;
+        self.calls.guarantee = guarantee;
         self
     }
 
     /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
-        self.budget = budget;
+        self.calls.budget = budget;
         self
     }
 
@@ -380,55 +369,27 @@ impl PoolBuilder {
 
     /// Makes the pool. Needs no server, and a tokio runtime, on which it starts its one task.
     pub fn build(self) -> Result<Pool, BuildError> {
-        let (max_size, checkout_timeout) = (self.max_size, self.checkout_timeout.min(FAR));
+        let max_size = self.max_size;
         if max_size == 0 {
             return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
         }
-        not_zero("checkout_timeout", checkout_timeout)?;
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
-        self.retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
-        let retry = self.retry.clone();
-        let (budget, guarantee) = (self.budget.clone(), self.guarantee.clone());
+        let shared = self.calls.clone().shared()?;
         let manager = self.build_manager()?;
-        let end = manager.cluster.scope().clone();
+        let dialer = Arc::clone(&manager.dialer);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        tokio::spawn(idle.reap(inner.weak(), end));
-        let shared = Arc::new(Shared {
-            checkout_timeout,
-            retry,
-            budget,
-            guarantee,
-            searching: AtomicUsize::new(0),
-            unmarked: Mutex::default(),
-            prune_at: Mutex::default(),
-            settlers: Semaphore::new(SETTLERS),
-        });
-        Ok(Pool { inner, shared })
+        tokio::spawn(idle.reap(inner.weak(), dialer.cluster.scope().clone()));
+        Ok(Pool { source: Source::Own(inner), dialer, shared })
     }
 
     /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
     /// are not used.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
-        Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
-        let settings = &mut self.settings;
-        for (option, duration) in [
-            ("heartbeat_interval", &mut settings.heartbeat),
-            ("heartbeat_timeout", &mut settings.heartbeat_timeout),
-            ("patrol_interval", &mut settings.patrol),
-            ("poll_interval", &mut settings.poll.0),
-            ("poll_interval", &mut settings.poll.1),
-            ("probe_timeout", &mut settings.probe_timeout),
-            ("dead_after", &mut settings.dead_after),
-        ] {
-            not_zero(option, *duration)?;
-            *duration = FAR.min(*duration);
-        }
-        if settings.poll.0 > settings.poll.1 {
-            return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
-        }
+        checked(&mut self.settings)?;
+        let settings = &self.settings;
         not_zero("max_lifetime", self.max_lifetime)?;
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
@@ -444,8 +405,8 @@ impl PoolBuilder {
         let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
         let open_timeout = settings.probe_timeout;
         let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
-        let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0));
-        let opener = Arc::new((self.make_opener)(template).with_passwords(passwords));
+        let seed = seed_or_random(self.seed);
+        let opener: Arc<dyn Open<ClientWrapper>> = Arc::new((self.make_opener)(template).with_passwords(passwords));
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: targets.names,
@@ -456,7 +417,7 @@ impl PoolBuilder {
             seed,
         });
         let max_lifetime = self.max_lifetime.min(FAR);
-        Ok(Manager { cluster, opener, open_timeout, max_lifetime, seeds: AtomicU64::new(seed) })
+        Ok(Manager::new(Arc::new(Dialer::new(cluster, opener, open_timeout, seed)), max_lifetime))
     }
 
     /// What `build_manager` reads from the configuration, without a runtime: names, addresses, and the sessions' template.
@@ -475,6 +436,69 @@ impl fmt::Debug for PoolBuilder {
         // The configuration is left out: in one that was misread, any part may be a piece of the password.
         f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
     }
+}
+
+/// What holds for the calls of a pool, wherever its connections come from.
+#[derive(Clone)]
+pub(super) struct CallOptions {
+    pub(super) checkout_timeout: Duration,
+    pub(super) retry: RetryPolicy,
+    pub(super) budget: RetryBudget,
+    pub(super) guarantee: Guarantee,
+}
+
+impl Default for CallOptions {
+    fn default() -> Self {
+        Self {
+            checkout_timeout: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
+            budget: RetryBudget::default(),
+            guarantee: Guarantee::default(),
+        }
+    }
+}
+
+impl CallOptions {
+    pub(super) fn shared(self) -> Result<Arc<Shared>, BuildError> {
+        let Self { checkout_timeout, retry, budget, guarantee } = self;
+        not_zero("checkout_timeout", checkout_timeout)?;
+        retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
+        Ok(Arc::new(Shared {
+            checkout_timeout: checkout_timeout.min(FAR),
+            retry,
+            budget,
+            guarantee,
+            searching: AtomicUsize::new(0),
+            unmarked: Mutex::default(),
+            prune_at: Mutex::default(),
+            settlers: Semaphore::new(SETTLERS),
+        }))
+    }
+}
+
+/// The settings make sense and are within bounds, and there is a runtime to run by them.
+pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
+    Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
+    for (option, duration) in [
+        ("heartbeat_interval", &mut settings.heartbeat),
+        ("heartbeat_timeout", &mut settings.heartbeat_timeout),
+        ("patrol_interval", &mut settings.patrol),
+        ("poll_interval", &mut settings.poll.0),
+        ("poll_interval", &mut settings.poll.1),
+        ("probe_timeout", &mut settings.probe_timeout),
+        ("dead_after", &mut settings.dead_after),
+    ] {
+        not_zero(option, *duration)?;
+        *duration = FAR.min(*duration);
+    }
+    if settings.poll.0 > settings.poll.1 {
+        return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
+    }
+    Ok(())
+}
+
+pub(super) fn seed_or_random(seed: Option<u64>) -> u64 {
+    seed.unwrap_or_else(|| RandomState::new().hash_one(0))
 }
 
 fn not_zero(option: &'static str, duration: Duration) -> Result<(), BuildError> {

@@ -18,6 +18,8 @@ pub enum Address {
     /// The folder of a Unix socket, and the port that its file name carries.
     #[cfg(unix)]
     Unix(PathBuf, u16),
+    /// Wherever the manager of a [wrapped](crate::Pool::wrap) pool connects to.
+    Wrapped,
 }
 
 impl fmt::Display for Address {
@@ -26,6 +28,7 @@ impl fmt::Display for Address {
             Self::Tcp(address) => address.fmt(f),
             #[cfg(unix)]
             Self::Unix(folder, port) => write!(f, "{}/.s.PGSQL.{port}", folder.display()),
+            Self::Wrapped => f.write_str("the wrapped pool's server"),
         }
     }
 }

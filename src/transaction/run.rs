@@ -17,6 +17,7 @@ use crate::commit::wal::{self, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
+use crate::server::SessionClient;
 use crate::topology::Suspicion;
 
 /// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
@@ -30,18 +31,20 @@ const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 /// A source chain longer than this is a loop.
 const LINKS: usize = 16;
 
-pub(super) async fn run<T, F, Fut>(options: &TransactionBuilder<'_>, work: F) -> Result<T, Error>
+pub(super) async fn run<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, work: F) -> Result<T, Error>
 where
-    F: FnMut(Transaction) -> Fut,
+    C: SessionClient,
+    F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
     let span = tracing::info_span!("transaction", db.system.name = "postgresql", mode = ?options.mode());
     attempts(options, work).instrument(span).await
 }
 
-async fn attempts<T, F, Fut>(options: &TransactionBuilder<'_>, mut work: F) -> Result<T, Error>
+async fn attempts<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, mut work: F) -> Result<T, Error>
 where
-    F: FnMut(Transaction) -> Fut,
+    C: SessionClient,
+    F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
     let pool = options.pool;
@@ -158,7 +161,7 @@ struct Unanswered<T> {
 }
 
 impl<T> Unanswered<T> {
-    async fn settled(self, pool: &Pool, mode: Mode, deadline: Instant) -> Ended<T> {
+    async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
         let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict), &self.mark) else {
             return Ended::InDoubt(self);
         };
@@ -186,26 +189,26 @@ impl<T> Ended<T> {
 
 /// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
 /// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
-pub(super) struct Held {
-    client: Arc<Client>,
+struct Held<C: SessionClient> {
+    client: Arc<Client<C>>,
     clean: bool,
 }
 
-impl Held {
-    pub(super) fn new(client: Client) -> Self {
+impl<C: SessionClient> Held<C> {
+    fn new(client: Client<C>) -> Self {
         Self { client: Arc::new(client), clean: false }
     }
 
-    pub(super) fn client(&self) -> &Client {
+    fn client(&self) -> &Client<C> {
         &self.client
     }
 
-    pub(super) fn clean(&mut self, clean: bool) {
+    fn clean(&mut self, clean: bool) {
         self.clean = clean;
     }
 }
 
-impl Drop for Held {
+impl<C: SessionClient> Drop for Held<C> {
     fn drop(&mut self) {
         if !self.clean {
             self.client.poison();
@@ -214,19 +217,24 @@ impl Drop for Held {
 }
 
 /// One connection during one attempt.
-struct Attempt {
-    held: Held,
+struct Attempt<C: SessionClient> {
+    held: Held<C>,
     /// Time from BEGIN to COMMIT.
     limit: Duration,
 }
 
-impl Attempt {
+impl<C: SessionClient> Attempt<C> {
     async fn run<T, F, Fut>(mut self, begin: &Begin, mode: Mode, work: &mut F) -> Ended<T>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        match timeout(self.limit, self.body(begin, work)).await {
+        let body = tokio::select! {
+            biased;
+            body = timeout(self.limit, self.body(begin, work)) => body,
+            () = self.client().evicted() => Ok(Err(evicted())),
+        };
+        match body {
             Ok(Ok((value, mark))) => self.commit(value, mark, begin).await,
             Ok(Err((verdict, error))) => Ended::Failed(Stage::Body, self.failed(mode, verdict, error).await),
             Err(_) => {
@@ -239,7 +247,7 @@ impl Attempt {
     /// BEGIN and the closure.
     async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<(T, Option<Mark>), (Verdict, Error)>
     where
-        F: FnMut(Transaction) -> Fut,
+        F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         self.client().notices().forget();
@@ -341,9 +349,22 @@ impl Attempt {
         if self.is_shared() {
             return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
         }
+        if self.client().is_evicted() {
+            let (verdict, error) = evicted();
+            return Ended::before_commit(verdict, error);
+        }
         // On a session that has ended nothing is sent: then the transaction is certainly not committed.
         let never_sent = self.client().is_closed();
-        let Err(error) = self.client().batch_execute(COMMIT).await else {
+        let answer = tokio::select! {
+            biased;
+            answer = self.client().batch_execute(COMMIT) => answer,
+            () = self.client().evicted() => {
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
+                let failed = Failed { verdict: Verdict::ConnectionLost, error };
+                return Ended::InDoubt(Unanswered { value, mark, failed });
+            }
+        };
+        let Err(error) = answer else {
             self.held.clean(true);
             if self.client().notices().not_replicated() {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
@@ -445,13 +466,18 @@ impl Attempt {
         }
     }
 
-    fn client(&self) -> &Client {
+    fn client(&self) -> &Client<C> {
         self.held.client()
     }
 
-    fn pool(&self) -> &Pool {
+    fn pool(&self) -> &Pool<C> {
         self.client().pool()
     }
+}
+
+/// The generation ended, and the session with it, although no driver of ours could say so.
+fn evicted() -> (Verdict, Error) {
+    (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }
 
 fn verdict_of(error: &Error) -> Verdict {

@@ -12,6 +12,7 @@ use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
 use crate::error::Error;
 use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
+use crate::server::SessionClient;
 use crate::topology::GenerationId;
 
 /// A doubt that comes up at the end of a call's time is still looked into for so long: a wrong "unknown" costs its caller
@@ -31,7 +32,7 @@ pub(super) struct Mark {
 
 impl Mark {
     /// Does this session lead to the server that the transaction ran on, in the same life?
-    fn is_of(&self, aside: &Aside) -> bool {
+    fn is_of<C: SessionClient>(&self, aside: &Aside<C>) -> bool {
         match (&self.life, aside.life()) {
             (Some(then), Some(now)) => then.is(&now),
             _ => self.generation == aside.generation(),
@@ -53,7 +54,11 @@ pub(super) enum Outcome {
 }
 
 /// Cancel-safe: a settler does nothing that another could not do again.
-pub(super) async fn settle(pool: &Pool, mark: &Mark, deadline: Instant) -> Result<Outcome, Unsettled> {
+pub(super) async fn settle<C: SessionClient>(
+    pool: &Pool<C>,
+    mark: &Mark,
+    deadline: Instant,
+) -> Result<Outcome, Unsettled> {
     let deadline = deadline.max(Instant::now() + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut reason = Unsettled::NoPrimary;
@@ -74,7 +79,11 @@ pub(super) async fn settle(pool: &Pool, mark: &Mark, deadline: Instant) -> Resul
 }
 
 /// One question; `None`: ask again, and if there is no time left, `reason` is why.
-async fn round(pool: &Pool, mark: &Mark, reason: &mut Unsettled) -> Option<Result<Outcome, Unsettled>> {
+async fn round<C: SessionClient>(
+    pool: &Pool<C>,
+    mark: &Mark,
+    reason: &mut Unsettled,
+) -> Option<Result<Outcome, Unsettled>> {
     let (aside, settled) = {
         // Never closed, so waiting for it cannot fail.
         let _permit = pool.settlers().acquire().await;
@@ -108,7 +117,7 @@ async fn round(pool: &Pool, mark: &Mark, reason: &mut Unsettled) -> Option<Resul
     }
 }
 
-async fn question(aside: &Aside, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
+async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
     let client = aside.client();
     match &mark.by {
         Settler::Wal(marker) => {
@@ -124,8 +133,8 @@ async fn question(aside: &Aside, mark: &Mark) -> Result<Settled, Option<tokio_po
 }
 
 /// Waits until the synchronous standbys have what was found: a successor must not say otherwise.
-async fn confirmed(
-    aside: &Aside,
+async fn confirmed<C: SessionClient>(
+    aside: &Aside<C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,

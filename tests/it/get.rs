@@ -93,7 +93,7 @@ async fn generic_code_takes_our_connections() {
     let cluster = server().await;
     let pool = pool(&cluster);
     let mut client = pool.get().await.unwrap();
-    assert_eq!(three_by_driver(&***client).await, 3);
+    assert_eq!(three_by_driver(&**client).await, 3);
     let transaction = client.transaction().await.unwrap();
     assert_eq!(three_by_deadpool(&transaction).await, 3);
     assert_eq!(three_by_driver(&*transaction).await, 3);

@@ -19,3 +19,4 @@ mod rotation;
 mod scenarios;
 mod settle;
 mod transaction;
+mod wrap;

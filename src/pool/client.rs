@@ -1,0 +1,201 @@
+//! A connection on loan.
+
+use std::fmt;
+use std::future::pending;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use deadpool::managed::Object;
+use deadpool_postgres::ClientWrapper;
+use tokio_util::sync::CancellationToken;
+
+use super::Pool;
+use super::connection::{Facts, Manager};
+use super::wrap::Lent;
+use crate::cluster::{InUse, lock};
+use crate::commit::Life;
+use crate::commit::wal::Marking;
+use crate::server::{Notices, SessionClient};
+use crate::topology::GenerationId;
+
+/// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
+///
+/// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
+/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool it derefs to
+/// what that pool holds.
+///
+/// ```no_run
+/// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres::GenericClient;
+///
+/// async fn count(client: &impl GenericClient) -> Result<i64, tokio_postgres::Error> {
+///     Ok(client.query_one("SELECT count(*) FROM orders", &[]).await?.get(0))
+/// }
+///
+/// let mut client = pool.get().await?;
+/// count(&**client).await?;
+/// let transaction = client.transaction().await?;
+/// count(&*transaction).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Client<C: SessionClient = ClientWrapper> {
+    /// Taken only by `drop`.
+    loan: Option<Loan<C>>,
+    /// Keeps the cluster's task alive for as long as the connection is in use.
+    pool: Pool<C>,
+    _in_use: InUse,
+}
+
+/// Whose connection it is.
+pub(super) enum Loan<C: SessionClient> {
+    Own(Object<Manager<C>>),
+    /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it.
+    Lent {
+        object: Box<dyn Lent<C>>,
+        facts: Arc<Facts>,
+        scope: CancellationToken,
+    },
+}
+
+impl<C: SessionClient> Loan<C> {
+    fn facts(&self) -> &Facts {
+        match self {
+            Self::Own(object) => &object.facts,
+            Self::Lent { facts, .. } => facts,
+        }
+    }
+
+    fn client(&self) -> &C {
+        match self {
+            Self::Own(object) => object,
+            Self::Lent { object, .. } => object,
+        }
+    }
+
+    fn client_mut(&mut self) -> &mut C {
+        match self {
+            Self::Own(object) => object,
+            Self::Lent { object, .. } => object,
+        }
+    }
+
+    fn usable(&self) -> bool {
+        let ended = matches!(self, Self::Lent { scope, .. } if scope.is_cancelled());
+        !ended && !self.client().is_closed() && !self.facts().is_poisoned()
+    }
+
+    /// Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
+    fn discard(self) {
+        match self {
+            Self::Own(object) => drop(Object::take(object)),
+            Self::Lent { object, .. } => object.discard(),
+        }
+    }
+}
+
+impl<C: SessionClient> Client<C> {
+    pub(super) fn new(loan: Loan<C>, pool: Pool<C>, in_use: InUse) -> Self {
+        Self { loan: Some(loan), pool, _in_use: in_use }
+    }
+
+    /// The generation that the connection belongs to.
+    #[must_use]
+    pub fn generation(&self) -> GenerationId {
+        self.facts().generation
+    }
+
+    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
+    pub(crate) fn poison(&self) {
+        if self.facts().poisoned.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // What the pool itself has closed may still run on the server.
+        if !self.is_closed() || self.pool.cluster().is_closed() {
+            self.pool.cancel_running(self);
+        }
+        if let Loan::Own(object) = self.loan() {
+            object.abort();
+        }
+    }
+
+    /// Waits until the session is of no use any more, where nothing else ends what is under way on it. Cancel-safe.
+    pub(crate) async fn evicted(&self) {
+        match self.loan() {
+            Loan::Own(_) => pending().await,
+            Loan::Lent { scope, .. } => scope.cancelled().await,
+        }
+    }
+
+    pub(crate) fn is_evicted(&self) -> bool {
+        matches!(self.loan(), Loan::Lent { scope, .. } if scope.is_cancelled())
+    }
+
+    pub(crate) fn pool(&self) -> &Pool<C> {
+        &self.pool
+    }
+
+    /// The server at the other end, where it lets itself be identified.
+    pub(crate) fn life(&self) -> Option<Life> {
+        self.facts().life
+    }
+
+    /// How its session marks transactions.
+    pub(crate) fn marking(&self) -> Marking {
+        self.facts().marking()
+    }
+
+    pub(crate) fn set_marking(&self, marking: Marking) {
+        *lock(&self.facts().marking) = marking;
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.facts().notices
+    }
+
+    fn facts(&self) -> &Facts {
+        self.loan().facts()
+    }
+
+    #[expect(clippy::expect_used, reason = "the loan is taken in `drop` alone, after which nobody can ask for it")]
+    fn loan(&self) -> &Loan<C> {
+        self.loan.as_ref().expect("a client holds its connection until it is dropped")
+    }
+}
+
+impl<C: SessionClient> Deref for Client<C> {
+    type Target = C;
+
+    fn deref(&self) -> &C {
+        self.loan().client()
+    }
+}
+
+impl<C: SessionClient> DerefMut for Client<C> {
+    #[expect(clippy::expect_used, reason = "the loan is taken in `drop` alone, after which nobody can deref")]
+    fn deref_mut(&mut self) -> &mut C {
+        self.loan.as_mut().expect("a client holds its connection until it is dropped").client_mut()
+    }
+}
+
+impl<C: SessionClient> Drop for Client<C> {
+    fn drop(&mut self) {
+        let Some(loan) = self.loan.take() else {
+            return;
+        };
+        let closed = self.pool.cluster().is_closed();
+        if closed && !loan.facts().is_poisoned() {
+            self.pool.cancel_running(loan.client());
+        }
+        if closed || !loan.usable() {
+            loan.discard();
+        }
+    }
+}
+
+impl<C: SessionClient> fmt::Debug for Client<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("generation", &self.generation()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,378 @@
+//! Another deadpool pool, wrapped: its manager opens the sessions, this crate verifies them and runs the work.
+//!
+//! Where each new session leads is the manager's choice, so there is one candidate, [`Address::Wrapped`]. Tests:
+//! `tests/it/wrap.rs`.
+
+use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::fmt;
+use std::ops::DerefMut;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use deadpool::managed::{self, Object, ObjectId, PoolError};
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_postgres::{CancelToken, NoTls};
+use tokio_util::sync::CancellationToken;
+
+use super::builder::{CallOptions, checked, seed_or_random};
+use super::client::Loan;
+use super::connection::Facts;
+use super::dialer::Dialer;
+use super::{Pool, Source};
+use crate::cluster::{Cluster, Generation, Setup, lock};
+use crate::commit::Guarantee;
+use crate::error::{BuildError, Error, Obstacle, Unavailable};
+use crate::resolve::FixedResolver;
+use crate::retry::{RetryBudget, RetryPolicy};
+use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, cancel, not_created};
+use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, ServerReport, Settings, View};
+
+/// A connection of the wrapped pool.
+pub(super) trait Lent<C>: DerefMut<Target = C> + Send + Sync {
+    fn id(&self) -> ObjectId;
+
+    /// Closes it, and frees its slot.
+    fn discard(self: Box<Self>);
+}
+
+impl<M> Lent<M::Type> for Object<M>
+where
+    M: managed::Manager,
+    M::Type: Send + Sync,
+{
+    fn id(&self) -> ObjectId {
+        Object::id(self)
+    }
+
+    fn discard(self: Box<Self>) {
+        drop(Object::take(*self));
+    }
+}
+
+/// The wrapped pool, without its manager's type.
+pub(super) trait Lend<C>: Send + Sync {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn Lent<C>>, NotLent>>;
+
+    fn status(&self) -> managed::Status;
+
+    /// Closes what is idle.
+    fn evict(&self);
+
+    /// Something was sent or received.
+    fn stir(&self);
+}
+
+/// Why the wrapped pool gave no connection.
+pub(super) enum NotLent {
+    /// Its own time-out for waiting was shorter than this pool's.
+    NoneFree,
+    Closed,
+    Failed(ProbeFailure),
+}
+
+/// Opens sessions with the wrapped pool's manager.
+struct Lender<M: managed::Manager> {
+    existing: managed::Pool<M>,
+    questions: Questions,
+    stirs: AtomicU64,
+}
+
+impl<M> Open<M::Type> for Lender<M>
+where
+    M: managed::Manager + 'static,
+    M::Type: SessionClient,
+    M::Error: StdError + Send + Sync + 'static,
+{
+    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<M::Type>> {
+        Box::pin(async move {
+            let created = self.existing.manager().create().await.map_err(not_created)?;
+            let existing = self.existing.clone();
+            // The manager may keep a record of what it made, as deadpool-postgres' does.
+            let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
+            let session = Session { client, abort: None, scope, notices: Arc::default() };
+            let report = self.questions.ask(&endpoint.address, &session.client, true).await?;
+            Ok((session, report))
+        })
+    }
+
+    fn ask<'a>(
+        &'a self,
+        address: &'a Address,
+        client: &'a tokio_postgres::Client,
+    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
+        Box::pin(self.questions.ask(address, client, false))
+    }
+
+    fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
+    }
+
+    /// Without TLS, which the server does not ask for in a cancel request; where the manager's `sslmode` is `require`, the
+    /// driver refuses to send it so.
+    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {
+        Box::pin(async move { cancel(|| token.cancel_query(NoTls)).await })
+    }
+}
+
+impl<M> Lend<M::Type> for Lender<M>
+where
+    M: managed::Manager + 'static,
+    M::Type: SessionClient,
+    M::Error: StdError + Send + Sync + 'static,
+{
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn Lent<M::Type>>, NotLent>> {
+        Box::pin(async move {
+            match self.existing.get().await {
+                Ok(object) => Ok(Box::new(object) as Box<dyn Lent<M::Type>>),
+                Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
+                Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
+                Err(PoolError::Closed) => Err(NotLent::Closed),
+                Err(other) => Err(NotLent::Failed(ProbeFailure::new(FailureKind::Unreachable, other.to_string()))),
+            }
+        })
+    }
+
+    fn status(&self) -> managed::Status {
+        self.existing.status()
+    }
+
+    fn evict(&self) {
+        let evicted = self.existing.retain(|_, _| false).removed.len();
+        tracing::debug!(evicted, "idle connections of the wrapped pool closed");
+    }
+
+    fn stir(&self) {
+        self.stirs.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What [`Pool::get`] does with a wrapped pool.
+pub(super) struct Wrapped<C> {
+    lender: Arc<dyn Lend<C>>,
+    /// The connections whose server has proved to be the primary of the newest generation.
+    known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
+}
+
+impl<C: SessionClient> Wrapped<C> {
+    pub(super) fn status(&self) -> managed::Status {
+        self.lender.status()
+    }
+
+    pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
+        loop {
+            let object = tokio::select! {
+                biased;
+                () = dialer.cluster.scope().cancelled() => return Err(Error::Closed),
+                object = self.lender.get() => object,
+            };
+            // Read after the wait, which may have outlasted a generation.
+            let generation = dialer.cluster.primary().await?;
+            let failure = match object {
+                Ok(object) => match self.identify(dialer, &generation, object).await {
+                    Ok(loan) => return Ok(loan),
+                    Err(Some(failure)) => failure,
+                    Err(None) => continue,
+                },
+                Err(NotLent::Failed(failure)) => failure,
+                Err(NotLent::Closed) => return Err(Error::Closed),
+                Err(NotLent::NoneFree) => {
+                    let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
+                    let unavailable = Unavailable::new(Duration::ZERO, dialer.cluster.diagnosis(), obstacle);
+                    return Err(Error::Unavailable(Box::new(unavailable)));
+                }
+            };
+            if let refused @ Error::Refused(_) = dialer.not_opened(&generation, failure).await {
+                return Err(refused);
+            }
+        }
+    }
+
+    /// Asks a connection once in each generation which server is at its other end. `Err(None)`: the generation was left.
+    async fn identify(
+        &self,
+        dialer: &Dialer<C>,
+        generation: &Generation<C>,
+        object: Box<dyn Lent<C>>,
+    ) -> Result<Loan<C>, Option<ProbeFailure>> {
+        let (id, scope) = (generation.primary.id, generation.scope.clone());
+        let lend = |object, facts| Ok(Loan::Lent { object, facts, scope });
+        if let Some(facts) = self.known(object.id(), id) {
+            return lend(object, facts);
+        }
+        let address = generation.endpoint().address;
+        let asked = tokio::select! {
+            biased;
+            () = dialer.cluster.left(id) => None,
+            asked = timeout(dialer.open_timeout, dialer.opener.ask(&address, &object)) => Some(asked),
+        };
+        let checked = match asked {
+            None => Err(None),
+            Some(Err(_)) => {
+                let message = format!("no answer within {:?}", dialer.open_timeout);
+                Err(Some(ProbeFailure::new(FailureKind::TimedOut, message)))
+            }
+            Some(Ok(Err(failure))) => Err(Some(failure)),
+            Some(Ok(Ok(report))) => generation
+                .primary
+                .admits(&report)
+                .map_err(|refusal| Some(ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))),
+        };
+        if let Err(failure) = checked {
+            object.discard();
+            return Err(failure);
+        }
+        generation.opened();
+        let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default())));
+        self.remember(object.id(), &facts);
+        lend(object, facts)
+    }
+
+    fn known(&self, object: ObjectId, id: GenerationId) -> Option<Arc<Facts>> {
+        self.lender.stir();
+        lock(&self.known).get(&object).filter(|facts| facts.generation == id).cloned()
+    }
+
+    /// Nobody tells when the wrapped pool closes a connection, so what is known of it is forgotten now and then, together
+    /// with the rest: they are asked once more.
+    fn remember(&self, object: ObjectId, facts: &Arc<Facts>) {
+        let most = self.status().max_size.saturating_mul(4).max(64);
+        let mut known = lock(&self.known);
+        if known.len() >= most {
+            known.clear();
+        }
+        known.retain(|_, other| other.generation == facts.generation);
+        known.insert(object, Arc::clone(facts));
+    }
+}
+
+/// Configures a [wrapped pool](Pool::wrap). By value; the setters do not fail, [`WrapBuilder::build`] does.
+///
+/// The size, the queue and the recycling are those of the pool that is wrapped.
+#[must_use = "a builder does nothing until `build` is called"]
+pub struct WrapBuilder<M: managed::Manager> {
+    existing: managed::Pool<M>,
+    calls: CallOptions,
+    settings: Settings,
+    seed: Option<u64>,
+}
+
+impl<M> WrapBuilder<M>
+where
+    M: managed::Manager + 'static,
+    M::Type: SessionClient,
+    M::Error: StdError + Send + Sync + 'static,
+{
+    pub(super) fn new(existing: managed::Pool<M>) -> Self {
+        let settings = Settings { roaming: true, ..Settings::default() };
+        Self { existing, calls: CallOptions::default(), settings, seed: None }
+    }
+
+    /// As [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout): the longest wait for a primary and a
+    /// connection. Default: 30 s. A shorter wait time-out of the wrapped pool ends the wait for a free connection before.
+    pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
+        self.calls.checkout_timeout = timeout;
+        self
+    }
+
+    /// As [`PoolBuilder::retry`](crate::PoolBuilder::retry).
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.calls.retry = policy;
+        self
+    }
+
+    /// As [`PoolBuilder::retry_budget`](crate::PoolBuilder::retry_budget).
+    pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
+        self.calls.budget = budget;
+        self
+    }
+
+    /// As [`PoolBuilder::guarantee`](crate::PoolBuilder::guarantee).
+    pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
+        self.calls.guarantee = guarantee;
+        self
+    }
+
+    /// As [`PoolBuilder::heartbeat_interval`](crate::PoolBuilder::heartbeat_interval). Default: 1 s.
+    pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
+        self.settings.heartbeat = interval;
+        self
+    }
+
+    /// As [`PoolBuilder::heartbeat_timeout`](crate::PoolBuilder::heartbeat_timeout). Default: 2 s.
+    pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.heartbeat_timeout = timeout;
+        self
+    }
+
+    /// How often a new session is opened to see whether the manager's connecting leads to a newer primary. Default: 5 s.
+    pub fn patrol_interval(mut self, interval: Duration) -> Self {
+        self.settings.patrol = interval;
+        self
+    }
+
+    /// The longest that the manager may take to open a session, and a server to say what it is. Default: 3 s.
+    ///
+    /// A manager that tries several hosts one after the other needs time for all of them: give its configuration a
+    /// `connect_timeout` that is a fraction of this.
+    pub fn probe_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.probe_timeout = timeout;
+        self
+    }
+
+    /// As [`PoolBuilder::dead_after`](crate::PoolBuilder::dead_after). Default: 20 s.
+    pub fn dead_after(mut self, silence: Duration) -> Self {
+        self.settings.dead_after = silence;
+        self
+    }
+
+    /// As [`PoolBuilder::seed`](crate::PoolBuilder::seed).
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Wraps the pool. Needs no server, and a tokio runtime, on which it starts its tasks.
+    pub fn build(mut self) -> Result<Pool<M::Type>, BuildError> {
+        checked(&mut self.settings)?;
+        let shared = self.calls.shared()?;
+        let seed = seed_or_random(self.seed);
+        let open_timeout = self.settings.probe_timeout;
+        let lender =
+            Arc::new(Lender { existing: self.existing, questions: Questions::default(), stirs: AtomicU64::new(0) });
+        let cluster = Cluster::start(Setup {
+            settings: self.settings,
+            names: Vec::new(),
+            configured: vec![Endpoint { host: None, address: Address::Wrapped }],
+            resolver: Arc::new(FixedResolver::default()),
+            opener: Arc::clone(&lender) as Arc<dyn Open<M::Type>>,
+            gate: 1,
+            seed,
+        });
+        tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.subscribe()));
+        let source = Source::Wrapped(Arc::new(Wrapped { lender: Arc::clone(&lender) as _, known: Mutex::default() }));
+        let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed));
+        Ok(Pool { source, dialer, shared })
+    }
+}
+
+/// Closes what is idle in the wrapped pool whenever a generation has ended. Ends with the cluster's task.
+async fn evict<C>(lender: Arc<dyn Lend<C>>, mut views: watch::Receiver<View>) {
+    let mut last = GenerationId::default();
+    while views.changed().await.is_ok() {
+        let now = views.borrow_and_update().generation;
+        if now != last && last != GenerationId::default() {
+            lender.evict();
+        }
+        last = now;
+    }
+}
+
+impl<M: managed::Manager> fmt::Debug for WrapBuilder<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WrapBuilder").field("status", &self.existing.status()).finish_non_exhaustive()
+    }
+}

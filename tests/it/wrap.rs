@@ -1,0 +1,332 @@
+//! A deadpool pool that its owner built, wrapped.
+
+use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use testbed::{Cluster, eventually};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_postgres::{Config, NoTls};
+use tokio_postgres_failover::deadpool::managed::{self, Hook, HookError, Metrics, RecycleResult};
+use tokio_postgres_failover::{Error, Pool, RetryPolicy, SessionClient, UnavailableReason, deadpool_postgres};
+
+use crate::load::{LONG, Load, PROMPT, Write, create_table, generation};
+
+async fn started() -> Cluster {
+    let cluster = Cluster::start().await;
+    create_table(&cluster).await;
+    cluster
+}
+
+/// As deadpool-postgres' documentation has it, with every host in the URL.
+fn existing(cluster: &Cluster) -> deadpool_postgres::Pool {
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(format!("{}?target_session_attrs=read-write&connect_timeout=1", cluster.url_hosts()));
+    config.pool = Some(deadpool_postgres::PoolConfig::new(8));
+    config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), NoTls).unwrap()
+}
+
+async fn fails_over<T>(load: Load, cluster: &Cluster, change: impl AsyncFnOnce(&Cluster) -> T) {
+    let began = Instant::now();
+    change(cluster).await;
+    load.all_written_since(Instant::now()).await;
+    println!("all writers write again {:?} after the fault", began.elapsed());
+    load.stop(cluster).await.assert_flawless();
+}
+
+/// S1: a real `deadpool_postgres::Pool`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_under_load_brings_no_error_no_double_and_no_loss() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
+    fails_over(load, &cluster, async |cluster| {
+        cluster.kill(cluster.primary()).await;
+        cluster.promote_timed(cluster.most_advanced_standby().await).await
+    })
+    .await;
+    assert_eq!(generation(&pool), 2);
+    assert!(existing.status().size <= 8, "{:?}", existing.status());
+    pool.close();
+    assert!(matches!(pool.get().await, Err(Error::Closed)));
+    assert!(!existing.is_closed(), "what was wrapped belongs to its owner");
+    existing.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// S2: several in a row, also by `idempotent`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn planned_switch_over_with_idempotent_work() {
+    let cluster = started().await;
+    let pool: Pool = Pool::wrap(existing(&cluster)).build().unwrap();
+    for round in 2..4 {
+        let load = Load::warm(&pool, 8, Write::Idempotent).await;
+        fails_over(load, &cluster, async |cluster| {
+            cluster.switch_over(cluster.most_advanced_standby().await).await;
+        })
+        .await;
+        assert_eq!(generation(&pool), round);
+    }
+}
+
+/// R3: the wrapped pool alone would keep these sessions for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_demoted_server_is_left_and_its_idle_connections_are_closed() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    let load = Load::warm(&pool, 8, Write::Transaction).await;
+    fails_over(load, &cluster, async |cluster| {
+        cluster.set_read_only(cluster.primary(), true).await;
+        cluster.promote_timed(cluster.most_advanced_standby().await).await
+    })
+    .await;
+    eventually("no connection leads to the old primary", LONG, async || {
+        let mut clients = Vec::new();
+        for _ in 0..8 {
+            clients.push(existing.get().await.unwrap());
+        }
+        for client in &clients {
+            let row = client.query_one("SELECT current_setting('transaction_read_only')", &[]).await.unwrap();
+            if row.get::<_, &str>(0) == "on" {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+}
+
+/// What a manager of the user's own makes; it is no `ClientWrapper`.
+struct Plain {
+    client: tokio_postgres::Client,
+    driver: JoinHandle<()>,
+}
+
+impl Deref for Plain {
+    type Target = tokio_postgres::Client;
+
+    fn deref(&self) -> &tokio_postgres::Client {
+        &self.client
+    }
+}
+
+impl DerefMut for Plain {
+    fn deref_mut(&mut self) -> &mut tokio_postgres::Client {
+        &mut self.client
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// Connects to where it is told to, as a service's registry would.
+#[derive(Clone)]
+struct Follows {
+    to: Arc<Mutex<SocketAddr>>,
+    made: Arc<AtomicUsize>,
+    detached: Arc<AtomicUsize>,
+}
+
+impl Follows {
+    fn new(cluster: &Cluster) -> Self {
+        Self {
+            to: Arc::new(Mutex::new(cluster.socket_addr(cluster.primary()))),
+            made: Arc::default(),
+            detached: Arc::default(),
+        }
+    }
+
+    fn lead_to(&self, address: SocketAddr) {
+        *self.to.lock().unwrap() = address;
+    }
+}
+
+impl managed::Manager for Follows {
+    type Type = Plain;
+    type Error = tokio_postgres::Error;
+
+    async fn create(&self) -> Result<Plain, tokio_postgres::Error> {
+        let to = *self.to.lock().unwrap();
+        let mut config = Config::new();
+        config.user("app").dbname("app").hostaddr(to.ip()).port(to.port());
+        let (client, connection) = config.connect(NoTls).await?;
+        self.made.fetch_add(1, Ordering::Relaxed);
+        Ok(Plain { client, driver: tokio::spawn(async move { drop(connection.await) }) })
+    }
+
+    async fn recycle(&self, client: &mut Plain, _: &Metrics) -> RecycleResult<tokio_postgres::Error> {
+        if client.is_closed() { Err(managed::RecycleError::message("closed")) } else { Ok(()) }
+    }
+
+    fn detach(&self, _: &mut Plain) {
+        self.detached.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A host that is frozen answers nothing and closes nothing: what runs on it ends when its successor is found.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn work_on_a_frozen_server_runs_again_on_its_successor() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).heartbeat_interval(Duration::from_millis(200)).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let old = cluster.primary();
+    cluster.freeze(old);
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { write(&pool, 2).await }
+    });
+    let promoted = cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    timeout(LONG, waiting).await.expect("the write hangs").unwrap().unwrap();
+    println!("written {:?} after the promotion", promoted.accepted_at.elapsed());
+    assert_eq!(ids(&cluster).await, [1, 2]);
+    cluster.thaw(old);
+}
+
+async fn write<C: SessionClient>(pool: &Pool<C>, id: i64) -> Result<(), Error> {
+    pool.transaction(async |tx| Ok(tx.execute("INSERT INTO entries (id) VALUES ($1)", &[&id]).await.map(drop)?)).await
+}
+
+async fn ids(cluster: &Cluster) -> Vec<i64> {
+    let client = cluster.direct(cluster.primary()).await;
+    let rows = client.query("SELECT id FROM entries ORDER BY id", &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// R4: the manager leads to an old primary that came back writable; the sessions to the real one are kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_leads_astray_takes_nobody_along() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(100)).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let old = cluster.primary();
+    cluster.kill(old).await;
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    write(&pool, 2).await.unwrap();
+
+    cluster.start_node(old).await;
+    manager.lead_to(cluster.socket_addr(old));
+    let made = manager.made.load(Ordering::Relaxed);
+    eventually("three patrols have seen the zombie", LONG, async || {
+        write(&pool, 3).await.unwrap();
+        manager.made.load(Ordering::Relaxed) >= made + 3
+    })
+    .await;
+    assert_eq!(pool.status().view.generation.get(), 2);
+    let zombie = cluster.direct(old).await;
+    let rows = zombie.query("SELECT id FROM entries", &[]).await.unwrap();
+    assert_eq!(rows.len(), 1, "the zombie has what it had before it died");
+}
+
+/// Sessions that the pool itself opens go back through the manager's `detach`, or its records would grow for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_of_the_patrol_are_detached() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(50)).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    eventually("ten sessions were opened", LONG, async || manager.made.load(Ordering::Relaxed) >= 10).await;
+    drop(pool);
+    eventually("every session was detached", LONG, async || {
+        manager.made.load(Ordering::Relaxed) == manager.detached.load(Ordering::Relaxed) + 1
+    })
+    .await;
+}
+
+/// The wrapped pool's own hooks run, and a connection is asked who it leads to once only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hooks_run_and_a_connection_is_identified_once() {
+    let cluster = started().await;
+    let hook = Hook::async_fn(|client: &mut deadpool_postgres::ClientWrapper, _| {
+        Box::pin(async move {
+            let set = client.batch_execute("SET application_name = 'hooked'").await;
+            set.map_err(HookError::Backend)
+        })
+    });
+    let manager = deadpool_postgres::Manager::from_config(
+        cluster.url_hosts().parse::<Config>().unwrap().target_session_attrs(read_write()).clone(),
+        NoTls,
+        deadpool_postgres::ManagerConfig::default(),
+    );
+    let existing = deadpool_postgres::Pool::builder(manager).max_size(1).post_create(hook).build().unwrap();
+    let pool: Pool = Pool::wrap(existing).build().unwrap();
+    let last_query = async |pool: &Pool| {
+        let client = pool.get().await.unwrap();
+        let sql = "SELECT current_setting('application_name'), pg_backend_pid()";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, String>(0), row.get::<_, i32>(1))
+    };
+    let (name, pid) = last_query(&pool).await;
+    assert_eq!(name, "hooked");
+    // A notification queue would be of use here; the server's own account of the session's last statement will do.
+    let watcher = cluster.direct(cluster.primary()).await;
+    let sql = "SELECT query FROM pg_stat_activity WHERE pid = $1";
+    for _ in 0..3 {
+        drop(pool.get().await.unwrap());
+        let query: String = watcher.query_one(sql, &[&pid]).await.unwrap().get(0);
+        assert!(query.contains("application_name"), "asked again: {query}");
+    }
+    assert_eq!(last_query(&pool).await.1, pid, "one connection serves all");
+}
+
+fn read_write() -> tokio_postgres::config::TargetSessionAttrs {
+    tokio_postgres::config::TargetSessionAttrs::ReadWrite
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failures_are_told_as_from_any_pool() {
+    let cluster = Cluster::builder().password("right").start().await;
+    let wrapped = |url: String| {
+        let mut config = deadpool_postgres::Config::new();
+        config.url = Some(url);
+        Pool::wrap(config.create_pool(None, NoTls).unwrap())
+    };
+    let began = Instant::now();
+    let wrong = cluster.url_hosts().replacen('@', "x@", 1);
+    let pool: Pool = wrapped(wrong).build().unwrap();
+    let error = pool.get().await.unwrap_err();
+    assert!(matches!(error, Error::Refused(_)), "{error}");
+    assert!(error.to_string().contains("password"), "{error}");
+    assert!(began.elapsed() < PROMPT * 5, "it waited for {:?}", began.elapsed());
+
+    let nobody = format!("postgres://app@{}:1/app", cluster.spare_addr(9));
+    let pool: Pool = wrapped(nobody)
+        .checkout_timeout(Duration::from_millis(300))
+        .retry(RetryPolicy::new().deadline(Duration::from_millis(300)))
+        .build()
+        .unwrap();
+    let error = write(&pool, 1).await.unwrap_err();
+    let Error::Unavailable(unavailable) = &error else { panic!("{error}") };
+    assert_eq!(unavailable.reason(), UnavailableReason::NoPrimary);
+    assert!(error.to_string().contains("the wrapped pool's server"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_wrapped_pools_own_wait_timeout_is_told() {
+    let cluster = started().await;
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(format!("{}?target_session_attrs=read-write", cluster.url_hosts()));
+    let mut sizes = deadpool_postgres::PoolConfig::new(1);
+    sizes.timeouts.wait = Some(Duration::from_millis(50));
+    config.pool = Some(sizes);
+    let existing = config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), NoTls).unwrap();
+    let pool: Pool = Pool::wrap(existing).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let Err(Error::Unavailable(unavailable)) = pool.get().await else { panic!("there was one connection") };
+    assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
+    drop(held);
+    pool.get().await.unwrap();
+}
