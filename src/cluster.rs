@@ -290,7 +290,6 @@ impl<C: SessionClient> Cluster<C> {
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "a handful is alive at a time")]
 enum Event<C> {
     Resolved { endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool },
     Probed { endpoint: Endpoint, fresh: bool, result: Opened<C> },

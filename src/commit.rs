@@ -52,9 +52,11 @@ pub(crate) struct Server {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Life {
     pub(crate) server: Server,
-    /// Where its last replay had ended: a crash of one backend moves it, and nothing else that can be seen.
+    /// Where replay ended, when it was promoted or recovered from a crash; `None` after a clean start. A crash of one backend
+    /// moves it, and nothing else that can be seen.
     pub(crate) replayed: Option<Lsn>,
-    /// When its statistics were reset, where that tells of crashes.
+    /// When its statistics were reset, where that tells of crashes: from PostgreSQL 15 on they survive a clean restart and no
+    /// crash (`pgstat_discard_stats` in `xlog.c`).
     pub(crate) stats_reset: Option<i64>,
 }
 
@@ -68,28 +70,20 @@ impl Life {
 /// What a transaction left behind when it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
-    pub(crate) server: Server,
-    /// Where the server's last replay had ended: a crash of one backend moves it, and nothing else that can be seen.
-    pub(crate) replayed: Option<Lsn>,
+    /// The server it began on, as it was then.
+    pub(crate) life: Life,
     /// The transaction's id, of which there is one at a time in one history.
     pub(crate) xid: u64,
     /// The end of a WAL record that carries the id. The commit record, if there is one, lies behind it.
     pub(crate) lsn: Lsn,
-    /// When the server's statistics were reset, where that tells of crashes.
-    pub(crate) stats_reset: Option<i64>,
 }
 
 /// What the primary says when it is asked about a marker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
-    pub(crate) server: Server,
-    /// Where replay ended, when this server was promoted or recovered from a crash; `None` after a clean start.
-    pub(crate) replayed: Option<Lsn>,
+    pub(crate) life: Life,
     /// Up to where it received WAL as a standby; `None` if it was not one since its memory was set up last.
     pub(crate) received: Option<Lsn>,
-    /// When its statistics were reset, where that tells of crashes: from PostgreSQL 15 on they survive a clean restart and no
-    /// crash (`pgstat_discard_stats` in `xlog.c`).
-    pub(crate) stats_reset: Option<i64>,
     /// How many primaries the pool has seen since BEGIN, the same server after a restart included.
     pub(crate) primaries_since: u64,
 }
@@ -170,12 +164,12 @@ pub enum Unsettled {
 
 /// Is the marker in the history of the server that says `now`?
 pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
-    let (then, server) = (marker.server, now.server);
+    if now.life.is(&marker.life) {
+        return Located::Here;
+    }
+    let (then, server) = (marker.life.server, now.life.server);
     if then.system_identifier != server.system_identifier {
         return Located::Unclear(Unsettled::OtherCluster);
-    }
-    if server == then && now.replayed == marker.replayed {
-        return Located::Here;
     }
     if now.primaries_since > 1 {
         return Located::Unclear(Unsettled::SeveralFailovers);
@@ -190,9 +184,10 @@ pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
     if !promoted && now.received.is_some() {
         return Located::Unclear(Unsettled::OtherHistory);
     }
-    match now.replayed {
+    let (stats_then, stats_now) = (marker.life.stats_reset, now.life.stats_reset);
+    match now.life.replayed {
         // It was shut down and started, and lost nothing: in between it has not crashed.
-        None if !promoted && now.stats_reset.is_some() && now.stats_reset == marker.stats_reset => Located::Here,
+        None if !promoted && stats_now.is_some() && stats_now == stats_then => Located::Here,
         None => Located::Unclear(Unsettled::Restarted),
         Some(replayed) if replayed < marker.lsn => Located::Lost,
         // It may have crashed after its promotion: then this is the end of that recovery, and behind what it took over.

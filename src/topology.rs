@@ -15,7 +15,7 @@ mod view;
 
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub use report::{BadReport, Lsn, Role, ServerReport};
-pub(crate) use report::{ROLE_PROBE, STATS_RESET, probe};
+pub(crate) use report::{ROLE_PROBE, STARTED_AT, STATS_RESET, probe};
 pub use view::{Change, GenerationId, State, View};
 
 use std::collections::{BTreeMap, HashSet};

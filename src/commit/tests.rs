@@ -15,13 +15,17 @@ const AGAIN: Server = Server { started_at: 200, ..OLD };
 /// A standby that was promoted.
 const NEXT: Server = Server { timeline: 4, started_at: 50, ..OLD };
 
+fn life(server: Server, replayed: Option<usize>, stats_reset: Option<i64>) -> Life {
+    Life { server, replayed: replayed.map(lsn), stats_reset }
+}
+
 /// A marker that ends at 20, on a server whose replay had ended at `replayed`.
 fn marker(replayed: Option<usize>) -> Marker {
-    Marker { server: OLD, replayed: replayed.map(lsn), xid: FIRST_XID, lsn: lsn(20), stats_reset: Some(7) }
+    Marker { life: life(OLD, replayed, Some(7)), xid: FIRST_XID, lsn: lsn(20) }
 }
 
 fn now(server: Server, replayed: Option<usize>, received: Option<usize>) -> Now {
-    Now { server, replayed: replayed.map(lsn), received: received.map(lsn), stats_reset: Some(8), primaries_since: 1 }
+    Now { life: life(server, replayed, Some(8)), received: received.map(lsn), primaries_since: 1 }
 }
 
 #[test]
@@ -51,12 +55,17 @@ fn after_crash_recovery_the_end_of_replay_decides() {
 
 #[test]
 fn a_clean_start_loses_nothing_if_the_statistics_survived() {
-    let kept = |server, replayed, received| Now { stats_reset: Some(7), ..now(server, replayed, received) };
+    let kept =
+        |server, replayed, received| Now { life: life(server, replayed, Some(7)), ..now(server, replayed, received) };
     assert_eq!(locate(&marker(None), &kept(AGAIN, None, None)), Located::Here);
     assert_eq!(locate(&marker(Some(5)), &kept(AGAIN, None, None)), Located::Here);
-    let untold = Marker { stats_reset: None, ..marker(None) };
+    let untold = Marker { life: life(OLD, None, None), ..marker(None) };
     let unclear = Located::Unclear(Unsettled::Restarted);
-    assert_eq!(locate(&untold, &Now { stats_reset: None, ..now(AGAIN, None, None) }), unclear, "PostgreSQL 14");
+    assert_eq!(
+        locate(&untold, &Now { life: life(AGAIN, None, None), ..now(AGAIN, None, None) }),
+        unclear,
+        "PostgreSQL 14"
+    );
     assert_eq!(locate(&marker(None), &kept(NEXT, None, None)), unclear, "another server's statistics");
     // Somebody reset them by hand: it is still the same life.
     assert_eq!(locate(&marker(Some(5)), &now(OLD, Some(5), None)), Located::Here);
@@ -321,7 +330,7 @@ proptest! {
     fn of_any_number_of_failovers_seen_every_answer_is_true((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
             let since = world.since(begun);
-            let one_history = since.unfed == 0 && !world.is_split_brain(begun.marker.server.timeline);
+            let one_history = since.unfed == 0 && !world.is_split_brain(begun.marker.life.server.timeline);
             if begun.on_newest && world.newest() == Some(asked) && one_history {
                 let (node, truth) = (world.node(asked), world.node(asked).truth(begun.token));
                 let answer = settled(begun, node, since.primaries);

@@ -6,19 +6,23 @@ use tokio_postgres::{Client, Error};
 
 use super::{Life, Marker, Now, Server, XactStatus};
 use crate::server::rows;
-use crate::topology::{BadReport, STATS_RESET, ServerReport};
+use crate::topology::{BadReport, STARTED_AT, STATS_RESET, ServerReport};
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
 /// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the last tell the
 /// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
-const MARK: &str = "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
-            CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', '') END, \
-            pg_last_wal_replay_lsn(), \
-            pg_backend_pid(), \
-            (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint \
-       FROM (SELECT current_setting('transaction_read_only') = 'off' AS writes) s";
+fn mark() -> String {
+    format!(
+        "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
+                CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', '') END, \
+                pg_last_wal_replay_lsn(), \
+                pg_backend_pid(), \
+                {STARTED_AT} \
+           FROM (SELECT current_setting('transaction_read_only') = 'off' AS writes) s"
+    )
+}
 
-/// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`MARK`] does. Another
+/// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
 const PREPARED: &str = "tokio_postgres_failover_mark_1";
 
@@ -37,9 +41,9 @@ impl Marking {
     /// To be sent with BEGIN.
     pub(crate) fn sql(self) -> String {
         match self {
-            Self::New => format!("PREPARE {PREPARED} AS {MARK}; EXECUTE {PREPARED}"),
+            Self::New => format!("PREPARE {PREPARED} AS {}; EXECUTE {PREPARED}", mark()),
             Self::Prepared => format!("EXECUTE {PREPARED}"),
-            Self::Plain => MARK.to_owned(),
+            Self::Plain => mark(),
         }
     }
 
@@ -76,18 +80,29 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// Reads the mark's answer, which is one of a transaction that can write. `None`: this is not the life that the session was
-/// verified in.
-pub(crate) fn marker(life: &Life, row: &Row) -> Result<Option<(Marker, Backend)>, BadReport> {
+/// What the mark's answer says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Marked {
+    By(Marker, Backend),
+    /// The transaction cannot write: it leaves no mark, and needs none.
+    ReadOnly,
+    /// This is not the life that the session was verified in.
+    Elsewhere,
+}
+
+pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
+    if row.len() > 1 && text(row, 0).is_none() {
+        return Ok(Marked::ReadOnly);
+    }
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
     let backend = Backend { pid: field(row, 3, "a process id")?, xid };
     let (replayed, started_at) = (optional(row, 2)?, field(row, 4, "a start time")?);
     let Life { server, stats_reset, .. } = *life;
     if !life.is(&Life { server: Server { started_at, ..server }, replayed, stats_reset }) {
-        return Ok(None);
+        return Ok(Marked::Elsewhere);
     }
-    Ok(Some((Marker { server, replayed, xid, lsn, stats_reset }, backend)))
+    Ok(Marked::By(Marker { life: *life, xid, lsn }, backend))
 }
 
 /// Begins a settler's transaction. What the server says of itself; `Err(None)`: it makes no sense.
@@ -95,7 +110,7 @@ pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, O
     let look = format!(
         "{BEGIN}; \
          SELECT system_identifier, \
-                (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+                {STARTED_AT}, \
                 pg_walfile_name(pg_current_wal_insert_lsn()), \
                 pg_last_wal_replay_lsn(), \
                 pg_last_wal_receive_lsn(), \
@@ -113,7 +128,8 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
         timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
     };
     let stats_reset = text(row, 5).is_some().then(|| field(row, 5, "a time")).transpose()?;
-    Ok(Now { server, replayed: optional(row, 3)?, received: optional(row, 4)?, stats_reset, primaries_since })
+    let life = Life { server, replayed: optional(row, 3)?, stats_reset };
+    Ok(Now { life, received: optional(row, 4)?, primaries_since })
 }
 
 /// What the server says of an id that belongs to its history. `Err(None)`: it makes no sense.
@@ -149,11 +165,6 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(
     client.batch_execute(&sql).await
 }
 
-/// Is it a mark at all? A transaction that cannot write leaves none, and needs none.
-pub(crate) fn is_mark(row: &Row) -> bool {
-    text(row, 0).is_some() || row.len() < 2
-}
-
 pub(crate) fn text(row: &Row, index: usize) -> Option<&str> {
     row.get(index)?.as_deref()
 }
@@ -185,8 +196,8 @@ mod tests {
 
     #[test]
     fn a_marker_is_read() {
-        let (marker, backend) = marker(&life(), &row(&MARKED)).unwrap().unwrap();
-        assert_eq!((marker.xid, marker.lsn.to_string(), marker.replayed), (728, "0/30162E0".to_owned(), None));
+        let Marked::By(marker, backend) = marker(&life(), &row(&MARKED)).unwrap() else { panic!("it is a mark") };
+        assert_eq!((marker.xid, marker.lsn.to_string(), marker.life), (728, "0/30162E0".to_owned(), life()));
         assert_eq!(backend, Backend { pid: 42, xid: 728 });
     }
 
@@ -195,14 +206,21 @@ mod tests {
         for (index, other) in [(2, Some("0/1")), (4, Some("6"))] {
             let mut columns = MARKED;
             columns[index] = other;
-            assert_eq!(marker(&life(), &row(&columns)).unwrap(), None, "column {index}");
+            assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::Elsewhere, "column {index}");
         }
+    }
+
+    #[test]
+    fn a_transaction_that_cannot_write_has_none() {
+        let mut columns = MARKED;
+        (columns[0], columns[1]) = (None, None);
+        assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::ReadOnly);
     }
 
     #[test]
     fn nonsense_is_no_marker() {
         for (index, bad) in
-            [(0, None), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None), (4, None)]
+            [(0, Some("x")), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None), (4, None)]
         {
             let mut columns = MARKED;
             columns[index] = bad;
@@ -216,9 +234,12 @@ mod tests {
         let good =
             [Some("-1"), Some("1764000000123456"), Some("0000000200000000000000A1"), Some("0/5"), None, Some("7")];
         let read = now(&row(&good), 1).unwrap();
-        assert_eq!(read.server, Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 });
-        assert_eq!((read.replayed.map(Lsn::get), read.received, read.primaries_since), (Some(5), None, 1));
-        assert_eq!(read.stats_reset, Some(7));
+        assert_eq!(
+            read.life.server,
+            Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 }
+        );
+        assert_eq!((read.life.replayed.map(Lsn::get), read.received, read.primaries_since), (Some(5), None, 1));
+        assert_eq!(read.life.stats_reset, Some(7));
         for index in 0..3 {
             let mut columns = good;
             columns[index] = None;

@@ -15,6 +15,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{sleep, timeout};
 
+use crate::classify::links;
 use crate::topology::{FailureKind, ProbeFailure};
 
 type Password = Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
@@ -26,9 +27,6 @@ struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
 
 /// The user's function.
 pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
-
-/// A source chain longer than this is a loop.
-const LINKS: usize = 16;
 
 /// Neither a provider nor a server that said no is asked again earlier than after this.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -91,10 +89,7 @@ fn in_one_line(error: &(dyn Error + 'static)) -> String {
 
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut line = String::new();
-    let mut next = Some(error);
-    for _ in 0..LINKS {
-        let Some(error) = next else { break };
-        next = error.source();
+    for error in links(error) {
         let text = error.to_string();
         if !line.ends_with(&text) {
             // Writing to a String cannot fail.

@@ -17,7 +17,7 @@ pub(crate) fn probe(fresh: bool) -> String {
                 current_setting('default_transaction_read_only'), \
                 {fence}, \
                 (SELECT system_identifier FROM pg_control_system()), \
-                (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint, \
+                {STARTED_AT}, \
                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
                 CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
                 CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
@@ -34,6 +34,9 @@ const FENCE: &str = "\
         AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
+
+/// When the server was started, in microseconds since 1970.
+pub(crate) const STARTED_AT: &str = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
 
 /// When the server's statistics were reset, in microseconds since 1970. Before PostgreSQL 15 asking that reads a file, and
 /// the answer says less.
@@ -153,7 +156,12 @@ impl ServerReport {
 
     /// The timeline in the name of a WAL file.
     pub(crate) fn timeline_of(wal_file: &str) -> Result<u32, BadReport> {
-        timeline(wal_file)
+        let bad = || BadReport::new("the name of a WAL file", wal_file);
+        if wal_file.len() != 24 || !wal_file.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(bad());
+        }
+        let digits = wal_file.get(..8).ok_or_else(bad)?;
+        u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
     /// Reads a row of [`probe`] or [`ROLE_PROBE`].
@@ -171,7 +179,7 @@ impl ServerReport {
             fence_pending: column(3).is_some() && flag(3)?,
             system_identifier: column(4).map(system_identifier).transpose()?,
             started_at: column(5).map(|text| number(text, "a start time")).transpose()?,
-            timeline: column(6).map(timeline).transpose()?,
+            timeline: column(6).map(Self::timeline_of).transpose()?,
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
             stats_reset: column(9).map(|text| number(text, "a time")).transpose()?,
@@ -194,16 +202,6 @@ fn number<T: FromStr>(text: &str, expected: &'static str) -> Result<T, BadReport
 /// PostgreSQL keeps 64 unsigned bits and shows them as a signed bigint.
 fn system_identifier(text: &str) -> Result<u64, BadReport> {
     number::<i64>(text, "a system identifier").map(i64::cast_unsigned)
-}
-
-/// The timeline in a WAL file's name: 24 hexadecimal digits, the first eight are the timeline; 0 is not a timeline.
-fn timeline(text: &str) -> Result<u32, BadReport> {
-    let bad = || BadReport::new("the name of a WAL file", text);
-    if text.len() != 24 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return Err(bad());
-    }
-    let digits = text.get(..8).ok_or_else(bad)?;
-    u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
 }
 
 #[cfg(test)]

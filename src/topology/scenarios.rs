@@ -240,13 +240,10 @@ struct Run {
 impl Run {
     fn new(scenario: &Scenario) -> Self {
         let settings = Settings {
-            poll: (Duration::from_millis(10), Duration::from_millis(250)),
-            heartbeat: Duration::from_secs(1),
-            heartbeat_timeout: Duration::from_secs(2),
             patrol: scenario.patrol.unwrap_or(Duration::from_secs(5)),
-            probe_timeout: Duration::from_secs(3),
             dead_after: scenario.dead_after.unwrap_or(Duration::from_secs(20)),
             warm_standbys: scenario.warm_standbys,
+            ..Settings::default()
         };
         let now = Instant::now();
         let members = scenario.members.iter().copied().map(endpoint).collect();

@@ -12,15 +12,7 @@ const fn ms(milliseconds: u64) -> Duration {
 }
 
 fn settings() -> Settings {
-    Settings {
-        poll: (ms(20), ms(250)),
-        heartbeat: ms(1000),
-        heartbeat_timeout: ms(2000),
-        patrol: ms(5000),
-        probe_timeout: ms(3000),
-        dead_after: ms(20_000),
-        warm_standbys: false,
-    }
+    Settings { poll: (ms(20), ms(250)), ..Settings::default() }
 }
 
 fn address(n: u8) -> Address {
@@ -68,11 +60,31 @@ struct Bench {
 
 impl Bench {
     fn new(members: u8) -> Self {
+        Self::with(settings(), members)
+    }
+
+    fn with(settings: Settings, members: u8) -> Self {
         let now = Instant::now();
         let configured = (1..=members).map(endpoint).collect();
-        let mut bench = Self { topology: Topology::new(settings(), configured, false, 1, now), now, log: Vec::new() };
+        let mut bench = Self { topology: Topology::new(settings, configured, false, 1, now), now, log: Vec::new() };
         bench.poll();
         bench
+    }
+
+    /// One address that somebody else leads to one server or another: at first to server 1, the primary of timeline 1.
+    fn roaming() -> Self {
+        let mut bench = Self::with(Settings { roaming: true, ..settings() }, 1);
+        bench.report(1, primary(1, 1));
+        bench.log.clear();
+        bench
+    }
+
+    /// The last question was asked on a new session.
+    fn asked_fresh(&self) -> Option<bool> {
+        self.log.iter().rev().find_map(|action| match action {
+            Action::Probe { fresh, .. } => Some(*fresh),
+            _ => None,
+        })
     }
 
     /// Three members; the first is the primary of timeline 1, the others are standbys.
@@ -939,4 +951,62 @@ impl Watch {
 
 fn index_of(wanted: &Address) -> usize {
     (1..=3).position(|n| address(n) == *wanted).unwrap_or_default()
+}
+
+#[test]
+fn a_roaming_address_is_looked_at_by_a_new_session_each_patrol() {
+    let mut bench = Bench::roaming();
+    let mut fresh = 0;
+    for _ in 0..12 {
+        bench.wait(ms(1001));
+        fresh += usize::from(bench.asked_fresh() == Some(true));
+        bench.answer(1, Ok(primary(1, 1)), bench.asked_fresh() == Some(true), true);
+    }
+    assert_eq!(fresh, 2, "in twelve heart-beats and twelve seconds");
+    assert!(bench.ended().is_empty());
+}
+
+#[test]
+fn a_new_session_that_leads_astray_changes_nothing_while_the_primary_is_held() {
+    let mut bench = Bench::roaming();
+    for (said, strayed) in [(standby(2), true), (primary(3, 1), false), (fenced(2, 1), true), (primary(1, 1), false)] {
+        assert_eq!(bench.topology.strayed(&address(1), &said), strayed, "{said:?}");
+    }
+    for result in [Ok(standby(2)), Ok(fenced(2, 1)), Err(failure(FailureKind::Unreachable))] {
+        bench.wait(ms(6000));
+        bench.answer(1, result, true, true);
+        assert_eq!(bench.primary(), Some(1));
+    }
+    assert!(bench.log.iter().all(|action| !matches!(action, Action::Suspend { .. } | Action::End { .. })));
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+    assert_eq!(bench.primary(), None, "nothing is held any more");
+}
+
+#[test]
+fn a_new_session_to_a_newer_primary_moves_a_roaming_address() {
+    let mut bench = Bench::roaming();
+    bench.wait(ms(6000));
+    bench.answer(1, Ok(primary(2, 2)), true, true);
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![1]));
+    bench.wait(ms(6000));
+    bench.answer(1, Ok(primary(1, 1)), true, true);
+    assert_eq!(bench.ended(), [1], "the old one, writable again, is refused");
+}
+
+#[test]
+fn no_session_is_kept_that_a_roaming_address_would_lead_elsewhere() {
+    let mut bench = Bench::roaming();
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+    bench.answer(1, Ok(standby(2)), true, true);
+    assert!(!bench.topology.keeps(&address(1)), "its promotion would not be where others are led");
+}
+
+#[test]
+fn an_unidentified_server_behind_a_roaming_address_is_not_taken_for_the_one_before() {
+    let anonymous = ServerReport { system_identifier: None, started_at: None, timeline: None, ..primary(1, 1) };
+    let mut bench = Bench::with(Settings { roaming: true, ..settings() }, 1);
+    bench.report(1, anonymous.clone());
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+    bench.report(1, anonymous);
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![1]));
 }

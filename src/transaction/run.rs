@@ -10,10 +10,10 @@ use tracing::Instrument;
 use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, not_offered};
+use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, links, not_offered};
 use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
-use crate::commit::wal::{self, Marking};
+use crate::commit::wal::{self, Marked, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
@@ -28,8 +28,6 @@ const ROLLBACK_AND_ROLE: &str =
     "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
 /// A session that does not answer its ROLLBACK within this is closed instead.
 const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
-/// A source chain longer than this is a loop.
-const LINKS: usize = 16;
 
 pub(super) async fn run<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, work: F) -> Result<T, Error>
 where
@@ -270,7 +268,7 @@ impl<C: SessionClient> Attempt<C> {
     /// BEGIN and the mark, in one message.
     async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
         let client = self.client();
-        let marked = match &begin.marks {
+        let answer = match &begin.marks {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql).await,
             Marks::Nothing | Marks::Wal | Marks::Write => {
@@ -278,7 +276,7 @@ impl<C: SessionClient> Attempt<C> {
                 return Ok(None);
             }
         };
-        let row = match marked {
+        let row = match answer {
             Ok(row) => row,
             // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
@@ -290,29 +288,26 @@ impl<C: SessionClient> Attempt<C> {
                 return Ok(None);
             }
         };
+        let mark = |by, backend| Mark { by, backend, generation: client.generation(), life: client.life() };
         let read = match (&begin.marks, client.life()) {
-            (Marks::Ledger(ledger), _) => entered(&row).map(|(entered, backend)| {
-                let by = Settler::Ledger(ledger.clone(), entered);
-                Some((by, backend))
-            }),
-            (_, Some(life)) if wal::is_mark(&row) => {
-                wal::marker(&life, &row).map(|read| read.map(|(marker, backend)| (Settler::Wal(marker), backend)))
+            (Marks::Ledger(ledger), _) => {
+                entered(&row).map(|(entered, backend)| Some(mark(Settler::Ledger(ledger.clone(), entered), backend)))
             }
-            _ => return Ok(None),
+            (_, Some(life)) => match wal::marker(&life, &row) {
+                Ok(Marked::Elsewhere) => {
+                    self.pool().suspect(client.generation(), Suspicion::Connection);
+                    return Err(Error::RolledBack(RolledBack::OtherServer));
+                }
+                Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
+                Ok(Marked::ReadOnly) => Ok(None),
+                Err(bad) => Err(bad),
+            },
+            (_, None) => Ok(None),
         };
-        match read {
-            Ok(Some((by, backend))) => {
-                Ok(Some(Mark { by, backend, generation: client.generation(), life: client.life() }))
-            }
-            Ok(None) => {
-                self.pool().suspect(client.generation(), Suspicion::Connection);
-                Err(Error::RolledBack(RolledBack::OtherServer))
-            }
-            Err(bad) => {
-                self.pool().set_unmarked(client.generation(), &bad.to_string());
-                Ok(None)
-            }
-        }
+        Ok(read.unwrap_or_else(|bad| {
+            self.pool().set_unmarked(client.generation(), &bad.to_string());
+            None
+        }))
     }
 
     async fn mark(&self, begin: &str) -> Result<wal::Row, tokio_postgres::Error> {
@@ -413,18 +408,17 @@ impl<C: SessionClient> Attempt<C> {
     /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
     async fn failed(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed {
         self.suspect();
-        if self.is_shared() {
+        let server_is_read_only = if self.is_shared() {
             // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
             // the session ends as it is, and all that was done in it with it.
-            let own_doing = verdict == Verdict::ReadOnly;
-            return Failed { verdict: if own_doing { Verdict::Application } else { verdict }, error };
-        }
-        if verdict == Verdict::ReadOnly && mode != Mode::Read {
-            let verdict = if self.server_is_read_only().await { verdict } else { Verdict::Application };
-            return Failed { verdict, error };
-        }
-        self.roll_back().await;
-        let own_doing = verdict == Verdict::ReadOnly;
+            false
+        } else if verdict == Verdict::ReadOnly && mode != Mode::Read {
+            self.server_is_read_only().await
+        } else {
+            self.roll_back().await;
+            false
+        };
+        let own_doing = verdict == Verdict::ReadOnly && !server_is_read_only;
         Failed { verdict: if own_doing { Verdict::Application } else { verdict }, error }
     }
 
@@ -491,11 +485,10 @@ fn verdict_of(error: &Error) -> Verdict {
 /// The closure's own error may hold a database error, which decides; or the error of another call of a pool, whose word on
 /// running again stands: its outcome may be unknown, or its retries are used up.
 fn verdict_of_own(error: &(dyn std::error::Error + 'static)) -> Verdict {
-    let links = || std::iter::successors(Some(error), |error| error.source()).take(LINKS);
-    if links().any(<dyn std::error::Error>::is::<InDoubt>) {
+    if links(error).any(<dyn std::error::Error>::is::<InDoubt>) {
         return Verdict::Application;
     }
-    match links().find_map(|link| link.downcast_ref::<Error>()) {
+    match links(error).find_map(|link| link.downcast_ref::<Error>()) {
         Some(Error::Database(error)) => classify(error),
         Some(_) => Verdict::Application,
         None => classify_chain(error).unwrap_or(Verdict::Application),

@@ -74,7 +74,7 @@ pub(super) struct Node {
 
 impl Node {
     /// What a pool tells one primary from the next by.
-    fn life(&self) -> (Server, Option<Lsn>) {
+    fn seen_as(&self) -> (Server, Option<Lsn>) {
         (self.identity, self.replayed)
     }
 
@@ -109,13 +109,11 @@ impl Node {
     }
 
     pub(super) fn says(&self, primaries_since: u64) -> Now {
-        Now {
-            server: self.identity,
-            replayed: self.replayed,
-            received: self.received,
-            stats_reset: Some(self.stats_reset),
-            primaries_since,
-        }
+        Now { life: self.life(), received: self.received, primaries_since }
+    }
+
+    fn life(&self) -> Life {
+        Life { server: self.identity, replayed: self.replayed, stats_reset: Some(self.stats_reset) }
     }
 
     /// `pg_xact_status`. `None`: the error "transaction ID … is in the future".
@@ -268,7 +266,7 @@ impl World {
             term: 0,
         };
         let nodes: Vec<_> = (0..servers).map(node).collect();
-        let seen = nodes[0].life();
+        let seen = nodes[0].seen_as();
         Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0 }
     }
 
@@ -311,7 +309,7 @@ impl World {
     pub(super) fn is_plain_failover(&self, begun: &Begun, asked: usize) -> bool {
         let node = &self.nodes[asked];
         let stayed = asked == begun.node && node.term == begun.term;
-        let replaced = node.identity.timeline == begun.marker.server.timeline + 1 && node.received.is_some();
+        let replaced = node.identity.timeline == begun.marker.life.server.timeline + 1 && node.received.is_some();
         begun.on_newest && (stayed || replaced)
     }
 
@@ -336,7 +334,7 @@ impl World {
             Op::Follow { on, upstream } => self.follow(on % self.nodes.len(), upstream % self.nodes.len()),
             Op::Promote { on } => self.on(&[Role::Standby], on, Self::promote),
         }
-        if let Some(newest) = self.newest().map(|newest| self.nodes[newest].life()).filter(|new| *new != self.seen) {
+        if let Some(newest) = self.newest().map(|newest| self.nodes[newest].seen_as()).filter(|new| *new != self.seen) {
             self.tally.primaries += 1;
             self.seen = newest;
         }
@@ -385,15 +383,9 @@ impl World {
         let on_newest = self.newest() == Some(on);
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
-        let marker = Marker {
-            server: node.identity,
-            replayed: node.replayed,
-            xid,
-            lsn: node.end(),
-            stats_reset: Some(node.stats_reset),
-        };
+        let marker = Marker { life: node.life(), xid, lsn: node.end() };
         let (term, before) = (node.term, self.tally);
-        let split_brain = self.is_split_brain(marker.server.timeline);
+        let split_brain = self.is_split_brain(marker.life.server.timeline);
         self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain });
     }
 
