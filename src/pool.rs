@@ -29,7 +29,7 @@ use crate::commit::wal::Marking;
 use crate::commit::{Guarantee, Life, Server};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
-use crate::server::{Notices, Opener, Session};
+use crate::server::{Ear, Notices, Opener, Session};
 use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
@@ -124,6 +124,22 @@ impl Pool {
         self.get_until(Instant::now() + self.shared.checkout_timeout).await
     }
 
+    /// Like [`Pool::get`], for this call waiting at most so long instead of the checkout timeout.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    ///
+    /// // A health check has no time for a failover.
+    /// let healthy = pool.get_within(Duration::from_millis(500)).await.is_ok();
+    /// # let _ = healthy;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get_within(&self, timeout: Duration) -> Result<Client, Error> {
+        self.get_until(Instant::now() + timeout.min(builder::FAR)).await
+    }
+
     /// What the pool is doing now.
     #[must_use]
     pub fn status(&self) -> Status {
@@ -209,7 +225,17 @@ impl Pool {
         }
     }
 
-    pub(crate) fn retry_policy(&self) -> &RetryPolicy {
+    /// The policy of the pool's transactions: a clone of it is where a call's own one starts from.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let policy = pool.retry_policy().clone().attempts(3);
+    /// pool.build_transaction().retry(policy).run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn retry_policy(&self) -> &RetryPolicy {
         &self.shared.retry
     }
 
@@ -257,6 +283,11 @@ impl Pool {
         Ok(Aside { session, generation })
     }
 
+    /// How long a caller waits for a connection unless it says otherwise.
+    pub(crate) fn checkout_timeout(&self) -> Duration {
+        self.shared.checkout_timeout
+    }
+
     /// Passed by those who settle a commit, while they ask.
     pub(crate) fn settlers(&self) -> &Semaphore {
         &self.shared.settlers
@@ -275,7 +306,7 @@ impl Pool {
         &self.inner.manager().cluster
     }
 
-    fn unavailable(&self, began: Instant) -> Error {
+    pub(crate) fn unavailable(&self, began: Instant) -> Error {
         let managed::Status { size, max_size, .. } = self.inner.status();
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
@@ -310,6 +341,11 @@ impl Aside {
 
     pub(crate) fn notices(&self) -> &Notices {
         &self.session.notices
+    }
+
+    /// Gives each notification of the session to `ear`, and tells it when the session has ended. Once.
+    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
+        self.session.notices.hear(ear);
     }
 
     pub(crate) fn generation(&self) -> GenerationId {

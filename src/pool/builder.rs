@@ -26,7 +26,7 @@ use crate::server::{Ask, Opener, Passwords};
 use crate::topology::{Address, Endpoint, Settings};
 
 /// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
-const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+pub(super) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 /// Linux takes it in milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.

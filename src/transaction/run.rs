@@ -5,18 +5,19 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
+use tokio_postgres::error::DbError;
 use tracing::Instrument;
 
 use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, not_offered};
+use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, not_offered, report_in_chain};
 use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
-use crate::retry::GiveUp;
+use crate::retry::{GiveUp, Retry};
 use crate::topology::Suspicion;
 
 /// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
@@ -73,7 +74,9 @@ where
             Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error } = failed;
-        match decide(mode, stage, verdict) {
+        let users = if stage == Stage::InDoubt { None } else { report(&error) };
+        let users = users.and_then(|report| options.retry.word_on(report));
+        match decide(mode, stage, verdict, users) {
             Next::Settle | Next::Unknown => return Err(unknown(error, Unsettled::NoMarker)),
             Next::Return => return Err(for_good(error, number, doubt)),
             Next::Rerun => {}
@@ -84,6 +87,10 @@ where
         }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
+                let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
+                if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome), pool.budget()) {
+                    return Err(given_up(error, number, GiveUp::Hook, stage, doubt));
+                }
                 tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
                 sleep(delay).await;
             }
@@ -159,7 +166,7 @@ struct Unanswered<T> {
 
 impl<T> Unanswered<T> {
     async fn settled(self, pool: &Pool, mode: Mode, deadline: Instant) -> Ended<T> {
-        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict), &self.mark) else {
+        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict, None), &self.mark) else {
             return Ended::InDoubt(self);
         };
         let Failed { verdict, error } = self.failed;
@@ -473,6 +480,27 @@ fn verdict_of_own(error: &(dyn std::error::Error + 'static)) -> Verdict {
         Some(Error::Database(error)) => classify(error),
         Some(_) => Verdict::Application,
         None => classify_chain(error).unwrap_or(Verdict::Application),
+    }
+}
+
+/// What the server reported of this call, if anything: never of another call of a pool, whose word stands.
+fn report(error: &Error) -> Option<&DbError> {
+    match error {
+        Error::Database(error) => error.as_db_error(),
+        Error::Aborted(source) => report_of_own(source.as_ref()),
+        _ => None,
+    }
+}
+
+fn report_of_own<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a DbError> {
+    let links = || std::iter::successors(Some(error), |error| error.source()).take(LINKS);
+    if links().any(<dyn std::error::Error>::is::<InDoubt>) {
+        return None;
+    }
+    match links().find_map(|link| link.downcast_ref::<Error>()) {
+        Some(Error::Database(error)) => error.as_db_error(),
+        Some(_) => None,
+        None => report_in_chain(error),
     }
 }
 
