@@ -32,7 +32,9 @@ const CAPACITY: usize = 1024;
 /// Pauses between two tries to subscribe again, when it is not for want of a primary.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(5));
 /// An idle session shows by this that it is still there and still subscribed, also to proxies that close idle ones.
-const CHECK: (Duration, &str) = (Duration::from_secs(15), "SELECT pg_listening_channels() ORDER BY 1");
+const CHECK: &str = "SELECT pg_listening_channels() ORDER BY 1";
+/// So many heart-beats lie between two checks.
+const CHECK_EVERY: u32 = 10;
 /// Time for one answer: the subscription's, or the check's.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
@@ -46,7 +48,8 @@ impl Pool {
     /// PostgreSQL keeps no notification for a session that is not there. So when the session was lost, to a failover
     /// or otherwise, the listener subscribes again by itself and says [`Message::MayHaveGap`]: read the state that the
     /// notifications are about anew at that point. A primary that died without a word is noticed as by the pool: the
-    /// session ends as soon as a successor is proved, or after `dead_after`.
+    /// session ends as soon as a successor is proved, or after `dead_after`. The session itself is asked every tenth
+    /// heart-beat (10 s) whether it is still subscribed, which also keeps it alive behind proxies that close idle ones.
     ///
     /// The session counts neither as one of `max_size` nor in [`Pool::status`]. Dropping the [`Listener`] closes it. A
     /// listener keeps the pool alive, like a [`Client`](crate::Client).
@@ -171,9 +174,9 @@ struct Subscribed {
 
 impl Subscribed {
     /// Returns why the subscription is not in force any more.
-    async fn lost(&self) -> String {
-        while timeout(CHECK.0, self.ended.cancelled()).await.is_err() {
-            match timeout(ANSWER_WITHIN, rows(self.aside.client(), CHECK.1)).await {
+    async fn lost(&self, pause: Duration) -> String {
+        while timeout(pause, self.ended.cancelled()).await.is_err() {
+            match timeout(ANSWER_WITHIN, rows(self.aside.client(), CHECK)).await {
                 Ok(Ok(channels)) if channels == self.channels => {}
                 Ok(Ok(_)) => {
                     return "the server forgot it; a pooler in transaction mode cannot be listened through".into();
@@ -188,8 +191,9 @@ impl Subscribed {
 
 /// Keeps the subscription in force until the pool is closed, or the task ended.
 async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, inbox: Arc<Inbox>) {
+    let pause = pool.heartbeat().saturating_mul(CHECK_EVERY);
     loop {
-        let why = subscribed.lost().await;
+        let why = subscribed.lost(pause).await;
         tracing::debug!(generation = subscribed.aside.generation().get(), why, "a subscription was lost");
         pool.suspect(subscribed.aside.generation(), Suspicion::Connection);
         drop(subscribed);
@@ -232,7 +236,7 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
         aside.hear(Arc::new(Hears { inbox: Arc::clone(inbox), ended: ended.clone() }));
         let subscribing = async {
             aside.client().batch_execute(sql).await?;
-            rows(aside.client(), CHECK.1).await
+            rows(aside.client(), CHECK).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
             Ok(Ok(channels)) => return Ok(Subscribed { aside, ended, channels }),

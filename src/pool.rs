@@ -66,6 +66,7 @@ pub struct Pool {
 
 struct Shared {
     checkout_timeout: Duration,
+    heartbeat: Duration,
     retry: RetryPolicy,
     budget: RetryBudget,
     guarantee: Guarantee,
@@ -286,6 +287,11 @@ impl Pool {
     /// How long a caller waits for a connection unless it says otherwise.
     pub(crate) fn checkout_timeout(&self) -> Duration {
         self.shared.checkout_timeout
+    }
+
+    /// How often the primary is asked.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.shared.heartbeat
     }
 
     /// Passed by those who settle a commit, while they ask.

@@ -390,6 +390,7 @@ impl PoolBuilder {
         self.retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
         let retry = self.retry.clone();
         let (budget, guarantee) = (self.budget.clone(), self.guarantee.clone());
+        let heartbeat = self.settings.heartbeat.min(FAR);
         let manager = self.build_manager()?;
         let end = manager.cluster.scope().clone();
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
@@ -398,6 +399,7 @@ impl PoolBuilder {
         tokio::spawn(idle.reap(inner.weak(), end));
         let shared = Arc::new(Shared {
             checkout_timeout,
+            heartbeat,
             retry,
             budget,
             guarantee,

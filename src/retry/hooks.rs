@@ -14,17 +14,35 @@ use crate::error::{CommitOutcome, Error};
 type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
 type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
 
+/// One pointer, as each call's future carries its policy.
 #[derive(Clone, Default)]
-pub(super) struct Hooks {
+pub(super) struct Hooks(Option<Arc<Given>>);
+
+#[derive(Clone, Default)]
+struct Given {
     classify: Option<Arc<Classify>>,
     on_retry: Option<Arc<OnRetry>>,
+}
+
+impl Hooks {
+    fn classify(&self) -> Option<&Classify> {
+        self.0.as_ref()?.classify.as_deref()
+    }
+
+    fn on_retry(&self) -> Option<&OnRetry> {
+        self.0.as_ref()?.on_retry.as_deref()
+    }
+
+    fn given(&mut self) -> &mut Given {
+        Arc::make_mut(self.0.get_or_insert_default())
+    }
 }
 
 impl fmt::Debug for Hooks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hooks")
-            .field("classify", &self.classify.is_some())
-            .field("on_retry", &self.on_retry.is_some())
+            .field("classify", &self.classify().is_some())
+            .field("on_retry", &self.on_retry().is_some())
             .finish()
     }
 }
@@ -110,7 +128,7 @@ impl RetryPolicy {
     /// ```
     #[must_use]
     pub fn classify(mut self, classify: impl Fn(&DbError) -> Option<bool> + Send + Sync + 'static) -> Self {
-        self.hooks.classify = Some(Arc::new(classify));
+        self.hooks.given().classify = Some(Arc::new(classify));
         self
     }
 
@@ -139,18 +157,18 @@ impl RetryPolicy {
     /// ```
     #[must_use]
     pub fn on_retry(mut self, hook: impl Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync + 'static) -> Self {
-        self.hooks.on_retry = Some(Arc::new(hook));
+        self.hooks.given().on_retry = Some(Arc::new(hook));
         self
     }
 
     /// The user's word on an error.
     pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
-        self.hooks.classify.as_ref().and_then(|classify| classify(error))
+        self.hooks.classify().and_then(|classify| classify(error))
     }
 
     /// Does the user's hook let this retry happen? If not, its token goes back.
     pub(crate) fn allows(&self, retry: &Retry<'_>, budget: &RetryBudget) -> bool {
-        let allowed = self.hooks.on_retry.as_ref().is_none_or(|hook| hook(retry).is_continue());
+        let allowed = self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue());
         if !allowed {
             budget.refund();
         }

@@ -309,7 +309,6 @@ impl Reply {
             Answer::NxDomain => code(ResponseCode::NXDomain, soa()),
             Answer::ServFail => code(ResponseCode::ServFail, None),
             Answer::Refused => code(ResponseCode::Refused, None),
-            Answer::Empty => found(Vec::new()),
             Answer::Truncated(_) if by == Protocol::Udp => {
                 Self { truncated: true, ..code(ResponseCode::NoError, None) }
             }
@@ -317,7 +316,7 @@ impl Reply {
                 let text = RData::TXT(TXT::new(strings.clone()));
                 found(vec![Record::from_rdata(name.clone(), ttl, text)])
             }
-            Answer::Text(_) => found(Vec::new()),
+            Answer::Text(_) | Answer::Empty => found(Vec::new()),
             Answer::Addresses(addresses) | Answer::Truncated(addresses) => found(records(name, asked, addresses, ttl)),
             Answer::Cname(target, addresses) => {
                 let target = absolute(target);

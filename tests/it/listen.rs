@@ -1,9 +1,10 @@
 //! LISTEN across failovers: what is notified is received, and where something may be missing, that is said.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use testbed::{Cluster, Node, eventually};
+use testbed::{Cluster, Node, Pooler, eventually};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{Error, Listener, Message, Pool, State};
@@ -107,6 +108,20 @@ async fn a_terminated_session_is_replaced() {
         assert_eq!(next(&mut listener).await, "a: after");
     }
     assert_eq!(generation(&pool), 1);
+}
+
+/// A proxy that keeps the client's socket open when the session behind it has ended: only the question finds out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loss_that_a_proxy_hides_is_found() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let listen = SocketAddr::new(cluster.spare_addr(0), cluster.port());
+    let pooler = Pooler::start(listen, cluster.socket_addr(Node(0))).await;
+    let pool = by_url(format!("postgres://app@{}/app", pooler.addr()));
+    let pool = pool.heartbeat_interval(Duration::from_millis(50)).build().unwrap();
+    let mut listener = pool.listen(["a"]).await.unwrap();
+    let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+    cluster.direct(Node(0)).await.execute(ended, &[]).await.unwrap();
+    assert_eq!(next(&mut listener).await, "gap");
 }
 
 /// A dropped listener closes its session, and so does one that is dropped while it searches.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
 use testbed::{Answer, Cluster, Dns, Node};
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -67,27 +68,35 @@ async fn one_node() -> (Cluster, Pool) {
 }
 
 /// A transaction whose first run is in the midst of a statement when the primary dies; the next ones are short.
-async fn across_a_failover(cluster: &Cluster, pool: &Pool, policy: Option<RetryPolicy>) -> (Result<(), Error>, u32) {
-    let (runs, running) = (Runs::default(), Notify::new());
-    let mut builder = pool.build_transaction();
-    if let Some(policy) = policy {
-        builder = builder.retry(policy);
-    }
-    let work = builder.run(async |tx| {
-        insert(&tx, 1).await?;
-        if runs.begin() == 1 {
-            running.notify_one();
-            tx.batch_execute("SELECT pg_sleep(600)").await?;
+fn across_a_failover<'a>(
+    cluster: &'a Cluster,
+    pool: &'a Pool,
+    policy: Option<RetryPolicy>,
+) -> LocalBoxFuture<'a, (Result<(), Error>, u32)> {
+    // Boxed, as it is large.
+    async move {
+        let (runs, running) = (Runs::default(), Notify::new());
+        let mut builder = pool.build_transaction();
+        if let Some(policy) = policy {
+            builder = builder.retry(policy);
         }
-        Ok(())
-    });
-    let fault = async {
-        running.notified().await;
-        cluster.kill(cluster.primary()).await;
-        cluster.promote_timed(cluster.most_advanced_standby().await).await;
-    };
-    let (result, ()) = timeout(LONG, async { tokio::join!(work, fault) }).await.expect("the call ends");
-    (result, runs.count())
+        let work = builder.run(async |tx| {
+            insert(&tx, 1).await?;
+            if runs.begin() == 1 {
+                running.notify_one();
+                tx.batch_execute("SELECT pg_sleep(600)").await?;
+            }
+            Ok(())
+        });
+        let fault = async {
+            running.notified().await;
+            cluster.kill(cluster.primary()).await;
+            cluster.promote_timed(cluster.most_advanced_standby().await).await;
+        };
+        let (result, ()) = timeout(LONG, Box::pin(async { tokio::join!(work, fault) })).await.expect("the call ends");
+        (result, runs.count())
+    }
+    .boxed_local()
 }
 
 /// Fails with this SQLSTATE, as a function of the user's own may.
@@ -287,7 +296,7 @@ async fn presets_across_a_failover() {
         match result {
             Ok(()) => assert!(survives && runs >= 2, "{policy:?}: {runs}"),
             Err(error) => {
-                assert!(!survives && runs == 1 && matches!(error, Error::Database(_)), "{policy:?}: {error:?}")
+                assert!(!survives && runs == 1 && matches!(error, Error::Database(_)), "{policy:?}: {error:?}");
             }
         }
         assert_eq!(stored(&cluster).await, if survives { vec![1] } else { vec![] });
