@@ -44,6 +44,16 @@ pub use topology::{
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 
+/// The examples of the documents are tests.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../docs/tuning.md")]
+    struct Tuning;
+
+    #[doc = include_str!("../docs/dns.md")]
+    struct Dns;
+}
+
 /// What the fuzz targets read with: the parsers, which are private otherwise. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]
 #[doc(hidden)]

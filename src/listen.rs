@@ -107,9 +107,8 @@ where
     })
 }
 
-/// What a [`Listener`] receives.
+/// What a [`Listener`] receives. There will be no third: whoever handles it handles the gap.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
 pub enum Message {
     /// Somebody's NOTIFY: its channel, its payload, and the process id of the session that sent it.
     Notification(Notification),

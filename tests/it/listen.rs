@@ -21,7 +21,6 @@ async fn next(listener: &mut Listener) -> String {
     match message {
         Some(Ok(Message::Notification(it))) => format!("{}: {}", it.channel(), it.payload()),
         Some(Ok(Message::MayHaveGap)) => "gap".to_owned(),
-        Some(Ok(other)) => format!("{other:?}"),
         Some(Err(error)) => format!("error: {error}"),
         None => "end".to_owned(),
     }
