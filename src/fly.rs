@@ -181,6 +181,21 @@ mod tests {
         assert_eq!(Fly::NAME_SERVER.to_string(), "[fdaa::3]:53");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_record_says_is_read_or_refused(record: String) {
+            let _ = FlyMachine::read(&record);
+        }
+
+        #[test]
+        fn what_is_listed_is_read(pairs in proptest::collection::vec(("[0-9a-f]{1,14}", "[a-z]{3}"), 0..50)) {
+            let list: Vec<_> = pairs.iter().map(|(id, region)| format!("{id} {region}")).collect();
+            let read = FlyMachine::read(&list.join(",")).unwrap();
+            let read: Vec<_> = read.into_iter().map(|machine| (machine.id, machine.region)).collect();
+            proptest::prop_assert_eq!(read, pairs);
+        }
+    }
+
     #[test]
     fn machines_are_read_or_refused() {
         let machine = |id: &str, region: &str| FlyMachine { id: id.to_owned(), region: region.to_owned() };
