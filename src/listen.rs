@@ -238,6 +238,10 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
             rows(aside.client(), CHECK).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
+            // What was never in force could not be missed later either.
+            Ok(Ok(channels)) if channels.is_empty() && !sql.is_empty() => {
+                tracing::warn!("LISTEN had no effect: a pooler in transaction mode cannot be listened through");
+            }
             Ok(Ok(channels)) => return Ok(Subscribed { aside, ended, channels }),
             // The server is well and does not want this: the name of a channel.
             Ok(Err(error)) if matches!(classify(&error), Verdict::Application | Verdict::NotPostgres) => {
