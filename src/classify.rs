@@ -79,6 +79,11 @@ pub(crate) fn classify_chain(error: &(dyn StdError + 'static)) -> Option<Verdict
     links(error).find_map(database_error).map(classify)
 }
 
+/// What the server reported, by the first database error in an error's source chain.
+pub(crate) fn report_in_chain<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a DbError> {
+    links(error).find_map(database_error).and_then(Error::as_db_error)
+}
+
 /// Whether this answer to `COMMIT` proves that the transaction was rolled back. If not, its outcome is in doubt.
 ///
 /// The server can report an `ERROR` only before the commit record is written; from there on any failure is a PANIC.

@@ -43,6 +43,10 @@ pub enum Error {
     /// The pool was closed.
     #[error("the pool is closed; make a new one, or close it after the last user is done")]
     Closed,
+    /// The connections of a [wrapped](crate::Pool::wrap) pool have drivers of their own, which tell this crate of no
+    /// notification.
+    #[error("a wrapped pool cannot listen; use one made by `Pool::builder` for that")]
+    Wrapped,
     /// The database answered with an error, or the connection was lost on the way.
     #[error("{}", explain(.0))]
     Database(#[from] tokio_postgres::Error),

@@ -3,8 +3,8 @@
 // Level 0: pure. Decides; no I/O, no clock, no task.
 mod classify;
 mod commit;
+mod fly;
 mod resolve;
-mod retry;
 mod topology;
 
 // Level 1: I/O. Fetches what the decisions need; decides nothing.
@@ -13,13 +13,15 @@ mod server;
 // Level 2: the one task that owns a topology.
 mod cluster;
 
-// Level 3: the public error, composed of what the layers below say.
+// Level 3: the public error, composed of what the layers below say; and the policy, pure too, whose hooks see it.
 mod error;
+mod retry;
 
 // Level 4: connections of the current generation.
 mod pool;
 
-// Level 5: work that runs again.
+// Level 5: work that runs again, and subscriptions that come back.
+mod listen;
 mod transaction;
 
 pub use deadpool;
@@ -31,15 +33,27 @@ pub use commit::{Guarantee, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, Unavailable, UnavailableReason,
 };
+pub use fly::{BadMachines, Fly, FlyMachine};
+pub use listen::{Listener, Message};
 pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
-pub use retry::{Backoff, Exponential, RetryBudget, RetryPolicy};
+pub use retry::{Backoff, Exponential, Retry, RetryBudget, RetryPolicy};
 pub use server::SessionClient;
 pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
+
+/// The examples of the documents are tests.
+#[cfg(doctest)]
+mod documents {
+    #[doc = include_str!("../docs/tuning.md")]
+    struct Tuning;
+
+    #[doc = include_str!("../docs/dns.md")]
+    struct Dns;
+}
 
 /// What the fuzz targets read with: the parsers, which are private otherwise. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]

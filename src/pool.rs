@@ -33,7 +33,7 @@ use crate::commit::ledger::Ledger;
 use crate::commit::{Guarantee, Life};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Notices, Session, SessionClient};
+use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::topology::{CandidateReport, GenerationId, Suspicion, View};
 use client::Loan;
 use dialer::Dialer;
@@ -73,6 +73,7 @@ enum Source<C: SessionClient> {
 
 struct Shared {
     checkout_timeout: Duration,
+    heartbeat: Duration,
     retry: RetryPolicy,
     budget: RetryBudget,
     guarantee: Guarantee,
@@ -111,6 +112,7 @@ impl<C: SessionClient> Pool<C> {
     ///   does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
     /// - A statement under way on a connection from [`Pool::get`] is not ended with its primary. Within a transaction of this
     ///   pool's it is.
+    /// - No [`Pool::listen`]: the driver of each session, which hears notifications, is the manager's.
     /// - The server's notices are not seen: a transaction that somebody left open on a connection is not noticed, and neither is
     ///   a COMMIT whose wait for a synchronous standby was cancelled by hand.
     ///
@@ -170,6 +172,22 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub async fn get(&self) -> Result<Client<C>, Error> {
         self.get_until(Instant::now() + self.shared.checkout_timeout).await
+    }
+
+    /// Like [`Pool::get`], for this call waiting at most so long instead of the checkout timeout.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    ///
+    /// // A health check has no time for a failover.
+    /// let healthy = pool.get_within(Duration::from_millis(500)).await.is_ok();
+    /// # let _ = healthy;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn get_within(&self, timeout: Duration) -> Result<Client<C>, Error> {
+        self.get_until(Instant::now() + timeout.min(builder::FAR)).await
     }
 
     /// What the pool is doing now.
@@ -268,7 +286,17 @@ impl<C: SessionClient> Pool<C> {
         Client::new(loan, self.clone(), self.cluster().lend())
     }
 
-    pub(crate) fn retry_policy(&self) -> &RetryPolicy {
+    /// The policy of the pool's transactions: a clone of it is where a call's own one starts from.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let policy = pool.retry_policy().clone().attempts(3);
+    /// pool.build_transaction().retry(policy).run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn retry_policy(&self) -> &RetryPolicy {
         &self.shared.retry
     }
 
@@ -316,6 +344,21 @@ impl<C: SessionClient> Pool<C> {
         Ok(Aside { session, generation })
     }
 
+    /// Do its connections come from another pool?
+    pub(crate) fn is_wrapped(&self) -> bool {
+        matches!(self.source, Source::Wrapped(_))
+    }
+
+    /// How long a caller waits for a connection unless it says otherwise.
+    pub(crate) fn checkout_timeout(&self) -> Duration {
+        self.shared.checkout_timeout
+    }
+
+    /// How often the primary is asked.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.shared.heartbeat
+    }
+
     /// Passed by those who settle a commit, while they ask.
     pub(crate) fn settlers(&self) -> &Semaphore {
         &self.shared.settlers
@@ -334,7 +377,7 @@ impl<C: SessionClient> Pool<C> {
         &self.dialer.cluster
     }
 
-    fn unavailable(&self, began: Instant) -> Error {
+    pub(crate) fn unavailable(&self, began: Instant) -> Error {
         let managed::Status { size, max_size, .. } = self.source.status();
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
@@ -393,6 +436,11 @@ impl<C: SessionClient> Aside<C> {
 
     pub(crate) fn notices(&self) -> &Notices {
         &self.session.notices
+    }
+
+    /// Gives each notification of the session to `ear`, and tells it when the session has ended. Once.
+    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
+        self.session.notices.hear(ear);
     }
 
     pub(crate) fn generation(&self) -> GenerationId {

@@ -1,11 +1,15 @@
 //! Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts, the budget.
-//! Knows nothing of databases, of whether a re-run is safe, and of clocks: the time is an argument.
+//! Knows nothing of whether a re-run is safe, and of clocks: the time is an argument. It names the public error for
+//! the user's hooks alone, and looks into none.
 //! Invariants: a delay never reaches beyond the deadline; no setting and no length of an outage panics or overflows;
 //! the budget grants at most `burst + per_second × t + ratio × successes` re-runs without a wait in any time `t`.
 //! Tests: at the end of this file, by property.
 
 #[cfg(feature = "backoff")]
 mod compat;
+mod hooks;
+
+pub use hooks::Retry;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -141,7 +145,19 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 /// How long one call goes on, how often it is run, and how long it waits in between.
 ///
 /// It governs *willingness* only. Whether a piece of work may be run again at all (did the commit land?) is never up
-/// to a policy, so none can make a write happen twice.
+/// to a policy, so none can make a write happen twice. The policy of a call, given by
+/// [`TransactionBuilder::retry`](crate::TransactionBuilder::retry), replaces that of the pool as a whole;
+/// [`Pool::retry_policy`](crate::Pool::retry_policy) has the pool's, to start from.
+///
+/// Three presets say what they are for; change what you like in them:
+///
+/// | preset | for | deadline | attempt | delays | in an outage |
+/// |---|---|---|---|---|---|
+/// | [`interactive`](Self::interactive) | somebody waits for the answer | 5 s | 5 s | 10 ms … 250 ms | rides short ones out, tells of long ones |
+/// | [`batch`](Self::batch) | nobody does | 10 min | no limit | 100 ms … 10 s | sits it out, and leaves the new primary to others |
+/// | [`none`](Self::none) | your own loop | 30 s | no limit | – | the first failure comes back |
+///
+/// What [`new`](Self::new) sets:
 ///
 /// | setting | default |
 /// |---|---|
@@ -151,6 +167,8 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 /// | [`jitter`](Self::jitter) | full |
 /// | [`deadline`](Self::deadline) | 30 s |
 /// | [`attempts`](Self::attempts) | no limit |
+/// | [`attempt_timeout`](Self::attempt_timeout) | no limit |
+/// | [`classify`](Self::classify), [`on_retry`](Self::on_retry) | none |
 ///
 /// Values that make no sense together are refused when the pool is built.
 ///
@@ -158,13 +176,10 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 /// use std::time::Duration;
 /// use tokio_postgres_failover::RetryPolicy;
 ///
-/// // A web request: answer within five seconds, failover or not.
-/// let web = RetryPolicy::new().deadline(Duration::from_secs(5));
-/// // A batch job: sit out a long outage, gently.
-/// let batch = RetryPolicy::new()
-///     .deadline(Duration::from_secs(600))
-///     .initial_delay(Duration::from_millis(100))
-///     .max_delay(Duration::from_secs(10));
+/// // A web request, with three seconds instead of five.
+/// let web = RetryPolicy::interactive().deadline(Duration::from_secs(3));
+/// // A nightly job that sits out an hour.
+/// let batch = RetryPolicy::batch().deadline(Duration::from_secs(3600));
 /// // No re-runs: the first error comes back.
 /// let once = RetryPolicy::none();
 /// # let _ = (web, batch, once);
@@ -180,6 +195,7 @@ pub struct RetryPolicy {
     attempts: Option<u32>,
     attempt_timeout: Option<Duration>,
     schedule: Option<Arc<MakeBackoff>>,
+    hooks: hooks::Hooks,
 }
 
 impl Default for RetryPolicy {
@@ -193,7 +209,8 @@ impl fmt::Debug for RetryPolicy {
         let mut out = f.debug_struct("RetryPolicy");
         out.field("deadline", &self.deadline)
             .field("attempts", &self.attempts)
-            .field("attempt_timeout", &self.attempt_timeout);
+            .field("attempt_timeout", &self.attempt_timeout)
+            .field("hooks", &self.hooks);
         if self.schedule.is_some() {
             return out.field("schedule", &"own").finish_non_exhaustive();
         }
@@ -220,7 +237,30 @@ impl RetryPolicy {
             attempts: None,
             attempt_timeout: None,
             schedule: None,
+            hooks: hooks::Hooks::default(),
         }
+    }
+
+    /// For work that somebody waits for: five seconds for everything, no attempt longer than five seconds, and short
+    /// delays, so that a call goes on within a quarter of a second of the end of an outage.
+    ///
+    /// A failover that takes longer is told as an error while the user is still there to see it. An attempt that begins
+    /// in the last moment may still take its five seconds, and a COMMIT without an answer is looked into for five more.
+    /// [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is for `get`, and a setting of its own.
+    #[must_use]
+    pub fn interactive() -> Self {
+        let limit = Duration::from_secs(5);
+        Self::new().deadline(limit).attempt_timeout(limit).max_delay(Duration::from_millis(250))
+    }
+
+    /// For work that nobody waits for: ten minutes, longer than the failovers of all set-ups that the README names, and
+    /// long delays, so that a server which was just promoted serves the users first.
+    #[must_use]
+    pub fn batch() -> Self {
+        Self::new()
+            .deadline(Duration::from_secs(600))
+            .initial_delay(Duration::from_millis(100))
+            .max_delay(Duration::from_secs(10))
     }
 
     /// One attempt and no re-run. The [`deadline`](Self::deadline) still bounds that attempt's wait for a connection.
@@ -387,6 +427,7 @@ impl RetryPolicy {
         };
         Retries {
             schedule,
+            began: now,
             deadline: now.checked_add(self.deadline.min(FAR)).unwrap_or(now),
             attempt: 1,
             attempts: self.attempts,
@@ -397,6 +438,7 @@ impl RetryPolicy {
 /// One call under a [`RetryPolicy`]: which attempt it is at, and until when it may go on.
 pub(crate) struct Retries {
     schedule: Box<dyn Backoff>,
+    began: Instant,
     deadline: Instant,
     attempt: u32,
     attempts: Option<u32>,
@@ -457,6 +499,8 @@ pub(crate) enum GiveUp {
     Schedule,
     /// The pool's budget has no re-run to give before the deadline.
     Budget,
+    /// The user's hook said stop.
+    Hook,
 }
 
 impl fmt::Display for GiveUp {
@@ -467,6 +511,7 @@ impl fmt::Display for GiveUp {
             Self::Deadline => f.write_str("the deadline is reached before another attempt"),
             Self::Schedule => f.write_str("the retry schedule has ended"),
             Self::Budget => f.write_str("the retry budget grants no attempt before the deadline"),
+            Self::Hook => f.write_str("the policy's on_retry said stop"),
         }
     }
 }
@@ -593,9 +638,12 @@ impl Bucket {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::ControlFlow;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::error::{CommitOutcome, Error};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -760,6 +808,50 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn presets_are_as_documented() {
+        let now = Instant::now();
+        let delays = |policy: RetryPolicy| {
+            assert_eq!(policy.validate(), Ok(()));
+            let mut retries = policy.jitter(false).start(now, 0);
+            let delays = (0..9).map(|_| retries.next(now, &RetryBudget::unlimited()));
+            delays.map_while(Result::ok).map(|delay| delay.as_millis()).collect::<Vec<_>>()
+        };
+        assert_eq!(delays(RetryPolicy::interactive()), [10, 20, 40, 80, 160, 250, 250, 250, 250]);
+        assert_eq!(delays(RetryPolicy::batch()), [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+        assert_eq!(delays(RetryPolicy::none()), [] as [u128; 0]);
+        let limits = |policy: RetryPolicy| (policy.deadline_after(), policy.attempt_timeout);
+        assert_eq!(limits(RetryPolicy::interactive()), (5 * SECOND, Some(5 * SECOND)));
+        assert_eq!(limits(RetryPolicy::batch()), (600 * SECOND, None));
+        assert_eq!(limits(RetryPolicy::none()), (30 * SECOND, None));
+    }
+
+    #[test]
+    fn a_hook_sees_the_retry_and_its_no_gives_the_token_back() {
+        let now = Instant::now();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let policy = RetryPolicy::new().jitter(false).on_retry({
+            let seen = Arc::clone(&seen);
+            move |retry| {
+                assert!(matches!(retry.cause(), Error::Closed));
+                seen.lock().unwrap().push((retry.attempt(), retry.delay(), retry.commit_outcome()));
+                if retry.attempt() < 2 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            }
+        });
+        assert!(format!("{policy:?}").contains("on_retry: true"), "{policy:?}");
+        let budget = RetryBudget::new(2, 0);
+        let mut retries = policy.start(now, 0);
+        for (outcome, allowed) in [(CommitOutcome::NotCommitted, true), (CommitOutcome::Unknown, false)] {
+            let delay = retries.next(now, &budget).unwrap();
+            assert_eq!(policy.allows(&Retry::new(&retries, &Error::Closed, delay, outcome), &budget), allowed);
+        }
+        let expected = [(1, millis(10), CommitOutcome::NotCommitted), (2, millis(20), CommitOutcome::Unknown)];
+        assert_eq!(*seen.lock().unwrap(), expected);
+        // Two were there, one was used.
+        assert_eq!(budget.withdraw(now), Duration::ZERO);
+        assert_eq!(budget.withdraw(now), Duration::MAX);
     }
 
     #[test]

@@ -9,10 +9,11 @@ mod password;
 pub(crate) use password::{Ask, Passwords};
 
 use std::collections::HashMap;
+use std::fmt;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
@@ -22,7 +23,7 @@ use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, SimpleQueryMessage, Socket};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, Notification, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
@@ -50,6 +51,16 @@ pub(crate) struct Notices {
     not_replicated: AtomicBool,
     /// The session is one of the pool's, whose traffic shows that the server is there.
     pooled: AtomicBool,
+    /// Who hears the session's notifications, if anybody does.
+    ear: OnceLock<Arc<dyn Ear>>,
+}
+
+/// Hears what one session is notified of. Called by its driver task: must not wait.
+pub(crate) trait Ear: fmt::Debug + Send + Sync {
+    /// A NOTIFY on one of the session's channels.
+    fn notified(&self, notification: Notification);
+    /// The session has ended: nothing will come any more.
+    fn ended(&self);
 }
 
 impl Notices {
@@ -67,6 +78,11 @@ impl Notices {
     /// From now on the session's traffic counts.
     pub(crate) fn pool(&self) {
         self.pooled.store(true, Ordering::Relaxed);
+    }
+
+    /// `ear` hears from now on. The first stays: a session has one.
+    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
+        let _ = self.ear.set(ear);
     }
 
     /// What was said before is of no interest to what comes now.
@@ -107,8 +123,14 @@ where
             let (client, mut connection) = config.connect(tls).await?;
             let driver: Driver = Box::pin(async move {
                 while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
-                    if let AsyncMessage::Notice(notice) = message? {
-                        notices.note(&notice);
+                    match message? {
+                        AsyncMessage::Notice(notice) => notices.note(&notice),
+                        AsyncMessage::Notification(notification) => {
+                            if let Some(ear) = notices.ear.get() {
+                                ear.notified(notification);
+                            }
+                        }
+                        _ => {}
                     }
                 }
                 Ok(())
@@ -366,6 +388,9 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
         ended = stirring => if let Err(error) = ended {
             tracing::debug!("a session ended: {}", explain(&error));
         }
+    }
+    if let Some(ear) = notices.ear.get() {
+        ear.ended();
     }
 }
 

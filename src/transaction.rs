@@ -174,13 +174,14 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         self
     }
 
-    /// The retry policy of this call. Default: the pool's.
+    /// The retry policy of this call, in place of the pool's: nothing of that one is left, hooks included. Default: the
+    /// pool's. To change one thing of it, start from a clone of [`Pool::retry_policy`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = policy;
         self
     }
 
-    /// The deadline of this call; that of its retry policy.
+    /// The deadline of this call: that of its retry policy, so set the policy first.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.retry = self.retry.deadline(deadline);
         self

@@ -29,7 +29,7 @@ use crate::server::{Ask, Open, Opener, Passwords};
 use crate::topology::{Address, Endpoint, Settings};
 
 /// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
-const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+pub(super) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 /// Linux takes it in milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
@@ -375,7 +375,7 @@ impl PoolBuilder {
         }
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
-        let shared = self.calls.clone().shared()?;
+        let shared = self.calls.clone().shared(&self.settings)?;
         let manager = self.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
@@ -459,12 +459,13 @@ impl Default for CallOptions {
 }
 
 impl CallOptions {
-    pub(super) fn shared(self) -> Result<Arc<Shared>, BuildError> {
+    pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
         let Self { checkout_timeout, retry, budget, guarantee } = self;
         not_zero("checkout_timeout", checkout_timeout)?;
         retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
         Ok(Arc::new(Shared {
             checkout_timeout: checkout_timeout.min(FAR),
+            heartbeat: settings.heartbeat.min(FAR),
             retry,
             budget,
             guarantee,

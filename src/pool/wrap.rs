@@ -338,7 +338,7 @@ where
     /// Wraps the pool. Needs no server, and a tokio runtime, on which it starts its tasks.
     pub fn build(mut self) -> Result<Pool<M::Type>, BuildError> {
         checked(&mut self.settings)?;
-        let shared = self.calls.shared()?;
+        let shared = self.calls.shared(&self.settings)?;
         let seed = seed_or_random(self.seed);
         let open_timeout = self.settings.probe_timeout;
         let lender =

@@ -27,7 +27,7 @@ use hickory_resolver::{
     net::{DnsError, NetError, runtime::TokioRuntimeProvider},
     proto::{
         op::{Query, ResponseCode},
-        rr::{Name, RecordType},
+        rr::{Name, RData, RecordType},
     },
 };
 use tokio::time::{Instant, timeout};
@@ -142,6 +142,36 @@ impl HickoryResolver {
         self
     }
 
+    /// The TXT records of `name`, each with its strings joined, as the name servers have them now. Asked for as it is,
+    /// without a search list. The pool itself asks for none.
+    ///
+    /// # Errors
+    /// As [`Resolve::resolve`]: no such name, no TXT record, a failing or silent name server.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::HickoryResolver;
+    ///
+    /// let machines = HickoryResolver::system()?.text("vms.my-pg.internal").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn text(&self, name: &str) -> Result<Vec<String>, ResolveError> {
+        let started = Instant::now();
+        let mut asked = Name::from_str_relaxed(name).map_err(|error| ResolveError::custom(name, error))?;
+        asked.set_fqdn(true);
+        let failed = |error| failure(name, error, started.elapsed());
+        let client = self.client(&self.setup.current()).map_err(failed)?;
+        let lookup = timeout(self.timeout * ATTEMPTS, client.lookup(asked, RecordType::TXT)).await;
+        let lookup = lookup.map_err(|_| failed(NetError::Timeout))?.map_err(failed)?;
+        let records: Vec<String> = lookup.answers().iter().filter_map(|record| joined(&record.data)).collect();
+        if records.is_empty() {
+            return Err(ResolveError::NoAddresses { name: name.to_owned() });
+        }
+        Ok(records)
+    }
+
     fn new(setup: Source) -> Self {
         Self { setup, timeout: Duration::from_secs(1) }
     }
@@ -231,6 +261,14 @@ async fn one_family(client: &TokioResolver, name: &Name, record_type: RecordType
         .filter(|record| record.record_type() == record_type)
         .filter_map(|record| record.data.ip_addr())
         .collect())
+}
+
+/// A TXT record is cut into strings of 255 bytes at most.
+fn joined(data: &RData) -> Option<String> {
+    let RData::TXT(text) = data else {
+        return None;
+    };
+    Some(String::from_utf8_lossy(&text.txt_data.concat()).into_owned())
 }
 
 /// hickory's error in our words.

@@ -24,7 +24,8 @@ impl RetryPolicy {
     /// it already. In new code use the policy's own settings, which cover what `ExponentialBackoff` does, or
     /// [`schedule`](Self::schedule) with an iterator of delays, such as those of the maintained `backon` crate.
     ///
-    /// Like `schedule`, it replaces every setting but [`deadline`](Self::deadline) and [`attempts`](Self::attempts).
+    /// Takes any of them, those of your own and a `Box<dyn Backoff + Send>` too, and resets it first, as that crate's loop
+    /// does. Like `schedule`, it replaces every setting but [`deadline`](Self::deadline) and [`attempts`](Self::attempts).
     /// `ExponentialBackoff` has a limit of its own besides, `max_elapsed_time`: 15 minutes unless you change it, and
     /// measured on the system's clock, which a paused clock of tokio does not stop.
     ///
@@ -43,7 +44,12 @@ impl RetryPolicy {
     where
         B: backoff::backoff::Backoff + Send + 'static,
     {
-        self.schedule(move || Adapter(make()))
+        self.schedule(move || {
+            let mut schedule = make();
+            // As that crate's own loop does: what was made earlier, or is a clone, starts anew with this call.
+            schedule.reset();
+            Adapter(schedule)
+        })
     }
 }
 
@@ -78,6 +84,33 @@ mod tests {
         // Anew for each call.
         for _ in 0..2 {
             assert_eq!(delays(&policy), [DELAY, 2 * DELAY, 3 * DELAY, 3 * DELAY].map(Ok));
+        }
+    }
+
+    /// One that was used before, as a clone of it was.
+    #[derive(Clone)]
+    struct Used(u32);
+
+    impl backoff::backoff::Backoff for Used {
+        fn reset(&mut self) {
+            self.0 = 0;
+        }
+
+        fn next_backoff(&mut self) -> Option<Duration> {
+            self.0 += 1;
+            (self.0 <= 2).then_some(DELAY * self.0)
+        }
+    }
+
+    #[test]
+    fn each_call_starts_anew_whatever_is_made() {
+        let used = Used(2);
+        let policy = RetryPolicy::new().backoff(move || used.clone());
+        let boxed = RetryPolicy::new().backoff(|| -> Box<dyn backoff::backoff::Backoff + Send> { Box::new(Used(9)) });
+        for policy in [policy, boxed] {
+            for _ in 0..2 {
+                assert_eq!(delays(&policy)[..3], [Ok(DELAY), Ok(2 * DELAY), Err(GiveUp::Schedule)]);
+            }
         }
     }
 

@@ -43,14 +43,22 @@ pub(super) enum Next {
 
 /// `verdict`: [`Verdict::ReadOnly`] means here that the *server* refuses writes; a transaction that made itself
 /// read-only counts as the application's own doing.
+///
+/// `word`: the user's on the error, "run again" or "do not". It counts where the attempt is known not to be committed, and
+/// nowhere else: so no word of anybody runs an unknown commit again, or settles it.
 #[deny(clippy::wildcard_enum_match_arm)]
-pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
+pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bool>) -> Next {
     match (stage, mode) {
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
         // What a serializable transaction has read holds only if its COMMIT succeeds, so `Read` asks again, too.
         (Stage::InDoubt, Mode::Idempotent | Mode::Read) => return Next::Rerun,
         (Stage::Body | Stage::Refused, _) => {}
+    }
+    match word {
+        Some(true) => return Next::Rerun,
+        Some(false) => return Next::Return,
+        None => {}
     }
     match verdict {
         Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
@@ -66,6 +74,7 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict) -> Next {
 mod tests {
     use super::*;
 
+    const WORDS: [Option<bool>; 3] = [None, Some(true), Some(false)];
     const MODES: [Mode; 4] = [Mode::Exactly, Mode::Once, Mode::Idempotent, Mode::Read];
     const VERDICTS: [Verdict; 10] = [
         Verdict::ConnectionLost,
@@ -83,10 +92,29 @@ mod tests {
     #[test]
     fn an_unknown_commit_is_never_run_again_unless_the_caller_allows_it() {
         for verdict in VERDICTS {
-            assert_eq!(decide(Mode::Exactly, Stage::InDoubt, verdict), Next::Settle, "{verdict:?}");
-            assert_eq!(decide(Mode::Once, Stage::InDoubt, verdict), Next::Unknown, "{verdict:?}");
-            assert_eq!(decide(Mode::Idempotent, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
-            assert_eq!(decide(Mode::Read, Stage::InDoubt, verdict), Next::Rerun, "{verdict:?}");
+            for word in WORDS {
+                let next = |mode| decide(mode, Stage::InDoubt, verdict, word);
+                assert_eq!(next(Mode::Exactly), Next::Settle, "{verdict:?} {word:?}");
+                assert_eq!(next(Mode::Once), Next::Unknown, "{verdict:?} {word:?}");
+                assert_eq!(next(Mode::Idempotent), Next::Rerun, "{verdict:?} {word:?}");
+                assert_eq!(next(Mode::Read), Next::Rerun, "{verdict:?} {word:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_committed_follows_the_users_word() {
+        for mode in MODES {
+            for stage in [Stage::Body, Stage::Refused] {
+                for verdict in VERDICTS {
+                    assert_eq!(decide(mode, stage, verdict, Some(true)), Next::Rerun, "{mode:?} {stage:?} {verdict:?}");
+                    assert_eq!(
+                        decide(mode, stage, verdict, Some(false)),
+                        Next::Return,
+                        "{mode:?} {stage:?} {verdict:?}"
+                    );
+                }
+            }
         }
     }
 
@@ -105,7 +133,7 @@ mod tests {
                             | Verdict::OutcomeUnknown
                     );
                     let expected = if rerun { Next::Rerun } else { Next::Return };
-                    assert_eq!(decide(mode, stage, verdict), expected, "{mode:?} {stage:?} {verdict:?}");
+                    assert_eq!(decide(mode, stage, verdict, None), expected, "{mode:?} {stage:?} {verdict:?}");
                 }
             }
         }

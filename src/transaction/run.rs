@@ -1,22 +1,26 @@
 //! The loop: attempt, decide, wait, again. Carries out what `decide` says.
 
+use std::error::Error as StdError;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
+use tokio_postgres::error::DbError;
 use tracing::Instrument;
 
 use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{Verdict, classify, classify_chain, commit_refused, explain, links, not_offered};
+use crate::classify::{
+    Verdict, classify, classify_chain, commit_refused, explain, links, not_offered, report_in_chain,
+};
 use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::pool::{Client, Pool};
-use crate::retry::GiveUp;
+use crate::retry::{GiveUp, Retry};
 use crate::server::SessionClient;
 use crate::topology::Suspicion;
 
@@ -74,7 +78,9 @@ where
             Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error } = failed;
-        match decide(mode, stage, verdict) {
+        let users = if stage == Stage::InDoubt { None } else { report(&error) };
+        let users = users.and_then(|report| options.retry.word_on(report));
+        match decide(mode, stage, verdict, users) {
             Next::Settle | Next::Unknown => return Err(unknown(error, Unsettled::NoMarker)),
             Next::Return => return Err(for_good(error, number, doubt)),
             Next::Rerun => {}
@@ -85,6 +91,10 @@ where
         }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
+                let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
+                if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome), pool.budget()) {
+                    return Err(given_up(error, number, GiveUp::Hook, stage, doubt));
+                }
                 tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
                 sleep(delay).await;
             }
@@ -160,7 +170,7 @@ struct Unanswered<T> {
 
 impl<T> Unanswered<T> {
     async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
-        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict), &self.mark) else {
+        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict, None), &self.mark) else {
             return Ended::InDoubt(self);
         };
         let Failed { verdict, error } = self.failed;
@@ -477,21 +487,37 @@ fn evicted() -> (Verdict, Error) {
 fn verdict_of(error: &Error) -> Verdict {
     match error {
         Error::Database(error) => classify(error),
-        Error::Aborted(source) => verdict_of_own(source.as_ref()),
+        Error::Aborted(source) => {
+            let own = of_own(source.as_ref(), |error| Some(classify(error)), classify_chain);
+            own.unwrap_or(Verdict::Application)
+        }
         _ => Verdict::Application,
+    }
+}
+
+/// What the server reported of this call, if anything: never of another call of a pool, whose word stands.
+fn report(error: &Error) -> Option<&DbError> {
+    match error {
+        Error::Database(error) => error.as_db_error(),
+        Error::Aborted(source) => of_own(source.as_ref(), tokio_postgres::Error::as_db_error, report_in_chain),
+        _ => None,
     }
 }
 
 /// The closure's own error may hold a database error, which decides; or the error of another call of a pool, whose word on
 /// running again stands: its outcome may be unknown, or its retries are used up.
-fn verdict_of_own(error: &(dyn std::error::Error + 'static)) -> Verdict {
-    if links(error).any(<dyn std::error::Error>::is::<InDoubt>) {
-        return Verdict::Application;
+fn of_own<'a, T>(
+    error: &'a (dyn StdError + 'static),
+    of_driver: impl FnOnce(&'a tokio_postgres::Error) -> Option<T>,
+    of_chain: impl FnOnce(&'a (dyn StdError + 'static)) -> Option<T>,
+) -> Option<T> {
+    if links(error).any(<dyn StdError>::is::<InDoubt>) {
+        return None;
     }
     match links(error).find_map(|link| link.downcast_ref::<Error>()) {
-        Some(Error::Database(error)) => classify(error),
-        Some(_) => Verdict::Application,
-        None => classify_chain(error).unwrap_or(Verdict::Application),
+        Some(Error::Database(error)) => of_driver(error),
+        Some(_) => None,
+        None => of_chain(error),
     }
 }
 

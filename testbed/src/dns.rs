@@ -20,7 +20,7 @@ use hickory_server::{
         op::{Edns, Header, HeaderCounts, Metadata, ResponseCode},
         rr::{
             Name, RData, Record, RecordType,
-            rdata::{CNAME, SOA},
+            rdata::{CNAME, SOA, TXT},
         },
     },
     server::{Request, RequestHandler, ResponseHandler, ResponseInfo},
@@ -61,6 +61,8 @@ pub enum Answer {
     /// The name is an alias of this one, and that one has these addresses. With no address the answer is the alias
     /// alone, and what the other name has is said by [`Dns::answer_name`].
     Cname(String, Vec<IpAddr>),
+    /// One TXT record of these strings, for queries of that type; no addresses.
+    Text(Vec<String>),
 }
 
 impl Answer {
@@ -307,10 +309,14 @@ impl Reply {
             Answer::NxDomain => code(ResponseCode::NXDomain, soa()),
             Answer::ServFail => code(ResponseCode::ServFail, None),
             Answer::Refused => code(ResponseCode::Refused, None),
-            Answer::Empty => found(Vec::new()),
             Answer::Truncated(_) if by == Protocol::Udp => {
                 Self { truncated: true, ..code(ResponseCode::NoError, None) }
             }
+            Answer::Text(strings) if asked == RecordType::TXT => {
+                let text = RData::TXT(TXT::new(strings.clone()));
+                found(vec![Record::from_rdata(name.clone(), ttl, text)])
+            }
+            Answer::Text(_) | Answer::Empty => found(Vec::new()),
             Answer::Addresses(addresses) | Answer::Truncated(addresses) => found(records(name, asked, addresses, ttl)),
             Answer::Cname(target, addresses) => {
                 let target = absolute(target);

@@ -300,6 +300,76 @@ async fn c10_a_dropped_get_drops_the_providers_future() {
     assert_eq!(pool.status().size, 2);
 }
 
+/// C10: the recipe of docs/tuning.md for a file: it is replaced as an orchestrator does it, and read for the next session.
+#[tokio::test]
+async fn c10_a_password_file_is_read_anew() {
+    let cluster = one_node().await;
+    let file = cluster.folder().join("password");
+    let write = |password: &str| {
+        let new = file.with_extension("new");
+        std::fs::write(&new, password).unwrap();
+        std::fs::rename(new, &file).unwrap();
+    };
+    write("first\n");
+    let path = file.clone();
+    let pool = Pool::builder(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))))
+        .unwrap()
+        .password_provider(move || {
+            let path = path.clone();
+            async move { Ok(tokio::fs::read_to_string(path).await?.trim_end().to_owned()) }
+        })
+        .build()
+        .unwrap();
+    let old = pool.get().await.unwrap();
+    rotate(&cluster, "second").await;
+    write("second\n");
+    works(&pool.get().await.unwrap()).await;
+    works(&old).await;
+    assert_eq!(pool.status().size, 2);
+}
+
+/// What a cloud gives: a password that is good for a while, and how long that is.
+#[derive(Clone)]
+struct Token {
+    secret: String,
+    good_until: tokio::time::Instant,
+}
+
+/// C10: the recipe of docs/tuning.md for tokens: one is kept while it is good, whatever the number of sessions.
+#[tokio::test]
+async fn c10_a_token_is_kept_while_it_is_good() {
+    let cluster = one_node().await;
+    let (issued, lifetime) = (Arc::new(AtomicUsize::new(0)), Duration::from_secs(900));
+    let kept: Arc<tokio::sync::Mutex<Option<Token>>> = Arc::default();
+    let (count, cache) = (Arc::clone(&issued), Arc::clone(&kept));
+    let pool = Pool::builder(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))))
+        .unwrap()
+        .password_provider(move || {
+            let (count, cache) = (Arc::clone(&count), Arc::clone(&cache));
+            async move {
+                let mut kept = cache.lock().await;
+                let margin = tokio::time::Instant::now() + Duration::from_secs(60);
+                if let Some(token) = kept.as_ref().filter(|token| token.good_until > margin) {
+                    return Ok(token.secret.clone());
+                }
+                let secret = ["first", "second"][count.fetch_add(1, Ordering::SeqCst)].to_owned();
+                *kept = Some(Token { secret: secret.clone(), good_until: tokio::time::Instant::now() + lifetime });
+                Ok(secret)
+            }
+        })
+        .build()
+        .unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    assert_eq!(issued.load(Ordering::SeqCst), 1);
+    rotate(&cluster, "second").await;
+    if let Some(token) = kept.lock().await.as_mut() {
+        token.good_until = tokio::time::Instant::now();
+    }
+    works(&pool.get().await.unwrap()).await;
+    works(&held[0]).await;
+    assert_eq!(issued.load(Ordering::SeqCst), 2);
+}
+
 /// C10: a password in both places: which one is meant cannot be known.
 #[tokio::test]
 async fn c10_a_provider_beside_a_password_is_refused() {

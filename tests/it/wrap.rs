@@ -315,7 +315,7 @@ async fn failures_are_told_as_from_any_pool() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_wrapped_pools_own_wait_timeout_is_told() {
+async fn what_the_wrapped_pool_sets_the_bounds_of_is_told() {
     let cluster = started().await;
     let mut config = deadpool_postgres::Config::new();
     config.url = Some(format!("{}?target_session_attrs=read-write", cluster.url_hosts()));
@@ -324,6 +324,7 @@ async fn the_wrapped_pools_own_wait_timeout_is_told() {
     config.pool = Some(sizes);
     let existing = config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), NoTls).unwrap();
     let pool: Pool = Pool::wrap(existing).build().unwrap();
+    assert!(matches!(pool.listen(["orders"]).await, Err(Error::Wrapped)));
     let held = pool.get().await.unwrap();
     let Err(Error::Unavailable(unavailable)) = pool.get().await else { panic!("there was one connection") };
     assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);

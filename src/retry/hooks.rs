@@ -1,0 +1,177 @@
+//! What a user adds to a policy: a word of its own on errors, and a hook that sees each retry.
+//! Decides nothing: the table in `transaction/decide.rs` says where a user's word counts.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::error::DbError;
+
+use super::{Retries, RetryBudget, RetryPolicy};
+use crate::error::{CommitOutcome, Error};
+
+type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
+type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
+
+/// One pointer, as each call's future carries its policy.
+#[derive(Clone, Default)]
+pub(super) struct Hooks(Option<Arc<Given>>);
+
+#[derive(Clone, Default)]
+struct Given {
+    classify: Option<Arc<Classify>>,
+    on_retry: Option<Arc<OnRetry>>,
+}
+
+impl Hooks {
+    fn classify(&self) -> Option<&Classify> {
+        self.0.as_ref()?.classify.as_deref()
+    }
+
+    fn on_retry(&self) -> Option<&OnRetry> {
+        self.0.as_ref()?.on_retry.as_deref()
+    }
+
+    fn given(&mut self) -> &mut Given {
+        Arc::make_mut(self.0.get_or_insert_default())
+    }
+}
+
+impl fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hooks")
+            .field("classify", &self.classify().is_some())
+            .field("on_retry", &self.on_retry().is_some())
+            .finish()
+    }
+}
+
+/// An attempt that failed and is about to be run again, as [`RetryPolicy::on_retry`] sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Retry<'a> {
+    attempt: u32,
+    cause: &'a Error,
+    delay: Duration,
+    elapsed: Duration,
+    outcome: CommitOutcome,
+}
+
+impl<'a> Retry<'a> {
+    /// `at`: the call, with the next attempt granted already.
+    pub(crate) fn new(at: &Retries, cause: &'a Error, delay: Duration, outcome: CommitOutcome) -> Self {
+        Self { attempt: at.attempt().saturating_sub(1), cause, delay, elapsed: at.began.elapsed(), outcome }
+    }
+
+    /// Which attempt failed. The first is 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// What it failed with. Ask [`Error::code`] for the SQLSTATE.
+    #[must_use]
+    pub fn cause(&self) -> &'a Error {
+        self.cause
+    }
+
+    /// How long is waited before the next attempt, which then still has to get a connection.
+    #[must_use]
+    pub fn delay(&self) -> Duration {
+        self.delay
+    }
+
+    /// How long the call has taken so far.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    /// May an attempt so far have been committed? [`CommitOutcome::Unknown`] is seen with
+    /// [`Guarantee::AtLeastOnce`](crate::Guarantee::AtLeastOnce) only, as no other work is run again then.
+    #[must_use]
+    pub fn commit_outcome(&self) -> CommitOutcome {
+        self.outcome
+    }
+}
+
+impl RetryPolicy {
+    /// Your own word on database errors: `Some(true)` runs the transaction again, `Some(false)` returns the error, `None`
+    /// leaves it to the built-in table. Default: none. Replaces the one set before.
+    ///
+    /// It is asked about what the server reported (an SQLSTATE and all that came with it) in an attempt which is known
+    /// **not** to have been committed: COMMIT was not sent yet, or the transaction was proved to be rolled back. So it
+    /// cannot make a write happen twice, whatever it says. It is not asked about lost connections that came without a
+    /// report, about a COMMIT without an answer, and about what a closure's own error says of *another* call of a pool.
+    /// Deadline, attempts and budget hold for what it lets run again.
+    ///
+    /// It does not change what the pool thinks of the server: a 25006 that is returned still makes the pool look for
+    /// the primary.
+    ///
+    /// It is called within the call's future, with no lock held and no transaction open; it must not block. A panic in it
+    /// goes to the caller, and leaves nothing behind.
+    ///
+    /// ```
+    /// use tokio_postgres::error::SqlState;
+    /// use tokio_postgres_failover::RetryPolicy;
+    ///
+    /// let policy = RetryPolicy::new().classify(|error| match error.code() {
+    ///     // Two calls create the same row: the second run finds it.
+    ///     &SqlState::UNIQUE_VIOLATION if error.constraint() == Some("accounts_name_key") => Some(true),
+    ///     // RAISE EXCEPTION 'try again' of our own functions.
+    ///     code if code.code() == "P0001" => Some(error.message().starts_with("try again")),
+    ///     // The caller wants to hear of conflicts.
+    ///     &SqlState::T_R_SERIALIZATION_FAILURE => Some(false),
+    ///     _ => None,
+    /// });
+    /// # let _ = policy;
+    /// ```
+    #[must_use]
+    pub fn classify(mut self, classify: impl Fn(&DbError) -> Option<bool> + Send + Sync + 'static) -> Self {
+        self.hooks.given().classify = Some(Arc::new(classify));
+        self
+    }
+
+    /// Sees each retry before its delay: which attempt failed, why, and how long is waited. It may stop the call, which
+    /// then ends with [`Error::Exhausted`] and the attempt's error in it. Default: none. Replaces the one set before.
+    ///
+    /// For counting, for logs, and for what a policy cannot know, such as a shutdown under way. Waits for a primary
+    /// within an attempt are no retries: [`Pool::subscribe`](crate::Pool::subscribe) follows those.
+    ///
+    /// It is called within the call's future, with no lock held and no transaction open; it must not block. A panic in it
+    /// goes to the caller, and leaves nothing behind.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    /// use tokio_postgres_failover::RetryPolicy;
+    ///
+    /// let shutting_down = Arc::new(AtomicBool::new(false));
+    /// let stop = Arc::clone(&shutting_down);
+    /// let policy = RetryPolicy::new().on_retry(move |retry| {
+    ///     println!("attempt {} failed: {}; again in {:?}", retry.attempt(), retry.cause(), retry.delay());
+    ///     if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    /// });
+    /// # let _ = policy;
+    /// ```
+    #[must_use]
+    pub fn on_retry(mut self, hook: impl Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync + 'static) -> Self {
+        self.hooks.given().on_retry = Some(Arc::new(hook));
+        self
+    }
+
+    /// The user's word on an error.
+    pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
+        self.hooks.classify().and_then(|classify| classify(error))
+    }
+
+    /// Does the user's hook let this retry happen? If not, its token goes back.
+    pub(crate) fn allows(&self, retry: &Retry<'_>, budget: &RetryBudget) -> bool {
+        let allowed = self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue());
+        if !allowed {
+            budget.refund();
+        }
+        allowed
+    }
+}
