@@ -9,6 +9,8 @@ mod topology;
 
 // Level 1: I/O. Fetches what the decisions need; decides nothing.
 mod server;
+#[cfg(feature = "rustls")]
+mod tls;
 
 // Level 2: the one task that owns a topology.
 mod cluster;
@@ -34,6 +36,8 @@ pub use error::{
 pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, RetryBudget, RetryPolicy};
+#[cfg(feature = "rustls")]
+pub use tls::Tls;
 pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,

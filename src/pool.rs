@@ -5,6 +5,8 @@
 //! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
 
 mod builder;
+mod security;
+mod ssl;
 
 pub use builder::{IntoConfig, PoolBuilder};
 

@@ -12,13 +12,13 @@ const ALLOWED: [(&str, &[&str]); 6] = [
     ("cluster", &["resolve", "server", "topology"]),
     ("commit", &["server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),
-    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "topology"]),
+    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "tls", "topology"]),
     ("transaction", &["classify", "commit", "error", "pool", "retry", "topology"]),
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 10] =
-    ["classify", "resolve", "retry", "topology", "server", "commit", "cluster", "error", "pool", "transaction"];
+const LEVELS: [&str; 11] =
+    ["classify", "resolve", "retry", "topology", "server", "tls", "commit", "cluster", "error", "pool", "transaction"];
 
 type Edges = BTreeSet<(String, String)>;
 

@@ -18,4 +18,6 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+#[cfg(feature = "rustls")]
+mod tls;
 mod transaction;
