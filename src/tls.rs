@@ -428,3 +428,8 @@ impl ServerCertVerifier for Nameless {
         self.algorithms.supported_schemes()
     }
 }
+
+/// The page's examples compile.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/tls.md")]
+struct Page;

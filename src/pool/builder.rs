@@ -64,6 +64,9 @@ impl IntoConfig for &str {
         let (text, ssl) = ssl::split(self);
         let config: Config = text.parse().map_err(|error| BuildError::url(&error))?;
         not_misread(self, &config, &ssl)?;
+        if let Some((option, problem)) = ssl.refused {
+            return Err(BuildError::invalid(option, problem));
+        }
         Ok(Configuration { config, ssl })
     }
 }

@@ -31,6 +31,20 @@ impl Mode {
     }
 }
 
+/// What libpq has besides, and nothing here honours. The driver does not name what it does not know, as it may be a piece
+/// of a password.
+const NOT_HONOURED: [&str; 9] = [
+    "sslcertmode",
+    "sslcompression",
+    "sslcrl",
+    "sslcrldir",
+    "sslkeylogfile",
+    "sslpassword",
+    "sslsni",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+];
+
 /// The options that were taken out. An empty value is none, as in libpq.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Ssl {
@@ -42,6 +56,8 @@ pub(super) struct Ssl {
     pub(super) certificate: Option<String>,
     /// `sslkey`
     pub(super) key: Option<String>,
+    /// What cannot be honoured, and what to do.
+    pub(super) refused: Option<(&'static str, &'static str)>,
 }
 
 impl Ssl {
@@ -57,13 +73,21 @@ impl Ssl {
         let file = match key {
             "sslmode" => {
                 self.mode = Mode::named(&value);
+                if value == "allow" {
+                    self.refused = Some(("sslmode", "`allow` is not offered; use `prefer`, or better `verify-full`"));
+                    return Some("");
+                }
                 // The driver encrypts; what is checked is the connector's business.
                 return (self.mode >= Some(Mode::VerifyCa)).then_some("sslmode=require");
             }
             "sslrootcert" => &mut self.root,
             "sslcert" => &mut self.certificate,
             "sslkey" => &mut self.key,
-            _ => return None,
+            _ => {
+                let option = NOT_HONOURED.iter().find(|option| **option == key)?;
+                self.refused = Some((option, "is not honoured here; remove it"));
+                return Some("");
+            }
         };
         *file = Some(value).filter(|value| !value.is_empty());
         Some("")
@@ -201,9 +225,14 @@ mod tests {
                 Ssl { certificate: Some("c".into()), key: Some("k".into()), ..Ssl::default() },
             ),
             // For the driver to complain about.
-            ("postgres://a@b/c?sslmode=allow", "postgres://a@b/c?sslmode=allow", Ssl::default()),
             ("postgres://a@b/c?sslmode=%FF", "postgres://a@b/c?sslmode=%FF", Ssl::default()),
-            ("postgres://a@b/c?sslcrl=x", "postgres://a@b/c?sslcrl=x", Ssl::default()),
+            ("postgres://a@b/c?sslnonsense=x", "postgres://a@b/c?sslnonsense=x", Ssl::default()),
+            ("postgres://a@b/c?x=1&nothing&y=", "postgres://a@b/c?x=1&nothing&y=", Ssl::default()),
+            (
+                "postgres://a@b/c?sslcrl=x",
+                "postgres://a@b/c",
+                Ssl { refused: Some(("sslcrl", "is not honoured here; remove it")), ..Ssl::default() },
+            ),
         ] {
             assert_eq!(split(text), (driver.to_owned(), expected), "{text}");
         }
