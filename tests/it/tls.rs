@@ -397,6 +397,8 @@ async fn t9_a_client_certificate() {
     refused(&builder(&cluster, "").rustls(unknown).build().unwrap(), &["alert"]).await;
 }
 
+type Set = fn(PoolBuilder, &Authority) -> PoolBuilder;
+
 /// T10: what makes no sense is told when the pool is built.
 #[tokio::test]
 async fn t10_contradictions_are_refused() {
@@ -435,7 +437,6 @@ async fn t10_contradictions_are_refused() {
         let error = Pool::builder(url(options)).and_then(PoolBuilder::build).map(drop).unwrap_err().to_string();
         assert!(error.contains(words), "{options}: {error:?} lacks {words:?}");
     }
-    type Set = fn(PoolBuilder, &Authority) -> PoolBuilder;
     let builders: [(String, Set, &str); 6] = [
         ("sslmode=disable".into(), |b, _| b.rustls(Tls::verify_full()), "sslmode: contradicts"),
         ("sslmode=prefer".into(), |b, _| b.rustls(Tls::verify_full()), "sslmode: contradicts"),
