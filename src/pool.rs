@@ -100,7 +100,7 @@ impl Pool {
     /// `sslrootcert` is a PEM file, or `system` for the platform's authorities, which is also what `verify-full` takes
     /// without it (libpq looks into `~/.postgresql` then, and takes `prefer` for an `sslmode` that is not said).
     /// `sslcert` and `sslkey` are the client's own certificate; `channel_binding` and `sslnegotiation` are honoured too.
-    /// [`PoolBuilder::rustls`] takes the same in code.
+    /// `PoolBuilder::rustls` takes the same in code.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
