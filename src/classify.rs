@@ -4,6 +4,10 @@
 //! a code that is not in the table is the application's business unless it came with the end of the session.
 //! Tests: at the end of this file; each error there is made by a scripted server over an in-memory stream.
 
+mod encryption;
+
+pub(crate) use encryption::{BadCertificate, TlsTrouble, tls_trouble};
+
 use std::error::Error as StdError;
 use std::fmt::Write as _;
 use std::io;
@@ -157,6 +161,7 @@ pub(crate) fn explain(error: &Error) -> String {
     };
     for cause in links(error).skip(1) {
         let text = cause.to_string();
+        let text = encryption::dated(&text).unwrap_or(text);
         let quotes = Kind::of(error) == Kind::ConnectionString && !text.starts_with("invalid value");
         if cause.is::<DbError>() || quotes || line.ends_with(&text) {
             continue;

@@ -7,7 +7,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use crate::classify::explain;
+use crate::classify::{BadCertificate, TlsTrouble, explain, tls_trouble};
 use crate::cluster::Diagnosis;
 use crate::commit::Unsettled;
 use crate::topology::{Answer, CandidateReport, Endpoint, FailureKind, ProbeFailure, Refusal};
@@ -330,13 +330,42 @@ impl Refused {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let advice = match self.failure.kind {
-            FailureKind::NotPostgres => "what answers there is not PostgreSQL; check host and port",
+        let trouble = tls_trouble(&self.failure.message);
+        let advice = match (self.failure.kind, trouble) {
+            (FailureKind::NotPostgres, _) => "what answers there is not PostgreSQL; check host and port",
+            (_, Some(trouble)) => advice_on_tls(trouble),
             _ => "check user, password, database, pg_hba.conf and sslmode",
         };
-        match &self.endpoint {
-            Some(endpoint) => write!(f, "{endpoint} refuses this pool: {}; {advice}", self.failure),
-            None => write!(f, "the server refuses this pool: {}; {advice}", self.failure),
+        let failure = &self.failure;
+        match (&self.endpoint, trouble) {
+            (Some(endpoint), Some(TlsTrouble::Certificate(_))) => {
+                write!(f, "the certificate of {endpoint} is not accepted: {failure}; {advice}")
+            }
+            (Some(endpoint), _) => write!(f, "{endpoint} refuses this pool: {failure}; {advice}"),
+            (None, _) => write!(f, "the server refuses this pool: {failure}; {advice}"),
+        }
+    }
+}
+
+fn advice_on_tls(trouble: TlsTrouble) -> &'static str {
+    match trouble {
+        TlsTrouble::Certificate(BadCertificate::Expired) => "renew it on the server, or set this machine's clock",
+        TlsTrouble::Certificate(BadCertificate::NotYetValid) => "set the clocks of both machines, or wait until it is",
+        TlsTrouble::Certificate(BadCertificate::WrongName) => {
+            "connect by a name that it holds as a subjectAltName, have it issued for this one too, or check no name with \
+             sslmode=verify-ca"
+        }
+        TlsTrouble::Certificate(BadCertificate::UnknownAuthority) => {
+            "if it is the right server, trust the authority that signed it: sslrootcert=<file with its certificate>"
+        }
+        TlsTrouble::Certificate(BadCertificate::Unusable) => {
+            "have one issued for servers: X.509 version 3, with the server's name, not an authority's own"
+        }
+        TlsTrouble::NotOffered => {
+            "set `ssl = on` on the server, or a weaker sslmode than `require` in the connection string"
+        }
+        TlsTrouble::Wanted => {
+            "it takes nothing but TLS: set sslmode=verify-full, or `require`, in the connection string"
         }
     }
 }

@@ -9,6 +9,8 @@ mod topology;
 
 // Level 1: I/O. Fetches what the decisions need; decides nothing.
 mod server;
+#[cfg(feature = "rustls")]
+mod tls;
 
 // Level 2: the one task that owns a topology.
 mod cluster;
@@ -39,6 +41,8 @@ pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Statu
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, Retry, RetryBudget, RetryPolicy};
 pub use server::SessionClient;
+#[cfg(feature = "rustls")]
+pub use tls::Tls;
 pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,

@@ -8,6 +8,8 @@ mod builder;
 mod client;
 mod connection;
 mod dialer;
+mod security;
+mod ssl;
 mod wrap;
 
 pub use builder::{IntoConfig, PoolBuilder};
@@ -91,6 +93,33 @@ impl Pool {
     /// Starts a configuration from a connection string, in URL or `key=value` form, or a [`tokio_postgres::Config`].
     ///
     /// Everything that such a configuration carries is honoured, or refused with a [`BuildError`].
+    ///
+    /// # TLS
+    /// With the feature `rustls`, or with a connector given to [`PoolBuilder::tls`], `sslmode` means what it means in libpq:
+    ///
+    /// | `sslmode` | encrypted | who signed the certificate | its name |
+    /// |---|---|---|---|
+    /// | not said, `disable` | no | | |
+    /// | `prefer` | if the server offers it | not checked | not checked |
+    /// | `require` | always | checked if `sslrootcert` is given | not checked |
+    /// | `verify-ca` | always | checked, `sslrootcert` must be given | not checked |
+    /// | `verify-full` | always | checked | checked against the host of the connection string |
+    ///
+    /// `sslrootcert` is a PEM file, or `system` for the platform's authorities, which is also what `verify-full` takes
+    /// without it (libpq looks into `~/.postgresql` then, and takes `prefer` for an `sslmode` that is not said).
+    /// `sslcert` and `sslkey` are the client's own certificate; `channel_binding` and `sslnegotiation` are honoured too.
+    /// `PoolBuilder::rustls` takes the same in code.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::Pool;
+    ///
+    /// let url = "postgres://app@my-pg.internal/app?sslmode=verify-full&sslrootcert=/etc/ssl/my-pg-ca.pem";
+    /// # #[cfg(feature = "rustls")]
+    /// let pool = Pool::builder(url)?.build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn builder(config: impl IntoConfig) -> Result<PoolBuilder, BuildError> {
         PoolBuilder::new(config)
     }

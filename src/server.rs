@@ -227,10 +227,12 @@ impl Opener {
         let mut config = self.template.clone();
         match &endpoint.address {
             Address::Tcp(address) => {
-                if let Some(host) = &endpoint.host {
-                    // A trailing dot makes a DNS name absolute; certificates are issued without it.
-                    config.host(host.trim_end_matches('.'));
-                }
+                // A trailing dot makes a DNS name absolute; certificates are issued without it. Without any name, they are for
+                // the address.
+                match &endpoint.host {
+                    Some(host) => config.host(host.trim_end_matches('.').trim_matches(['[', ']'])),
+                    None => config.host(address.ip().to_string()),
+                };
                 config.hostaddr(address.ip()).port(address.port());
             }
             #[cfg(unix)]

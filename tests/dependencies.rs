@@ -60,6 +60,17 @@ fn the_default_build_holds_no_crate_with_an_open_advisory() {
 }
 
 #[test]
+fn only_the_feature_rustls_brings_tls_and_it_needs_no_cmake() {
+    let tls = ["ring", "rustls", "rustls-native-certs", "rustls-webpki", "tokio-postgres-rustls", "tokio-rustls"];
+    let (usual, with_tls) = (crates(&[]), crates(&["--features", "rustls"]));
+    for name in tls {
+        assert!(!usual.contains_key(name) && with_tls.contains_key(name), "{name}");
+    }
+    assert!(!with_tls.contains_key("aws-lc-rs"), "two cryptographic libraries, one of which is built by cmake");
+    println!("{} crates more with the feature `rustls`", with_tls.len() - usual.len());
+}
+
+#[test]
 fn only_the_feature_backoff_brings_the_unmaintained_crates() {
     let crates = crates(&["--features", "backoff"]);
     for (name, _) in UNMENDED {

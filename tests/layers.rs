@@ -13,18 +13,19 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ("commit", &["server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),
     ("retry", &["error"]),
-    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "topology"]),
+    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "tls", "topology"]),
     ("listen", &["classify", "error", "pool", "retry", "server", "topology"]),
     ("transaction", &["classify", "commit", "error", "pool", "retry", "server", "topology"]),
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 12] = [
+const LEVELS: [&str; 13] = [
     "classify",
     "fly",
     "resolve",
     "topology",
     "server",
+    "tls",
     "commit",
     "cluster",
     "error",

@@ -19,6 +19,8 @@ use tokio_postgres::{Config, NoTls, Socket};
 
 use super::connection::Idle;
 use super::dialer::Dialer;
+use super::security::{NO_CONNECTOR, Security, make_opener};
+use super::ssl::{self, Ssl};
 use super::{Manager, Pool, Shared, Source};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::commit::Guarantee;
@@ -26,6 +28,8 @@ use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ask, Open, Opener, Passwords};
+#[cfg(feature = "rustls")]
+use crate::tls::Tls;
 use crate::topology::{Address, Endpoint, Settings};
 
 /// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
@@ -40,7 +44,14 @@ const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration:
 /// What [`Pool::builder`] takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
 pub trait IntoConfig: sealed::Sealed {
     #[doc(hidden)]
-    fn into_config(self) -> Result<Config, BuildError>;
+    fn into_configuration(self) -> Result<Configuration, BuildError>;
+}
+
+/// What the driver understands of a connection string, and what it does not.
+#[doc(hidden)]
+pub struct Configuration {
+    config: Config,
+    ssl: Ssl,
 }
 
 mod sealed {
@@ -52,34 +63,38 @@ mod sealed {
 }
 
 impl IntoConfig for &str {
-    fn into_config(self) -> Result<Config, BuildError> {
-        let config: Config = self.parse().map_err(|error| BuildError::url(&error))?;
-        not_misread(self, &config)?;
-        Ok(config)
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        let (text, ssl) = ssl::split(self);
+        let config: Config = text.parse().map_err(|error| BuildError::url(&error))?;
+        not_misread(self, &config, &ssl)?;
+        if let Some((option, problem)) = ssl.refused {
+            return Err(BuildError::invalid(option, problem));
+        }
+        Ok(Configuration { config, ssl })
     }
 }
 
 impl IntoConfig for String {
-    fn into_config(self) -> Result<Config, BuildError> {
-        self.as_str().into_config()
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        self.as_str().into_configuration()
     }
 }
 
 impl IntoConfig for &String {
-    fn into_config(self) -> Result<Config, BuildError> {
-        self.as_str().into_config()
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        self.as_str().into_configuration()
     }
 }
 
 impl IntoConfig for Config {
-    fn into_config(self) -> Result<Config, BuildError> {
-        Ok(self)
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        Ok(Configuration { config: self, ssl: Ssl::default() })
     }
 }
 
 /// Refuses what the driver reads, as libpq does, in a way that puts a piece of the password where it would be shown: into
 /// the name of a host, a database or a role. Nothing is quoted: it may be that piece.
-fn not_misread(text: &str, config: &Config) -> Result<(), BuildError> {
+fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
     let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
     if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
         // The driver ends the credentials at the first `@`, wherever it stands.
@@ -96,8 +111,11 @@ fn not_misread(text: &str, config: &Config) -> Result<(), BuildError> {
         Host::Unix(_) => None,
     });
     let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
+    let files = ssl.files().map(|(_, value)| value);
     // In `host= password=…` the value of `host` is `password=…`.
-    if url.is_none() && hosts.chain(names.into_iter().flatten()).any(|value| value.starts_with("password=")) {
+    if url.is_none()
+        && hosts.chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
+    {
         let problem = "has no value, and took the password for it; write '' for an empty value";
         return Err(BuildError::invalid("the option before `password`", problem));
     }
@@ -106,9 +124,6 @@ fn not_misread(text: &str, config: &Config) -> Result<(), BuildError> {
 
 /// A failover may leave as many commits in doubt as there are connections; the new primary is asked about a few at a time.
 const SETTLERS: usize = 4;
-
-/// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
-type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
 
 /// Configures a [`Pool`]. By value; the setters do not fail, [`PoolBuilder::build`] does.
 ///
@@ -128,8 +143,8 @@ type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct PoolBuilder {
     config: Config,
-    make_opener: MakeOpener,
-    tls: bool,
+    ssl: Ssl,
+    security: Security,
     ask_password: Option<Ask>,
     resolver: Option<Arc<dyn Resolve>>,
     dns_servers: Vec<SocketAddr>,
@@ -144,10 +159,11 @@ pub struct PoolBuilder {
 
 impl PoolBuilder {
     pub(super) fn new(config: impl IntoConfig) -> Result<Self, BuildError> {
+        let Configuration { config, ssl } = config.into_configuration()?;
         Ok(Self {
-            config: config.into_config()?,
-            make_opener: Box::new(|template| Opener::new(template, NoTls)),
-            tls: false,
+            config,
+            ssl,
+            security: Security::Unsaid,
             ask_password: None,
             resolver: None,
             dns_servers: Vec::new(),
@@ -264,8 +280,12 @@ impl PoolBuilder {
         self
     }
 
-    /// The TLS connector. Default: none. Certificates are checked against the configured host name, although the
-    /// connection is made to an address.
+    /// The TLS connector. Default: none, or with the feature `rustls` what the connection string asks for. Certificates are
+    /// checked against the configured host name, although the connection is made to an address.
+    ///
+    /// What is checked of them is up to the connector: `sslmode=verify-ca` and `verify-full` count as `require`, and
+    /// [`PoolBuilder::build`] fails where the connection string has `sslrootcert`, `sslcert` or `sslkey`. Without an
+    /// `sslmode` the driver prefers TLS, and goes without where the server offers none.
     ///
     /// A clone of it is asked for each new session, so a [`MakeTlsConnect`] that holds its certificates behind an `Arc` and
     /// reads them anew from time to time rotates them; open connections live on with the old ones.
@@ -276,8 +296,22 @@ impl PoolBuilder {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        self.make_opener = Box::new(|template| Opener::new(template, connector));
-        self.tls = true;
+        self.security = Security::Own(Box::new(|template| Opener::new(template, connector)));
+        self
+    }
+
+    /// TLS by rustls, required: no session is opened without. Feature `rustls`.
+    ///
+    /// For what cannot be said in the connection string, where `sslmode=verify-full` and `sslrootcert` do the same. Where
+    /// both speak, the stricter check counts. Replaces a connector given to [`PoolBuilder::tls`].
+    ///
+    /// # Errors
+    /// [`PoolBuilder::build`] fails where a file cannot be used, where the connection string says `sslmode=disable` or
+    /// `prefer`, and where it holds files that are given here too. A server without TLS, or whose certificate does not pass,
+    /// is [`Error::Refused`](crate::Error::Refused) at once.
+    #[cfg(feature = "rustls")]
+    pub fn rustls(mut self, tls: Tls) -> Self {
+        self.security = Security::Rustls(tls);
         self
     }
 
@@ -395,7 +429,8 @@ impl PoolBuilder {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
         let targets = targets(&self.config)?;
-        let template = template(&self.config, self.tls, settings.dead_after)?;
+        let make_opener = make_opener(self.security, &self.ssl, &mut self.config)?;
+        let template = template(&self.config, make_opener.is_some(), settings.dead_after)?;
         if self.ask_password.is_some() && template.get_password().is_some() {
             let problem = "the connection string holds a password too; remove one of them";
             return Err(BuildError::invalid("password_provider", problem));
@@ -406,7 +441,11 @@ impl PoolBuilder {
         let open_timeout = settings.probe_timeout;
         let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
         let seed = seed_or_random(self.seed);
-        let opener: Arc<dyn Open<ClientWrapper>> = Arc::new((self.make_opener)(template).with_passwords(passwords));
+        let opener = match make_opener {
+            Some(make_opener) => make_opener(template),
+            None => Opener::new(template, NoTls),
+        };
+        let opener: Arc<dyn Open<ClientWrapper>> = Arc::new(opener.with_passwords(passwords));
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: targets.names,
@@ -595,12 +634,13 @@ fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, 
         return Err(BuildError::invalid("load_balance_hosts", problem));
     }
     if config.get_ssl_mode() == SslMode::Require && !tls {
-        let problem = "`require` needs a TLS connector; give one with `PoolBuilder::tls`";
-        return Err(BuildError::invalid("sslmode", problem));
+        return Err(BuildError::invalid("sslmode", format!("TLS is asked for; {NO_CONNECTOR}")));
+    }
+    if config.get_channel_binding() == ChannelBinding::Require && config.get_ssl_mode() == SslMode::Disable {
+        return Err(BuildError::invalid("channel_binding", "`require` needs TLS, and sslmode=disable forbids it"));
     }
     if config.get_channel_binding() == ChannelBinding::Require && !tls {
-        let problem = "`require` needs TLS; give a connector with `PoolBuilder::tls`";
-        return Err(BuildError::invalid("channel_binding", problem));
+        return Err(BuildError::invalid("channel_binding", format!("`require` needs TLS; {NO_CONNECTOR}")));
     }
     if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
         return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
@@ -645,7 +685,7 @@ mod tests {
     use super::*;
 
     fn refused(text: &str) -> String {
-        let error = text.into_config().map(drop).expect_err(text).to_string();
+        let error = text.into_configuration().map(drop).expect_err(text).to_string();
         assert!(!error.contains("s3cr3t"), "{error}");
         error
     }
@@ -663,7 +703,7 @@ mod tests {
         ] {
             assert!(refused(text).contains("must be written %40"), "{text}");
         }
-        for option in ["host", "user", "dbname", "options", "application_name"] {
+        for option in ["host", "user", "dbname", "options", "application_name", "sslrootcert"] {
             let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
             assert!(refused(&text).contains("has no value"), "{text}");
         }
@@ -678,7 +718,7 @@ mod tests {
             ("host=my-pg.internal dbname=a@b password=p@s", "a@b"),
             ("host=my-pg.internal dbname=app application_name='' password=p", "app"),
         ] {
-            assert_eq!(text.into_config().unwrap().get_dbname(), Some(dbname), "{text}");
+            assert_eq!(text.into_configuration().unwrap().config.get_dbname(), Some(dbname), "{text}");
         }
     }
 }

@@ -543,10 +543,7 @@ mod tests {
     fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
         for wrap in [App::Pool, App::Named] {
             let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
-            let links: Vec<String> =
-                std::iter::successors(Some(&wrap(doubt) as &dyn std::error::Error), |e| e.source())
-                    .map(ToString::to_string)
-                    .collect();
+            let links: Vec<String> = links(&wrap(doubt)).map(ToString::to_string).collect();
             assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
             let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
             assert_eq!(verdict_of(&Error::abort(wrap(doubt))), Verdict::Application);

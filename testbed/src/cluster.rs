@@ -4,8 +4,9 @@
 //! primary, so every kind of split brain can be made. A node's own changes ([`Cluster::set_read_only`], the standby it
 //! follows) lie in its `postgresql.auto.conf`.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -22,6 +23,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
 
 use crate::block::Block;
+use crate::certificate::{Authority, Certificate};
 use crate::dns::Dns;
 use crate::process::{self, Reaper};
 use crate::server::{self, Server};
@@ -60,6 +62,8 @@ pub struct ClusterBuilder {
     settings: String,
     hba: String,
     password: Option<String>,
+    certificate: Option<Certificate>,
+    clients: Option<String>,
 }
 
 impl ClusterBuilder {
@@ -91,6 +95,18 @@ impl ClusterBuilder {
     /// The role `app` must give this password (SCRAM). `postgres` and the standbys still need none.
     pub fn password(mut self, password: &str) -> Self {
         self.password = Some(password.to_owned());
+        self
+    }
+
+    /// Every node offers TLS, with this certificate. Each can be given another by [`Cluster::set_certificate`].
+    pub fn tls(mut self, certificate: &Certificate) -> Self {
+        self.certificate = Some(certificate.clone());
+        self
+    }
+
+    /// Clients may show certificates that this authority signed; which lines of [`ClusterBuilder::hba`] want one, they say.
+    pub fn tls_clients(mut self, authority: &Authority) -> Self {
+        self.clients = Some(authority.pem());
         self
     }
 
@@ -161,11 +177,13 @@ impl Cluster {
             settings: String::new(),
             hba: String::new(),
             password: None,
+            certificate: None,
+            clients: None,
         }
     }
 
     async fn launch(choices: ClusterBuilder) -> Self {
-        let ClusterBuilder { nodes, synchronous, foreign, settings, hba, password } = choices;
+        let ClusterBuilder { nodes, synchronous, foreign, settings, hba, password, certificate, clients } = choices;
         let (server, template) = ended(spawn_blocking(move || {
             let server = Server::installed();
             (server, server.template(foreign))
@@ -196,6 +214,14 @@ impl Cluster {
             Some(_) => format!("{hba}host all app 127.0.0.0/8 scram-sha-256\n"),
             None => hba,
         };
+        if let Some(certificate) = &certificate {
+            for node in cluster.nodes() {
+                cluster.write_certificate(node, certificate);
+            }
+        }
+        if let Some(clients) = clients {
+            cluster.write(&cluster.clients_file(), &clients);
+        }
         let created: Vec<_> = cluster
             .nodes()
             .into_iter()
@@ -354,9 +380,18 @@ impl Cluster {
         assert!(postmaster.running().is_none(), "{node:?} runs already");
         let data = self.data(node);
         let log = File::options().create(true).append(true).open(self.log_file(node)).expect("the log");
-        let child = self
-            .server
-            .command("postgres", &data)
+        let mut command = self.server.command("postgres", &data);
+        let (certificate, key) = self.certificate_files(node);
+        if certificate.exists() {
+            command
+                .args(["-c", "ssl=on"])
+                .args(["-c", &format!("ssl_cert_file={}", certificate.display())])
+                .args(["-c", &format!("ssl_key_file={}", key.display())]);
+        }
+        if self.clients_file().exists() {
+            command.args(["-c", &format!("ssl_ca_file={}", self.clients_file().display())]);
+        }
+        let child = command
             .arg("-D")
             .arg(&data)
             .args(["-c", &format!("listen_addresses={}", self.addr(node))])
@@ -367,6 +402,36 @@ impl Cluster {
             .spawn()
             .expect("postgres starts");
         postmaster.child = Some(child);
+    }
+
+    /// Beside the data folder: what is copied from another node does not touch them.
+    fn certificate_files(&self, node: Node) -> (PathBuf, PathBuf) {
+        let file = |ending| self.folder.join(format!("{}.{ending}", name(node)));
+        (file("crt"), file("key"))
+    }
+
+    fn write_certificate(&self, node: Node, certificate: &Certificate) {
+        let (path, key) = self.certificate_files(node);
+        self.write(&path, &certificate.certificate);
+        self.write(&key, &certificate.key);
+    }
+
+    fn clients_file(&self) -> PathBuf {
+        self.folder.join("clients.crt")
+    }
+
+    /// For the server's eyes only, as it wants its keys.
+    fn write(&self, path: &Path, pem: &str) {
+        fs::write(path, pem).expect("a certificate's file");
+        fs::set_permissions(path, Permissions::from_mode(0o600)).expect("a certificate's file");
+        self.server.give(path);
+    }
+
+    /// Another certificate, on a cluster that was built with [`ClusterBuilder::tls`]: for the sessions that are opened from
+    /// about now on, as the server is told and does not answer.
+    pub fn set_certificate(&self, node: Node, certificate: &Certificate) {
+        self.write_certificate(node, certificate);
+        process::signal(self.running(node), Signal::HUP);
     }
 
     /// Writes a node's own settings anew: whom it follows, and whom its commits wait for once it is the primary.

@@ -25,11 +25,13 @@
 #![allow(clippy::doc_markdown, reason = "PostgreSQL is a name")]
 
 mod block;
+mod certificate;
 mod cluster;
 mod cutter;
 mod dns;
 mod frames;
 mod history;
+mod impostor;
 mod pooler;
 mod process;
 mod raw_dns;
@@ -39,10 +41,12 @@ mod tap;
 mod trap;
 mod wait;
 
+pub use certificate::{Authority, Certificate};
 pub use cluster::{Cluster, ClusterBuilder, Node, Promotion};
 pub use cutter::{Armed, Cut, Cutter, Done};
 pub use dns::{Answer, Dns};
 pub use history::{History, Verdict};
+pub use impostor::Impostor;
 pub use pooler::Pooler;
 pub use raw_dns::{Question, RawDns, record};
 pub use script::{Change, Reply, Script, Tamper};

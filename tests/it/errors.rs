@@ -48,9 +48,31 @@ async fn bad_connection_strings_are_refused() {
         ("host=a,b hostaddr=127.0.0.1 user=app", "hostaddr", &["2 hosts and 1 hostaddrs", "one hostaddr for each"]),
         ("postgres://app@db/app?target_session_attrs=read-only", "target_session_attrs", &["primary", "remove"]),
         ("postgres://app@db/app?load_balance_hosts=random", "load_balance_hosts", &["primary", "remove"]),
-        ("postgres://app@db/app?sslmode=require", "sslmode", &["PoolBuilder::tls"]),
-        ("postgres://app@db/app?channel_binding=require", "channel_binding", &["PoolBuilder::tls"]),
+        (
+            "postgres://app@db/app?sslmode=disable&channel_binding=require",
+            "channel_binding",
+            &["needs TLS", "sslmode=disable"],
+        ),
     ];
+    refused(table);
+}
+
+/// Acceptance 9: what asks for TLS, and nothing that could do it.
+#[cfg(not(feature = "rustls"))]
+#[tokio::test]
+async fn tls_without_a_connector_is_refused() {
+    let words: &[&str] = &["enable this crate's feature `rustls`", "PoolBuilder::tls"];
+    refused(&[
+        ("postgres://app@db/app?sslmode=require", "sslmode", words),
+        ("postgres://app@db/app?sslmode=verify-ca", "sslmode", words),
+        ("host=db sslmode = 'verify-full'", "sslmode", words),
+        ("postgres://app@db/app?channel_binding=require", "channel_binding", words),
+        ("postgres://app@db/app?sslmode=verify-full&sslrootcert=system", "sslrootcert", words),
+        ("host=db sslcert=a.pem sslkey=b.pem", "sslcert", words),
+    ]);
+}
+
+fn refused(table: &[(&str, &str, &[&str])]) {
     for (url, what, words) in table {
         let error = match Pool::builder(*url) {
             Ok(builder) => builder.build().map(drop).unwrap_err(),

@@ -19,6 +19,8 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+#[cfg(feature = "rustls")]
+mod tls;
 mod transaction;
 mod tune;
 mod wrap;

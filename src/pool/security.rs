@@ -1,0 +1,131 @@
+//! Who encrypts the connections: nobody, a connector of the user's, or rustls as the connection string and the builder say.
+
+use tokio_postgres::Config;
+#[cfg(feature = "rustls")]
+use tokio_postgres::config::{ChannelBinding, SslMode, SslNegotiation};
+
+use super::ssl::Ssl;
+#[cfg(feature = "rustls")]
+use super::ssl::{Mode, SYSTEM};
+use crate::error::BuildError;
+use crate::server::Opener;
+#[cfg(feature = "rustls")]
+use crate::tls::{Tls, Verify};
+
+/// What to do where TLS is wanted and nothing here does it.
+pub(super) const NO_CONNECTOR: &str =
+    "enable this crate's feature `rustls`, or give a connector with `PoolBuilder::tls`";
+
+/// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
+pub(super) type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
+
+/// What the builder was told.
+pub(super) enum Security {
+    /// Nothing: the connection string decides.
+    Unsaid,
+    Own(MakeOpener),
+    #[cfg(feature = "rustls")]
+    Rustls(Tls),
+}
+
+/// `None` where nobody encrypts. May set `sslmode`.
+pub(super) fn make_opener(
+    security: Security,
+    ssl: &Ssl,
+    config: &mut Config,
+) -> Result<Option<MakeOpener>, BuildError> {
+    match (security, ssl.files().next()) {
+        (Security::Own(_), Some((option, _))) => {
+            let problem = "a connector given with `PoolBuilder::tls` does not read it; give the file to the connector";
+            Err(BuildError::invalid(option, problem))
+        }
+        (Security::Own(own), None) => Ok(Some(own)),
+        (other, _) => by_rustls(other, ssl, config),
+    }
+}
+
+/// What needs TLS is refused with the template.
+#[cfg(not(feature = "rustls"))]
+fn by_rustls(_: Security, ssl: &Ssl, _: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
+    match ssl.files().next() {
+        Some((option, _)) => Err(BuildError::invalid(option, format!("TLS is asked for; {NO_CONNECTOR}"))),
+        None => Ok(None),
+    }
+}
+
+#[cfg(feature = "rustls")]
+fn by_rustls(security: Security, ssl: &Ssl, config: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
+    let tls = match security {
+        Security::Rustls(tls) => {
+            if ssl.mode == Some(Mode::Prefer) || config.get_ssl_mode() == SslMode::Disable {
+                let problem = "contradicts `PoolBuilder::rustls`, which requires TLS; remove one of them";
+                return Err(BuildError::invalid("sslmode", problem));
+            }
+            config.ssl_mode(SslMode::Require);
+            tls
+        }
+        _ if is_asked_for(ssl, config) => Tls::unverified(),
+        _ => return Ok(None),
+    };
+    let direct = config.get_ssl_negotiation() == SslNegotiation::Direct;
+    let connector = described(tls, ssl, config)?.connector(direct);
+    let connector = connector.map_err(|unusable| BuildError::invalid(unusable.option, unusable.problem))?;
+    Ok(Some(Box::new(|template| Opener::new(template, connector))))
+}
+
+/// A connection string that does not say `sslmode` means the same with the feature as without: another crate may have
+/// enabled it.
+#[cfg(feature = "rustls")]
+fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
+    ssl.mode == Some(Mode::Prefer)
+        || ssl.files().next().is_some()
+        || config.get_ssl_mode() == SslMode::Require
+        || config.get_channel_binding() == ChannelBinding::Require
+}
+
+/// Adds what the connection string says: by libpq's rules, but that nothing which was meant to protect is of no effect.
+#[cfg(feature = "rustls")]
+fn described(tls: Tls, ssl: &Ssl, config: &Config) -> Result<Tls, BuildError> {
+    if let (Some((option, _)), true) = (ssl.files().next(), config.get_ssl_mode() != SslMode::Require) {
+        let problem = "needs sslmode=verify-full (or `verify-ca`, `require`) beside it: without, who is in between can turn \
+                       TLS off";
+        return Err(BuildError::invalid(option, problem));
+    }
+    let tls = with_client_certificate(with_roots(tls, ssl)?, ssl)?;
+    Ok(match ssl.mode {
+        Some(Mode::VerifyFull) => tls.at_least(Verify::Name),
+        Some(Mode::VerifyCa) => tls.at_least(Verify::Authority),
+        _ => tls,
+    })
+}
+
+#[cfg(feature = "rustls")]
+fn twice(option: &'static str) -> BuildError {
+    BuildError::invalid(option, "`PoolBuilder::rustls` is given the same; remove one of them")
+}
+
+#[cfg(feature = "rustls")]
+fn with_roots(tls: Tls, ssl: &Ssl) -> Result<Tls, BuildError> {
+    match ssl.root.as_deref() {
+        None => Ok(tls),
+        Some(_) if tls.has_roots() => Err(twice("sslrootcert")),
+        Some(SYSTEM) if ssl.mode == Some(Mode::VerifyFull) => Ok(tls.platform_roots()),
+        Some(SYSTEM) => {
+            let problem = "`system` needs sslmode=verify-full: the platform's authorities sign for anybody";
+            Err(BuildError::invalid("sslrootcert", problem))
+        }
+        // Who names an authority with `require` wants it checked.
+        Some(file) => Ok(tls.root_certificates_file(file).at_least(Verify::Authority)),
+    }
+}
+
+#[cfg(feature = "rustls")]
+fn with_client_certificate(tls: Tls, ssl: &Ssl) -> Result<Tls, BuildError> {
+    match (&ssl.certificate, &ssl.key) {
+        (None, None) => Ok(tls),
+        (Some(_), Some(_)) if tls.has_client_certificate() => Err(twice("sslcert")),
+        (Some(certificate), Some(key)) => Ok(tls.client_certificate_files(certificate, key)),
+        (Some(_), None) => Err(BuildError::invalid("sslkey", "is missing beside sslcert; give the file of its key")),
+        (None, Some(_)) => Err(BuildError::invalid("sslcert", "is missing beside sslkey; give its certificate's file")),
+    }
+}

@@ -1,0 +1,260 @@
+//! What libpq's connection strings say about certificates and the driver's parser does not know.
+//!
+//! Takes those options out of the text, and leaves all else, mistakes too, for the driver to read.
+
+use std::ops::Range;
+
+/// The value of `sslrootcert` that stands for the platform's authorities.
+#[cfg(feature = "rustls")]
+pub(super) const SYSTEM: &str = "system";
+
+/// `sslmode`, as libpq orders it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Mode {
+    Disable,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+impl Mode {
+    fn named(name: &str) -> Option<Self> {
+        Some(match name {
+            "disable" => Self::Disable,
+            "prefer" => Self::Prefer,
+            "require" => Self::Require,
+            "verify-ca" => Self::VerifyCa,
+            "verify-full" => Self::VerifyFull,
+            _ => return None,
+        })
+    }
+}
+
+/// What libpq has besides, and nothing here honours. The driver does not name what it does not know, as it may be a piece
+/// of a password.
+const NOT_HONOURED: [&str; 9] = [
+    "sslcertmode",
+    "sslcompression",
+    "sslcrl",
+    "sslcrldir",
+    "sslkeylogfile",
+    "sslpassword",
+    "sslsni",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+];
+
+/// The options that were taken out. An empty value is none, as in libpq.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(super) struct Ssl {
+    /// As written: `None` where the text does not say.
+    pub(super) mode: Option<Mode>,
+    /// `sslrootcert`: a file, or `system`.
+    pub(super) root: Option<String>,
+    /// `sslcert`
+    pub(super) certificate: Option<String>,
+    /// `sslkey`
+    pub(super) key: Option<String>,
+    /// What cannot be honoured, and what to do.
+    pub(super) refused: Option<(&'static str, &'static str)>,
+}
+
+impl Ssl {
+    /// Each option that names a file, and its value.
+    pub(super) fn files(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        [("sslrootcert", &self.root), ("sslcert", &self.certificate), ("sslkey", &self.key)]
+            .into_iter()
+            .filter_map(|(option, value)| Some((option, value.as_deref()?)))
+    }
+
+    /// What the driver shall read instead of this option; `None` to leave it as it is.
+    fn take(&mut self, key: &str, value: String) -> Option<&'static str> {
+        let file = match key {
+            "sslmode" => {
+                self.mode = Mode::named(&value);
+                if value == "allow" {
+                    self.refused = Some(("sslmode", "`allow` is not offered; use `prefer`, or better `verify-full`"));
+                    return Some("");
+                }
+                // The driver encrypts; what is checked is the connector's business.
+                return (self.mode >= Some(Mode::VerifyCa)).then_some("sslmode=require");
+            }
+            "sslrootcert" => &mut self.root,
+            "sslcert" => &mut self.certificate,
+            "sslkey" => &mut self.key,
+            _ => {
+                let option = NOT_HONOURED.iter().find(|option| **option == key)?;
+                self.refused = Some((option, "is not honoured here; remove it"));
+                return Some("");
+            }
+        };
+        *file = Some(value).filter(|value| !value.is_empty());
+        Some("")
+    }
+}
+
+/// The text for the driver, and what was taken out of it.
+pub(super) fn split(text: &str) -> (String, Ssl) {
+    let mut ssl = Ssl::default();
+    let url = ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme));
+    let driver = if url { split_url(text, &mut ssl) } else { split_pairs(text, &mut ssl) };
+    (driver, ssl)
+}
+
+fn split_url(text: &str, ssl: &mut Ssl) -> String {
+    // As the driver does: the credentials end at the first `@`, the parameters begin at the next `?`.
+    let host = text.find('@').map_or(0, |at| at + 1);
+    let Some(begin) = text[host..].find('?').map(|at| host + at) else {
+        return text.to_owned();
+    };
+    let (head, parameters) = (&text[..begin], &text[begin + 1..]);
+    let mut kept = Vec::new();
+    for parameter in parameters.split('&') {
+        let pair = parameter.split_once('=').and_then(|(key, value)| Some((decoded(key)?, decoded(value)?)));
+        match pair.and_then(|(key, value)| ssl.take(&key, value)) {
+            Some("") => {}
+            Some(instead) => kept.push(instead),
+            None => kept.push(parameter),
+        }
+    }
+    if kept.is_empty() { head.to_owned() } else { format!("{head}?{}", kept.join("&")) }
+}
+
+/// Percent-encoding undone; `None` where that is no text.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = after.get(..2).filter(|_| *first == b'%');
+        let byte = hex.and_then(|hex| u8::from_str_radix(std::str::from_utf8(hex).ok()?, 16).ok());
+        bytes.push(byte.unwrap_or(*first));
+        rest = if byte.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn split_pairs(text: &str, ssl: &mut Ssl) -> String {
+    let mut kept = String::with_capacity(text.len());
+    let mut from = 0;
+    let mut pairs = Pairs { text, at: 0 };
+    while let Some((span, key, value)) = pairs.next() {
+        if let Some(instead) = ssl.take(key, value) {
+            kept.push_str(&text[from..span.start]);
+            kept.push_str(instead);
+            from = span.end;
+        }
+    }
+    kept.push_str(&text[from..]);
+    kept
+}
+
+/// The pairs of `key = value`, read as the driver reads them: quotes, a backslash before what is to be taken as it is.
+struct Pairs<'a> {
+    text: &'a str,
+    at: usize,
+}
+
+impl<'a> Pairs<'a> {
+    fn take_while(&mut self, wanted: impl Fn(char) -> bool) -> &'a str {
+        let rest = &self.text[self.at..];
+        let taken = &rest[..rest.find(|c| !wanted(c)).unwrap_or(rest.len())];
+        self.at += taken.len();
+        taken
+    }
+
+    fn eat(&mut self, expected: char) -> Option<()> {
+        self.text[self.at..].starts_with(expected).then(|| self.at += expected.len_utf8())
+    }
+
+    /// Where the pair stands, its key and its value; `None` at the end, and where it makes no sense.
+    fn next(&mut self) -> Option<(Range<usize>, &'a str, String)> {
+        self.take_while(char::is_whitespace);
+        let begin = self.at;
+        let key = self.take_while(|c| c != '=' && !c.is_whitespace());
+        self.take_while(char::is_whitespace);
+        self.eat('=')?;
+        self.take_while(char::is_whitespace);
+        let quoted = self.eat('\'').is_some();
+        let mut value = String::new();
+        let mut escaped = false;
+        for c in self.text[self.at..].chars() {
+            match c {
+                _ if escaped => {}
+                '\'' if quoted => break,
+                _ if !quoted && c.is_whitespace() => break,
+                _ => {}
+            }
+            self.at += c.len_utf8();
+            escaped = !escaped && c == '\\';
+            if !escaped {
+                value.push(c);
+            }
+        }
+        if quoted {
+            self.eat('\'')?;
+        }
+        (!key.is_empty()).then_some((begin..self.at, key, value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ssl(mode: Mode, root: Option<&str>) -> Ssl {
+        Ssl { mode: Some(mode), root: root.map(str::to_owned), ..Ssl::default() }
+    }
+
+    #[test]
+    fn of_a_url() {
+        for (text, driver, expected) in [
+            ("postgres://a@b/c?sslmode=verify-full", "postgres://a@b/c?sslmode=require", ssl(Mode::VerifyFull, None)),
+            (
+                "postgresql://a@b/c?x=1&sslrootcert=%2Fca%20x.pem&sslmode=verify%2Dca&y=2",
+                "postgresql://a@b/c?x=1&sslmode=require&y=2",
+                ssl(Mode::VerifyCa, Some("/ca x.pem")),
+            ),
+            ("postgres://a@b/c?sslmode=prefer", "postgres://a@b/c?sslmode=prefer", ssl(Mode::Prefer, None)),
+            ("postgres://a@b?sslrootcert=", "postgres://a@b", Ssl::default()),
+            // The question mark is the password's.
+            ("postgres://a:p?sslcert=x@b/c", "postgres://a:p?sslcert=x@b/c", Ssl::default()),
+            (
+                "postgres://a@b/c?sslcert=c&sslkey=k",
+                "postgres://a@b/c",
+                Ssl { certificate: Some("c".into()), key: Some("k".into()), ..Ssl::default() },
+            ),
+            // For the driver to complain about.
+            ("postgres://a@b/c?sslmode=%FF", "postgres://a@b/c?sslmode=%FF", Ssl::default()),
+            ("postgres://a@b/c?sslnonsense=x", "postgres://a@b/c?sslnonsense=x", Ssl::default()),
+            ("postgres://a@b/c?x=1&nothing&y=", "postgres://a@b/c?x=1&nothing&y=", Ssl::default()),
+            (
+                "postgres://a@b/c?sslcrl=x",
+                "postgres://a@b/c",
+                Ssl { refused: Some(("sslcrl", "is not honoured here; remove it")), ..Ssl::default() },
+            ),
+        ] {
+            assert_eq!(split(text), (driver.to_owned(), expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn of_pairs() {
+        for (text, driver, expected) in [
+            ("host=a sslmode=verify-full user=b", "host=a sslmode=require user=b", ssl(Mode::VerifyFull, None)),
+            (
+                "host=a sslrootcert = '/it\\'s a.pem' sslmode='require'",
+                "host=a  sslmode='require'",
+                ssl(Mode::Require, Some("/it's a.pem")),
+            ),
+            ("password='a sslmode=verify-ca' host=b", "password='a sslmode=verify-ca' host=b", Ssl::default()),
+            ("password=a\\ sslkey=x host=b", "password=a\\ sslkey=x host=b", Ssl::default()),
+            ("sslrootcert=a\\ b", "", Ssl { root: Some("a b".into()), ..Ssl::default() }),
+            // For the driver to complain about.
+            ("host=a sslmode 'verify-full'", "host=a sslmode 'verify-full'", Ssl::default()),
+            ("sslrootcert='a", "sslrootcert='a", Ssl::default()),
+        ] {
+            assert_eq!(split(text), (driver.to_owned(), expected), "{text}");
+        }
+    }
+}
