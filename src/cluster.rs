@@ -402,7 +402,7 @@ impl<C: SessionClient> Task<C> {
             elapsed_ms = milliseconds(took),
             "primary found"
         );
-        let spare = self.sessions.remove(&primary.endpoint.address);
+        let spare = (!self.topology.is_roaming()).then(|| self.sessions.remove(&primary.endpoint.address)).flatten();
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),

@@ -459,6 +459,11 @@ impl Topology {
         }
     }
 
+    /// The next session to a server may be to another one, so the one that proved it is held on to.
+    pub(crate) fn is_roaming(&self) -> bool {
+        self.settings.roaming
+    }
+
     /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
     /// is kept, and not this one.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
