@@ -23,9 +23,16 @@ pub struct PgBouncerBuilder {
     settings: Vec<(String, String)>,
     users: Vec<(String, String)>,
     passwords: bool,
+    name_server: Option<IpAddr>,
 }
 
 impl PgBouncerBuilder {
+    /// Asks this DNS server, on port 53: PgBouncer's resolver takes no other one.
+    pub fn name_server(mut self, addr: IpAddr) -> Self {
+        self.name_server = Some(addr);
+        self
+    }
+
     /// A line of its configuration file. The last one of a name counts.
     pub fn setting(mut self, name: &str, value: &str) -> Self {
         self.settings.retain(|(known, _)| known != name);
@@ -42,14 +49,15 @@ impl PgBouncerBuilder {
         self
     }
 
-    /// Starts it on a spare address of the cluster and leads it to `target`, an address or a name that the cluster's DNS
-    /// server knows. Returns when it listens.
+    /// Starts it on a spare address of the cluster and leads it to `target`: an address, several in one round with commas in
+    /// between, or a name that its DNS server knows. Returns when it listens.
     pub async fn start(self, cluster: &Cluster, listen: IpAddr, target: &str, port: u16) -> PgBouncer {
         static COUNT: AtomicU8 = AtomicU8::new(0);
         let label = format!("pgbouncer{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let program = Program::new(NAME, &label, cluster.server(), cluster.folder());
-        // A server of this form may have a port of its own.
-        program.write("resolv.conf", &format!("nameserver {}\n", cluster.dns().addr()));
+        if let Some(server) = self.name_server {
+            program.write("resolv.conf", &format!("nameserver {server}\n"));
+        }
         let users = self.users.iter().fold(String::new(), |mut lines, (user, password)| {
             let _ = writeln!(lines, "\"{user}\" \"{}\"", password.replace('"', "\"\""));
             lines
@@ -82,7 +90,7 @@ impl PgBouncer {
     /// One in this `pool_mode`, which trusts everybody.
     pub fn builder(mode: &str) -> PgBouncerBuilder {
         let users = ["app", ADMIN].map(|user| (user.to_owned(), user.to_owned())).to_vec();
-        PgBouncerBuilder { settings: Vec::new(), users, passwords: false }.setting("pool_mode", mode)
+        PgBouncerBuilder { settings: Vec::new(), users, passwords: false, name_server: None }.setting("pool_mode", mode)
     }
 
     /// Where clients connect.
@@ -152,10 +160,13 @@ impl PgBouncer {
         let mut text = format!(
             "[databases]\napp = host={target} port={port} dbname=app\n\n[pgbouncer]\n\
              listen_addr = {}\nlisten_port = {}\nunix_socket_dir =\nauth_type = {auth}\nauth_file = {folder}/userlist.txt\n\
-             admin_users = {ADMIN}\nresolv_conf = {folder}/resolv.conf\n",
+             admin_users = {ADMIN}\n",
             self.addr.ip(),
             self.addr.port()
         );
+        if self.choices.name_server.is_some() {
+            let _ = writeln!(text, "resolv_conf = {folder}/resolv.conf");
+        }
         for (name, value) in &self.choices.settings {
             let _ = writeln!(text, "{name} = {value}");
         }

@@ -1,11 +1,12 @@
 //! HAProxy and PgBouncer between the pool and the servers: the real programs, set up as their operators do. docs/proxies.md has
 //! what they cost. Each test passes with a line that says so where its program is not installed, and fails there under CI.
 
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, FlyChecks, HaProxy, Node, PgBouncer, PgBouncerBuilder, eventually};
+use testbed::{Cluster, Dns, FlyChecks, HaProxy, Node, PgBouncer, PgBouncerBuilder, eventually};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
@@ -81,7 +82,7 @@ impl Traffic {
 }
 
 /// A plain session by an address, as whoever has no pool opens it: is its server a standby?
-async fn leads_to_a_standby(addr: std::net::SocketAddr) -> Option<bool> {
+async fn leads_to_a_standby(addr: SocketAddr) -> Option<bool> {
     let mut config = Config::new();
     config.hostaddr(addr.ip()).port(addr.port()).user("app").dbname("app").application_name("plain");
     let (client, connection) = timeout(LONG, config.connect(NoTls)).await.ok()?.ok()?;
@@ -348,7 +349,7 @@ async fn haproxy_r4_a_zombie_in_its_round_robin_is_never_written_to() {
     traffic.assert_flawless(&fly.cluster).await;
 }
 
-/// Two servers and a PgBouncer that leads to the first, or to a name.
+/// Two servers and a PgBouncer that leads to the first.
 async fn bouncer(builder: PgBouncerBuilder) -> (PgBouncer, Cluster) {
     let cluster = Cluster::builder().nodes(2).start().await;
     create_table(&cluster).await;
@@ -366,7 +367,8 @@ fn through(bouncer: &PgBouncer) -> PoolBuilder {
 enum Change {
     /// `kill -9`, promotion, the other server in its configuration, RELOAD.
     Crash,
-    /// PAUSE, promotion, RELOAD, RESUME; the old primary lives on.
+    /// PAUSE, promotion, RELOAD, RESUME; the old primary lives on. In session mode a PAUSE waits for the end of sessions that
+    /// do not end.
     Pause,
     /// The same without a pause.
     Split,
@@ -374,19 +376,35 @@ enum Change {
     Dns,
 }
 
+/// A DNS server on the port that PgBouncer asks, which not everybody may listen on.
+async fn name_server(cluster: &Cluster) -> Option<Dns> {
+    let addr = SocketAddr::new(cluster.spare_addr(53), 53);
+    if let Err(error) = UdpSocket::bind(addr) {
+        eprintln!("SKIPPED: PgBouncer asks DNS on port 53 only, and this user may not listen there: {error}");
+        return None;
+    }
+    Some(Dns::start(addr).await)
+}
+
 /// Changes the primary behind it in this way, under load. Then the old primary is a standby again, and back.
 async fn follows(mode: &str, change: Change) {
     if !PgBouncer::is_installed() {
         return;
     }
-    // Without these the old server is tried for 15 s more, and new clients are turned away meanwhile.
-    let builder = PgBouncer::builder(mode).setting("server_login_retry", "1").setting("dns_max_ttl", "1");
-    // In session mode, sessions of a pool never end by themselves.
-    let (bouncer, cluster) = bouncer(builder.setting("server_fast_close", "1")).await;
-    cluster.dns().set(&[cluster.addr(Node(0))]);
+    let cluster = Cluster::builder().nodes(2).start().await;
+    create_table(&cluster).await;
+    // Without these the old server is tried for 15 s more, and new clients are turned away meanwhile. The last is for session
+    // mode, where the sessions of a pool do not end by themselves.
+    let mut builder = PgBouncer::builder(mode).setting("server_login_retry", "1").setting("dns_max_ttl", "1");
+    builder = builder.setting("server_fast_close", "1");
+    let (mut dns, mut target) = (None, cluster.addr(Node(0)).to_string());
     if change == Change::Dns {
-        bouncer.set_target("pg.internal", cluster.port()).await;
+        let Some(server) = name_server(&cluster).await else { return };
+        server.set(&[cluster.addr(Node(0))]);
+        builder = builder.name_server(server.addr().ip());
+        (dns, target) = (Some(server), "pg.internal".to_owned());
     }
+    let bouncer = builder.start(&cluster, cluster.spare_addr(0), &target, cluster.port()).await;
     let pool = through(&bouncer).build().unwrap();
     let traffic = Traffic::warm(&pool).await;
     for round in 2..=3 {
@@ -394,16 +412,15 @@ async fn follows(mode: &str, change: Change) {
         let fault = Instant::now();
         match change {
             Change::Crash | Change::Dns => cluster.kill(old).await,
-            // In session mode it would wait for the end of sessions that never end.
-            Change::Pause if mode == "transaction" => drop(bouncer.command("PAUSE app").await),
-            Change::Pause | Change::Split => {}
+            Change::Pause => drop(bouncer.command("PAUSE app").await),
+            Change::Split => {}
         }
         let accepted = cluster.promote_timed(new).await.accepted_at;
-        match change {
-            Change::Dns => cluster.dns().set(&[cluster.addr(new)]),
-            _ => bouncer.set_target(&cluster.addr(new).to_string(), cluster.port()).await,
+        match &dns {
+            Some(dns) => dns.set(&[cluster.addr(new)]),
+            None => bouncer.set_target(&cluster.addr(new).to_string(), cluster.port()).await,
         }
-        if change == Change::Pause && mode == "transaction" {
+        if change == Change::Pause {
             bouncer.command("RESUME app").await;
         }
         traffic.load.all_written_since(accepted).await;
@@ -491,7 +508,8 @@ async fn pgbouncer_in_front_of_haproxy_a_crash_is_no_error() {
         let fly = Fly::start(3).await;
         let builder = PgBouncer::builder(mode).setting("server_login_retry", "1");
         let listen = fly.cluster.spare_addr(0);
-        let bouncer = builder.start(&fly.cluster, listen, "pg.internal", HaProxy::port(&fly.cluster)).await;
+        let proxies = fly.proxies.iter().map(|proxy| proxy.addr().ip().to_string()).collect::<Vec<_>>().join(",");
+        let bouncer = builder.start(&fly.cluster, listen, &proxies, HaProxy::port(&fly.cluster)).await;
         let pool = through(&bouncer).checkout_timeout(DEADLINE).build().unwrap();
         let traffic = Traffic::warm(&pool).await;
         let fault = Instant::now();
