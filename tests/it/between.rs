@@ -13,7 +13,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder};
 
-use crate::load::{Load, Write, by_url, create_table, generation, ms};
+use crate::load::{Load, Write, by_url, create_table, from_env, generation, ms};
 use crate::transaction::{PATIENCE, insert, stored};
 
 /// What a caller sets on Fly, where a failover takes a minute: HAProxy needs some seconds of its own.
@@ -600,4 +600,92 @@ async fn pgbouncer_transaction_mode_keeps_no_session() {
     }
     assert_eq!(stored(&cluster).await.len(), 100);
     assert_eq!(generation(&pool), 1);
+}
+
+/// What each costs: a round trip, and a transaction with one INSERT, as ratios to the same without anything in between. Each
+/// round asks all of them, so that a busy machine is busy for all. Prints figures and checks none; `ROUNDS=30` and `--release`
+/// for those of docs/proxies.md.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn proxies_cost() {
+    if !PgBouncer::is_installed() || !HaProxy::is_installed() {
+        return;
+    }
+    let rounds = from_env("ROUNDS", 2);
+    let cluster = Cluster::builder().nodes(1).asynchronous().start().await;
+    create_table(&cluster).await;
+    let _checks = FlyChecks::start(&cluster).await;
+    let proxy = HaProxy::start(&cluster, Node(0)).await;
+    proxy.wait_found(&cluster, Node(0)).await;
+    let target = cluster.addr(Node(0)).to_string();
+    let mut bouncers = Vec::new();
+    for (spare, mode) in [(0, "session"), (1, "transaction")] {
+        let builder = PgBouncer::builder(mode);
+        bouncers.push(builder.start(&cluster, cluster.spare_addr(spare), &target, cluster.port()).await);
+    }
+    let ways = [
+        ("direct", cluster.socket_addr(Node(0))),
+        ("HAProxy", proxy.addr()),
+        ("PgBouncer, session mode", bouncers[0].addr()),
+        ("PgBouncer, transaction mode", bouncers[1].addr()),
+    ];
+    let mut pools = Vec::new();
+    for (_, addr) in ways {
+        let pool = by_url(format!("postgres://app@{addr}/app")).build().unwrap();
+        pool.connect().await.unwrap();
+        pools.push(pool);
+    }
+    let [mut asked, mut written] = [const { Vec::<Vec<Duration>>::new() }; 2];
+    for round in 0..rounds {
+        let (mut asking, mut writing) = (vec![Duration::ZERO; ways.len()], vec![Duration::ZERO; ways.len()]);
+        for n in 0..ways.len() {
+            // The first is another one each time.
+            let way = (n + usize::try_from(round).unwrap()) % ways.len();
+            (asking[way], writing[way]) = (round_trip(&pools[way]).await, transaction(&pools[way]).await);
+        }
+        asked.push(asking);
+        written.push(writing);
+    }
+    for (what, figures) in [("round trip", asked), ("transaction", written)] {
+        let direct: Vec<Duration> = figures.iter().map(|round| round[0]).collect();
+        println!("{what}, direct: {:?}", median(direct));
+        for (way, (name, _)) in ways.iter().enumerate().skip(1) {
+            let mut ratios: Vec<f64> =
+                figures.iter().map(|round| round[way].as_secs_f64() / round[0].as_secs_f64()).collect();
+            ratios.sort_by(f64::total_cmp);
+            let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
+            println!("{what}, {name}: {:.2} ({least:.2} – {most:.2})", ratios[ratios.len() / 2]);
+        }
+    }
+}
+
+/// The median time of a question on an open connection.
+async fn round_trip(pool: &Pool) -> Duration {
+    let client = pool.get().await.unwrap();
+    let mut times = Vec::new();
+    for _ in 0..500 {
+        let begun = Instant::now();
+        client.batch_execute("SELECT 1").await.unwrap();
+        times.push(begun.elapsed());
+    }
+    median(times)
+}
+
+/// The median time of a transaction: BEGIN and the mark, the statement, COMMIT.
+async fn transaction(pool: &Pool) -> Duration {
+    let mut times = Vec::new();
+    for id in 0..200 {
+        let begun = Instant::now();
+        let work = async |tx: tokio_postgres_failover::Transaction| {
+            let sql = format!("INSERT INTO entries (id) VALUES ({id})");
+            Ok(tx.batch_execute(&sql).await?)
+        };
+        pool.transaction(work).await.unwrap();
+        times.push(begun.elapsed());
+    }
+    median(times)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
 }
