@@ -286,7 +286,7 @@ async fn haproxy_r8_without_a_primary_callers_wait_and_are_told() {
     traffic.assert_flawless(&fly.cluster).await;
 }
 
-/// All HAProxies are restarted, which ends every session at once, and reloaded, which ends none.
+/// Each HAProxy is restarted, which ends every session at once, and reloaded, which ends none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn haproxy_restarts_and_reloads_are_no_error() {
     if !HaProxy::is_installed() {
@@ -605,9 +605,14 @@ async fn pgbouncer_transaction_mode_keeps_no_session() {
     // The mark of a transaction is prepared, where a session lasts, and written out where none does.
     for id in 1..=50 {
         let pool = pool.clone();
-        tokio::join!(async { pool.transaction(async |tx| insert(&tx, id).await).await.unwrap() }, async {
-            pool.transaction(async |tx| insert(&tx, -id).await).await.unwrap()
-        },);
+        tokio::join!(
+            async {
+                pool.transaction(async |tx| insert(&tx, id).await).await.unwrap();
+            },
+            async {
+                pool.transaction(async |tx| insert(&tx, -id).await).await.unwrap();
+            },
+        );
     }
     assert_eq!(stored(&cluster).await.len(), 100);
     assert_eq!(generation(&pool), 1);
