@@ -5,7 +5,7 @@
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: ## Install PostgreSQL's server programs, if they are missing
+setup: ## Install the server programs that the tests need, if they are missing
 	@sh scripts/setup.sh
 
 demo: setup ## Kill a primary under load: this pool beside a plain one (RUNS=20, DNS=moves|all|hosts)

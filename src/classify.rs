@@ -274,6 +274,10 @@ fn of_report(db: &DbError, level: Level) -> Verdict {
 
         // A statement that breaks the protocol, such as a wrong number of parameters.
         SqlState::PROTOCOL_VIOLATION if !ends => Verdict::Application,
+        // A pooler whose mode knows no transactions: the next one would end the same way.
+        SqlState::PROTOCOL_VIOLATION if db.message() == "transaction blocks not allowed in statement pooling mode" => {
+            Verdict::Refused
+        }
         // Wrong password, no such role, no line in pg_hba.conf.
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION if ends => Verdict::Refused,
         // No such database. At ERROR it is a DROP DATABASE's complaint.
@@ -633,6 +637,7 @@ mod tests {
             ("FATAL", "08P01", "server conn crashed?", ConnectionLost, false),
             ("FATAL", "08P01", "query_wait_timeout", ConnectionLost, false),
             ("FATAL", "08P01", "client_login_timeout (server down)", ConnectionLost, false),
+            ("FATAL", "08P01", "transaction blocks not allowed in statement pooling mode", Refused, false),
             ("ERROR", "08P01", "prepared statement did not exist", Application, false),
             ("ERROR", "08006", "server connection lost", ConnectionLost, false),
             // pgcat

@@ -48,6 +48,8 @@ const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 const WARM_INTERVAL: Duration = Duration::from_millis(1);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
+/// In a search, a session to a standby is asked for no longer than this before a new one is.
+const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
 /// The times that rule a topology.
 #[derive(Clone, Debug)]
@@ -205,12 +207,21 @@ struct Member {
     took: Option<Duration>,
     /// The next probe needs a session of its own.
     fresh: bool,
+    /// When the session opened that was asked last.
+    opened_at: Option<Instant>,
     /// Has proved to belong to this cluster.
     verified: bool,
     named_at: Instant,
 }
 
 impl Member {
+    /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
+    /// proxy's, which leads a new session elsewhere.
+    fn outlived(&self, now: Instant) -> bool {
+        matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
+            && self.opened_at.is_some_and(|at| now.duration_since(at) >= RENEWED_AFTER)
+    }
+
     /// Ask as soon as may be, which is `pause` after the last question.
     fn hurry(&mut self, now: Instant, pause: Duration) {
         let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
@@ -313,6 +324,7 @@ impl Topology {
             self.actions.push(Action::Resolve);
         }
         let current = self.primary_address();
+        let searching = matches!(self.phase, Phase::Searching(_));
         for (address, member) in &mut self.members {
             if member.asking || member.due > now {
                 continue;
@@ -328,7 +340,7 @@ impl Topology {
             };
             member.asking = true;
             member.asked_at = Some(now);
-            let fresh = std::mem::take(&mut member.fresh);
+            let fresh = std::mem::take(&mut member.fresh) || (searching && member.outlived(now));
             self.actions.push(Action::Probe { endpoint: member.endpoint.clone(), fresh, within });
         }
         std::mem::take(&mut self.actions)
@@ -408,6 +420,9 @@ impl Topology {
             member.asking = false;
             member.took = took;
             member.answered_at = Some(now);
+            if probed.fresh {
+                member.opened_at = Some(now);
+            }
             if probed.result.is_ok() {
                 member.heard_at = Some(now);
             }
@@ -564,6 +579,7 @@ impl Topology {
             answer: None,
             took: None,
             fresh: true,
+            opened_at: None,
             verified: false,
             named_at: now,
         };

@@ -357,6 +357,11 @@ impl Cluster {
         &self.folder
     }
 
+    /// The installation that the servers are of.
+    pub(crate) fn server(&self) -> &'static Server {
+        self.server
+    }
+
     fn postmaster(&self, node: Node) -> MutexGuard<'_, Postmaster> {
         let postmaster = self.nodes.get(node.0).unwrap_or_else(|| panic!("there is no {node:?}"));
         postmaster.lock().unwrap_or_else(PoisonError::into_inner)

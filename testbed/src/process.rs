@@ -103,8 +103,8 @@ pub(crate) fn kill_tree(id: u32) -> Vec<u32> {
 /// Ends the processes of one folder and removes it: when told to, or when this process dies in any way.
 ///
 /// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process holds.
-/// It ends the PostgreSQL programs that carry the folder's name in their command line, by id: a postmaster does by
-/// `-D`, its children by `cluster_name`. That finds children that are frozen, orphaned, or not yet born when this process died.
+/// It ends the PostgreSQL programs, and the proxies in front of them, that carry the folder's name in their command line, by
+/// id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
 pub(crate) struct Reaper {
     folder: PathBuf,
     shell: Child,
@@ -128,7 +128,7 @@ while :; do
         name=
         { read -r name <"/proc/$id/comm"; } 2>/dev/null
         case $name in
-        postgres | initdb | cp | pg_rewind | pg_basebackup)
+        postgres | initdb | cp | pg_rewind | pg_basebackup | haproxy | pgbouncer)
             kill -9 "$id" 2>/dev/null
             found=yes
             ;;

@@ -30,6 +30,8 @@ pub(crate) enum Write {
     Transaction,
     /// The same with a statement that is prepared in it, and not kept for the next one.
     Uncached,
+    /// One like that, and one that is `idempotent`, by turns.
+    Both,
 }
 
 #[derive(Default)]
@@ -263,7 +265,14 @@ async fn one(pool: &Pool, write: Write, id: i64) -> Result<(), Error> {
             })
             .await
         }
-        Write::Uncached => pool.transaction(async |tx| insert(&tx, id).await).await,
+        Write::Both if id % 2 == 0 => {
+            pool.idempotent(async |tx| {
+                tx.execute("INSERT INTO keyed (id) VALUES ($1) ON CONFLICT DO NOTHING", &[&id]).await?;
+                Ok(())
+            })
+            .await
+        }
+        Write::Uncached | Write::Both => pool.transaction(async |tx| insert(&tx, id).await).await,
     }
 }
 

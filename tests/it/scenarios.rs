@@ -281,6 +281,29 @@ async fn r4_a_new_pool_prefers_the_higher_timeline_to_a_zombie_named_first() {
     assert_eq!(count(&zombie, "entries").await, 0);
 }
 
+/// R7: a proxy leads to a standby and, from some moment on, each new session to the primary; it ends nobody's session. The pool does
+/// not stay with the session that it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r7_a_proxy_is_not_judged_by_one_session_for_ever() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    let proxy = Tap::start((cluster.spare_addr(0), cluster.port()).into(), cluster.socket_addr(Node(1))).await;
+    cluster.dns().set(&[proxy.addr().ip()]);
+    for warm in [false, true] {
+        proxy.set_upstream(cluster.socket_addr(Node(1)));
+        let pool = by_name(&cluster).warm_standbys(warm).build().unwrap();
+        let waiting = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.get().await.map(drop) }
+        });
+        eventually("the pool has met the standby", LONG, async || {
+            pool.candidates().iter().any(|said| said.to_string().contains("standby"))
+        })
+        .await;
+        proxy.set_upstream(cluster.socket_addr(Node(0)));
+        waiting.await.unwrap().unwrap();
+    }
+}
+
 /// R7: a proxy hands out a standby every other moment. Nobody is given it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
