@@ -10,6 +10,9 @@ mod topology;
 // Level 1: I/O. Fetches what the decisions need; decides nothing.
 mod server;
 
+// Level 1, too: says what happens; decides nothing.
+mod observe;
+
 // Level 2: the one task that owns a topology.
 mod cluster;
 
@@ -31,11 +34,12 @@ pub use commit::{Guarantee, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, Unavailable, UnavailableReason,
 };
+pub use observe::{Event, Events, Settlement};
 pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, RetryBudget, RetryPolicy};
 pub use topology::{
-    Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
+    Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};

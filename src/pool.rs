@@ -28,9 +28,12 @@ use crate::commit::ledger::Ledger;
 use crate::commit::wal::Marking;
 use crate::commit::{Guarantee, Life, Server};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
+use crate::observe::{Events, Lent, Observer, Watched};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
-use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View};
+use crate::topology::{
+    Address, CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View,
+};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -134,13 +137,14 @@ impl Pool {
         Status { max_size, size, available, waiting, fallback, view }
     }
 
-    /// Follows the cluster's state: the receiver sees each primary lost and found.
+    /// Follows the cluster's state: the receiver shows the newest one. To miss nothing in between, see
+    /// [`Pool::subscribe`].
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
     /// use tokio_postgres_failover::State;
     ///
-    /// let mut states = pool.subscribe();
+    /// let mut states = pool.watch();
     /// while states.changed().await.is_ok() {
     ///     let view = states.borrow_and_update().clone();
     ///     match view.state {
@@ -152,7 +156,31 @@ impl Pool {
     /// # }
     /// ```
     #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<View> {
+    pub fn watch(&self) -> watch::Receiver<View> {
+        self.cluster().watch()
+    }
+
+    /// Tells of each thing that happens from now on, one after the other: primaries lost and found, connections evicted,
+    /// servers refused, commits settled. What is so already is in [`Pool::status`].
+    ///
+    /// A reader that falls more than 256 events behind misses the oldest, and is told how many; the pool never waits for it.
+    /// The stream ends when the pool is closed or its last clone dropped, and does not keep it alive.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) {
+    /// use tokio_postgres_failover::Event;
+    ///
+    /// let mut events = pool.subscribe();
+    /// while let Some(event) = events.next().await {
+    ///     match event {
+    ///         Event::PrimaryLost { endpoint, why, .. } => println!("lost {endpoint}: {why}"),
+    ///         Event::PrimaryFound { endpoint, took, .. } => println!("found {endpoint} after {took:?}"),
+    ///         other => println!("{other:?}"),
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn subscribe(&self) -> Events {
         self.cluster().subscribe()
     }
 
@@ -178,10 +206,10 @@ impl Pool {
 
     pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client, Error> {
         let began = Instant::now();
-        match timeout_at(deadline, self.checkout()).await {
-            Ok(checked_out) => checked_out,
-            Err(_) => Err(self.unavailable(began)),
-        }
+        let waits = self.observer().waits(began);
+        let ended = timeout_at(deadline, self.checkout()).await;
+        waits.ended(&ended);
+        ended.unwrap_or_else(|_| Err(self.unavailable(began)))
     }
 
     async fn checkout(&self) -> Result<Client, Error> {
@@ -197,8 +225,8 @@ impl Pool {
             }
             match self.inner.get().await {
                 Ok(object) => {
-                    let in_use = self.cluster().lend();
-                    return Ok(Client { object: Some(object), pool: self.clone(), _in_use: in_use });
+                    let (in_use, lent) = (self.cluster().lend(), object.watched.lent());
+                    return Ok(Client { object: Some(object), pool: self.clone(), lent, _in_use: in_use });
                 }
                 // No session could be opened now. Another caller may have given one back meanwhile: look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
@@ -269,6 +297,10 @@ impl Pool {
 
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         self.cluster().suspect(id, suspicion);
+    }
+
+    pub(crate) fn observer(&self) -> &Observer {
+        self.cluster().observer()
     }
 
     fn cluster(&self) -> &Cluster {
@@ -416,6 +448,7 @@ pub struct Client {
     object: Option<Object<Manager>>,
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool,
+    lent: Lent,
     _in_use: InUse,
 }
 
@@ -441,6 +474,11 @@ impl Client {
 
     pub(crate) fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    /// Where its session leads.
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
     }
 
     /// The server at the other end, where it lets itself be identified.
@@ -485,6 +523,7 @@ impl Drop for Client {
         let Some(object) = self.object.take() else {
             return;
         };
+        object.watched.given_back(&self.lent);
         let closed = self.pool.cluster().is_closed();
         if closed && !object.poisoned.load(Ordering::Acquire) {
             self.pool.cancel_running(&object.client);
@@ -507,7 +546,9 @@ pub struct Connection {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
+    address: Address,
     life: Option<Life>,
+    watched: Arc<Watched>,
     marking: Mutex<Marking>,
     notices: Arc<Notices>,
     /// From then on it is not handed out any more.
@@ -516,9 +557,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    fn new(session: Session, generation: &Generation, lifetime: Duration) -> Self {
-        session.notices.pool();
+    fn new(session: Session, generation: &Generation, lifetime: Duration, observer: &Arc<Observer>) -> Self {
+        let watched = observer.connection(&generation.open);
+        session.notices.pool(Box::new(Arc::clone(&watched)));
         Self {
+            watched,
+            address: session.address,
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
@@ -607,7 +651,7 @@ impl Manager {
     fn connection(&self, session: Session, generation: &Generation) -> Connection {
         // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
         let less = self.random_up_to(self.max_lifetime / 10);
-        Connection::new(session, generation, self.max_lifetime.saturating_sub(less))
+        Connection::new(session, generation, self.max_lifetime.saturating_sub(less), self.cluster.observer())
     }
 
     fn random_up_to(&self, most: Duration) -> Duration {
@@ -659,9 +703,11 @@ impl Manager {
         if let Some(session) = generation.take_spare() {
             return Ok(Some(session));
         }
+        let began = Instant::now();
         let failure = match self.open(generation).await {
             Ok(session) => {
                 generation.opened();
+                self.cluster.observer().opened(began.elapsed());
                 return Ok(self.cluster.is_current(id).then_some(session));
             }
             Err(failure) => failure,

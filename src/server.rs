@@ -9,6 +9,7 @@ mod password;
 pub(crate) use password::{Ask, Passwords};
 
 use std::collections::HashMap;
+use std::fmt;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -41,6 +42,28 @@ const ROLE_ONLY_FOR: Duration = Duration::from_secs(60);
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
+/// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
+pub(crate) trait Seat: Send {
+    /// `lost`: the server or the network ended it, and not this side.
+    fn left(&self, lost: bool);
+}
+
+/// Who is told of the end of a session.
+#[derive(Default)]
+enum Seated {
+    #[default]
+    Nobody,
+    Somebody(Box<dyn Seat>),
+    /// It has ended.
+    Left,
+}
+
+impl fmt::Debug for Seated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seated")
+    }
+}
+
 /// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
 /// driver task notes it before it hands that answer on.
 #[derive(Debug, Default)]
@@ -49,6 +72,7 @@ pub(crate) struct Notices {
     not_replicated: AtomicBool,
     /// The session is one of the pool's, whose traffic shows that the server is there.
     pooled: AtomicBool,
+    seated: Mutex<Seated>,
 }
 
 impl Notices {
@@ -63,9 +87,22 @@ impl Notices {
         }
     }
 
-    /// From now on the session's traffic counts.
-    pub(crate) fn pool(&self) {
+    /// From now on the session's traffic counts, and `seat` is told of its end.
+    pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
         self.pooled.store(true, Ordering::Relaxed);
+        let mut seated = self.seated.lock().unwrap_or_else(PoisonError::into_inner);
+        match *seated {
+            Seated::Left => seat.left(false),
+            _ => *seated = Seated::Somebody(seat),
+        }
+    }
+
+    /// The session has ended; whoever says so first is right about the reason.
+    fn left(&self, lost: bool) {
+        let mut seated = self.seated.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Seated::Somebody(seat) = std::mem::replace(&mut *seated, Seated::Left) {
+            seat.left(lost);
+        }
     }
 
     /// What was said before is of no interest to what comes now.
@@ -160,7 +197,8 @@ impl Opener {
         let notices = Arc::new(Notices::default());
         let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
         let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
-        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
+        let (abort, address) = (task.abort_handle(), endpoint.address.clone());
+        let session = Session { abort, client: ClientWrapper::new(client, task), scope, notices, address };
         let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
     }
@@ -246,6 +284,15 @@ impl Opener {
     }
 }
 
+/// However a driver ends, also by being aborted.
+struct AtTheEnd(Arc<Notices>);
+
+impl Drop for AtTheEnd {
+    fn drop(&mut self) {
+        self.0.left(false);
+    }
+}
+
 /// One open session and its driver. Dropping it ends the driver and closes the socket.
 pub(crate) struct Session {
     pub(crate) client: ClientWrapper,
@@ -254,9 +301,11 @@ pub(crate) struct Session {
     /// All sessions of this scope end with it.
     pub(crate) scope: CancellationToken,
     pub(crate) notices: Arc<Notices>,
+    pub(crate) address: Address,
 }
 
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
+    let at_the_end = AtTheEnd(Arc::clone(&notices));
     // The driver is woken by what is to be sent and by what was received, and by nothing else.
     let stirring = poll_fn(|cx| {
         if notices.pooled.load(Ordering::Relaxed) {
@@ -269,6 +318,7 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
         () = scope.cancelled() => {}
         ended = stirring => if let Err(error) = ended {
             tracing::debug!("a session ended: {}", explain(&error));
+            at_the_end.0.left(true);
         }
     }
 }

@@ -7,18 +7,30 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Which module may name which; a module may always name itself. What is not here is level 0 and names none.
-const ALLOWED: [(&str, &[&str]); 6] = [
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("server", &["classify", "topology"]),
-    ("cluster", &["resolve", "server", "topology"]),
     ("commit", &["server", "topology"]),
+    ("observe", &["classify", "commit", "server", "topology"]),
+    ("cluster", &["observe", "resolve", "server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),
-    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "topology"]),
-    ("transaction", &["classify", "commit", "error", "pool", "retry", "topology"]),
+    ("pool", &["cluster", "commit", "error", "observe", "resolve", "retry", "server", "topology"]),
+    ("transaction", &["classify", "commit", "error", "observe", "pool", "retry", "topology"]),
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 10] =
-    ["classify", "resolve", "retry", "topology", "server", "commit", "cluster", "error", "pool", "transaction"];
+const LEVELS: [&str; 11] = [
+    "classify",
+    "resolve",
+    "retry",
+    "topology",
+    "server",
+    "commit",
+    "observe",
+    "cluster",
+    "error",
+    "pool",
+    "transaction",
+];
 
 type Edges = BTreeSet<(String, String)>;
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
-use tracing::Instrument;
+use tokio_postgres::error::SqlState;
+use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
@@ -15,6 +16,7 @@ use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
+use crate::observe::Observer;
 use crate::pool::{Client, Pool};
 use crate::retry::GiveUp;
 use crate::topology::Suspicion;
@@ -35,11 +37,15 @@ where
     F: FnMut(Transaction) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
-    let span = tracing::info_span!("transaction", db.system.name = "postgresql", mode = ?options.mode());
-    attempts(options, work).instrument(span).await
+    let span = options.pool.observer().transaction(&options.mode());
+    let result = attempts(options, &span, work).instrument(span.clone()).await;
+    if let Err(error) = &result {
+        Observer::transaction_failed(&span, error.code().map(SqlState::code), error.kind());
+    }
+    result
 }
 
-async fn attempts<T, F, Fut>(options: &TransactionBuilder<'_>, mut work: F) -> Result<T, Error>
+async fn attempts<T, F, Fut>(options: &TransactionBuilder<'_>, span: &Span, mut work: F) -> Result<T, Error>
 where
     F: FnMut(Transaction) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
@@ -55,7 +61,8 @@ where
             Ok(client) => client,
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
-        let span = tracing::debug_span!("attempt", number, generation = client.generation().get());
+        let generation = client.generation();
+        let span = Observer::attempt(span, number, generation, client.address());
         let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
         let ended = async {
             match attempt.run(&begin, mode, &mut work).await {
@@ -74,7 +81,10 @@ where
         };
         let Failed { verdict, error } = failed;
         match decide(mode, stage, verdict) {
-            Next::Settle | Next::Unknown => return Err(unknown(error, Unsettled::NoMarker)),
+            Next::Settle | Next::Unknown => {
+                pool.observer().not_settled(generation);
+                return Err(unknown(error, Unsettled::NoMarker));
+            }
             Next::Return => return Err(for_good(error, number, doubt)),
             Next::Rerun => {}
         }
@@ -84,7 +94,7 @@ where
         }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
-                tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
+                pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
             }
             Err(why) => return Err(given_up(error, number, why, stage, doubt)),
