@@ -371,3 +371,52 @@ fn port(address: &Address) -> u16 {
 fn milliseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observer() -> Observer {
+        Observer::new(Names { pool: "test".to_owned(), database: "app".to_owned() })
+    }
+
+    fn settled_in(event: Option<Event>) -> u64 {
+        match event {
+            Some(Event::CommitSettled { generation, .. }) => generation.get(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_misses_the_oldest_and_is_told_how_many() {
+        let observer = observer();
+        let (mut slow, mut quick) = (observer.events(), observer.events());
+        let sent = u64::try_from(EVENTS).unwrap() + 44;
+        for number in 1..=sent {
+            observer.settled(GenerationId(number), Settlement::Committed, Duration::ZERO);
+            assert_eq!(settled_in(quick.next().await), number);
+        }
+        assert!(matches!(slow.next().await, Some(Event::Missed { events: 44 })));
+        for number in 45..=sent {
+            assert_eq!(settled_in(slow.next().await), number);
+        }
+        observer.settled(GenerationId(1), Settlement::Committed, Duration::ZERO);
+        observer.closed();
+        assert_eq!(settled_in(slow.next().await), 1, "what was said before the end is still heard");
+        assert!(slow.next().await.is_none());
+        assert!(slow.next().await.is_none(), "the end stays the end");
+        assert!(observer.events().next().await.is_none());
+    }
+
+    /// `select!` drops the future of `next` all the time.
+    #[tokio::test]
+    async fn a_dropped_wait_loses_nothing() {
+        let observer = observer();
+        let mut events = observer.events();
+        for number in 1..=3 {
+            assert!(futures_util::FutureExt::now_or_never(events.next()).is_none());
+            observer.settled(GenerationId(number), Settlement::NotCommitted, Duration::ZERO);
+            assert_eq!(settled_in(events.next().await), number);
+        }
+    }
+}

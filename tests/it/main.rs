@@ -18,4 +18,7 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+mod spans;
 mod transaction;
+#[cfg(feature = "metrics")]
+mod watch;
