@@ -206,9 +206,9 @@ impl Observer {
     }
 
     /// One connection of a generation, for as long as its session lives.
-    pub(crate) fn connection(self: &Arc<Self>, open: &Open) -> Arc<Watched> {
+    pub(crate) fn connection(self: &Arc<Self>, open: &Open, address: Address) -> Arc<Watched> {
         open.0.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new() })
+        Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new(), address })
     }
 }
 
@@ -231,7 +231,8 @@ impl Observer {
     }
 
     /// `transaction`: the span of the call, which carries the server of its last attempt.
-    pub(crate) fn attempt(transaction: &Span, number: u32, generation: GenerationId, address: &Address) -> Span {
+    pub(crate) fn attempt(transaction: &Span, number: u32, generation: GenerationId, on: &Watched) -> Span {
+        let address = &on.address;
         if !transaction.is_disabled() {
             transaction.record("attempts", number);
             transaction.record("server.address", field::display(Host(address)));
@@ -321,6 +322,7 @@ pub(crate) struct Watched {
     observer: Arc<Observer>,
     open: Open,
     place: Place,
+    address: Address,
 }
 
 impl Watched {

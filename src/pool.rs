@@ -31,9 +31,7 @@ use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Lent, Observer, Watched};
 use crate::retry::{Exponential, RetryBudget, RetryPolicy};
 use crate::server::{Notices, Opener, Session};
-use crate::topology::{
-    Address, CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View,
-};
+use crate::topology::{CandidateReport, FailureKind, GenerationId, ProbeFailure, ServerReport, Suspicion, View};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -476,9 +474,8 @@ impl Client {
         &self.pool
     }
 
-    /// Where its session leads.
-    pub(crate) fn address(&self) -> &Address {
-        &self.address
+    pub(crate) fn watched(&self) -> &Watched {
+        &self.watched
     }
 
     /// The server at the other end, where it lets itself be identified.
@@ -546,7 +543,6 @@ pub struct Connection {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
-    address: Address,
     life: Option<Life>,
     watched: Arc<Watched>,
     marking: Mutex<Marking>,
@@ -558,11 +554,10 @@ pub struct Connection {
 
 impl Connection {
     fn new(session: Session, generation: &Generation, lifetime: Duration, observer: &Arc<Observer>) -> Self {
-        let watched = observer.connection(&generation.open);
+        let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
         Self {
             watched,
-            address: session.address,
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
@@ -731,7 +726,8 @@ impl managed::Manager for Manager {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection, Error> {
-        let (session, generation) = self.session().await?;
+        // Boxed, as it is rare and large, and every waiting call would carry it.
+        let (session, generation) = Box::pin(self.session()).await?;
         Ok(self.connection(session, &generation))
     }
 

@@ -197,8 +197,7 @@ impl Opener {
         let notices = Arc::new(Notices::default());
         let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
         let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
-        let (abort, address) = (task.abort_handle(), endpoint.address.clone());
-        let session = Session { abort, client: ClientWrapper::new(client, task), scope, notices, address };
+        let session = Session { abort: task.abort_handle(), client: ClientWrapper::new(client, task), scope, notices };
         let report = self.question(&endpoint.address, &session, true).await?;
         Ok((session, report))
     }
@@ -301,7 +300,6 @@ pub(crate) struct Session {
     /// All sessions of this scope end with it.
     pub(crate) scope: CancellationToken,
     pub(crate) notices: Arc<Notices>,
-    pub(crate) address: Address,
 }
 
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {

@@ -62,7 +62,7 @@ where
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
         let generation = client.generation();
-        let span = Observer::attempt(span, number, generation, client.address());
+        let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
         let ended = async {
             match attempt.run(&begin, mode, &mut work).await {
