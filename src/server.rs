@@ -99,8 +99,8 @@ impl Notices {
 
     /// The session has ended; whoever says so first is right about the reason.
     fn left(&self, lost: bool) {
-        let mut seated = self.seated.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Seated::Somebody(seat) = std::mem::replace(&mut *seated, Seated::Left) {
+        let seated = std::mem::replace(&mut *self.seated.lock().unwrap_or_else(PoisonError::into_inner), Seated::Left);
+        if let Seated::Somebody(seat) = seated {
             seat.left(lost);
         }
     }
