@@ -159,7 +159,8 @@ impl Pool {
     }
 
     /// Tells of each thing that happens from now on, one after the other: primaries lost and found, connections evicted,
-    /// servers refused, commits settled. What is so already is in [`Pool::status`].
+    /// servers refused, commits settled. What is so already is in [`Pool::status`]; the event of a change that it has
+    /// just begun to show may still come.
     ///
     /// A reader that falls more than 256 events behind misses the oldest, and is told how many; the pool never waits for it.
     /// The stream ends when the pool is closed or its last clone dropped, and does not keep it alive.

@@ -107,12 +107,17 @@ async fn next_step(events: &mut Events) -> Event {
     }
 }
 
-/// So many connections, all idle afterwards.
-async fn warm(pool: &Pool, connections: usize) {
+/// The events after the first primary was found, with so many connections that are idle by then.
+async fn warm(pool: &Pool, connections: usize) -> Events {
+    let mut events = pool.subscribe();
     let mut held = Vec::new();
     for _ in 0..connections {
         held.push(pool.get().await.unwrap());
     }
+    let found = next_step(&mut events).await;
+    let Event::PrimaryFound { generation, same_server: false, .. } = found else { panic!("{found:?}") };
+    assert_eq!(generation.get(), 1);
+    events
 }
 
 fn named(builder: PoolBuilder, figures: &Figures) -> PoolBuilder {
@@ -128,10 +133,7 @@ async fn a_failover_in_events_and_figures() {
     let old = cluster.primary();
     let pool =
         named(by_name(&cluster), &figures).min_idle(1).patrol_interval(Duration::from_millis(200)).build().unwrap();
-    let mut events = pool.subscribe();
-    pool.connect().await.unwrap();
-    let Event::PrimaryFound { generation, same_server: false, .. } = next_step(&mut events).await else { panic!() };
-    assert_eq!(generation.get(), 1);
+    let mut events = warm(&pool, 0).await;
     let sizes = ["max", "idle_max", "idle_min"].map(|size| figures.plain(&format!("db_client_connection_{size}")));
     assert_eq!(sizes, [8, 8, 1]);
 
@@ -213,8 +215,7 @@ async fn lost_connections_are_told_from_evicted_ones() {
     let figures = Figures::of("lost");
     let cluster = Cluster::builder().nodes(1).start().await;
     let pool = named(by_name(&cluster), &figures).build().unwrap();
-    warm(&pool, 3).await;
-    let mut events = pool.subscribe();
+    let mut events = warm(&pool, 3).await;
     cluster.stop_immediate(Node(0)).await;
     assert!(matches!(next(&mut events).await, Event::PrimaryLost { .. }));
     until("the loss is counted", async || {
@@ -247,8 +248,7 @@ async fn a_stall_is_lost_and_found() {
         .heartbeat_timeout(Duration::from_millis(200))
         .build()
         .unwrap();
-    warm(&pool, 2).await;
-    let mut events = pool.subscribe();
+    let mut events = warm(&pool, 2).await;
     cluster.freeze(Node(0));
     assert!(matches!(next(&mut events).await, Event::PrimaryLost { .. }));
     assert_eq!(figures.plain("db_client_failover_primary"), 0);
@@ -267,8 +267,7 @@ async fn a_fence_in_events_and_figures() {
     let figures = Figures::of("fence");
     let cluster = Cluster::builder().nodes(1).start().await;
     let pool = named(by_name(&cluster), &figures).heartbeat_interval(Duration::from_millis(100)).build().unwrap();
-    warm(&pool, 2).await;
-    let mut events = pool.subscribe();
+    let mut events = warm(&pool, 2).await;
     cluster.set_read_only(Node(0), true).await;
     let Event::Fenced { address, .. } = next(&mut events).await else { panic!() };
     assert_eq!(address.to_string(), cluster.socket_addr(Node(0)).to_string());
@@ -336,8 +335,7 @@ async fn settled_commits_and_re_runs_are_told_by_what_became_of_them() {
     let listen = SocketAddr::new(cluster.spare_addr(0), cluster.port());
     let cutter = Cutter::start(listen, cluster.socket_addr(Node(0))).await;
     let pool = named(by_url(format!("postgres://app@{}/app", cutter.addr())), &figures).build().unwrap();
-    pool.connect().await.unwrap();
-    let mut events = pool.subscribe();
+    let mut events = warm(&pool, 0).await;
     let undelivered = Cut::CommitUndelivered { server_stays: false };
     let unknown = Settlement::Unknown(Unsettled::NoMarker);
     for (cut, guarantee, expected, runs_expected) in [
