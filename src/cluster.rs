@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{Instrument, Span};
 
-use crate::observe::{self, Events, Observer, Open};
+use crate::observe::{self, Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Opener, Session};
 use crate::topology::{
@@ -60,7 +60,7 @@ pub(crate) struct Generation {
     /// New sessions pass here, so that a server that was just promoted meets a trickle.
     pub(crate) gate: Semaphore,
     /// The pool's connections of this generation.
-    pub(crate) open: Open,
+    pub(crate) open: Tally,
     /// The session that proved the server to be the primary, until somebody takes it.
     spare: Mutex<Option<Session>>,
     /// Why the last session could not be opened, and how many in a row could not.
@@ -433,7 +433,7 @@ impl Task {
             primary,
             scope,
             gate: Semaphore::new(self.gate),
-            open: Open::default(),
+            open: Tally::default(),
             spare: Mutex::new(spare),
             trouble: Mutex::default(),
         }));

@@ -206,7 +206,7 @@ impl Observer {
     }
 
     /// One connection of a generation, for as long as its session lives.
-    pub(crate) fn connection(self: &Arc<Self>, open: &Open, address: Address) -> Arc<Watched> {
+    pub(crate) fn connection(self: &Arc<Self>, open: &Tally, address: Address) -> Arc<Watched> {
         open.0.fetch_add(1, Ordering::Relaxed);
         Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new(), address })
     }
@@ -309,9 +309,9 @@ impl Drop for Waits<'_> {
 
 /// How many connections of one generation are open.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Open(Arc<AtomicUsize>);
+pub(crate) struct Tally(Arc<AtomicUsize>);
 
-impl Open {
+impl Tally {
     pub(crate) fn count(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -320,7 +320,7 @@ impl Open {
 /// One connection: whether it is idle or in use, until its session has ended.
 pub(crate) struct Watched {
     observer: Arc<Observer>,
-    open: Open,
+    open: Tally,
     place: Place,
     address: Address,
 }
