@@ -17,13 +17,14 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tracing::{Instrument, Span, field};
+use tracing::{Instrument, Span};
 
+use crate::observe::{self, Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{
-    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Notice, Primary,
-    ProbeFailure, Probed, Pulse, Settings, State, Suspicion, Topology, View,
+    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure,
+    Probed, Pulse, Settings, State, Suspicion, Topology, View,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -46,6 +47,7 @@ pub(crate) struct Setup<C> {
     /// How many sessions of one generation may be opened at the same time.
     pub(crate) gate: usize,
     pub(crate) seed: u64,
+    pub(crate) observer: Arc<Observer>,
 }
 
 /// One primary as the pool uses it: the plain data and what hangs on it.
@@ -57,6 +59,8 @@ pub(crate) struct Generation<C> {
     pub(crate) scope: CancellationToken,
     /// New sessions pass here, so that a server that was just promoted meets a trickle.
     pub(crate) gate: Semaphore,
+    /// The pool's connections of this generation.
+    pub(crate) open: Tally,
     /// The session that proved the server to be the primary, until somebody takes it.
     spare: Mutex<Option<Session<C>>>,
     /// Why the last session could not be opened, and how many in a row could not.
@@ -143,6 +147,7 @@ pub(crate) struct Cluster<C> {
     view: watch::Receiver<View>,
     shared: Arc<Shared>,
     root: CancellationToken,
+    observer: Arc<Observer>,
     _end: DropGuard,
 }
 
@@ -156,6 +161,7 @@ impl<C: SessionClient> Cluster<C> {
         let first = topology.view();
         let (view_tx, view) = watch::channel(first.clone());
         let (snapshot_tx, snapshot) = watch::channel(Arc::new(Snapshot { view: first, generation: None }));
+        let observer = setup.observer;
         let task = Task {
             revision: topology.revision(),
             topology,
@@ -170,14 +176,16 @@ impl<C: SessionClient> Cluster<C> {
             generation: None,
             live: false,
             ended: Vec::new(),
+            news: Vec::new(),
             snapshot: snapshot_tx,
             view: view_tx,
-            search: Some(search_span()),
+            search: Some(observer.search()),
+            observer: Arc::clone(&observer),
             searching_since: now,
             stirs: 0,
         };
         tokio::spawn(task.run());
-        Self { snapshot, view, shared, _end: root.clone().drop_guard(), root }
+        Self { snapshot, view, shared, observer, _end: root.clone().drop_guard(), root }
     }
 
     /// The current generation, waiting for one. Cancel-safe.
@@ -254,8 +262,16 @@ impl<C: SessionClient> Cluster<C> {
         self.view.borrow().clone()
     }
 
-    pub(crate) fn subscribe(&self) -> watch::Receiver<View> {
+    pub(crate) fn watch(&self) -> watch::Receiver<View> {
         self.view.clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> Events {
+        self.observer.events()
+    }
+
+    pub(crate) fn observer(&self) -> &Arc<Observer> {
+        &self.observer
     }
 
     pub(crate) fn diagnosis(&self) -> Diagnosis {
@@ -312,8 +328,11 @@ struct Task<C: SessionClient> {
     live: bool,
     /// Scopes to end once the newer state is published.
     ended: Vec<CancellationToken>,
+    /// Events to send once the state that they tell of is published.
+    news: Vec<observe::Event>,
     snapshot: watch::Sender<Arc<Snapshot<C>>>,
     view: watch::Sender<View>,
+    observer: Arc<Observer>,
     search: Option<Span>,
     searching_since: Instant,
     /// The opener's count of stirs at the last look.
@@ -363,45 +382,49 @@ impl<C: SessionClient> Task<C> {
                 let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
                 self.work.push(self.probe(endpoint, kept, within));
             }
-            Action::Suspend { why } => {
-                tracing::warn!(generation = self.topology.view().generation.get(), why, "primary lost");
-                self.live = false;
-                self.search = Some(search_span());
-                self.searching_since = Instant::now();
-            }
-            Action::Resume { endpoint, lost_for } => {
+            Action::Suspend { why } => self.lost(why),
+            Action::Resume { primary, lost_for } => {
                 if let Some(generation) = &self.generation {
-                    *lock(&generation.endpoint) = endpoint;
+                    *lock(&generation.endpoint) = primary.endpoint.clone();
                 }
-                self.live = true;
-                self.search = None;
-                let ms = milliseconds(lost_for);
-                tracing::info!(elapsed_ms = ms, "primary found: the same server answers again");
+                self.found(&primary, lost_for, true);
             }
-            Action::End { id, why } => {
-                if self.live {
-                    tracing::warn!(generation = id.get(), why, "primary lost");
-                    self.searching_since = Instant::now();
-                } else {
-                    tracing::debug!(generation = id.get(), why, "generation ended");
+            Action::End { id, cause, why, lost } => {
+                if lost {
+                    self.lost(why.clone());
                 }
-                self.live = false;
-                self.ended.extend(self.generation.take().map(|generation| generation.scope.clone()));
+                if let Some(generation) = self.generation.take() {
+                    self.news.push(self.observer.evicted(id, cause, generation.open.count(), why));
+                    self.ended.push(generation.scope.clone());
+                }
             }
             Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
-            Action::Notice(notice) => self.say(&notice),
+            Action::Notice(notice) => {
+                let topology = &self.topology;
+                let said = || (topology.candidates(), topology.dns_failure().map(str::to_owned));
+                self.news.extend(self.observer.noticed(notice, said));
+            }
         }
+    }
+
+    fn lost(&mut self, why: String) {
+        self.live = false;
+        self.search = Some(self.observer.search());
+        self.searching_since = Instant::now();
+        if let Some(generation) = &self.generation {
+            self.news.push(self.observer.primary_lost(generation.primary.id, generation.endpoint(), why));
+        }
+    }
+
+    fn found(&mut self, primary: &Primary, took: Duration, same_server: bool) {
+        self.live = true;
+        let search = self.search.take();
+        self.news.push(self.observer.primary_found(search.as_ref(), primary, took, same_server));
     }
 
     fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
-        tracing::info!(
-            generation = primary.id.get(),
-            server.address = %primary.endpoint.address,
-            timeline = primary.report.timeline,
-            elapsed_ms = milliseconds(took),
-            "primary found"
-        );
+        self.found(&primary, took, false);
         let spare = (!self.topology.is_roaming()).then(|| self.sessions.remove(&primary.endpoint.address)).flatten();
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
@@ -409,11 +432,10 @@ impl<C: SessionClient> Task<C> {
             primary,
             scope,
             gate: Semaphore::new(self.gate),
+            open: Tally::default(),
             spare: Mutex::new(spare),
             trouble: Mutex::default(),
         }));
-        self.live = true;
-        self.search = None;
     }
 
     fn resolve(&self) -> BoxFuture<'static, Event<C>> {
@@ -510,11 +532,15 @@ impl<C: SessionClient> Task<C> {
         }
     }
 
-    /// Publishes first and ends the older generation afterwards: whoever loses a connection finds the newer state.
+    /// Publishes first; tells of it and ends the older generation afterwards: whoever hears of a change or loses a connection
+    /// finds the newer state.
     fn publish(&mut self) {
         if self.revision != self.topology.revision() {
             self.revision = self.topology.revision();
             self.send(self.topology.view());
+        }
+        for event in self.news.drain(..) {
+            self.observer.send(event);
         }
         for scope in self.ended.drain(..) {
             scope.cancel();
@@ -528,35 +554,6 @@ impl<C: SessionClient> Task<C> {
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation }));
     }
 
-    fn say(&self, notice: &Notice) {
-        match notice {
-            Notice::Refused(address, refusal) => {
-                tracing::warn!(server.address = %address, reason = field::display(refusal), "server refused");
-            }
-            Notice::TwoPrimaries(address) => {
-                tracing::warn!(
-                    server.address = %address,
-                    "a second server is writable on the timeline of the primary; the one in use is kept"
-                );
-            }
-            Notice::RoleOnly(address) => {
-                tracing::warn!(
-                    server.address = %address,
-                    "this role may not read the server's identity; only its role is checked, so an old primary that \
-                     comes back writable cannot be told apart"
-                );
-            }
-            Notice::StillSearching(since) => {
-                let said: Vec<String> = self.topology.candidates().iter().map(ToString::to_string).collect();
-                let dns = self.topology.dns_failure().unwrap_or_default();
-                tracing::warn!(elapsed_ms = milliseconds(*since), dns, "no primary yet: {}", said.join("; "));
-            }
-            Notice::TooManyCandidates(most) => {
-                tracing::warn!("DNS names more than {most} servers; the rest is not probed");
-            }
-        }
-    }
-
     fn span(&self) -> Span {
         self.search.clone().unwrap_or_else(Span::none)
     }
@@ -568,6 +565,7 @@ impl<C: SessionClient> Drop for Task<C> {
         self.live = false;
         let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
         self.send(View { state: State::Closed, changed, ..self.topology.view() });
+        self.observer.closed();
         self.root.cancel();
     }
 }
@@ -580,14 +578,6 @@ async fn look_up(resolver: &dyn Resolve, host: &str) -> Result<Addresses, Resolv
         Ok(Err(_)) => Err(ResolveError::custom(host, "the resolver panicked")),
         Err(_) => Err(ResolveError::custom(host, format!("the resolver gave no answer within {RESOLVE_WITHIN:?}"))),
     }
-}
-
-fn search_span() -> Span {
-    tracing::info_span!("search", db.system.name = "postgresql", otel.name = "search for the primary")
-}
-
-fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.

@@ -158,6 +158,25 @@ impl Error {
     }
 }
 
+impl Error {
+    /// A name for what failed, of a handful: for telemetry.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Unavailable(_) => "unavailable",
+            Self::Refused(_) => "refused",
+            Self::Closed => "closed",
+            Self::Database(_) => "connection_lost",
+            Self::CommitUnknown(_) => "commit_unknown",
+            Self::Ledger(_) => "ledger",
+            Self::RolledBack(_) => "rolled_back",
+            Self::Exhausted(_) => "exhausted",
+            Self::TimedOut { .. } => "timed_out",
+            Self::Aborted(_) => "aborted",
+            Self::Wrapped => "wrapped",
+        }
+    }
+}
+
 /// Why there was no connection in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

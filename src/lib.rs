@@ -12,6 +12,9 @@ mod server;
 #[cfg(feature = "rustls")]
 mod tls;
 
+// Level 1, too: says what happens; decides nothing.
+mod observe;
+
 // Level 2: the one task that owns a topology.
 mod cluster;
 
@@ -37,6 +40,7 @@ pub use error::{
 };
 pub use fly::{BadMachines, Fly, FlyMachine};
 pub use listen::{Listener, Message};
+pub use observe::{Event, Events, Settlement};
 pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, Retry, RetryBudget, RetryPolicy};
@@ -44,7 +48,7 @@ pub use server::SessionClient;
 #[cfg(feature = "rustls")]
 pub use tls::Tls;
 pub use topology::{
-    Address, Answer, BadReport, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Lsn, Origin,
+    Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, FailureKind, GenerationId, Lsn, Origin,
     ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};

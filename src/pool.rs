@@ -34,6 +34,7 @@ use crate::cluster::{Cluster, Generation, NoPrimary, lock};
 use crate::commit::ledger::Ledger;
 use crate::commit::{Guarantee, Life};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
+use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::topology::{CandidateReport, GenerationId, Suspicion, View};
@@ -229,13 +230,14 @@ impl<C: SessionClient> Pool<C> {
         Status { max_size, size, available, waiting, fallback, view }
     }
 
-    /// Follows the cluster's state: the receiver sees each primary lost and found.
+    /// Follows the cluster's state: the receiver shows the newest one. To miss nothing in between, see
+    /// [`Pool::subscribe`].
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
     /// use tokio_postgres_failover::State;
     ///
-    /// let mut states = pool.subscribe();
+    /// let mut states = pool.watch();
     /// while states.changed().await.is_ok() {
     ///     let view = states.borrow_and_update().clone();
     ///     match view.state {
@@ -247,7 +249,32 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     #[must_use]
-    pub fn subscribe(&self) -> watch::Receiver<View> {
+    pub fn watch(&self) -> watch::Receiver<View> {
+        self.cluster().watch()
+    }
+
+    /// Tells of each thing that happens from now on, one after the other: primaries lost and found, connections evicted,
+    /// servers refused, commits settled. What is so already is in [`Pool::status`]; the event of a change that it has
+    /// just begun to show may still come.
+    ///
+    /// A reader that falls more than 256 events behind misses the oldest, and is told how many; the pool never waits for it.
+    /// The stream ends when the pool is closed or its last clone dropped, and does not keep it alive.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) {
+    /// use tokio_postgres_failover::Event;
+    ///
+    /// let mut events = pool.subscribe();
+    /// while let Some(event) = events.next().await {
+    ///     match event {
+    ///         Event::PrimaryLost { endpoint, why, .. } => println!("lost {endpoint}: {why}"),
+    ///         Event::PrimaryFound { endpoint, took, .. } => println!("found {endpoint} after {took:?}"),
+    ///         other => println!("{other:?}"),
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn subscribe(&self) -> Events {
         self.cluster().subscribe()
     }
 
@@ -276,10 +303,10 @@ impl<C: SessionClient> Pool<C> {
 
     pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
         let began = Instant::now();
-        match timeout_at(deadline, self.checkout()).await {
-            Ok(checked_out) => checked_out,
-            Err(_) => Err(self.unavailable(began)),
-        }
+        let waits = self.observer().waits(began);
+        let ended = timeout_at(deadline, self.checkout()).await;
+        waits.ended(&ended);
+        ended.unwrap_or_else(|_| Err(self.unavailable(began)))
     }
 
     async fn checkout(&self) -> Result<Client<C>, Error> {
@@ -400,6 +427,10 @@ impl<C: SessionClient> Pool<C> {
 
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         self.cluster().suspect(id, suspicion);
+    }
+
+    pub(crate) fn observer(&self) -> &Observer {
+        self.cluster().observer()
     }
 
     fn cluster(&self) -> &Cluster<C> {

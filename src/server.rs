@@ -43,6 +43,28 @@ const ROLE_ONLY_FOR: Duration = Duration::from_secs(60);
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
+/// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
+pub(crate) trait Seat: Send {
+    /// `lost`: the server or the network ended it, and not this side.
+    fn left(&self, lost: bool);
+}
+
+/// Who is told of the end of a session.
+#[derive(Default)]
+enum Seated {
+    #[default]
+    Nobody,
+    Somebody(Box<dyn Seat>),
+    /// It has ended.
+    Left,
+}
+
+impl fmt::Debug for Seated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seated")
+    }
+}
+
 /// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
 /// driver task notes it before it hands that answer on.
 #[derive(Debug, Default)]
@@ -51,6 +73,7 @@ pub(crate) struct Notices {
     not_replicated: AtomicBool,
     /// The session is one of the pool's, whose traffic shows that the server is there.
     pooled: AtomicBool,
+    seated: Mutex<Seated>,
     /// Who hears the session's notifications, if anybody does.
     ear: OnceLock<Arc<dyn Ear>>,
 }
@@ -75,9 +98,22 @@ impl Notices {
         }
     }
 
-    /// From now on the session's traffic counts.
-    pub(crate) fn pool(&self) {
+    /// From now on the session's traffic counts, and `seat` is told of its end.
+    pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
         self.pooled.store(true, Ordering::Relaxed);
+        let mut seated = self.seated.lock().unwrap_or_else(PoisonError::into_inner);
+        match *seated {
+            Seated::Left => seat.left(false),
+            _ => *seated = Seated::Somebody(seat),
+        }
+    }
+
+    /// The session has ended; whoever says so first is right about the reason.
+    fn left(&self, lost: bool) {
+        let seated = std::mem::replace(&mut *self.seated.lock().unwrap_or_else(PoisonError::into_inner), Seated::Left);
+        if let Seated::Somebody(seat) = seated {
+            seat.left(lost);
+        }
     }
 
     /// `ear` hears from now on. The first stays: a session has one.
@@ -376,7 +412,17 @@ impl<C> DerefMut for Guarded<C> {
     }
 }
 
+/// However a driver ends, also by being aborted.
+struct AtTheEnd(Arc<Notices>);
+
+impl Drop for AtTheEnd {
+    fn drop(&mut self) {
+        self.0.left(false);
+    }
+}
+
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
+    let at_the_end = AtTheEnd(Arc::clone(&notices));
     // The driver is woken by what is to be sent and by what was received, and by nothing else.
     let stirring = poll_fn(|cx| {
         if notices.pooled.load(Ordering::Relaxed) {
@@ -389,6 +435,7 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
         () = scope.cancelled() => {}
         ended = stirring => if let Err(error) = ended {
             tracing::debug!("a session ended: {}", explain(&error));
+            at_the_end.0.left(true);
         }
     }
     if let Some(ear) = notices.ear.get() {

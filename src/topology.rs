@@ -16,7 +16,7 @@ mod view;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub use report::{BadReport, Lsn, Role, ServerReport};
 pub(crate) use report::{ROLE_PROBE, STARTED_AT, STATS_RESET, probe};
-pub use view::{Change, GenerationId, State, View};
+pub use view::{Change, Eviction, GenerationId, State, View};
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
@@ -169,9 +169,9 @@ pub(crate) enum Action {
     /// Checkouts wait; the generation's connections live on.
     Suspend { why: String },
     /// The suspended generation's server is the verified primary again, perhaps at another address.
-    Resume { endpoint: Endpoint, lost_for: Duration },
-    /// All connections of this generation end now.
-    End { id: GenerationId, why: String },
+    Resume { primary: Primary, lost_for: Duration },
+    /// All connections of this generation end now. `lost`: until now it was in use, and no suspension came before.
+    End { id: GenerationId, cause: Eviction, why: String, lost: bool },
     /// A new generation begins.
     Begin { primary: Primary, lost_for: Option<Duration> },
     /// Something that an operator wants to know; each is said once.
@@ -643,13 +643,13 @@ impl Topology {
                 if self.settings.roaming && probed.still_open && !primary.is(&probed.address, report) => {}
             Answer::Failed(_) if self.settings.roaming && probed.still_open => {}
             Answer::Refused(report, refusal) => {
-                let proof = primary.is(&probed.address, report) && refusal.is_proof();
+                // Another server behind the address (a proxy's choice) proves nothing about the one in use.
+                let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
                 self.suspend(now, &why, false);
-                // Another server behind the address (a proxy's choice) proves nothing about the one in use.
-                if proof {
-                    self.end_suspended(id, &why);
+                if let Some(cause) = proof {
+                    self.end_suspended(id, cause, &why);
                 }
             }
             Answer::Failed(failure) => match failure.kind {
@@ -714,9 +714,9 @@ impl Topology {
                 }
                 Answer::Refused(report, refusal) if suspended.primary.is(address, report) => {
                     suspended.answered_at = now;
-                    if refusal.is_proof() {
+                    if let Some(cause) = refusal.proof() {
                         let (id, why) = (suspended.primary.id, format!("{}: {refusal}", suspended.primary.endpoint));
-                        self.end_suspended(id, &why);
+                        self.end_suspended(id, cause, &why);
                     }
                 }
                 // It is not silent, whatever else it is.
@@ -824,13 +824,13 @@ impl Topology {
         self.resolve_due = self.resolve_due.map(|due| due.min(now));
     }
 
-    fn end_suspended(&mut self, id: GenerationId, why: &str) {
+    fn end_suspended(&mut self, id: GenerationId, cause: Eviction, why: &str) {
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };
         if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.id == id) {
             search.suspended = None;
-            self.actions.push(Action::End { id, why: why.to_owned() });
+            self.actions.push(Action::End { id, cause, why: why.to_owned(), lost: false });
         }
     }
 
@@ -897,7 +897,7 @@ impl Topology {
         let silent = now.duration_since(suspended.answered_at);
         if silent >= self.settings.dead_after {
             let id = suspended.primary.id;
-            self.end_suspended(id, &format!("no answer for {silent:?}, and no other primary"));
+            self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
         }
     }
 
@@ -913,9 +913,8 @@ impl Topology {
             primary.endpoint = member.endpoint.clone();
         }
         primary.report = report.clone();
-        let endpoint = primary.endpoint.clone();
+        self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
         self.known(now, primary, "the same server answers as the primary again");
-        self.actions.push(Action::Resume { endpoint, lost_for });
     }
 
     fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
@@ -928,13 +927,14 @@ impl Topology {
         };
         let (lost_for, old) = match &self.phase {
             Phase::Searching(search) => {
-                let old = search.suspended.as_ref().map(|suspended| suspended.primary.id);
+                let old = search.suspended.as_ref().map(|suspended| (suspended.primary.id, false));
                 ((self.generation.0 > 0).then(|| now.duration_since(search.since)), old)
             }
-            Phase::Known { primary, .. } => (None, Some(primary.id)),
+            Phase::Known { primary, .. } => (None, Some((primary.id, true))),
         };
-        if let Some(id) = old {
-            self.actions.push(Action::End { id, why: format!("{endpoint} is the primary now") });
+        if let Some((id, lost)) = old {
+            let why = format!("{endpoint} is the primary now");
+            self.actions.push(Action::End { id, cause: Eviction::Replaced, why, lost });
         }
         self.generation.0 += 1;
         self.system_identifier = self.system_identifier.or(report.system_identifier);

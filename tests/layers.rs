@@ -7,19 +7,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Which module may name which; a module may always name itself. What is not here is level 0 and names none.
-const ALLOWED: [(&str, &[&str]); 8] = [
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("server", &["classify", "topology"]),
-    ("cluster", &["resolve", "server", "topology"]),
     ("commit", &["server", "topology"]),
+    ("observe", &["classify", "commit", "server", "topology"]),
+    ("cluster", &["observe", "resolve", "server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),
     ("retry", &["error"]),
-    ("pool", &["cluster", "commit", "error", "resolve", "retry", "server", "tls", "topology"]),
+    ("pool", &["cluster", "commit", "error", "observe", "resolve", "retry", "server", "tls", "topology"]),
     ("listen", &["classify", "error", "pool", "retry", "server", "topology"]),
-    ("transaction", &["classify", "commit", "error", "pool", "retry", "server", "topology"]),
+    ("transaction", &["classify", "commit", "error", "observe", "pool", "retry", "server", "topology"]),
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 13] = [
+const LEVELS: [&str; 14] = [
     "classify",
     "fly",
     "resolve",
@@ -27,6 +28,7 @@ const LEVELS: [&str; 13] = [
     "server",
     "tls",
     "commit",
+    "observe",
     "cluster",
     "error",
     "retry",

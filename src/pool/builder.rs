@@ -25,6 +25,7 @@ use super::{Manager, Pool, Shared, Source};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
+use crate::observe::{Names, Observer};
 use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ask, Open, Opener, Passwords};
@@ -154,6 +155,7 @@ pub struct PoolBuilder {
     gate: usize,
     calls: CallOptions,
     settings: Settings,
+    pool_name: Option<String>,
     seed: Option<u64>,
 }
 
@@ -173,6 +175,7 @@ impl PoolBuilder {
             gate: 4,
             calls: CallOptions::default(),
             settings: Settings::default(),
+            pool_name: None,
             seed: None,
         })
     }
@@ -333,6 +336,16 @@ impl PoolBuilder {
         self
     }
 
+    /// The pool's name in its figures, with the feature `metrics`: their label `db.client.connection.pool.name`. Default: the
+    /// first host of the configuration, its port and the database, as in `my-pg.internal:5432/app`.
+    ///
+    /// Give each pool of a process a name of its own. Pools of one name share their figures: counts add up, and
+    /// `db.client.failover.generation` is that of one of them.
+    pub fn pool_name(mut self, name: impl Into<String>) -> Self {
+        self.pool_name = Some(name.into());
+        self
+    }
+
     /// Pause between two questions to the primary, on a connection of the pool's own. Default: 1 s.
     ///
     /// A closed or refused connection is noticed at once, without it. It is for what sends no sign: a fence, a host that
@@ -412,6 +425,7 @@ impl PoolBuilder {
         let shared = self.calls.clone().shared(&self.settings)?;
         let manager = self.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
+        dialer.cluster.observer().sized(max_size, idle.min);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
@@ -437,6 +451,7 @@ impl PoolBuilder {
         }
         // More than one of its failures must fit into the silence after which connections are ended.
         let shortest = settings.probe_timeout.min(settings.heartbeat_timeout).min(settings.dead_after / 3);
+        let names = names(self.pool_name, &targets, &template);
         let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
         let open_timeout = settings.probe_timeout;
         let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
@@ -454,6 +469,7 @@ impl PoolBuilder {
             opener: Arc::clone(&opener),
             gate: self.gate,
             seed,
+            observer: Arc::new(Observer::new(names)),
         });
         let max_lifetime = self.max_lifetime.min(FAR);
         Ok(Manager::new(Arc::new(Dialer::new(cluster, opener, open_timeout, seed)), max_lifetime))
@@ -669,6 +685,17 @@ fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, 
         .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after.min(LONGEST_USER_TIMEOUT)));
     keep_alive(config, &mut template);
     Ok(template)
+}
+
+/// What the pool is called where it is observed. Without a database named, PostgreSQL takes the one of the user's name.
+fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
+    let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
+    let server = match (targets.names.first(), targets.addresses.first()) {
+        (Some(name), _) => format!("{}:{}", name.host, name.port),
+        (None, Some(endpoint)) => endpoint.address.to_string(),
+        (None, None) => String::new(),
+    };
+    Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
 }
 
 fn keep_alive(config: &Config, template: &mut Config) {

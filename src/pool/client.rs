@@ -12,11 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::connection::{Facts, Manager};
-use super::wrap::Lent;
+use super::wrap::FromElsewhere;
 use crate::cluster::{InUse, lock};
 use crate::commit::Life;
 use crate::commit::wal::Marking;
-use crate::server::{Notices, SessionClient};
+use crate::observe::{Lent, Watched};
+use crate::server::{Notices, Seat, SessionClient};
 use crate::topology::GenerationId;
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
@@ -45,16 +46,19 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     loan: Option<Loan<C>>,
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
+    lent: Lent,
     _in_use: InUse,
 }
 
 /// Whose connection it is.
 pub(super) enum Loan<C: SessionClient> {
     Own(Object<Manager<C>>),
-    /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it.
+    /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it. Watched while
+    /// it is on loan: what becomes of it in its own pool nobody tells.
     Lent {
-        object: Box<dyn Lent<C>>,
+        object: Box<dyn FromElsewhere<C>>,
         facts: Arc<Facts>,
+        watched: Arc<Watched>,
         scope: CancellationToken,
     },
 }
@@ -64,6 +68,13 @@ impl<C: SessionClient> Loan<C> {
         match self {
             Self::Own(object) => &object.facts,
             Self::Lent { facts, .. } => facts,
+        }
+    }
+
+    fn watched(&self) -> &Watched {
+        match self {
+            Self::Own(object) => &object.watched,
+            Self::Lent { watched, .. } => watched,
         }
     }
 
@@ -97,7 +108,7 @@ impl<C: SessionClient> Loan<C> {
 
 impl<C: SessionClient> Client<C> {
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>, in_use: InUse) -> Self {
-        Self { loan: Some(loan), pool, _in_use: in_use }
+        Self { lent: loan.watched().lent(), loan: Some(loan), pool, _in_use: in_use }
     }
 
     /// The generation that the connection belongs to.
@@ -134,6 +145,10 @@ impl<C: SessionClient> Client<C> {
 
     pub(crate) fn pool(&self) -> &Pool<C> {
         &self.pool
+    }
+
+    pub(crate) fn watched(&self) -> &Watched {
+        self.loan().watched()
     }
 
     /// The server at the other end, where it lets itself be identified.
@@ -184,6 +199,10 @@ impl<C: SessionClient> Drop for Client<C> {
         let Some(loan) = self.loan.take() else {
             return;
         };
+        loan.watched().given_back(&self.lent);
+        if let Loan::Lent { watched, .. } = &loan {
+            watched.left(false);
+        }
         let closed = self.pool.cluster().is_closed();
         if closed && !loan.facts().is_poisoned() {
             self.pool.cancel_running(loan.client());

@@ -17,6 +17,7 @@ use crate::cluster::{Generation, lock};
 use crate::commit::wal::Marking;
 use crate::commit::{Life, Server};
 use crate::error::Error;
+use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Notices, Session, SessionClient};
 use crate::topology::{GenerationId, ServerReport};
 
@@ -68,14 +69,17 @@ pub struct Connection<C = ClientWrapper> {
     client: Guarded<C>,
     abort: Option<AbortHandle>,
     pub(super) facts: Facts,
+    pub(super) watched: Arc<Watched>,
     /// From then on it is not handed out any more.
     expires: Instant,
 }
 
 impl<C: SessionClient> Connection<C> {
-    fn new(session: Session<C>, generation: &Generation<C>, lifetime: Duration) -> Self {
-        session.notices.pool();
+    fn new(session: Session<C>, generation: &Generation<C>, lifetime: Duration, observer: &Arc<Observer>) -> Self {
+        let watched = observer.connection(&generation.open, generation.endpoint().address);
+        session.notices.pool(Box::new(Arc::clone(&watched)));
         Self {
+            watched,
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
@@ -149,7 +153,7 @@ impl<C: SessionClient> Manager<C> {
     fn connection(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
         // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
         let less = self.dialer.random_up_to(self.max_lifetime / 10);
-        Connection::new(session, generation, self.max_lifetime.saturating_sub(less))
+        Connection::new(session, generation, self.max_lifetime.saturating_sub(less), self.dialer.cluster.observer())
     }
 }
 
@@ -158,7 +162,8 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection<C>, Error> {
-        let (session, generation) = self.dialer.session().await?;
+        // Boxed, as it is rare and large, and every waiting call would carry it.
+        let (session, generation) = Box::pin(self.dialer.session()).await?;
         Ok(self.connection(session, &generation))
     }
 

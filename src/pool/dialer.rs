@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Obstacle, Refused, Unavailable};
@@ -62,9 +62,11 @@ impl<C: SessionClient> Dialer<C> {
         if let Some(session) = generation.take_spare() {
             return Ok(Some(session));
         }
+        let began = Instant::now();
         match self.open(generation).await {
             Ok(session) => {
                 generation.opened();
+                self.cluster.observer().opened(began.elapsed());
                 Ok(self.cluster.is_current(generation.primary.id).then_some(session))
             }
             // The permit is held through the pause: a server that takes no sessions is not asked by everybody.

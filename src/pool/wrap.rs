@@ -26,20 +26,21 @@ use super::{Pool, Source};
 use crate::cluster::{Cluster, Generation, Setup, lock};
 use crate::commit::Guarantee;
 use crate::error::{BuildError, Error, Obstacle, Unavailable};
+use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, cancel, not_created};
 use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, ServerReport, Settings, View};
 
 /// A connection of the wrapped pool.
-pub(super) trait Lent<C>: DerefMut<Target = C> + Send + Sync {
+pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
     fn id(&self) -> ObjectId;
 
     /// Closes it, and frees its slot.
     fn discard(self: Box<Self>);
 }
 
-impl<M> Lent<M::Type> for Object<M>
+impl<M> FromElsewhere<M::Type> for Object<M>
 where
     M: managed::Manager,
     M::Type: Send + Sync,
@@ -55,7 +56,7 @@ where
 
 /// The wrapped pool, without its manager's type.
 pub(super) trait Lend<C>: Send + Sync {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn Lent<C>>, NotLent>>;
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<C>>, NotLent>>;
 
     fn status(&self) -> managed::Status;
 
@@ -124,10 +125,10 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn Lent<M::Type>>, NotLent>> {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<M::Type>>, NotLent>> {
         Box::pin(async move {
             match self.existing.get().await {
-                Ok(object) => Ok(Box::new(object) as Box<dyn Lent<M::Type>>),
+                Ok(object) => Ok(Box::new(object) as Box<dyn FromElsewhere<M::Type>>),
                 Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
                 Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
                 Err(PoolError::Closed) => Err(NotLent::Closed),
@@ -196,10 +197,13 @@ impl<C: SessionClient> Wrapped<C> {
         &self,
         dialer: &Dialer<C>,
         generation: &Generation<C>,
-        object: Box<dyn Lent<C>>,
+        object: Box<dyn FromElsewhere<C>>,
     ) -> Result<Loan<C>, Option<ProbeFailure>> {
         let (id, scope) = (generation.primary.id, generation.scope.clone());
-        let lend = |object, facts| Ok(Loan::Lent { object, facts, scope });
+        let lend = |object, facts| {
+            let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
+            Ok(Loan::Lent { object, facts, watched, scope })
+        };
         if let Some(facts) = self.known(object.id(), id) {
             return lend(object, facts);
         }
@@ -257,6 +261,7 @@ pub struct WrapBuilder<M: managed::Manager> {
     existing: managed::Pool<M>,
     calls: CallOptions,
     settings: Settings,
+    pool_name: Option<String>,
     seed: Option<u64>,
 }
 
@@ -268,7 +273,7 @@ where
 {
     pub(super) fn new(existing: managed::Pool<M>) -> Self {
         let settings = Settings { roaming: true, ..Settings::default() };
-        Self { existing, calls: CallOptions::default(), settings, seed: None }
+        Self { existing, calls: CallOptions::default(), settings, pool_name: None, seed: None }
     }
 
     /// As [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout): the longest wait for a primary and a
@@ -329,6 +334,12 @@ where
         self
     }
 
+    /// As [`PoolBuilder::pool_name`](crate::PoolBuilder::pool_name). Default: `wrapped`.
+    pub fn pool_name(mut self, name: impl Into<String>) -> Self {
+        self.pool_name = Some(name.into());
+        self
+    }
+
     /// As [`PoolBuilder::seed`](crate::PoolBuilder::seed).
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
@@ -343,6 +354,7 @@ where
         let open_timeout = self.settings.probe_timeout;
         let lender =
             Arc::new(Lender { existing: self.existing, questions: Questions::default(), stirs: AtomicU64::new(0) });
+        let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: Vec::new(),
@@ -351,8 +363,9 @@ where
             opener: Arc::clone(&lender) as Arc<dyn Open<M::Type>>,
             gate: 1,
             seed,
+            observer: Arc::new(Observer::new(names)),
         });
-        tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.subscribe()));
+        tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped { lender: Arc::clone(&lender) as _, known: Mutex::default() }));
         let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed));
         Ok(Pool { source, dialer, shared })

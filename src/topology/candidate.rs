@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::ServerReport;
+use super::{Eviction, ServerReport};
 
 /// The socket address of a server, or the path of its Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -153,8 +153,12 @@ pub enum Refusal {
 
 impl Refusal {
     /// The server itself refuses writes; the others say that it cannot be told who it is, or that it is not the one.
-    pub(super) fn is_proof(self) -> bool {
-        matches!(self, Self::Standby | Self::Fenced)
+    pub(super) fn proof(self) -> Option<Eviction> {
+        match self {
+            Self::Standby => Some(Eviction::Demoted),
+            Self::Fenced => Some(Eviction::Fenced),
+            _ => None,
+        }
     }
 }
 

@@ -304,6 +304,39 @@ fn a_silent_server_is_given_up_after_dead_after() {
 }
 
 #[test]
+fn each_end_says_its_cause_and_whether_the_primary_was_in_use_until_then() {
+    let ends = |happens: fn(&mut Bench)| {
+        let mut bench = Bench::settled();
+        bench.wait(ms(6000));
+        happens(&mut bench);
+        let mut suspensions = 0;
+        let said = bench.log.iter().filter_map(|action| {
+            suspensions += usize::from(matches!(action, Action::Suspend { .. }));
+            match action {
+                Action::End { cause, lost, .. } => Some((*cause, *lost, suspensions)),
+                _ => None,
+            }
+        });
+        said.collect::<Vec<_>>()
+    };
+    assert_eq!(ends(|bench| bench.report(2, primary(2, 2))), [(Eviction::Replaced, true, 0)]);
+    assert_eq!(ends(|bench| bench.answer(1, Ok(fenced(1, 1)), false, true)), [(Eviction::Fenced, false, 1)]);
+    assert_eq!(ends(|bench| bench.answer(1, Ok(standby(1)), false, true)), [(Eviction::Demoted, false, 1)]);
+    let silent = |bench: &mut Bench| bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+    assert!(ends(silent).is_empty());
+    let given_up = ends(|bench| {
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+        bench.wait(ms(20_000));
+    });
+    assert_eq!(given_up, [(Eviction::Silent, false, 1)]);
+    let replaced = ends(|bench| {
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+        bench.report(2, primary(2, 2));
+    });
+    assert_eq!(replaced, [(Eviction::Replaced, false, 1)]);
+}
+
+#[test]
 fn a_restart_is_a_new_generation() {
     let mut bench = Bench::settled();
     bench.suspect(1);

@@ -65,3 +65,28 @@ pub struct Change {
     /// Why, in a few words.
     pub why: String,
 }
+
+/// Why the connections of a generation were closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Eviction {
+    /// Another server proved to be the primary, or the same one in its next life.
+    Replaced,
+    /// Its server is a standby now.
+    Demoted,
+    /// Its server refuses writes: `default_transaction_read_only` is on.
+    Fenced,
+    /// Its server was silent for [`dead_after`](crate::PoolBuilder::dead_after).
+    Silent,
+}
+
+impl fmt::Display for Eviction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Replaced => "replaced",
+            Self::Demoted => "demoted",
+            Self::Fenced => "fenced",
+            Self::Silent => "silent",
+        })
+    }
+}

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
-use tokio_postgres::error::DbError;
-use tracing::Instrument;
+use tokio_postgres::error::{DbError, SqlState};
+use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
 use super::settle::{Mark, Outcome, Settler, settle};
@@ -19,6 +19,7 @@ use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
+use crate::observe::Observer;
 use crate::pool::{Client, Pool};
 use crate::retry::{GiveUp, Retry};
 use crate::server::SessionClient;
@@ -39,11 +40,15 @@ where
     F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
-    let span = tracing::info_span!("transaction", db.system.name = "postgresql", mode = ?options.mode());
-    attempts(options, work).instrument(span).await
+    let span = options.pool.observer().transaction(&options.mode());
+    let result = attempts(options, &span, work).instrument(span.clone()).await;
+    if let Err(error) = &result {
+        Observer::transaction_failed(&span, error.code().map(SqlState::code), error.kind());
+    }
+    result
 }
 
-async fn attempts<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, mut work: F) -> Result<T, Error>
+async fn attempts<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, span: &Span, mut work: F) -> Result<T, Error>
 where
     C: SessionClient,
     F: FnMut(Transaction<C>) -> Fut,
@@ -60,7 +65,8 @@ where
             Ok(client) => client,
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
-        let span = tracing::debug_span!("attempt", number, generation = client.generation().get());
+        let generation = client.generation();
+        let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
         let ended = async {
             match attempt.run(&begin, mode, &mut work).await {
@@ -81,7 +87,10 @@ where
         let users = if stage == Stage::InDoubt { None } else { report(&error) };
         let users = users.and_then(|report| options.retry.word_on(report));
         match decide(mode, stage, verdict, users) {
-            Next::Settle | Next::Unknown => return Err(unknown(error, Unsettled::NoMarker)),
+            Next::Settle | Next::Unknown => {
+                pool.observer().not_settled(generation);
+                return Err(unknown(error, Unsettled::NoMarker));
+            }
             Next::Return => return Err(for_good(error, number, doubt)),
             Next::Rerun => {}
         }
@@ -95,7 +104,7 @@ where
                 if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome), pool.budget()) {
                     return Err(given_up(error, number, GiveUp::Hook, stage, doubt));
                 }
-                tracing::debug!(attempt = number, ?verdict, ?delay, "the transaction runs again: {error}");
+                pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
             }
             Err(why) => return Err(given_up(error, number, why, stage, doubt)),

@@ -10,6 +10,7 @@ use crate::commit::ledger::{Entered, Ledger};
 use crate::commit::wal::{self, Backend};
 use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
 use crate::error::Error;
+use crate::observe::Settlement;
 use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
@@ -59,7 +60,8 @@ pub(super) async fn settle<C: SessionClient>(
     mark: &Mark,
     deadline: Instant,
 ) -> Result<Outcome, Unsettled> {
-    let deadline = deadline.max(Instant::now() + AT_LEAST);
+    let began = Instant::now();
+    let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut reason = Unsettled::NoPrimary;
     let rounds = async {
@@ -71,11 +73,19 @@ pub(super) async fn settle<C: SessionClient>(
         }
     };
     // Around the loop, not in it: a round that begins late ends at once, and without an answer.
-    let settled = timeout_at(deadline, rounds).await;
-    if let Ok(settled) = settled {
-        tracing::info!(?settled, "a commit without an answer was settled");
+    let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
+    pool.observer().settled(mark.generation, settled.into(), began.elapsed());
+    settled
+}
+
+impl From<Result<Outcome, Unsettled>> for Settlement {
+    fn from(settled: Result<Outcome, Unsettled>) -> Self {
+        match settled {
+            Ok(Outcome::Committed) => Self::Committed,
+            Ok(Outcome::NotCommitted) => Self::NotCommitted,
+            Err(why) => Self::Unknown(why),
+        }
     }
-    settled.unwrap_or(Err(reason))
 }
 
 /// One question; `None`: ask again, and if there is no time left, `reason` is why.

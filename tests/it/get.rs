@@ -119,7 +119,7 @@ fn name_of(state: &State) -> &'static str {
 async fn status_and_subscription_follow_a_failover() {
     let cluster = Cluster::start().await;
     let pool = Pool::builder(cluster.url_hosts()).unwrap().max_size(4).build().unwrap();
-    let mut views = pool.subscribe();
+    let mut views = pool.watch();
     let first = views.borrow_and_update().clone();
     assert_eq!((name_of(&first.state), first.generation.get()), ("searching", 0));
     assert!(!first.changed.why.is_empty());

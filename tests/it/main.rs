@@ -20,8 +20,11 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+mod spans;
 #[cfg(feature = "rustls")]
 mod tls;
 mod transaction;
 mod tune;
+#[cfg(feature = "metrics")]
+mod watch;
 mod wrap;

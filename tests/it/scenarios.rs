@@ -213,7 +213,7 @@ async fn r4b_writes_leave_a_primary_that_was_replaced_behind_its_back() {
     let accepted = cluster.promote_timed(cluster.most_advanced_standby().await).await.accepted_at;
     // The servers' clock is this one.
     let accepted_by_clock = SystemTime::now() - accepted.elapsed();
-    let mut states = pool.subscribe();
+    let mut states = pool.watch();
     let view = timeout(LONG, states.wait_for(|view| view.generation.get() == 2)).await.unwrap().unwrap().clone();
     let moved = view.changed.at.into_std().saturating_duration_since(accepted);
     let released = hung.released().await.saturating_duration_since(accepted);

@@ -19,7 +19,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Key of the advisory lock behind which COMMIT waits, see [`slow_commit`].
 const GATE: i64 = 4711;
 /// Fails like a conflict of serializable transactions, without needing a second one.
-const CONFLICT: &str = "DO $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$";
+pub(crate) const CONFLICT: &str = "DO $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$";
 
 async fn server() -> Cluster {
     let cluster = Cluster::builder().nodes(1).start().await;

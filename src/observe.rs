@@ -1,0 +1,426 @@
+//! Says what happens: each observation is one call, which makes its line in the log, its event and its figures.
+//!
+//! Decides nothing; what is worth saying is decided where it happens. Invariants: a reader of events never holds up the
+//! pool; a figure's labels have few values, and no address or secret is one; without the feature `metrics` the figures
+//! cost nothing. Tests: `tests/it/watch.rs`, `tests/dashboard.rs`.
+
+mod event;
+#[cfg(feature = "metrics")]
+mod meters;
+#[cfg(not(feature = "metrics"))]
+#[path = "observe/no_meters.rs"]
+mod meters;
+
+pub use event::{Event, Events, Settlement};
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::broadcast;
+use tokio::time::Instant;
+use tokio::time::error::Elapsed;
+use tracing::{Span, field};
+
+use crate::classify::Verdict;
+use crate::commit::Unsettled;
+use crate::server::Seat;
+use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Primary, Refusal};
+use meters::{Meters, Place, Stopwatch};
+
+/// Events that a reader may be behind; the older ones it then misses. More than a failover of a large pool makes.
+const EVENTS: usize = 256;
+
+/// How a pool is named where it is observed.
+#[derive(Clone, Debug)]
+pub(crate) struct Names {
+    /// Of the pool, in its figures.
+    pub(crate) pool: String,
+    /// Of the database, in its spans.
+    pub(crate) database: String,
+}
+
+/// What one pool is observed by.
+pub(crate) struct Observer {
+    database: String,
+    /// Until the pool is closed.
+    events: Mutex<Option<broadcast::Sender<Event>>>,
+    meters: Meters,
+}
+
+impl Observer {
+    pub(crate) fn new(names: Names) -> Self {
+        let events = Mutex::new(Some(broadcast::Sender::new(EVENTS)));
+        Self { database: names.database, events, meters: Meters::new(&names.pool) }
+    }
+
+    pub(crate) fn events(&self) -> Events {
+        let sender = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        Events::new(sender.as_ref().map_or_else(|| broadcast::channel(1).1, broadcast::Sender::subscribe))
+    }
+
+    pub(crate) fn send(&self, event: Event) {
+        if let Some(sender) = &*self.events.lock().unwrap_or_else(PoisonError::into_inner) {
+            // Fails where nobody listens.
+            let _ = sender.send(event);
+        }
+    }
+
+    /// Nothing is said from now on, and what the gauges show is taken back.
+    pub(crate) fn closed(&self) {
+        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.meters.closed();
+    }
+}
+
+/// The cluster's: the events come back, to be sent once the state that they tell of is published.
+impl Observer {
+    /// A search begins; its span is left with [`Observer::primary_found`].
+    pub(crate) fn search(&self) -> Span {
+        self.meters.searching();
+        tracing::info_span!(
+            "search",
+            otel.name = "search for the primary",
+            otel.kind = "internal",
+            db.system.name = "postgresql",
+            db.namespace = self.database,
+            server.address = field::Empty,
+            server.port = field::Empty,
+            generation = field::Empty,
+        )
+    }
+
+    #[must_use]
+    pub(crate) fn primary_lost(&self, generation: GenerationId, endpoint: Endpoint, why: String) -> Event {
+        tracing::warn!(
+            generation = generation.get(),
+            server.address = %Host(&endpoint.address),
+            server.port = port(&endpoint.address),
+            why,
+            "primary lost"
+        );
+        self.meters.lost();
+        Event::PrimaryLost { generation, endpoint, why }
+    }
+
+    #[must_use]
+    pub(crate) fn primary_found(&self, search: Option<&Span>, primary: &Primary, took: Duration, same: bool) -> Event {
+        let (generation, endpoint) = (primary.id, primary.endpoint.clone());
+        if let Some(search) = search {
+            search.record("server.address", field::display(Host(&endpoint.address)));
+            search.record("server.port", port(&endpoint.address));
+            search.record("generation", generation.get());
+        }
+        tracing::info!(
+            generation = generation.get(),
+            server.address = %Host(&endpoint.address),
+            server.port = port(&endpoint.address),
+            timeline = primary.report.timeline,
+            elapsed_ms = milliseconds(took),
+            "primary found{}",
+            if same { ": the same server answers again" } else { "" }
+        );
+        self.meters.found(generation, took);
+        Event::PrimaryFound { generation, endpoint, took, same_server: same }
+    }
+
+    #[must_use]
+    pub(crate) fn evicted(&self, generation: GenerationId, cause: Eviction, connections: usize, why: String) -> Event {
+        tracing::info!(generation = generation.get(), %cause, connections, why, "connections evicted");
+        self.meters.evicted(cause, connections);
+        Event::Evicted { generation, cause, connections, why }
+    }
+
+    /// `said`: what each candidate said last, and what DNS failed with.
+    pub(crate) fn noticed(
+        &self,
+        notice: Notice,
+        said: impl FnOnce() -> (Vec<CandidateReport>, Option<String>),
+    ) -> Option<Event> {
+        match notice {
+            Notice::Refused(address, refusal) => self.refused(address, refusal),
+            Notice::TwoPrimaries(address) => {
+                tracing::warn!(
+                    server.address = %Host(&address),
+                    server.port = port(&address),
+                    "a second server is writable on the timeline of the primary; the one in use is kept"
+                );
+                Some(Event::SecondPrimary { address })
+            }
+            Notice::RoleOnly(address) => {
+                tracing::warn!(
+                    server.address = %Host(&address),
+                    server.port = port(&address),
+                    "this role may not read the server's identity; only its role is checked, so an old primary that \
+                     comes back writable cannot be told apart"
+                );
+                None
+            }
+            Notice::StillSearching(lasted) => {
+                let (candidates, dns_failure) = said();
+                let answers: Vec<String> = candidates.iter().map(ToString::to_string).collect();
+                let dns = dns_failure.as_deref().unwrap_or_default();
+                tracing::warn!(elapsed_ms = milliseconds(lasted), dns, "no primary yet: {}", answers.join("; "));
+                Some(Event::SearchSlow { lasted, candidates, dns_failure })
+            }
+            Notice::TooManyCandidates(most) => {
+                tracing::warn!("DNS names more than {most} servers; the rest is not probed");
+                None
+            }
+        }
+    }
+
+    fn refused(&self, address: Address, refusal: Refusal) -> Option<Event> {
+        tracing::warn!(
+            server.address = %Host(&address),
+            server.port = port(&address),
+            reason = field::display(refusal),
+            "server refused"
+        );
+        self.meters.refused(refusal);
+        match refusal {
+            Refusal::Fenced => Some(Event::Fenced { address }),
+            Refusal::Zombie { timeline, newest } => Some(Event::ZombieRefused { address, timeline, newest }),
+            Refusal::OtherCluster { expected, found } => Some(Event::StrangerRefused { address, expected, found }),
+            _ => None,
+        }
+    }
+}
+
+/// The pool's.
+impl Observer {
+    pub(crate) fn sized(&self, max: usize, min_idle: usize) {
+        self.meters.sized(max, min_idle);
+    }
+
+    /// A caller waits for a connection, until the returned guard ends.
+    pub(crate) fn waits(&self, began: Instant) -> Waits<'_> {
+        self.meters.waits();
+        Waits { observer: self, began }
+    }
+
+    /// A session was opened for the pool.
+    pub(crate) fn opened(&self, took: Duration) {
+        self.meters.opened(took);
+    }
+
+    /// One connection of a generation, for as long as its session lives.
+    pub(crate) fn connection(self: &Arc<Self>, open: &Tally, address: Address) -> Arc<Watched> {
+        open.0.fetch_add(1, Ordering::Relaxed);
+        Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new(), address })
+    }
+}
+
+/// The transactions'.
+impl Observer {
+    pub(crate) fn transaction(&self, mode: &dyn fmt::Debug) -> Span {
+        tracing::info_span!(
+            "transaction",
+            otel.kind = "client",
+            otel.status_code = field::Empty,
+            db.system.name = "postgresql",
+            db.namespace = self.database,
+            db.response.status_code = field::Empty,
+            server.address = field::Empty,
+            server.port = field::Empty,
+            error.r#type = field::Empty,
+            mode = ?mode,
+            attempts = field::Empty,
+        )
+    }
+
+    /// `transaction`: the span of the call, which carries the server of its last attempt.
+    pub(crate) fn attempt(transaction: &Span, number: u32, generation: GenerationId, on: &Watched) -> Span {
+        let address = &on.address;
+        if !transaction.is_disabled() {
+            transaction.record("attempts", number);
+            transaction.record("server.address", field::display(Host(address)));
+            transaction.record("server.port", port(address));
+        }
+        tracing::debug_span!(
+            "attempt",
+            number,
+            generation = generation.get(),
+            server.address = %Host(address),
+            server.port = port(address),
+        )
+    }
+
+    /// `code`: the SQLSTATE, where the database answered with one; `kind`: what to call the error else.
+    pub(crate) fn transaction_failed(transaction: &Span, code: Option<&str>, kind: &str) {
+        if let Some(code) = code {
+            transaction.record("db.response.status_code", code);
+        }
+        transaction.record("error.type", code.unwrap_or(kind));
+        transaction.record("otel.status_code", "ERROR");
+    }
+
+    pub(crate) fn runs_again(&self, attempt: u32, verdict: Verdict, delay: Duration, error: &dyn fmt::Display) {
+        tracing::debug!(attempt, ?verdict, ?delay, "the transaction runs again: {error}");
+        self.meters.rerun(verdict);
+    }
+
+    /// A COMMIT without an answer: what became of it, as far as that can be told.
+    pub(crate) fn settled(&self, generation: GenerationId, outcome: Settlement, took: Duration) {
+        let (generation_number, elapsed_ms) = (generation.get(), milliseconds(took));
+        if let Settlement::Unknown(why) = outcome {
+            tracing::warn!(generation = generation_number, elapsed_ms, %why, "the outcome of a commit is not known");
+        } else {
+            tracing::info!(
+                generation = generation_number,
+                elapsed_ms,
+                ?outcome,
+                "a commit without an answer was settled"
+            );
+        }
+        self.meters.settled(outcome);
+        self.send(Event::CommitSettled { generation, outcome, took });
+    }
+
+    /// Nobody was asked.
+    pub(crate) fn not_settled(&self, generation: GenerationId) {
+        self.settled(generation, Settlement::Unknown(Unsettled::NoMarker), Duration::ZERO);
+    }
+}
+
+/// A caller that waits for a connection. Dropped without a word, its call was given up.
+pub(crate) struct Waits<'a> {
+    observer: &'a Observer,
+    began: Instant,
+}
+
+impl Waits<'_> {
+    /// The outer error is the deadline's.
+    pub(crate) fn ended<T, E>(self, checkout: &Result<Result<T, E>, Elapsed>) {
+        match checkout {
+            Ok(Ok(_)) => self.observer.meters.waited(self.began),
+            Ok(Err(_)) => {}
+            Err(_) => self.observer.meters.timed_out(),
+        }
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.observer.meters.waits_no_more();
+    }
+}
+
+/// How many connections of one generation are open.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tally(Arc<AtomicUsize>);
+
+impl Tally {
+    pub(crate) fn count(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One connection: whether it is idle or in use, until its session has ended.
+pub(crate) struct Watched {
+    observer: Arc<Observer>,
+    open: Tally,
+    place: Place,
+    address: Address,
+}
+
+impl Watched {
+    pub(crate) fn lent(&self) -> Stopwatch {
+        self.place.used(&self.observer.meters);
+        Stopwatch::start()
+    }
+
+    pub(crate) fn given_back(&self, lent: &Stopwatch) {
+        self.observer.meters.used(lent);
+        self.place.idle(&self.observer.meters);
+    }
+}
+
+impl Seat for Arc<Watched> {
+    fn left(&self, lost: bool) {
+        self.open.0.fetch_sub(1, Ordering::Relaxed);
+        self.place.left(&self.observer.meters);
+        if lost {
+            self.observer.meters.connection_lost();
+        }
+    }
+}
+
+pub(crate) use meters::Stopwatch as Lent;
+
+/// OpenTelemetry has the port in a field of its own.
+struct Host<'a>(&'a Address);
+
+impl fmt::Display for Host<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Address::Tcp(address) => address.ip().fmt(f),
+            #[cfg(unix)]
+            Address::Unix(folder, _) => folder.display().fmt(f),
+            Address::Wrapped => self.0.fmt(f),
+        }
+    }
+}
+
+fn port(address: &Address) -> u16 {
+    match address {
+        Address::Tcp(address) => address.port(),
+        #[cfg(unix)]
+        Address::Unix(_, port) => *port,
+        Address::Wrapped => 0,
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn observer() -> Observer {
+        Observer::new(Names { pool: "test".to_owned(), database: "app".to_owned() })
+    }
+
+    fn settled_in(event: Option<Event>) -> u64 {
+        match event {
+            Some(Event::CommitSettled { generation, .. }) => generation.get(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_misses_the_oldest_and_is_told_how_many() {
+        let observer = observer();
+        let (mut slow, mut quick) = (observer.events(), observer.events());
+        let sent = u64::try_from(EVENTS).unwrap() + 44;
+        for number in 1..=sent {
+            observer.settled(GenerationId(number), Settlement::Committed, Duration::ZERO);
+            assert_eq!(settled_in(quick.next().await), number);
+        }
+        assert!(matches!(slow.next().await, Some(Event::Missed { events: 44 })));
+        for number in 45..=sent {
+            assert_eq!(settled_in(slow.next().await), number);
+        }
+        observer.settled(GenerationId(1), Settlement::Committed, Duration::ZERO);
+        observer.closed();
+        assert_eq!(settled_in(slow.next().await), 1, "what was said before the end is still heard");
+        assert!(slow.next().await.is_none());
+        assert!(slow.next().await.is_none(), "the end stays the end");
+        assert!(observer.events().next().await.is_none());
+    }
+
+    /// `select!` drops the future of `next` all the time.
+    #[tokio::test]
+    async fn a_dropped_wait_loses_nothing() {
+        let observer = observer();
+        let mut events = observer.events();
+        for number in 1..=3 {
+            assert!(futures_util::FutureExt::now_or_never(events.next()).is_none());
+            observer.settled(GenerationId(number), Settlement::NotCommitted, Duration::ZERO);
+            assert_eq!(settled_in(events.next().await), number);
+        }
+    }
+}

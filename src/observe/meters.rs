@@ -1,0 +1,343 @@
+//! The figures, through the `metrics` facade: OpenTelemetry's names for the pools of database clients, and names in their
+//! manner for the failover. docs/metrics.md explains each.
+//!
+//! Each figure is looked up once, when the pool is built; from then on it costs a few atomic operations.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use tokio::time::Instant;
+
+use super::Settlement;
+use crate::classify::Verdict;
+use crate::topology::{Eviction, GenerationId, Refusal};
+
+const POOL: &str = "db.client.connection.pool.name";
+const STATE: &str = "db.client.connection.state";
+const CAUSE: &str = "cause";
+const OUTCOME: &str = "outcome";
+
+const COUNT: &str = "db.client.connection.count";
+const IDLE_MAX: &str = "db.client.connection.idle.max";
+const IDLE_MIN: &str = "db.client.connection.idle.min";
+const MAX: &str = "db.client.connection.max";
+const PENDING: &str = "db.client.connection.pending_requests";
+const TIMEOUTS: &str = "db.client.connection.timeouts";
+const CREATE_TIME: &str = "db.client.connection.create_time";
+const WAIT_TIME: &str = "db.client.connection.wait_time";
+const USE_TIME: &str = "db.client.connection.use_time";
+const SEARCHES: &str = "db.client.failover.searches";
+const SEARCH_DURATION: &str = "db.client.failover.search.duration";
+const PRIMARY: &str = "db.client.failover.primary";
+const GENERATION: &str = "db.client.failover.generation";
+const EVICTIONS: &str = "db.client.failover.evictions";
+const LOST: &str = "db.client.failover.connections_lost";
+const REFUSED: &str = "db.client.failover.servers_refused";
+const RERUNS: &str = "db.client.failover.reruns";
+const SETTLED: &str = "db.client.failover.commits_settled";
+
+fn describe() {
+    describe_gauge!(COUNT, Unit::Count, "Connections that are open now, by state: idle or used.");
+    describe_gauge!(IDLE_MAX, Unit::Count, "The most connections that may be idle.");
+    describe_gauge!(IDLE_MIN, Unit::Count, "Idle connections that are left open however long they have been idle.");
+    describe_gauge!(MAX, Unit::Count, "The most connections that are handed out at the same time.");
+    describe_gauge!(PENDING, Unit::Count, "Callers that wait for a connection now.");
+    describe_counter!(TIMEOUTS, Unit::Count, "Callers that got no connection before their deadline.");
+    describe_histogram!(CREATE_TIME, Unit::Seconds, "Time to open and verify a connection.");
+    describe_histogram!(WAIT_TIME, Unit::Seconds, "Time from asking for a connection to having it.");
+    describe_histogram!(USE_TIME, Unit::Seconds, "Time between getting a connection and giving it back.");
+    describe_counter!(SEARCHES, Unit::Count, "Searches for the primary that began, the pool's first included.");
+    describe_histogram!(SEARCH_DURATION, Unit::Seconds, "Time from losing the primary to having a verified one.");
+    describe_gauge!(PRIMARY, Unit::Count, "1 while there is a verified primary, else 0.");
+    describe_gauge!(GENERATION, Unit::Count, "The number of the newest generation: primaries found so far.");
+    describe_counter!(EVICTIONS, Unit::Count, "Open connections closed because their generation ended, by cause.");
+    describe_counter!(LOST, Unit::Count, "Connections that the server or the network ended.");
+    describe_counter!(REFUSED, Unit::Count, "Servers that were refused as the primary, by cause.");
+    describe_counter!(RERUNS, Unit::Count, "Transactions that ran again, by cause.");
+    describe_counter!(SETTLED, Unit::Count, "COMMITs without an answer, by what became of them.");
+}
+
+pub(super) struct Meters {
+    idle: Gauge,
+    used: Gauge,
+    idle_max: Gauge,
+    idle_min: Gauge,
+    max: Gauge,
+    pending: Gauge,
+    timeouts: Counter,
+    create_time: Histogram,
+    wait_time: Histogram,
+    use_time: Histogram,
+    searches: Counter,
+    search_duration: Histogram,
+    primary: Gauge,
+    generation: Gauge,
+    evictions: Evictions,
+    connections_lost: Counter,
+    refused: RefusedServers,
+    reruns: Reruns,
+    settled: SettledCommits,
+    /// There is a verified primary.
+    found: AtomicBool,
+    /// What the gauges of the sizes hold of this pool.
+    sizes: (AtomicUsize, AtomicUsize),
+}
+
+struct Evictions {
+    replaced: Counter,
+    demoted: Counter,
+    fenced: Counter,
+    silent: Counter,
+}
+
+struct RefusedServers {
+    zombie: Counter,
+    fenced: Counter,
+    other_cluster: Counter,
+}
+
+struct Reruns {
+    connection_lost: Counter,
+    not_now: Counter,
+    full: Counter,
+    read_only: Counter,
+    conflict: Counter,
+    outcome_unknown: Counter,
+}
+
+struct SettledCommits {
+    committed: Counter,
+    not_committed: Counter,
+    unknown: Counter,
+}
+
+impl Meters {
+    pub(super) fn new(pool: &str) -> Self {
+        describe();
+        let pool = pool.to_owned();
+        let counted = |name: &'static str| counter!(name, POOL => pool.clone());
+        let counted_by =
+            |name: &'static str, label, value: &'static str| counter!(name, POOL => pool.clone(), label => value);
+        let shown = |name: &'static str| gauge!(name, POOL => pool.clone());
+        let connections = |state: &'static str| gauge!(COUNT, POOL => pool.clone(), STATE => state);
+        let timed = |name: &'static str| histogram!(name, POOL => pool.clone());
+        Self {
+            idle: connections("idle"),
+            used: connections("used"),
+            idle_max: shown(IDLE_MAX),
+            idle_min: shown(IDLE_MIN),
+            max: shown(MAX),
+            pending: shown(PENDING),
+            timeouts: counted(TIMEOUTS),
+            create_time: timed(CREATE_TIME),
+            wait_time: timed(WAIT_TIME),
+            use_time: timed(USE_TIME),
+            searches: counted(SEARCHES),
+            search_duration: timed(SEARCH_DURATION),
+            primary: shown(PRIMARY),
+            generation: shown(GENERATION),
+            evictions: Evictions {
+                replaced: counted_by(EVICTIONS, CAUSE, "replaced"),
+                demoted: counted_by(EVICTIONS, CAUSE, "demoted"),
+                fenced: counted_by(EVICTIONS, CAUSE, "fenced"),
+                silent: counted_by(EVICTIONS, CAUSE, "silent"),
+            },
+            connections_lost: counted(LOST),
+            refused: RefusedServers {
+                zombie: counted_by(REFUSED, CAUSE, "zombie"),
+                fenced: counted_by(REFUSED, CAUSE, "fenced"),
+                other_cluster: counted_by(REFUSED, CAUSE, "other_cluster"),
+            },
+            reruns: Reruns {
+                connection_lost: counted_by(RERUNS, CAUSE, "connection_lost"),
+                not_now: counted_by(RERUNS, CAUSE, "not_now"),
+                full: counted_by(RERUNS, CAUSE, "full"),
+                read_only: counted_by(RERUNS, CAUSE, "read_only"),
+                conflict: counted_by(RERUNS, CAUSE, "conflict"),
+                outcome_unknown: counted_by(RERUNS, CAUSE, "outcome_unknown"),
+            },
+            settled: SettledCommits {
+                committed: counted_by(SETTLED, OUTCOME, "committed"),
+                not_committed: counted_by(SETTLED, OUTCOME, "not_committed"),
+                unknown: counted_by(SETTLED, OUTCOME, "unknown"),
+            },
+            found: AtomicBool::new(false),
+            sizes: Default::default(),
+        }
+    }
+
+    /// By steps, as all gauges here: so the figures of two pools of one name add up.
+    pub(super) fn sized(&self, max: usize, min_idle: usize) {
+        let before = (self.sizes.0.swap(max, Ordering::Relaxed), self.sizes.1.swap(min_idle, Ordering::Relaxed));
+        for gauge in [&self.max, &self.idle_max] {
+            gauge.increment(number(max) - number(before.0));
+        }
+        self.idle_min.increment(number(min_idle) - number(before.1));
+    }
+
+    /// The gauges of connections and callers are taken back as those end.
+    pub(super) fn closed(&self) {
+        self.lost();
+        self.sized(0, 0);
+        self.generation.set(0.0);
+    }
+
+    pub(super) fn searching(&self) {
+        self.searches.increment(1);
+    }
+
+    pub(super) fn lost(&self) {
+        if self.found.swap(false, Ordering::Relaxed) {
+            self.primary.decrement(1.0);
+        }
+    }
+
+    pub(super) fn found(&self, generation: GenerationId, took: Duration) {
+        if !self.found.swap(true, Ordering::Relaxed) {
+            self.primary.increment(1.0);
+        }
+        // Exact for more primaries than any cluster will have.
+        self.generation.set(f64::from(u32::try_from(generation.get()).unwrap_or(u32::MAX)));
+        self.search_duration.record(took);
+    }
+
+    pub(super) fn evicted(&self, cause: Eviction, connections: usize) {
+        let counter = match cause {
+            Eviction::Replaced => &self.evictions.replaced,
+            Eviction::Demoted => &self.evictions.demoted,
+            Eviction::Fenced => &self.evictions.fenced,
+            Eviction::Silent => &self.evictions.silent,
+        };
+        counter.increment(connections.try_into().unwrap_or(u64::MAX));
+    }
+
+    pub(super) fn refused(&self, refusal: Refusal) {
+        match refusal {
+            Refusal::Zombie { .. } => self.refused.zombie.increment(1),
+            Refusal::Fenced => self.refused.fenced.increment(1),
+            Refusal::OtherCluster { .. } => self.refused.other_cluster.increment(1),
+            // Standbys, and those of which nothing is said.
+            _ => {}
+        }
+    }
+
+    pub(super) fn connection_lost(&self) {
+        self.connections_lost.increment(1);
+    }
+
+    pub(super) fn waits(&self) {
+        self.pending.increment(1.0);
+    }
+
+    pub(super) fn waits_no_more(&self) {
+        self.pending.decrement(1.0);
+    }
+
+    pub(super) fn waited(&self, began: Instant) {
+        self.wait_time.record(began.elapsed());
+    }
+
+    pub(super) fn timed_out(&self) {
+        self.timeouts.increment(1);
+    }
+
+    pub(super) fn opened(&self, took: Duration) {
+        self.create_time.record(took);
+    }
+
+    pub(super) fn used(&self, lent: &Stopwatch) {
+        self.use_time.record(lent.0.elapsed());
+    }
+
+    pub(super) fn rerun(&self, verdict: Verdict) {
+        let counter = match verdict {
+            Verdict::ConnectionLost => &self.reruns.connection_lost,
+            Verdict::NotNow => &self.reruns.not_now,
+            Verdict::Full => &self.reruns.full,
+            Verdict::ReadOnly => &self.reruns.read_only,
+            Verdict::Conflict => &self.reruns.conflict,
+            // The others are run again only where an idempotent COMMIT met them.
+            Verdict::OutcomeUnknown
+            | Verdict::Aborted
+            | Verdict::Refused
+            | Verdict::NotPostgres
+            | Verdict::Application => &self.reruns.outcome_unknown,
+        };
+        counter.increment(1);
+    }
+
+    pub(super) fn settled(&self, outcome: Settlement) {
+        let counter = match outcome {
+            Settlement::Committed => &self.settled.committed,
+            Settlement::NotCommitted => &self.settled.not_committed,
+            Settlement::Unknown(_) => &self.settled.unknown,
+        };
+        counter.increment(1);
+    }
+}
+
+fn number(count: usize) -> f64 {
+    f64::from(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+/// Since a connection was lent.
+pub(crate) struct Stopwatch(Instant);
+
+impl Stopwatch {
+    pub(super) fn start() -> Self {
+        Self(Instant::now())
+    }
+}
+
+const NEW: u8 = 0;
+const IDLE: u8 = 1;
+const USED: u8 = 2;
+const LEFT: u8 = 3;
+
+/// Where a connection is: in one of the two gauges, or, before its first loan and after its end, in none.
+pub(super) struct Place(AtomicU8);
+
+impl Place {
+    pub(super) fn new() -> Self {
+        Self(AtomicU8::new(NEW))
+    }
+
+    pub(super) fn used(&self, meters: &Meters) {
+        self.moves(USED, meters);
+    }
+
+    pub(super) fn idle(&self, meters: &Meters) {
+        self.moves(IDLE, meters);
+    }
+
+    pub(super) fn left(&self, meters: &Meters) {
+        self.moves(LEFT, meters);
+    }
+
+    /// The end of the session and the end of the loan may come together, in either order: what has left stays away.
+    fn moves(&self, to: u8, meters: &Meters) {
+        let stays = |from| (from != LEFT).then_some(to);
+        let Ok(from) = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, stays) else {
+            return;
+        };
+        if let Some(gauge) = meters.gauge_of(from) {
+            gauge.decrement(1.0);
+        }
+        if let Some(gauge) = meters.gauge_of(to) {
+            gauge.increment(1.0);
+        }
+    }
+}
+
+impl Meters {
+    fn gauge_of(&self, place: u8) -> Option<&Gauge> {
+        match place {
+            IDLE => Some(&self.idle),
+            USED => Some(&self.used),
+            _ => None,
+        }
+    }
+}

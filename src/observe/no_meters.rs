@@ -1,0 +1,73 @@
+//! The figures of a build without the feature `metrics`: none, at no cost.
+
+#![expect(clippy::unused_self, reason = "the same calls as with the feature")]
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Settlement;
+use crate::classify::Verdict;
+use crate::topology::{Eviction, GenerationId, Refusal};
+
+pub(super) struct Meters;
+
+impl Meters {
+    pub(super) fn new(_: &str) -> Self {
+        Self
+    }
+
+    pub(super) fn sized(&self, _: usize, _: usize) {}
+
+    pub(super) fn closed(&self) {}
+
+    pub(super) fn searching(&self) {}
+
+    pub(super) fn lost(&self) {}
+
+    pub(super) fn found(&self, _: GenerationId, _: Duration) {}
+
+    pub(super) fn evicted(&self, _: Eviction, _: usize) {}
+
+    pub(super) fn refused(&self, _: Refusal) {}
+
+    pub(super) fn connection_lost(&self) {}
+
+    pub(super) fn waits(&self) {}
+
+    pub(super) fn waits_no_more(&self) {}
+
+    pub(super) fn waited(&self, _: Instant) {}
+
+    pub(super) fn timed_out(&self) {}
+
+    pub(super) fn opened(&self, _: Duration) {}
+
+    pub(super) fn used(&self, _: &Stopwatch) {}
+
+    pub(super) fn rerun(&self, _: Verdict) {}
+
+    pub(super) fn settled(&self, _: Settlement) {}
+}
+
+pub(crate) struct Stopwatch;
+
+impl Stopwatch {
+    pub(super) fn start() -> Self {
+        Self
+    }
+}
+
+pub(super) struct Place;
+
+impl Place {
+    pub(super) fn new() -> Self {
+        Self
+    }
+
+    pub(super) fn used(&self, _: &Meters) {}
+
+    pub(super) fn idle(&self, _: &Meters) {}
+
+    pub(super) fn left(&self, _: &Meters) {}
+}

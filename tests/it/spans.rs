@@ -1,0 +1,93 @@
+//! The spans of a pool: the fields that OpenTelemetry gives to a database, and what they hold.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+
+use testbed::{Cluster, Node};
+use tokio_postgres_failover::{Error, Pool};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::FmtSpan;
+
+use crate::load::create_table;
+use crate::transaction::{Runs, insert};
+
+/// Collects what `tracing` writes.
+#[derive(Clone, Default)]
+struct Collected(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Collected {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Collected {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+impl Collected {
+    /// What was written at the end of each span of this name.
+    fn closed(&self, span: &str) -> Vec<String> {
+        let text = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
+        let begins = format!("{span}{{");
+        text.lines().filter(|line| line.contains(&begins) && line.contains(": close ")).map(str::to_owned).collect()
+    }
+}
+
+/// On one thread, so that the log of this test is its own.
+#[tokio::test]
+async fn spans_have_the_fields_of_opentelemetry() {
+    let log = Collected::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_span_events(FmtSpan::CLOSE)
+        .with_ansi(false)
+        .with_writer(log.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let cluster = Cluster::builder().nodes(1).start().await;
+    create_table(&cluster).await;
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
+    pool.connect().await.unwrap();
+    let address = cluster.socket_addr(Node(0));
+    let server = format!("server.address={} server.port={}", address.ip(), address.port());
+    let common = r#"db.system.name="postgresql" db.namespace="app""#;
+    let assert_holds = |span: &str, parts: &[&str]| {
+        let closed = log.closed(span);
+        let line = closed.last().unwrap_or_else(|| panic!("no span {span} has ended"));
+        for part in [common, &server].iter().chain(parts) {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+        line.clone()
+    };
+    assert_holds("search", &["generation=1"]);
+
+    let runs = Runs::default();
+    pool.transaction(async |tx| {
+        if runs.begin() == 1 {
+            tx.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await?;
+        }
+        insert(&tx, 1).await
+    })
+    .await
+    .unwrap();
+    let line = assert_holds("transaction", &[r#"otel.kind="client""#, "attempts=2", "mode=Exactly"]);
+    assert!(!line.contains("error.type"), "{line}");
+
+    pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1 / 0").await?)).await.unwrap_err();
+    let code = r#"db.response.status_code="22012""#;
+    assert_holds("transaction", &[code, r#"error.type="22012""#, r#"otel.status_code="ERROR""#, "attempts=1"]);
+
+    pool.transaction(async |_| Err::<(), _>(Error::abort("no"))).await.unwrap_err();
+    let line = assert_holds("transaction", &[r#"error.type="aborted""#]);
+    assert!(!line.contains("db.response.status_code"), "{line}");
+}
