@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, eventually};
+use testbed::{Cluster, Tap, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Config, NoTls};
@@ -130,6 +130,7 @@ impl Drop for Plain {
 #[derive(Clone)]
 struct Follows {
     to: Arc<Mutex<SocketAddr>>,
+    begun: Arc<AtomicUsize>,
     made: Arc<AtomicUsize>,
     detached: Arc<AtomicUsize>,
 }
@@ -138,6 +139,7 @@ impl Follows {
     fn new(cluster: &Cluster) -> Self {
         Self {
             to: Arc::new(Mutex::new(cluster.socket_addr(cluster.primary()))),
+            begun: Arc::default(),
             made: Arc::default(),
             detached: Arc::default(),
         }
@@ -154,6 +156,7 @@ impl managed::Manager for Follows {
 
     async fn create(&self) -> Result<Plain, tokio_postgres::Error> {
         let to = *self.to.lock().unwrap();
+        self.begun.fetch_add(1, Ordering::Relaxed);
         let mut config = Config::new();
         config.user("app").dbname("app").hostaddr(to.ip()).port(to.port());
         let (client, connection) = config.connect(NoTls).await?;
@@ -329,4 +332,91 @@ async fn the_wrapped_pools_own_wait_timeout_is_told() {
     assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
     drop(held);
     pool.get().await.unwrap();
+}
+
+/// The manager's connecting hangs on a frozen host, without a limit of its own; whoever waits for it is freed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connecting_that_hangs_is_given_up_for_the_successor() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone())
+        .heartbeat_interval(Duration::from_millis(200))
+        .heartbeat_timeout(Duration::from_millis(500))
+        .probe_timeout(Duration::from_millis(500))
+        .retry(RetryPolicy::new().deadline(LONG / 2))
+        .build()
+        .unwrap();
+    write(&pool, 1).await.unwrap();
+    existing.retain(|_, _| false);
+    let (old, begun) = (cluster.primary(), manager.begun.load(Ordering::Relaxed));
+    cluster.freeze(old);
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { write(&pool, 2).await }
+    });
+    eventually("the manager connects", LONG, async || manager.begun.load(Ordering::Relaxed) > begun).await;
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    timeout(LONG, waiting).await.expect("the write hangs").unwrap().unwrap();
+    assert_eq!(ids(&cluster).await, [1, 2]);
+    cluster.thaw(old);
+}
+
+/// A connection that does not answer is not given back, also where its caller had less time than the answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(1).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone())
+        .patrol_interval(LONG * 10)
+        .checkout_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap();
+    pool.connect().await.unwrap();
+    eventually("the heart-beat has its session", LONG, async || manager.made.load(Ordering::Relaxed) >= 2).await;
+    let real = cluster.socket_addr(cluster.primary());
+    let tap = Tap::start((cluster.spare_addr(9), 0).into(), real).await;
+    manager.lead_to(tap.addr());
+    drop(existing.get().await.unwrap());
+    manager.lead_to(real);
+    tap.stall(true);
+    let error = pool.get().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
+    assert_eq!(existing.status().size, 0, "the silent connection went back");
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// What its owner gives back after a failover leads to the old server: such connections are of no interest to the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_come_back_late_cast_no_doubt() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(8).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone()).patrol_interval(LONG * 10).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let mut owned = Vec::new();
+    for _ in 0..7 {
+        owned.push(existing.get().await.unwrap());
+    }
+    cluster.set_read_only(cluster.primary(), true).await;
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    write(&pool, 2).await.unwrap();
+    let watcher = cluster.direct(cluster.primary()).await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND pid <> pg_backend_pid() \
+                       AND backend_type = 'client backend'";
+    eventually("the pool's, the search's and the heart-beat's sessions are open", LONG, async || {
+        watcher.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) == 3
+    })
+    .await;
+    let held = pool.get().await.unwrap();
+    drop(owned);
+    let (began, begun) = (Instant::now(), manager.begun.load(Ordering::Relaxed));
+    write(&pool, 3).await.unwrap();
+    println!("seven stale connections cost {:?}", began.elapsed());
+    drop(held);
+    assert_eq!(manager.begun.load(Ordering::Relaxed), begun + 1, "the primary was doubted, and asked on new sessions");
+    assert_eq!(ids(&cluster).await, [1, 2, 3]);
 }
