@@ -7,11 +7,13 @@ use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::ops::DerefMut;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use deadpool::managed::{self, Object, ObjectId, PoolError};
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
@@ -111,7 +113,10 @@ where
 {
     fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<M::Type>> {
         Box::pin(async move {
-            let created = self.existing.manager().create().await.map_err(not_created)?;
+            // A panic in it costs this one session.
+            let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
+            let panicked = |_| ProbeFailure::new(FailureKind::Unreachable, "the wrapped pool's manager panicked");
+            let created = creating.await.map_err(panicked)?.map_err(not_created)?;
             let existing = self.existing.clone();
             // The manager may keep a record of what it made, as deadpool-postgres' does.
             let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -130,6 +130,7 @@ impl Drop for Plain {
 #[derive(Clone)]
 struct Follows {
     to: Arc<Mutex<SocketAddr>>,
+    panics: Arc<AtomicBool>,
     begun: Arc<AtomicUsize>,
     made: Arc<AtomicUsize>,
     detached: Arc<AtomicUsize>,
@@ -139,6 +140,7 @@ impl Follows {
     fn new(cluster: &Cluster) -> Self {
         Self {
             to: Arc::new(Mutex::new(cluster.socket_addr(cluster.primary()))),
+            panics: Arc::default(),
             begun: Arc::default(),
             made: Arc::default(),
             detached: Arc::default(),
@@ -157,6 +159,7 @@ impl managed::Manager for Follows {
     async fn create(&self) -> Result<Plain, tokio_postgres::Error> {
         let to = *self.to.lock().unwrap();
         self.begun.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics.load(Ordering::Relaxed), "as the test wants it");
         let mut config = Config::new();
         config.user("app").dbname("app").hostaddr(to.ip()).port(to.port());
         let (client, connection) = config.connect(NoTls).await?;
@@ -419,4 +422,24 @@ async fn connections_that_come_back_late_cast_no_doubt() {
     drop(held);
     assert_eq!(manager.begun.load(Ordering::Relaxed), begun + 1, "the primary was doubted, and asked on new sessions");
     assert_eq!(ids(&cluster).await, [1, 2, 3]);
+}
+
+/// A panic in the manager costs the session that was asked for, and not the pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_panics_ends_nothing() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(50)).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    eventually("the heart-beat has its session", LONG, async || manager.made.load(Ordering::Relaxed) >= 4).await;
+    manager.panics.store(true, Ordering::Relaxed);
+    let begun = manager.begun.load(Ordering::Relaxed);
+    eventually("two patrols", LONG, async || {
+        drop(pool.get().await.unwrap());
+        manager.begun.load(Ordering::Relaxed) >= begun + 2
+    })
+    .await;
+    manager.panics.store(false, Ordering::Relaxed);
+    assert_eq!(pool.status().view.generation.get(), 1);
 }
