@@ -416,11 +416,11 @@ async fn connections_that_come_back_late_cast_no_doubt() {
     .await;
     let held = pool.get().await.unwrap();
     drop(owned);
-    let (began, begun) = (Instant::now(), manager.begun.load(Ordering::Relaxed));
+    let (began, before) = (Instant::now(), manager.begun.load(Ordering::Relaxed));
     write(&pool, 3).await.unwrap();
     println!("seven stale connections cost {:?}", began.elapsed());
     drop(held);
-    assert_eq!(manager.begun.load(Ordering::Relaxed), begun + 1, "the primary was doubted, and asked on new sessions");
+    assert_eq!(manager.begun.load(Ordering::Relaxed), before + 1, "the primary was doubted, and asked on new sessions");
     assert_eq!(ids(&cluster).await, [1, 2, 3]);
 }
 
