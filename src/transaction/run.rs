@@ -298,6 +298,8 @@ impl<C: SessionClient> Attempt<C> {
                     self.pool().suspect(client.generation(), Suspicion::Connection);
                     return Err(Error::RolledBack(RolledBack::OtherServer));
                 }
+                // A wrapped pool's session says so by no notice.
+                Ok(Marked::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
                 Ok(Marked::ReadOnly) => Ok(None),
                 Err(bad) => Err(bad),

@@ -443,3 +443,31 @@ async fn a_manager_that_panics_ends_nothing() {
     manager.panics.store(false, Ordering::Relaxed);
     assert_eq!(pool.status().view.generation.get(), 1);
 }
+
+/// What its owner left open on a connection is not committed along with a transaction that comes after.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_left_open_by_the_owner_is_not_joined() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    existing.resize(1);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    existing.get().await.unwrap().batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
+    write(&pool, 2).await.unwrap();
+    assert_eq!(ids(&cluster).await, [1, 2]);
+}
+
+/// A session whose prepared statements are gone marks its transactions all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_who_discards_all_costs_no_transaction() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    existing.resize(1);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    for id in 1..=4 {
+        write(&pool, id).await.unwrap();
+        existing.get().await.unwrap().batch_execute("DISCARD ALL").await.unwrap();
+    }
+    assert_eq!(ids(&cluster).await, [1, 2, 3, 4]);
+    assert_eq!(pool.status().fallback, None);
+}
