@@ -237,6 +237,11 @@ impl<C: SessionClient> Wrapped<C> {
         object: Box<dyn Lent<C>>,
     ) -> Result<Loan<C>, Option<ProbeFailure>> {
         let (id, scope) = (generation.primary.id, generation.scope.clone());
+        // The manager's `recycle` may let everything pass.
+        if object.is_used() && object.is_closed() {
+            object.discard();
+            return Err(None);
+        }
         if let Some(facts) = self.known(object.id(), id) {
             return Ok(Loan::Lent { object, facts, scope });
         }

@@ -131,6 +131,7 @@ impl Drop for Plain {
 struct Follows {
     to: Arc<Mutex<SocketAddr>>,
     panics: Arc<AtomicBool>,
+    lets_all_pass: Arc<AtomicBool>,
     begun: Arc<AtomicUsize>,
     made: Arc<AtomicUsize>,
     detached: Arc<AtomicUsize>,
@@ -141,6 +142,7 @@ impl Follows {
         Self {
             to: Arc::new(Mutex::new(cluster.socket_addr(cluster.primary()))),
             panics: Arc::default(),
+            lets_all_pass: Arc::default(),
             begun: Arc::default(),
             made: Arc::default(),
             detached: Arc::default(),
@@ -168,7 +170,11 @@ impl managed::Manager for Follows {
     }
 
     async fn recycle(&self, client: &mut Plain, _: &Metrics) -> RecycleResult<tokio_postgres::Error> {
-        if client.is_closed() { Err(managed::RecycleError::message("closed")) } else { Ok(()) }
+        if client.is_closed() && !self.lets_all_pass.load(Ordering::Relaxed) {
+            Err(managed::RecycleError::message("closed"))
+        } else {
+            Ok(())
+        }
     }
 
     fn detach(&self, _: &mut Plain) {
@@ -470,4 +476,20 @@ async fn an_owner_who_discards_all_costs_no_transaction() {
     }
     assert_eq!(ids(&cluster).await, [1, 2, 3, 4]);
     assert_eq!(pool.status().fallback, None);
+}
+
+/// A manager need not look at what it recycles.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_has_ended_is_not_handed_out() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    manager.lets_all_pass.store(true, Ordering::Relaxed);
+    let existing = managed::Pool::builder(manager).max_size(1).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone()).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let owned = existing.get().await.unwrap();
+    owned.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await.unwrap_err();
+    eventually("the driver has noticed", LONG, async || owned.is_closed()).await;
+    drop(owned);
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
