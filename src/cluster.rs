@@ -402,7 +402,8 @@ impl<C: SessionClient> Task<C> {
             elapsed_ms = milliseconds(took),
             "primary found"
         );
-        let spare = self.sessions.remove(&primary.endpoint.address);
+        // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
+        let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),

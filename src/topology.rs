@@ -459,6 +459,11 @@ impl Topology {
         }
     }
 
+    /// May each new session lead to another server?
+    pub(crate) fn roams(&self) -> bool {
+        self.settings.roaming
+    }
+
     /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
     /// is kept, and not this one.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
