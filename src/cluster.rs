@@ -425,7 +425,8 @@ impl<C: SessionClient> Task<C> {
     fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
         self.found(&primary, took, false);
-        let spare = (!self.topology.is_roaming()).then(|| self.sessions.remove(&primary.endpoint.address)).flatten();
+        // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
+        let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),

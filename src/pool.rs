@@ -140,11 +140,18 @@ impl<C: SessionClient> Pool<C> {
     /// - The manager's connecting must lead to the primary by itself: `target_session_attrs=read-write` with all hosts, or a
     ///   name that follows it. Its DNS answers and its time-outs stay what they are. Where it hangs on a host that is frozen, so
     ///   does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
-    /// - A statement under way on a connection from [`Pool::get`] is not ended with its primary. Within a transaction of this
-    ///   pool's it is.
+    /// - A statement under way on a connection from [`Pool::get`] is not ended with its primary, nor is one in a task that a
+    ///   closure has spawned: on a frozen host it holds its slot until its socket fails. Set `keepalives` or
+    ///   `tcp_user_timeout` in the manager's configuration. Other statements within a transaction of this pool's are ended.
     /// - No [`Pool::listen`]: the driver of each session, which hears notifications, is the manager's.
-    /// - The server's notices are not seen: a transaction that somebody left open on a connection is not noticed, and neither is
-    ///   a COMMIT whose wait for a synchronous standby was cancelled by hand.
+    /// - The server's notices are not seen: a COMMIT whose wait for a synchronous standby was cancelled by hand is not noticed.
+    ///   A transaction that somebody left open on a connection is noticed with [`Guarantee::ExactlyOnce`] alone.
+    /// - A statement that is given up is cancelled by a request without TLS, as `psql` before version 17 sends it; under
+    ///   `sslmode=require` the driver sends none, and the statement runs on until the server notices that its client is gone.
+    ///
+    /// What the pool knows of a connection it knows until that is closed: the manager's `recycle` may refuse one, and must
+    /// not connect it anew in place. Nothing but the wrapped pool's own `timeouts.create` bounds how long a checkout that
+    /// connects may take, up to the checkout timeout.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {

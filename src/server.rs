@@ -353,7 +353,10 @@ impl Questions {
             }
         }
         let report = read(rows(client, ROLE_PROBE).await)?;
-        self.role_only().insert(address.clone(), Instant::now());
+        // What one server refuses, the next behind the same pool may allow.
+        if *address != Address::Wrapped {
+            self.role_only().insert(address.clone(), Instant::now());
+        }
         Ok(report)
     }
 

@@ -474,8 +474,8 @@ impl Topology {
         }
     }
 
-    /// The next session to a server may be to another one, so the one that proved it is held on to.
-    pub(crate) fn is_roaming(&self) -> bool {
+    /// May each new session lead to another server?
+    pub(crate) fn roams(&self) -> bool {
         self.settings.roaming
     }
 

@@ -9,22 +9,24 @@ use crate::server::rows;
 use crate::topology::{BadReport, STARTED_AT, STATS_RESET, ServerReport};
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
-/// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the last tell the
+/// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the fifth tell the
 /// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
+/// The last tells whether the message that asks has begun the transaction too: both times are then that message's.
 fn mark() -> String {
     format!(
         "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
                 CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', '') END, \
                 pg_last_wal_replay_lsn(), \
                 pg_backend_pid(), \
-                {STARTED_AT} \
+                {STARTED_AT}, \
+                now() = statement_timestamp() \
            FROM (SELECT current_setting('transaction_read_only') = 'off' AS writes) s"
     )
 }
 
 /// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
-const PREPARED: &str = "tokio_postgres_failover_mark_1";
+const PREPARED: &str = "tokio_postgres_failover_mark_2";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,9 +90,14 @@ pub(crate) enum Marked {
     ReadOnly,
     /// This is not the life that the session was verified in.
     Elsewhere,
+    /// The transaction was open before: its COMMIT would be another's, too.
+    Joined,
 }
 
 pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
+    if text(row, 5) == Some("f") {
+        return Ok(Marked::Joined);
+    }
     if row.len() > 1 && text(row, 0).is_none() {
         return Ok(Marked::ReadOnly);
     }
@@ -192,7 +199,7 @@ mod tests {
         columns.iter().map(|column| column.map(str::to_owned)).collect()
     }
 
-    const MARKED: [Option<&str>; 5] = [Some("728"), Some("0/30162E0"), None, Some("42"), Some("5")];
+    const MARKED: [Option<&str>; 6] = [Some("728"), Some("0/30162E0"), None, Some("42"), Some("5"), Some("t")];
 
     #[test]
     fn a_marker_is_read() {
@@ -215,6 +222,15 @@ mod tests {
         let mut columns = MARKED;
         (columns[0], columns[1]) = (None, None);
         assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::ReadOnly);
+    }
+
+    #[test]
+    fn a_transaction_that_was_open_before_has_none_of_its_own() {
+        for written in [MARKED[0], None] {
+            let mut columns = MARKED;
+            (columns[0], columns[5]) = (written, Some("f"));
+            assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::Joined);
+        }
     }
 
     #[test]

@@ -7,14 +7,16 @@ use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::ops::DerefMut;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use deadpool::managed::{self, Object, ObjectId, PoolError};
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_postgres::{CancelToken, NoTls};
 use tokio_util::sync::CancellationToken;
 
@@ -30,11 +32,16 @@ use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, cancel, not_created};
-use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, ServerReport, Settings, View};
+use crate::topology::{
+    Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Refusal, ServerReport, Settings, Suspicion, View,
+};
 
 /// A connection of the wrapped pool.
 pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
     fn id(&self) -> ObjectId;
+
+    /// Has it been used before, by whomever?
+    fn is_used(&self) -> bool;
 
     /// Closes it, and frees its slot.
     fn discard(self: Box<Self>);
@@ -49,8 +56,23 @@ where
         Object::id(self)
     }
 
+    fn is_used(&self) -> bool {
+        Object::metrics(self).recycle_count > 0
+    }
+
     fn discard(self: Box<Self>) {
         drop(Object::take(*self));
+    }
+}
+
+/// A connection with a question under way. Dropping it closes the connection: one that was not answered does not go back.
+struct Asked<C>(Option<Box<dyn FromElsewhere<C>>>);
+
+impl<C> Drop for Asked<C> {
+    fn drop(&mut self) {
+        if let Some(object) = self.0.take() {
+            object.discard();
+        }
     }
 }
 
@@ -60,8 +82,8 @@ pub(super) trait Lend<C>: Send + Sync {
 
     fn status(&self) -> managed::Status;
 
-    /// Closes what is idle.
-    fn evict(&self);
+    /// Closes what is idle, the first time that `id` is heard of: it leads to the primary before.
+    fn evict_for(&self, id: GenerationId);
 
     /// Something was sent or received.
     fn stir(&self);
@@ -80,6 +102,8 @@ struct Lender<M: managed::Manager> {
     existing: managed::Pool<M>,
     questions: Questions,
     stirs: AtomicU64,
+    /// The newest generation that idle connections were closed for. There was none before the first.
+    evicted_for: AtomicU64,
 }
 
 impl<M> Open<M::Type> for Lender<M>
@@ -90,7 +114,10 @@ where
 {
     fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<M::Type>> {
         Box::pin(async move {
-            let created = self.existing.manager().create().await.map_err(not_created)?;
+            // A panic in it costs this one session.
+            let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
+            let panicked = |_| ProbeFailure::new(FailureKind::Unreachable, "the wrapped pool's manager panicked");
+            let created = creating.await.map_err(panicked)?.map_err(not_created)?;
             let existing = self.existing.clone();
             // The manager may keep a record of what it made, as deadpool-postgres' does.
             let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
@@ -141,7 +168,10 @@ where
         self.existing.status()
     }
 
-    fn evict(&self) {
+    fn evict_for(&self, id: GenerationId) {
+        if self.evicted_for.fetch_max(id.get(), Ordering::AcqRel) >= id.get() {
+            return;
+        }
         let evicted = self.existing.retain(|_, _| false).removed.len();
         tracing::debug!(evicted, "idle connections of the wrapped pool closed");
     }
@@ -164,14 +194,22 @@ impl<C: SessionClient> Wrapped<C> {
     }
 
     pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
+        let began = Instant::now();
         loop {
+            // Before there is a slot that others could use.
+            let generation = dialer.cluster.primary().await?;
+            let id = generation.primary.id;
+            self.lender.evict_for(id);
             let object = tokio::select! {
                 biased;
                 () = dialer.cluster.scope().cancelled() => return Err(Error::Closed),
                 object = self.lender.get() => object,
+                // Connecting to a server that has been left may hang for longer than anybody would wait.
+                () = dialer.cluster.left(id) => continue,
             };
-            // Read after the wait, which may have outlasted a generation.
-            let generation = dialer.cluster.primary().await?;
+            if !dialer.cluster.is_current(id) {
+                continue;
+            }
             let failure = match object {
                 Ok(object) => match self.identify(dialer, &generation, object).await {
                     Ok(loan) => return Ok(loan),
@@ -182,7 +220,7 @@ impl<C: SessionClient> Wrapped<C> {
                 Err(NotLent::Closed) => return Err(Error::Closed),
                 Err(NotLent::NoneFree) => {
                     let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
-                    let unavailable = Unavailable::new(Duration::ZERO, dialer.cluster.diagnosis(), obstacle);
+                    let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
                     return Err(Error::Unavailable(Box::new(unavailable)));
                 }
             };
@@ -192,7 +230,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Asks a connection once in each generation which server is at its other end. `Err(None)`: the generation was left.
+    /// Asks a connection once in each generation which server is at its other end. `Err(None)`: the next one may do.
     async fn identify(
         &self,
         dialer: &Dialer<C>,
@@ -204,34 +242,46 @@ impl<C: SessionClient> Wrapped<C> {
             let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
             Ok(Loan::Lent { object, facts, watched, scope })
         };
+        // The manager's `recycle` may let everything pass.
+        if object.is_used() && object.is_closed() {
+            object.discard();
+            return Err(None);
+        }
         if let Some(facts) = self.known(object.id(), id) {
             return lend(object, facts);
         }
+        let (object_id, used) = (object.id(), object.is_used());
         let address = generation.endpoint().address;
-        let asked = tokio::select! {
+        let mut asked = Asked(Some(object));
+        let Some(object) = asked.0.as_deref() else { return Err(None) };
+        let answer = tokio::select! {
             biased;
-            () = dialer.cluster.left(id) => None,
-            asked = timeout(dialer.open_timeout, dialer.opener.ask(&address, &object)) => Some(asked),
+            () = dialer.cluster.left(id) => return Err(None),
+            answer = timeout(dialer.open_timeout, dialer.opener.ask(&address, object)) => answer,
         };
-        let checked = match asked {
-            None => Err(None),
-            Some(Err(_)) => {
-                let message = format!("no answer within {:?}", dialer.open_timeout);
-                Err(Some(ProbeFailure::new(FailureKind::TimedOut, message)))
+        let report = answer.unwrap_or_else(|_| {
+            let message = format!("no answer within {:?}", dialer.open_timeout);
+            Err(ProbeFailure::new(FailureKind::TimedOut, message))
+        });
+        let admitted = report.map_err(|failure| (true, failure)).and_then(|report| {
+            let refused = |refusal: Refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string());
+            generation.primary.admits(&report).map_err(|refusal| (false, refused(refusal)))
+        });
+        if let Err((silent, failure)) = admitted {
+            // One that was given back late says where its server was, and not where a new one would lead.
+            if !used {
+                return Err(Some(failure));
             }
-            Some(Ok(Err(failure))) => Err(Some(failure)),
-            Some(Ok(Ok(report))) => generation
-                .primary
-                .admits(&report)
-                .map_err(|refusal| Some(ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))),
-        };
-        if let Err(failure) = checked {
-            object.discard();
-            return Err(failure);
+            tracing::debug!(generation = id.get(), "a used connection is closed: {failure}");
+            if silent {
+                dialer.cluster.suspect(id, Suspicion::Connection);
+            }
+            return Err(None);
         }
+        let Some(object) = asked.0.take() else { return Err(None) };
         generation.opened();
         let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default())));
-        self.remember(object.id(), &facts);
+        self.remember(object_id, &facts);
         lend(object, facts)
     }
 
@@ -352,8 +402,12 @@ where
         let shared = self.calls.shared(&self.settings)?;
         let seed = seed_or_random(self.seed);
         let open_timeout = self.settings.probe_timeout;
-        let lender =
-            Arc::new(Lender { existing: self.existing, questions: Questions::default(), stirs: AtomicU64::new(0) });
+        let lender = Arc::new(Lender {
+            existing: self.existing,
+            questions: Questions::default(),
+            stirs: AtomicU64::new(0),
+            evicted_for: AtomicU64::new(1),
+        });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let cluster = Cluster::start(Setup {
             settings: self.settings,
@@ -372,15 +426,12 @@ where
     }
 }
 
-/// Closes what is idle in the wrapped pool whenever a generation has ended. Ends with the cluster's task.
+/// Closes what is idle in the wrapped pool whenever a generation has ended, also where nobody asks for a connection. Ends
+/// with the cluster's task.
 async fn evict<C>(lender: Arc<dyn Lend<C>>, mut views: watch::Receiver<View>) {
-    let mut last = GenerationId::default();
     while views.changed().await.is_ok() {
-        let now = views.borrow_and_update().generation;
-        if now != last && last != GenerationId::default() {
-            lender.evict();
-        }
-        last = now;
+        let id = views.borrow_and_update().generation;
+        lender.evict_for(id);
     }
 }
 

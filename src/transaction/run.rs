@@ -317,6 +317,8 @@ impl<C: SessionClient> Attempt<C> {
                     self.pool().suspect(client.generation(), Suspicion::Connection);
                     return Err(Error::RolledBack(RolledBack::OtherServer));
                 }
+                // A wrapped pool's session says so by no notice.
+                Ok(Marked::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
                 Ok(Marked::ReadOnly) => Ok(None),
                 Err(bad) => Err(bad),
@@ -415,7 +417,11 @@ impl<C: SessionClient> Attempt<C> {
         }
         let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });
         tokio::spawn(async move {
-            let pruned = ledger.prune_all(held.client()).await;
+            let pruned = tokio::select! {
+                biased;
+                pruned = ledger.prune_all(held.client()) => pruned,
+                () = held.client().evicted() => return,
+            };
             held.clean(pruned.is_ok());
             match pruned {
                 Ok(rows) => tracing::debug!(rows, "the ledger was pruned"),
@@ -442,7 +448,8 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     async fn roll_back(&mut self) {
-        if !self.client().is_closed() {
+        // One that is evicted is closed anyway, and its server may be frozen.
+        if !self.client().is_closed() && !self.client().is_evicted() {
             let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
             self.held.clean(matches!(rolled_back, Ok(Ok(()))));
         }

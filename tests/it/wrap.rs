@@ -2,11 +2,11 @@
 
 use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, eventually};
+use testbed::{Cluster, Tap, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Config, NoTls};
@@ -130,6 +130,9 @@ impl Drop for Plain {
 #[derive(Clone)]
 struct Follows {
     to: Arc<Mutex<SocketAddr>>,
+    panics: Arc<AtomicBool>,
+    lets_all_pass: Arc<AtomicBool>,
+    begun: Arc<AtomicUsize>,
     made: Arc<AtomicUsize>,
     detached: Arc<AtomicUsize>,
 }
@@ -138,6 +141,9 @@ impl Follows {
     fn new(cluster: &Cluster) -> Self {
         Self {
             to: Arc::new(Mutex::new(cluster.socket_addr(cluster.primary()))),
+            panics: Arc::default(),
+            lets_all_pass: Arc::default(),
+            begun: Arc::default(),
             made: Arc::default(),
             detached: Arc::default(),
         }
@@ -154,6 +160,8 @@ impl managed::Manager for Follows {
 
     async fn create(&self) -> Result<Plain, tokio_postgres::Error> {
         let to = *self.to.lock().unwrap();
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.panics.load(Ordering::Relaxed), "as the test wants it");
         let mut config = Config::new();
         config.user("app").dbname("app").hostaddr(to.ip()).port(to.port());
         let (client, connection) = config.connect(NoTls).await?;
@@ -162,7 +170,11 @@ impl managed::Manager for Follows {
     }
 
     async fn recycle(&self, client: &mut Plain, _: &Metrics) -> RecycleResult<tokio_postgres::Error> {
-        if client.is_closed() { Err(managed::RecycleError::message("closed")) } else { Ok(()) }
+        if client.is_closed() && !self.lets_all_pass.load(Ordering::Relaxed) {
+            Err(managed::RecycleError::message("closed"))
+        } else {
+            Ok(())
+        }
     }
 
     fn detach(&self, _: &mut Plain) {
@@ -330,4 +342,153 @@ async fn what_the_wrapped_pool_sets_the_bounds_of_is_told() {
     assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
     drop(held);
     pool.get().await.unwrap();
+}
+
+/// The manager's connecting hangs on a frozen host, without a limit of its own; whoever waits for it is freed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connecting_that_hangs_is_given_up_for_the_successor() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone())
+        .heartbeat_interval(Duration::from_millis(200))
+        .heartbeat_timeout(Duration::from_millis(500))
+        .probe_timeout(Duration::from_millis(500))
+        .retry(RetryPolicy::new().deadline(LONG / 2))
+        .build()
+        .unwrap();
+    write(&pool, 1).await.unwrap();
+    existing.retain(|_, _| false);
+    let (old, begun) = (cluster.primary(), manager.begun.load(Ordering::Relaxed));
+    cluster.freeze(old);
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { write(&pool, 2).await }
+    });
+    eventually("the manager connects", LONG, async || manager.begun.load(Ordering::Relaxed) > begun).await;
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    timeout(LONG, waiting).await.expect("the write hangs").unwrap().unwrap();
+    assert_eq!(ids(&cluster).await, [1, 2]);
+    cluster.thaw(old);
+}
+
+/// A connection that does not answer is not given back, also where its caller had less time than the answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(1).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone())
+        .patrol_interval(LONG * 10)
+        .checkout_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap();
+    pool.connect().await.unwrap();
+    let real = cluster.socket_addr(cluster.primary());
+    let tap = Tap::start((cluster.spare_addr(9), 0).into(), real).await;
+    manager.lead_to(tap.addr());
+    drop(existing.get().await.unwrap());
+    manager.lead_to(real);
+    tap.stall(true);
+    let error = pool.get().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
+    assert_eq!(existing.status().size, 0, "the silent connection went back");
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// What its owner gives back after a failover leads to the old server: such connections are of no interest to the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_come_back_late_cast_no_doubt() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(8).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone()).patrol_interval(LONG * 10).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let mut owned = Vec::new();
+    for _ in 0..7 {
+        owned.push(existing.get().await.unwrap());
+    }
+    cluster.set_read_only(cluster.primary(), true).await;
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    write(&pool, 2).await.unwrap();
+    let watcher = cluster.direct(cluster.primary()).await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND pid <> pg_backend_pid() \
+                       AND backend_type = 'client backend'";
+    eventually("the pool's session and the heart-beat's are open", LONG, async || {
+        watcher.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) == 2
+    })
+    .await;
+    let held = pool.get().await.unwrap();
+    drop(owned);
+    let (began, before) = (Instant::now(), manager.begun.load(Ordering::Relaxed));
+    write(&pool, 3).await.unwrap();
+    println!("seven stale connections cost {:?}", began.elapsed());
+    drop(held);
+    assert_eq!(manager.begun.load(Ordering::Relaxed), before + 1, "the primary was doubted, and asked on new sessions");
+    assert_eq!(ids(&cluster).await, [1, 2, 3]);
+}
+
+/// A panic in the manager costs the session that was asked for, and not the pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manager_that_panics_ends_nothing() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(50)).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    manager.panics.store(true, Ordering::Relaxed);
+    let begun = manager.begun.load(Ordering::Relaxed);
+    eventually("two patrols", LONG, async || {
+        drop(pool.get().await.unwrap());
+        manager.begun.load(Ordering::Relaxed) >= begun + 2
+    })
+    .await;
+    manager.panics.store(false, Ordering::Relaxed);
+    assert_eq!(pool.status().view.generation.get(), 1);
+}
+
+/// What its owner left open on a connection is not committed along with a transaction that comes after.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_left_open_by_the_owner_is_not_joined() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    existing.resize(1);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    existing.get().await.unwrap().batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
+    write(&pool, 2).await.unwrap();
+    assert_eq!(ids(&cluster).await, [1, 2]);
+}
+
+/// A session whose prepared statements are gone marks its transactions all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_who_discards_all_costs_no_transaction() {
+    let cluster = started().await;
+    let existing = existing(&cluster);
+    existing.resize(1);
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    for id in 1..=4 {
+        write(&pool, id).await.unwrap();
+        existing.get().await.unwrap().batch_execute("DISCARD ALL").await.unwrap();
+    }
+    assert_eq!(ids(&cluster).await, [1, 2, 3, 4]);
+    assert_eq!(pool.status().fallback, None);
+}
+
+/// A manager need not look at what it recycles.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_has_ended_is_not_handed_out() {
+    let cluster = started().await;
+    let manager = Follows::new(&cluster);
+    manager.lets_all_pass.store(true, Ordering::Relaxed);
+    let existing = managed::Pool::builder(manager).max_size(1).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing.clone()).build().unwrap();
+    write(&pool, 1).await.unwrap();
+    let owned = existing.get().await.unwrap();
+    owned.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await.unwrap_err();
+    eventually("the driver has noticed", LONG, async || owned.is_closed()).await;
+    drop(owned);
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
