@@ -131,7 +131,8 @@ pub trait Peer: Send + Sync {
         true
     }
 
-    /// Whether it knows one host only: then it is given the DNS name, which leads to all members.
+    /// Whether it knows one host only: then it is given the DNS name, which leads to the
+    /// primary and moves with it without any delay.
     fn needs_name(&self) -> bool {
         false
     }
