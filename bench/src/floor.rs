@@ -1,5 +1,6 @@
 //! The floor: what a client needs that knows everything and opens one session for one transaction.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,8 +13,14 @@ use tokio_postgres_failover::{HickoryResolver, Resolve};
 
 use crate::error::Error;
 use crate::isolation::Network;
+use crate::measurement::Measurement;
+use crate::peer::now_micros;
 use crate::random::Random;
+use crate::recovery::{command, say};
+use crate::results::Results;
+use crate::settings::Settings;
 use crate::stage::{NAME, Stage, TABLE};
+use crate::versions::Machine;
 
 /// The subject's name beside those of the peers.
 pub const NAME_OF_FLOOR: &str = "floor";
@@ -125,6 +132,48 @@ pub async fn of_a_failover(network: &Arc<Network>, seed: u64, round: u64) -> Res
     let quiet = all.get(all.len() / 2).copied().ok_or_else(|| Error::Other("no floor was measured".to_owned()))?;
     let promoted = promoted(&stage, detection(seed, round)).await?;
     Ok((quiet, promoted))
+}
+
+/// The case of its own: the parts, on a quiet cluster and on a server that was just promoted.
+pub async fn run(settings: &Settings, network: &Arc<Network>) -> Result<(), Error> {
+    let rounds = settings.rounds.unwrap_or(if settings.quick { 3 } else { 10 });
+    let mut samples: Vec<(&'static str, &'static str, Vec<Option<f64>>)> = Vec::new();
+    for round in 0..rounds {
+        let (quiet, promoted) = of_a_failover(network, settings.seed, round as u64).await?;
+        say(&format!("floor round {}: {:.2} ms quiet, {:.2} ms promoted", round + 1, quiet.total(), promoted.total()));
+        for (case, parts) in [("floor/quiet", quiet), ("floor/promoted", promoted)] {
+            for (metric, value) in parts.named() {
+                match samples.iter_mut().find(|(of, name, _)| *of == case && *name == metric) {
+                    Some((.., samples)) => samples.push(Some(value)),
+                    None => samples.push((case, metric, vec![Some(value)])),
+                }
+            }
+        }
+    }
+    let of = |(case, metric, samples): &(&'static str, &'static str, Vec<_>)| {
+        Measurement::new(NAME_OF_FLOOR, *case, *metric, "ms", samples.clone())
+    };
+    let measurements: Vec<_> = samples.iter().map(of).collect();
+    let total = measurements.iter().find(|measured| measured.metric == "total");
+    let total = total.and_then(|measured| measured.spread().median);
+    let results = Results {
+        case: "floor".to_owned(),
+        explained:
+            "A fresh session that writes one row: a DNS question, TCP, authentication, and BEGIN, INSERT, COMMIT in \
+                    one message. `quiet`: on a primary that has nothing else to do. `promoted`: begun the moment a new \
+                    primary has taken its first write, with nobody else there"
+                .to_owned(),
+        command: command(settings, "CASES=floor", rounds),
+        at: now_micros() / 1_000_000,
+        machine: Machine::this(crate::postgres_version(network).await?),
+        rounds,
+        seed: settings.seed,
+        peers: Vec::new(),
+        notes: network.notes(),
+        measurements: measurements.into_iter().map(|one| one.relative_to("floor/quiet total", total)).collect(),
+        told: BTreeMap::new(),
+    };
+    results.write(&settings.out).map(drop)
 }
 
 /// How long the cluster's manager takes to notice, this round: a second, and not in step with anybody's retries.

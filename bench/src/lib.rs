@@ -8,6 +8,7 @@ pub mod external;
 pub mod fault;
 pub mod figures;
 pub mod floor;
+pub mod growth;
 pub mod isolation;
 pub mod measurement;
 pub mod peer;

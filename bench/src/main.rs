@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use failover_bench::error::Error;
 use failover_bench::isolation::{self, Network};
-use failover_bench::recovery;
 use failover_bench::settings::{Case, Settings};
+use failover_bench::{floor, growth, recovery};
 
 fn main() -> ExitCode {
     match run() {
@@ -23,7 +23,12 @@ fn run() -> Result<(), Error> {
     isolation::enter()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|source| Error::Program { what: "tokio".to_owned(), source })?;
-    runtime.block_on(measure(&settings))
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.split_first() {
+        None => runtime.block_on(measure(&settings)),
+        Some((word, rest)) if word == "point" => runtime.block_on(growth::point(rest)),
+        Some((word, _)) => Err(Error::Other(format!("{word}: no such command; say nothing, and set CASES and PEERS"))),
+    }
 }
 
 async fn measure(settings: &Settings) -> Result<(), Error> {
@@ -35,7 +40,9 @@ async fn measure(settings: &Settings) -> Result<(), Error> {
                     recovery::run(settings, &network, *failure).await?;
                 }
             }
-            Case::Growth | Case::Floor | Case::Quiet => {}
+            Case::Floor => floor::run(settings, &Arc::new(Network::here().await)).await?,
+            Case::Growth => growth::run(settings).await?,
+            Case::Quiet => {}
         }
     }
     Ok(())

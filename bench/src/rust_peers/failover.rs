@@ -61,7 +61,9 @@ impl Peer for Variant {
     fn config(&self) -> String {
         match self {
             Self::Transaction => "max_size(workers), all else by default; pool.transaction(..)",
-            Self::Idempotent => "max_size(workers), all else by default; pool.idempotent(..), INSERT .. WHERE NOT EXISTS",
+            Self::Idempotent => {
+                "max_size(workers), all else by default; pool.idempotent(..), INSERT .. WHERE NOT EXISTS"
+            }
             Self::Warm => "max_size(workers), warm_standbys(true), all else by default; pool.transaction(..)",
         }
         .to_owned()
