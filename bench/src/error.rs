@@ -49,7 +49,8 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn setting(name: &str, value: &str, wanted: &str) -> Self {
+    /// A variable, or a word of the command line, that says nothing known.
+    pub fn setting(name: &str, value: &str, wanted: &str) -> Self {
         Self::Setting { name: name.to_owned(), value: value.to_owned(), wanted: wanted.to_owned() }
     }
 

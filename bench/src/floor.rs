@@ -60,7 +60,7 @@ impl Parts {
 pub async fn once(resolver: &HickoryResolver, server: SocketAddr, id: &str) -> Result<Parts, Error> {
     let begun = Instant::now();
     resolver.resolve(NAME).await.map_err(|error| Error::Other(format!("the floor's DNS question: {error}")))?;
-    let resolved = Instant::now();
+    let answered = Instant::now();
     let stream = TcpStream::connect(server).await.map_err(Error::file(server.to_string()))?;
     stream.set_nodelay(true).map_err(Error::file(server.to_string()))?;
     let connected = Instant::now();
@@ -76,8 +76,8 @@ pub async fn once(resolver: &HickoryResolver, server: SocketAddr, id: &str) -> R
     let _ = driver.await;
     let ms = |from: Instant, to: Instant| (to - from).as_secs_f64() * 1000.0;
     Ok(Parts {
-        dns: ms(begun, resolved),
-        tcp: ms(resolved, connected),
+        dns: ms(begun, answered),
+        tcp: ms(answered, connected),
         authentication: ms(connected, authenticated),
         transaction: ms(authenticated, committed),
     })

@@ -364,7 +364,7 @@ impl Scene {
         let first = ended.iter().min().map(since);
         let all = (ended.len() == waiters).then(|| ended.iter().max().map(since)).flatten();
         let beyond = all.zip(work).map(|(all, work)| (all - work).max(0.0));
-        let per_waiter = full.saturating_sub(empty) as f64 / 1024.0 / count(waiters);
+        let per_waiter = difference(empty, full) / 1024.0 / count(waiters);
         let figure = |metric: &str, unit: &str, value| (metric.to_owned(), unit.to_owned(), value);
         Ok(Point {
             figures: vec![
@@ -420,7 +420,7 @@ impl Scene {
         let figure = |metric: &str, unit: &str, value| (metric.to_owned(), unit.to_owned(), Some(value));
         named.push(figure("probes", "count", difference(before.0, until_promotion.0)));
         named.push(figure("connection_starts", "count", difference(before.1, after.1)));
-        named.push(figure("memory_per_pool", "KiB", full.saturating_sub(empty) as f64 / 1024.0 / count(pools)));
+        named.push(figure("memory_per_pool", "KiB", difference(empty, full) / 1024.0 / count(pools)));
         Ok(Point { figures: named, told: BTreeMap::new() })
     }
 }

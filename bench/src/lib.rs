@@ -12,13 +12,16 @@ pub mod growth;
 pub mod isolation;
 pub mod measurement;
 pub mod peer;
+pub mod plot;
 pub mod random;
 pub mod recorder;
 pub mod recovery;
+pub mod report;
 pub mod results;
 pub mod rust_peers;
 pub mod settings;
 pub mod stage;
+pub mod targets;
 pub mod versions;
 
 use std::sync::Arc;

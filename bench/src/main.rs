@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use failover_bench::error::Error;
 use failover_bench::isolation::{self, Network};
+use failover_bench::report::{self, Places};
 use failover_bench::settings::{Case, Settings};
 use failover_bench::{floor, growth, recovery};
 
@@ -20,15 +21,24 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Error> {
     let settings = Settings::from_environment()?;
-    isolation::enter()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|source| Error::Program { what: "tokio".to_owned(), source })?;
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.split_first() {
-        None => runtime.block_on(measure(&settings)),
-        Some((word, rest)) if word == "point" => runtime.block_on(growth::point(rest)),
-        Some((word, _)) => Err(Error::Other(format!("{word}: no such command; say nothing, and set CASES and PEERS"))),
+        None => {
+            isolation::enter()?;
+            block_on(measure(&settings))?;
+            report::write(&settings.out, &Places::beside_results(&settings.out))
+        }
+        Some((word, [])) if word == "report" => report::write(&settings.out, &Places::beside_results(&settings.out)),
+        Some((word, [])) if word == "docs" => report::write(&settings.out, &Places::of_the_project()),
+        Some((word, rest)) if word == "point" => block_on(growth::point(rest)),
+        Some((word, _)) => Err(Error::setting("the command", word, "nothing, report or docs")),
     }
+}
+
+fn block_on(work: impl Future<Output = Result<(), Error>>) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|source| Error::Program { what: "tokio".to_owned(), source })?;
+    runtime.block_on(work)
 }
 
 async fn measure(settings: &Settings) -> Result<(), Error> {

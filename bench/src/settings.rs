@@ -140,7 +140,7 @@ mod tests {
     fn what_is_not_set_is_everything() {
         let all = settings(&[]).unwrap();
         assert_eq!((all.cases.len(), all.failures.len(), all.quick), (4, Failure::ALL.len(), false));
-        assert_eq!(all.stuck_after(), Duration::from_secs(60));
+        assert_eq!(all.stuck_after(), Duration::from_mins(1));
     }
 
     #[test]

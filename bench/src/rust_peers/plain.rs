@@ -23,7 +23,7 @@ struct Session {
 struct Sessions {
     config: Config,
     sql: String,
-    sessions: Vec<Mutex<Option<Session>>>,
+    of_workers: Vec<Mutex<Option<Session>>>,
 }
 
 impl Sessions {
@@ -47,7 +47,7 @@ impl Sessions {
 #[async_trait]
 impl Attempt for Sessions {
     async fn insert(&self, worker: usize, id: &str) -> Result<(), String> {
-        let slot = self.sessions.get(worker).ok_or("there is no such worker")?;
+        let slot = self.of_workers.get(worker).ok_or("there is no such worker")?;
         let mut slot = slot.lock().await;
         let written = self.write(&mut slot, id).await;
         if written.is_err() {
@@ -76,9 +76,9 @@ impl Peer for Plain {
     }
 
     async fn start(&self, target: &Target, recorder: Arc<Recorder>) -> Result<Box<dyn Load>, String> {
-        let sessions = (0..target.workers).map(|_| Mutex::default()).collect();
+        let of_workers = (0..target.workers).map(|_| Mutex::default()).collect();
         let attempt: Arc<dyn Attempt> =
-            Arc::new(Sessions { config: driver_config(target)?, sql: insert_sql(target), sessions });
+            Arc::new(Sessions { config: driver_config(target)?, sql: insert_sql(target), of_workers });
         Ok(work(&attempt, target, &recorder))
     }
 }
