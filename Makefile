@@ -15,7 +15,7 @@ picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
 
 test: setup ## Run every test against real servers
-	cargo test --workspace --all-features
+	cargo test --all-features
 
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak
