@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs the peers of other languages into target/bench, and says on one line for each what came of it:
-#   python installed: psycopg 3.3.9, psycopg-pool 3.3.3
+#   psycopg-pool installed: psycopg 3.3.9, psycopg-pool 3.3.3
 #   aws-jdbc missing: why
+# The lines are kept in target/bench/peers, where the benchmark reads them.
 # Needs python3, node with npm, and a JDK with the jars of Debian's libpostgresql-jdbc-java and libhikaricp-java; as root on
 # Debian it installs what is missing of these. A peer that is missing fails nothing.
 set -u
@@ -29,28 +30,27 @@ version() {
 }
 
 python() {
-    command -v python3 >/dev/null || debian python3 python3-venv || { echo "python missing: no python3"; return 1; }
-    [ -x "$to/venv/bin/pip" ] || python3 -m venv "$to/venv" >>"$log" 2>&1 || { echo "python missing: $(why)"; return 1; }
-    "$to/venv/bin/pip" install -q "psycopg[binary,pool]>=3.2" >>"$log" 2>&1 || { echo "python missing: $(why)"; return 1; }
-    echo "python installed: psycopg $(version psycopg), psycopg-pool $(version psycopg-pool)"
+    command -v python3 >/dev/null || debian python3 python3-venv || { echo "psycopg-pool missing: no python3"; return 1; }
+    [ -x "$to/venv/bin/pip" ] || python3 -m venv "$to/venv" >>"$log" 2>&1 || { echo "psycopg-pool missing: $(why)"; return 1; }
+    "$to/venv/bin/pip" install -q "psycopg[binary,pool]>=3.2" >>"$log" 2>&1 || { echo "psycopg-pool missing: $(why)"; return 1; }
+    echo "psycopg-pool installed: psycopg $(version psycopg), psycopg-pool $(version psycopg-pool)"
 }
 
 aws_python() {
-    [ -x "$to/venv/bin/pip" ] || { echo "aws-python missing: no python"; return; }
     "$to/venv/bin/pip" install -q aws-advanced-python-wrapper >>"$log" 2>&1 || { echo "aws-python missing: $(why)"; return; }
     echo "aws-python installed: aws-advanced-python-wrapper $(version aws-advanced-python-wrapper)"
 }
 
 java_peer() {
-    command -v javac >/dev/null || debian default-jdk-headless || { echo "java missing: no javac"; return; }
+    command -v javac >/dev/null || debian default-jdk-headless || { echo "hikaricp missing: no javac"; return; }
     for jar in postgresql HikariCP slf4j-api slf4j-nop; do
         [ -e "$jars/$jar.jar" ] || debian libpostgresql-jdbc-java libhikaricp-java libslf4j-java ||
-            { echo "java missing: no $jars/$jar.jar"; return; }
+            { echo "hikaricp missing: no $jars/$jar.jar"; return; }
     done
     javac -d "$to/java" -cp "$jars/postgresql.jar:$jars/HikariCP.jar" "$here/java/Load.java" >>"$log" 2>&1 ||
-        { echo "java missing: $(why)"; return; }
+        { echo "hikaricp missing: $(why)"; return; }
     number() { basename "$(ls "$jars/$1"-[0-9]*.jar | head -n 1)" .jar | sed "s/^$1-//"; }
-    echo "java installed: pgjdbc $(number postgresql), HikariCP $(number HikariCP), $(javac -version 2>&1)"
+    echo "hikaricp installed: pgjdbc $(number postgresql), HikariCP $(number HikariCP), $(javac -version 2>&1)"
 }
 
 aws_java() {
@@ -60,15 +60,17 @@ aws_java() {
 }
 
 node_peer() {
-    command -v npm >/dev/null || debian nodejs npm || { echo "node missing: no npm"; return; }
+    command -v npm >/dev/null || debian nodejs npm || { echo "node-postgres missing: no npm"; return; }
     mkdir -p "$to/node" && cp "$here/node/load.js" "$to/node/"
     npm install --silent --no-audit --no-fund --prefix "$to/node" "pg@^8.20" >>"$log" 2>&1 ||
-        { echo "node missing: $(why)"; return; }
+        { echo "node-postgres missing: $(why)"; return; }
     number=$(sed -n 's/.*"version": "\(.*\)".*/\1/p' "$to/node/node_modules/pg/package.json" | head -n 1)
-    echo "node installed: pg $number, node $(node --version)"
+    echo "node-postgres installed: pg $number, node $(node --version)"
 }
 
-python && aws_python
-java_peer
-aws_java
-node_peer
+{
+    if python; then aws_python; else echo "aws-python missing: no psycopg"; fi
+    java_peer
+    aws_java
+    node_peer
+} | tee "$to/peers"

@@ -41,8 +41,8 @@ public final class Load {
     }
 
     private static HikariConfig config(int workers) {
-        String hosts = System.getenv().getOrDefault("BENCH_HOSTS", "");
-        String servers = hosts.isEmpty() ? env("BENCH_NAME") + ":" + env("BENCH_PORT") : hosts;
+        String name = System.getenv().getOrDefault("BENCH_NAME", "");
+        String servers = name.isEmpty() ? env("BENCH_HOSTS") : name + ":" + env("BENCH_PORT");
         HikariConfig config = new HikariConfig();
         config.setJdbcUrl("jdbc:postgresql://" + servers + "/" + env("BENCH_DATABASE"));
         config.setUsername(env("BENCH_USER"));

@@ -1,24 +1,26 @@
 """AWS advanced Python wrapper over psycopg, with its fail-over plugin and the wrapper's dialect for plain PostgreSQL.
 
-`aws.py check` connects once, says on one line what became of it, and ends."""
+In that dialect the wrapper knows one host and no topology. It hands the host on as it is, so libpq's list of hosts stands
+there: where the plugin connects again, libpq finds the server that takes writes."""
 
-import sys
 import threading
 
 import psycopg
 from aws_advanced_python_wrapper import AwsWrapperConnection
+from aws_advanced_python_wrapper.errors import FailoverSuccessError, TransactionResolutionUnknownError
 
 import load
 
-host, port = load.hosts()[0]
+servers = load.hosts()
 options = load.credentials()
 
 
 def connect():
     return AwsWrapperConnection.connect(
         psycopg.Connection.connect,
-        host=host,
-        port=port,
+        host=",".join(host for host, _ in servers),
+        port=",".join(port for _, port in servers),
+        target_session_attrs="read-write",
         plugins="failover",
         wrapper_dialect="pg",
         wrapper_driver_dialect="psycopg",
@@ -27,29 +29,24 @@ def connect():
     )
 
 
-if sys.argv[1:] == ["check"]:
-    connection = connect()
-    print("connected:", connection.execute("SELECT 1").fetchone())
-    connection.close()
-    sys.exit(0)
-
 _own = threading.local()
 
 
 def insert(sql, row):
     """One connection for each worker: the wrapper has no pool that keeps a session through a fail-over."""
-    connection = getattr(_own, "connection", None)
-    if connection is None or connection.is_closed:
-        connection = _own.connection = connect()
+    if getattr(_own, "connection", None) is None:
+        _own.connection = connect()
     try:
-        cursor = connection.cursor()
+        cursor = _own.connection.cursor()
         cursor.execute(sql, (row,))
-        connection.commit()
+        _own.connection.commit()
         cursor.close()
+    except (FailoverSuccessError, TransactionResolutionUnknownError):
+        # The connection leads to the new primary now; whether the row was written the caller has to find out.
+        raise
     except Exception:
-        # The plug-in has led the connection to the new writer, or it is of no use any more.
         try:
-            connection.rollback()
+            _own.connection.rollback()
         except Exception:
             _own.connection = None
         raise

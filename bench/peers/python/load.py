@@ -16,9 +16,10 @@ _output = threading.Lock()
 
 
 def hosts():
-    """The servers as (host, port): those given one by one, else the name."""
-    given = [each.rsplit(":", 1) for each in os.environ.get("BENCH_HOSTS", "").split(",") if each]
-    return [(host, port) for host, port in given] or [(os.environ["BENCH_NAME"], os.environ["BENCH_PORT"])]
+    """The servers as (host, port): the name, where there is one, else all of them."""
+    if os.environ.get("BENCH_NAME"):
+        return [(os.environ["BENCH_NAME"], os.environ["BENCH_PORT"])]
+    return [tuple(each.rsplit(":", 1)) for each in os.environ["BENCH_HOSTS"].split(",")]
 
 
 def credentials():
