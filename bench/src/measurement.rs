@@ -1,6 +1,7 @@
 //! Figures: samples of one metric, and what is told of them.
 
 use serde::{Deserialize, Serialize};
+use testbed::Spread;
 
 /// Samples of one metric of one peer in one case. `None` among them stands for "never": more than any number.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -48,34 +49,15 @@ impl Measurement {
         self
     }
 
-    /// Half of the samples are below. `None`: never, or no sample.
-    pub fn median(&self) -> Option<f64> {
-        let sorted = self.sorted();
-        let at = |index: usize| sorted.get(index).copied();
-        let (low, high) = (at(sorted.len().saturating_sub(1) / 2)?, at(sorted.len() / 2)?);
-        Some(f64::midpoint(low, high)).filter(|value| value.is_finite())
-    }
-
-    /// The least sample.
-    pub fn min(&self) -> Option<f64> {
-        self.sorted().first().copied().filter(|value| value.is_finite())
-    }
-
-    /// The largest sample. `None`: never, or no sample.
-    pub fn max(&self) -> Option<f64> {
-        self.sorted().last().copied().filter(|value| value.is_finite())
+    /// Median, minimum and maximum.
+    pub fn spread(&self) -> Spread {
+        Spread::of(self.samples.iter().copied())
     }
 
     /// Median by the base's median.
     pub fn ratio(&self) -> Option<f64> {
         let base = self.base.as_ref()?.median;
-        self.median().map(|median| median / base).filter(|ratio| ratio.is_finite())
-    }
-
-    fn sorted(&self) -> Vec<f64> {
-        let mut sorted: Vec<f64> = self.samples.iter().map(|value| value.unwrap_or(f64::INFINITY)).collect();
-        sorted.sort_unstable_by(f64::total_cmp);
-        sorted
+        self.spread().median.map(|median| median / base).filter(|ratio| ratio.is_finite())
     }
 }
 
@@ -85,14 +67,6 @@ mod tests {
 
     fn of(samples: &[Option<f64>]) -> Measurement {
         Measurement::new("peer", "case", "metric", "ms", samples.to_vec())
-    }
-
-    #[test]
-    fn never_is_more_than_any_number() {
-        let measured = of(&[Some(3.0), None, Some(1.0)]);
-        assert_eq!((measured.median(), measured.min(), measured.max()), (Some(3.0), Some(1.0), None));
-        assert_eq!(of(&[Some(3.0), None]).median(), None, "half of the samples never came");
-        assert_eq!(of(&[]).median(), None);
     }
 
     #[test]

@@ -2,14 +2,14 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 
 use crate::recorder::Recorder;
 
 /// The pause of each worker after an error, before it tries the same row again. Its users' loops do so.
-pub const PAUSE_AFTER_ERROR: std::time::Duration = std::time::Duration::from_millis(100);
+pub const PAUSE_AFTER_ERROR: Duration = Duration::from_millis(100);
 
 /// Where the servers are, and what the workers shall write there.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct Target {
     pub table: String,
     /// How many workers write, and how many connections the pool has.
     pub workers: usize,
+    /// What each worker waits after an acknowledged row, so that the servers have time for something else, too.
+    pub pace: Duration,
     /// The rows' ids are `prefix-worker-counter`.
     pub prefix: String,
 }
@@ -51,6 +53,7 @@ impl Target {
             ("BENCH_DATABASE", self.database.clone()),
             ("BENCH_TABLE", self.table.clone()),
             ("BENCH_WORKERS", self.workers.to_string()),
+            ("BENCH_PACE_MS", self.pace.as_millis().to_string()),
             ("BENCH_PREFIX", self.prefix.clone()),
         ]
     }
@@ -128,6 +131,11 @@ pub trait Peer: Send + Sync {
         true
     }
 
+    /// Whether it knows one host only: then it is given the DNS name, which leads to all members.
+    fn needs_name(&self) -> bool {
+        false
+    }
+
     /// Why it cannot be measured here at all, for instance "node is not installed". Stands in the report.
     async fn missing(&self) -> Option<String> {
         None
@@ -140,7 +148,7 @@ pub trait Peer: Send + Sync {
     }
 
     /// Opens the pool and starts the workers; returns when the pool has its connections. Each worker writes one row
-    /// after the other, as fast as it gets answers, and tries the same row again [`PAUSE_AFTER_ERROR`] after an error.
+    /// after the other, [`Target::pace`] apart, and tries the same row again [`PAUSE_AFTER_ERROR`] after an error.
     async fn start(&self, target: &Target, recorder: Arc<Recorder>) -> Result<Box<dyn Load>, String>;
 }
 
