@@ -136,6 +136,10 @@ impl Peer for Program {
         false
     }
 
+    fn needs_name(&self) -> bool {
+        matches!(self.words.hosts, Hosts::First)
+    }
+
     async fn missing(&self) -> Option<String> {
         self.state.clone().err()
     }
@@ -273,6 +277,7 @@ mod tests {
             dns: "127.0.0.1:53".parse().unwrap(),
             system_dns: false,
             port: 5432,
+            pace: Duration::ZERO,
             user: "app".into(),
             password: String::new(),
             database: "app".into(),

@@ -20,6 +20,7 @@ fn target(cluster: &Cluster, table: &str, name: Option<String>) -> Target {
         dns: cluster.dns().addr(),
         system_dns: false,
         port: cluster.port(),
+        pace: Duration::from_millis(5),
         user: "app".into(),
         password: String::new(),
         database: "app".into(),
@@ -52,7 +53,7 @@ async fn program(peer: &dyn Peer) {
     let sql = format!("CREATE TABLE {table} (id text NOT NULL); GRANT ALL ON {table} TO app");
     cluster.direct(cluster.primary()).await.batch_execute(&sql).await.unwrap();
     // It has no other way to follow a primary.
-    let by_name = peer.name() == "node-postgres";
+    let by_name = peer.needs_name();
     cluster.dns().set(&[cluster.addr(cluster.primary())]);
     let target = target(&cluster, table, by_name.then(|| "pg.internal".to_owned()));
     let recorder = Arc::new(Recorder::new(WORKERS));

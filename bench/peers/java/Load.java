@@ -70,6 +70,7 @@ public final class Load {
     }
 
     private static void work(HikariDataSource pool, int worker) {
+        long pace = Long.parseLong(System.getenv().getOrDefault("BENCH_PACE_MS", "0"));
         String sql = "INSERT INTO " + env("BENCH_TABLE") + " (id) VALUES (?)";
         for (long counter = 0; !stop; ) {
             String id = env("BENCH_PREFIX") + "-" + worker + "-" + counter;
@@ -77,9 +78,10 @@ public final class Load {
                 insert(pool, sql, id);
                 say("ok " + micros() + " " + worker + " " + id);
                 counter++;
+                pause(pace);
             } catch (SQLException | RuntimeException error) {
                 say("err " + micros() + " " + worker + " " + id + " " + line(error));
-                pause();
+                pause(PAUSE_MILLIS);
             }
         }
     }
@@ -92,9 +94,12 @@ public final class Load {
         }
     }
 
-    private static void pause() {
+    private static void pause(long millis) {
+        if (millis == 0) {
+            return;
+        }
         try {
-            Thread.sleep(PAUSE_MILLIS);
+            Thread.sleep(millis);
         } catch (InterruptedException interrupted) {
             Thread.currentThread().interrupt();
         }

@@ -7,6 +7,7 @@ const net = require('node:net')
 const { Pool } = require('pg')
 
 const env = process.env
+const PACE_MS = Number(env.BENCH_PACE_MS || 0)
 const PAUSE_MS = 100
 // A worker that hangs does not keep the process: it ends this long after its input did.
 const GRACE_MS = 1000
@@ -53,7 +54,7 @@ pool.on('error', () => {})
 let stop = false
 const micros = () => Math.round((performance.timeOrigin + performance.now()) * 1000)
 const say = (line) => process.stdout.write(`${line}\n`)
-const pause = () => new Promise((done) => setTimeout(done, PAUSE_MS))
+const pause = (millis) => new Promise((done) => setTimeout(done, millis))
 
 async function work(worker) {
   for (let counter = 0; !stop; ) {
@@ -62,10 +63,11 @@ async function work(worker) {
       await pool.query(`INSERT INTO ${env.BENCH_TABLE} (id) VALUES ($1)`, [id])
       say(`ok ${micros()} ${worker} ${id}`)
       counter += 1
+      if (PACE_MS) await pause(PACE_MS)
     } catch (error) {
       const text = `${error.code || error.name}: ${error.message}`.replace(/\s+/g, ' ').slice(0, 300)
       say(`err ${micros()} ${worker} ${id} ${text}`)
-      await pause()
+      await pause(PAUSE_MS)
     }
   }
 }

@@ -8,6 +8,8 @@ import time
 WORKERS = int(os.environ["BENCH_WORKERS"])
 PREFIX = os.environ["BENCH_PREFIX"]
 TABLE = os.environ["BENCH_TABLE"]
+# Between rows, and after an error; in seconds.
+PACE = int(os.environ.get("BENCH_PACE_MS") or 0) / 1000
 PAUSE = 0.1
 # A worker that hangs does not keep the process: it ends this long after its input did.
 GRACE = 1.0
@@ -48,6 +50,8 @@ def _work(worker, insert, stop):
             continue
         say(f"ok {time.time_ns() // 1000} {worker} {row}")
         counter += 1
+        if PACE:
+            stop.wait(PACE)
 
 
 def run(insert):
