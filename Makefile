@@ -15,13 +15,14 @@ picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
 
 bench: setup ## This pool beside others (PEERS=rust QUICK=1 CASES=recovery,growth,floor,quiet FAILURES=kill,... ROUNDS=7 SEED=1)
-	@cargo run --release --quiet --package failover-bench
+	@sh bench/setup.sh
+	@cargo run --release --quiet --package failover-bench --bin failover-bench
 
 bench-report: ## The benchmark's report anew, from the results in target/bench
-	@cargo run --release --quiet --package failover-bench -- report
+	@cargo run --release --quiet --package failover-bench --bin failover-bench -- report
 
 bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/bench
-	@cargo run --release --quiet --package failover-bench -- docs
+	@cargo run --release --quiet --package failover-bench --bin failover-bench -- docs
 
 test: setup ## Run every test against real servers
 	cargo test --all-features

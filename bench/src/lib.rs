@@ -3,6 +3,7 @@
 #![allow(clippy::must_use_candidate, reason = "getters of a benchmark")]
 #![allow(clippy::doc_markdown, reason = "PostgreSQL and its pools are names")]
 
+pub mod counting;
 pub mod error;
 pub mod external;
 pub mod fault;
@@ -13,6 +14,7 @@ pub mod isolation;
 pub mod measurement;
 pub mod peer;
 pub mod plot;
+pub mod quiet;
 pub mod random;
 pub mod recorder;
 pub mod recovery;

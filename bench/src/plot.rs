@@ -22,6 +22,8 @@ pub fn dots(title: &str, note: &str, series: &[&str], rows: &[Row], mark: Option
     const LEFT: f64 = 190.0;
     const RIGHT: f64 = 880.0;
     const TOP: f64 = 112.0;
+    /// Right of the scale, clear of its last label.
+    const NEVER: f64 = 52.0;
     let step = 14.0 * count(series.len()) + 12.0;
     let bottom = TOP + step * count(rows.len());
     let values = rows.iter().flat_map(|row| &row.spreads).flat_map(|spread| [spread.median, spread.min, spread.max]);
@@ -32,7 +34,7 @@ pub fn dots(title: &str, note: &str, series: &[&str], rows: &[Row], mark: Option
         text(&mut svg, at, bottom + 18.0, "tick", "middle", &label);
     }
     text(&mut svg, f64::midpoint(LEFT, RIGHT), bottom + 42.0, "axis", "middle", "milliseconds, logarithmic");
-    text(&mut svg, RIGHT + 40.0, bottom + 18.0, "tick", "middle", "never");
+    text(&mut svg, RIGHT + NEVER, bottom + 18.0, "tick", "middle", "never");
     if let Some((name, value)) = mark {
         let at = scale.at(value);
         put(
@@ -50,7 +52,7 @@ pub fn dots(title: &str, note: &str, series: &[&str], rows: &[Row], mark: Option
         text(&mut svg, LEFT - 12.0, top + (step - 12.0) / 2.0 + 4.0, "name", "end", &row.name);
         for (which, spread) in row.spreads.iter().enumerate() {
             let (y, colour) = (top + 7.0 + 14.0 * count(which), COLOURS[which % COLOURS.len()]);
-            let place = |value: Option<f64>| value.map_or(RIGHT + 40.0, |value| scale.at(value));
+            let place = |value: Option<f64>| value.map_or(RIGHT + NEVER, |value| scale.at(value));
             line(&mut svg, (place(spread.min), y), (place(spread.max), y), colour, 2.0);
             let x = place(spread.median);
             let shown = shown(spread.median);
@@ -261,7 +263,7 @@ mod tests {
         let never = Spread { median: None, min: Some(5.0), max: None };
         let row = Row { name: "a<b".to_owned(), spreads: vec![never] };
         let svg = dots("title", "note", &["first"], &[row], Some(("floor", 2.0)));
-        assert!(svg.contains(r#"cx="920.0""#) && svg.contains("<title>never</title>"), "{svg}");
+        assert!(svg.contains(r#"cx="932.0""#) && svg.contains("<title>never</title>"), "{svg}");
         assert!(svg.contains("a&lt;b"), "{svg}");
     }
 }

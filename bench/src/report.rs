@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::floor::NAME_OF_FLOOR;
 use crate::measurement::Measurement;
 use crate::plot::{self, Line, Panel, Row, shown};
+use crate::quiet;
 use crate::results::{PeerInfo, Results, summary};
 use crate::targets::verdicts;
 
@@ -154,7 +155,7 @@ fn text(all: &[Results], link: &str) -> String {
         .replace("{{recovery}}", &sections("recovery", recovery_table))
         .replace("{{floor}}", &sections("floor", any_table))
         .replace("{{growth}}", &sections("growth", any_table))
-        .replace("{{quiet}}", &sections("quiet", any_table))
+        .replace("{{quiet}}", &sections("quiet", |results| quiet::tables(&results.measurements)))
         .replace("{{peers}}", &peers(all))
 }
 
