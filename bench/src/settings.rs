@@ -35,12 +35,16 @@ impl Case {
     }
 }
 
+/// What `QUICK=1` measures unless told, within five minutes.
+const QUICK_CASES: [Case; 3] = [Case::Floor, Case::Recovery, Case::Quiet];
+const QUICK_FAILURES: [Failure; 2] = [Failure::DnsAll, Failure::Freeze];
+
 /// The environment's variables, read.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `CASES=recovery,growth,floor,quiet`; all unless told.
+    /// `CASES=recovery,growth,floor,quiet`; all unless told, and all but growth with `QUICK=1`.
     pub cases: Vec<Case>,
-    /// `FAILURES=kill,freeze`: these of the recovery case; all unless told.
+    /// `FAILURES=kill,freeze`: these of the recovery case; all unless told, and two of them with `QUICK=1`.
     pub failures: Vec<Failure>,
     /// `PEERS=rust`, `all` or names; all unless told.
     pub peers: String,
@@ -72,12 +76,15 @@ impl Settings {
         if workers == 0 || rounds == Some(0) {
             return Err(Error::setting("WORKERS or ROUNDS", "0", "1 or more"));
         }
+        let quick = variable("QUICK").is_some_and(|value| value != "0");
+        let (cases, failures) =
+            if quick { (&QUICK_CASES[..], &QUICK_FAILURES[..]) } else { (&Case::ALL[..], &Failure::ALL[..]) };
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
         Ok(Self {
-            cases: chosen("CASES", variable("CASES"), &Case::ALL, Case::name)?,
-            failures: chosen("FAILURES", variable("FAILURES"), &Failure::ALL, Failure::name)?,
+            cases: chosen("CASES", variable("CASES"), &Case::ALL, cases, Case::name)?,
+            failures: chosen("FAILURES", variable("FAILURES"), &Failure::ALL, failures, Failure::name)?,
             peers: variable("PEERS").unwrap_or_else(|| "all".to_owned()),
-            quick: variable("QUICK").is_some_and(|value| value != "0"),
+            quick,
             rounds: rounds.map(|rounds| usize::try_from(rounds).unwrap_or(usize::MAX)),
             seed: number("SEED")?.unwrap_or(1),
             workers: usize::try_from(workers).unwrap_or(usize::MAX),
@@ -113,10 +120,11 @@ fn chosen<T: Copy>(
     name: &str,
     value: Option<String>,
     all: &[T],
+    untold: &[T],
     spelled: impl Fn(T) -> &'static str,
 ) -> Result<Vec<T>, Error> {
     let Some(value) = value else {
-        return Ok(all.to_vec());
+        return Ok(untold.to_vec());
     };
     let words: Vec<&str> = value.split(',').map(str::trim).filter(|word| !word.is_empty()).collect();
     if let Some(unknown) = words.iter().find(|word| !all.iter().any(|one| spelled(*one) == **word)) {
@@ -141,6 +149,15 @@ mod tests {
         let all = settings(&[]).unwrap();
         assert_eq!((all.cases.len(), all.failures.len(), all.quick), (4, Failure::ALL.len(), false));
         assert_eq!(all.stuck_after(), Duration::from_mins(1));
+    }
+
+    #[test]
+    fn quick_is_less_but_for_what_is_told() {
+        let quick = settings(&[("QUICK", "1")]).unwrap();
+        assert_eq!((quick.cases.len(), quick.failures.len()), (3, 2));
+        let told = settings(&[("QUICK", "1"), ("CASES", "growth"), ("FAILURES", "vanish,kill")]).unwrap();
+        assert_eq!((told.cases, told.failures), (vec![Case::Growth], vec![Failure::Kill, Failure::Vanish]));
+        assert!(!settings(&[("QUICK", "0")]).unwrap().quick);
     }
 
     #[test]
