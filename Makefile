@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture test test-long soak exactly-once fuzz lint
+.PHONY: help setup demo picture bench bench-report bench-docs test test-long soak exactly-once fuzz lint
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -14,8 +14,18 @@ demo: setup ## Kill a primary under load: this pool beside a plain one (RUNS=20,
 picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
 
+bench: setup ## This pool beside others (PEERS=rust QUICK=1 CASES=recovery,growth,floor,quiet FAILURES=kill,... ROUNDS=7 SEED=1)
+	@sh bench/setup.sh
+	@cargo run --release --quiet --package failover-bench --bin failover-bench
+
+bench-report: ## The benchmark's report anew, from the results in target/bench
+	@cargo run --release --quiet --package failover-bench --bin failover-bench -- report
+
+bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/bench
+	@cargo run --release --quiet --package failover-bench --bin failover-bench -- docs
+
 test: setup ## Run every test against real servers
-	cargo test --workspace --all-features
+	cargo test --all-features
 
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak

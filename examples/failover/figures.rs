@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
+use testbed::Spread;
 
 use crate::load::Writer;
 use crate::scenario::{Outcome, Run};
@@ -101,38 +102,9 @@ impl Figures {
     }
 }
 
-/// The pause at the end counts as well: a writer that never came back has a gap.
 fn longest_gap(timeline: &Timeline, writer: &Writer) -> Duration {
-    let mut before = timeline.start;
-    let mut longest = Duration::ZERO;
-    for at in writer.acknowledged.iter().map(|(_, at)| *at).chain([timeline.end]) {
-        longest = longest.max(at.saturating_duration_since(before));
-        before = at;
-    }
-    longest
-}
-
-/// Median, minimum and maximum. `None` among the values stands for "never", and is more than any number.
-#[derive(Clone, Copy)]
-pub(crate) struct Spread {
-    pub(crate) median: Option<f64>,
-    pub(crate) min: Option<f64>,
-    pub(crate) max: Option<f64>,
-}
-
-impl Spread {
-    pub(crate) fn of(values: impl Iterator<Item = Option<f64>>) -> Self {
-        let mut values: Vec<f64> = values.map(|value| value.unwrap_or(f64::INFINITY)).collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied();
-        let (low, high) = (at(values.len().saturating_sub(1) / 2), at(values.len() / 2));
-        let finite = |value: Option<f64>| value.filter(|value| value.is_finite());
-        Self {
-            median: finite(low.zip(high).map(|(low, high)| f64::midpoint(low, high))),
-            min: finite(at(0)),
-            max: finite(values.last().copied()),
-        }
-    }
+    let moments = writer.acknowledged.iter().map(|(_, at)| at.saturating_duration_since(timeline.start));
+    testbed::longest_gap(Duration::ZERO, moments, timeline.end.saturating_duration_since(timeline.start))
 }
 
 /// Each figure over all runs. `side` picks the pool.

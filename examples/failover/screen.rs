@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use testbed::Spread;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_postgres_failover::{Pool, State};
 
 use crate::WRITERS;
-use crate::figures::{Spread, change, milliseconds, spreads};
+use crate::figures::{change, milliseconds, spreads};
 use crate::load::Progress;
 use crate::scenario::Run;
 
