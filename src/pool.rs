@@ -10,9 +10,12 @@ pub use builder::{IntoConfig, PoolBuilder};
 
 use std::collections::HashMap;
 use std::fmt;
+use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, WeakPool};
@@ -23,7 +26,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Cluster, Generation, InUse, NoPrimary};
+use crate::cluster::{Cluster, Generation, NoPrimary};
 use crate::commit::ledger::Ledger;
 use crate::commit::wal::Marking;
 use crate::commit::{Guarantee, Life, Server};
@@ -121,7 +124,7 @@ impl Pool {
     /// # }
     /// ```
     pub async fn get(&self) -> Result<Client, Error> {
-        self.get_until(Instant::now() + self.shared.checkout_timeout).await
+        self.get_by(|| Instant::now() + self.shared.checkout_timeout).await
     }
 
     /// What the pool is doing now.
@@ -177,8 +180,17 @@ impl Pool {
     }
 
     pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client, Error> {
-        let began = Instant::now();
-        match timeout_at(deadline, self.checkout()).await {
+        self.get_by(|| deadline).await
+    }
+
+    async fn get_by(&self, deadline: impl FnOnce() -> Instant) -> Result<Client, Error> {
+        let mut checkout = pin!(self.checkout());
+        // An idle connection is there at once: for it no clock is read and no timer is made.
+        if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
+            return checked_out;
+        }
+        let (began, deadline) = (Instant::now(), deadline());
+        match timeout_at(deadline, checkout).await {
             Ok(checked_out) => checked_out,
             Err(_) => Err(self.unavailable(began)),
         }
@@ -187,7 +199,7 @@ impl Pool {
     async fn checkout(&self) -> Result<Client, Error> {
         loop {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
-            if self.cluster().current().is_none() {
+            if !self.cluster().has_primary() {
                 let _counted = Counted::new(&self.shared.searching);
                 if let Err(none) = self.cluster().primary().await {
                     // Whoever asks again at once, in a loop, must let the task run that might find something better.
@@ -197,8 +209,8 @@ impl Pool {
             }
             match self.inner.get().await {
                 Ok(object) => {
-                    let in_use = self.cluster().lend();
-                    return Ok(Client { object: Some(object), pool: self.clone(), _in_use: in_use });
+                    self.cluster().lend();
+                    return Ok(Client { object: Some(object), pool: self.clone() });
                 }
                 // No session could be opened now. Another caller may have given one back meanwhile: look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
@@ -416,7 +428,6 @@ pub struct Client {
     object: Option<Object<Manager>>,
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool,
-    _in_use: InUse,
 }
 
 impl Client {
@@ -482,6 +493,7 @@ impl DerefMut for Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
+        self.pool.cluster().returned();
         let Some(object) = self.object.take() else {
             return;
         };

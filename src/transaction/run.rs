@@ -216,8 +216,8 @@ impl Drop for Held {
 /// One connection during one attempt.
 struct Attempt {
     held: Held,
-    /// Time from BEGIN to COMMIT.
-    limit: Duration,
+    /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
+    limit: Option<Duration>,
 }
 
 impl Attempt {
@@ -226,12 +226,17 @@ impl Attempt {
         F: FnMut(Transaction) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        match timeout(self.limit, self.body(begin, work)).await {
+        let body = self.body(begin, work);
+        let ended = match self.limit {
+            Some(limit) => timeout(limit, body).await.map_err(|_| limit),
+            None => Ok(body.await),
+        };
+        match ended {
             Ok(Ok((value, mark))) => self.commit(value, mark, begin).await,
             Ok(Err((verdict, error))) => Ended::Failed(Stage::Body, self.failed(mode, verdict, error).await),
-            Err(_) => {
+            Err(after) => {
                 self.pool().suspect(self.client().generation(), Suspicion::Connection);
-                Ended::before_commit(Verdict::Application, Error::TimedOut { after: self.limit })
+                Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
         }
     }
@@ -310,7 +315,7 @@ impl Attempt {
     async fn mark(&self, begin: &str) -> Result<wal::Row, tokio_postgres::Error> {
         let client = self.client();
         let marking = client.marking();
-        match wal::only_row(client, &format!("{begin}; {}", marking.sql())).await {
+        match wal::only_row(client, &marking.sql(begin)).await {
             Ok(row) => {
                 if marking == Marking::New {
                     client.set_marking(Marking::Prepared);
@@ -320,7 +325,7 @@ impl Attempt {
             Err(error) if marking.failed(&error) => {
                 client.set_marking(Marking::Plain);
                 client.batch_execute("ROLLBACK").await?;
-                wal::only_row(client, &format!("{begin}; {}", Marking::Plain.sql())).await
+                wal::only_row(client, &Marking::Plain.sql(begin)).await
             }
             Err(error) => Err(error),
         }
