@@ -201,7 +201,7 @@ impl Pool {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
             if !self.cluster().has_primary() {
                 let _counted = Counted::new(&self.shared.searching);
-                if let Err(none) = self.cluster().primary().await {
+                if let Err(none) = Box::pin(self.cluster().primary()).await {
                     // Whoever asks again at once, in a loop, must let the task run that might find something better.
                     tokio::task::yield_now().await;
                     return Err(none.into());
@@ -434,19 +434,19 @@ impl Client {
     /// The generation that the connection belongs to.
     #[must_use]
     pub fn generation(&self) -> GenerationId {
-        self.connection().map_or_else(GenerationId::default, |connection| connection.generation)
+        self.connection().map_or_else(GenerationId::default, |connection| connection.held.generation)
     }
 
     /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
     pub(crate) fn poison(&self) {
         if let Some(connection) = self.connection()
-            && !connection.poisoned.swap(true, Ordering::AcqRel)
+            && !connection.held.poisoned.swap(true, Ordering::AcqRel)
         {
             // What the pool itself has closed may still run on the server.
-            if !connection.client.is_closed() || self.pool.cluster().is_closed() {
-                self.pool.cancel_running(&connection.client);
+            if !connection.held.client.is_closed() || self.pool.cluster().is_closed() {
+                self.pool.cancel_running(&connection.held.client);
             }
-            connection.abort.abort();
+            connection.held.abort.abort();
         }
     }
 
@@ -456,17 +456,17 @@ impl Client {
 
     /// The server at the other end, where it lets itself be identified.
     pub(crate) fn life(&self) -> Option<Life> {
-        self.connection().and_then(|connection| connection.life)
+        self.connection().and_then(|connection| connection.held.life)
     }
 
     /// How its session marks transactions.
     pub(crate) fn marking(&self) -> Marking {
-        self.connection().map_or(Marking::Plain, |connection| *lock(&connection.marking))
+        self.connection().map_or(Marking::Plain, |connection| *lock(&connection.held.marking))
     }
 
     pub(crate) fn set_marking(&self, marking: Marking) {
         if let Some(connection) = self.connection() {
-            *lock(&connection.marking) = marking;
+            *lock(&connection.held.marking) = marking;
         }
     }
 
@@ -498,8 +498,8 @@ impl Drop for Client {
             return;
         };
         let closed = self.pool.cluster().is_closed();
-        if closed && !object.poisoned.load(Ordering::Acquire) {
-            self.pool.cancel_running(&object.client);
+        if closed && !object.held.poisoned.load(Ordering::Acquire) {
+            self.pool.cancel_running(&object.held.client);
         }
         if closed || !object.usable() {
             // Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
@@ -516,6 +516,11 @@ impl fmt::Debug for Client {
 
 /// One pooled connection: what a deadpool pool of this [`Manager`] holds.
 pub struct Connection {
+    /// Boxed: a checkout moves it a dozen times.
+    held: Box<Held>,
+}
+
+struct Held {
     client: ClientWrapper,
     abort: AbortHandle,
     generation: GenerationId,
@@ -530,7 +535,7 @@ pub struct Connection {
 impl Connection {
     fn new(session: Session, generation: &Generation, lifetime: Duration) -> Self {
         session.notices.pool();
-        Self {
+        let held = Held {
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
@@ -539,19 +544,20 @@ impl Connection {
             marking: Mutex::default(),
             notices: session.notices,
             poisoned: AtomicBool::new(false),
-        }
+        };
+        Self { held: Box::new(held) }
     }
 
     pub(crate) fn notices(&self) -> &Notices {
-        &self.notices
+        &self.held.notices
     }
 
     fn usable(&self) -> bool {
-        !self.client.is_closed() && !self.poisoned.load(Ordering::Acquire)
+        !self.held.client.is_closed() && !self.held.poisoned.load(Ordering::Acquire)
     }
 
     fn expired(&self) -> bool {
-        Instant::now() >= self.expires
+        Instant::now() >= self.held.expires
     }
 }
 
@@ -573,19 +579,19 @@ impl Deref for Connection {
     type Target = ClientWrapper;
 
     fn deref(&self) -> &ClientWrapper {
-        &self.client
+        &self.held.client
     }
 }
 
 impl DerefMut for Connection {
     fn deref_mut(&mut self) -> &mut ClientWrapper {
-        &mut self.client
+        &mut self.held.client
     }
 }
 
 impl fmt::Debug for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("generation", &self.generation).finish_non_exhaustive()
+        f.debug_struct("Connection").field("generation", &self.held.generation).finish_non_exhaustive()
     }
 }
 
@@ -697,7 +703,8 @@ impl managed::Manager for Manager {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection, Error> {
-        let (session, generation) = self.session().await?;
+        // Boxed, as are the other rare waits on the way of a checkout: their size would be moved about by each.
+        let (session, generation) = Box::pin(self.session()).await?;
         Ok(self.connection(session, &generation))
     }
 
@@ -705,12 +712,13 @@ impl managed::Manager for Manager {
         if !connection.usable() || connection.expired() {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
-        if self.cluster.is_current(connection.generation) {
+        if self.cluster.is_current(connection.held.generation) {
             return Ok(());
         }
         // No primary is verified now. If it is the same one again, its connections are as good as before.
-        let generation = self.cluster.primary().await.map_err(|none| RecycleError::Backend(none.into()))?;
-        if generation.primary.id == connection.generation && connection.usable() {
+        let found = Box::pin(self.cluster.primary()).await;
+        let generation = found.map_err(|none| RecycleError::Backend(none.into()))?;
+        if generation.primary.id == connection.held.generation && connection.usable() {
             return Ok(());
         }
         Err(RecycleError::message("the connection belongs to an older generation"))
