@@ -21,7 +21,7 @@ use crate::peer::{Event, Load, Peer, Target};
 use crate::recorder::Recorder;
 
 /// A virtual machine starts, and a pool opens its connections, within this.
-const READY_WITHIN: Duration = Duration::from_secs(60);
+const READY_WITHIN: Duration = Duration::from_mins(1);
 /// A program that has not ended so long after its input is killed.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 /// So many lines of a program's standard error are kept.

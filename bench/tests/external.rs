@@ -69,7 +69,7 @@ async fn program(peer: &dyn Peer) {
     cluster.dns().set(&[cluster.addr(next)]);
     let promoted = now_micros();
     let all = async || recorder.workers_ok_since(promoted) == WORKERS;
-    eventually("all workers write again", Duration::from_secs(60), all).await;
+    eventually("all workers write again", Duration::from_mins(1), all).await;
     load.stop().await;
 
     let (events, stored) = (recorder.events(), stored(&cluster, table).await);
