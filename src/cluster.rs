@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -126,19 +126,14 @@ struct Shared {
     signals: Mutex<Signals>,
     wake: Notify,
     diagnosis: Mutex<Diagnosis>,
+    /// The number of the snapshot's generation, 0 without one. Every checkout reads it, and a lock that many share, be it
+    /// for reading, costs more than the rest of a checkout.
+    current: AtomicU64,
+    closed: AtomicBool,
     /// Connections on loan.
     in_use: AtomicUsize,
     /// The task looks often enough to notice when they fall silent.
     listening: AtomicBool,
-}
-
-/// One connection on loan, for as long as it lives.
-pub(crate) struct InUse(Arc<Shared>);
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        self.0.in_use.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// A handle to the task. The task ends with its last handle.
@@ -219,8 +214,13 @@ impl<C: SessionClient> Cluster<C> {
         self.snapshot.borrow().generation.clone()
     }
 
+    /// Is there a current generation now?
+    pub(crate) fn has_primary(&self) -> bool {
+        self.shared.current.load(Ordering::Acquire) != GenerationId::default().get()
+    }
+
     pub(crate) fn is_current(&self, id: GenerationId) -> bool {
-        self.snapshot.borrow().generation.as_ref().is_some_and(|generation| generation.primary.id == id)
+        self.has_primary() && self.shared.current.load(Ordering::Acquire) == id.get()
     }
 
     /// Waits until generation `id` is no longer the current one. Cancel-safe.
@@ -249,13 +249,18 @@ impl<C: SessionClient> Cluster<C> {
     }
 
     /// A connection is given on loan: from now on the task notices when its server falls silent.
-    pub(crate) fn lend(&self) -> InUse {
-        // Both orderings are the strongest, as they are in `Task::feel`: either the task sees the loan, or it is woken.
+    pub(crate) fn lend(&self) {
+        // All orderings are the strongest, as they are in `Task::feel`: either the task sees the loan, or it is woken.
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
-        if !self.shared.listening.swap(true, Ordering::SeqCst) {
+        // It listens already, mostly, and to read is cheaper than to write what others read.
+        if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {
             self.shared.wake.notify_one();
         }
-        InUse(Arc::clone(&self.shared))
+    }
+
+    /// A connection on loan was given back.
+    pub(crate) fn returned(&self) {
+        self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 
     pub(crate) fn view(&self) -> View {
@@ -287,7 +292,7 @@ impl<C: SessionClient> Cluster<C> {
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.root.is_cancelled()
+        self.shared.closed.load(Ordering::Acquire)
     }
 
     /// Ends with the cluster: for work that must not outlive it.
@@ -297,6 +302,7 @@ impl<C: SessionClient> Cluster<C> {
 
     /// Ends the task, every generation and every session.
     pub(crate) fn close(&self) {
+        self.shared.closed.store(true, Ordering::Release);
         self.root.cancel();
     }
 
@@ -552,6 +558,9 @@ impl<C: SessionClient> Task<C> {
         let generation = self.generation.clone().filter(|_| self.live);
         // The view first: whoever was given a connection finds its primary in the status.
         self.view.send_replace(view.clone());
+        let current = generation.as_ref().map_or_else(GenerationId::default, |generation| generation.primary.id);
+        // Before the snapshot: whoever that wakes finds the same in here.
+        self.shared.current.store(current.get(), Ordering::Release);
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation }));
     }
 
@@ -567,6 +576,7 @@ impl<C: SessionClient> Drop for Task<C> {
         let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
         self.send(View { state: State::Closed, changed, ..self.topology.view() });
         self.observer.closed();
+        self.shared.closed.store(true, Ordering::Release);
         self.root.cancel();
     }
 }

@@ -19,8 +19,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::broadcast;
-use tokio::time::Instant;
-use tokio::time::error::Elapsed;
 use tracing::{Span, field};
 
 use crate::classify::Verdict;
@@ -195,9 +193,9 @@ impl Observer {
     }
 
     /// A caller waits for a connection, until the returned guard ends.
-    pub(crate) fn waits(&self, began: Instant) -> Waits<'_> {
+    pub(crate) fn waits(&self) -> Waits<'_> {
         self.meters.waits();
-        Waits { observer: self, began }
+        Waits { observer: self, since: Stopwatch::start() }
     }
 
     /// A session was opened for the pool.
@@ -287,17 +285,18 @@ impl Observer {
 /// A caller that waits for a connection. Dropped without a word, its call was given up.
 pub(crate) struct Waits<'a> {
     observer: &'a Observer,
-    began: Instant,
+    since: Stopwatch,
 }
 
 impl Waits<'_> {
-    /// The outer error is the deadline's.
-    pub(crate) fn ended<T, E>(self, checkout: &Result<Result<T, E>, Elapsed>) {
-        match checkout {
-            Ok(Ok(_)) => self.observer.meters.waited(self.began),
-            Ok(Err(_)) => {}
-            Err(_) => self.observer.meters.timed_out(),
+    pub(crate) fn ended<T, E>(self, checkout: &Result<T, E>) {
+        if checkout.is_ok() {
+            self.observer.meters.waited(&self.since);
         }
+    }
+
+    pub(crate) fn timed_out(self) {
+        self.observer.meters.timed_out();
     }
 }
 

@@ -20,8 +20,11 @@ pub use wrap::WrapBuilder;
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
 use deadpool::managed::{self, PoolError};
@@ -208,7 +211,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn get(&self) -> Result<Client<C>, Error> {
-        self.get_until(Instant::now() + self.shared.checkout_timeout).await
+        self.get_by(|| Instant::now() + self.shared.checkout_timeout).await
     }
 
     /// Like [`Pool::get`], for this call waiting at most so long instead of the checkout timeout.
@@ -309,19 +312,32 @@ impl<C: SessionClient> Pool<C> {
     }
 
     pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        let began = Instant::now();
-        let waits = self.observer().waits(began);
-        let ended = timeout_at(deadline, self.checkout()).await;
-        waits.ended(&ended);
-        ended.unwrap_or_else(|_| Err(self.unavailable(began)))
+        self.get_by(|| deadline).await
+    }
+
+    async fn get_by(&self, deadline: impl FnOnce() -> Instant) -> Result<Client<C>, Error> {
+        let waits = self.observer().waits();
+        let mut checkout = pin!(self.checkout());
+        // An idle connection is there at once: for it no clock is read and no timer is made.
+        if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
+            waits.ended(&checked_out);
+            return checked_out;
+        }
+        let (began, deadline) = (Instant::now(), deadline());
+        let Ok(checked_out) = timeout_at(deadline, checkout).await else {
+            waits.timed_out();
+            return Err(self.unavailable(began));
+        };
+        waits.ended(&checked_out);
+        checked_out
     }
 
     async fn checkout(&self) -> Result<Client<C>, Error> {
         loop {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
-            if self.cluster().current().is_none() {
+            if !self.cluster().has_primary() {
                 let _counted = Counted::new(&self.shared.searching);
-                if let Err(none) = self.cluster().primary().await {
+                if let Err(none) = Box::pin(self.cluster().primary()).await {
                     // Whoever asks again at once, in a loop, must let the task run that might find something better.
                     tokio::task::yield_now().await;
                     return Err(none.into());
@@ -346,7 +362,8 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn lend(&self, loan: Loan<C>) -> Client<C> {
-        Client::new(loan, self.clone(), self.cluster().lend())
+        self.cluster().lend();
+        Client::new(loan, self.clone())
     }
 
     /// The policy of the pool's transactions: a clone of it is where a call's own one starts from.

@@ -378,8 +378,8 @@ impl RetryPolicy {
     }
 
     /// The limit set by [`attempt_timeout`](Self::attempt_timeout), if any.
-    pub(crate) fn attempt_limit(&self) -> Duration {
-        self.attempt_timeout.unwrap_or(FAR).min(FAR)
+    pub(crate) fn attempt_limit(&self) -> Option<Duration> {
+        self.attempt_timeout.map(|limit| limit.min(FAR))
     }
 
     /// The time one call may take, as set by [`deadline`](Self::deadline).

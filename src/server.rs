@@ -12,12 +12,15 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
+use futures_util::task::AtomicWaker;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
@@ -426,23 +429,40 @@ impl Drop for AtTheEnd {
 
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
     let at_the_end = AtTheEnd(Arc::clone(&notices));
-    // The driver is woken by what is to be sent and by what was received, and by nothing else.
-    let stirring = poll_fn(|cx| {
+    let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
+    let waker = Waker::from(Arc::clone(&bell));
+    let mut left = pin!(scope.cancelled());
+    // But for the bell, the driver is woken by what is to be sent and by what was received, and by nothing else.
+    let ended = poll_fn(|context| {
+        bell.driver.register(context.waker());
+        if bell.rung.swap(false, Ordering::AcqRel) && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
         if notices.pooled.load(Ordering::Relaxed) {
             stirs.fetch_add(1, Ordering::Relaxed);
         }
-        driver.as_mut().poll(cx)
+        driver.as_mut().poll(context)
     });
-    tokio::select! {
-        biased;
-        () = scope.cancelled() => {}
-        ended = stirring => if let Err(error) = ended {
-            tracing::debug!("a session ended: {}", explain(&error));
-            at_the_end.0.left(true);
-        }
+    if let Err(error) = ended.await {
+        tracing::debug!("a session ended: {}", explain(&error));
+        at_the_end.0.left(true);
     }
     if let Some(ear) = notices.ear.get() {
         ear.ended();
+    }
+}
+
+/// Rings when the scope of a session ends. All sessions of a generation share the scope and its locks, so a driver looks
+/// there when the bell has rung, and not whenever something is sent or received.
+struct Bell {
+    rung: AtomicBool,
+    driver: AtomicWaker,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.rung.store(true, Ordering::Release);
+        self.driver.wake();
     }
 }
 

@@ -40,12 +40,12 @@ pub(crate) enum Marking {
 }
 
 impl Marking {
-    /// To be sent with BEGIN.
-    pub(crate) fn sql(self) -> String {
+    /// BEGIN and the mark, in one message.
+    pub(crate) fn sql(self, begin: &str) -> String {
         match self {
-            Self::New => format!("PREPARE {PREPARED} AS {}; EXECUTE {PREPARED}", mark()),
-            Self::Prepared => format!("EXECUTE {PREPARED}"),
-            Self::Plain => mark(),
+            Self::New => format!("{begin}; PREPARE {PREPARED} AS {}; EXECUTE {PREPARED}", mark()),
+            Self::Prepared => format!("{begin}; EXECUTE {PREPARED}"),
+            Self::Plain => format!("{begin}; {}", mark()),
         }
     }
 

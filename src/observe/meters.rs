@@ -236,8 +236,8 @@ impl Meters {
         self.pending.decrement(1.0);
     }
 
-    pub(super) fn waited(&self, began: Instant) {
-        self.wait_time.record(began.elapsed());
+    pub(super) fn waited(&self, since: &Stopwatch) {
+        self.wait_time.record(since.0.elapsed());
     }
 
     pub(super) fn timed_out(&self) {

@@ -4,8 +4,6 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::Settlement;
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
@@ -37,7 +35,7 @@ impl Meters {
 
     pub(super) fn waits_no_more(&self) {}
 
-    pub(super) fn waited(&self, _: Instant) {}
+    pub(super) fn waited(&self, _: &Stopwatch) {}
 
     pub(super) fn timed_out(&self) {}
 

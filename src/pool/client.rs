@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::Pool;
 use super::connection::{Facts, Manager};
 use super::wrap::FromElsewhere;
-use crate::cluster::{InUse, lock};
+use crate::cluster::lock;
 use crate::commit::Life;
 use crate::commit::wal::Marking;
 use crate::observe::{Lent, Watched};
@@ -47,7 +47,6 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
     lent: Lent,
-    _in_use: InUse,
 }
 
 /// Whose connection it is.
@@ -66,14 +65,14 @@ pub(super) enum Loan<C: SessionClient> {
 impl<C: SessionClient> Loan<C> {
     fn facts(&self) -> &Facts {
         match self {
-            Self::Own(object) => &object.facts,
+            Self::Own(object) => object.facts(),
             Self::Lent { facts, .. } => facts,
         }
     }
 
     fn watched(&self) -> &Watched {
         match self {
-            Self::Own(object) => &object.watched,
+            Self::Own(object) => object.watched(),
             Self::Lent { watched, .. } => watched,
         }
     }
@@ -107,8 +106,9 @@ impl<C: SessionClient> Loan<C> {
 }
 
 impl<C: SessionClient> Client<C> {
-    pub(super) fn new(loan: Loan<C>, pool: Pool<C>, in_use: InUse) -> Self {
-        Self { lent: loan.watched().lent(), loan: Some(loan), pool, _in_use: in_use }
+    /// `loan` has been counted.
+    pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
+        Self { lent: loan.watched().lent(), loan: Some(loan), pool }
     }
 
     /// The generation that the connection belongs to.
@@ -196,6 +196,7 @@ impl<C: SessionClient> DerefMut for Client<C> {
 
 impl<C: SessionClient> Drop for Client<C> {
     fn drop(&mut self) {
+        self.pool.cluster().returned();
         let Some(loan) = self.loan.take() else {
             return;
         };

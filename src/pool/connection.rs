@@ -66,10 +66,15 @@ pub(super) fn life(report: &ServerReport) -> Option<Life> {
 
 /// One pooled connection: what a deadpool pool of this [`Manager`] holds.
 pub struct Connection<C = ClientWrapper> {
+    /// Boxed: a checkout moves it a dozen times.
+    held: Box<Held<C>>,
+}
+
+struct Held<C> {
     client: Guarded<C>,
     abort: Option<AbortHandle>,
-    pub(super) facts: Facts,
-    pub(super) watched: Arc<Watched>,
+    facts: Facts,
+    watched: Arc<Watched>,
     /// From then on it is not handed out any more.
     expires: Instant,
 }
@@ -78,27 +83,36 @@ impl<C: SessionClient> Connection<C> {
     fn new(session: Session<C>, generation: &Generation<C>, lifetime: Duration, observer: &Arc<Observer>) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
-        Self {
+        let held = Held {
             watched,
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
             facts: Facts::new(generation, session.notices),
-        }
+        };
+        Self { held: Box::new(held) }
+    }
+
+    pub(super) fn facts(&self) -> &Facts {
+        &self.held.facts
+    }
+
+    pub(super) fn watched(&self) -> &Watched {
+        &self.held.watched
     }
 
     pub(super) fn usable(&self) -> bool {
-        !self.client.is_closed() && !self.facts.is_poisoned()
+        !self.held.client.is_closed() && !self.held.facts.is_poisoned()
     }
 
     pub(super) fn abort(&self) {
-        if let Some(driver) = &self.abort {
+        if let Some(driver) = &self.held.abort {
             driver.abort();
         }
     }
 
     fn expired(&self) -> bool {
-        Instant::now() >= self.expires
+        Instant::now() >= self.held.expires
     }
 }
 
@@ -106,19 +120,19 @@ impl<C> Deref for Connection<C> {
     type Target = C;
 
     fn deref(&self) -> &C {
-        &self.client
+        &self.held.client
     }
 }
 
 impl<C> DerefMut for Connection<C> {
     fn deref_mut(&mut self) -> &mut C {
-        &mut self.client
+        &mut self.held.client
     }
 }
 
 impl<C> fmt::Debug for Connection<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("generation", &self.facts.generation).finish_non_exhaustive()
+        f.debug_struct("Connection").field("generation", &self.held.facts.generation).finish_non_exhaustive()
     }
 }
 
@@ -171,7 +185,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         if !connection.usable() || connection.expired() {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
-        let (cluster, id) = (&self.dialer.cluster, connection.facts.generation);
+        let (cluster, id) = (&self.dialer.cluster, connection.held.facts.generation);
         if cluster.is_current(id) {
             return Ok(());
         }

@@ -236,8 +236,8 @@ impl<C: SessionClient> Drop for Held<C> {
 /// One connection during one attempt.
 struct Attempt<C: SessionClient> {
     held: Held<C>,
-    /// Time from BEGIN to COMMIT.
-    limit: Duration,
+    /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
+    limit: Option<Duration>,
 }
 
 impl<C: SessionClient> Attempt<C> {
@@ -246,19 +246,28 @@ impl<C: SessionClient> Attempt<C> {
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        let body = tokio::select! {
+        let ended = tokio::select! {
             biased;
-            body = timeout(self.limit, self.body(begin, work)) => body,
-            () = self.client().evicted() => Ok(Err(evicted())),
+            ended = self.body(begin, work) => Ok(ended),
+            cut = self.cut_off() => cut.map_or(Ok(Err(evicted())), Err),
         };
-        match body {
+        match ended {
             Ok(Ok((value, mark))) => self.commit(value, mark, begin).await,
             Ok(Err((verdict, error))) => Ended::Failed(Stage::Body, self.failed(mode, verdict, error).await),
-            Err(_) => {
+            Err(after) => {
                 self.pool().suspect(self.client().generation(), Suspicion::Connection);
-                Ended::before_commit(Verdict::Application, Error::TimedOut { after: self.limit })
+                Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
         }
+    }
+
+    /// Waits for what ends a body before its time: the limit, or the eviction of its session.
+    async fn cut_off(&self) -> Option<Duration> {
+        let Some(limit) = self.limit else {
+            self.client().evicted().await;
+            return None;
+        };
+        timeout(limit, self.client().evicted()).await.is_err().then_some(limit)
     }
 
     /// BEGIN and the closure.
@@ -334,7 +343,7 @@ impl<C: SessionClient> Attempt<C> {
     async fn mark(&self, begin: &str) -> Result<wal::Row, tokio_postgres::Error> {
         let client = self.client();
         let marking = client.marking();
-        match wal::only_row(client, &format!("{begin}; {}", marking.sql())).await {
+        match wal::only_row(client, &marking.sql(begin)).await {
             Ok(row) => {
                 if marking == Marking::New {
                     client.set_marking(Marking::Prepared);
@@ -344,7 +353,7 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) if marking.failed(&error) => {
                 client.set_marking(Marking::Plain);
                 client.batch_execute("ROLLBACK").await?;
-                wal::only_row(client, &format!("{begin}; {}", Marking::Plain.sql())).await
+                wal::only_row(client, &Marking::Plain.sql(begin)).await
             }
             Err(error) => Err(error),
         }
