@@ -1,3 +1,4 @@
+#![doc = include_str!("docs/links.md")]
 #![doc = include_str!("../README.md")]
 
 // Level 0: pure. Decides; no I/O, no clock, no task.
@@ -21,6 +22,10 @@ mod pool;
 
 // Level 5: work that runs again.
 mod transaction;
+
+// The pages of docs/: their examples are tests.
+#[cfg(any(doc, doctest))]
+pub mod docs;
 
 pub use deadpool;
 pub use deadpool_postgres;

@@ -8,6 +8,7 @@ mod builder;
 mod client;
 mod connection;
 mod dialer;
+mod typo;
 mod wrap;
 
 pub use builder::{IntoConfig, PoolBuilder};

@@ -19,7 +19,7 @@ use tokio_postgres::{Config, NoTls, Socket};
 
 use super::connection::Idle;
 use super::dialer::Dialer;
-use super::{Manager, Pool, Shared, Source};
+use super::{Manager, Pool, Shared, Source, typo};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
@@ -53,7 +53,7 @@ mod sealed {
 
 impl IntoConfig for &str {
     fn into_config(self) -> Result<Config, BuildError> {
-        let config: Config = self.parse().map_err(|error| BuildError::url(&error))?;
+        let config: Config = self.parse().map_err(|error| BuildError::url(&error, typo::hint(self)))?;
         not_misread(self, &config)?;
         Ok(config)
     }

@@ -118,11 +118,11 @@ impl<C> fmt::Debug for Connection<C> {
     }
 }
 
-/// The deadpool manager inside a [`Pool`], for those who build their deadpool pools by hand.
+/// The deadpool manager inside a [`Pool`](crate::Pool), for those who build their deadpool pools by hand.
 ///
 /// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Where a
 /// primary is known and takes no session it fails with [`Error::Unavailable`], and the next `get` may have more luck. Its
-/// `recycle` does no I/O. What it lacks against [`Pool`] are the transactions and the explained time-outs; and its
+/// `recycle` does no I/O. What it lacks against [`Pool`](crate::Pool) are the transactions and the explained time-outs; and its
 /// connections end with the deadpool pool, also those in use.
 ///
 /// ```no_run
