@@ -54,7 +54,7 @@ fn of_options<'a>(parameters: impl Iterator<Item = &'a str>) -> Option<String> {
     }
     let near = |key: &str| OPTIONS.into_iter().find(|option| changes(key, option) <= TYPO);
     match unknown.into_iter().find_map(near) {
-        Some(option) => Some(format!("an option is not known; did you mean `{option}`?")),
+        Some(option) => Some(format!("an option is not known; perhaps `{option}` was meant")),
         None => Some(format!("an option is not known; there are {}", OPTIONS.join(", "))),
     }
 }
@@ -87,9 +87,9 @@ mod tests {
             ("postgres//app@my-pg.internal/app", "must begin with postgres://"),
             ("jdbc:postgresql://my-pg.internal/app?user=app", "must begin with postgres://"),
             ("my-pg.internal", "must begin with postgres://"),
-            ("postgres://app@my-pg.internal/app?sslmod=disable", "did you mean `sslmode`?"),
-            ("postgres://app@my-pg.internal/app?user=app&conect_timeout=3", "did you mean `connect_timeout`?"),
-            ("hots=my-pg.internal user=app", "did you mean `host`?"),
+            ("postgres://app@my-pg.internal/app?sslmod=disable", "perhaps `sslmode` was meant"),
+            ("postgres://app@my-pg.internal/app?user=app&conect_timeout=3", "perhaps `connect_timeout` was meant"),
+            ("hots=my-pg.internal user=app", "perhaps `host` was meant"),
             ("postgres://app@my-pg.internal/app?schema=public", "there are application_name, "),
         ] {
             assert!(text.parse::<Config>().is_err(), "{text}");
