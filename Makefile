@@ -13,6 +13,7 @@ demo: setup ## Kill a primary under load: this pool beside a plain one (RUNS=20,
 
 picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
+	RENEW=1 cargo test --quiet --test documents picture
 
 test: setup ## Run every test against real servers
 	cargo test --workspace --all-features

@@ -1,4 +1,5 @@
 #![doc = include_str!("docs/links.md")]
+#![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
 // Level 0: pure. Decides; no I/O, no clock, no task.
