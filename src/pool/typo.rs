@@ -114,9 +114,7 @@ mod tests {
     fn the_options_are_the_drivers() {
         for option in OPTIONS {
             let value = match option {
-                "sslmode" => "disable",
-                "channel_binding" => "disable",
-                "load_balance_hosts" => "disable",
+                "sslmode" | "channel_binding" | "load_balance_hosts" => "disable",
                 "sslnegotiation" => "postgres",
                 "target_session_attrs" => "any",
                 "hostaddr" => "127.0.0.1",
