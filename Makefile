@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture bench bench-report bench-docs test test-long soak exactly-once fuzz lint
+.PHONY: help setup demo picture bench bench-report bench-docs test test-long soak exactly-once fuzz lint features api size
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -13,6 +13,7 @@ demo: setup ## Kill a primary under load: this pool beside a plain one (RUNS=20,
 
 picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
+	RENEW=1 cargo test --quiet --test documents picture
 
 bench: setup ## This pool beside others (PEERS=rust QUICK=1 CASES=recovery,growth,floor,quiet FAILURES=kill,... ROUNDS=7 SEED=1)
 	@sh bench/setup.sh
@@ -43,7 +44,17 @@ TARGETS ?= lsn wal_file_name probe_answer connection_string password
 fuzz: ## Fuzz what is parsed, one target after the other (SECONDS=600 each, TARGETS="lsn password")
 	@sh scripts/fuzz.sh $(SECONDS) $(TARGETS)
 
-lint: ## Formatting, clippy and documentation, warnings denied
+lint: features ## Formatting, clippy and documentation, warnings denied; each feature alone
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features
+
+features: ## The library without features, with each alone, and with all
+	@sh scripts/features.sh
+
+api: ## Renew the list of the public API, docs/public-api.txt
+	RENEW=1 cargo test --quiet --test public_api listed
+	@git --no-pager diff --stat -- docs/public-api.txt
+
+size: ## Crates and compile time of the default build, beside deadpool-postgres
+	@sh scripts/size.sh

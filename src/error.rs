@@ -31,7 +31,9 @@ type Source = Box<dyn StdError + Send + Sync + 'static>;
 /// }
 /// # assert_eq!(advice(&Error::Closed), "nothing that waiting would mend");
 /// ```
-#[derive(Debug, thiserror::Error)]
+///
+/// Its `Debug` is its text, as that is what `unwrap` and a `main` that returns it show.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No connection to a verified primary was to be had before the deadline. Each candidate and what it said is listed.
@@ -173,6 +175,25 @@ impl Error {
             Self::TimedOut { .. } => "timed_out",
             Self::Aborted(_) => "aborted",
             Self::Wrapped => "wrapped",
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unavailable(_) => write!(f, "Unavailable: {self}"),
+            Self::Refused(_) => write!(f, "Refused: {self}"),
+            Self::Closed => write!(f, "Closed: {self}"),
+            Self::Database(_) => write!(f, "Database: {self}"),
+            Self::CommitUnknown(_) => write!(f, "CommitUnknown: {self}"),
+            Self::Ledger(_) => write!(f, "Ledger: {self}"),
+            Self::RolledBack(_) => write!(f, "RolledBack: {self}"),
+            Self::Exhausted(_) => write!(f, "Exhausted: {self}"),
+            Self::TimedOut { .. } => write!(f, "TimedOut: {self}"),
+            Self::Wrapped => write!(f, "Wrapped: {self}"),
+            // The caller's own may say more so than as text.
+            Self::Aborted(source) => write!(f, "Aborted: {source:?}"),
         }
     }
 }
@@ -533,7 +554,9 @@ impl StdError for Exhausted {
 }
 
 /// A configuration that no pool can be built from.
-#[derive(Debug, thiserror::Error)]
+///
+/// Its `Debug` is its text, as for [`Error`].
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
     /// The connection string does not parse. Holds the driver's words, without anything that may be a piece of a password.
@@ -562,9 +585,23 @@ pub enum BuildError {
     NoRuntime,
 }
 
+impl fmt::Debug for BuildError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Url(_) => write!(f, "Url: {self}"),
+            Self::NoHost => write!(f, "NoHost: {self}"),
+            Self::Invalid { .. } => write!(f, "Invalid: {self}"),
+            Self::Resolver(_) => write!(f, "Resolver: {self}"),
+            Self::NoRuntime => write!(f, "NoRuntime: {self}"),
+        }
+    }
+}
+
 impl BuildError {
-    pub(crate) fn url(error: &tokio_postgres::Error) -> Self {
-        Self::Url(explain(error))
+    /// `hint`: what to change.
+    pub(crate) fn url(error: &tokio_postgres::Error, hint: Option<String>) -> Self {
+        let what = explain(error);
+        Self::Url(hint.map_or(what.clone(), |hint| format!("{what}: {hint}")))
     }
 
     pub(crate) fn invalid(option: &'static str, problem: impl Into<String>) -> Self {

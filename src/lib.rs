@@ -1,3 +1,5 @@
+#![doc = include_str!("docs/links.md")]
+#![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
 // Level 0: pure. Decides; no I/O, no clock, no task.
@@ -29,6 +31,10 @@ mod pool;
 mod listen;
 mod transaction;
 
+// The pages of docs/: their examples are tests.
+#[cfg(any(doc, doctest))]
+pub mod docs;
+
 pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;
@@ -52,16 +58,6 @@ pub use topology::{
     ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
-
-/// The examples of the documents are tests.
-#[cfg(doctest)]
-mod documents {
-    #[doc = include_str!("../docs/tuning.md")]
-    struct Tuning;
-
-    #[doc = include_str!("../docs/dns.md")]
-    struct Dns;
-}
 
 /// What the fuzz targets read with: the parsers, which are private otherwise. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]

@@ -10,6 +10,7 @@ mod connection;
 mod dialer;
 mod security;
 mod ssl;
+mod typo;
 mod wrap;
 
 pub use builder::{IntoConfig, PoolBuilder};

@@ -21,7 +21,7 @@ use super::connection::Idle;
 use super::dialer::Dialer;
 use super::security::{NO_CONNECTOR, Security, make_opener};
 use super::ssl::{self, Ssl};
-use super::{Manager, Pool, Shared, Source};
+use super::{Manager, Pool, Shared, Source, typo};
 use crate::cluster::{Cluster, Name, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
@@ -66,7 +66,7 @@ mod sealed {
 impl IntoConfig for &str {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
         let (text, ssl) = ssl::split(self);
-        let config: Config = text.parse().map_err(|error| BuildError::url(&error))?;
+        let config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
         not_misread(self, &config, &ssl)?;
         if let Some((option, problem)) = ssl.refused {
             return Err(BuildError::invalid(option, problem));

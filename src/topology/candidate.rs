@@ -22,6 +22,13 @@ pub enum Address {
     Wrapped,
 }
 
+impl Address {
+    /// Does its text hold this name already, being the same address?
+    fn is_named(&self, host: &str) -> bool {
+        matches!(self, Self::Tcp(address) if host.trim_matches(['[', ']']).parse() == Ok(address.ip()))
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -46,8 +53,8 @@ pub struct Endpoint {
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
-            Some(host) => write!(f, "{} ({host})", self.address),
-            None => self.address.fmt(f),
+            Some(host) if !self.address.is_named(host) => write!(f, "{} ({host})", self.address),
+            _ => self.address.fmt(f),
         }
     }
 }
@@ -224,6 +231,25 @@ impl fmt::Display for CandidateReport {
         match &self.answer {
             Some(answer) => answer.fmt(f),
             None => f.write_str("has not answered yet"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_not_said_twice() {
+        for (host, addr, text) in [
+            (Some("my-pg.internal"), "127.0.0.1:5432", "127.0.0.1:5432 (my-pg.internal)"),
+            (Some("127.0.0.1"), "127.0.0.1:5432", "127.0.0.1:5432"),
+            (Some("[::1]"), "[::1]:5432", "[::1]:5432"),
+            (Some("127.0.0.2"), "127.0.0.1:5432", "127.0.0.1:5432 (127.0.0.2)"),
+            (None, "127.0.0.1:5432", "127.0.0.1:5432"),
+        ] {
+            let endpoint = Endpoint { host: host.map(Arc::from), address: Address::Tcp(addr.parse().unwrap()) };
+            assert_eq!(endpoint.to_string(), text);
         }
     }
 }

@@ -1,14 +1,15 @@
 //! `get()` and what stands around it: statements, options, status, resolvers, a pool built by hand.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use testbed::{Cluster, Node, eventually};
+use tokio_postgres_failover::deadpool::managed::{Hook, HookError};
 use tokio_postgres_failover::{
-    Addresses, BoxFuture, Client, FixedResolver, Manager, Pool, PoolBuilder, Resolve, ResolveError, State, View,
-    deadpool, deadpool_postgres,
+    Addresses, BoxFuture, Client, Connection, FixedResolver, Manager, Pool, PoolBuilder, Resolve, ResolveError, State,
+    View, deadpool, deadpool_postgres,
 };
 
 /// For conditions that come at once on an idle machine.
@@ -305,4 +306,42 @@ async fn the_manager_serves_in_a_pool_built_by_hand() {
     let timeline: String =
         next.query_one("SELECT substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)", &[]).await.unwrap().get(0);
     assert_eq!(timeline, "00000002");
+}
+
+/// With hooks of the user's own: one for each new connection, one for each that is handed out again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_built_by_hand_runs_its_own_hooks_across_a_failover() {
+    let cluster = Cluster::start().await;
+    let manager = Pool::builder(cluster.url_hosts()).unwrap().build_manager().unwrap();
+    let reused = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&reused);
+    let pool = deadpool::managed::Pool::<Manager>::builder(manager)
+        .max_size(2)
+        .runtime(deadpool::Runtime::Tokio1)
+        .wait_timeout(Some(PATIENCE))
+        .create_timeout(Some(PATIENCE))
+        .post_create(Hook::async_fn(|connection: &mut Connection, _| {
+            Box::pin(async move {
+                let set = connection.batch_execute("SET search_path = shop").await;
+                set.map_err(|error| HookError::Backend(error.into()))
+            })
+        }))
+        .pre_recycle(Hook::sync_fn(move |connection: &mut Connection, _| {
+            counter.fetch_add(1, Ordering::SeqCst);
+            if connection.is_closed() { Err(HookError::message("ended")) } else { Ok(()) }
+        }))
+        .build()
+        .unwrap();
+    let search_path = async || {
+        let connection = pool.get().await.unwrap();
+        connection.query_one("SHOW search_path", &[]).await.unwrap().get::<_, String>(0)
+    };
+    assert_eq!(search_path().await, "shop");
+    assert_eq!(search_path().await, "shop");
+    assert_eq!(reused.load(Ordering::SeqCst), 1, "the second checkout was of the first one's connection");
+
+    cluster.kill(Node(0)).await;
+    cluster.promote(cluster.most_advanced_standby().await).await;
+    assert_eq!(search_path().await, "shop", "the hook has run on the new primary");
+    assert!(pool.status().size <= 2);
 }

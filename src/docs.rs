@@ -1,0 +1,88 @@
+//! The pages of `docs/`, so that they are where the documentation is, and their examples are tests.
+//!
+//! | to | read |
+//! |---|---|
+//! | write the first calls | [recipes] |
+//! | come from deadpool-postgres, or keep it | [from_deadpool] |
+//! | set it up for your servers | [fly], [patroni], [cloudnativepg], [rds], [pgbouncer] |
+//! | tune it, and see each retry | [tuning] |
+//! | choose names, resolvers and ports | [dns] |
+//! | encrypt, and check certificates | [tls] |
+//! | watch it | [metrics] |
+//! | put a proxy in between | [proxies] |
+//! | understand an error | [errors] |
+//! | know what is promised, and why it is true | [exactly_once] |
+//! | look up a failure, and the tests of it | [scenarios] |
+//! | see what was measured | [figures] |
+//! | look up a word | [glossary] |
+//!
+//! For readers of the files themselves a page names its links at its end. Here `docs/links.md` names them before it, and of
+//! two definitions the first one counts. `tests/documents.rs` sees to it that no page is missing.
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/recipes.md")]
+pub mod recipes {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/from-deadpool.md")]
+pub mod from_deadpool {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/operators/fly.md")]
+pub mod fly {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/operators/patroni.md")]
+pub mod patroni {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/operators/cloudnativepg.md")]
+pub mod cloudnativepg {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/operators/rds.md")]
+pub mod rds {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/operators/pgbouncer.md")]
+pub mod pgbouncer {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/errors.md")]
+pub mod errors {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/exactly-once.md")]
+pub mod exactly_once {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/scenarios.md")]
+pub mod scenarios {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/figures.md")]
+pub mod figures {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/glossary.md")]
+pub mod glossary {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/tuning.md")]
+pub mod tuning {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/dns.md")]
+pub mod dns {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/tls.md")]
+pub mod tls {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/metrics.md")]
+pub mod metrics {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/proxies.md")]
+pub mod proxies {}
