@@ -44,8 +44,8 @@ const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// Shortest pause between two questions to a standby on a warm session, while searching.
-const WARM_INTERVAL: Duration = Duration::from_millis(1);
+/// Shortest pause between two questions to a standby on an open session, while searching.
+const OPEN_INTERVAL: Duration = Duration::from_millis(1);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
 /// In a search, a session to a standby is asked for no longer than this before a new one is.
@@ -999,9 +999,12 @@ impl Topology {
             }
             // Never later than the interval that was promised.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // Another question on an open session is cheap: ten times as many, each a round trip.
-            Phase::Searching(search) if self.settings.warm_standbys && self.is_standby(address) => {
-                (now.duration_since(search.since) / 1000).max(WARM_INTERVAL).min(self.settings.poll.1).mul_f64(jitter)
+            // Another question on the open session is cheap: ten times as many, each a round trip. A standby that takes long to
+            // answer has others to answer, too.
+            Phase::Searching(search) if self.is_standby(address) => {
+                let took = self.members.get(address).and_then(|member| member.took).unwrap_or_default();
+                let pause = self.poll_pause(now.duration_since(search.since));
+                (pause / 10).max(OPEN_INTERVAL).max(took * 2).min(pause).mul_f64(jitter)
             }
             Phase::Searching(search) => {
                 let refused = self.members.get(address).is_some_and(|member| {
