@@ -9,6 +9,7 @@ mod client;
 mod connection;
 mod dialer;
 mod security;
+mod settling;
 mod ssl;
 mod typo;
 mod wrap;
@@ -16,6 +17,7 @@ mod wrap;
 pub use builder::{IntoConfig, PoolBuilder};
 pub use client::Client;
 pub use connection::{Connection, Manager};
+pub(crate) use settling::Settling;
 pub use wrap::WrapBuilder;
 
 use std::collections::HashMap;
@@ -31,7 +33,7 @@ use std::time::Duration;
 use deadpool::managed::{self, PoolError};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary, lock};
@@ -90,8 +92,6 @@ struct Shared {
     unmarked: Mutex<Option<(GenerationId, String)>>,
     /// When each ledger is pruned next, by its name.
     prune_at: Mutex<HashMap<String, Instant>>,
-    /// Of those who settle a commit, so many ask at the same time.
-    settlers: Semaphore,
 }
 
 impl Pool {
@@ -421,8 +421,7 @@ impl<C: SessionClient> Pool<C> {
     /// A session beside those of the pool. Whoever settles a commit must not queue behind those who wait for its locks.
     /// Waits for a primary without a limit of its own. Cancel-safe.
     pub(crate) async fn aside(&self) -> Result<Aside<C>, Error> {
-        let (session, generation) = self.dialer.session().await?;
-        Ok(Aside { session, generation })
+        Aside::open(&self.dialer).await
     }
 
     /// Do its connections come from another pool?
@@ -440,9 +439,9 @@ impl<C: SessionClient> Pool<C> {
         self.shared.heartbeat
     }
 
-    /// Passed by those who settle a commit, while they ask.
-    pub(crate) fn settlers(&self) -> &Semaphore {
-        &self.shared.settlers
+    /// For as long as a commit is being settled.
+    pub(crate) fn settling(&self) -> Settling<'_, C> {
+        Settling::new(&self.dialer)
     }
 
     /// A seed for one call's jitter.
@@ -515,6 +514,11 @@ pub(crate) struct Aside<C> {
 }
 
 impl<C: SessionClient> Aside<C> {
+    async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
+        let (session, generation) = dialer.session().await?;
+        Ok(Self { session, generation })
+    }
+
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         &self.session.client
     }

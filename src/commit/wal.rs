@@ -112,8 +112,14 @@ pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
     Ok(Marked::By(Marker { life: *life, xid, lsn }, backend))
 }
 
-/// Begins a settler's transaction. What the server says of itself; `Err(None)`: it makes no sense.
-pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, Option<Error>> {
+/// Begins a settler's transaction. What the server says of itself, and of a transaction with this id, which need not be the
+/// one that is asked for: `None` where it has given out no such id yet. `Err(None)`: it makes no sense.
+pub(crate) async fn look(
+    client: &Client,
+    xid: u64,
+    primaries_since: u64,
+) -> Result<(Now, Option<XactStatus>), Option<Error>> {
+    // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
     let look = format!(
         "{BEGIN}; \
          SELECT system_identifier, \
@@ -121,11 +127,13 @@ pub(crate) async fn look(client: &Client, primaries_since: u64) -> Result<Now, O
                 pg_walfile_name(pg_current_wal_insert_lsn()), \
                 pg_last_wal_replay_lsn(), \
                 pg_last_wal_receive_lsn(), \
-                {STATS_RESET} \
+                {STATS_RESET}, \
+                CASE WHEN '{xid}'::xid8 < pg_current_xact_id() \
+                     THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END \
            FROM pg_control_system()"
     );
     let row = only_row(client, &look).await?;
-    now(&row, primaries_since).map_err(|_| None)
+    Ok((now(&row, primaries_since).map_err(|_| None)?, status(&row).map_err(|_| None)?))
 }
 
 fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
@@ -139,16 +147,15 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
     Ok(Now { life, received: optional(row, 4)?, primaries_since })
 }
 
-/// What the server says of an id that belongs to its history. `Err(None)`: it makes no sense.
-pub(crate) async fn status(client: &Client, xid: u64) -> Result<XactStatus, Option<Error>> {
-    let row = only_row(client, &format!("SELECT pg_xact_status('{xid}')")).await?;
-    match text(&row, 0) {
-        Some("in progress") => Ok(XactStatus::InProgress),
-        Some("committed") => Ok(XactStatus::Committed),
-        Some("aborted") => Ok(XactStatus::Aborted),
-        None if row.len() == 1 => Ok(XactStatus::Forgotten),
-        _ => Err(None),
-    }
+fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
+    Ok(Some(match text(row, 6) {
+        Some("in progress") => XactStatus::InProgress,
+        Some("committed") => XactStatus::Committed,
+        Some("aborted") => XactStatus::Aborted,
+        Some("forgotten") => XactStatus::Forgotten,
+        None if row.len() == 7 => return Ok(None),
+        other => return Err(BadReport::new("the status of a transaction", other.unwrap_or("nothing"))),
+    }))
 }
 
 /// Ends a settler's transaction with a COMMIT that waits for the synchronous standbys, as it has written. WAL is replicated
@@ -243,6 +250,18 @@ mod tests {
             assert!(marker(&life(), &row(&columns)).is_err(), "column {index}: {bad:?}");
         }
         assert!(marker(&life(), &row(&[])).is_err());
+    }
+
+    #[test]
+    fn what_a_server_says_of_an_id_is_read() {
+        let said = |said: Option<&str>| status(&row(&[None, None, None, None, None, None, said]));
+        assert_eq!(said(Some("committed")).unwrap(), Some(XactStatus::Committed));
+        assert_eq!(said(Some("aborted")).unwrap(), Some(XactStatus::Aborted));
+        assert_eq!(said(Some("in progress")).unwrap(), Some(XactStatus::InProgress));
+        assert_eq!(said(Some("forgotten")).unwrap(), Some(XactStatus::Forgotten));
+        assert_eq!(said(None).unwrap(), None, "it was not given out yet");
+        assert!(said(Some("frozen")).is_err());
+        assert!(status(&row(&[None])).is_err(), "a column is missing");
     }
 
     #[test]

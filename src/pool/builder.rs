@@ -12,7 +12,6 @@ use std::time::Duration;
 use deadpool::managed::{self, QueueMode};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
@@ -122,9 +121,6 @@ fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError>
     }
     Ok(())
 }
-
-/// A failover may leave as many commits in doubt as there are connections; the new primary is asked about a few at a time.
-const SETTLERS: usize = 4;
 
 /// Configures a [`Pool`]. By value; the setters do not fail, [`PoolBuilder::build`] does.
 ///
@@ -528,7 +524,6 @@ impl CallOptions {
             searching: AtomicUsize::new(0),
             unmarked: Mutex::default(),
             prune_at: Mutex::default(),
-            settlers: Semaphore::new(SETTLERS),
         }))
     }
 }

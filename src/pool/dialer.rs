@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
+use super::settling::Settlers;
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
@@ -19,12 +20,13 @@ pub(super) struct Dialer<C> {
     pub(super) cluster: Cluster<C>,
     pub(super) opener: Arc<dyn Open<C>>,
     pub(super) open_timeout: Duration,
+    pub(super) settlers: Settlers<C>,
     seeds: AtomicU64,
 }
 
 impl<C: SessionClient> Dialer<C> {
     pub(super) fn new(cluster: Cluster<C>, opener: Arc<dyn Open<C>>, open_timeout: Duration, seed: u64) -> Self {
-        Self { cluster, opener, open_timeout, seeds: AtomicU64::new(seed) }
+        Self { cluster, opener, open_timeout, settlers: Settlers::default(), seeds: AtomicU64::new(seed) }
     }
 
     pub(super) fn random_up_to(&self, most: Duration) -> Duration {

@@ -1,9 +1,11 @@
 //! Finds out what became of a transaction whose COMMIT was not answered: asks the primary, as often as it takes, until the
 //! rule in [`crate::commit`] knows or the deadline is over.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::sync::SemaphorePermit;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::classify::{explain, not_offered};
 use crate::commit::ledger::{Entered, Ledger};
@@ -11,7 +13,7 @@ use crate::commit::wal::{self, Backend};
 use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
 use crate::error::Error;
 use crate::observe::Settlement;
-use crate::pool::{Aside, Pool};
+use crate::pool::{Aside, Pool, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -19,6 +21,8 @@ use crate::topology::GenerationId;
 /// A doubt that comes up at the end of a call's time is still looked into for so long: a wrong "unknown" costs its caller
 /// more than a late answer.
 const AT_LEAST: Duration = Duration::from_secs(5);
+/// So long a settler waits for a confirmation before it lets another one ask.
+const HOLD: Duration = Duration::from_millis(50);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
 
 /// What a transaction can be asked for by.
@@ -64,9 +68,10 @@ pub(super) async fn settle<C: SessionClient>(
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut reason = Unsettled::NoPrimary;
+    let settling = pool.settling();
     let rounds = async {
         loop {
-            if let Some(settled) = round(pool, mark, &mut reason).await {
+            if let Some(settled) = round(&settling, mark, &mut reason).await {
                 return settled;
             }
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
@@ -90,41 +95,60 @@ impl From<Result<Outcome, Unsettled>> for Settlement {
 
 /// One question; `None`: ask again, and if there is no time left, `reason` is why.
 async fn round<C: SessionClient>(
-    pool: &Pool<C>,
+    settling: &Settling<'_, C>,
     mark: &Mark,
     reason: &mut Unsettled,
 ) -> Option<Result<Outcome, Unsettled>> {
-    let (aside, settled) = {
-        // Never closed, so waiting for it cannot fail.
-        let _permit = pool.settlers().acquire().await;
-        let aside = match pool.aside().await {
-            Ok(aside) => aside,
-            Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
-            Err(_) => {
-                *reason = Unsettled::NoPrimary;
-                return None;
-            }
-        };
-        match question(&aside, mark).await {
-            Ok(settled) => (aside, settled),
-            Err(Some(error)) if !not_offered(&error) => return None,
-            Err(_) => return Some(Err(Unsettled::NotOffered)),
+    let (mut permit, aside) = match settling.session().await {
+        Ok(session) => session,
+        Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
+        Err(_) => {
+            *reason = Unsettled::NoPrimary;
+            return None;
         }
     };
-    match settled {
+    let settled = match question(&aside, mark).await {
+        Ok(settled) => settled,
+        Err(Some(error)) if !not_offered(&error) => return None,
+        Err(_) => return Some(Err(Unsettled::NotOffered)),
+    };
+    let (ended, clean) = match settled {
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            if mark.is_of(&aside)
-                && let Err(error) = wal::end_abandoned(aside.client(), mark.backend).await
-            {
-                tracing::debug!("an abandoned session could not be ended: {}", explain(&error));
-            }
-            None
+            (None, ends_abandoned(&aside, mark).await)
         }
-        Settled::Committed => confirmed(&aside, mark, Outcome::Committed, reason).await,
-        Settled::NotCommitted => confirmed(&aside, mark, Outcome::NotCommitted, reason).await,
-        Settled::Unknown(why) => Some(Err(why)),
+        Settled::Committed => holding(&mut permit, confirmed(&aside, mark, Outcome::Committed, reason)).await,
+        Settled::NotCommitted => holding(&mut permit, confirmed(&aside, mark, Outcome::NotCommitted, reason)).await,
+        Settled::Unknown(why) => return Some(Err(why)),
+    };
+    // Before the permit ends: whoever has it next finds the session.
+    if clean {
+        settling.keep(aside);
     }
+    ended
+}
+
+/// Mostly a confirmation takes a moment, and the next settler has this session; one that waits for a standby that is not
+/// there must not keep the others from asking.
+async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl Future<Output = T>) -> T {
+    let mut confirmation = pin!(confirmation);
+    if let Ok(confirmed) = timeout(HOLD, confirmation.as_mut()).await {
+        return confirmed;
+    }
+    *permit = None;
+    confirmation.await
+}
+
+/// Ends the settler's transaction too; the session is fit for another one then.
+async fn ends_abandoned<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> bool {
+    if !mark.is_of(aside) {
+        return false;
+    }
+    let ended = wal::end_abandoned(aside.client(), mark.backend).await;
+    if let Err(error) = &ended {
+        tracing::debug!("an abandoned session could not be ended: {}", explain(error));
+    }
+    ended.is_ok()
 }
 
 async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
@@ -132,8 +156,9 @@ async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Set
     match &mark.by {
         Settler::Wal(marker) => {
             let primaries_since = aside.generation().get().saturating_sub(mark.generation.get());
-            match locate(marker, &wal::look(client, primaries_since).await?) {
-                Located::Here => Ok(wal::status(client, marker.xid).await?.into()),
+            let (now, status) = wal::look(client, marker.xid, primaries_since).await?;
+            match locate(marker, &now) {
+                Located::Here => status.map(Settled::from).ok_or(None),
                 Located::Lost => Ok(Settled::NotCommitted),
                 Located::Unclear(why) => Ok(Settled::Unknown(why)),
             }
@@ -142,20 +167,24 @@ async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Set
     }
 }
 
-/// Waits until the synchronous standbys have what was found: a successor must not say otherwise.
+/// Waits until the synchronous standbys have what was found: a successor must not say otherwise. And whether the session is
+/// fit for another question.
 async fn confirmed<C: SessionClient>(
     aside: &Aside<C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,
-) -> Option<Result<Outcome, Unsettled>> {
+) -> (Option<Result<Outcome, Unsettled>>, bool) {
     *reason = Unsettled::NotReplicated;
     let waited = match (&mark.by, outcome) {
         // What is not in the log cannot be waited for.
-        (Settler::Wal(_), Outcome::NotCommitted) => Ok(()),
+        (Settler::Wal(_), Outcome::NotCommitted) => {
+            let rolled_back = aside.client().batch_execute("ROLLBACK").await;
+            return (Some(Ok(outcome)), rolled_back.is_ok());
+        }
         (Settler::Wal(_), Outcome::Committed) => wal::confirm(aside.client()).await,
         (Settler::Ledger(ledger, _), _) => ledger.confirm(aside.client()).await,
     };
     let confirmed = waited.is_ok() && !aside.notices().not_replicated();
-    confirmed.then_some(Ok(outcome))
+    (confirmed.then_some(Ok(outcome)), confirmed)
 }
