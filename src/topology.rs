@@ -44,6 +44,12 @@ const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
+/// On an open session to a standby the pause while searching is this part of what it is for a new one, and at least so many
+/// times what the last answer took: with warm standby sessions, and without.
+const WARM_PACE: (u32, u32) = (10, 2);
+const OPEN_PACE: (u32, u32) = (3, 10);
+/// So many candidates that do not answer are asked as often as one; with twice as many, each is asked half as often.
+const CROWD: usize = 8;
 /// Shortest pause between two questions to a standby on an open session, while searching.
 const OPEN_INTERVAL: Duration = Duration::from_millis(1);
 /// A server that refuses the credentials is asked again no sooner than this.
@@ -215,6 +221,10 @@ struct Member {
 }
 
 impl Member {
+    fn is_dead(&self) -> bool {
+        matches!(&self.answer, Some(Answer::Failed(failure)) if !failure.kind.is_an_answer())
+    }
+
     /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
     /// proxy's, which leads a new session elsewhere.
     fn outlived(&self, now: Instant) -> bool {
@@ -999,18 +1009,22 @@ impl Topology {
             }
             // Never later than the interval that was promised.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // Another question on the open session is cheap: ten times as many, each a round trip. A standby that takes long to
-            // answer has others to answer, too.
+            // Another question on the open session is cheap: more of them, each a round trip. A standby that takes long to answer
+            // has other pools to answer, too.
             Phase::Searching(search) if self.is_standby(address) => {
                 let took = self.members.get(address).and_then(|member| member.took).unwrap_or_default();
                 let pause = self.poll_pause(now.duration_since(search.since));
-                (pause / 10).max(OPEN_INTERVAL).max(took * 2).min(pause).mul_f64(jitter)
+                let (part, patience) = if self.settings.warm_standbys { WARM_PACE } else { OPEN_PACE };
+                (pause / part).max(OPEN_INTERVAL).max(took * patience).min(pause).mul_f64(jitter)
             }
             Phase::Searching(search) => {
                 let refused = self.members.get(address).is_some_and(|member| {
                     matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
                 });
+                // Many dead addresses are not worth a new session each a hundred times a second.
+                let crowd = 1 + self.members.values().filter(|member| member.is_dead()).count() / CROWD;
                 let pause = self.poll_pause(now.duration_since(search.since));
+                let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
                 if refused { pause.max(REFUSED_INTERVAL) } else { pause.mul_f64(jitter) }
             }
         };

@@ -368,8 +368,9 @@ impl PoolBuilder {
     }
 
     /// Pause between two probes of one server while there is no primary: shortest, and longest. In between it is one
-    /// per cent of the time already lost. Default: 10 ms and 250 ms. A standby is asked ten times as often, on the session that
-    /// is open to it, as long as it answers quickly: a promotion is seen a millisecond or two later in a short outage.
+    /// per cent of the time already lost. Default: 10 ms and 250 ms. A standby is asked three times as often, on the session that
+    /// is open to it, as long as it answers quickly, and ten times with [`PoolBuilder::warm_standbys`]; addresses that do not
+    /// answer less often when there are more than eight of them.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
         self.settings.poll = (shortest, longest);
         self

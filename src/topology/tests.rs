@@ -727,9 +727,29 @@ fn an_open_session_to_a_standby_is_asked_with_hardly_a_pause() {
                 bench.answer(2, Ok(standby(2)), false, true);
             }
         }
-        assert!(bench.asked(2) >= 25, "asked {} times in 100 ms", bench.asked(2));
+        let least = if warm { 25 } else { 10 };
+        assert!(bench.asked(2) >= least, "asked {} times in 100 ms", bench.asked(2));
         assert!(bench.asked(1) <= 7, "a new session each, asked {} times", bench.asked(1));
     }
+}
+
+#[test]
+fn many_dead_addresses_are_each_asked_less_often() {
+    let asked_in_a_second = |members: u8| {
+        let mut bench = Bench::new(members);
+        bench.log.clear();
+        for _ in 0..100 {
+            for member in 1..=members {
+                if bench.topology.members[&address(member)].asking {
+                    bench.fail(member, FailureKind::Unreachable);
+                }
+            }
+            bench.wait(ms(10));
+        }
+        (1..=members).map(|member| bench.asked(member)).sum::<usize>()
+    };
+    let (few, many) = (asked_in_a_second(3), asked_in_a_second(60));
+    assert!(many < few * 6, "{few} questions a second to three, {many} to sixty");
 }
 
 #[test]

@@ -84,13 +84,13 @@ pub(crate) struct Listener;
 
 impl<S: Subscriber> Layer<S> for Listener {
     fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut settled = Settled(String::new());
-        event.record(&mut settled);
-        let found = match settled.0.as_str() {
-            "" => return,
-            "Ok(Committed)" => Found::Committed,
-            "Ok(NotCommitted)" => Found::NotCommitted,
-            _ => Found::Unknown,
+        let mut said = Said::default();
+        event.record(&mut said);
+        let found = match (said.message.as_str(), said.outcome.as_str()) {
+            ("a commit without an answer was settled", "Committed") => Found::Committed,
+            ("a commit without an answer was settled", "NotCommitted") => Found::NotCommitted,
+            ("the outcome of a commit is not known", _) => Found::Unknown,
+            _ => return,
         };
         let _outside_of_calls = CALL.try_with(|call| {
             let mut call = call.borrow_mut();
@@ -100,13 +100,20 @@ impl<S: Subscriber> Layer<S> for Listener {
     }
 }
 
-/// The field of this name.
-struct Settled(String);
+/// The fields that tell of a settling.
+#[derive(Default)]
+struct Said {
+    message: String,
+    outcome: String,
+}
 
-impl Visit for Settled {
+impl Visit for Said {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        if field.name() == "settled" {
-            let _infallible = write!(self.0, "{value:?}");
-        }
+        let text = match field.name() {
+            "message" => &mut self.message,
+            "outcome" => &mut self.outcome,
+            _ => return,
+        };
+        let _infallible = write!(text, "{value:?}");
     }
 }
