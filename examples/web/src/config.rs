@@ -11,6 +11,8 @@ pub struct Config {
     pub database_url: String,
     /// The port to listen on: `PORT`, or 8080.
     pub port: u16,
+    /// The port for operators: `OPERATOR_PORT`. Without it they are answered at the port of the users.
+    pub operator_port: Option<u16>,
     /// How long a request may wait for a primary: `DEADLINE_SECONDS`, or 30. Longer than a failover takes, so that a request
     /// waits for its end.
     pub deadline: Duration,
@@ -39,7 +41,15 @@ impl Config {
     #[must_use]
     pub fn new(database_url: String) -> Self {
         let deadline = Duration::from_secs(30);
-        Self { database_url, port: 8080, deadline, drain: deadline, dns_servers: Vec::new(), region: None }
+        Self {
+            database_url,
+            port: 8080,
+            operator_port: None,
+            deadline,
+            drain: deadline,
+            dns_servers: Vec::new(),
+            region: None,
+        }
     }
 
     /// Reads the environment.
@@ -50,9 +60,13 @@ impl Config {
     fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self, BadConfig> {
         let missing = BadConfig::Missing("DATABASE_URL", "postgres://user:password@host:port/database");
         let mut config = Self::new(variable("DATABASE_URL").ok_or(missing)?);
-        if let Some(port) = variable("PORT") {
-            config.port = port.parse().map_err(|_| BadConfig::Unusable("PORT", "a number below 65536"))?;
-        }
+        let port = |name| match variable(name).map(|text| text.parse()) {
+            Some(Ok(port)) => Ok(Some(port)),
+            Some(Err(_)) => Err(BadConfig::Unusable(name, "a number below 65536")),
+            None => Ok(None),
+        };
+        config.port = port("PORT")?.unwrap_or(config.port);
+        config.operator_port = port("OPERATOR_PORT")?;
         let seconds = |name| match variable(name) {
             Some(text) => match text.parse() {
                 Ok(seconds @ 1..=3600) => Ok(Some(Duration::from_secs(seconds))),
@@ -104,6 +118,7 @@ mod tests {
         for (variables, named) in [
             (vec![], "DATABASE_URL"),
             (vec![URL, ("PORT", "http")], "PORT"),
+            (vec![URL, ("OPERATOR_PORT", "65536")], "OPERATOR_PORT"),
             (vec![URL, ("DEADLINE_SECONDS", "0")], "DEADLINE_SECONDS"),
             (vec![URL, ("DNS_SERVERS", "fdaa::3")], "DNS_SERVERS"),
             (vec![URL, ("FLY_REGION", "ams"), ("PRIMARY_REGION", "fra;app=other")], "PRIMARY_REGION"),

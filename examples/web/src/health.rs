@@ -24,14 +24,10 @@ pub(crate) async fn ready(extract::State(service): extract::State<Arc<Service>>)
             (StatusCode::OK, format!("primary {endpoint}, generation {}\n", view.generation))
         }
         State::Searching { .. } => {
-            let mut reason = format!("no primary: {}\n", view.changed.why);
-            for candidate in service.pool.candidates() {
-                reason.push_str(&format!("{candidate}\n"));
-            }
-            if let Some(failure) = service.pool.dns_failure() {
-                reason.push_str(&format!("DNS: {failure}\n"));
-            }
-            (StatusCode::SERVICE_UNAVAILABLE, reason)
+            let mut reasons = vec![format!("no primary: {}", view.changed.why)];
+            reasons.extend(service.pool.candidates().iter().map(ToString::to_string));
+            reasons.extend(service.pool.dns_failure().map(|failure| format!("DNS: {failure}")));
+            (StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n")
         }
         _ => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned()),
     }

@@ -8,7 +8,7 @@ mod health;
 mod orders;
 mod region;
 
-use std::future::{Future, IntoFuture};
+use std::future::{Future, IntoFuture, pending};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -64,11 +64,24 @@ impl Service {
 
     /// Answers requests until `stop` ends. Then no connection is accepted any more, the requests under way are finished, and
     /// the pool is closed. Whatever still waits for a primary when the time for that is over gets its 503 then.
-    pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+    ///
+    /// With `operators` readiness and metrics, which name servers, are told there alone, and to the end.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        operators: Option<TcpListener>,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> io::Result<()> {
         let (pool, metrics, drain) = (self.pool.clone(), self.metrics.clone(), self.drain);
+        let service = Arc::new(self);
+        let (for_users, for_operators) = (users(&service), operators_only(&service));
+        let (routes, operators) = match operators {
+            Some(listener) => (for_users, Some(axum::serve(listener, for_operators))),
+            None => (for_users.merge(for_operators), None),
+        };
         let stopping = Arc::new(Notify::new());
         let told = Arc::clone(&stopping);
-        let server = axum::serve(listener, self.router()).with_graceful_shutdown(async move {
+        let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
             stop.await;
             tracing::info!("stopping: requests under way are finished");
             told.notify_one();
@@ -85,6 +98,12 @@ impl Service {
                 metrics.run_upkeep();
             }
         };
+        let operators = async {
+            match operators {
+                Some(server) => server.await,
+                None => pending().await,
+            }
+        };
         let ended = tokio::select! {
             ended = &mut server => ended,
             () = overdue => {
@@ -92,25 +111,30 @@ impl Service {
                 pool.close();
                 timeout(LAST_ANSWERS, server).await.unwrap_or(Ok(()))
             }
+            ended = operators => ended,
             () = upkeep => Ok(()),
         };
         pool.close();
         ended
     }
+}
 
-    fn router(self) -> Router {
-        let service = Arc::new(self);
-        let writes = Router::new()
-            .route("/orders", post(orders::create))
-            .route_layer(middleware::from_fn_with_state(Arc::clone(&service), region::replay));
-        Router::new()
-            .route("/orders/{id}", get(orders::show))
-            .route("/healthz", get(health::alive))
-            .route("/readyz", get(health::ready))
-            .route("/metrics", get(health::metrics))
-            .merge(writes)
-            .with_state(service)
-    }
+fn users(service: &Arc<Service>) -> Router {
+    let writes = Router::new()
+        .route("/orders", post(orders::create))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(service), region::replay));
+    Router::new()
+        .route("/orders/{id}", get(orders::show))
+        .route("/healthz", get(health::alive))
+        .merge(writes)
+        .with_state(Arc::clone(service))
+}
+
+fn operators_only(service: &Arc<Service>) -> Router {
+    Router::new()
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .with_state(Arc::clone(service))
 }
 
 /// The recorder behind `/metrics`, with the names and buckets that the crate's dashboard expects.

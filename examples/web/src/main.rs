@@ -9,6 +9,11 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// On all of IPv4 and IPv6: Fly's private network is IPv6 alone.
+async fn listen(port: u16) -> std::io::Result<TcpListener> {
+    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await
+}
+
 async fn run() -> Result<(), Box<dyn Error>> {
     let config = Config::from_env()?;
     let recorder = recorder()?;
@@ -16,17 +21,23 @@ async fn run() -> Result<(), Box<dyn Error>> {
     metrics::set_global_recorder(recorder)?;
     // From here on neither signal ends the process by itself.
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    // All of IPv4 and IPv6: Fly's private network is IPv6 alone.
-    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, config.port)).await?;
-    let service = Service::new(config, handle)?;
+    let listener = listen(config.port).await?;
     println!("listening on {}", listener.local_addr()?);
+    let operators = match config.operator_port {
+        Some(port) => Some(listen(port).await?),
+        None => None,
+    };
+    if let Some(operators) = &operators {
+        println!("listening for operators on {}", operators.local_addr()?);
+    }
+    let service = Service::new(config, handle)?;
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
     };
-    service.serve(listener, stop).await?;
+    service.serve(listener, operators, stop).await?;
     Ok(())
 }
 

@@ -127,10 +127,10 @@ impl Shared {
         let stored = client.order(sku, headers).await?;
         self.counts(began);
         // 200 would say that it was there already: that this request was stored twice, but for its key.
-        let id = match (stored.status, stored.json()["id"].as_i64()) {
-            (StatusCode::CREATED, Some(id)) => id,
-            _ => return Err(format!("{stored:?}")),
-        };
+        if stored.status != StatusCode::CREATED {
+            return Err(format!("{stored:?}"));
+        }
+        let id = stored.json()["id"].as_i64().ok_or("an order without a number")?;
         self.record.lock().unwrap().acknowledged.push((sku.to_owned(), id));
         let began = Instant::now();
         let shown = client.get(&format!("/orders/{id}")).await?;

@@ -40,7 +40,7 @@ impl Running {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, told) = oneshot::channel();
-        let served = tokio::spawn(service.serve(listener, async {
+        let served = tokio::spawn(service.serve(listener, None, async {
             // Dropped by a test that has failed: to stop is right then, too.
             let _ = told.await;
         }));
@@ -77,6 +77,11 @@ async fn becomes(status: StatusCode, client: &mut Client) -> Answer {
     ready(client).await
 }
 
+/// How many requests wait for a connection.
+async fn waiting(operator: &mut Client) -> f64 {
+    figure(&operator.get("/metrics").await.unwrap().body, "db_client_connection_pending_requests{")
+}
+
 /// The value of a figure in what `/metrics` says.
 fn figure(text: &str, name: &str) -> f64 {
     let line = text.lines().find(|line| line.starts_with(name) && line.contains("pool_name=\"orders\""));
@@ -101,6 +106,9 @@ async fn no_request_fails_through_a_failover_under_load() {
     })
     .await;
     assert_eq!(operator.get("/healthz").await.unwrap().status, StatusCode::OK, "alive without a primary");
+    // Not all of them: one whose COMMIT got no answer waits to ask for its outcome.
+    let half = f64::from(u32::try_from(CLIENTS).unwrap()) / 2.0;
+    eventually("requests wait for the primary", LONG, async || waiting(&mut operator).await >= half).await;
     let before = load.answered();
     cluster.promote_timed(cluster.most_advanced_standby().await).await;
     let found = becomes(StatusCode::OK, &mut operator).await;
@@ -234,10 +242,21 @@ async fn a_write_outside_the_primarys_region_is_sent_there_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sigterm_finishes_the_requests_under_way() {
     let cluster = Cluster::builder().nodes(1).asynchronous().start().await;
-    let mut program =
-        Program::start(&[("DATABASE_URL", cluster.url()), ("DNS_SERVERS", cluster.dns().addr().to_string())]).await;
+    let variables = [
+        ("DATABASE_URL", cluster.url()),
+        ("DNS_SERVERS", cluster.dns().addr().to_string()),
+        ("OPERATOR_PORT", "0".to_owned()),
+    ];
+    let mut program = Program::start(&variables).await;
+    let mut operator = Client::connect(program.operators).await.unwrap();
     let mut client = Client::connect(program.address).await.unwrap();
     assert_eq!(client.order("tea", &[]).await.unwrap().status, StatusCode::CREATED);
+
+    for path in ["/readyz", "/metrics"] {
+        assert_eq!(client.get(path).await.unwrap().status, StatusCode::NOT_FOUND, "{path} is for operators");
+        assert_eq!(operator.get(path).await.unwrap().status, StatusCode::OK);
+    }
+    assert_eq!(client.get("/healthz").await.unwrap().status, StatusCode::OK);
 
     let mut direct = cluster.direct(cluster.primary()).await;
     let lock = direct.transaction().await.unwrap();
@@ -252,6 +271,7 @@ async fn sigterm_finishes_the_requests_under_way() {
     program.signal(rustix::process::Signal::TERM);
     eventually("no new connection is accepted", LONG, async || Client::connect(program.address).await.is_err()).await;
     assert!(program.is_running(), "it waits for the request");
+    assert_eq!(ready(&mut operator).await.status, StatusCode::OK, "operators are answered to the end");
     lock.commit().await.unwrap();
     let answer = under_way.await.unwrap().unwrap();
     assert_eq!(answer.status, StatusCode::CREATED, "{answer:?}");
@@ -270,15 +290,11 @@ async fn what_still_waits_when_the_time_is_over_gets_an_answer() {
     config.drain = Duration::from_millis(100);
     let service = Running::start(config).await;
     let mut client = service.client().await;
-    let waiting = tokio::spawn(async move { client.order("tea", &[]).await });
+    let under_way = tokio::spawn(async move { client.order("tea", &[]).await });
     let mut operator = service.client().await;
-    eventually("the request waits for a primary", LONG, async || {
-        let metrics = operator.get("/metrics").await.unwrap().body;
-        figure(&metrics, "db_client_connection_pending_requests{") > 0.5
-    })
-    .await;
+    eventually("the request waits for a primary", LONG, async || waiting(&mut operator).await > 0.5).await;
     service.stop().await;
-    let answer = waiting.await.unwrap().unwrap();
+    let answer = under_way.await.unwrap().unwrap();
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{answer:?}");
 }
 

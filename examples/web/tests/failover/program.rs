@@ -15,6 +15,15 @@ pub(crate) struct Program {
     /// Kept open: what it prints has somewhere to go.
     _output: BufReader<ChildStdout>,
     pub(crate) address: SocketAddr,
+    pub(crate) operators: SocketAddr,
+}
+
+/// Where the next line says that it listens.
+async fn listening(output: &mut BufReader<ChildStdout>, words: &str) -> SocketAddr {
+    let mut line = String::new();
+    timeout(LONG, output.read_line(&mut line)).await.expect("a line in time").unwrap();
+    let said: SocketAddr = line.trim().strip_prefix(words).expect("an address").parse().unwrap();
+    (Ipv4Addr::LOCALHOST, said.port()).into()
 }
 
 fn command(variables: &[(&str, String)]) -> Command {
@@ -24,14 +33,13 @@ fn command(variables: &[(&str, String)]) -> Command {
 }
 
 impl Program {
-    /// Starts it and waits until it says where it listens.
+    /// Starts it and waits until it says where it listens; give it an `OPERATOR_PORT`.
     pub(crate) async fn start(variables: &[(&str, String)]) -> Self {
         let mut child = command(variables).stdout(Stdio::piped()).spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        timeout(LONG, output.read_line(&mut line)).await.expect("a line in time").unwrap();
-        let listening: SocketAddr = line.trim().strip_prefix("listening on ").expect("an address").parse().unwrap();
-        Self { child, _output: output, address: (Ipv4Addr::LOCALHOST, listening.port()).into() }
+        let address = listening(&mut output, "listening on ").await;
+        let operators = listening(&mut output, "listening for operators on ").await;
+        Self { child, _output: output, address, operators }
     }
 
     /// What it says when it cannot start.
