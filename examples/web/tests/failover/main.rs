@@ -286,16 +286,20 @@ async fn sigterm_finishes_the_requests_under_way() {
 /// A request that waits for a primary does not hold the shutdown for ever, and gets an answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_still_waits_when_the_time_is_over_gets_an_answer() {
-    let mut config = Config::new(format!("postgres://app@{}/app", nowhere()));
-    config.drain = Duration::from_millis(100);
-    let service = Running::start(config).await;
-    let mut client = service.client().await;
+    let variables = [
+        ("DATABASE_URL", format!("postgres://app@{}/app", nowhere())),
+        ("OPERATOR_PORT", "0".to_owned()),
+        ("DRAIN_SECONDS", "1".to_owned()),
+    ];
+    let program = Program::start(&variables).await;
+    let mut client = Client::connect(program.address).await.unwrap();
     let under_way = tokio::spawn(async move { client.order("tea", &[]).await });
-    let mut operator = service.client().await;
+    let mut operator = Client::connect(program.operators).await.unwrap();
     eventually("the request waits for a primary", LONG, async || waiting(&mut operator).await > 0.5).await;
-    service.stop().await;
+    program.signal(rustix::process::Signal::TERM);
     let answer = under_way.await.unwrap().unwrap();
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{answer:?}");
+    program.ends_well().await;
 }
 
 #[tokio::test]
