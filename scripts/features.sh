@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-# The one package here that has any: `"features":{"a":[…],…}`.
+# Those of the packages here, `"features":{"a":[…],…}`: no other package has one that the library lacks.
 features=$(cargo metadata --no-deps --offline --format-version 1 |
     grep -o '"features":{[^}]*}' | grep -o '"[^":]*":\[' | tr -d '":[' | sort -u)
 [ -n "$features" ] || { echo "features.sh: cargo metadata shows no feature" >&2; exit 1; }
