@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::classify::{explain, not_offered};
@@ -94,35 +95,49 @@ async fn round<C: SessionClient>(
     mark: &Mark,
     reason: &mut Unsettled,
 ) -> Option<Result<Outcome, Unsettled>> {
-    let (aside, settled) = {
-        // Never closed, so waiting for it cannot fail.
-        let _permit = pool.settlers().acquire().await;
-        let aside = match pool.aside().await {
-            Ok(aside) => aside,
-            Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
-            Err(_) => {
-                *reason = Unsettled::NoPrimary;
-                return None;
-            }
-        };
-        match question(&aside, mark).await {
-            Ok(settled) => (aside, settled),
-            Err(Some(error)) if !not_offered(&error) => return None,
-            Err(_) => return Some(Err(Unsettled::NotOffered)),
+    // Never closed, so waiting for it cannot fail.
+    let permit = pool.settlers().acquire().await.ok();
+    let aside = match pool.aside().await {
+        Ok(aside) => aside,
+        Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
+        Err(_) => {
+            *reason = Unsettled::NoPrimary;
+            return None;
         }
     };
+    tokio::select! {
+        biased;
+        answer = ask(&aside, mark, reason, permit) => answer,
+        // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
+        () = aside.evicted() => None,
+    }
+}
+
+/// `permit` is held for the question alone: to be confirmed may take long, and costs the server nothing.
+async fn ask<C: SessionClient>(
+    aside: &Aside<C>,
+    mark: &Mark,
+    reason: &mut Unsettled,
+    permit: Option<SemaphorePermit<'_>>,
+) -> Option<Result<Outcome, Unsettled>> {
+    let settled = match question(aside, mark).await {
+        Ok(settled) => settled,
+        Err(Some(error)) if !not_offered(&error) => return None,
+        Err(_) => return Some(Err(Unsettled::NotOffered)),
+    };
+    drop(permit);
     match settled {
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            if mark.is_of(&aside)
+            if mark.is_of(aside)
                 && let Err(error) = wal::end_abandoned(aside.client(), mark.backend).await
             {
                 tracing::debug!("an abandoned session could not be ended: {}", explain(&error));
             }
             None
         }
-        Settled::Committed => confirmed(&aside, mark, Outcome::Committed, reason).await,
-        Settled::NotCommitted => confirmed(&aside, mark, Outcome::NotCommitted, reason).await,
+        Settled::Committed => confirmed(aside, mark, Outcome::Committed, reason).await,
+        Settled::NotCommitted => confirmed(aside, mark, Outcome::NotCommitted, reason).await,
         Settled::Unknown(why) => Some(Err(why)),
     }
 }
