@@ -217,9 +217,11 @@ struct Member {
 impl Member {
     /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
     /// proxy's, which leads a new session elsewhere.
-    fn outlived(&self, now: Instant) -> bool {
+    ///
+    /// Counted from the search's begin: a session that was kept for it is asked, however old it is.
+    fn outlived(&self, search: &Search, now: Instant) -> bool {
         matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
-            && self.opened_at.is_some_and(|at| now.duration_since(at) >= RENEWED_AFTER)
+            && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
     }
 
     /// Ask as soon as may be, which is `pause` after the last question.
@@ -324,7 +326,10 @@ impl Topology {
             self.actions.push(Action::Resolve);
         }
         let current = self.primary_address();
-        let searching = matches!(self.phase, Phase::Searching(_));
+        let search = match &self.phase {
+            Phase::Searching(search) => Some(search),
+            Phase::Known { .. } => None,
+        };
         for (address, member) in &mut self.members {
             if member.asking || member.due > now {
                 continue;
@@ -340,7 +345,7 @@ impl Topology {
             };
             member.asking = true;
             member.asked_at = Some(now);
-            let fresh = std::mem::take(&mut member.fresh) || (searching && member.outlived(now));
+            let fresh = std::mem::take(&mut member.fresh) || search.is_some_and(|search| member.outlived(search, now));
             self.actions.push(Action::Probe { endpoint: member.endpoint.clone(), fresh, within });
         }
         std::mem::take(&mut self.actions)

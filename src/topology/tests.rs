@@ -728,6 +728,27 @@ fn warm_sessions_to_standbys_are_kept_and_asked_without_a_pause() {
     assert!(bench.asked(2) >= 10, "asked {} times in 40 ms", bench.asked(2));
 }
 
+/// However old it is: what it was kept for is the moment when its server is promoted.
+#[test]
+fn a_warm_session_is_asked_first_and_renewed_a_second_later() {
+    let mut bench = Bench::settled();
+    bench.topology.settings.warm_standbys = true;
+    bench.wait(10 * RENEWED_AFTER);
+    bench.fail(1, FailureKind::Unreachable);
+    let mut fresh = Vec::new();
+    while fresh.last() != Some(&true) {
+        bench.log.clear();
+        bench.answer(2, Ok(standby(2)), false, true);
+        bench.wait(ms(250));
+        fresh.extend(bench.log.iter().filter_map(|action| match action {
+            Action::Probe { endpoint, fresh, .. } if endpoint.address == address(2) => Some(*fresh),
+            _ => None,
+        }));
+        assert!(fresh.len() < 100, "the address may be a proxy's, which leads a new session elsewhere");
+    }
+    assert!(fresh.len() > 1, "the first question of the search came on a new session");
+}
+
 #[test]
 fn the_primary_that_is_searched_for_is_not_forgotten() {
     let now = Instant::now();
