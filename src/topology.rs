@@ -411,6 +411,15 @@ impl Topology {
             },
             Err(failure) => Answer::Failed(failure.clone()),
         };
+        if self.is_vain_renewal(probed) {
+            if let Some(member) = self.members.get_mut(&probed.address) {
+                member.asking = false;
+                member.answered_at = Some(now);
+                member.opened_at = Some(now);
+            }
+            self.schedule(now, &probed.address);
+            return;
+        }
         self.notice(&probed.address, &answer);
         let ours = match &answer {
             Answer::Primary(_) => true,
@@ -440,6 +449,17 @@ impl Topology {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
         }
         self.schedule(now, &probed.address);
+    }
+
+    /// The session to a standby was to be renewed, and the server has no slot or no time for a new one. The one that is open
+    /// will see its promotion all the same, and may be the only one that does.
+    fn is_vain_renewal(&self, probed: &Probed) -> bool {
+        let busy = |failure: &ProbeFailure| matches!(failure.kind, FailureKind::Full | FailureKind::TimedOut);
+        matches!(self.phase, Phase::Searching(_))
+            && probed.fresh
+            && probed.still_open
+            && probed.result.as_ref().is_err_and(busy)
+            && self.is_standby(&probed.address)
     }
 
     /// Somebody who uses generation `id` doubts its primary.
