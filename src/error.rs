@@ -419,15 +419,26 @@ impl StdError for Refused {
 /// [`Error::CommitUnknown`]: COMMIT was sent, and whether it will last is not known.
 #[derive(Debug)]
 pub struct CommitUnknown {
-    /// How the connection was lost; `None` where the server itself gave up waiting for a standby.
+    /// How the connection was lost, if it was.
     source: Option<InDoubt>,
+    /// Where it was not: the server was left before it answered, or else it gave up waiting for a standby.
+    evicted: bool,
     reason: Unsettled,
 }
 
 impl CommitUnknown {
     /// `lost`: what came instead of an answer; `None` where the server gave up waiting for a standby.
     pub(crate) fn new(lost: Option<tokio_postgres::Error>, reason: Unsettled) -> Self {
-        Self { source: lost.map(InDoubt), reason }
+        Self { source: lost.map(InDoubt), evicted: false, reason }
+    }
+
+    /// The primary was left before it answered, and the connection did not end with it.
+    pub(crate) fn evicted(reason: Unsettled) -> Self {
+        Self { source: None, evicted: true, reason }
+    }
+
+    pub(crate) fn because(self, reason: Unsettled) -> Self {
+        Self { reason, ..self }
     }
 
     /// Why the outcome could not be settled.
@@ -444,6 +455,9 @@ impl fmt::Display for CommitUnknown {
                 f,
                 "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed",
                 explain(&source.0)
+            )?,
+            None if self.evicted => f.write_str(
+                "the primary was left before it answered to COMMIT: the transaction may or may not have been committed",
             )?,
             None => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \

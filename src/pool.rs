@@ -539,6 +539,11 @@ impl<C: SessionClient> Aside<C> {
     pub(crate) fn life(&self) -> Option<Life> {
         connection::life(&self.generation.primary.report)
     }
+
+    /// Waits until the session's generation has ended. Cancel-safe.
+    pub(crate) async fn evicted(&self) {
+        self.generation.scope.cancelled().await;
+    }
 }
 
 /// One more in a counter, for as long as it lives.

@@ -424,6 +424,9 @@ struct AtTheEnd(Arc<Notices>);
 impl Drop for AtTheEnd {
     fn drop(&mut self) {
         self.0.left(false);
+        if let Some(ear) = self.0.ear.get() {
+            ear.ended();
+        }
     }
 }
 
@@ -446,9 +449,6 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
     if let Err(error) = ended.await {
         tracing::debug!("a session ended: {}", explain(&error));
         at_the_end.0.left(true);
-    }
-    if let Some(ear) = notices.ear.get() {
-        ear.ended();
     }
 }
 

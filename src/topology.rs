@@ -227,9 +227,11 @@ impl Member {
 
     /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
     /// proxy's, which leads a new session elsewhere.
-    fn outlived(&self, now: Instant) -> bool {
+    ///
+    /// Counted from the search's begin: a session that was kept for it is asked, however old it is.
+    fn outlived(&self, search: &Search, now: Instant) -> bool {
         matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
-            && self.opened_at.is_some_and(|at| now.duration_since(at) >= RENEWED_AFTER)
+            && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
     }
 
     /// Ask as soon as may be, which is `pause` after the last question.
@@ -334,7 +336,10 @@ impl Topology {
             self.actions.push(Action::Resolve);
         }
         let current = self.primary_address();
-        let searching = matches!(self.phase, Phase::Searching(_));
+        let search = match &self.phase {
+            Phase::Searching(search) => Some(search),
+            Phase::Known { .. } => None,
+        };
         for (address, member) in &mut self.members {
             if member.asking || member.due > now {
                 continue;
@@ -350,7 +355,7 @@ impl Topology {
             };
             member.asking = true;
             member.asked_at = Some(now);
-            let fresh = std::mem::take(&mut member.fresh) || (searching && member.outlived(now));
+            let fresh = std::mem::take(&mut member.fresh) || search.is_some_and(|search| member.outlived(search, now));
             self.actions.push(Action::Probe { endpoint: member.endpoint.clone(), fresh, within });
         }
         std::mem::take(&mut self.actions)
@@ -416,6 +421,15 @@ impl Topology {
             },
             Err(failure) => Answer::Failed(failure.clone()),
         };
+        if self.is_vain_renewal(probed) {
+            if let Some(member) = self.members.get_mut(&probed.address) {
+                member.asking = false;
+                member.answered_at = Some(now);
+                member.opened_at = Some(now);
+            }
+            self.schedule(now, &probed.address);
+            return;
+        }
         self.notice(&probed.address, &answer);
         let ours = match &answer {
             Answer::Primary(_) => true,
@@ -445,6 +459,17 @@ impl Topology {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
         }
         self.schedule(now, &probed.address);
+    }
+
+    /// The session to a standby was to be renewed, and the server has no slot or no time for a new one. The one that is open
+    /// will see its promotion all the same, and may be the only one that does.
+    fn is_vain_renewal(&self, probed: &Probed) -> bool {
+        let busy = |failure: &ProbeFailure| matches!(failure.kind, FailureKind::Full | FailureKind::TimedOut);
+        matches!(self.phase, Phase::Searching(_))
+            && probed.fresh
+            && probed.still_open
+            && probed.result.as_ref().is_err_and(busy)
+            && self.is_standby(&probed.address)
     }
 
     /// Somebody who uses generation `id` doubts its primary.

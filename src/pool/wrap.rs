@@ -409,6 +409,8 @@ where
             evicted_for: AtomicU64::new(1),
         });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
+        let observer = Arc::new(Observer::new(names));
+        observer.sized(lender.status().max_size, 0);
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: Vec::new(),
@@ -417,7 +419,7 @@ where
             opener: Arc::clone(&lender) as Arc<dyn Open<M::Type>>,
             gate: 1,
             seed,
-            observer: Arc::new(Observer::new(names)),
+            observer,
         });
         tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped { lender: Arc::clone(&lender) as _, known: Mutex::default() }));

@@ -768,6 +768,58 @@ fn a_standby_that_answers_slowly_is_not_asked_ten_times_as_often() {
     assert!((10..=40).contains(&bench.asked(2)), "asked {} times in 600 ms", bench.asked(2));
 }
 
+/// However old it is: what it was kept for is the moment when its server is promoted.
+#[test]
+fn a_warm_session_is_asked_first_and_renewed_a_second_later() {
+    let mut bench = Bench::settled();
+    bench.topology.settings.warm_standbys = true;
+    bench.wait(10 * RENEWED_AFTER);
+    bench.fail(1, FailureKind::Unreachable);
+    let mut fresh = Vec::new();
+    while fresh.last() != Some(&true) {
+        bench.log.clear();
+        bench.answer(2, Ok(standby(2)), false, true);
+        bench.wait(ms(250));
+        fresh.extend(bench.log.iter().filter_map(|action| match action {
+            Action::Probe { endpoint, fresh, .. } if endpoint.address == address(2) => Some(*fresh),
+            _ => None,
+        }));
+        assert!(fresh.len() < 100, "the address may be a proxy's, which leads a new session elsewhere");
+    }
+    assert!(fresh.len() > 1, "the first question of the search came on a new session");
+}
+
+/// A standby that has no slot for another session keeps the one that it has.
+#[test]
+fn a_session_to_a_standby_is_not_given_up_for_one_that_cannot_be_had() {
+    for (kind, kept) in [(FailureKind::Full, true), (FailureKind::TimedOut, true), (FailureKind::Unreachable, false)] {
+        let mut bench = Bench::settled();
+        bench.wait(ms(100));
+        bench.fail(1, FailureKind::Unreachable);
+        bench.answer(2, Ok(standby(2)), true, true);
+        bench.wait(2 * RENEWED_AFTER);
+        bench.log.clear();
+        bench.answer(2, Ok(standby(2)), false, true);
+        bench.wait(ms(250));
+        let asked_fresh = |bench: &Bench| {
+            bench.log.iter().rev().find_map(|action| match action {
+                Action::Probe { endpoint, fresh, .. } if endpoint.address == address(2) => Some(*fresh),
+                _ => None,
+            })
+        };
+        assert_eq!(asked_fresh(&bench), Some(true), "the test needs a renewal");
+        bench.log.clear();
+        bench.answer(2, Err(failure(kind)), true, true);
+        assert_eq!(bench.topology.keeps(&address(2)), kept, "{kind:?}");
+        bench.wait(ms(250));
+        if kept {
+            assert_eq!(asked_fresh(&bench), Some(false), "{kind:?}");
+            bench.answer(2, Ok(primary(2, 2)), false, true);
+            assert_eq!(bench.primary(), Some(2), "{kind:?}");
+        }
+    }
+}
+
 #[test]
 fn the_primary_that_is_searched_for_is_not_forgotten() {
     let now = Instant::now();

@@ -84,6 +84,11 @@ where
             Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error } = failed;
+        let error = match error {
+            // What wrote nothing was not committed either.
+            Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
+            error => error,
+        };
         let users = if stage == Stage::InDoubt { None } else { report(&error) };
         let users = users.and_then(|report| options.retry.word_on(report));
         match decide(mode, stage, verdict, users) {
@@ -148,9 +153,9 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
 fn unknown(error: Error, why: Unsettled) -> Error {
     match error {
         Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
-        // It was not lost but not replicated, which is reason enough unless a settler found a better one.
-        Error::CommitUnknown(_) if why != Unsettled::NoMarker => {
-            Error::CommitUnknown(Box::new(CommitUnknown::new(None, why)))
+        // It was not lost but left or not replicated, which is reason enough unless a settler found a better one.
+        Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
+            Error::CommitUnknown(Box::new(unknown.because(why)))
         }
         other => other,
     }
@@ -384,7 +389,7 @@ impl<C: SessionClient> Attempt<C> {
             biased;
             answer = self.client().batch_execute(COMMIT) => answer,
             () = self.client().evicted() => {
-                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
                 let failed = Failed { verdict: Verdict::ConnectionLost, error };
                 return Ended::InDoubt(Unanswered { value, mark, failed });
             }

@@ -107,25 +107,40 @@ async fn round<C: SessionClient>(
             return None;
         }
     };
-    let settled = match question(&aside, mark).await {
-        Ok(settled) => settled,
-        Err(Some(error)) if !not_offered(&error) => return None,
-        Err(_) => return Some(Err(Unsettled::NotOffered)),
-    };
-    let (ended, clean) = match settled {
-        Settled::InProgress => {
-            *reason = Unsettled::InProgress;
-            (None, ends_abandoned(&aside, mark).await)
-        }
-        Settled::Committed => holding(&mut permit, confirmed(&aside, mark, Outcome::Committed, reason)).await,
-        Settled::NotCommitted => holding(&mut permit, confirmed(&aside, mark, Outcome::NotCommitted, reason)).await,
-        Settled::Unknown(why) => return Some(Err(why)),
+    let (ended, clean) = tokio::select! {
+        biased;
+        answer = ask(&aside, mark, reason, &mut permit) => answer,
+        // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
+        () = aside.evicted() => (None, false),
     };
     // Before the permit ends: whoever has it next finds the session.
     if clean {
         settling.keep(aside);
     }
     ended
+}
+
+/// And whether the session is fit for another question.
+async fn ask<C: SessionClient>(
+    aside: &Aside<C>,
+    mark: &Mark,
+    reason: &mut Unsettled,
+    permit: &mut Option<SemaphorePermit<'_>>,
+) -> (Option<Result<Outcome, Unsettled>>, bool) {
+    let settled = match question(aside, mark).await {
+        Ok(settled) => settled,
+        Err(Some(error)) if !not_offered(&error) => return (None, false),
+        Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
+    };
+    match settled {
+        Settled::InProgress => {
+            *reason = Unsettled::InProgress;
+            (None, ends_abandoned(aside, mark).await)
+        }
+        Settled::Committed => holding(permit, confirmed(aside, mark, Outcome::Committed, reason)).await,
+        Settled::NotCommitted => holding(permit, confirmed(aside, mark, Outcome::NotCommitted, reason)).await,
+        Settled::Unknown(why) => (Some(Err(why)), false),
+    }
 }
 
 /// Mostly a confirmation takes a moment, and the next settler has this session; one that waits for a standby that is not

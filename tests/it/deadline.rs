@@ -85,7 +85,7 @@ async fn standbys_only_end_at_the_deadline() {
     let pool = builder(&cluster.url_hosts()).build().unwrap();
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::NoPrimary).await {
         for node in [1, 2] {
-            let said = format!("{} ({}): standby", cluster.socket_addr(Node(node)), cluster.addr(Node(node)));
+            let said = format!("{}: standby", cluster.socket_addr(Node(node)));
             assert!(text.contains(&said), "{text}");
         }
         assert!(text.contains(&cluster.socket_addr(Node(0)).to_string()) && text.contains("promote"), "{text}");
@@ -156,7 +156,10 @@ async fn five_hundred_waiting_tasks_are_one_search() {
     let elapsed = began.elapsed();
     // The pauses are spread by a quarter, so that many pools do not ask in step.
     let most = 1 + elapsed.as_millis() / (interval * 3 / 4).as_millis();
-    for (name, asked, at_least) in [("standby", counts.round_trips, 3), ("eof", closed, 3), ("silent", hung, 1)] {
+    // The standby has a session, on which it is asked three times as often.
+    for (name, asked, at_least, most) in
+        [("standby", counts.round_trips, 3, 3 * most), ("eof", closed, 3, most), ("silent", hung, 1, most)]
+    {
         assert!(u128::from(asked) <= most, "{name} was asked {asked} times in {elapsed:?}, not {most}");
         assert!(asked >= at_least, "{name} was asked {asked} times in {elapsed:?}");
     }

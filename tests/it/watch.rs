@@ -9,7 +9,10 @@ use futures_util::StreamExt;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
-use tokio_postgres_failover::{Error, Event, Events, Eviction, Guarantee, Pool, PoolBuilder, Settlement, Unsettled};
+use tokio_postgres_failover::{
+    Error, Event, Events, Eviction, Guarantee, Pool, PoolBuilder, Settlement, Unsettled, deadpool_postgres,
+    tokio_postgres,
+};
 
 use crate::load::{LONG, by_name, by_url, create_table};
 use crate::transaction::{CONFLICT, Runs, insert};
@@ -366,6 +369,29 @@ async fn settled_commits_and_re_runs_are_told_by_what_became_of_them() {
         .await
         .unwrap();
     assert_eq!((figures.reruns("conflict"), figures.reruns("connection_lost")), (2, 1));
+}
+
+/// What its manager opened is seen while it is on loan, and its size as it was when it was wrapped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrapped_pool_has_figures() {
+    let figures = Figures::of("around");
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(cluster.url_hosts());
+    config.pool = Some(deadpool_postgres::PoolConfig::new(5));
+    let existing = config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), tokio_postgres::NoTls).unwrap();
+    let pool: Pool = Pool::wrap(existing).pool_name("around").build().unwrap();
+    let (one, other) = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    let max = || figures.plain("db_client_connection_max");
+    assert_eq!((figures.connections(), max()), ((0, 2), 5));
+    drop(one);
+    assert_eq!(figures.connections(), (0, 1));
+    drop(pool.get().await.unwrap());
+    assert_eq!(figures.connections(), (0, 1));
+    assert_eq!(figures.plain("db_client_connection_use_time_seconds_count"), 2);
+    pool.close();
+    drop(other);
+    until("all gauges are at zero", async || figures.gauges().iter().all(|gauge| *gauge == 0)).await;
 }
 
 /// The name is made of what is no secret.

@@ -6,12 +6,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, Tap, eventually};
+use testbed::{Cluster, Node, Tap, eventually};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::deadpool::managed::{self, Hook, HookError, Metrics, RecycleResult};
-use tokio_postgres_failover::{Error, Pool, RetryPolicy, SessionClient, UnavailableReason, deadpool_postgres};
+use tokio_postgres_failover::{
+    CommitOutcome, Error, Guarantee, Pool, RetryPolicy, SessionClient, UnavailableReason, deadpool_postgres,
+};
 
 use crate::load::{LONG, Load, PROMPT, Write, create_table, generation};
 
@@ -202,6 +205,84 @@ async fn work_on_a_frozen_server_runs_again_on_its_successor() {
     println!("written {:?} after the promotion", promoted.accepted_at.elapsed());
     assert_eq!(ids(&cluster).await, [1, 2]);
     cluster.thaw(old);
+}
+
+/// COMMIT on a server that was frozen is left without an answer. What only reads was not committed all the same; of the
+/// rest nothing is claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_was_left_without_an_answer_is_unknown_unless_it_only_reads() {
+    let (error, says) = left_in_commit(true).await;
+    assert_eq!(error, CommitOutcome::NotCommitted, "{says}");
+    let (error, says) = left_in_commit(false).await;
+    assert_eq!(error, CommitOutcome::Unknown, "{says}");
+    assert!(says.contains("may or may not have been committed"), "{says}");
+}
+
+async fn left_in_commit(read_only: bool) -> (CommitOutcome, String) {
+    let cluster = Arc::new(started().await);
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing).heartbeat_interval(Duration::from_millis(200)).build().unwrap();
+    let (old, successor) = (cluster.primary(), cluster.most_advanced_standby().await);
+    let frozen = Arc::new(Notify::new());
+    let left = tokio::spawn({
+        let (pool, cluster, frozen) = (pool.clone(), Arc::clone(&cluster), Arc::clone(&frozen));
+        async move {
+            let call = pool.build_transaction().guarantee(Guarantee::AtMostOnce).retry(RetryPolicy::none());
+            call.read_only(read_only)
+                .run(async |tx| {
+                    tx.batch_execute("SELECT 1").await?;
+                    cluster.freeze(old);
+                    frozen.notify_one();
+                    Ok(())
+                })
+                .await
+        }
+    });
+    timeout(LONG, frozen.notified()).await.unwrap();
+    cluster.promote_timed(successor).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    let error = timeout(LONG, left).await.expect("the call hangs").unwrap().unwrap_err();
+    cluster.thaw(old);
+    (error.commit_outcome(), error.to_string())
+}
+
+/// A settler's session is the manager's, too: nobody else ends what waits on a server that was left. Here COMMIT, and then
+/// its settler, wait for a standby that was promoted without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_is_settled_by_the_successor_of_whom_was_asked_first() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    create_table(&cluster).await;
+    let manager = Follows::new(&cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let pool: Pool<Plain> = Pool::wrap(existing)
+        .heartbeat_interval(Duration::from_millis(200))
+        .patrol_interval(Duration::from_millis(200))
+        .retry(RetryPolicy::new().deadline(LONG * 2))
+        .build()
+        .unwrap();
+    write(&pool, 1).await.unwrap();
+    let (old, successor) = (cluster.direct(Node(0)).await, cluster.direct(Node(1)).await);
+    cluster.wait_replayed(Node(1)).await;
+    successor.batch_execute("ALTER SYSTEM SET primary_conninfo = ''").await.unwrap();
+    successor.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    eventually("nothing is replicated", LONG, async || {
+        old.query("SELECT FROM pg_stat_replication", &[]).await.unwrap().is_empty()
+    })
+    .await;
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { write(&pool, 2).await }
+    });
+    let waits = "wait_event = 'SyncRep' AND query LIKE";
+    let end = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {waits} 'SHOW%'");
+    eventually("COMMIT is ended", LONG, async || !old.query(&end, &[]).await.unwrap().is_empty()).await;
+    let asked = format!("SELECT FROM pg_stat_activity WHERE {waits} '%emit_message%'");
+    eventually("its settler waits", LONG, async || !old.query(&asked, &[]).await.unwrap().is_empty()).await;
+    cluster.promote_timed(Node(1)).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    timeout(LONG, waiting).await.expect("the settler waits for a server that was left").unwrap().unwrap();
+    assert_eq!(ids(&cluster).await, [1, 2]);
 }
 
 async fn write<C: SessionClient>(pool: &Pool<C>, id: i64) -> Result<(), Error> {
