@@ -227,7 +227,7 @@ async fn in_a_process(settings: &Settings, axis: Axis, size: usize, peer: &str, 
     })
 }
 
-/// The process of [`in_a_process`]: its arguments, and its answer as the last line.
+/// The process of `in_a_process`: its arguments, and its answer as the last line.
 pub async fn point(arguments: &[String]) -> Result<(), Error> {
     let wrong = || Error::setting("point", &arguments.join(" "), "AXIS SIZE PEER SEED");
     let [axis, size, peer, seed] = arguments else {
