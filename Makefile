@@ -24,6 +24,7 @@ bench-report: ## The benchmark's report anew, from the results in target/bench
 
 bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/bench
 	@cargo run --release --quiet --package failover-bench --bin failover-bench -- docs
+	RENEW=1 cargo test --quiet --test documents picture
 
 test: setup ## Run every test against real servers
 	cargo test --all-features

@@ -16,6 +16,9 @@ const ENUMS: [(&str, &str); 6] = [
     ("src/topology/candidate.rs", "FailureKind"),
 ];
 
+/// What the README shows, and the file of each.
+const PICTURES: [(&str, &str); 2] = [("picture", "docs/failover.svg"), ("recovery", "docs/bench/recovery-dns-all.svg")];
+
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -119,7 +122,7 @@ fn every_page_is_in_the_documentation() {
 fn links_lead_somewhere() {
     let links = read("src/docs/links.md");
     let known = definitions(&links).into_iter().map(|(label, _)| label);
-    let known: BTreeSet<&str> = known.chain(["picture"]).collect();
+    let known: BTreeSet<&str> = known.chain(PICTURES.map(|(label, _)| label)).collect();
     for page in pages().into_iter().chain(["README.md".to_owned()]) {
         let text = read(&page);
         let folder = root().join(&page).parent().map(PathBuf::from).unwrap();
@@ -135,19 +138,23 @@ fn links_lead_somewhere() {
     }
 }
 
-/// The documentation has no files beside it, so the picture is in its text. `make picture` renews it.
+/// The documentation has no files beside it, so the pictures are in its text. `make picture` and `make bench-docs` renew it.
 #[test]
-fn the_picture_in_the_documentation_is_the_one_in_the_readme() {
-    let encoded = read("docs/failover.svg").bytes().fold("[picture]: data:image/svg+xml,".to_owned(), |text, byte| {
-        let plain = byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
-        if plain { text + std::str::from_utf8(&[byte]).unwrap() } else { format!("{text}%{byte:02X}") }
-    });
+fn the_pictures_in_the_documentation_are_those_in_the_readme() {
+    let encoded = |(label, path): (&str, &str)| {
+        read(path).bytes().fold(format!("[{label}]: data:image/svg+xml,"), |text, byte| {
+            let plain = byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+            if plain { text + std::str::from_utf8(&[byte]).unwrap() } else { format!("{text}%{byte:02X}") }
+        })
+    };
+    let encoded = PICTURES.map(encoded).join("\n");
     let path = root().join("src/docs/picture.md");
     if std::env::var_os("RENEW").is_some() {
         fs::write(&path, encoded + "\n\n").unwrap();
         return;
     }
-    assert!(fs::read_to_string(&path).is_ok_and(|text| text.trim_end() == encoded), "`make picture` renews {path:?}");
+    let current = fs::read_to_string(&path).is_ok_and(|text| text.trim_end() == encoded);
+    assert!(current, "`RENEW=1 cargo test --test documents picture` renews {}", path.display());
 }
 
 #[test]

@@ -174,7 +174,9 @@ fn section(results: &Results, table: &str, link: &str) -> String {
         let _ = write!(text, "\n- {note}");
     }
     for peer in results.peers.iter().filter(|peer| peer.missing.is_some()) {
-        let _ = write!(text, "\n- missing: {}: {}", peer.name, peer.missing.as_deref().unwrap_or_default());
+        // A foreign program's stack trace says it in its first line.
+        let why = peer.missing.as_deref().and_then(|why| why.split(" | ").next()).unwrap_or_default();
+        let _ = write!(text, "\n- missing: {}: {why}", peer.name);
     }
     text.push('\n');
     text
