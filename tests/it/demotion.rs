@@ -131,6 +131,10 @@ async fn writes_leave_a_fenced_primary() {
     let old = cluster.primary();
     cluster.set_database_read_only(old, true).await;
     primary_lost(&pool).await;
+    // The old primary lives on, and would ship to one standby what the other, promoted meanwhile, does not have.
+    for standby in cluster.nodes().into_iter().filter(|node| *node != old) {
+        cluster.stop_shipping(old, standby).await;
+    }
     let successor = cluster.most_advanced_standby().await;
     cluster.promote(successor).await;
     cluster.set_database_read_only(successor, false).await;
