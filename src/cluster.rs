@@ -24,7 +24,7 @@ use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{
     Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure,
-    Probed, Pulse, Settings, State, Suspicion, Topology, View,
+    Probed, Pulse, Question, Settings, State, Suspicion, Topology, View, Vigil,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -384,9 +384,9 @@ impl<C: SessionClient> Task<C> {
     fn act(&mut self, action: Action) {
         match action {
             Action::Resolve => self.work.push(self.resolve()),
-            Action::Probe { endpoint, fresh, within } => {
+            Action::Probe { endpoint, fresh, vigil, within } => {
                 let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
-                self.work.push(self.probe(endpoint, kept, within));
+                self.work.push(self.probe(endpoint, kept.map(|session| (session, vigil)), within));
             }
             Action::Suspend { why } => self.lost(why),
             Action::Resume { primary, lost_for } => {
@@ -479,22 +479,29 @@ impl<C: SessionClient> Task<C> {
         Box::pin(resolve.instrument(span))
     }
 
-    fn probe(&self, endpoint: Endpoint, kept: Option<Session<C>>, within: Duration) -> BoxFuture<'static, Event<C>> {
+    fn probe(
+        &self,
+        endpoint: Endpoint,
+        kept: Option<(Session<C>, Option<Vigil>)>,
+        within: Duration,
+    ) -> BoxFuture<'static, Event<C>> {
         let opener = Arc::clone(&self.opener);
         let scope = self.root.child_token();
         let fresh = kept.is_none();
+        let kept_for = kept.as_ref().and_then(|(_, vigil)| *vigil);
         let span = self.span();
         let ask = async move {
             let asked = async {
                 match kept {
-                    Some(session) => {
-                        let report = opener.ask(&endpoint.address, &session.client).await?;
+                    Some((session, vigil)) => {
+                        let report = opener.ask(&endpoint.address, &session.client, vigil).await?;
                         Ok((session, report))
                     }
-                    None => opener.open(&endpoint, scope).await,
+                    None => opener.open(&endpoint, Question::Candidate, scope).await,
                 }
             };
-            let result = timeout(within, asked).await.unwrap_or_else(|_| {
+            let vigil = kept_for.map_or(Duration::ZERO, |vigil| vigil.lasts);
+            let result = timeout(within + vigil, asked).await.unwrap_or_else(|_| {
                 Err(ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}")))
             });
             Event::Probed { endpoint, fresh, result }

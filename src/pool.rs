@@ -17,7 +17,7 @@ mod wrap;
 pub use builder::{IntoConfig, PoolBuilder};
 pub use client::Client;
 pub use connection::{Connection, Manager};
-pub(crate) use settling::Settling;
+pub(crate) use settling::{Settling, Witness};
 pub use wrap::WrapBuilder;
 
 use std::collections::HashMap;
@@ -418,8 +418,22 @@ impl<C: SessionClient> Pool<C> {
         due
     }
 
-    /// A session beside those of the pool. Whoever settles a commit must not queue behind those who wait for its locks.
-    /// Waits for a primary without a limit of its own. Cancel-safe.
+    /// A connection that nobody has to queue for: an idle one, or a new one where a slot is free. Waits for a primary without
+    /// a limit of its own. Cancel-safe.
+    pub(crate) async fn get_unqueued(&self) -> Result<Option<Client<C>>, Error> {
+        let Source::Own(inner) = &self.source else { return Ok(None) };
+        // Before there is a slot that others could use.
+        self.cluster().primary().await?;
+        let at_once = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
+        match inner.timeout_get(&at_once).await {
+            Ok(object) => Ok(Some(self.lend(Loan::Own(object)))),
+            Err(PoolError::Timeout(_)) => Ok(None),
+            Err(PoolError::Backend(error)) => Err(error),
+            Err(_) => Err(Error::Closed),
+        }
+    }
+
+    /// A session beside those of the pool. Waits for a primary without a limit of its own. Cancel-safe.
     pub(crate) async fn aside(&self) -> Result<Aside<C>, Error> {
         Aside::open(&self.dialer).await
     }
@@ -441,7 +455,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// For as long as a commit is being settled.
     pub(crate) fn settling(&self) -> Settling<'_, C> {
-        Settling::new(&self.dialer)
+        Settling::new(self)
     }
 
     /// A seed for one call's jitter.

@@ -30,7 +30,10 @@ use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, Notificat
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
-use crate::topology::{Address, BadReport, Endpoint, FailureKind, ProbeFailure, ROLE_PROBE, ServerReport, probe};
+use crate::topology::{
+    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ROLE_PROBE, ServerReport, Vigil,
+    wait_for_promotion,
+};
 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
@@ -192,11 +195,21 @@ impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {
 
 /// Opens sessions, and asks what is at the other end. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
-    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<C>>;
+    /// Opens a session, and asks this on it.
+    fn open<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> BoxFuture<'a, Opened<C>>;
 
-    /// Asks a session that was opened earlier what its server is: one round trip.
-    fn ask<'a>(&'a self, address: &'a Address, client: &'a Client)
-    -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
+    /// Asks a session that was opened earlier what its server is, at the end of the vigil if there is one: one round trip.
+    fn ask<'a>(
+        &'a self,
+        address: &'a Address,
+        client: &'a Client,
+        vigil: Option<Vigil>,
+    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
 
     /// Another number than before, if something was sent or received meanwhile on any session of the pool.
     fn stirs(&self) -> u64;
@@ -286,7 +299,12 @@ impl Opener {
 }
 
 impl Open<ClientWrapper> for Opener {
-    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<ClientWrapper>> {
+    fn open<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
             let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
@@ -294,7 +312,7 @@ impl Open<ClientWrapper> for Opener {
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
             let session = Session { client, abort, scope, notices };
-            let report = self.questions.ask(&endpoint.address, &session.client, true).await?;
+            let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
     }
@@ -303,8 +321,9 @@ impl Open<ClientWrapper> for Opener {
         &'a self,
         address: &'a Address,
         client: &'a Client,
+        vigil: Option<Vigil>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask(address, client, false))
+        Box::pin(self.questions.ask_after(vigil, address, client))
     }
 
     fn stirs(&self) -> u64 {
@@ -340,15 +359,14 @@ pub(crate) struct Questions {
 }
 
 impl Questions {
-    /// `fresh`: on a session that was made for this question.
     pub(crate) async fn ask(
         &self,
         address: &Address,
         client: &Client,
-        fresh: bool,
+        question: Question,
     ) -> Result<ServerReport, ProbeFailure> {
         if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
-            match rows(client, &probe(fresh)).await {
+            match rows(client, &question.sql()).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
                 }
@@ -361,6 +379,24 @@ impl Questions {
             self.role_only().insert(address.clone(), Instant::now());
         }
         Ok(report)
+    }
+
+    /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
+    /// one that began on a standby stays read-only. Where the server refuses to wait, it is answered at once.
+    pub(crate) async fn ask_after(
+        &self,
+        vigil: Option<Vigil>,
+        address: &Address,
+        client: &Client,
+    ) -> Result<ServerReport, ProbeFailure> {
+        let waiting = async {
+            let Some(vigil) = vigil else { return };
+            if let Err(error) = rows(client, &wait_for_promotion(vigil)).await {
+                tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
+            }
+        };
+        let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));
+        report
     }
 
     fn role_only(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {

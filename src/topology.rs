@@ -15,7 +15,7 @@ mod view;
 
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub use report::{BadReport, Lsn, Role, ServerReport};
-pub(crate) use report::{ROLE_PROBE, STARTED_AT, STATS_RESET, probe};
+pub(crate) use report::{Question, ROLE_PROBE, STARTED_AT, STATS_RESET, microseconds, wait_for_promotion};
 pub use view::{Change, Eviction, GenerationId, State, View};
 
 use std::collections::{BTreeMap, HashSet};
@@ -44,14 +44,10 @@ const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// On an open session to a standby the pause while searching is this part of what it is for a new one, and at least so many
-/// times what the last answer took: with warm standby sessions, and without.
-const WARM_PACE: (u32, u32) = (10, 2);
-const OPEN_PACE: (u32, u32) = (3, 10);
+/// A vigil looks as often as this in the pause between two questions, and lasts so long at least.
+const VIGIL: (u32, Duration) = (10, Duration::from_millis(50));
 /// So many candidates that do not answer are asked as often as one; with twice as many, each is asked half as often.
 const CROWD: usize = 8;
-/// Shortest pause between two questions to a standby on an open session, while searching.
-const OPEN_INTERVAL: Duration = Duration::from_millis(1);
 /// A server that refuses the credentials is asked again no sooner than this.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
 /// In a search, a session to a standby is asked for no longer than this before a new one is.
@@ -170,8 +166,8 @@ pub(crate) struct Probed {
 pub(crate) enum Action {
     /// Ask for the addresses behind the configured names.
     Resolve,
-    /// Ask this server, on a new session if `fresh`.
-    Probe { endpoint: Endpoint, fresh: bool, within: Duration },
+    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one.
+    Probe { endpoint: Endpoint, fresh: bool, vigil: Option<Vigil>, within: Duration },
     /// Checkouts wait; the generation's connections live on.
     Suspend { why: String },
     /// The suspended generation's server is the verified primary again, perhaps at another address.
@@ -182,6 +178,15 @@ pub(crate) enum Action {
     Begin { primary: Primary, lost_for: Option<Duration> },
     /// Something that an operator wants to know; each is said once.
     Notice(Notice),
+}
+
+/// The server itself waits for the end of its recovery, so that a promotion is told the moment it happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Vigil {
+    /// It ends after this in any case.
+    pub(crate) lasts: Duration,
+    /// Pause between two looks.
+    pub(crate) step: Duration,
 }
 
 /// What an operator wants to know.
@@ -205,6 +210,8 @@ struct Member {
     /// When to ask next; a probe that is under way is waited for first.
     due: Instant,
     asking: bool,
+    /// The one that the last question came with.
+    vigil: Option<Vigil>,
     asked_at: Option<Instant>,
     answered_at: Option<Instant>,
     /// When it reported last.
@@ -223,6 +230,17 @@ struct Member {
 impl Member {
     fn is_dead(&self) -> bool {
         matches!(&self.answer, Some(Answer::Failed(failure)) if !failure.kind.is_an_answer())
+    }
+
+    /// A session to a standby survives its promotion and is then the first one of the new primary. One that was opened under
+    /// a fence stays read-only after the fence is lifted, so it does not count.
+    fn is_standby(&self) -> bool {
+        matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
+    }
+
+    /// Has it said in this search what it is?
+    fn answered(&self, search: &Search) -> bool {
+        self.answered_at.is_some_and(|at| at >= search.since)
     }
 
     /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
@@ -336,6 +354,7 @@ impl Topology {
             self.actions.push(Action::Resolve);
         }
         let current = self.primary_address();
+        let vigil = self.vigil(now);
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
             Phase::Known { .. } => None,
@@ -356,7 +375,11 @@ impl Topology {
             member.asking = true;
             member.asked_at = Some(now);
             let fresh = std::mem::take(&mut member.fresh) || search.is_some_and(|search| member.outlived(search, now));
-            self.actions.push(Action::Probe { endpoint: member.endpoint.clone(), fresh, within });
+            // The first question of a search is how things stand.
+            let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
+            member.vigil = vigil.filter(|_| waits);
+            let (endpoint, vigil) = (member.endpoint.clone(), member.vigil);
+            self.actions.push(Action::Probe { endpoint, fresh, vigil, within });
         }
         std::mem::take(&mut self.actions)
     }
@@ -408,7 +431,7 @@ impl Topology {
         let Some(member) = self.members.get(&probed.address) else {
             return;
         };
-        let took = member.asked_at.map(|at| now.duration_since(at));
+        let took = if member.vigil.is_some() { member.took } else { member.asked_at.map(|at| now.duration_since(at)) };
         let current = self.primary_address().as_ref() == Some(&probed.address);
         let answer = match &probed.result {
             // A session that was open before does not feel the fence; the next probe comes on a new one.
@@ -535,13 +558,16 @@ impl Topology {
         }
     }
 
-    /// A session to a standby survives its promotion and is then the first one of the new primary. One that was opened under
-    /// a fence stays read-only after the fence is lifted, so it does not count.
     fn is_standby(&self, address: &Address) -> bool {
-        !self.settings.roaming
-            && self.members.get(address).is_some_and(|member| {
-            matches!(&member.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
-        })
+        !self.settings.roaming && self.members.get(address).is_some_and(Member::is_standby)
+    }
+
+    /// How a session to a standby is asked in this search. Not where the next session may lead elsewhere.
+    fn vigil(&self, now: Instant) -> Option<Vigil> {
+        let Phase::Searching(search) = &self.phase else { return None };
+        let pause = self.poll_pause(now.duration_since(search.since));
+        let step = (pause / VIGIL.0).max(Duration::from_millis(1));
+        (!self.settings.roaming).then_some(Vigil { lasts: pause.max(VIGIL.1), step })
     }
 
     pub(crate) fn view(&self) -> View {
@@ -608,6 +634,7 @@ impl Topology {
             origin,
             due: now,
             asking: false,
+            vigil: None,
             asked_at: None,
             answered_at: None,
             heard_at: None,
@@ -789,7 +816,7 @@ impl Topology {
     /// Has this member said anything since the search began?
     fn answered(&self, member: &Member) -> bool {
         match &self.phase {
-            Phase::Searching(search) => member.answered_at.is_some_and(|at| at >= search.since),
+            Phase::Searching(search) => member.answered(search),
             Phase::Known { .. } => true,
         }
     }
@@ -1034,13 +1061,15 @@ impl Topology {
             }
             // Never later than the interval that was promised.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // Another question on the open session is cheap: more of them, each a round trip. A standby that takes long to answer
-            // has other pools to answer, too.
+            // A vigil takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
+            // have answered.
             Phase::Searching(search) if self.is_standby(address) => {
-                let took = self.members.get(address).and_then(|member| member.took).unwrap_or_default();
                 let pause = self.poll_pause(now.duration_since(search.since));
-                let (part, patience) = if self.settings.warm_standbys { WARM_PACE } else { OPEN_PACE };
-                (pause / part).max(OPEN_INTERVAL).max(took * patience).min(pause).mul_f64(jitter)
+                match self.members.get(address) {
+                    Some(member) if member.vigil.is_some() => pause.mul_f64(jitter),
+                    Some(Member { asked_at: Some(asked_at), .. }) => now.duration_since(*asked_at) + pause / VIGIL.0,
+                    _ => pause,
+                }
             }
             Phase::Searching(search) => {
                 let refused = self.members.get(address).is_some_and(|member| {

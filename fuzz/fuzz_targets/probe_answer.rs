@@ -48,16 +48,30 @@ impl Row {
         let mut row = vec![Some(if flags[0] { "t" } else { "f" }.to_owned())];
         row.extend(flags[1..].iter().map(|flag| Some(if *flag { "on" } else { "off" }.to_owned())));
         row.push(fence.map(|fence| if fence { "t" } else { "f" }.to_owned()));
-        row.extend(numbers.iter().map(|number| number.map(|number| number.to_string())));
+        row.push(numbers[0].map(|number| number.to_string()));
+        row.push(numbers[1].map(seconds));
         row.push(wal.map(|wal| format!("{:08X}{:08X}{:08X}", wal[0], wal[1], wal[2])));
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[3])));
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[2])));
-        row.push(numbers[1].map(|number| number.to_string()));
+        row.push(numbers[1].map(seconds));
         if let Some((column, Value(value))) = planted {
             row[usize::from(column % 10)] = value;
         }
         row
     }
+}
+
+/// Microseconds as PostgreSQL prints seconds.
+fn seconds(micros: i64) -> String {
+    let (sign, magnitude) = if micros < 0 { ("-", micros.unsigned_abs()) } else { ("", micros.unsigned_abs()) };
+    format!("{sign}{}.{:06}", magnitude / 1_000_000, magnitude % 1_000_000)
+}
+
+/// The same number, whatever the spelling: without a point, and with all six decimals.
+fn micros(text: &str) -> i128 {
+    let decimals = text.split_once('.').map_or(0, |(_, decimals)| decimals.len());
+    let digits: i128 = text.replace('.', "").parse().unwrap();
+    digits * 10_i128.pow(u32::try_from(6 - decimals).unwrap())
 }
 
 fn flag(text: Option<&str>) -> Option<bool> {
@@ -92,7 +106,8 @@ fn says_what_the_row_says(report: &ServerReport, row: &[Option<&str>]) {
     }
     let identifier = column(4).map(|text| text.parse::<i64>().unwrap().cast_unsigned());
     assert_eq!(report.system_identifier, identifier, "{row:?}");
-    assert_eq!(report.started_at, column(5).map(|text| text.parse().unwrap()), "{row:?}");
+    assert_eq!(report.started_at.map(i128::from), column(5).map(micros), "{row:?}");
+    assert_eq!(report.stats_reset.map(i128::from), column(9).map(micros), "{row:?}");
     assert_ne!(report.timeline, Some(0), "{row:?}");
     assert_eq!(report.timeline, column(6).map(|name| u32::from_str_radix(&name[..8], 16).unwrap()), "{row:?}");
     assert_eq!(report.wal, column(7).map(|text| text.parse::<Lsn>().unwrap()), "{row:?}");

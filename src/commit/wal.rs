@@ -6,7 +6,7 @@ use tokio_postgres::{Client, Error};
 
 use super::{Life, Marker, Now, Server, XactStatus};
 use crate::server::rows;
-use crate::topology::{BadReport, STARTED_AT, STATS_RESET, ServerReport};
+use crate::topology::{BadReport, STARTED_AT, STATS_RESET, ServerReport, microseconds};
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
 /// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the fifth tell the
@@ -104,7 +104,7 @@ pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
     let backend = Backend { pid: field(row, 3, "a process id")?, xid };
-    let (replayed, started_at) = (optional(row, 2)?, field(row, 4, "a start time")?);
+    let (replayed, started_at) = (optional(row, 2)?, time(row, 4)?);
     let Life { server, stats_reset, .. } = *life;
     if !life.is(&Life { server: Server { started_at, ..server }, replayed, stats_reset }) {
         return Ok(Marked::Elsewhere);
@@ -139,10 +139,10 @@ pub(crate) async fn look(
 fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
     let server = Server {
         system_identifier: field::<i64>(row, 0, "a system identifier")?.cast_unsigned(),
-        started_at: field(row, 1, "a start time")?,
+        started_at: time(row, 1)?,
         timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
     };
-    let stats_reset = text(row, 5).is_some().then(|| field(row, 5, "a time")).transpose()?;
+    let stats_reset = text(row, 5).is_some().then(|| time(row, 5)).transpose()?;
     let life = Life { server, replayed: optional(row, 3)?, stats_reset };
     Ok(Now { life, received: optional(row, 4)?, primaries_since })
 }
@@ -188,6 +188,10 @@ pub(crate) fn field<T: std::str::FromStr>(row: &Row, index: usize, expected: &'s
     text.parse().map_err(|_| BadReport::new(expected, text))
 }
 
+fn time(row: &Row, index: usize) -> Result<i64, BadReport> {
+    microseconds(text(row, index).unwrap_or("NULL"), "a time")
+}
+
 fn optional<T: std::str::FromStr<Err = BadReport>>(row: &Row, index: usize) -> Result<Option<T>, BadReport> {
     text(row, index).map(str::parse).transpose()
 }
@@ -198,7 +202,7 @@ mod tests {
     use crate::topology::Lsn;
 
     fn life() -> Life {
-        let server = Server { system_identifier: 1, timeline: 1, started_at: 5 };
+        let server = Server { system_identifier: 1, timeline: 1, started_at: 5_000_000 };
         Life { server, replayed: None, stats_reset: Some(9) }
     }
 
@@ -266,8 +270,14 @@ mod tests {
 
     #[test]
     fn what_a_server_says_of_itself_is_read() {
-        let good =
-            [Some("-1"), Some("1764000000123456"), Some("0000000200000000000000A1"), Some("0/5"), None, Some("7")];
+        let good = [
+            Some("-1"),
+            Some("1764000000.123456"),
+            Some("0000000200000000000000A1"),
+            Some("0/5"),
+            None,
+            Some("0.000007"),
+        ];
         let read = now(&row(&good), 1).unwrap();
         assert_eq!(
             read.life.server,

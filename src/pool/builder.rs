@@ -368,9 +368,12 @@ impl PoolBuilder {
     }
 
     /// Pause between two probes of one server while there is no primary: shortest, and longest. In between it is one
-    /// per cent of the time already lost. Default: 10 ms and 250 ms. A standby is asked three times as often, on the session that
-    /// is open to it, as long as it answers quickly, and ten times with [`PoolBuilder::warm_standbys`]; addresses that do not
-    /// answer less often when there are more than eight of them.
+    /// per cent of the time already lost. Default: 10 ms and 250 ms. Addresses that do not answer are asked less often when
+    /// there are more than eight of them.
+    ///
+    /// A standby to which a session is open looks by itself whether it was promoted, ten times in that pause, and tells at
+    /// once: it runs a statement of 50 to 250 ms for it, with `pg_sleep`. Where the role may not call that, it is asked at the
+    /// usual pace.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
         self.settings.poll = (shortest, longest);
         self

@@ -11,7 +11,7 @@ use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
 use crate::server::{Open, Session, SessionClient};
-use crate::topology::{FailureKind, ProbeFailure, Suspicion};
+use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -79,7 +79,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Opens one session of this generation and lets its server prove that it is the one.
     async fn open(&self, generation: &Generation<C>) -> Result<Session<C>, ProbeFailure> {
         let endpoint = generation.endpoint();
-        let opening = self.opener.open(&endpoint, generation.scope.clone());
+        let opening = self.opener.open(&endpoint, Question::Identity, generation.scope.clone());
         let (session, report) = timeout(self.open_timeout, opening).await.unwrap_or_else(|_| {
             let message = format!("no session within {:?}", self.open_timeout);
             Err(ProbeFailure::new(FailureKind::TimedOut, message))

@@ -1,19 +1,21 @@
-//! Sessions for those who settle a commit, beside the pool's: whoever settles must not queue behind those who wait for the
-//! locks of the transaction in doubt.
+//! Sessions for those who settle a commit: whoever settles must not queue behind those who wait for the locks of the
+//! transaction in doubt. One of the pool's connections if that can be had at once, which the caller needs next anyway; and
+//! if not, a session beside the pool.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::Aside;
-use super::dialer::Dialer;
+use super::{Aside, Client, Pool};
 use crate::cluster::lock;
+use crate::commit::Life;
 use crate::error::Error;
-use crate::server::SessionClient;
+use crate::server::{Notices, SessionClient};
+use crate::topology::GenerationId;
 
-/// A failover may leave as many commits in doubt as there are connections. So few ask at the same time: a server that was
-/// just promoted has better things to do than to open sessions.
+/// A failover may leave as many commits in doubt as there are connections. So few open sessions beside the pool at the same
+/// time: a server that was just promoted has better things to do.
 const AT_ONCE: usize = 2;
 
 pub(super) struct Settlers<C> {
@@ -32,44 +34,111 @@ impl<C> Default for Settlers<C> {
 
 /// One commit that is being settled. The last to end closes the sessions that were kept.
 pub(crate) struct Settling<'a, C: SessionClient> {
-    dialer: &'a Dialer<C>,
+    pool: &'a Pool<C>,
+    settlers: &'a Settlers<C>,
 }
 
 impl<'a, C: SessionClient> Settling<'a, C> {
-    pub(super) fn new(dialer: &'a Dialer<C>) -> Self {
-        dialer.settlers.pending.fetch_add(1, Ordering::AcqRel);
-        Self { dialer }
+    pub(super) fn new(pool: &'a Pool<C>) -> Self {
+        let settlers = &pool.dialer.settlers;
+        settlers.pending.fetch_add(1, Ordering::AcqRel);
+        Self { pool, settlers }
     }
 
     /// A session to the current primary, and the right to ask on it. Waits for both without a limit of its own.
     /// Cancel-safe.
-    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, Aside<C>), Error> {
+    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, Witness<C>), Error> {
+        if let Some(client) = self.pool.get_unqueued().await? {
+            client.notices().forget();
+            return Ok((None, Witness::Pooled(Lent { client, clean: false })));
+        }
         // Never closed, so waiting for it cannot fail.
-        let permit = self.dialer.settlers.permits.acquire().await.ok();
+        let permit = self.settlers.permits.acquire().await.ok();
         while let Some(kept) = self.take() {
-            if self.dialer.cluster.is_current(kept.generation()) && !kept.client().is_closed() {
+            if self.pool.cluster().is_current(kept.generation()) && !kept.client().is_closed() {
                 kept.notices().forget();
-                return Ok((permit, kept));
+                return Ok((permit, Witness::Beside(kept)));
             }
         }
-        Ok((permit, Aside::open(self.dialer).await?))
+        Ok((permit, Witness::Beside(self.pool.aside().await?)))
     }
 
-    /// Keeps a session without a transaction for whoever settles next.
-    pub(crate) fn keep(&self, aside: Aside<C>) {
-        lock(&self.dialer.settlers.idle).push(aside);
+    /// Keeps a session without a transaction for whoever needs it next.
+    pub(crate) fn keep(&self, witness: Witness<C>) {
+        match witness {
+            Witness::Pooled(mut lent) => lent.clean = true,
+            Witness::Beside(aside) => lock(&self.settlers.idle).push(aside),
+        }
     }
 
     fn take(&self) -> Option<Aside<C>> {
-        lock(&self.dialer.settlers.idle).pop()
+        lock(&self.settlers.idle).pop()
     }
 }
 
 impl<C: SessionClient> Drop for Settling<'_, C> {
     fn drop(&mut self) {
-        if self.dialer.settlers.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let kept = std::mem::take(&mut *lock(&self.dialer.settlers.idle));
+        if self.settlers.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let kept = std::mem::take(&mut *lock(&self.settlers.idle));
             drop(kept);
+        }
+    }
+}
+
+/// The session that a settler asks on. Dropping it ends it, and what was begun on it is rolled back; [`Settling::keep`] does
+/// not.
+pub(crate) enum Witness<C: SessionClient> {
+    Pooled(Lent<C>),
+    Beside(Aside<C>),
+}
+
+pub(crate) struct Lent<C: SessionClient> {
+    client: Client<C>,
+    clean: bool,
+}
+
+impl<C: SessionClient> Drop for Lent<C> {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.client.poison();
+        }
+    }
+}
+
+impl<C: SessionClient> Witness<C> {
+    pub(crate) fn client(&self) -> &tokio_postgres::Client {
+        match self {
+            Self::Pooled(lent) => &lent.client,
+            Self::Beside(aside) => aside.client(),
+        }
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        match self {
+            Self::Pooled(lent) => lent.client.notices(),
+            Self::Beside(aside) => aside.notices(),
+        }
+    }
+
+    pub(crate) fn generation(&self) -> GenerationId {
+        match self {
+            Self::Pooled(lent) => lent.client.generation(),
+            Self::Beside(aside) => aside.generation(),
+        }
+    }
+
+    pub(crate) fn life(&self) -> Option<Life> {
+        match self {
+            Self::Pooled(lent) => lent.client.life(),
+            Self::Beside(aside) => aside.life(),
+        }
+    }
+
+    /// Waits until nothing else would end what is under way on the session. Cancel-safe.
+    pub(crate) async fn evicted(&self) {
+        match self {
+            Self::Pooled(lent) => lent.client.evicted().await,
+            Self::Beside(aside) => aside.evicted().await,
         }
     }
 }

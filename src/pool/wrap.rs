@@ -33,7 +33,8 @@ use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, cancel, not_created};
 use crate::topology::{
-    Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Refusal, ServerReport, Settings, Suspicion, View,
+    Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Question, Refusal, ServerReport, Settings, Suspicion,
+    View, Vigil,
 };
 
 /// A connection of the wrapped pool.
@@ -112,7 +113,12 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn open<'a>(&'a self, endpoint: &'a Endpoint, scope: CancellationToken) -> BoxFuture<'a, Opened<M::Type>> {
+    fn open<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> BoxFuture<'a, Opened<M::Type>> {
         Box::pin(async move {
             // A panic in it costs this one session.
             let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
@@ -122,7 +128,7 @@ where
             // The manager may keep a record of what it made, as deadpool-postgres' does.
             let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let report = self.questions.ask(&endpoint.address, &session.client, true).await?;
+            let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
     }
@@ -131,8 +137,9 @@ where
         &'a self,
         address: &'a Address,
         client: &'a tokio_postgres::Client,
+        vigil: Option<Vigil>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask(address, client, false))
+        Box::pin(self.questions.ask_after(vigil, address, client))
     }
 
     fn stirs(&self) -> u64 {
@@ -257,7 +264,7 @@ impl<C: SessionClient> Wrapped<C> {
         let answer = tokio::select! {
             biased;
             () = dialer.cluster.left(id) => return Err(None),
-            answer = timeout(dialer.open_timeout, dialer.opener.ask(&address, object)) => answer,
+            answer = timeout(dialer.open_timeout, dialer.opener.ask(&address, object, None)) => answer,
         };
         let report = answer.unwrap_or_else(|_| {
             let message = format!("no answer within {:?}", dialer.open_timeout);

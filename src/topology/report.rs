@@ -2,28 +2,50 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
-/// One round trip that tells a server's role and identity. Every function in it may be called by an ordinary role on a
-/// stock server. The timeline is the first eight digits of the current WAL file's name, as `pg_control_checkpoint()`
-/// still shows the old one for a while after a promotion.
-///
-/// A `fresh` session shows by its own settings what new ones get. Another one has to look it up ([`FENCE`]), which a session
-/// that was just opened, with no catalogue in its cache, would pay for dearly.
-pub(crate) fn probe(fresh: bool) -> String {
-    let fence = if fresh { "NULL::boolean" } else { FENCE };
-    format!(
-        "SELECT pg_is_in_recovery(), \
-                current_setting('transaction_read_only'), \
-                current_setting('default_transaction_read_only'), \
-                {fence}, \
-                (SELECT system_identifier FROM pg_control_system()), \
-                {STARTED_AT}, \
-                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END, \
-                CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END, \
-                CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
-                {STATS_RESET}"
-    )
+use super::Vigil;
+
+/// Which of the questions. A session that was just opened has no catalogue in its cache, and pays dearly for each function,
+/// operator and view that it needs: it is asked for no more than somebody reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// What is this server? On a session made for the question, which shows by its own settings what new ones get.
+    Candidate,
+    /// The same on an older session, which has to look that up ([`FENCE`]).
+    Again,
+    /// Does this new session lead to the server that is known to be the primary, in the same life?
+    Identity,
 }
+
+impl Question {
+    /// One round trip that tells a server's role and identity. Every function in it may be called by an ordinary role on a
+    /// stock server. The timeline is the first eight digits of the current WAL file's name, as `pg_control_checkpoint()`
+    /// still shows the old one for a while after a promotion.
+    pub(crate) fn sql(self) -> String {
+        let fence = if self == Self::Again { FENCE } else { "NULL::boolean" };
+        let (timeline, wal, stats_reset) = match self {
+            Self::Identity => ("NULL", "NULL", "NULL"),
+            Self::Candidate | Self::Again => (TIMELINE, WAL, STATS_RESET),
+        };
+        format!(
+            "SELECT pg_is_in_recovery(), \
+                    current_setting('transaction_read_only'), \
+                    current_setting('default_transaction_read_only'), \
+                    {fence}, \
+                    system_identifier, \
+                    {STARTED_AT}, \
+                    {timeline}, \
+                    {wal}, \
+                    CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
+                    {stats_reset} \
+               FROM pg_control_system()"
+        )
+    }
+}
+
+const TIMELINE: &str = "CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END";
+const WAL: &str = "CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END";
 
 /// What a new session would be given by `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order
 /// in which PostgreSQL applies them (`process_settings` in `postinit.c`).
@@ -35,14 +57,25 @@ const FENCE: &str = "\
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
-/// When the server was started, in microseconds since 1970.
-pub(crate) const STARTED_AT: &str = "(extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint";
+/// When the server was started; [`microseconds`] reads it.
+pub(crate) const STARTED_AT: &str = "extract(epoch FROM pg_postmaster_start_time())";
 
-/// When the server's statistics were reset, in microseconds since 1970. Before PostgreSQL 15 asking that reads a file, and
+/// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15 asking that reads a file, and
 /// the answer says less.
 pub(crate) const STATS_RESET: &str = "\
     CASE WHEN current_setting('server_version_num')::int >= 150000 \
-         THEN (SELECT (extract(epoch FROM stats_reset) * 1000000)::bigint FROM pg_stat_bgwriter) END";
+         THEN (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter) END";
+
+/// Ends when the server is no standby any more, or the vigil is over. No row is of interest.
+pub(crate) fn wait_for_promotion(vigil: Vigil) -> String {
+    let step = vigil.step.max(Duration::from_millis(1));
+    let steps = vigil.lasts.as_micros().div_ceil(step.as_micros());
+    format!(
+        "SELECT FROM generate_series(1, {steps}) \
+          WHERE CASE WHEN pg_is_in_recovery() THEN pg_sleep({:.3}) IS NULL ELSE true END LIMIT 1",
+        step.as_secs_f64()
+    )
+}
 
 /// What can be asked where the server does not let this role read more.
 pub(crate) const ROLE_PROBE: &str = "\
@@ -164,7 +197,7 @@ impl ServerReport {
         u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
-    /// Reads a row of [`probe`] or [`ROLE_PROBE`].
+    /// Reads a row of a [`Question`] or of [`ROLE_PROBE`].
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {
@@ -178,11 +211,11 @@ impl ServerReport {
             default_read_only: flag(2)?,
             fence_pending: column(3).is_some() && flag(3)?,
             system_identifier: column(4).map(system_identifier).transpose()?,
-            started_at: column(5).map(|text| number(text, "a start time")).transpose()?,
+            started_at: column(5).map(|text| microseconds(text, "a start time")).transpose()?,
             timeline: column(6).map(Self::timeline_of).transpose()?,
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
-            stats_reset: column(9).map(|text| number(text, "a time")).transpose()?,
+            stats_reset: column(9).map(|text| microseconds(text, "a time")).transpose()?,
         })
     }
 }
@@ -197,6 +230,22 @@ fn boolean(text: &str) -> Option<bool> {
 
 fn number<T: FromStr>(text: &str, expected: &'static str) -> Result<T, BadReport> {
     text.parse().map_err(|_| BadReport::new(expected, text))
+}
+
+/// Microseconds since 1970, of seconds with up to six decimals as `extract(epoch FROM …)` prints them.
+pub(crate) fn microseconds(text: &str, expected: &'static str) -> Result<i64, BadReport> {
+    let bad = || BadReport::new(expected, text);
+    // The clock may have been wrong when the server was started.
+    let (sign, magnitude) = text.strip_prefix('-').map_or((1, text), |magnitude| (-1, magnitude));
+    let (seconds, decimals) = magnitude.split_once('.').unwrap_or((magnitude, "0"));
+    let plain = |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if !plain(seconds) || !plain(decimals) || decimals.len() > 6 {
+        return Err(bad());
+    }
+    let seconds: i64 = number(seconds, expected)?;
+    let rest: i64 = number(&format!("{decimals:0<6}"), expected)?;
+    let micros = seconds.checked_mul(1_000_000).and_then(|whole| whole.checked_add(rest)).ok_or_else(bad)?;
+    Ok(sign * micros)
 }
 
 /// PostgreSQL keeps 64 unsigned bits and shows them as a signed bigint.
@@ -214,11 +263,11 @@ mod tests {
         Some("off"),
         None,
         Some("7301827364512345678"),
-        Some("1764000000123456"),
+        Some("1764000000.123456"),
         Some("0000000200000000000000A1"),
         Some("0/A1000060"),
         Some("0/A0000028"),
-        Some("1763000000123456"),
+        Some("1763000000.123456"),
     ];
 
     fn with(index: usize, value: Option<&'static str>) -> Result<ServerReport, BadReport> {
@@ -235,6 +284,32 @@ mod tests {
         assert_eq!(report.system_identifier, Some(7_301_827_364_512_345_678));
         assert_eq!(report.wal.map(|lsn| lsn.to_string()), Some("0/A1000060".to_owned()));
         assert!(!report.fence_pending);
+    }
+
+    #[test]
+    fn times_are_read_to_the_microsecond() {
+        for (text, read) in [
+            ("1764000000.123456", 1_764_000_000_123_456),
+            // Up to PostgreSQL 13 it is a floating-point number.
+            ("1764000000.12", 1_764_000_000_120_000),
+            ("1764000000", 1_764_000_000_000_000),
+            ("-1.500000", -1_500_000),
+        ] {
+            assert_eq!(microseconds(text, "a time").unwrap(), read);
+        }
+        for bad in
+            ["", "-", ".5", "1.", "--1", "+1", "1.1234567", "1e9", "infinity", "9223372036854.775808", "1.-5", "1,5"]
+        {
+            assert!(microseconds(bad, "a time").is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_new_session_is_asked_who_it_leads_to_and_no_more() {
+        let sql = Question::Identity.sql();
+        assert!(sql.contains(STARTED_AT) && sql.contains("pg_last_wal_replay_lsn()"), "{sql}");
+        assert!(!sql.contains("walfile") && !sql.contains("pg_stat") && !sql.contains("pg_db_role_setting"), "{sql}");
+        assert!(Question::Again.sql().contains("pg_db_role_setting"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::commit::wal::{self, Backend};
 use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
 use crate::error::Error;
 use crate::observe::Settlement;
-use crate::pool::{Aside, Pool, Settling};
+use crate::pool::{Pool, Settling, Witness};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -37,10 +37,10 @@ pub(super) struct Mark {
 
 impl Mark {
     /// Does this session lead to the server that the transaction ran on, in the same life?
-    fn is_of<C: SessionClient>(&self, aside: &Aside<C>) -> bool {
-        match (&self.life, aside.life()) {
+    fn is_of<C: SessionClient>(&self, witness: &Witness<C>) -> bool {
+        match (&self.life, witness.life()) {
             (Some(then), Some(now)) => then.is(&now),
-            _ => self.generation == aside.generation(),
+            _ => self.generation == witness.generation(),
         }
     }
 }
@@ -99,7 +99,7 @@ async fn round<C: SessionClient>(
     mark: &Mark,
     reason: &mut Unsettled,
 ) -> Option<Result<Outcome, Unsettled>> {
-    let (mut permit, aside) = match settling.session().await {
+    let (mut permit, witness) = match settling.session().await {
         Ok(session) => session,
         Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
         Err(_) => {
@@ -109,25 +109,25 @@ async fn round<C: SessionClient>(
     };
     let (ended, clean) = tokio::select! {
         biased;
-        answer = ask(&aside, mark, reason, &mut permit) => answer,
+        answer = ask(&witness, mark, reason, &mut permit) => answer,
         // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
-        () = aside.evicted() => (None, false),
+        () = witness.evicted() => (None, false),
     };
     // Before the permit ends: whoever has it next finds the session.
     if clean {
-        settling.keep(aside);
+        settling.keep(witness);
     }
     ended
 }
 
 /// And whether the session is fit for another question.
 async fn ask<C: SessionClient>(
-    aside: &Aside<C>,
+    witness: &Witness<C>,
     mark: &Mark,
     reason: &mut Unsettled,
     permit: &mut Option<SemaphorePermit<'_>>,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
-    let settled = match question(aside, mark).await {
+    let settled = match question(witness, mark).await {
         Ok(settled) => settled,
         Err(Some(error)) if !not_offered(&error) => return (None, false),
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
@@ -135,10 +135,10 @@ async fn ask<C: SessionClient>(
     match settled {
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            (None, ends_abandoned(aside, mark).await)
+            (None, ends_abandoned(witness, mark).await)
         }
-        Settled::Committed => holding(permit, confirmed(aside, mark, Outcome::Committed, reason)).await,
-        Settled::NotCommitted => holding(permit, confirmed(aside, mark, Outcome::NotCommitted, reason)).await,
+        Settled::Committed => holding(permit, confirmed(witness, mark, Outcome::Committed, reason)).await,
+        Settled::NotCommitted => holding(permit, confirmed(witness, mark, Outcome::NotCommitted, reason)).await,
         Settled::Unknown(why) => (Some(Err(why)), false),
     }
 }
@@ -155,22 +155,25 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 }
 
 /// Ends the settler's transaction too; the session is fit for another one then.
-async fn ends_abandoned<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> bool {
-    if !mark.is_of(aside) {
+async fn ends_abandoned<C: SessionClient>(witness: &Witness<C>, mark: &Mark) -> bool {
+    if !mark.is_of(witness) {
         return false;
     }
-    let ended = wal::end_abandoned(aside.client(), mark.backend).await;
+    let ended = wal::end_abandoned(witness.client(), mark.backend).await;
     if let Err(error) = &ended {
         tracing::debug!("an abandoned session could not be ended: {}", explain(error));
     }
     ended.is_ok()
 }
 
-async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Settled, Option<tokio_postgres::Error>> {
-    let client = aside.client();
+async fn question<C: SessionClient>(
+    witness: &Witness<C>,
+    mark: &Mark,
+) -> Result<Settled, Option<tokio_postgres::Error>> {
+    let client = witness.client();
     match &mark.by {
         Settler::Wal(marker) => {
-            let primaries_since = aside.generation().get().saturating_sub(mark.generation.get());
+            let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
             let (now, status) = wal::look(client, marker.xid, primaries_since).await?;
             match locate(marker, &now) {
                 Located::Here => status.map(Settled::from).ok_or(None),
@@ -185,7 +188,7 @@ async fn question<C: SessionClient>(aside: &Aside<C>, mark: &Mark) -> Result<Set
 /// Waits until the synchronous standbys have what was found: a successor must not say otherwise. And whether the session is
 /// fit for another question.
 async fn confirmed<C: SessionClient>(
-    aside: &Aside<C>,
+    witness: &Witness<C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,
@@ -194,12 +197,12 @@ async fn confirmed<C: SessionClient>(
     let waited = match (&mark.by, outcome) {
         // What is not in the log cannot be waited for.
         (Settler::Wal(_), Outcome::NotCommitted) => {
-            let rolled_back = aside.client().batch_execute("ROLLBACK").await;
+            let rolled_back = witness.client().batch_execute("ROLLBACK").await;
             return (Some(Ok(outcome)), rolled_back.is_ok());
         }
-        (Settler::Wal(_), Outcome::Committed) => wal::confirm(aside.client()).await,
-        (Settler::Ledger(ledger, _), _) => ledger.confirm(aside.client()).await,
+        (Settler::Wal(_), Outcome::Committed) => wal::confirm(witness.client()).await,
+        (Settler::Ledger(ledger, _), _) => ledger.confirm(witness.client()).await,
     };
-    let confirmed = waited.is_ok() && !aside.notices().not_replicated();
+    let confirmed = waited.is_ok() && !witness.notices().not_replicated();
     (confirmed.then_some(Ok(outcome)), confirmed)
 }

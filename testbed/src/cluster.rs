@@ -18,7 +18,7 @@ use std::{fmt::Write as _, process as this_process, thread};
 use rustix::process::Signal;
 use tokio::net::TcpStream;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{interval, sleep, timeout};
+use tokio::time::{interval, sleep, sleep_until, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
 
@@ -35,6 +35,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a promotion waits for the other standbys to turn to the new primary.
 const TURNING_PATIENCE: Duration = Duration::from_millis(500);
+/// How long after a promotion the manager's own work may come: the waiting for the standbys, the next `ALTER SYSTEM`, the end
+/// of its sessions. A real one comes back some seconds later, and not while the clients do.
+const CALM: Duration = Duration::from_millis(250);
 /// What takes longer than this does not go as usual.
 const UNHURRIED: Duration = Duration::from_millis(100);
 const DNS_PORT: u16 = 15353;
@@ -622,10 +625,10 @@ impl Cluster {
         self.promote_timed(node).await.took
     }
 
-    /// Makes a standby the primary; returns when it accepts writes and the other awake standbys stream from it. For these it
-    /// waits half a second at most.
+    /// Makes a standby the primary; returns a quarter of a second after it accepts writes, when the other awake standbys stream
+    /// from it. For these it waits half a second more at most.
     ///
-    /// In a synchronous cluster commits wait for one of these from the moment they stream, and what was committed before
+    /// In a synchronous cluster commits wait for one of these once they stream, and what was committed before
     /// has reached them when this returns; so Patroni does it, too. With none awake commits wait for nobody.
     /// Nothing is done to the old primary. Promote [`Cluster::most_advanced_standby`]: another one may lack commits that
     /// were acknowledged.
@@ -661,6 +664,7 @@ impl Cluster {
         };
         let (accepted_at, ()) = tokio::join!(accepted, followed);
         self.primary.store(node.0, Ordering::SeqCst);
+        sleep_until((accepted_at + CALM).into()).await;
         for (other, session) in &followers {
             self.wait_following(*other, session, node).await;
         }

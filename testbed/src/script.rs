@@ -142,11 +142,11 @@ impl Script {
         Some("off"),
         None,
         Some("7301827364512345678"),
-        Some("1764000000123456"),
+        Some("1764000000.123456"),
         Some("0000000100000000000000A1"),
         Some("0/A1000060"),
         None,
-        Some("1763000000123456"),
+        Some("1763000000.123456"),
     ];
 
     /// Listens on `addr` and answers each simple query by `answer`, which gets the whole text: also several statements.

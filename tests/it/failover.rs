@@ -44,6 +44,45 @@ async fn kill_with_all_members_in_dns() {
     assert_eq!(generation(&pool), 2);
 }
 
+/// Sessions of the pool's search in which this server waits for the end of its recovery.
+async fn vigils(cluster: &Cluster, node: Node) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_activity
+                WHERE application_name = 'tokio-postgres-failover' AND wait_event = 'PgSleep'";
+    cluster.direct(node).await.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+/// R1
+#[tokio::test]
+async fn a_standby_looks_by_itself_whether_it_was_promoted() {
+    let cluster = started().await;
+    let pool = by_name(&cluster).build().unwrap();
+    pool.connect().await.unwrap();
+    let standby = cluster.most_advanced_standby().await;
+    assert_eq!(vigils(&cluster, standby).await, 0);
+    cluster.kill(cluster.primary()).await;
+    eventually("the standby keeps a vigil", PROMPT, async || vigils(&cluster, standby).await == 1).await;
+    cluster.promote(standby).await;
+    pool.connect().await.unwrap();
+    eventually("no vigil goes on", PROMPT, async || vigils(&cluster, standby).await == 0).await;
+}
+
+/// R1, where the role may not call `pg_sleep`.
+#[tokio::test]
+async fn a_standby_that_refuses_to_wait_is_found_all_the_same() {
+    let cluster = started().await;
+    let admin = cluster.direct(cluster.primary()).await;
+    admin.batch_execute("REVOKE EXECUTE ON FUNCTION pg_sleep FROM PUBLIC").await.unwrap();
+    let pool = by_name(&cluster).build().unwrap();
+    let load = Load::warm(&pool, 4, Write::Transaction).await;
+    let promotion = fail_over(&cluster).await;
+    finish(load, &cluster, promotion).await.assert_flawless();
+    let timeline = |said: &tokio_postgres_failover::State| match said {
+        tokio_postgres_failover::State::Primary { report, .. } => report.timeline,
+        _ => None,
+    };
+    assert_eq!(timeline(&pool.status().view.state), Some(2), "its identity is asked for as ever");
+}
+
 /// S1, R2
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_with_only_the_primary_in_dns_which_moves_late() {
