@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex};
 use std::task::Poll;
 use std::time::Duration;
 
-use deadpool::managed::{self, PoolError};
+use deadpool::managed::{self, Object, PoolError};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -418,16 +418,16 @@ impl<C: SessionClient> Pool<C> {
         due
     }
 
-    /// A connection that nobody has to queue for: an idle one, or a new one where a slot is free. Waits for a primary without
-    /// a limit of its own. Cancel-safe.
-    pub(crate) async fn get_unqueued(&self) -> Result<Option<Client<C>>, Error> {
+    /// A new connection where a slot is free: nobody had it before, who may have left anything on it. Waits for a primary
+    /// without a limit of its own. Cancel-safe.
+    pub(crate) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
         // Before there is a slot that others could use.
         self.cluster().primary().await?;
         let at_once = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
         match inner.timeout_get(&at_once).await {
-            Ok(object) => Ok(Some(self.lend(Loan::Own(object)))),
-            Err(PoolError::Timeout(_)) => Ok(None),
+            Ok(object) if Object::metrics(&object).recycle_count == 0 => Ok(Some(self.lend(Loan::Own(object)))),
+            Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
             Err(PoolError::Backend(error)) => Err(error),
             Err(_) => Err(Error::Closed),
         }

@@ -431,6 +431,7 @@ impl RetryPolicy {
             deadline: now.checked_add(self.deadline.min(FAR)).unwrap_or(now),
             attempt: 1,
             attempts: self.attempts,
+            failed_at: None,
         }
     }
 }
@@ -442,6 +443,8 @@ pub(crate) struct Retries {
     deadline: Instant,
     attempt: u32,
     attempts: Option<u32>,
+    /// When the attempt under way failed, if that was noticed before it was known what it had come to.
+    failed_at: Option<Instant>,
 }
 
 impl Retries {
@@ -455,14 +458,21 @@ impl Retries {
         self.attempt
     }
 
-    /// The attempt under way failed at `now`: how long to wait before the next, or why there is none.
+    /// The attempt under way failed at this moment; its delay is counted from here, whenever [`Self::next`] is asked.
+    pub(crate) fn failed(&mut self, at: Instant) {
+        self.failed_at = Some(at);
+    }
+
+    /// The attempt under way has failed, at `now` unless [`Self::failed`] said when: how long to wait before the next, or why
+    /// there is none.
     ///
     /// A token taken from `budget` stays taken on `Ok`, and is given back on `Err`.
     pub(crate) fn next(&mut self, now: Instant, budget: &RetryBudget) -> Result<Duration, GiveUp> {
         if self.attempts.is_some_and(|limit| self.attempt >= limit) {
             return Err(GiveUp::Attempts(self.attempt));
         }
-        let delay = self.schedule.next_delay().ok_or(GiveUp::Schedule)?;
+        let passed = self.failed_at.take().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let delay = self.schedule.next_delay().ok_or(GiveUp::Schedule)?.saturating_sub(passed);
         // An attempt that starts at the deadline has no time left, so `>=`.
         let left = self.deadline.saturating_duration_since(now);
         if delay >= left {
@@ -935,6 +945,25 @@ mod tests {
         // It may stop a call, never prolong one.
         let policy = policy.schedule(|| std::iter::repeat(Duration::MAX));
         assert_eq!(policy.start(now, 0).next(now, &budget), Err(GiveUp::Deadline));
+    }
+
+    #[test]
+    fn a_delay_is_counted_from_the_failure_and_the_budgets_turn_is_not() {
+        let now = Instant::now();
+        let policy = RetryPolicy::new().initial_delay(millis(100)).jitter(false);
+        let after = |elapsed| {
+            let mut retries = policy.start(now, 0);
+            retries.failed(now);
+            retries.next(now + elapsed, &RetryBudget::unlimited())
+        };
+        assert_eq!(after(millis(30)), Ok(millis(70)));
+        assert_eq!(after(SECOND), Ok(Duration::ZERO));
+        let budget = RetryBudget::new(1, 10);
+        budget.withdraw(now + SECOND);
+        let mut retries = policy.start(now, 0);
+        retries.failed(now);
+        assert_eq!(retries.next(now + SECOND, &budget), Ok(millis(100)));
+        assert_eq!(retries.next(now + SECOND, &RetryBudget::unlimited()), Ok(millis(200)), "of this failure alone");
     }
 
     #[test]

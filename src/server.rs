@@ -45,7 +45,7 @@ const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), 
 const LONGEST_MESSAGE: usize = 500;
 
 /// A server that did not let itself be identified is tried again after this: the right may have been granted since.
-const ROLE_ONLY_FOR: Duration = Duration::from_secs(60);
+const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
@@ -354,8 +354,28 @@ where
 /// Asks servers what they are.
 #[derive(Default)]
 pub(crate) struct Questions {
-    /// Servers that did not let this role read more than their role, and when that was.
-    role_only: Mutex<HashMap<Address, Instant>>,
+    /// Servers that did not let this role read more than their role.
+    identity: Refusals,
+    /// Servers that did not let this role wait for a promotion.
+    vigil: Refusals,
+}
+
+/// Who refused something lately, and is not asked for it.
+#[derive(Default)]
+struct Refusals(Mutex<HashMap<Address, Instant>>);
+
+impl Refusals {
+    fn hold(&self, address: &Address) -> bool {
+        self.since().get(address).is_some_and(|since| since.elapsed() <= REFUSED_FOR)
+    }
+
+    fn note(&self, address: &Address) {
+        self.since().insert(address.clone(), Instant::now());
+    }
+
+    fn since(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Questions {
@@ -365,7 +385,7 @@ impl Questions {
         client: &Client,
         question: Question,
     ) -> Result<ServerReport, ProbeFailure> {
-        if self.role_only().get(address).is_none_or(|since| since.elapsed() > ROLE_ONLY_FOR) {
+        if !self.identity.hold(address) {
             match rows(client, &question.sql()).await {
                 Err(error) if not_offered(&error) => {
                     tracing::debug!("the identity probe was refused: {}", explain(&error));
@@ -376,13 +396,14 @@ impl Questions {
         let report = read(rows(client, ROLE_PROBE).await)?;
         // What one server refuses, the next behind the same pool may allow.
         if *address != Address::Wrapped {
-            self.role_only().insert(address.clone(), Instant::now());
+            self.identity.note(address);
         }
         Ok(report)
     }
 
     /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
-    /// one that began on a standby stays read-only. Where the server refuses to wait, it is answered at once.
+    /// one that began on a standby stays read-only. Where the server refuses to wait, by its rights or by a
+    /// `statement_timeout`, it is answered at once.
     pub(crate) async fn ask_after(
         &self,
         vigil: Option<Vigil>,
@@ -390,17 +411,15 @@ impl Questions {
         client: &Client,
     ) -> Result<ServerReport, ProbeFailure> {
         let waiting = async {
-            let Some(vigil) = vigil else { return };
-            if let Err(error) = rows(client, &wait_for_promotion(vigil)).await {
-                tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
+            let Some(vigil) = vigil.filter(|_| !self.vigil.hold(address)) else { return };
+            let Err(error) = rows(client, &wait_for_promotion(vigil)).await else { return };
+            tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
+            if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
+                self.vigil.note(address);
             }
         };
         let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));
         report
-    }
-
-    fn role_only(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
-        self.role_only.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

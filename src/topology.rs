@@ -44,8 +44,10 @@ const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// A vigil looks as often as this in the pause between two questions, and lasts so long at least.
-const VIGIL: (u32, Duration) = (10, Duration::from_millis(50));
+/// A vigil looks so many times in the pause between two questions …
+const LOOKS: u32 = 10;
+/// … and lasts so long, at least and at most.
+const VIGIL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
 /// So many candidates that do not answer are asked as often as one; with twice as many, each is asked half as often.
 const CROWD: usize = 8;
 /// A server that refuses the credentials is asked again no sooner than this.
@@ -238,6 +240,12 @@ impl Member {
         matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
     }
 
+    /// A server that takes long to answer has other pools that wait, too: it looks less often.
+    fn spares(&self, vigil: Vigil) -> Vigil {
+        let step = vigil.step.max(self.took.unwrap_or_default() / 2).min(vigil.lasts);
+        Vigil { step, ..vigil }
+    }
+
     /// Has it said in this search what it is?
     fn answered(&self, search: &Search) -> bool {
         self.answered_at.is_some_and(|at| at >= search.since)
@@ -377,7 +385,7 @@ impl Topology {
             let fresh = std::mem::take(&mut member.fresh) || search.is_some_and(|search| member.outlived(search, now));
             // The first question of a search is how things stand.
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
-            member.vigil = vigil.filter(|_| waits);
+            member.vigil = vigil.filter(|_| waits).map(|vigil| member.spares(vigil));
             let (endpoint, vigil) = (member.endpoint.clone(), member.vigil);
             self.actions.push(Action::Probe { endpoint, fresh, vigil, within });
         }
@@ -566,8 +574,8 @@ impl Topology {
     fn vigil(&self, now: Instant) -> Option<Vigil> {
         let Phase::Searching(search) = &self.phase else { return None };
         let pause = self.poll_pause(now.duration_since(search.since));
-        let step = (pause / VIGIL.0).max(Duration::from_millis(1));
-        (!self.settings.roaming).then_some(Vigil { lasts: pause.max(VIGIL.1), step })
+        let step = (pause / LOOKS).max(Duration::from_millis(1));
+        (!self.settings.roaming).then_some(Vigil { lasts: pause.clamp(VIGIL.0, VIGIL.1), step })
     }
 
     pub(crate) fn view(&self) -> View {
@@ -1067,7 +1075,7 @@ impl Topology {
                 let pause = self.poll_pause(now.duration_since(search.since));
                 match self.members.get(address) {
                     Some(member) if member.vigil.is_some() => pause.mul_f64(jitter),
-                    Some(Member { asked_at: Some(asked_at), .. }) => now.duration_since(*asked_at) + pause / VIGIL.0,
+                    Some(Member { asked_at: Some(asked_at), .. }) => now.duration_since(*asked_at) + pause / LOOKS,
                     _ => pause,
                 }
             }

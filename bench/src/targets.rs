@@ -28,6 +28,12 @@ pub fn verdicts(all: &[Results]) -> Vec<Verdict> {
         let name = results.case.strip_prefix("recovery/")?;
         Some(none(Some(results), name, &["errors", "duplicates", "lost"]))
     }));
+    let quiet = case("quiet");
+    verdicts.push(keeps_up(quiet, "get", OURS, "throughput", |ratio| ratio >= 0.98, "≥ 0.98"));
+    verdicts.push(keeps_up(quiet, "get", OURS, "p50", |ratio| ratio <= 1.02, "≤ 1.02"));
+    for mode in ["exactly-once", "at-most-once", "idempotent"] {
+        verdicts.push(keeps_up(quiet, "transaction", mode, "throughput", |ratio| ratio >= 0.98, "≥ 0.98"));
+    }
     verdicts.push(grows(case("growth/waiters"), "beyond_work", ["10", "10000"], 2.0));
     verdicts.push(grows(case("growth/waiters"), "probes", ["10", "10000"], 1.5));
     verdicts.push(grows(case("growth/waiters"), "connection_starts", ["10", "10000"], 2.0));
@@ -85,6 +91,42 @@ fn none(results: Option<&Results>, name: &str, metrics: &[&str]) -> Verdict {
     }
 }
 
+/// Medians of the ratios of each round, at every number of tasks.
+fn keeps_up(
+    results: Option<&Results>,
+    work: &str,
+    peer: &str,
+    metric: &str,
+    is_kept: fn(f64) -> bool,
+    limit: &str,
+) -> Verdict {
+    let measured = results.map_or(&[][..], |results| &results.measurements);
+    let (shown, kept) = keeps_up_in(measured, work, peer, metric, is_kept);
+    Verdict {
+        promise: format!("quiet {work}: {metric} of {peer} {limit} of deadpool-fast's, at each number of tasks"),
+        measured: if kept.is_none() { "no figures".to_owned() } else { shown },
+        kept,
+    }
+}
+
+fn keeps_up_in(
+    measured: &[Measurement],
+    work: &str,
+    peer: &str,
+    metric: &str,
+    is_kept: fn(f64) -> bool,
+) -> (String, Option<bool>) {
+    let (prefix, metric) = (format!("quiet/{work}/"), format!("{metric}, ratio"));
+    let ratio = |one: &Measurement| {
+        let tasks = one.case.strip_prefix(&prefix)?.to_owned();
+        let ratio = one.spread().median.filter(|_| one.peer == peer && one.metric == metric)?;
+        Some((tasks, ratio))
+    };
+    let ratios: Vec<(String, f64)> = measured.iter().filter_map(ratio).collect();
+    let shown: Vec<String> = ratios.iter().map(|(tasks, ratio)| format!("{ratio:.2} at {tasks}")).collect();
+    (shown.join(", "), (!ratios.is_empty()).then(|| ratios.iter().all(|(_, ratio)| is_kept(*ratio))))
+}
+
 fn grows(results: Option<&Results>, metric: &str, points: [&str; 2], times: f64) -> Verdict {
     let [few, many] = points;
     let axis = results.and_then(|results| results.case.split_once('/')).map_or("growth", |(_, axis)| axis);
@@ -101,5 +143,27 @@ fn grows(results: Option<&Results>, metric: &str, points: [&str; 2], times: f64)
         Some((first, last)) => {
             Verdict { promise, measured: format!("{first:.1} and {last:.1}"), kept: Some(last <= first * times) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quiet(ratios: &[(&str, f64)]) -> Vec<Measurement> {
+        let of = |(tasks, ratio): &(&str, f64)| {
+            let case = format!("quiet/get/{tasks}");
+            Measurement::new(OURS, case, "throughput, ratio", "ratio", vec![Some(*ratio), Some(*ratio)])
+        };
+        ratios.iter().map(of).collect()
+    }
+
+    #[test]
+    fn one_number_of_tasks_is_enough_to_break_a_promise() {
+        let judged = |ratios: &[(&str, f64)]| keeps_up_in(&quiet(ratios), "get", OURS, "throughput", |it| it >= 0.98);
+        assert_eq!(judged(&[]), (String::new(), None));
+        assert_eq!(judged(&[("1", 1.0), ("8", 0.98)]), ("1.00 at 1, 0.98 at 8".to_owned(), Some(true)));
+        assert_eq!(judged(&[("1", 1.0), ("8", 0.97)]).1, Some(false));
+        assert_eq!(keeps_up_in(&quiet(&[("1", 1.0)]), "get", OURS, "p50", |_| true).1, None, "another metric");
     }
 }

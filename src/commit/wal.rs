@@ -26,7 +26,7 @@ fn mark() -> String {
 
 /// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
-const PREPARED: &str = "tokio_postgres_failover_mark_2";
+const PREPARED: &str = "tokio_postgres_failover_mark_3";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

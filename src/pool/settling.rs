@@ -1,13 +1,13 @@
 //! Sessions for those who settle a commit: whoever settles must not queue behind those who wait for the locks of the
-//! transaction in doubt. One of the pool's connections if that can be had at once, which the caller needs next anyway; and
-//! if not, a session beside the pool.
+//! transaction in doubt. A new connection of the pool's if there is a slot for it, which the caller needs next anyway; and if
+//! not, a session beside the pool.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{Aside, Client, Pool};
+use super::{Aside, Client, Counted, Pool};
 use crate::cluster::lock;
 use crate::commit::Life;
 use crate::error::Error;
@@ -22,13 +22,16 @@ pub(super) struct Settlers<C> {
     permits: Semaphore,
     /// Commits that are being settled.
     pending: AtomicUsize,
+    /// Those of them that hold, or are about to take, a connection of the pool's.
+    pooled: AtomicUsize,
     /// Sessions for the next, while there is one.
     idle: Mutex<Vec<Aside<C>>>,
 }
 
 impl<C> Default for Settlers<C> {
     fn default() -> Self {
-        Self { permits: Semaphore::new(AT_ONCE), pending: AtomicUsize::new(0), idle: Mutex::default() }
+        let (pending, pooled) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { permits: Semaphore::new(AT_ONCE), pending, pooled, idle: Mutex::default() }
     }
 }
 
@@ -47,10 +50,9 @@ impl<'a, C: SessionClient> Settling<'a, C> {
 
     /// A session to the current primary, and the right to ask on it. Waits for both without a limit of its own.
     /// Cancel-safe.
-    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, Witness<C>), Error> {
-        if let Some(client) = self.pool.get_unqueued().await? {
-            client.notices().forget();
-            return Ok((None, Witness::Pooled(Lent { client, clean: false })));
+    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, Witness<'a, C>), Error> {
+        if let Some(lent) = self.lent().await? {
+            return Ok((None, Witness::Pooled(lent)));
         }
         // Never closed, so waiting for it cannot fail.
         let permit = self.settlers.permits.acquire().await.ok();
@@ -63,8 +65,18 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Ok((permit, Witness::Beside(self.pool.aside().await?)))
     }
 
+    /// Half of the pool is left to those who only read: the confirmation of a commit may wait for a standby for long.
+    async fn lent(&self) -> Result<Option<Lent<'a, C>>, Error> {
+        let counted = Counted::new(&self.settlers.pooled);
+        if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
+            return Ok(None);
+        }
+        let client = self.pool.get_new().await?;
+        Ok(client.map(|client| Lent { client, clean: false, _counted: counted }))
+    }
+
     /// Keeps a session without a transaction for whoever needs it next.
-    pub(crate) fn keep(&self, witness: Witness<C>) {
+    pub(crate) fn keep(&self, witness: Witness<'_, C>) {
         match witness {
             Witness::Pooled(mut lent) => lent.clean = true,
             Witness::Beside(aside) => lock(&self.settlers.idle).push(aside),
@@ -87,17 +99,18 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
 
 /// The session that a settler asks on. Dropping it ends it, and what was begun on it is rolled back; [`Settling::keep`] does
 /// not.
-pub(crate) enum Witness<C: SessionClient> {
-    Pooled(Lent<C>),
+pub(crate) enum Witness<'a, C: SessionClient> {
+    Pooled(Lent<'a, C>),
     Beside(Aside<C>),
 }
 
-pub(crate) struct Lent<C: SessionClient> {
+pub(crate) struct Lent<'a, C: SessionClient> {
     client: Client<C>,
     clean: bool,
+    _counted: Counted<'a>,
 }
 
-impl<C: SessionClient> Drop for Lent<C> {
+impl<C: SessionClient> Drop for Lent<'_, C> {
     fn drop(&mut self) {
         if !self.clean {
             self.client.poison();
@@ -105,7 +118,7 @@ impl<C: SessionClient> Drop for Lent<C> {
     }
 }
 
-impl<C: SessionClient> Witness<C> {
+impl<C: SessionClient> Witness<'_, C> {
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         match self {
             Self::Pooled(lent) => &lent.client,

@@ -75,8 +75,8 @@ impl<'a> Retry<'a> {
         self.cause
     }
 
-    /// How long is waited before the next attempt, which then still has to get a connection. Counted from the failure: what
-    /// it took to settle a commit is a part of it.
+    /// How long is waited before the next attempt, which then still has to get a connection. The time that it took to settle a
+    /// commit is taken off.
     #[must_use]
     pub fn delay(&self) -> Duration {
         self.delay

@@ -57,7 +57,8 @@ const FENCE: &str = "\
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
-/// When the server was started; [`microseconds`] reads it.
+/// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13 it is a floating-point number, which the
+/// default `extra_float_digits` shows to the microsecond.
 pub(crate) const STARTED_AT: &str = "extract(epoch FROM pg_postmaster_start_time())";
 
 /// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15 asking that reads a file, and

@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::error::{DbError, SqlState};
 use tracing::{Instrument, Span};
@@ -68,11 +68,11 @@ where
         let generation = client.generation();
         let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
-        let mut in_doubt_since = None;
         let ended = async {
             match attempt.run(&begin, mode, &mut work).await {
                 Ended::InDoubt(in_doubt) => {
-                    in_doubt_since = Some(Instant::now());
+                    // Whoever waits for a primary to settle with makes the pause at the same time.
+                    retries.failed(Instant::now());
                     in_doubt.settled(pool, mode, deadline).await
                 }
                 ended => ended,
@@ -114,8 +114,7 @@ where
                     return Err(given_up(error, number, GiveUp::Hook, stage, doubt));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
-                // A pause after the failure: who has waited for a primary to settle with has made it already.
-                sleep_until(in_doubt_since.unwrap_or_else(Instant::now) + delay).await;
+                sleep(delay).await;
             }
             Err(why) => return Err(given_up(error, number, why, stage, doubt)),
         }

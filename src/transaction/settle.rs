@@ -37,7 +37,7 @@ pub(super) struct Mark {
 
 impl Mark {
     /// Does this session lead to the server that the transaction ran on, in the same life?
-    fn is_of<C: SessionClient>(&self, witness: &Witness<C>) -> bool {
+    fn is_of<C: SessionClient>(&self, witness: &Witness<'_, C>) -> bool {
         match (&self.life, witness.life()) {
             (Some(then), Some(now)) => then.is(&now),
             _ => self.generation == witness.generation(),
@@ -122,7 +122,7 @@ async fn round<C: SessionClient>(
 
 /// And whether the session is fit for another question.
 async fn ask<C: SessionClient>(
-    witness: &Witness<C>,
+    witness: &Witness<'_, C>,
     mark: &Mark,
     reason: &mut Unsettled,
     permit: &mut Option<SemaphorePermit<'_>>,
@@ -155,7 +155,7 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 }
 
 /// Ends the settler's transaction too; the session is fit for another one then.
-async fn ends_abandoned<C: SessionClient>(witness: &Witness<C>, mark: &Mark) -> bool {
+async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark) -> bool {
     if !mark.is_of(witness) {
         return false;
     }
@@ -167,7 +167,7 @@ async fn ends_abandoned<C: SessionClient>(witness: &Witness<C>, mark: &Mark) -> 
 }
 
 async fn question<C: SessionClient>(
-    witness: &Witness<C>,
+    witness: &Witness<'_, C>,
     mark: &Mark,
 ) -> Result<Settled, Option<tokio_postgres::Error>> {
     let client = witness.client();
@@ -188,7 +188,7 @@ async fn question<C: SessionClient>(
 /// Waits until the synchronous standbys have what was found: a successor must not say otherwise. And whether the session is
 /// fit for another question.
 async fn confirmed<C: SessionClient>(
-    witness: &Witness<C>,
+    witness: &Witness<'_, C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,

@@ -58,7 +58,7 @@ async fn a_standby_looks_by_itself_whether_it_was_promoted() {
     let pool = by_name(&cluster).build().unwrap();
     pool.connect().await.unwrap();
     let standby = cluster.most_advanced_standby().await;
-    assert_eq!(vigils(&cluster, standby).await, 0);
+    eventually("the first search is over", PROMPT, async || vigils(&cluster, standby).await == 0).await;
     cluster.kill(cluster.primary()).await;
     eventually("the standby keeps a vigil", PROMPT, async || vigils(&cluster, standby).await == 1).await;
     cluster.promote(standby).await;

@@ -228,7 +228,31 @@ async fn k2_a_commit_under_way_is_waited_for() {
     .await;
 }
 
-/// K2: the same where every transaction is serializable by default, the ledger's question included.
+/// C1, K2: somebody gives a connection back in the midst of a transaction. A settler's COMMIT must not be the end of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k2_a_settler_commits_nobody_elses_work() {
+    with_each_settler(single, async |bench| {
+        sql(&bench.cluster, "CREATE TABLE drafts (); GRANT ALL ON drafts TO app").await;
+        let gate = close_gate(&bench.cluster).await;
+        let left_open = bench.pool.get().await.unwrap();
+        left_open.batch_execute("BEGIN; INSERT INTO drafts DEFAULT VALUES").await.unwrap();
+        bench.hold_commit();
+        let fault = async {
+            committing(&gate).await;
+            told_in_progress(&gate).await;
+            // Now the pool's next connection is this one.
+            drop(left_open);
+            open_gate(&gate).await;
+        };
+        let (result, ()) = tokio::join!(bench.write(), fault);
+        result.unwrap();
+        bench.assert_once(1).await;
+        assert!(gate.query("SELECT FROM drafts", &[]).await.unwrap().is_empty());
+    })
+    .await;
+}
+
+/// K2: a COMMIT under way, where every transaction is serializable by default, the ledger's question included.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k2_the_ledger_can_be_asked_in_strict_isolation() {
     let strict = single().setting("default_transaction_isolation", "serializable");

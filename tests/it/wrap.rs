@@ -185,12 +185,18 @@ impl managed::Manager for Follows {
     }
 }
 
+/// A deadpool pool of such a manager's, which leads to the primary.
+fn followed(cluster: &Cluster, max_size: usize) -> (Follows, managed::Pool<Follows>) {
+    let manager = Follows::new(cluster);
+    let existing = managed::Pool::builder(manager.clone()).max_size(max_size).build().unwrap();
+    (manager, existing)
+}
+
 /// A host that is frozen answers nothing and closes nothing: what runs on it ends when its successor is found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn work_on_a_frozen_server_runs_again_on_its_successor() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing).heartbeat_interval(Duration::from_millis(200)).build().unwrap();
     write(&pool, 1).await.unwrap();
     let old = cluster.primary();
@@ -220,8 +226,7 @@ async fn a_commit_that_was_left_without_an_answer_is_unknown_unless_it_only_read
 
 async fn left_in_commit(read_only: bool) -> (CommitOutcome, String) {
     let cluster = Arc::new(started().await);
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing).heartbeat_interval(Duration::from_millis(200)).build().unwrap();
     let (old, successor) = (cluster.primary(), cluster.most_advanced_standby().await);
     let frozen = Arc::new(Notify::new());
@@ -253,8 +258,7 @@ async fn left_in_commit(read_only: bool) -> (CommitOutcome, String) {
 async fn a_commit_is_settled_by_the_successor_of_whom_was_asked_first() {
     let cluster = Cluster::builder().nodes(2).start().await;
     create_table(&cluster).await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing)
         .heartbeat_interval(Duration::from_millis(200))
         .patrol_interval(Duration::from_millis(200))
@@ -299,8 +303,7 @@ async fn ids(cluster: &Cluster) -> Vec<i64> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_manager_that_leads_astray_takes_nobody_along() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(100)).build().unwrap();
     write(&pool, 1).await.unwrap();
     let old = cluster.primary();
@@ -327,8 +330,7 @@ async fn a_manager_that_leads_astray_takes_nobody_along() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_of_the_patrol_are_detached() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(50)).build().unwrap();
     write(&pool, 1).await.unwrap();
     eventually("ten sessions were opened", LONG, async || manager.made.load(Ordering::Relaxed) >= 10).await;
@@ -429,8 +431,7 @@ async fn what_the_wrapped_pool_sets_the_bounds_of_is_told() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connecting_that_hangs_is_given_up_for_the_successor() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing.clone())
         .heartbeat_interval(Duration::from_millis(200))
         .heartbeat_timeout(Duration::from_millis(500))
@@ -458,8 +459,7 @@ async fn connecting_that_hangs_is_given_up_for_the_successor() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(1).build().unwrap();
+    let (manager, existing) = followed(&cluster, 1);
     let pool: Pool<Plain> = Pool::wrap(existing.clone())
         .patrol_interval(LONG * 10)
         .checkout_timeout(Duration::from_millis(300))
@@ -482,8 +482,7 @@ async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_come_back_late_cast_no_doubt() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(8).build().unwrap();
+    let (manager, existing) = followed(&cluster, 8);
     let pool: Pool<Plain> = Pool::wrap(existing.clone()).patrol_interval(LONG * 10).build().unwrap();
     write(&pool, 1).await.unwrap();
     let mut owned = Vec::new();
@@ -515,8 +514,7 @@ async fn connections_that_come_back_late_cast_no_doubt() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_manager_that_panics_ends_nothing() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
-    let existing = managed::Pool::builder(manager.clone()).max_size(4).build().unwrap();
+    let (manager, existing) = followed(&cluster, 4);
     let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(Duration::from_millis(50)).build().unwrap();
     write(&pool, 1).await.unwrap();
     manager.panics.store(true, Ordering::Relaxed);
@@ -562,9 +560,8 @@ async fn an_owner_who_discards_all_costs_no_transaction() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_has_ended_is_not_handed_out() {
     let cluster = started().await;
-    let manager = Follows::new(&cluster);
+    let (manager, existing) = followed(&cluster, 1);
     manager.lets_all_pass.store(true, Ordering::Relaxed);
-    let existing = managed::Pool::builder(manager).max_size(1).build().unwrap();
     let pool: Pool<Plain> = Pool::wrap(existing.clone()).build().unwrap();
     write(&pool, 1).await.unwrap();
     let owned = existing.get().await.unwrap();
