@@ -386,7 +386,7 @@ impl<C: SessionClient> Task<C> {
             Action::Resolve => self.work.push(self.resolve()),
             Action::Probe { endpoint, fresh, vigil, within } => {
                 let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
-                self.work.push(self.probe(endpoint, kept.map(|session| (session, vigil)), within));
+                self.work.push(self.probe(endpoint, kept, vigil, within));
             }
             Action::Suspend { why } => self.lost(why),
             Action::Resume { primary, lost_for } => {
@@ -482,26 +482,25 @@ impl<C: SessionClient> Task<C> {
     fn probe(
         &self,
         endpoint: Endpoint,
-        kept: Option<(Session<C>, Option<Vigil>)>,
+        kept: Option<Session<C>>,
+        vigil: Option<Vigil>,
         within: Duration,
     ) -> BoxFuture<'static, Event<C>> {
         let opener = Arc::clone(&self.opener);
         let scope = self.root.child_token();
         let fresh = kept.is_none();
-        let kept_for = kept.as_ref().and_then(|(_, vigil)| *vigil);
         let span = self.span();
         let ask = async move {
             let asked = async {
                 match kept {
-                    Some((session, vigil)) => {
+                    Some(session) => {
                         let report = opener.ask(&endpoint.address, &session.client, vigil).await?;
                         Ok((session, report))
                     }
                     None => opener.open(&endpoint, Question::Candidate, scope).await,
                 }
             };
-            let vigil = kept_for.map_or(Duration::ZERO, |vigil| vigil.lasts);
-            let result = timeout(within + vigil, asked).await.unwrap_or_else(|_| {
+            let result = timeout(within, asked).await.unwrap_or_else(|_| {
                 Err(ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}")))
             });
             Event::Probed { endpoint, fresh, result }

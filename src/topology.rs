@@ -168,7 +168,7 @@ pub(crate) struct Probed {
 pub(crate) enum Action {
     /// Ask for the addresses behind the configured names.
     Resolve,
-    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one.
+    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one; `within` has room for both.
     Probe { endpoint: Endpoint, fresh: bool, vigil: Option<Vigil>, within: Duration },
     /// Checkouts wait; the generation's connections live on.
     Suspend { why: String },
@@ -387,6 +387,7 @@ impl Topology {
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
             member.vigil = vigil.filter(|_| waits).map(|vigil| member.spares(vigil));
             let (endpoint, vigil) = (member.endpoint.clone(), member.vigil);
+            let within = within + vigil.map_or(Duration::ZERO, |vigil| vigil.lasts);
             self.actions.push(Action::Probe { endpoint, fresh, vigil, within });
         }
         std::mem::take(&mut self.actions)

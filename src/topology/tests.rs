@@ -100,6 +100,15 @@ impl Bench {
         bench
     }
 
+    /// The primary of [`Self::settled`] cannot be reached any more.
+    fn searching() -> Self {
+        let mut bench = Self::settled();
+        bench.suspect(1);
+        bench.wait(ms(20));
+        bench.fail(1, FailureKind::Unreachable);
+        bench
+    }
+
     fn poll(&mut self) {
         let actions = self.topology.poll(self.now);
         self.log.extend(actions);
@@ -209,10 +218,7 @@ fn a_silent_candidate_delays_the_first_search_by_the_grace_at_most() {
 
 #[test]
 fn a_promotion_is_believed_at_once() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     assert_eq!(bench.primary(), None);
     assert!(bench.ended().is_empty(), "a dead primary is no proof of a new one");
     bench.wait(ms(30));
@@ -347,10 +353,7 @@ fn each_end_says_its_cause_and_whether_the_primary_was_in_use_until_then() {
 
 #[test]
 fn a_restart_is_a_new_generation() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(100));
     bench.report(2, standby(2));
     bench.report(3, standby(3));
@@ -362,10 +365,7 @@ fn a_restart_is_a_new_generation() {
 
 #[test]
 fn the_same_server_at_another_address_keeps_its_connections() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(50));
     bench.report(3, primary(1, 1));
     assert_eq!(bench.primary(), Some(3));
@@ -533,10 +533,7 @@ fn a_server_that_answers_is_not_silent() {
 
 #[test]
 fn a_server_that_does_not_tell_its_cluster_is_refused_where_another_did() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(50));
     let anonymous = ServerReport { system_identifier: None, started_at: None, timeline: None, ..primary(3, 1) };
     bench.report(3, anonymous);
@@ -546,10 +543,7 @@ fn a_server_that_does_not_tell_its_cluster_is_refused_where_another_did() {
 
 #[test]
 fn a_session_kept_from_before_a_fence_does_not_vouch_for_new_ones() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(50));
     bench.answer(2, Ok(ServerReport { fence_pending: true, ..primary(2, 2) }), false, true);
     assert_eq!(bench.primary(), None);
@@ -642,10 +636,7 @@ fn refused_credentials_are_told_at_once() {
 
 #[test]
 fn one_server_that_refuses_does_not_speak_for_a_dead_primary() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(50));
     bench.fail(2, FailureKind::Refused);
     bench.fail(3, FailureKind::Refused);
@@ -672,10 +663,7 @@ fn a_refusal_is_taken_back() {
 
 #[test]
 fn a_search_asks_each_server_once_per_interval() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.log.clear();
     let steps = 500;
     for _ in 0..steps {
@@ -746,10 +734,7 @@ fn the_server_of_an_open_session_waits_for_its_promotion() {
 
 #[test]
 fn a_long_search_has_a_vigil_that_looks_less_often() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.answer(2, Ok(standby(2)), false, true);
     for _ in 0..120 {
         bench.wait(ms(250));
@@ -781,10 +766,7 @@ fn many_dead_addresses_are_each_asked_less_often() {
 
 #[test]
 fn a_standby_that_refuses_to_wait_is_asked_with_a_pause() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.log.clear();
     for _ in 0..600 {
         bench.wait(ms(1));
@@ -798,10 +780,7 @@ fn a_standby_that_refuses_to_wait_is_asked_with_a_pause() {
 /// What it takes on purpose says nothing of how soon the server answers.
 #[test]
 fn a_vigil_is_not_held_against_the_server() {
-    let mut bench = Bench::settled();
-    bench.suspect(1);
-    bench.wait(ms(20));
-    bench.fail(1, FailureKind::Unreachable);
+    let mut bench = Bench::searching();
     bench.wait(ms(1));
     bench.answer(2, Ok(standby(2)), false, true);
     let took = bench.topology.members[&address(2)].took;
