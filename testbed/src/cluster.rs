@@ -4,6 +4,8 @@
 //! primary, so every kind of split brain can be made. A node's own changes ([`Cluster::set_read_only`], the standby it
 //! follows) lie in its `postgresql.auto.conf`.
 
+mod timelines;
+
 use std::fs::{self, File, Permissions};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
@@ -28,6 +30,8 @@ use crate::dns::Dns;
 use crate::process::{self, Reaper};
 use crate::server::{self, Server};
 use crate::wait::until;
+
+pub use timelines::Background;
 
 /// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,6 +66,7 @@ pub struct ClusterBuilder {
     nodes: usize,
     synchronous: bool,
     foreign: bool,
+    archive: bool,
     settings: String,
     hba: String,
     password: Option<String>,
@@ -177,6 +182,7 @@ impl Cluster {
             nodes: 3,
             synchronous: true,
             foreign: false,
+            archive: false,
             settings: String::new(),
             hba: String::new(),
             password: None,
@@ -186,7 +192,8 @@ impl Cluster {
     }
 
     async fn launch(choices: ClusterBuilder) -> Self {
-        let ClusterBuilder { nodes, synchronous, foreign, settings, hba, password, certificate, clients } = choices;
+        let ClusterBuilder { nodes, synchronous, foreign, archive, settings, hba, password, certificate, clients } =
+            choices;
         let (server, template) = ended(spawn_blocking(move || {
             let server = Server::installed();
             (server, server.template(foreign))
@@ -225,6 +232,8 @@ impl Cluster {
         if let Some(clients) = clients {
             cluster.write(&cluster.clients_file(), &clients);
         }
+        // The caller's settings come last, and so they count.
+        let settings = if archive { cluster.make_archive() + &settings } else { settings };
         let created: Vec<_> = cluster
             .nodes()
             .into_iter()
@@ -450,13 +459,19 @@ impl Cluster {
         let signal = data.join("standby.signal");
         if let Some(primary) = follows {
             writeln!(settings, "primary_conninfo = {}", quoted(&self.conninfo(primary, node))).expect("a string");
-            fs::write(&signal, "").expect("standby.signal");
-            self.server.give(&signal);
+            self.signal_standby(node);
         } else if signal.exists() {
             fs::remove_file(&signal).expect("standby.signal");
         }
         // Written in place: the file stays the servers' own, who replace it on ALTER SYSTEM.
         fs::write(data.join("postgresql.auto.conf"), settings).expect("postgresql.auto.conf");
+    }
+
+    /// The node's next start is that of a standby.
+    fn signal_standby(&self, node: Node) {
+        let signal = self.data(node).join("standby.signal");
+        fs::write(&signal, "").expect("standby.signal");
+        self.server.give(&signal);
     }
 
     fn others(&self, node: Node) -> impl Iterator<Item = Node> + use<> {

@@ -46,7 +46,7 @@ mod trap;
 mod wait;
 
 pub use certificate::{Authority, Certificate};
-pub use cluster::{Cluster, ClusterBuilder, Node, Promotion};
+pub use cluster::{Background, Cluster, ClusterBuilder, Node, Promotion};
 pub use cutter::{Armed, Cut, Cutter, Done};
 pub use dns::{Answer, Dns};
 pub use haproxy::{FlyChecks, HaProxy};

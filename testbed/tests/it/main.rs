@@ -9,6 +9,7 @@ mod faults;
 mod leak;
 mod start;
 mod tap;
+mod timelines;
 mod trap;
 
 use tokio_postgres::Client;
