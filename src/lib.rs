@@ -54,8 +54,8 @@ pub use server::SessionClient;
 #[cfg(feature = "rustls")]
 pub use tls::Tls;
 pub use topology::{
-    Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, FailureKind, GenerationId, Lsn, Origin,
-    ProbeFailure, Refusal, Role, ServerReport, State, View,
+    Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, Evidence, FailureKind, GenerationId, Lsn,
+    Origin, ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 

@@ -43,7 +43,7 @@ use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
-use crate::topology::{CandidateReport, GenerationId, Suspicion, View};
+use crate::topology::{CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
 use dialer::Dialer;
 use wrap::Wrapped;
@@ -238,7 +238,11 @@ impl<C: SessionClient> Pool<C> {
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();
         let fallback = lock(&self.shared.unmarked).clone().filter(|(id, _)| *id == view.generation).map(|(_, why)| why);
-        Status { max_size, size, available, waiting, fallback, view }
+        let evidence = match &view.state {
+            State::Primary { report, .. } => report.evidence,
+            _ => None,
+        };
+        Status { max_size, size, available, waiting, fallback, evidence, view }
     }
 
     /// Follows the cluster's state: the receiver shows the newest one. To miss nothing in between, see
@@ -597,6 +601,9 @@ pub struct Status {
     /// Why [`Guarantee::ExactlyOnce`] is no more than [`Guarantee::AtMostOnce`] on this primary, if it is not: what the
     /// server does not offer. Known from the first transaction on.
     pub fallback: Option<String>,
+    /// What a commit in doubt is settled by on this primary, with [`Guarantee::ExactlyOnce`]. `None` while there is no
+    /// primary, and until its first heart-beat.
+    pub evidence: Option<Evidence>,
     /// The primary, the generation, and the last change and why it happened.
     pub view: View,
 }

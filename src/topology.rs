@@ -14,7 +14,7 @@ mod tests;
 mod view;
 
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
-pub use report::{BadReport, Lsn, Role, ServerReport};
+pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{Question, ROLE_PROBE, STARTED_AT, STATS_RESET, microseconds, wait_for_promotion};
 pub use view::{Change, Eviction, GenerationId, State, View};
 
@@ -700,6 +700,10 @@ impl Topology {
         match answer {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
+                if report.evidence.is_some() && primary.report.evidence != report.evidence {
+                    primary.report.evidence = report.evidence;
+                    self.revision += 1;
+                }
                 // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
                 let fenced_for_new_sessions = report.fence_pending && !probed.fresh;
                 if let Some(member) = self.members.get_mut(&probed.address) {

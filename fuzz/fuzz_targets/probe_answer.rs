@@ -54,8 +54,10 @@ impl Row {
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[3])));
         row.push(wal.map(|wal| format!("{:X}/{:X}", wal[1], wal[2])));
         row.push(numbers[1].map(seconds));
+        row.push(wal.map(|wal| wal[0].to_string()));
+        row.push(fence.map(|fence| if fence { "function" } else { "none" }.to_owned()));
         if let Some((column, Value(value))) = planted {
-            row[usize::from(column % 10)] = value;
+            row[usize::from(column % 12)] = value;
         }
         row
     }
@@ -108,6 +110,8 @@ fn says_what_the_row_says(report: &ServerReport, row: &[Option<&str>]) {
     assert_eq!(report.system_identifier, identifier, "{row:?}");
     assert_eq!(report.started_at.map(i128::from), column(5).map(micros), "{row:?}");
     assert_eq!(report.stats_reset.map(i128::from), column(9).map(micros), "{row:?}");
+    assert_eq!(report.checkpointed, column(10).map(|text| text.parse().unwrap()), "{row:?}");
+    assert_eq!(report.evidence.is_some(), column(11).is_some(), "{row:?}");
     assert_ne!(report.timeline, Some(0), "{row:?}");
     assert_eq!(report.timeline, column(6).map(|name| u32::from_str_radix(&name[..8], 16).unwrap()), "{row:?}");
     assert_eq!(report.wal, column(7).map(|text| text.parse::<Lsn>().unwrap()), "{row:?}");

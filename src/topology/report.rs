@@ -24,10 +24,11 @@ impl Question {
     /// still shows the old one for a while after a promotion.
     pub(crate) fn sql(self) -> String {
         let fence = if self == Self::Again { FENCE } else { "NULL::boolean" };
-        let (timeline, wal, stats_reset) = match self {
-            Self::Identity => ("NULL", "NULL", "NULL"),
-            Self::Candidate | Self::Again => (TIMELINE, WAL, STATS_RESET),
+        let (timeline, wal, stats_reset, checkpointed) = match self {
+            Self::Identity => ("NULL", "NULL", "NULL", "NULL"),
+            Self::Candidate | Self::Again => (TIMELINE, WAL, STATS_RESET, CHECKPOINTED),
         };
+        let evidence = if self == Self::Again { EVIDENCE } else { "NULL" };
         format!(
             "SELECT pg_is_in_recovery(), \
                     current_setting('transaction_read_only'), \
@@ -38,7 +39,9 @@ impl Question {
                     {timeline}, \
                     {wal}, \
                     CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
-                    {stats_reset} \
+                    {stats_reset}, \
+                    {checkpointed}, \
+                    {evidence} \
                FROM pg_control_system()"
         )
     }
@@ -66,6 +69,23 @@ pub(crate) const STARTED_AT: &str = "extract(epoch FROM pg_postmaster_start_time
 pub(crate) const STATS_RESET: &str = "\
     CASE WHEN current_setting('server_version_num')::int >= 150000 \
          THEN (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter) END";
+
+/// The timeline of the last checkpoint. After a promotion it is an older one until the first checkpoint of the new timeline
+/// is complete, and a server that recovers from a crash completes one before it takes work: so an older timeline shows
+/// that the server was promoted, has not crashed since, and had followed that timeline (`CreateEndOfRecoveryRecord` and
+/// `PerformRecoveryXLogAction` in `xlog.c`).
+pub(crate) const CHECKPOINTED: &str = "\
+    CASE WHEN pg_is_in_recovery() THEN NULL ELSE (SELECT timeline_id FROM pg_control_checkpoint()) END";
+
+/// What this role can read about the history of the server's log: see [`Evidence`]. The catalogue is asked for the
+/// function, as a name that is not there or not allowed would be an error.
+pub(crate) const EVIDENCE: &str = "\
+    CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n \
+                       WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
+                         AND p.pronargs = 2 AND has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute')) \
+         THEN 'function' \
+         WHEN has_function_privilege('pg_ls_waldir()', 'execute') THEN 'files' \
+         ELSE 'none' END";
 
 /// Ends when the server is no standby any more, or the vigil is over. No row is of interest.
 pub(crate) fn wait_for_promotion(vigil: Vigil) -> String {
@@ -133,6 +153,30 @@ impl BadReport {
     }
 }
 
+/// What a server lets the pool read about the history of its write-ahead log, by which a commit in doubt is settled.
+///
+/// Each kind has all that the ones below it have. docs/exactly-once.md tells what each settles.
+///
+/// ```
+/// use tokio_postgres_failover::Evidence;
+///
+/// assert!(Evidence::Function > Evidence::Files && Evidence::Files > Evidence::Checkpoint);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Evidence {
+    /// What every role may read: the position at which replay ended and the timeline of the last checkpoint. It settles
+    /// after one crash or promotion, if the pool asks before the new primary has completed a checkpoint, or if the cluster
+    /// had never failed over before.
+    Checkpoint,
+    /// `pg_ls_waldir()`, which members of `pg_monitor` may call: the names of the files in `pg_wal` show that a timeline
+    /// was followed. It settles after one crash or promotion.
+    Files,
+    /// `failover.wal_history` of `sql/history.sql`, which a superuser creates once: it shows the ancestors of the timeline,
+    /// and whether the transaction's mark is in the log. It settles after any number of crashes and promotions.
+    Function,
+}
+
 /// What a server is to this pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -174,6 +218,11 @@ pub struct ServerReport {
     /// When the server's statistics were reset, in microseconds since 1970: by hand, or by a crash, which they do not survive.
     /// Told by PostgreSQL 15 and newer.
     pub stats_reset: Option<i64>,
+    /// The timeline of a primary's last checkpoint: older than [`timeline`](Self::timeline) for a while after a promotion.
+    /// `None` on a standby.
+    pub checkpointed: Option<u32>,
+    /// What settles a commit in doubt on this server. `None` where it was not asked yet.
+    pub evidence: Option<Evidence>,
 }
 
 impl ServerReport {
@@ -217,7 +266,19 @@ impl ServerReport {
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
             stats_reset: column(9).map(|text| microseconds(text, "a time")).transpose()?,
+            checkpointed: column(10).map(|text| number(text, "a timeline")).transpose()?,
+            evidence: column(11).map(evidence).transpose()?,
         })
+    }
+}
+
+/// Reads a column of [`EVIDENCE`].
+pub(crate) fn evidence(text: &str) -> Result<Evidence, BadReport> {
+    match text {
+        "function" => Ok(Evidence::Function),
+        "files" => Ok(Evidence::Files),
+        "none" => Ok(Evidence::Checkpoint),
+        _ => Err(BadReport::new("a kind of evidence", text)),
     }
 }
 
@@ -258,7 +319,7 @@ fn system_identifier(text: &str) -> Result<u64, BadReport> {
 mod tests {
     use super::*;
 
-    const PRIMARY: [Option<&str>; 10] = [
+    const PRIMARY: [Option<&str>; 12] = [
         Some("f"),
         Some("off"),
         Some("off"),
@@ -269,6 +330,8 @@ mod tests {
         Some("0/A1000060"),
         Some("0/A0000028"),
         Some("1763000000.123456"),
+        Some("1"),
+        Some("files"),
     ];
 
     fn with(index: usize, value: Option<&'static str>) -> Result<ServerReport, BadReport> {
@@ -285,6 +348,7 @@ mod tests {
         assert_eq!(report.system_identifier, Some(7_301_827_364_512_345_678));
         assert_eq!(report.wal.map(|lsn| lsn.to_string()), Some("0/A1000060".to_owned()));
         assert!(!report.fence_pending);
+        assert_eq!((report.checkpointed, report.evidence), (Some(1), Some(Evidence::Files)));
     }
 
     #[test]
@@ -350,6 +414,8 @@ mod tests {
             (7, Some("/")),
             (8, Some("0")),
             (9, Some("never")),
+            (10, Some("-1")),
+            (11, Some("rumours")),
         ] {
             assert!(with(index, value).is_err(), "column {index}: {value:?}");
         }

@@ -185,6 +185,8 @@ impl Step {
             wal: self.wal.map(lsn),
             replayed: self.replayed.map(lsn),
             stats_reset: None,
+            checkpointed: None,
+            evidence: None,
         })
     }
 

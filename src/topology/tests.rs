@@ -36,6 +36,8 @@ fn primary(n: u8, timeline: u32) -> ServerReport {
         wal: None,
         replayed: None,
         stats_reset: None,
+        checkpointed: None,
+        evidence: None,
     }
 }
 
