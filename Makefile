@@ -15,7 +15,7 @@ picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
 	RENEW=1 cargo test --quiet --test documents picture
 
-bench: setup ## This pool beside others (PEERS=rust QUICK=1 CASES=recovery,growth,floor,quiet FAILURES=kill,... ROUNDS=7 SEED=1)
+bench: setup ## This pool beside others (PEERS=rust QUICK=1 CASES=recovery,growth,floor,quiet,fleet FAILURES=kill,... ROUNDS=7 SEED=1)
 	@sh bench/setup.sh
 	@cargo run --release --quiet --package failover-bench --bin failover-bench
 

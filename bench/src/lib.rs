@@ -8,6 +8,7 @@ pub mod error;
 pub mod external;
 pub mod fault;
 pub mod figures;
+pub mod fleet;
 pub mod floor;
 pub mod growth;
 pub mod isolation;

@@ -12,7 +12,7 @@ use failover_bench::report::{self, Places};
 use failover_bench::results::Results;
 use failover_bench::settings::{Case, Settings};
 use failover_bench::versions::Machine;
-use failover_bench::{floor, growth, quiet, recovery};
+use failover_bench::{fleet, floor, growth, quiet, recovery};
 
 fn main() -> ExitCode {
     // Silent unless RUST_LOG asks: RUST_LOG=tokio_postgres_failover=debug shows what this crate did when.
@@ -34,6 +34,10 @@ fn run() -> Result<(), Error> {
         None => {
             isolation::enter()?;
             block_on(measure(&settings))?;
+            // Its figures are for the terminal, and there is no report of them.
+            if settings.cases == [Case::Fleet] {
+                return Ok(());
+            }
             report::write(&settings.out, &Places::beside_results(&settings.out))
         }
         Some((word, [])) if word == "report" => report::write(&settings.out, &Places::beside_results(&settings.out)),
@@ -61,6 +65,7 @@ async fn measure(settings: &Settings) -> Result<(), Error> {
             Case::Floor => floor::run(settings, &Arc::new(Network::here().await)).await?,
             Case::Growth => growth::run(settings).await?,
             Case::Quiet => quiet_path(settings).await?,
+            Case::Fleet => fleet::run(settings, &Arc::new(Network::here().await)).await?,
         }
     }
     Ok(())

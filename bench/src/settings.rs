@@ -18,11 +18,13 @@ pub enum Case {
     Floor,
     /// What a transaction costs while nothing fails.
     Quiet,
+    /// What a hundred pools ask of the servers while nobody uses them.
+    Fleet,
 }
 
 impl Case {
     /// In the order in which they run.
-    pub const ALL: [Self; 4] = [Self::Floor, Self::Recovery, Self::Growth, Self::Quiet];
+    pub const ALL: [Self; 5] = [Self::Floor, Self::Recovery, Self::Growth, Self::Quiet, Self::Fleet];
 
     /// As `CASES=` takes it.
     pub fn name(self) -> &'static str {
@@ -31,6 +33,7 @@ impl Case {
             Self::Growth => "growth",
             Self::Floor => "floor",
             Self::Quiet => "quiet",
+            Self::Fleet => "fleet",
         }
     }
 }
@@ -42,7 +45,7 @@ const QUICK_FAILURES: [Failure; 2] = [Failure::DnsAll, Failure::Freeze];
 /// The environment's variables, read.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `CASES=recovery,growth,floor,quiet`; all unless told, and all but growth with `QUICK=1`.
+    /// `CASES=recovery,growth,floor,quiet,fleet`; all unless told, and all but growth and fleet with `QUICK=1`.
     pub cases: Vec<Case>,
     /// `FAILURES=kill,freeze`: these of the recovery case; all unless told, and two of them with `QUICK=1`.
     pub failures: Vec<Failure>,
@@ -147,7 +150,7 @@ mod tests {
     #[test]
     fn what_is_not_set_is_everything() {
         let all = settings(&[]).unwrap();
-        assert_eq!((all.cases.len(), all.failures.len(), all.quick), (4, Failure::ALL.len(), false));
+        assert_eq!((all.cases.len(), all.failures.len(), all.quick), (5, Failure::ALL.len(), false));
         assert_eq!(all.stuck_after(), Duration::from_mins(1));
     }
 
