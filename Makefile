@@ -32,7 +32,7 @@ test: setup ## Run every test against real servers
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak
 
-exactly-once: setup ## Cut COMMITs and kill primaries; nothing may be lost, doubled or untrue (CUTS=1000 FAILOVERS=200 ASYNC=100 SEED=...)
+exactly-once: setup ## Cut COMMITs and kill primaries; nothing may be lost, doubled or untrue (CUTS=1000 FAILOVERS=200 ASYNC=100 LEASES=3 SEED=..., and in each round PROMOTIONS=2 ARCHIVE=1 HISTORY=1)
 	CUTS=$${CUTS:-1000} FAILOVERS=$${FAILOVERS:-200} ASYNC=$${ASYNC:-100} cargo test --release --all-features --test exactly_once
 
 test-long: test ## All tests, five minutes of the soak, and a tenth of the proof

@@ -51,11 +51,11 @@ pub(crate) enum Outage {
     Restart,
 }
 
-pub(crate) async fn run(settler: Settler, wanted: usize, seed: u64) -> Result<Cuts, String> {
+pub(crate) async fn run(settler: Settler, wanted: usize, history: bool, seed: u64) -> Result<Cuts, String> {
     let mut dice = Dice::new(seed);
     // Commits wait for a standby: so there is a time in which a commit is neither done nor undone.
     let cluster = Arc::new(Cluster::builder().nodes(2).start().await);
-    create_tables(&cluster).await;
+    create_tables(&cluster, history).await;
     let cutter = in_front_of(&cluster, Node(0)).await;
     let writers = Writers::start(&format!("postgres://app@{}/app", cutter.addr()), settler, WRITERS, seed);
     let of_settlers = Arc::new(Mutex::new(BTreeSet::new()));

@@ -7,12 +7,17 @@
 //! - `FAILOVERS=200`: so many primaries are killed, where commits wait for a standby.
 //! - `ASYNC=100`: so many more are killed where commits do not wait, and a standby is promoted that lacks some of them. What
 //!   the dead primary had acknowledged, and nobody else had, is `allowed_loss`; the pool cannot know of it.
+//! - `PROMOTIONS=2`: so many in each round of these: the new primary is killed in turn. `FAILOVERS` and `ASYNC` count rounds.
+//! - `ARCHIVE=1`: all nodes share a WAL archive.
+//! - `HISTORY=1`: the pool may use the function of sql/history.sql, which shows the history of the server's log.
+//! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over.
 //! - `SEED=7`: the same order of faults and pauses again. Unless told it comes from the clock.
 //! - `SETTLER=wal`: this one alone.
 //! - `RUST_LOG=tokio_postgres_failover=debug` shows what the pool does.
 //!
 //! The last lines are the result. The exit code is not zero when something was lost, doubled or untrue, when a call got
-//! stuck or failed, when the ledger did not know an outcome, or when no outcome was in doubt.
+//! stuck or failed, or when no outcome was in doubt; and when an outcome stayed unknown for the ledger, behind failovers with
+//! the history function, or behind leaders that came back within their lease.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
@@ -22,6 +27,7 @@ mod cuts;
 #[path = "../soak/dice.rs"]
 mod dice;
 mod failovers;
+mod leases;
 mod trace;
 mod writers;
 
@@ -39,7 +45,7 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use cuts::Cuts;
-use failovers::{Failovers, Replication};
+use failovers::{Failovers, Plan, Replication};
 use writers::{Outcome, Settler};
 
 const NAME: &str = "exactly_once";
@@ -50,6 +56,34 @@ struct Numbers {
     cuts: usize,
     failovers: u64,
     without_waiting: u64,
+    leases: u64,
+    promotions: u64,
+    archive: bool,
+    history: bool,
+    /// Rounds of two promotions with an archive, besides the others.
+    twice: u64,
+}
+
+impl Numbers {
+    fn from_environment() -> Self {
+        let flag = |name| command::variable::<u8>(name).is_some_and(|number| number > 0);
+        let failovers = command::variable("FAILOVERS");
+        Self {
+            cuts: command::variable("CUTS").unwrap_or(40),
+            failovers: failovers.unwrap_or(3),
+            without_waiting: command::variable("ASYNC").unwrap_or(2),
+            leases: command::variable("LEASES").unwrap_or(0),
+            promotions: command::variable("PROMOTIONS").unwrap_or(1).max(1),
+            archive: flag("ARCHIVE"),
+            history: flag("HISTORY"),
+            twice: if failovers.is_none() { 2 } else { 0 },
+        }
+    }
+
+    fn plan(&self, replication: Replication, rounds: u64) -> Plan {
+        let Self { promotions, archive, history, .. } = *self;
+        Plan { replication, rounds, promotions, archive, history }
+    }
 }
 
 /// What one settler has shown: what is wrong, and the lines to end with.
@@ -67,14 +101,13 @@ fn main() -> ExitCode {
     // Silent unless RUST_LOG asks.
     let log = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_filter(EnvFilter::from_default_env());
     tracing_subscriber::registry().with(trace::Listener.with_filter(settling)).with(log).init();
-    let numbers = Numbers {
-        cuts: command::variable("CUTS").unwrap_or(40),
-        failovers: command::variable("FAILOVERS").unwrap_or(3),
-        without_waiting: command::variable("ASYNC").unwrap_or(2),
-    };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
-    if runtime.block_on(prove(command::seed(), numbers)) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if runtime.block_on(prove(command::seed(), Numbers::from_environment())) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// Runs everything and says what came of it; whether that was as it should be.
@@ -102,7 +135,15 @@ impl Report {
         let mut report = Self { settler, faults: Vec::new(), lines: Vec::new() };
         report.waiting(numbers, seed).await;
         if numbers.without_waiting > 0 {
-            report.without_waiting(numbers.without_waiting, seed).await;
+            report.without_waiting(numbers.plan(Replication::Asynchronous, numbers.without_waiting), seed).await;
+        }
+        if numbers.twice > 0 {
+            let plan = Plan { promotions: 2, archive: true, ..numbers.plan(Replication::Synchronous, 0) };
+            report.twice(Plan { rounds: numbers.twice, ..plan }, seed).await;
+            report.without_waiting(Plan { rounds: 1, replication: Replication::Asynchronous, ..plan }, seed).await;
+        }
+        if numbers.leases > 0 {
+            report.leases(numbers, seed).await;
         }
         report
     }
@@ -113,37 +154,56 @@ impl Report {
         let (mut of_commits, mut made) = (0, 0);
         if numbers.cuts > 0 {
             let begun = Instant::now();
-            if let Some(cuts) = self.ended(cuts::run(self.settler, numbers.cuts, seed)).await {
+            if let Some(cuts) = self.ended(cuts::run(self.settler, numbers.cuts, numbers.history, seed)).await {
                 of_commits = cuts.of_commits;
                 let Cuts { by_kind, of_settlers, outages, .. } = &cuts;
                 self.say(&format!("cuts: {by_kind:?}, {of_settlers} of them while settling, with {outages:?}"));
-                self.look("cuts", &cuts.outcome, begun);
+                self.look("cuts", &cuts.outcome, begun, self.settler == Settler::Ledger);
                 all.add(cuts.outcome);
             }
         }
         if numbers.failovers > 0 {
-            let begun = Instant::now();
-            let run = failovers::run(self.settler, Replication::Synchronous, numbers.failovers, seed);
-            if let Some(failovers) = self.ended(run).await {
-                made = failovers.made;
-                self.say(&format!("failovers: {}", reused(&failovers)));
-                self.look("failovers", &failovers.outcome, begun);
-                all.add(failovers.outcome);
+            let plan = numbers.plan(Replication::Synchronous, numbers.failovers);
+            if let Some(outcome) = self.failovers("failovers", plan, seed).await {
+                made = numbers.failovers;
+                all.add(outcome);
             }
         }
-        self.lines.push(format!("{} cuts={of_commits} failovers={made} {}", self.settler, counts(&all)));
+        let how = how(&numbers.plan(Replication::Synchronous, 0));
+        self.lines.push(format!("{} cuts={of_commits} failovers={made}{how} {}", self.settler, counts(&all)));
+    }
+
+    /// Rounds of several promotions, where commits wait for a standby.
+    async fn twice(&mut self, plan: Plan, seed: u64) {
+        let Some(outcome) = self.failovers("failovers", plan, seed).await else { return };
+        self.lines.push(format!("{} failovers={}{} {}", self.settler, plan.rounds, how(&plan), counts(&outcome)));
     }
 
     /// The failovers where commits do not wait.
-    async fn without_waiting(&mut self, wanted: u64, seed: u64) {
+    async fn without_waiting(&mut self, plan: Plan, seed: u64) {
+        let Some(outcome) = self.failovers("async", plan, seed).await else { return };
+        let (allowed, counts, how) = (outcome.allowed_loss, counts(&outcome), how(&plan));
+        let made = plan.rounds;
+        self.lines.push(format!("{} async failovers={made}{how} allowed_loss={allowed} {counts}", self.settler));
+    }
+
+    async fn failovers(&mut self, part: &str, plan: Plan, seed: u64) -> Option<Outcome> {
         let begun = Instant::now();
-        let run = failovers::run(self.settler, Replication::Asynchronous, wanted, seed);
-        let Some(failovers) = self.ended(run).await else { return };
-        self.say(&format!("async: {}", reused(&failovers)));
-        self.look("async", &failovers.outcome, begun);
-        let Failovers { made, outcome, .. } = failovers;
-        let (allowed, counts) = (outcome.allowed_loss, counts(&outcome));
-        self.lines.push(format!("{} async failovers={made} allowed_loss={allowed} {counts}", self.settler));
+        let failovers = self.ended(failovers::run(self.settler, plan, seed)).await?;
+        self.say(&format!("{part}{}: {}", how(&plan), reused(&failovers)));
+        self.look(part, &failovers.outcome, begun, self.settler == Settler::Ledger || plan.history);
+        Some(failovers.outcome)
+    }
+
+    /// The leaders that are back within their lease.
+    async fn leases(&mut self, numbers: Numbers, seed: u64) {
+        let begun = Instant::now();
+        let Numbers { leases, archive, history, .. } = numbers;
+        let run = leases::run(self.settler, leases, archive, history, seed);
+        let Some(outcome) = self.ended(run).await else { return };
+        self.look("leases", &outcome, begun, true);
+        let how = how(&Plan { promotions: 1, ..numbers.plan(Replication::Synchronous, 0) });
+        self.lines.push(format!("{} leases={leases}{how} {}", self.settler, counts(&outcome)));
     }
 
     fn say(&self, what: &str) {
@@ -162,8 +222,8 @@ impl Report {
         None
     }
 
-    /// Says what a part came to, and notes what is wrong with it.
-    fn look(&mut self, part: &str, outcome: &Outcome, begun: Instant) {
+    /// Says what a part came to, and notes what is wrong with it. `knows`: every outcome can be known.
+    fn look(&mut self, part: &str, outcome: &Outcome, begun: Instant, knows: bool) {
         let Outcome { acknowledged, refused, failed, stuck, settled, unknown, .. } = outcome;
         self.say(&format!(
             "{part}: in doubt and settled: {} committed, {} not committed; unknown: {unknown:?}; acknowledged: \
@@ -172,7 +232,10 @@ impl Report {
             settled.not_committed,
             begun.elapsed().as_secs_f64()
         ));
-        let Outcome { lost, doubled, untrue, .. } = outcome;
+        let Outcome { lost, doubled, untrue, allowed_untrue, .. } = outcome;
+        if *allowed_untrue > 0 {
+            self.say(&format!("{part}: {allowed_untrue} were not committed in a history that was lost as a whole"));
+        }
         let unknowns = outcome.unknowns();
         let faults = [
             (!lost.is_empty(), format!("lost {lost:?}")),
@@ -180,8 +243,8 @@ impl Report {
             (!untrue.is_empty(), format!("untrue {untrue:?}")),
             (*stuck > 0, format!("{stuck} calls were stuck")),
             (*failed > 0, format!("{failed} calls should have been run again")),
-            (self.settler == Settler::Ledger && unknowns > 0, format!("the ledger did not know {unknowns}")),
-            (settled.committed + settled.not_committed == 0, "nothing was in doubt".to_owned()),
+            (knows && unknowns > 0, format!("{unknowns} stayed unknown")),
+            (settled.committed + settled.not_committed + unknowns == 0, "nothing was in doubt".to_owned()),
         ];
         let found = faults.into_iter().filter(|(wrong, _)| *wrong);
         self.faults.extend(found.map(|(_, what)| format!("{} {part}: {what}", self.settler)));
@@ -193,6 +256,15 @@ fn reused(failovers: &Failovers) -> String {
     format!(
         "of {not_committed} transactions that were found not to be committed {reused} had an id that means another one now"
     )
+}
+
+/// What is not as usual in these rounds.
+fn how(plan: &Plan) -> String {
+    let Plan { promotions, archive, history, .. } = *plan;
+    let several = if promotions > 1 { format!(" promotions={promotions}") } else { String::new() };
+    let flags = [(archive, " archive=1"), (history, " history=1")];
+    let flags: String = flags.into_iter().filter_map(|(is_set, flag)| is_set.then_some(flag)).collect();
+    several + &flags
 }
 
 fn counts(outcome: &Outcome) -> String {

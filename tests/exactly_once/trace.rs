@@ -32,7 +32,7 @@ struct Try {
 /// The end of a doubt.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settling {
-    at: Instant,
+    pub(crate) at: Instant,
     pub(crate) found: Found,
     /// Of the transaction that it is about.
     pub(crate) xid: Option<u64>,

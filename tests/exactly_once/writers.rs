@@ -24,6 +24,9 @@ const PACE: u64 = 5;
 /// One writer of so many does not run again: it is told "not committed" where the others have their answer later.
 const IMPATIENT: usize = 4;
 
+/// Run by a superuser.
+const HISTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/history.sql");
+
 /// How a doubt is settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Settler {
@@ -75,6 +78,8 @@ struct Record {
     stuck: usize,
     settled: Settled,
     not_committed: Vec<u64>,
+    /// When a settler found that a call had not committed.
+    found_lost: BTreeMap<i64, Vec<Instant>>,
 }
 
 #[derive(Clone, Copy)]
@@ -96,11 +101,18 @@ pub(crate) struct Settled {
 pub(crate) struct Unreplicated {
     pub(crate) from: Instant,
     pub(crate) until: Instant,
+    /// A standby that was behind another was promoted first, and the other one after it. What the first one said was lost is
+    /// there again, and all that the first one wrote is gone, a ledger's fences included.
+    pub(crate) skipped: bool,
 }
 
 impl Unreplicated {
     fn excuses(&self, loss: Acknowledged) -> bool {
         loss.answered > self.from && loss.proven < self.until
+    }
+
+    fn excuses_finding(&self, at: Instant) -> bool {
+        self.skipped && at > self.from && at < self.until
     }
 }
 
@@ -112,6 +124,8 @@ pub(crate) struct Outcome {
     pub(crate) allowed_loss: usize,
     pub(crate) doubled: Vec<i64>,
     pub(crate) untrue: Vec<i64>,
+    /// Doubled or untrue, as a server had said "not committed" whose whole history was lost later.
+    pub(crate) allowed_untrue: usize,
     pub(crate) unknown: BTreeMap<String, usize>,
     /// Told that nothing was committed.
     pub(crate) refused: usize,
@@ -137,8 +151,8 @@ impl Outcome {
     }
 }
 
-/// The tables, for the pool's role.
-pub(crate) async fn create_tables(cluster: &Cluster) {
+/// The tables, for the pool's role; and the function that tells it the history of the server's log.
+pub(crate) async fn create_tables(cluster: &Cluster, history: bool) {
     let client = cluster.direct(cluster.primary()).await;
     Ledger::default().install(&client).await.expect("the ledger");
     let sql = "CREATE TABLE entries (id bigint NOT NULL);
@@ -146,6 +160,10 @@ pub(crate) async fn create_tables(cluster: &Cluster) {
                GRANT USAGE ON SCHEMA failover TO app;
                GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
     client.batch_execute(sql).await.expect("CREATE TABLE");
+    if history {
+        let sql = std::fs::read_to_string(HISTORY).expect("sql/history.sql");
+        client.batch_execute(&sql).await.expect("the history function");
+    }
 }
 
 impl Writers {
@@ -212,7 +230,13 @@ impl Writers {
             let known = record.acknowledged.get(id);
             known.is_some_and(|known| unreplicated.iter().any(|span| span.excuses(*known)))
         };
+        let excused_finding = |id: &i64| {
+            let found = record.found_lost.get(id).into_iter().flatten();
+            found.into_iter().any(|at| unreplicated.iter().any(|span| span.excuses_finding(*at)))
+        };
         let (allowed, lost): (Vec<i64>, Vec<i64>) = verdict.lost.into_iter().partition(excused);
+        let (again, doubled): (Vec<i64>, Vec<i64>) = verdict.doubled.into_iter().partition(excused_finding);
+        let (there, untrue): (Vec<i64>, Vec<i64>) = verdict.untrue.into_iter().partition(excused_finding);
         for id in &lost {
             let since_begun = |at: Instant| at.duration_since(self.shared.begun);
             let times =
@@ -223,8 +247,9 @@ impl Writers {
             acknowledged: verdict.acknowledged,
             lost,
             allowed_loss: allowed.len(),
-            doubled: verdict.doubled,
-            untrue: verdict.untrue,
+            doubled,
+            untrue,
+            allowed_untrue: again.len() + there.len(),
             unknown: record.unknown,
             refused: record.refused,
             failed: record.failed,
@@ -279,12 +304,13 @@ impl Shared {
     fn note(&self, writer: usize, id: i64, answer: Option<Result<(), Error>>, trace: &Trace) {
         let now = Instant::now();
         let mut record = self.record();
-        for Settling { found, xid, .. } in &trace.settlings {
+        for Settling { found, xid, at } in &trace.settlings {
             match found {
                 Found::Committed => record.settled.committed += 1,
                 Found::NotCommitted => {
                     record.settled.not_committed += 1;
                     record.not_committed.extend(xid);
+                    record.found_lost.entry(id).or_default().push(*at);
                 }
                 Found::Unknown => {}
             }
