@@ -1,18 +1,23 @@
 //! Decides whether a transaction whose COMMIT was not answered has been committed: what the transaction left behind at
 //! BEGIN, and what the primary says now → a [`Settled`]. Knows nothing of sessions, pools and time.
 //!
-//! Invariant: [`Settled::Committed`] and [`Settled::NotCommitted`] are true, as long as there was at most one crash or
-//! promotion since BEGIN; what may be more is [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in
-//! [`wal`] and [`ledger`]. Tests: `commit/tests.rs`, with a model of servers that crash, lose WAL and reuse transaction ids.
+//! Invariant: [`Settled::Committed`] and [`Settled::NotCommitted`] are true. With [`Proof::Function`] this needs no
+//! assumption about failovers; without it, a crash that loses the mark must be one that the pool saw. What cannot be told is
+//! [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in [`wal`] and [`ledger`]. Tests: `commit/tests.rs`, with
+//! a model of servers that crash, lose WAL and reuse transaction ids.
 
+mod ancestry;
+mod evidence;
 pub(crate) mod ledger;
 #[cfg(test)]
 mod tests;
 pub(crate) mod wal;
 
+use std::fmt;
 use std::time::Duration;
 
-use crate::topology::Lsn;
+use crate::topology::{Evidence, Lsn};
+pub(crate) use ancestry::Ancestry;
 use ledger::Ledger;
 
 /// What holds for the work of a transaction when the connection is lost between COMMIT and its answer.
@@ -27,8 +32,9 @@ pub enum Guarantee {
     /// a server does not offer what is needed, this is [`AtMostOnce`](Self::AtMostOnce), and
     /// [`Status::fallback`](crate::Status::fallback) says why.
     ///
-    /// Assumes at most one crash or failover between BEGIN and the question; after more, the call fails with
-    /// [`Error::CommitUnknown`](crate::Error::CommitUnknown).
+    /// How many crashes and failovers between BEGIN and the question it settles depends on what the role may read:
+    /// [`Status::evidence`](crate::Status::evidence). With the function of `sql/history.sql` any number; without it one. After
+    /// more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
     /// As `ExactlyOnce`, settled by a table: exact under any number of failovers, and one row to write for each transaction.
@@ -58,12 +64,26 @@ pub(crate) struct Life {
     /// When its statistics were reset, where that tells of crashes: from PostgreSQL 15 on they survive a clean restart and no
     /// crash (`pgstat_discard_stats` in `xlog.c`).
     pub(crate) stats_reset: Option<i64>,
+    /// An older timeline of which this server's last checkpoint was, as long as it has completed none of its own timeline:
+    /// so it followed that one, was promoted, and has not crashed since.
+    pub(crate) ancestor: Option<u32>,
 }
 
 impl Life {
     /// Statistics can be reset by hand.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.server == other.server && self.replayed == other.replayed
+    }
+}
+
+/// A word that no other transaction has in its mark. An id and a position are given out again when a crash has lost them;
+/// this is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Nonce(pub(crate) u128);
+
+impl fmt::Display for Nonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
     }
 }
 
@@ -74,8 +94,9 @@ pub(crate) struct Marker {
     pub(crate) life: Life,
     /// The transaction's id, of which there is one at a time in one history.
     pub(crate) xid: u64,
-    /// The end of a WAL record that carries the id. The commit record, if there is one, lies behind it.
+    /// The end of a WAL record that carries the id and the nonce. The commit record, if there is one, lies behind it.
     pub(crate) lsn: Lsn,
+    pub(crate) nonce: Nonce,
 }
 
 /// What the primary says when it is asked about a marker.
@@ -88,6 +109,31 @@ pub(crate) struct Now {
     pub(crate) primaries_since: u64,
 }
 
+/// What the primary shows of the history of its log beyond [`Now`], by its [`Evidence`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// No more than every role may read.
+    #[default]
+    Nothing,
+    /// Whether a file in `pg_wal` is of the marker's timeline.
+    Files { followed: bool },
+    /// The ancestors of the timeline, and the log itself.
+    Function { ancestry: Ancestry, sighting: Sighting },
+}
+
+/// What is in the log where the marker was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sighting {
+    /// The marker.
+    Marker,
+    /// Something else; or the log does not reach so far.
+    Other,
+    /// The log reaches so far, but is not on the disk yet.
+    NotYet,
+    /// The segment has been recycled.
+    Recycled,
+}
+
 /// What the server's record of transactions has to do with the marker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Located {
@@ -95,6 +141,8 @@ pub(crate) enum Located {
     Here,
     /// The marker is not in this server's history, and so the commit is not: the id may be somebody else's by now.
     Lost,
+    /// It can be told in a moment.
+    NotYet,
     /// Neither can be shown.
     Unclear(Unsettled),
 }
@@ -128,12 +176,24 @@ pub enum Unsettled {
     /// lacks what settling needs, see [`Status::fallback`](crate::Status::fallback).
     #[error("the transaction left no mark to ask the server by")]
     NoMarker,
-    /// More than one crash or failover since BEGIN.
-    #[error("there was more than one crash or failover since it began")]
+    /// More than one crash or failover since BEGIN, and the server does not show its log: see
+    /// [`Status::evidence`](crate::Status::evidence).
+    #[error("there was more than one crash or failover since it began: sql/history.sql lets such outcomes be settled")]
     SeveralFailovers,
+    /// The primary does not show that its timeline continues the one of the transaction: see
+    /// [`Status::evidence`](crate::Status::evidence).
+    #[error(
+        "the primary does not show that its timeline continues the one that it began on: sql/history.sql or the role \
+         pg_monitor lets the pool see it"
+    )]
+    Unproven,
     /// The server was shut down and started since BEGIN, and does not show whether it had crashed before: PostgreSQL 14 and
-    /// older never do. Or it was promoted and crashed or was restarted afterwards.
-    #[error("the server was restarted since it began, and no longer shows whether it had lost anything")]
+    /// older never do. Or it was promoted, and may have crashed or been restarted afterwards. See
+    /// [`Status::evidence`](crate::Status::evidence).
+    #[error(
+        "the server was restarted since it began, and no longer shows whether it had lost anything: sql/history.sql lets \
+         such outcomes be settled"
+    )]
     Restarted,
     /// The primary's timeline has the number of the transaction's, or a lower one, and is another.
     #[error("the primary's timeline is not a continuation of the one that it began on")]
@@ -162,8 +222,20 @@ pub enum Unsettled {
     TooOld,
 }
 
+/// Does the answer depend on more than every role may read, and does the server show it?
+pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> bool {
+    if now.life.is(&marker.life) {
+        return false;
+    }
+    match (evidence, locate(marker, now, &Proof::Nothing)) {
+        (_, Located::Lost | Located::Unclear(Unsettled::OtherCluster)) | (Evidence::Checkpoint, _) => false,
+        (Evidence::Function, _) => true,
+        (Evidence::Files, located) => located == Located::Unclear(Unsettled::Unproven),
+    }
+}
+
 /// Is the marker in the history of the server that says `now`?
-pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
+pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     if now.life.is(&marker.life) {
         return Located::Here;
     }
@@ -171,28 +243,78 @@ pub(crate) fn locate(marker: &Marker, now: &Now) -> Located {
     if then.system_identifier != server.system_identifier {
         return Located::Unclear(Unsettled::OtherCluster);
     }
-    if now.primaries_since > 1 {
-        return Located::Unclear(Unsettled::SeveralFailovers);
+    if let Proof::Function { sighting, .. } = proof {
+        match sighting {
+            Sighting::Marker => return Located::Here,
+            Sighting::Other => return Located::Lost,
+            Sighting::NotYet => return Located::NotYet,
+            Sighting::Recycled => {}
+        }
     }
-    let promoted = match server.timeline.checked_sub(then.timeline) {
-        Some(0) => false,
-        Some(1) => true,
-        Some(_) => return Located::Unclear(Unsettled::SeveralFailovers),
-        None => return Located::Unclear(Unsettled::OtherHistory),
-    };
-    // A standby that did not know of the marker's timeline was promoted to one with the same number.
-    if !promoted && now.received.is_some() {
+    if server.timeline < then.timeline || is_another_of_this_number(marker, now) {
         return Located::Unclear(Unsettled::OtherHistory);
     }
-    let (stats_then, stats_now) = (marker.life.stats_reset, now.life.stats_reset);
+    // What lies behind the end of the last replay was written by the life that answers, and the marker by another one.
+    if now.life.replayed.is_some_and(|replayed| replayed < marker.lsn) {
+        return Located::Lost;
+    }
+    match proof {
+        _ if server.timeline == then.timeline => restarted(marker, now),
+        Proof::Function { ancestry, .. } => descended(marker, now, ancestry),
+        Proof::Files { followed } => promoted(marker, now, *followed),
+        Proof::Nothing => promoted(marker, now, false),
+    }
+}
+
+/// Two servers may have been promoted to timelines of one number. A server on the marker's timeline that was promoted in the
+/// life that answers is not the server that the marker was written on: that one had been promoted before.
+fn is_another_of_this_number(marker: &Marker, now: &Now) -> bool {
+    let promoted = now.received.is_some() || now.life.ancestor.is_some();
+    now.life.server.timeline == marker.life.server.timeline && promoted
+}
+
+/// The marker's timeline goes on, in another life of its server, which has not lost the marker if it crashed once.
+fn restarted(marker: &Marker, now: &Now) -> Located {
+    let (before, after) = (marker.life.stats_reset, now.life.stats_reset);
+    if before.is_some() && before == after {
+        // However often it was started, it never crashed, and so has lost nothing.
+        return Located::Here;
+    }
     match now.life.replayed {
-        // It was shut down and started, and lost nothing: in between it has not crashed.
-        None if !promoted && stats_now.is_some() && stats_now == stats_then => Located::Here,
-        None => Located::Unclear(Unsettled::Restarted),
-        Some(replayed) if replayed < marker.lsn => Located::Lost,
-        // It may have crashed after its promotion: then this is the end of that recovery, and behind what it took over.
-        Some(_) if promoted && now.received.is_none() => Located::Unclear(Unsettled::Restarted),
+        _ if now.primaries_since > 1 => Located::Unclear(Unsettled::SeveralFailovers),
         Some(_) => Located::Here,
+        None => Located::Unclear(Unsettled::Restarted),
+    }
+}
+
+/// The server is on a newer timeline. Shown without its history: the marker's timeline is the one before it, and replay
+/// ended where that one did.
+fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
+    let then = marker.life.server.timeline;
+    if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
+        return Located::Unclear(Unsettled::SeveralFailovers);
+    }
+    // Each history begins with timeline 1.
+    if then > 1 && now.life.ancestor != Some(then) && !followed {
+        return Located::Unclear(Unsettled::Unproven);
+    }
+    // Otherwise it may have crashed after its promotion: then this is the end of that recovery.
+    let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some();
+    match now.life.replayed {
+        Some(_) if not_crashed_since => Located::Here,
+        _ => Located::Unclear(Unsettled::Restarted),
+    }
+}
+
+/// The server is on a newer timeline, and shows its history, but not the log at the marker. A crash on the marker's timeline
+/// may have lost it: the pool has seen none if it has seen each promotion, and nothing else.
+fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
+    let then = marker.life.server.timeline;
+    match ancestry.end_of(then) {
+        None => Located::Lost,
+        Some(end) if end < marker.lsn => Located::Lost,
+        Some(_) if now.primaries_since.max(1) == ancestry.promotions_since(then) => Located::Here,
+        Some(_) => Located::Unclear(Unsettled::SeveralFailovers),
     }
 }
 

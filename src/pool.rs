@@ -38,7 +38,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary, lock};
 use crate::commit::ledger::Ledger;
-use crate::commit::{Guarantee, Life};
+use crate::commit::{Guarantee, Life, Nonce};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
@@ -463,6 +463,11 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// A seed for one call's jitter.
+    /// A word for one transaction's mark.
+    pub(crate) fn next_nonce(&self) -> Nonce {
+        self.dialer.next_nonce()
+    }
+
     pub(crate) fn next_seed(&self) -> u64 {
         self.dialer.next_seed()
     }

@@ -15,7 +15,9 @@ mod view;
 
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
-pub(crate) use report::{Question, ROLE_PROBE, STARTED_AT, STATS_RESET, microseconds, wait_for_promotion};
+pub(crate) use report::{
+    CHECKPOINTED, EVIDENCE, Question, ROLE_PROBE, STARTED_AT, STATS_RESET, evidence, microseconds, wait_for_promotion,
+};
 pub use view::{Change, Eviction, GenerationId, State, View};
 
 use std::collections::{BTreeMap, HashSet};

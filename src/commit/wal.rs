@@ -4,18 +4,20 @@
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
-use super::{Life, Marker, Now, Server, XactStatus};
+use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, XactStatus};
 use crate::server::rows;
-use crate::topology::{BadReport, STARTED_AT, STATS_RESET, ServerReport, microseconds};
+use crate::topology::{
+    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, evidence, microseconds,
+};
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
-/// writes a record of WAL that carries the id and that nobody reads, and returns its end. The third and the fifth tell the
+/// writes a record of WAL that carries the id and the nonce, and returns its end. The third and the fifth tell the
 /// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
 /// The last tells whether the message that asks has begun the transaction too: both times are then that message's.
-fn mark() -> String {
+fn mark(nonce: &str) -> String {
     format!(
         "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
-                CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', '') END, \
+                CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', {nonce}) END, \
                 pg_last_wal_replay_lsn(), \
                 pg_backend_pid(), \
                 {STARTED_AT}, \
@@ -26,7 +28,7 @@ fn mark() -> String {
 
 /// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
-const PREPARED: &str = "tokio_postgres_failover_mark_3";
+const PREPARED: &str = "tokio_postgres_failover_mark_4";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,11 +43,14 @@ pub(crate) enum Marking {
 
 impl Marking {
     /// BEGIN and the mark, in one message.
-    pub(crate) fn sql(self, begin: &str) -> String {
+    pub(crate) fn sql(self, begin: &str, nonce: Nonce) -> String {
         match self {
-            Self::New => format!("{begin}; PREPARE {PREPARED} AS {}; EXECUTE {PREPARED}", mark()),
-            Self::Prepared => format!("{begin}; EXECUTE {PREPARED}"),
-            Self::Plain => format!("{begin}; {}", mark()),
+            Self::New => {
+                let mark = mark("$1");
+                format!("{begin}; PREPARE {PREPARED} (text) AS {mark}; EXECUTE {PREPARED} ('{nonce}')")
+            }
+            Self::Prepared => format!("{begin}; EXECUTE {PREPARED} ('{nonce}')"),
+            Self::Plain => format!("{begin}; {}", mark(&format!("'{nonce}'"))),
         }
     }
 
@@ -94,7 +99,7 @@ pub(crate) enum Marked {
     Joined,
 }
 
-pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
+pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<Marked, BadReport> {
     if text(row, 5) == Some("f") {
         return Ok(Marked::Joined);
     }
@@ -105,20 +110,23 @@ pub(crate) fn marker(life: &Life, row: &Row) -> Result<Marked, BadReport> {
     let lsn = field(row, 1, "an LSN")?;
     let backend = Backend { pid: field(row, 3, "a process id")?, xid };
     let (replayed, started_at) = (optional(row, 2)?, time(row, 4)?);
-    let Life { server, stats_reset, .. } = *life;
-    if !life.is(&Life { server: Server { started_at, ..server }, replayed, stats_reset }) {
+    if !life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }) {
         return Ok(Marked::Elsewhere);
     }
-    Ok(Marked::By(Marker { life: *life, xid, lsn }, backend))
+    Ok(Marked::By(Marker { life: *life, xid, lsn, nonce }, backend))
 }
 
-/// Begins a settler's transaction. What the server says of itself, and of a transaction with this id, which need not be the
-/// one that is asked for: `None` where it has given out no such id yet. `Err(None)`: it makes no sense.
-pub(crate) async fn look(
-    client: &Client,
-    xid: u64,
-    primaries_since: u64,
-) -> Result<(Now, Option<XactStatus>), Option<Error>> {
+/// What a server says of itself, and of the transaction with an id, which need not be the one that is asked for.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) now: Now,
+    /// `None`: the server has given out no such id yet.
+    pub(crate) status: Option<XactStatus>,
+    pub(crate) evidence: Evidence,
+}
+
+/// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense.
+pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Result<Said, Option<Error>> {
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
     let look = format!(
         "{BEGIN}; \
@@ -129,11 +137,55 @@ pub(crate) async fn look(
                 pg_last_wal_receive_lsn(), \
                 {STATS_RESET}, \
                 CASE WHEN '{xid}'::xid8 < pg_current_xact_id() \
-                     THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END \
+                     THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END, \
+                {CHECKPOINTED}, \
+                {EVIDENCE} \
            FROM pg_control_system()"
     );
     let row = only_row(client, &look).await?;
-    Ok((now(&row, primaries_since).map_err(|_| None)?, status(&row).map_err(|_| None)?))
+    said(&row, primaries_since).map_err(|_| None)
+}
+
+fn said(row: &Row, primaries_since: u64) -> Result<Said, BadReport> {
+    let evidence = evidence(text(row, 8).unwrap_or("NULL"))?;
+    Ok(Said { now: now(row, primaries_since)?, status: status(row)?, evidence })
+}
+
+/// Asks, within a settler's transaction, for what the server shows of the history of its log.
+pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Option<Error>> {
+    let timeline = marker.life.server.timeline;
+    let sql = match evidence {
+        Evidence::Checkpoint => return Ok(Proof::Nothing),
+        Evidence::Files => {
+            format!("SELECT count(*) > 0 FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'")
+        }
+        Evidence::Function => {
+            format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce)
+        }
+    };
+    let row = only_row(client, &sql).await?;
+    proof(evidence, &row).map_err(|_| None)
+}
+
+fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
+    let answer = text(row, 0);
+    let bad = || BadReport::new("what is in the log", answer.unwrap_or("NULL"));
+    if evidence == Evidence::Files {
+        return match answer {
+            Some("t") => Ok(Proof::Files { followed: true }),
+            Some("f") => Ok(Proof::Files { followed: false }),
+            _ => Err(bad()),
+        };
+    }
+    let sighting = match answer {
+        Some("marker") => Sighting::Marker,
+        Some("other") => Sighting::Other,
+        Some("not yet") => Sighting::NotYet,
+        Some("recycled") => Sighting::Recycled,
+        _ => return Err(bad()),
+    };
+    let history = text(row, 1).ok_or_else(|| BadReport::new("a timeline's history", "NULL"))?;
+    Ok(Proof::Function { ancestry: Ancestry::parse(history)?, sighting })
 }
 
 fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
@@ -143,7 +195,9 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
         timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
     };
     let stats_reset = text(row, 5).is_some().then(|| time(row, 5)).transpose()?;
-    let life = Life { server, replayed: optional(row, 3)?, stats_reset };
+    let checkpointed: u32 = field(row, 7, "a timeline")?;
+    let ancestor = Some(checkpointed).filter(|older| *older < server.timeline);
+    let life = Life { server, replayed: optional(row, 3)?, stats_reset, ancestor };
     Ok(Now { life, received: optional(row, 4)?, primaries_since })
 }
 
@@ -153,7 +207,7 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
         Some("committed") => XactStatus::Committed,
         Some("aborted") => XactStatus::Aborted,
         Some("forgotten") => XactStatus::Forgotten,
-        None if row.len() == 7 => return Ok(None),
+        None if row.len() > 6 => return Ok(None),
         other => return Err(BadReport::new("the status of a transaction", other.unwrap_or("nothing"))),
     }))
 }
@@ -203,8 +257,10 @@ mod tests {
 
     fn life() -> Life {
         let server = Server { system_identifier: 1, timeline: 1, started_at: 5_000_000 };
-        Life { server, replayed: None, stats_reset: Some(9) }
+        Life { server, replayed: None, stats_reset: Some(9), ancestor: None }
     }
+
+    const NONCE: Nonce = Nonce(0xBEE);
 
     fn row(columns: &[Option<&str>]) -> Row {
         columns.iter().map(|column| column.map(str::to_owned)).collect()
@@ -214,7 +270,9 @@ mod tests {
 
     #[test]
     fn a_marker_is_read() {
-        let Marked::By(marker, backend) = marker(&life(), &row(&MARKED)).unwrap() else { panic!("it is a mark") };
+        let Marked::By(marker, backend) = marker(&life(), NONCE, &row(&MARKED)).unwrap() else {
+            panic!("it is a mark")
+        };
         assert_eq!((marker.xid, marker.lsn.to_string(), marker.life), (728, "0/30162E0".to_owned(), life()));
         assert_eq!(backend, Backend { pid: 42, xid: 728 });
     }
@@ -224,7 +282,7 @@ mod tests {
         for (index, other) in [(2, Some("0/1")), (4, Some("6"))] {
             let mut columns = MARKED;
             columns[index] = other;
-            assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::Elsewhere, "column {index}");
+            assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::Elsewhere, "column {index}");
         }
     }
 
@@ -232,7 +290,7 @@ mod tests {
     fn a_transaction_that_cannot_write_has_none() {
         let mut columns = MARKED;
         (columns[0], columns[1]) = (None, None);
-        assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::ReadOnly);
+        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::ReadOnly);
     }
 
     #[test]
@@ -240,7 +298,7 @@ mod tests {
         for written in [MARKED[0], None] {
             let mut columns = MARKED;
             (columns[0], columns[5]) = (written, Some("f"));
-            assert_eq!(marker(&life(), &row(&columns)).unwrap(), Marked::Joined);
+            assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::Joined);
         }
     }
 
@@ -251,9 +309,9 @@ mod tests {
         {
             let mut columns = MARKED;
             columns[index] = bad;
-            assert!(marker(&life(), &row(&columns)).is_err(), "column {index}: {bad:?}");
+            assert!(marker(&life(), NONCE, &row(&columns)).is_err(), "column {index}: {bad:?}");
         }
-        assert!(marker(&life(), &row(&[])).is_err());
+        assert!(marker(&life(), NONCE, &row(&[])).is_err());
     }
 
     #[test]
@@ -269,6 +327,35 @@ mod tests {
     }
 
     #[test]
+    fn a_nonce_is_what_the_function_takes() {
+        assert_eq!(NONCE.to_string(), "00000000000000000000000000000bee");
+        assert!(Marking::Prepared.sql("BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')"));
+    }
+
+    #[test]
+    fn what_a_server_shows_of_its_log_is_read() {
+        let of = |evidence, columns: &[Option<&str>]| proof(evidence, &row(columns));
+        assert_eq!(of(Evidence::Files, &[Some("t")]).unwrap(), Proof::Files { followed: true });
+        assert_eq!(of(Evidence::Files, &[Some("f")]).unwrap(), Proof::Files { followed: false });
+        for (text, sighting) in [
+            ("marker", Sighting::Marker),
+            ("other", Sighting::Other),
+            ("not yet", Sighting::NotYet),
+            ("recycled", Sighting::Recycled),
+        ] {
+            let ancestry: Ancestry = [(1, "0/5".parse().unwrap())].into_iter().collect();
+            let said = of(Evidence::Function, &[Some(text), Some("1\t0/5\tno reason\n")]).unwrap();
+            assert_eq!(said, Proof::Function { ancestry, sighting });
+        }
+        for bad in
+            [&[None, Some("")][..], &[Some("marker"), None], &[Some("t"), Some("")], &[Some("other"), Some("1")], &[]]
+        {
+            assert!(of(Evidence::Function, bad).is_err(), "{bad:?}");
+        }
+        assert!(of(Evidence::Files, &[None]).is_err());
+    }
+
+    #[test]
     fn what_a_server_says_of_itself_is_read() {
         let good = [
             Some("-1"),
@@ -277,6 +364,8 @@ mod tests {
             Some("0/5"),
             None,
             Some("0.000007"),
+            None,
+            Some("1"),
         ];
         let read = now(&row(&good), 1).unwrap();
         assert_eq!(
@@ -284,7 +373,10 @@ mod tests {
             Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 }
         );
         assert_eq!((read.life.replayed.map(Lsn::get), read.received, read.primaries_since), (Some(5), None, 1));
-        assert_eq!(read.life.stats_reset, Some(7));
+        assert_eq!((read.life.stats_reset, read.life.ancestor), (Some(7), Some(1)));
+        let mut checkpointed = good;
+        checkpointed[7] = Some("2");
+        assert_eq!(now(&row(&checkpointed), 1).unwrap().life.ancestor, None, "it is its own timeline");
         for index in 0..3 {
             let mut columns = good;
             columns[index] = None;

@@ -61,7 +61,8 @@ pub(super) fn life(report: &ServerReport) -> Option<Life> {
         timeline: report.timeline?,
         started_at: report.started_at?,
     };
-    Some(Life { server, replayed: report.replayed, stats_reset: report.stats_reset })
+    let ancestor = report.checkpointed.filter(|older| *older < server.timeline);
+    Some(Life { server, replayed: report.replayed, stats_reset: report.stats_reset, ancestor })
 }
 
 /// One pooled connection: what a deadpool pool of this [`Manager`] holds.

@@ -1,5 +1,6 @@
 //! Opens sessions of the current generation, for whoever needs one: the pool, and those who settle a commit.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -8,6 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::settling::Settlers;
 use crate::cluster::{Cluster, Generation};
+use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
 use crate::server::{Open, Session, SessionClient};
@@ -22,11 +24,19 @@ pub(super) struct Dialer<C> {
     pub(super) open_timeout: Duration,
     pub(super) settlers: Settlers<C>,
     seeds: AtomicU64,
+    nonces: Nonces,
 }
 
 impl<C: SessionClient> Dialer<C> {
     pub(super) fn new(cluster: Cluster<C>, opener: Arc<dyn Open<C>>, open_timeout: Duration, seed: u64) -> Self {
-        Self { cluster, opener, open_timeout, settlers: Settlers::default(), seeds: AtomicU64::new(seed) }
+        Self {
+            cluster,
+            opener,
+            open_timeout,
+            settlers: Settlers::default(),
+            seeds: AtomicU64::new(seed),
+            nonces: Nonces::default(),
+        }
     }
 
     pub(super) fn random_up_to(&self, most: Duration) -> Duration {
@@ -36,6 +46,10 @@ impl<C: SessionClient> Dialer<C> {
     /// A seed for one decision's jitter: different each time, the same series again for the same seed of the pool.
     pub(super) fn next_seed(&self) -> u64 {
         self.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
+    }
+
+    pub(super) fn next_nonce(&self) -> Nonce {
+        self.nonces.next()
     }
 
     /// A session of the current generation.
@@ -102,5 +116,24 @@ impl<C: SessionClient> Dialer<C> {
         sleep((longest + self.random_up_to(longest)) / 2).await;
         let obstacle = Obstacle::NoSession(Some(failure));
         Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle)))
+    }
+}
+
+/// Words that no other pool gives out: a random half for the pool, and a number. A seed that a caller sets does not decide
+/// them, as two pools may have the same one.
+struct Nonces {
+    pool: u64,
+    given: AtomicU64,
+}
+
+impl Default for Nonces {
+    fn default() -> Self {
+        Self { pool: RandomState::new().hash_one(0), given: AtomicU64::new(RandomState::new().hash_one(1)) }
+    }
+}
+
+impl Nonces {
+    fn next(&self) -> Nonce {
+        Nonce(u128::from(self.pool) << 64 | u128::from(self.given.fetch_add(1, Ordering::Relaxed)))
     }
 }

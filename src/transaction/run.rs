@@ -15,9 +15,9 @@ use super::{Transaction, TransactionBuilder};
 use crate::classify::{
     Verdict, classify, classify_chain, commit_refused, explain, links, not_offered, report_in_chain,
 };
-use crate::commit::Unsettled;
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
+use crate::commit::{Nonce, Unsettled};
 use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
 use crate::observe::Observer;
 use crate::pool::{Client, Pool};
@@ -305,9 +305,10 @@ impl<C: SessionClient> Attempt<C> {
     /// BEGIN and the mark, in one message.
     async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
         let client = self.client();
+        let nonce = self.pool().next_nonce();
         let answer = match &begin.marks {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
-            Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql).await,
+            Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             Marks::Nothing | Marks::Wal | Marks::Write => {
                 client.batch_execute(&begin.sql).await?;
                 return Ok(None);
@@ -330,7 +331,7 @@ impl<C: SessionClient> Attempt<C> {
             (Marks::Ledger(ledger), _) => {
                 entered(&row).map(|(entered, backend)| Some(mark(Settler::Ledger(ledger.clone(), entered), backend)))
             }
-            (_, Some(life)) => match wal::marker(&life, &row) {
+            (_, Some(life)) => match wal::marker(&life, nonce, &row) {
                 Ok(Marked::Elsewhere) => {
                     self.pool().suspect(client.generation(), Suspicion::Connection);
                     return Err(Error::RolledBack(RolledBack::OtherServer));
@@ -349,10 +350,10 @@ impl<C: SessionClient> Attempt<C> {
         }))
     }
 
-    async fn mark(&self, begin: &str) -> Result<wal::Row, tokio_postgres::Error> {
+    async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
         let client = self.client();
         let marking = client.marking();
-        match wal::only_row(client, &marking.sql(begin)).await {
+        match wal::only_row(client, &marking.sql(begin, nonce)).await {
             Ok(row) => {
                 if marking == Marking::New {
                     client.set_marking(Marking::Prepared);
@@ -362,7 +363,7 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) if marking.failed(&error) => {
                 client.set_marking(Marking::Plain);
                 client.batch_execute("ROLLBACK").await?;
-                wal::only_row(client, &Marking::Plain.sql(begin)).await
+                wal::only_row(client, &Marking::Plain.sql(begin, nonce)).await
             }
             Err(error) => Err(error),
         }

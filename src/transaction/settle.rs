@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::classify::{explain, not_offered};
 use crate::commit::ledger::{Entered, Ledger};
-use crate::commit::wal::{self, Backend};
-use crate::commit::{Life, Located, Marker, Settled, Unsettled, locate};
+use crate::commit::wal::{self, Backend, Said};
+use crate::commit::{Life, Located, Marker, Proof, Settled, Unsettled, locate, wants_proof};
 use crate::error::Error;
 use crate::observe::Settlement;
 use crate::pool::{Pool, Settling, Witness};
@@ -174,14 +174,34 @@ async fn question<C: SessionClient>(
     match &mark.by {
         Settler::Wal(marker) => {
             let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
-            let (now, status) = wal::look(client, marker.xid, primaries_since).await?;
-            match locate(marker, &now) {
-                Located::Here => status.map(Settled::from).ok_or(None),
-                Located::Lost => Ok(Settled::NotCommitted),
-                Located::Unclear(why) => Ok(Settled::Unknown(why)),
-            }
+            ask_log(witness, marker, primaries_since).await
         }
         Settler::Ledger(ledger, entered) => ledger.ask(client, entered).await,
+    }
+}
+
+async fn ask_log<C: SessionClient>(
+    witness: &Witness<'_, C>,
+    marker: &Marker,
+    primaries_since: u64,
+) -> Result<Settled, Option<tokio_postgres::Error>> {
+    let client = witness.client();
+    let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since).await?;
+    remember_ancestor(&mut now.life, witness.life());
+    let wanted = wants_proof(marker, &now, evidence);
+    let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
+    match locate(marker, &now, &proof) {
+        Located::Here => status.map(Settled::from).ok_or(None),
+        Located::Lost => Ok(Settled::NotCommitted),
+        Located::NotYet => Ok(Settled::InProgress),
+        Located::Unclear(why) => Ok(Settled::Unknown(why)),
+    }
+}
+
+/// The server shows the timeline that it came from until its first checkpoint. The pool may have verified it before that.
+fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
+    if let Some(verified) = verified.filter(|verified| verified.is(now)) {
+        now.ancestor = now.ancestor.or(verified.ancestor);
     }
 }
 

@@ -1,7 +1,7 @@
 //! A small world of servers, as far as the fate of a transaction depends on it: WAL that is lost, forks and is replayed,
 //! timelines, and transaction ids that are given out again. It knows the truth, which the rule has to find.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 
@@ -20,7 +20,12 @@ struct Record {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
-    /// A client's marker, or anything else that is written under an id.
+    /// A client's marker.
+    Mark {
+        xid: u64,
+        nonce: Nonce,
+    },
+    /// Anything else that is written under an id.
     Data {
         xid: u64,
     },
@@ -31,10 +36,14 @@ enum What {
     Abort {
         xid: u64,
     },
-    /// The end of a recovery or a shutdown. It is flushed before the server takes work, so no two recoveries end at one
-    /// position: the rule tells a server's lives apart by that.
+    /// The end of a recovery by promotion. It is flushed before the server takes work, as is a checkpoint after a crash. So
+    /// no two recoveries end at one position: the rule tells a server's lives apart by that.
+    EndOfRecovery {
+        next_xid: u64,
+    },
     Checkpoint {
         next_xid: u64,
+        timeline: u32,
     },
 }
 
@@ -70,6 +79,18 @@ pub(super) struct Node {
     running: BTreeMap<u64, Running>,
     /// Counts promotions in the whole world: which primary is newer, and whether it was another thing in between.
     term: u64,
+    ancestry: Vec<(u32, Lsn)>,
+    /// The timeline of the last checkpoint, as the control file has it.
+    checkpointed: u32,
+    /// Timelines whose history files are in its `pg_wal`: its own, and those that it was sent, although it may not have been
+    /// able to follow them.
+    histories: BTreeSet<u32>,
+    /// Timelines of which there are segments in its `pg_wal`.
+    segments: BTreeSet<u32>,
+    /// The records before this one are in segments that were recycled.
+    recycled: usize,
+    /// It was restarted on its own log, as a standby without a sender.
+    alone: bool,
 }
 
 impl Node {
@@ -93,8 +114,8 @@ impl Node {
     /// What recovery finds: an id that no record tells of is forgotten, and will be given out again.
     fn next_xid_by_wal(&self) -> u64 {
         let next = self.wal.iter().map(|record| match record.what {
-            What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid } => xid + 1,
-            What::Checkpoint { next_xid } => next_xid,
+            What::Mark { xid, .. } | What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid } => xid + 1,
+            What::EndOfRecovery { next_xid } | What::Checkpoint { next_xid, .. } => next_xid,
         });
         next.max().unwrap_or(FIRST_XID)
     }
@@ -113,7 +134,54 @@ impl Node {
     }
 
     fn life(&self) -> Life {
-        Life { server: self.identity, replayed: self.replayed, stats_reset: Some(self.stats_reset) }
+        let ancestor = Some(self.checkpointed).filter(|older| *older < self.identity.timeline);
+        Life { server: self.identity, replayed: self.replayed, stats_reset: Some(self.stats_reset), ancestor }
+    }
+
+    /// What it shows of its log's history.
+    pub(super) fn shows(&self, marker: &Marker, evidence: Evidence) -> Proof {
+        match evidence {
+            Evidence::Checkpoint => Proof::Nothing,
+            Evidence::Files => Proof::Files { followed: self.segments.contains(&marker.life.server.timeline) },
+            Evidence::Function => {
+                Proof::Function { ancestry: self.ancestry.iter().copied().collect(), sighting: self.sighting(marker) }
+            }
+        }
+    }
+
+    /// Can it be seen, by this evidence, that its timeline continues the marker's?
+    pub(super) fn shows_parent(&self, marker: &Marker, evidence: Evidence) -> bool {
+        let then = marker.life.server.timeline;
+        let by_files = evidence == Evidence::Files && self.segments.contains(&then);
+        then == 1
+            || self.identity.timeline == then
+            || self.life().ancestor == Some(then)
+            || by_files
+            || evidence == Evidence::Function
+    }
+
+    pub(super) fn has_recycled(&self, marker: &Marker) -> bool {
+        self.sighting(marker) == Sighting::Recycled
+    }
+
+    fn sighting(&self, marker: &Marker) -> Sighting {
+        let Some(end) = (0..=self.wal.len()).find(|end| lsn(*end) == marker.lsn) else { return Sighting::Other };
+        if end > self.flushed {
+            return Sighting::NotYet;
+        }
+        match self.wal[end - 1].what {
+            _ if end <= self.recycled => Sighting::Recycled,
+            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::Marker,
+            _ => Sighting::Other,
+        }
+    }
+
+    /// The timeline of the last checkpoint in its log, which a standby's next restart point will be of.
+    fn last_checkpoint(&self) -> Option<u32> {
+        self.wal.iter().rev().find_map(|record| match record.what {
+            What::Checkpoint { timeline, .. } => Some(timeline),
+            _ => None,
+        })
     }
 
     /// `pg_xact_status`. `None`: the error "transaction ID … is in the future".
@@ -155,7 +223,7 @@ pub(super) struct Tally {
     /// comes back as a standby, does not count apart from the promotion that replaces it.
     pub(super) recoveries: u64,
     /// Promotions of a standby that had not asked anybody for WAL since it was started: fed by an archive alone, or promoted
-    /// at once.
+    /// at once. A primary that was restarted on its own log does not count.
     pub(super) unfed: u64,
     pub(super) clean_starts: u64,
     /// New primaries as a pool counts them that misses none: it goes by [`Server`].
@@ -217,6 +285,19 @@ pub(super) enum Op {
     Start {
         on: usize,
     },
+    /// A primary that crashed or was stopped is started as a standby on its own log, as a failover manager does while nobody
+    /// else may take the lead.
+    Lease {
+        on: usize,
+    },
+    /// A checkpoint, or a standby's restart point.
+    Checkpoint {
+        on: usize,
+    },
+    /// Segments that no recovery needs any more are recycled.
+    Recycle {
+        on: usize,
+    },
     /// Restarted as a standby, rewound to the fork.
     Follow {
         on: usize,
@@ -247,11 +328,13 @@ pub(super) struct World {
     seen: (Server, Option<Lsn>),
     /// For serial numbers, tokens and start times.
     counter: u64,
+    /// The histories that are in the servers' shared archive, if they have one.
+    archive: Option<BTreeSet<u32>>,
 }
 
 impl World {
     /// Server 0 is the primary, the others are its standbys.
-    pub(super) fn new(servers: usize) -> Self {
+    pub(super) fn new(servers: usize, archive: bool) -> Self {
         let node = |index: usize| Node {
             wal: Vec::new(),
             flushed: 0,
@@ -264,10 +347,17 @@ impl World {
             next_xid: FIRST_XID,
             running: BTreeMap::new(),
             term: 0,
+            ancestry: Vec::new(),
+            checkpointed: 1,
+            histories: BTreeSet::new(),
+            segments: BTreeSet::from([1]),
+            recycled: 0,
+            alone: false,
         };
         let nodes: Vec<_> = (0..servers).map(node).collect();
         let seen = nodes[0].seen_as();
-        Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0 }
+        let archive = archive.then(BTreeSet::new);
+        Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0, archive }
     }
 
     pub(super) fn node(&self, index: usize) -> &Node {
@@ -313,6 +403,11 @@ impl World {
         begun.on_newest && (stayed || replaced)
     }
 
+    /// A standby asks this server for WAL from now on.
+    pub(super) fn point(&mut self, standby: usize, upstream: usize) {
+        self.nodes[standby].upstream = Some(upstream);
+    }
+
     pub(super) fn apply(&mut self, op: Op) {
         match op {
             Op::Begin { on } => self.on(&[Role::Primary], on, Self::begin),
@@ -331,6 +426,12 @@ impl World {
                     [true, false].map(|clean| Role::StoppedPrimary { clean }).into_iter().chain([Role::StoppedStandby]);
                 self.on(&stopped.collect::<Vec<_>>(), on, Self::start);
             }
+            Op::Lease { on } => {
+                let stopped = [true, false].map(|clean| Role::StoppedPrimary { clean });
+                self.on(&stopped, on, Self::lease);
+            }
+            Op::Checkpoint { on } => self.on(&[Role::Primary, Role::Standby], on, Self::checkpoint),
+            Op::Recycle { on } => self.on(&[Role::Primary, Role::Standby], on, Self::recycle),
             Op::Follow { on, upstream } => self.follow(on % self.nodes.len(), upstream % self.nodes.len()),
             Op::Promote { on } => self.on(&[Role::Standby], on, Self::promote),
         }
@@ -379,11 +480,12 @@ impl World {
 
     fn begin(&mut self, on: usize) {
         let (xid, token) = (self.next_xid(on), self.count());
-        self.append(on, What::Data { xid });
+        let nonce = Nonce(u128::from(token));
+        self.append(on, What::Mark { xid, nonce });
         let on_newest = self.newest() == Some(on);
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
-        let marker = Marker { life: node.life(), xid, lsn: node.end() };
+        let marker = Marker { life: node.life(), xid, lsn: node.end(), nonce };
         let (term, before) = (node.term, self.tally);
         let split_brain = self.is_split_brain(marker.life.server.timeline);
         self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain });
@@ -445,6 +547,11 @@ impl World {
         let Some(from) = self.nodes[to].upstream.map(|upstream| self.nodes[upstream].clone()) else { return };
         let node = &mut self.nodes[to];
         node.received = Some(node.end());
+        if from.is_up() {
+            // It takes the histories of newer timelines before it looks whether it can follow them.
+            let newer = node.identity.timeline + 1..=from.identity.timeline;
+            node.histories.extend(newer.filter(|timeline| from.histories.contains(timeline)));
+        }
         let has = node.wal.len();
         let continues = node.common_with(&from) == has && from.identity.timeline >= node.identity.timeline;
         if !from.is_up() || !continues || has > from.flushed {
@@ -453,7 +560,14 @@ impl World {
         node.wal.extend(from.wal[has..from.flushed].iter().take(records));
         node.flushed = node.wal.len();
         node.identity.timeline = from.identity.timeline;
+        node.ancestry.clone_from(&from.ancestry);
         node.received = Some(node.end());
+        node.alone = false;
+        // It writes the first segment of a newer timeline when it has come to the fork.
+        let next = from.ancestry.iter().skip(1).map(|(timeline, _)| *timeline).chain([from.identity.timeline]);
+        let forks = from.ancestry.iter().map(|(_, end)| *end);
+        let end = node.end();
+        node.segments.extend(next.zip(forks).filter(|(_, fork)| *fork <= end).map(|(timeline, _)| timeline));
     }
 
     fn crash(&mut self, on: usize, kept: usize) {
@@ -471,18 +585,42 @@ impl World {
         let now = self.count().cast_signed();
         self.nodes[on].lose_memory(kept, now);
         if self.nodes[on].role == Role::Primary {
-            self.recover(on);
+            self.recover(on, false);
         }
     }
 
     /// The server has become a primary by replay.
-    fn recover(&mut self, on: usize) {
+    fn recover(&mut self, on: usize, promoted: bool) {
         self.tally.recoveries += 1;
         let node = &mut self.nodes[on];
         node.replayed = Some(node.end());
         node.next_xid = node.next_xid_by_wal();
-        let next_xid = node.next_xid;
-        self.append_flushed(on, What::Checkpoint { next_xid });
+        let (next_xid, timeline) = (node.next_xid, node.identity.timeline);
+        self.append_flushed(
+            on,
+            if promoted { What::EndOfRecovery { next_xid } } else { What::Checkpoint { next_xid, timeline } },
+        );
+        if !promoted {
+            self.nodes[on].checkpointed = timeline;
+        }
+    }
+
+    fn checkpoint(&mut self, on: usize) {
+        let node = &self.nodes[on];
+        let (next_xid, timeline) = (node.next_xid, node.identity.timeline);
+        if node.role == Role::Primary {
+            self.append_flushed(on, What::Checkpoint { next_xid, timeline });
+            self.nodes[on].checkpointed = timeline;
+        } else if let Some(timeline) = node.last_checkpoint() {
+            self.nodes[on].checkpointed = timeline;
+        }
+    }
+
+    fn recycle(&mut self, on: usize) {
+        let node = &mut self.nodes[on];
+        let last = node.wal.iter().rposition(|record| matches!(record.what, What::Checkpoint { .. }));
+        node.recycled = last.unwrap_or(0).max(node.recycled);
+        node.segments.retain(|timeline| *timeline == node.identity.timeline);
     }
 
     /// A clean shutdown: what runs is aborted, waits for a standby are cancelled, all is flushed.
@@ -496,8 +634,7 @@ impl World {
                 self.append(on, What::Abort { xid });
             }
         }
-        let next_xid = self.nodes[on].next_xid;
-        self.append_flushed(on, What::Checkpoint { next_xid });
+        self.checkpoint(on);
         self.nodes[on].role = Role::StoppedPrimary { clean: true };
     }
 
@@ -512,11 +649,19 @@ impl World {
                 if clean {
                     self.tally.clean_starts += 1;
                 } else {
-                    self.recover(on);
+                    self.recover(on, false);
                 }
             }
             _ => node.role = Role::Standby,
         }
+    }
+
+    fn lease(&mut self, on: usize) {
+        let started_at = self.count().cast_signed();
+        let node = &mut self.nodes[on];
+        node.identity.started_at = started_at;
+        (node.replayed, node.received) = (None, None);
+        (node.role, node.upstream, node.alone) = (Role::Standby, None, true);
     }
 
     fn follow(&mut self, on: usize, upstream: usize) {
@@ -532,18 +677,36 @@ impl World {
         node.running.clear();
         node.identity = Server { started_at, timeline: from.identity.timeline, ..node.identity };
         (node.replayed, node.received) = (None, None);
-        (node.role, node.upstream) = (Role::Standby, Some(upstream));
+        (node.role, node.upstream, node.alone) = (Role::Standby, Some(upstream), false);
+        node.ancestry = from.ancestry;
+        node.histories = from.histories;
+        node.segments = from.segments;
+        node.recycled = from.recycled;
+        node.checkpointed = node.last_checkpoint().unwrap_or(1);
     }
 
-    /// The new timeline is the next after the newest that this standby knows of. Another may be given the same number.
+    /// The new timeline is the next whose history this standby finds neither with itself nor in the archive
+    /// (`findNewestTimeLine` in `timeline.c`). Others may be given the same number, where there is no archive.
     fn promote(&mut self, on: usize) {
         let node = &mut self.nodes[on];
-        node.identity.timeline += 1;
+        let old = node.identity.timeline;
+        let archived = |timeline: &u32| self.archive.as_ref().is_some_and(|archive| archive.contains(timeline));
+        let is_taken = |timeline: &u32| node.histories.contains(timeline) || archived(timeline);
+        let new = (old + 1..=u32::MAX).find(|timeline| !is_taken(timeline)).unwrap();
+        node.identity.timeline = new;
+        let end = node.end();
+        node.ancestry.push((old, end));
+        node.histories.insert(new);
+        node.segments.insert(new);
+        if let Some(archive) = &mut self.archive {
+            archive.insert(new);
+        }
         (node.role, node.upstream) = (Role::Primary, None);
-        self.tally.unfed += u64::from(node.received.is_none());
-        self.promotions.push(node.identity.timeline);
+        self.tally.unfed += u64::from(node.received.is_none() && !node.alone);
+        node.alone = false;
+        self.promotions.push(new);
         node.term = self.promotions.len() as u64;
-        self.recover(on);
+        self.recover(on, true);
     }
 }
 
@@ -565,7 +728,10 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => (number.clone(), 0..4_usize).prop_map(|(on, kept)| Op::BackendCrash { on, kept }),
         1 => number.clone().prop_map(|on| Op::Stop { on }),
         2 => number.clone().prop_map(|on| Op::Start { on }),
+        1 => number.clone().prop_map(|on| Op::Lease { on }),
+        2 => number.clone().prop_map(|on| Op::Checkpoint { on }),
+        1 => number.clone().prop_map(|on| Op::Recycle { on }),
         2 => (number.clone(), number.clone()).prop_map(|(on, upstream)| Op::Follow { on, upstream }),
-        2 => number.prop_map(|on| Op::Promote { on }),
+        3 => number.prop_map(|on| Op::Promote { on }),
     ]
 }
