@@ -5,6 +5,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
 use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, XactStatus};
+use crate::classify::{explain, not_offered};
 use crate::server::rows;
 use crate::topology::{
     BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, evidence, microseconds,
@@ -127,32 +128,45 @@ pub(crate) struct Said {
 
 /// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense.
 pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Result<Said, Option<Error>> {
+    let row = match only_row(client, &question(xid, [RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE])).await {
+        // The rule does without these four, and settles less.
+        Err(error) if not_offered(&error) => {
+            client.batch_execute("ROLLBACK").await?;
+            only_row(client, &question(xid, ["NULL"; 4])).await?
+        }
+        answer => answer?,
+    };
+    said(&row, primaries_since).map_err(|_| None)
+}
+
+const RECEIVED: &str = "pg_last_wal_receive_lsn()";
+
+fn question(xid: u64, [received, stats_reset, checkpointed, evidence]: [&str; 4]) -> String {
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
-    let look = format!(
+    format!(
         "{BEGIN}; \
          SELECT system_identifier, \
                 {STARTED_AT}, \
                 pg_walfile_name(pg_current_wal_insert_lsn()), \
                 pg_last_wal_replay_lsn(), \
-                pg_last_wal_receive_lsn(), \
-                {STATS_RESET}, \
+                {received}, \
+                {stats_reset}, \
                 CASE WHEN '{xid}'::xid8 < pg_current_xact_id() \
                      THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END, \
-                {CHECKPOINTED}, \
-                {EVIDENCE} \
+                {checkpointed}, \
+                {evidence} \
            FROM pg_control_system()"
-    );
-    let row = only_row(client, &look).await?;
-    said(&row, primaries_since).map_err(|_| None)
+    )
 }
 
 fn said(row: &Row, primaries_since: u64) -> Result<Said, BadReport> {
-    let evidence = evidence(text(row, 8).unwrap_or("NULL"))?;
+    let evidence = text(row, 8).map_or(Ok(Evidence::Checkpoint), evidence)?;
     Ok(Said { now: now(row, primaries_since)?, status: status(row)?, evidence })
 }
 
-/// Asks, within a settler's transaction, for what the server shows of the history of its log.
-pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Option<Error>> {
+/// Asks, within a settler's transaction, for what the server shows of the history of its log. What it fails to show, as a
+/// function was made by somebody who may not read the files, is not shown; the transaction goes on.
+pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
     let sql = match evidence {
         Evidence::Checkpoint => return Ok(Proof::Nothing),
@@ -163,8 +177,19 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
             format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce)
         }
     };
-    let row = only_row(client, &sql).await?;
-    proof(evidence, &row).map_err(|_| None)
+    let not_shown = match only_row(client, &format!("SAVEPOINT proof; {sql}")).await {
+        Ok(row) => match proof(evidence, &row) {
+            Ok(proof) => return Ok(proof),
+            Err(bad) => bad.to_string(),
+        },
+        Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
+            client.batch_execute("ROLLBACK TO SAVEPOINT proof").await?;
+            explain(&error)
+        }
+        Err(error) => return Err(error),
+    };
+    tracing::warn!(why = not_shown, "the server does not show the history of its log");
+    Ok(Proof::Nothing)
 }
 
 fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
@@ -195,8 +220,8 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
         timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
     };
     let stats_reset = text(row, 5).is_some().then(|| time(row, 5)).transpose()?;
-    let checkpointed: u32 = field(row, 7, "a timeline")?;
-    let ancestor = Some(checkpointed).filter(|older| *older < server.timeline);
+    let checkpointed: Option<u32> = text(row, 7).map(|_| field(row, 7, "a timeline")).transpose()?;
+    let ancestor = checkpointed.filter(|older| *older < server.timeline);
     let life = Life { server, replayed: optional(row, 3)?, stats_reset, ancestor };
     Ok(Now { life, received: optional(row, 4)?, primaries_since })
 }

@@ -8,6 +8,7 @@ mod deadline;
 mod demotion;
 mod dns;
 mod errors;
+mod evidence;
 mod failover;
 mod get;
 mod hostile;

@@ -408,6 +408,33 @@ async fn k3_a_crash_is_seen_through() {
     }
 }
 
+/// A function that fails, whatever is wrong with it, leaves what is settled without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn k3_a_history_function_that_fails_does_no_harm() {
+    let function = |body: &str| {
+        format!(
+            "CREATE SCHEMA IF NOT EXISTS failover; GRANT USAGE ON SCHEMA failover TO app; \
+             CREATE FUNCTION failover.wal_history(mark pg_lsn, nonce text, OUT seen text, OUT history text) \
+             LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN {body}; END $$"
+        )
+    };
+    for broken in [
+        function("RAISE EXCEPTION 'no'"),
+        function("seen := 'perhaps'; history := ''"),
+        function("seen := 'marker'; history := 'x'"),
+        function("PERFORM pg_read_file('/nowhere')"),
+    ] {
+        let bench = Bench::new(single(), Guarantee::ExactlyOnce).await;
+        sql(&bench.cluster, &broken).await;
+        bench.cut_with(Cut::CommitAnswerDropped, async |cluster| {
+            cluster.kill(Node(0)).await;
+            cluster.start_node(Node(0)).await;
+        });
+        bench.write().await.unwrap_or_else(|error| panic!("{broken}: {error}"));
+        bench.assert_once(1).await;
+    }
+}
+
 /// K3: a clean restart loses nothing. PostgreSQL 14 and older do not show that there was no crash before it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k3_a_clean_restart_is_seen_through() {
