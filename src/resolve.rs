@@ -16,8 +16,10 @@ use std::{
 };
 
 mod hickory;
+mod system;
 
 pub use hickory::HickoryResolver;
+pub(crate) use system::is_scoped;
 
 /// A boxed future that can be sent to another thread, as [`Resolve`] returns it.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

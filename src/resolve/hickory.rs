@@ -21,17 +21,17 @@ use std::{
 
 use futures_util::future::{Either, select};
 use hickory_resolver::{
-    Hosts, TokioResolver,
-    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    lookup::Lookup,
+    TokioResolver,
+    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig},
     net::{DnsError, NetError, runtime::TokioRuntimeProvider},
     proto::{
-        op::{Query, ResponseCode},
+        op::ResponseCode,
         rr::{Name, RData, RecordType},
     },
 };
 use tokio::time::{Instant, timeout};
 
+use super::system::{Hosts, ResolvConf};
 use crate::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
 
 /// How often a question is put before it counts as unanswered.
@@ -187,8 +187,12 @@ impl HickoryResolver {
         // Relaxed, as only that takes an underscore, which no host name has and many a service name.
         let name = Name::from_str_relaxed(host).map_err(|error| ResolveError::custom(host, error))?;
         let setup = self.setup.current();
-        if let Some(addresses) = setup.in_hosts(&name) {
+        if let Some(addresses) = setup.hosts.addresses(host) {
             return Ok(addresses);
+        }
+        if let Some(scoped) = setup.hosts.scoped(host) {
+            let problem = format!("/etc/hosts has {scoped}, and the driver connects to no address with an interface");
+            return Err(ResolveError::custom(host, problem));
         }
         let client = self.client(&setup).map_err(|error| failure(host, error, Duration::ZERO))?;
         let mut reported = ResolveError::NotFound { name: host.to_owned() };
@@ -212,7 +216,7 @@ impl HickoryResolver {
         // hickory counts the repeats.
         options.attempts = ATTEMPTS as usize - 1;
         options.edns0 = setup.edns0;
-        // `Setup::in_hosts` has looked already; hickory looks up the first name of a search list only.
+        // `Setup::hosts` was looked into already; hickory looks up the first name of a search list only.
         options.use_hosts_file = ResolveHosts::Never;
         builder.build()
     }
@@ -314,31 +318,16 @@ struct Setup {
 }
 
 impl Setup {
-    fn read(files: &Files) -> Result<Self, NetError> {
-        let (config, options) = read_resolv_conf(&files.resolv_conf)?;
-        let (domain, search, name_servers) = config.into_parts();
-        let mut hosts = Hosts::default();
-        match fs::File::open(&files.hosts) {
-            Ok(file) => hosts.read_hosts_conf(file)?,
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error.into()),
+    /// `before`: what was read last.
+    fn read(files: &Files, before: Option<&Self>) -> Result<Self, NetError> {
+        let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
+        // A file that is gone or empty is about to be written: what it said last holds until then.
+        if let Some(before) = before.filter(|_| !files.tell_servers()) {
+            let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
+            return Ok(Self { name_servers, search, ndots: before.ndots, edns0: before.edns0, hosts });
         }
-        Ok(Self {
-            name_servers,
-            // The domain of the host's own name is what the search list is when there is none.
-            search: if search.is_empty() { Vec::from_iter(domain) } else { search },
-            ndots: options.ndots,
-            edns0: options.edns0,
-            hosts,
-        })
-    }
-
-    fn in_hosts(&self, name: &Name) -> Option<Addresses> {
-        let of = |record_type| self.hosts.lookup_static_host(&Query::query(name.clone(), record_type));
-        let lookups = [of(RecordType::A), of(RecordType::AAAA)];
-        let addresses: Addresses =
-            lookups.iter().flatten().flat_map(Lookup::answers).filter_map(|record| record.data.ip_addr()).collect();
-        (!addresses.is_empty()).then_some(addresses)
+        let (name_servers, conf) = read_resolv_conf(&files.resolv_conf)?;
+        Ok(Self { name_servers, search: conf.search, ndots: conf.ndots, edns0: conf.edns0, hosts })
     }
 
     /// The absolute names that `name` may stand for, in the order in which to try them.
@@ -372,14 +361,34 @@ impl fmt::Debug for Setup {
     }
 }
 
+/// The file's text, whatever bytes are in it; `None` where there is no such file.
+fn read_text(file: &Path) -> Result<Option<String>, NetError> {
+    match fs::read(file) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn name_server(ip: IpAddr) -> NameServerConfig {
+    NameServerConfig::new(ip, true, vec![ConnectionConfig::udp(), ConnectionConfig::tcp()])
+}
+
 #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
-fn read_resolv_conf(file: &Path) -> Result<(ResolverConfig, ResolverOpts), NetError> {
-    hickory_resolver::system_conf::parse_resolv_conf(fs::read(file)?)
+fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
+    let own_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let conf = ResolvConf::parse(&read_text(file)?.unwrap_or_default(), own_name.trim()).or_local();
+    Ok((conf.servers.iter().copied().map(name_server).collect(), conf))
 }
 
 #[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]
-fn read_resolv_conf(_: &Path) -> Result<(ResolverConfig, ResolverOpts), NetError> {
-    Ok(hickory_resolver::system_conf::read_system_conf()?)
+fn read_resolv_conf(_: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
+    let (config, options) = hickory_resolver::system_conf::read_system_conf()?;
+    let (domain, search, name_servers) = config.into_parts();
+    // The domain of the host's own name is what the search list is when there is none.
+    let search = if search.is_empty() { Vec::from_iter(domain) } else { search };
+    let conf = ResolvConf { servers: Vec::new(), search, ndots: options.ndots, edns0: options.edns0 };
+    Ok((name_servers, conf))
 }
 
 /// The system's setup, read again when its files have changed.
@@ -391,7 +400,7 @@ struct System {
 impl System {
     fn new(files: Files) -> Result<Self, ResolveError> {
         let stamps = files.stamps();
-        let setup = Setup::read(&files).map_err(|error| ResolveError::NoConfiguration {
+        let setup = Setup::read(&files, None).map_err(|error| ResolveError::NoConfiguration {
             file: files.resolv_conf.display().to_string(),
             source: Arc::new(error),
         })?;
@@ -404,7 +413,7 @@ impl System {
         // Taken before the files are read: what changes while they are is seen the next time.
         let stamps = self.files.stamps();
         if last.0 != stamps {
-            match Setup::read(&self.files) {
+            match Setup::read(&self.files, Some(&last.1)) {
                 Ok(setup) => *last = (stamps, Arc::new(setup)),
                 // The stamps stay as they are, so each question tries again: it may be half written.
                 Err(error) => tracing::warn!(
@@ -431,6 +440,18 @@ struct Files {
 }
 
 impl Files {
+    /// Does the file name a name server, where it is the one that counts?
+    #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
+    fn tell_servers(&self) -> bool {
+        let text = read_text(&self.resolv_conf).ok().flatten().unwrap_or_default();
+        !ResolvConf::parse(&text, "").servers.is_empty()
+    }
+
+    #[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]
+    fn tell_servers(&self) -> bool {
+        true
+    }
+
     fn stamps(&self) -> Stamps {
         [stamp(&self.resolv_conf), stamp(&self.hosts)]
     }
@@ -542,13 +563,23 @@ mod tests {
         assert_eq!(servers(&resolver), ["127.0.0.2"]);
     }
 
-    #[test]
-    fn d7_without_a_name_server_there_is_no_resolver() {
+    #[tokio::test]
+    async fn d7_without_a_name_server_the_one_on_this_host_is_asked() {
         let etc = Etc::new("d7-none");
         etc.write("resolv.conf", "options ndots:5\n");
-        let error = etc.resolver().unwrap_err();
-        assert!(matches!(error, ResolveError::NoConfiguration { .. }), "{error}");
-        assert!(error.to_string().contains("resolv.conf"), "{error}");
+        assert_eq!(servers(&etc.resolver().unwrap()), ["127.0.0.1"]);
+        fs::remove_file(etc.0.join("resolv.conf")).unwrap();
+        etc.write("hosts", "10.0.0.1 pg.internal\nfe80::1%eth0 far.internal\n");
+        let resolver = etc.resolver().unwrap();
+        assert_eq!(servers(&resolver), ["127.0.0.1"]);
+        assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.1"], "the hosts file is read all the same");
+        let error = resolver.resolve("far.internal").await.unwrap_err();
+        assert!(error.to_string().contains("fe80::1%eth0"), "{error}");
+        etc.write("hosts", "10.0.0.2 pg.internal\n");
+        assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.2"]);
+        // A file that appears later counts.
+        etc.write("resolv.conf", "search bad..domain corp.example # junk\nnameserver 127.0.0.2 junk\n");
+        assert_eq!(servers(&resolver), ["127.0.0.2"]);
     }
 
     #[tokio::test]
