@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -23,8 +23,8 @@ use crate::observe::{self, Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{
-    Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure,
-    Probed, Pulse, Question, Settings, State, Suspicion, Topology, View, Vigil,
+    Accept, Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, NameAnswer, Primary,
+    ProbeFailure, Probed, Pulse, Question, Settings, State, Suspicion, Topology, View, Vigil,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -35,6 +35,14 @@ const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) struct Name {
     pub(crate) host: Arc<str>,
     pub(crate) port: u16,
+}
+
+impl Name {
+    fn endpoints(&self, addresses: &Addresses) -> Vec<Endpoint> {
+        let address = |ip| Address::Tcp((ip, self.port).into());
+        let endpoint = |ip| Endpoint { host: Some(Arc::clone(&self.host)), address: address(ip) };
+        addresses.iter().map(endpoint).collect()
+    }
 }
 
 /// What the task needs to begin.
@@ -53,6 +61,7 @@ pub(crate) struct Setup<C> {
 /// One primary as the pool uses it: the plain data and what hangs on it.
 pub(crate) struct Generation<C> {
     pub(crate) primary: Primary,
+    pub(crate) began: Instant,
     /// Where new sessions go: the primary's address, until the same server was found again at another one.
     endpoint: Mutex<Endpoint>,
     /// Every session of the generation ends with it.
@@ -98,6 +107,8 @@ pub(crate) struct Snapshot<C> {
     pub(crate) view: View,
     /// Set exactly while the view's state is [`State::Primary`].
     pub(crate) generation: Option<Arc<Generation<C>>>,
+    /// When the question was sent whose answer says that waiting is no use, where the view says so.
+    refused_as_of: Option<Instant>,
 }
 
 /// What the candidates said last, for whoever has to explain a failure.
@@ -105,6 +116,8 @@ pub(crate) struct Snapshot<C> {
 pub(crate) struct Diagnosis {
     pub(crate) candidates: Vec<CandidateReport>,
     pub(crate) dns: Option<String>,
+    /// Servers that are not asked now, as there are more than are asked at the same time.
+    pub(crate) waiting: usize,
 }
 
 /// Why there is no primary to be had, now or ever.
@@ -112,6 +125,8 @@ pub(crate) struct Diagnosis {
 pub(crate) enum NoPrimary {
     Closed,
     Refused(Option<Endpoint>, ProbeFailure),
+    /// Nobody knows an address.
+    UnknownName(Duration, Diagnosis),
 }
 
 /// Signals to the task; they are coalesced and never acknowledged.
@@ -119,6 +134,8 @@ pub(crate) enum NoPrimary {
 struct Signals {
     suspicion: Option<(GenerationId, Suspicion)>,
     demand: bool,
+    accept: Option<Accept>,
+    log_in_refused: bool,
 }
 
 #[derive(Default)]
@@ -126,6 +143,8 @@ struct Shared {
     signals: Mutex<Signals>,
     wake: Notify,
     diagnosis: Mutex<Diagnosis>,
+    /// From when on a log-in that will most likely be refused may be tried.
+    log_in_at: Mutex<Option<Instant>>,
     /// The number of the snapshot's generation, 0 without one. Every checkout reads it, and a lock that many share, be it
     /// for reading, costs more than the rest of a checkout.
     current: AtomicU64,
@@ -152,13 +171,15 @@ impl<C: SessionClient> Cluster<C> {
         let now = Instant::now();
         let root = CancellationToken::new();
         let shared = Arc::new(Shared::default());
-        let topology = Topology::new(setup.settings, setup.configured, !setup.names.is_empty(), setup.seed, now);
+        let topology = Topology::new(setup.settings, setup.configured, setup.names.len(), setup.seed, now);
         let first = topology.view();
         let (view_tx, view) = watch::channel(first.clone());
-        let (snapshot_tx, snapshot) = watch::channel(Arc::new(Snapshot { view: first, generation: None }));
+        let (snapshot_tx, snapshot) =
+            watch::channel(Arc::new(Snapshot { view: first, generation: None, refused_as_of: None }));
         let observer = setup.observer;
         let task = Task {
             revision: topology.revision(),
+            refused_as_of: None,
             topology,
             names: setup.names,
             resolver: setup.resolver,
@@ -189,6 +210,9 @@ impl<C: SessionClient> Cluster<C> {
             return Ok(generation);
         }
         let mut snapshot = self.snapshot.clone();
+        let began = Instant::now();
+        // What was said before this call may be so no longer: it is asked anew first.
+        let mut old_word = snapshot.borrow().refused_as_of.is_some();
         loop {
             {
                 let now = snapshot.borrow_and_update();
@@ -196,16 +220,24 @@ impl<C: SessionClient> Cluster<C> {
                     (_, Some(generation)) => return Ok(Arc::clone(generation)),
                     (State::Closed, None) => return Err(NoPrimary::Closed),
                     (State::Searching { refused: Some(failure) }, None) => {
-                        let failure = failure.clone();
+                        if !old_word || now.refused_as_of >= Some(began) {
+                            return Err(self.refused(failure, began));
+                        }
                         self.demand();
-                        return Err(NoPrimary::Refused(self.endpoint_of(&failure), failure));
                     }
-                    _ => {}
+                    _ => old_word = false,
                 }
             }
             if snapshot.changed().await.is_err() {
                 return Err(NoPrimary::Closed);
             }
+        }
+    }
+
+    fn refused(&self, failure: &ProbeFailure, began: Instant) -> NoPrimary {
+        match failure.kind {
+            FailureKind::UnknownName => NoPrimary::UnknownName(began.elapsed(), self.diagnosis()),
+            _ => NoPrimary::Refused(self.endpoint_of(failure), failure.clone()),
         }
     }
 
@@ -310,16 +342,34 @@ impl<C: SessionClient> Cluster<C> {
         lock(&self.shared.signals).demand = true;
         self.shared.wake.notify_one();
     }
+
+    /// Tells which cluster is the pool's own from now on.
+    pub(crate) fn accept(&self, accepted: Accept) {
+        lock(&self.shared.signals).accept = Some(accepted);
+        self.shared.wake.notify_one();
+    }
+
+    /// A log-in was refused: all of this pool count, whoever tried.
+    pub(crate) fn log_in_refused(&self) {
+        lock(&self.shared.signals).log_in_refused = true;
+        self.shared.wake.notify_one();
+    }
+
+    /// From when on a log-in that will most likely be refused may be tried.
+    pub(crate) fn log_in_at(&self) -> Option<Instant> {
+        *lock(&self.shared.log_in_at)
+    }
 }
 
 enum Event<C> {
-    Resolved { endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool },
+    Resolved { name: usize, answer: NameAnswer },
     Probed { endpoint: Endpoint, fresh: bool, result: Opened<C> },
 }
 
 struct Task<C: SessionClient> {
     topology: Topology,
     revision: u64,
+    refused_as_of: Option<Instant>,
     names: Vec<Name>,
     resolver: Arc<dyn Resolve>,
     opener: Arc<dyn Open<C>>,
@@ -383,7 +433,7 @@ impl<C: SessionClient> Task<C> {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Resolve => self.work.push(self.resolve()),
+            Action::Resolve(name) => self.resolve(name),
             Action::Probe { endpoint, fresh, vigil, within } => {
                 let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
                 self.work.push(self.probe(endpoint, kept, vigil, within));
@@ -407,7 +457,7 @@ impl<C: SessionClient> Task<C> {
             Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
             Action::Notice(notice) => {
                 let topology = &self.topology;
-                let said = || (topology.candidates(), topology.dns_failure().map(str::to_owned));
+                let said = || (topology.candidates(), topology.dns_failure());
                 self.news.extend(self.observer.noticed(notice, said));
             }
         }
@@ -437,6 +487,7 @@ impl<C: SessionClient> Task<C> {
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
             primary,
+            began: Instant::now(),
             scope,
             gate: Semaphore::new(self.gate),
             open: Tally::default(),
@@ -445,38 +496,24 @@ impl<C: SessionClient> Task<C> {
         }));
     }
 
-    fn resolve(&self) -> BoxFuture<'static, Event<C>> {
-        let resolver = Arc::clone(&self.resolver);
-        let names = self.names.clone();
-        let span = self.span();
-        let resolve = async move {
-            let answers = join_all(names.iter().map(|name| look_up(&*resolver, &name.host))).await;
-            let mut endpoints = Vec::new();
-            let mut failures = Vec::new();
-            let mut complete = true;
-            for (name, answer) in names.iter().zip(answers) {
-                match answer {
-                    Ok(addresses) if addresses.is_empty() => {
-                        complete = false;
-                        failures.push(format!("{} has no address", name.host));
-                    }
-                    Ok(addresses) => {
-                        failures.extend(addresses.partial().map(ToString::to_string));
-                        endpoints.extend(addresses.iter().map(|ip| Endpoint {
-                            host: Some(Arc::clone(&name.host)),
-                            address: Address::Tcp((ip, name.port).into()),
-                        }));
-                    }
-                    Err(error) => {
-                        complete = false;
-                        failures.push(error.to_string());
-                    }
-                }
-            }
-            let failure = (!failures.is_empty()).then(|| failures.join("; "));
-            Event::Resolved { endpoints, failure, complete }
+    fn resolve(&self, index: usize) {
+        let Some(name) = self.names.get(index).cloned() else {
+            return;
         };
-        Box::pin(resolve.instrument(span))
+        let resolver = Arc::clone(&self.resolver);
+        let resolve = async move {
+            let answer = match look_up(&*resolver, &name.host).await {
+                Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
+                Ok(addresses) => NameAnswer::Addresses {
+                    partial: addresses.partial().map(ToString::to_string),
+                    endpoints: name.endpoints(&addresses),
+                },
+                Err(error) if error.is_answer() => NameAnswer::Unknown(error.to_string()),
+                Err(error) => NameAnswer::Failed(error.to_string()),
+            };
+            Event::Resolved { name: index, answer }
+        };
+        self.work.push(Box::pin(resolve.instrument(self.span())));
     }
 
     fn probe(
@@ -511,11 +548,11 @@ impl<C: SessionClient> Task<C> {
     fn happened(&mut self, event: Event<C>) {
         let now = Instant::now();
         match event {
-            Event::Resolved { endpoints, failure, complete } => {
-                if let Some(failure) = &failure {
+            Event::Resolved { name, answer } => {
+                if let NameAnswer::Unknown(failure) | NameAnswer::Failed(failure) = &answer {
                     tracing::debug!("{failure}");
                 }
-                self.topology.resolved(now, endpoints, failure, complete);
+                self.topology.resolved(now, name, answer);
             }
             Event::Probed { endpoint, fresh, result } => {
                 let address = endpoint.address;
@@ -529,8 +566,11 @@ impl<C: SessionClient> Task<C> {
                 self.topology.probed(now, &Probed { address, result, fresh, still_open });
             }
         }
-        *lock(&self.shared.diagnosis) =
-            Diagnosis { candidates: self.topology.candidates(), dns: self.topology.dns_failure().map(str::to_owned) };
+        *lock(&self.shared.diagnosis) = Diagnosis {
+            candidates: self.topology.candidates(),
+            dns: self.topology.dns_failure(),
+            waiting: self.topology.waiting(),
+        };
     }
 
     fn signalled(&mut self) {
@@ -540,6 +580,12 @@ impl<C: SessionClient> Task<C> {
             tracing::debug!(generation = id.get(), ?suspicion, "primary suspected");
             self.topology.suspected(now, id, suspicion);
         }
+        if let Some(accepted) = signals.accept {
+            self.topology.accept(now, accepted);
+        }
+        if signals.log_in_refused {
+            self.topology.log_in_refused(now);
+        }
         if signals.demand {
             self.topology.demanded(now);
         }
@@ -548,9 +594,14 @@ impl<C: SessionClient> Task<C> {
     /// Publishes first; tells of it and ends the older generation afterwards: whoever hears of a change or loses a connection
     /// finds the newer state.
     fn publish(&mut self) {
+        *lock(&self.shared.log_in_at) = Some(self.topology.log_in_at());
+        let refused_as_of = std::mem::replace(&mut self.refused_as_of, self.topology.refused_as_of());
         if self.revision != self.topology.revision() {
             self.revision = self.topology.revision();
             self.send(self.topology.view());
+        } else if refused_as_of != self.refused_as_of {
+            // The same again, told to a newer question: of interest to those who wait, and to nobody else.
+            self.send_snapshot(self.topology.view());
         }
         for event in self.news.drain(..) {
             self.observer.send(event);
@@ -561,13 +612,17 @@ impl<C: SessionClient> Task<C> {
     }
 
     fn send(&self, view: View) {
-        let generation = self.generation.clone().filter(|_| self.live);
         // The view first: whoever was given a connection finds its primary in the status.
         self.view.send_replace(view.clone());
+        self.send_snapshot(view);
+    }
+
+    fn send_snapshot(&self, view: View) {
+        let generation = self.generation.clone().filter(|_| self.live);
         let current = generation.as_ref().map_or_else(GenerationId::default, |generation| generation.primary.id);
         // Before the snapshot: whoever that wakes finds the same in here.
         self.shared.current.store(current.get(), Ordering::Release);
-        self.snapshot.send_replace(Arc::new(Snapshot { view, generation }));
+        self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
     }
 
     fn span(&self) -> Span {

@@ -7,10 +7,13 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use crate::classify::{BadCertificate, TlsTrouble, explain, tls_trouble};
+use crate::classify::{BadCertificate, TlsTrouble, explain, tls_trouble, without_code};
 use crate::cluster::Diagnosis;
 use crate::commit::Unsettled;
 use crate::topology::{Answer, CandidateReport, Endpoint, FailureKind, ProbeFailure, Refusal};
+
+/// So many candidates are listed in an error's text; `candidates()` has all.
+const LISTED: usize = 32;
 
 type Source = Box<dyn StdError + Send + Sync + 'static>;
 
@@ -39,7 +42,8 @@ pub enum Error {
     /// No connection to a verified primary was to be had before the deadline. Each candidate and what it said is listed.
     #[error(transparent)]
     Unavailable(Box<Unavailable>),
-    /// The servers refuse the credentials, the database or the kind of TLS; waiting would not help.
+    /// The servers refuse the credentials, the database or the kind of TLS, are no PostgreSQL, or belong to several clusters;
+    /// waiting would not help.
     #[error(transparent)]
     Refused(Box<Refused>),
     /// The pool was closed.
@@ -167,7 +171,7 @@ impl Error {
             Self::Unavailable(_) => "unavailable",
             Self::Refused(_) => "refused",
             Self::Closed => "closed",
-            Self::Database(_) => "connection_lost",
+            Self::Database(error) => without_code(error),
             Self::CommitUnknown(_) => "commit_unknown",
             Self::Ledger(_) => "ledger",
             Self::RolledBack(_) => "rolled_back",
@@ -208,6 +212,8 @@ pub enum UnavailableReason {
     Fenced,
     /// A primary answers, and it belongs to another cluster than the one that this pool was connected to before.
     OtherCluster,
+    /// A primary answers, and it is an old one: the timeline of its cluster has gone on without it.
+    OldPrimary,
     /// No address is known: DNS gave none.
     Dns,
     /// A primary is known, and opening a session to it failed each time.
@@ -253,6 +259,9 @@ impl Unavailable {
             Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
                 UnavailableReason::OtherCluster
             }
+            Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::Zombie { .. })) => {
+                UnavailableReason::OldPrimary
+            }
             Obstacle::NoPrimary => UnavailableReason::NoPrimary,
         };
         Self { reason, waited, obstacle, diagnosis }
@@ -280,6 +289,17 @@ impl Unavailable {
     #[must_use]
     pub fn dns_failure(&self) -> Option<&str> {
         self.diagnosis.dns.as_deref()
+    }
+
+    /// The cluster that answers in the place of the pool's own.
+    fn claimed(&self) -> String {
+        let claimed = self.candidates().iter().find_map(|candidate| match &candidate.answer {
+            Some(Answer::Refused(report, Refusal::OtherCluster { .. } | Refusal::Zombie { .. })) => {
+                report.system_identifier
+            }
+            _ => None,
+        });
+        claimed.map_or_else(|| "its system identifier".to_owned(), |identifier| identifier.to_string())
     }
 
     fn trouble(&self) -> Option<&ProbeFailure> {
@@ -312,7 +332,16 @@ impl fmt::Display for Unavailable {
             UnavailableReason::OtherCluster => write!(
                 f,
                 "what answers belongs to another cluster, and this pool's own primary did not come back within \
-                 {waited:.1?}; check where the name points, or build a new pool if the database was restored"
+                 {waited:.1?}; check where the name points, or if it is to be followed (an upgrade, a restore, a switch to a \
+                 copy), call `Pool::accept_cluster({})`, or set `PoolBuilder::accept_new_cluster_after`",
+                self.claimed()
+            )?,
+            UnavailableReason::OldPrimary => write!(
+                f,
+                "what answers is an old primary, and the newer one did not come back within {waited:.1?}; start that one, or \
+                 if the database was restored on purpose, call `Pool::accept_cluster({})`, or set \
+                 `PoolBuilder::accept_new_cluster_after`",
+                self.claimed()
             )?,
             UnavailableReason::Dns => {
                 write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
@@ -333,8 +362,15 @@ impl fmt::Display for Unavailable {
         if let Some(trouble) = self.trouble() {
             write!(f, "; last attempt: {trouble}")?;
         }
-        for candidate in self.candidates() {
+        for candidate in self.candidates().iter().take(LISTED) {
             write!(f, "; {candidate}")?;
+        }
+        let unlisted = self.candidates().len().saturating_sub(LISTED);
+        if unlisted > 0 {
+            write!(f, "; and {unlisted} more")?;
+        }
+        if self.diagnosis.waiting > 0 {
+            write!(f, "; {} more addresses take turns with these", self.diagnosis.waiting)?;
         }
         if let Some(dns) = self.dns_failure() {
             write!(f, "; DNS: {dns}")?;
@@ -371,6 +407,14 @@ impl Refused {
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let trouble = tls_trouble(&self.failure.message);
+        if self.failure.kind == FailureKind::SeveralClusters {
+            return write!(
+                f,
+                "{}; say which one is meant by `PoolBuilder::system_identifier` or `Pool::accept_cluster`, or have the name \
+                 lead to that one alone",
+                self.failure
+            );
+        }
         let advice = match (self.failure.kind, trouble) {
             (FailureKind::NotPostgres, _) => "what answers there is not PostgreSQL; check host and port",
             (_, Some(trouble)) => advice_on_tls(trouble),
@@ -405,7 +449,8 @@ fn advice_on_tls(trouble: TlsTrouble) -> &'static str {
             "set `ssl = on` on the server, or a weaker sslmode than `require` in the connection string"
         }
         TlsTrouble::Wanted => {
-            "it takes nothing but TLS: set sslmode=verify-full, or `require`, in the connection string"
+            "nobody may log in so without TLS: set sslmode=verify-full, or `require`, if the server offers TLS, or allow it in \
+             pg_hba.conf"
         }
     }
 }

@@ -125,7 +125,11 @@ impl Observer {
 
     #[must_use]
     pub(crate) fn evicted(&self, generation: GenerationId, cause: Eviction, connections: usize, why: String) -> Event {
-        tracing::info!(generation = generation.get(), %cause, connections, why, "connections evicted");
+        if connections == 0 {
+            tracing::debug!(generation = generation.get(), %cause, why, "a generation without connections ended");
+        } else {
+            tracing::info!(generation = generation.get(), %cause, connections, why, "connections evicted");
+        }
         self.meters.evicted(cause, connections);
         Event::Evicted { generation, cause, connections, why }
     }
@@ -158,13 +162,19 @@ impl Observer {
             Notice::StillSearching(lasted) => {
                 let (candidates, dns_failure) = said();
                 let answers: Vec<String> = candidates.iter().map(ToString::to_string).collect();
-                let dns = dns_failure.as_deref().unwrap_or_default();
+                let dns = dns_failure.as_deref();
                 tracing::warn!(elapsed_ms = milliseconds(lasted), dns, "no primary yet: {}", answers.join("; "));
                 Some(Event::SearchSlow { lasted, candidates, dns_failure })
             }
             Notice::TooManyCandidates(most) => {
-                tracing::warn!("DNS names more than {most} servers; the rest is not probed");
+                tracing::warn!(
+                    "there are more than {most} addresses; {most} are asked at a time, and the rest in turn"
+                );
                 None
+            }
+            Notice::ClusterAccepted { before, accepted } => {
+                tracing::warn!(before, accepted, "another cluster is this pool's from now on");
+                Some(Event::ClusterAccepted { before, accepted })
             }
         }
     }
@@ -362,12 +372,13 @@ impl fmt::Display for Host<'_> {
     }
 }
 
-fn port(address: &Address) -> u16 {
+/// A field without a value is left out: where a wrapped pool connects to, its manager knows alone.
+fn port(address: &Address) -> Option<u16> {
     match address {
-        Address::Tcp(address) => address.port(),
+        Address::Tcp(address) => Some(address.port()),
         #[cfg(unix)]
-        Address::Unix(_, port) => *port,
-        Address::Wrapped => 0,
+        Address::Unix(_, port) => Some(*port),
+        Address::Wrapped => None,
     }
 }
 

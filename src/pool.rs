@@ -8,6 +8,7 @@ mod builder;
 mod client;
 mod connection;
 mod dialer;
+mod hosts;
 mod security;
 mod settling;
 mod ssl;
@@ -43,7 +44,7 @@ use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
-use crate::topology::{CandidateReport, Evidence, GenerationId, State, Suspicion, View};
+use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
 use dialer::Dialer;
 use wrap::Wrapped;
@@ -304,6 +305,46 @@ impl<C: SessionClient> Pool<C> {
     #[must_use]
     pub fn dns_failure(&self) -> Option<String> {
         self.cluster().diagnosis().dns
+    }
+
+    /// Takes this cluster for the pool's own from now on: after an upgrade by `pg_upgrade`, a switch to another copy
+    /// (blue/green), or a restore, without a restart of the service. `system_identifier` is what
+    /// `SELECT system_identifier FROM pg_control_system()` says on its servers, and errors that mention a server of another
+    /// cluster name it, too.
+    ///
+    /// Takes effect within a moment. Connections to another cluster end, also those in use; the search that follows takes
+    /// servers of this cluster alone, on whatever timeline. That is what lets a pool go on after a restore of its *own*
+    /// cluster, whose timeline is older than the one before: call this with the identifier that it had all along. Where the
+    /// primary in use belongs to the cluster already, nothing is interrupted. A COMMIT that is in doubt meanwhile stays so:
+    /// [`Error::CommitUnknown`].
+    ///
+    /// Be sure that nobody writes to the old cluster any more. [`PoolBuilder::accept_new_cluster_after`] does the same by
+    /// itself after a time. Never waits.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) {
+    /// // The blue cluster was switched off, and the name leads to the green one now.
+    /// pool.accept_cluster(7_301_827_364_512_345_678);
+    /// # }
+    /// ```
+    pub fn accept_cluster(&self, system_identifier: u64) {
+        self.cluster().accept(Accept::Cluster(system_identifier));
+    }
+
+    /// Forgets which cluster is the pool's own, and its timeline: the next search takes the one that it finds, as a new pool
+    /// would. All connections end, also those in use. Where servers of several clusters answer, callers get
+    /// [`Error::Refused`] until only one is left; [`Pool::accept_cluster`] tells which one it is. Never waits.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
+    /// // The database was restored, and the name leads to nothing else.
+    /// pool.forget_cluster();
+    /// pool.connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn forget_cluster(&self) {
+        self.cluster().accept(Accept::Any);
     }
 
     /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
@@ -618,6 +659,9 @@ impl From<NoPrimary> for Error {
         match none {
             NoPrimary::Closed => Self::Closed,
             NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
+            NoPrimary::UnknownName(waited, diagnosis) => {
+                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
+            }
         }
     }
 }

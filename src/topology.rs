@@ -6,6 +6,9 @@
 //! Tests: `topology/tests.rs`.
 
 mod candidate;
+mod identity;
+mod names;
+mod refusals;
 mod report;
 #[cfg(test)]
 mod scenarios;
@@ -13,19 +16,22 @@ mod scenarios;
 mod tests;
 mod view;
 
+pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
+pub(crate) use identity::Accept;
+pub(crate) use names::NameAnswer;
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{
     CHECKPOINTED, EVIDENCE, Question, ROLE_PROBE, STARTED_AT, STATS_RESET, evidence, microseconds, wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// More candidates than this are not probed: an answer of a thousand addresses is a mistake, not a cluster.
+/// So many candidates are probed at the same time; more of them take turns.
 const MAX_MEMBERS: usize = 64;
 /// A member that DNS no longer names, and that does not answer, is forgotten after this long.
 const REMEMBER: Duration = Duration::from_secs(600);
@@ -52,8 +58,8 @@ const LOOKS: u32 = 10;
 const VIGIL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
 /// So many candidates that do not answer are asked as often as one; with twice as many, each is asked half as often.
 const CROWD: usize = 8;
-/// A server that refuses the credentials is asked again no sooner than this.
-const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
+/// Shortest and longest pause before a server that had no slot for a session is asked for one again.
+const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// In a search, a session to a standby is asked for no longer than this before a new one is.
 const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
@@ -76,6 +82,10 @@ pub(crate) struct Settings {
     pub(crate) warm_standbys: bool,
     /// Each new session to a candidate may lead to another server: somebody else decides where.
     pub(crate) roaming: bool,
+    /// The cluster that this pool belongs to, where the user says so.
+    pub(crate) system_identifier: Option<u64>,
+    /// What else answers as a primary is followed when no server of this cluster did for so long.
+    pub(crate) accept_new_cluster_after: Option<Duration>,
 }
 
 impl Default for Settings {
@@ -89,6 +99,8 @@ impl Default for Settings {
             dead_after: Duration::from_secs(20),
             warm_standbys: false,
             roaming: false,
+            system_identifier: None,
+            accept_new_cluster_after: None,
         }
     }
 }
@@ -168,8 +180,8 @@ pub(crate) struct Probed {
 /// What the shell has to do.
 #[derive(Clone, Debug)]
 pub(crate) enum Action {
-    /// Ask for the addresses behind the configured names.
-    Resolve,
+    /// Ask for the addresses behind this configured name.
+    Resolve(usize),
     /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one; `within` has room for both.
     Probe { endpoint: Endpoint, fresh: bool, vigil: Option<Vigil>, within: Duration },
     /// Checkouts wait; the generation's connections live on.
@@ -202,10 +214,30 @@ pub(crate) enum Notice {
     TwoPrimaries(Address),
     /// The server does not let this role read its identity: only its role can be checked.
     RoleOnly(Address),
-    /// DNS named more addresses than are probed.
+    /// There are more addresses than are probed at the same time.
     TooManyCandidates(usize),
+    /// Another cluster is the pool's own from now on, by the user's word; `None`: whichever is found.
+    ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
     /// There has been no primary for so long.
     StillSearching(Duration),
+}
+
+/// What is said once, whatever numbers come with it: a stranger may make up new ones for ever.
+type Topic = (&'static str, Option<Address>, Option<std::mem::Discriminant<Refusal>>);
+
+impl Notice {
+    fn topic(&self) -> Topic {
+        match self {
+            Self::Refused(address, refusal) => {
+                ("refused", Some(address.clone()), Some(std::mem::discriminant(refusal)))
+            }
+            Self::TwoPrimaries(address) => ("second", Some(address.clone()), None),
+            Self::RoleOnly(address) => ("role", Some(address.clone()), None),
+            Self::TooManyCandidates(_) => ("crowd", None, None),
+            Self::ClusterAccepted { .. } => ("accepted", None, None),
+            Self::StillSearching(_) => ("slow", None, None),
+        }
+    }
 }
 
 struct Member {
@@ -221,6 +253,12 @@ struct Member {
     /// When it reported last.
     heard_at: Option<Instant>,
     answer: Option<Answer>,
+    /// The question that was answered last was asked then.
+    told_at: Option<Instant>,
+    /// What it reported last, at `heard_at`.
+    report: Option<ServerReport>,
+    /// So many times in a row it had no slot for a session.
+    full: u32,
     took: Option<Duration>,
     /// The next probe needs a session of its own.
     fresh: bool,
@@ -262,6 +300,19 @@ impl Member {
             && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
     }
 
+    /// The next question to it is a log-in that will most likely be refused, as the last one was.
+    fn must_log_in(&self, current: Option<&Address>) -> bool {
+        let held = current == Some(&self.endpoint.address) && !self.fresh;
+        let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused);
+        refused && !held
+    }
+
+    /// How long a server that had no slot for a session is left alone.
+    fn full_pause(&self) -> Option<Duration> {
+        let doublings = self.full.checked_sub(1)?.min(16);
+        Some((FULL_PAUSE.0 * 2_u32.pow(doublings)).min(FULL_PAUSE.1))
+    }
+
     /// Ask as soon as may be, which is `pause` after the last question.
     fn hurry(&mut self, now: Instant, pause: Duration) {
         let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
@@ -280,9 +331,19 @@ struct Search {
     suspended: Option<Suspended>,
     /// The best writable server so far, while others may still object.
     pick: Option<Pick>,
+    /// What callers are told, as waiting is no use.
     refused: Option<ProbeFailure>,
+    refused_as_of: Option<Instant>,
+    /// When waiting will turn out to be no use, if nothing changes.
+    judge_at: Option<Instant>,
     /// An operator was told that it takes long.
     told: bool,
+}
+
+impl Search {
+    fn new(since: Instant) -> Self {
+        Self { since, suspended: None, pick: None, refused: None, refused_as_of: None, judge_at: None, told: false }
+    }
 }
 
 struct Suspended {
@@ -302,11 +363,19 @@ pub(crate) struct Topology {
     members: BTreeMap<Address, Member>,
     phase: Phase,
     generation: GenerationId,
+    /// How often the user has accepted another cluster since the last generation began.
+    crossings: u64,
     system_identifier: Option<u64>,
     newest_timeline: Option<u32>,
-    /// When to resolve; `None` while a look-up is under way or no name is configured.
-    resolve_due: Option<Instant>,
-    dns_failure: Option<String>,
+    /// When a server of this cluster was seen as its primary last.
+    own_primary_at: Instant,
+    /// A server of this cluster has let this role in.
+    let_in: bool,
+    /// Of log-ins that will most likely be refused.
+    log_ins: refusals::Pace,
+    names: Vec<names::Name>,
+    /// Servers that wait for their turn, as there are more than are asked at the same time.
+    spare: VecDeque<(Endpoint, Origin)>,
     changed: Change,
     polled_at: Instant,
     pulse: Pulse,
@@ -317,24 +386,27 @@ pub(crate) struct Topology {
     patrolled_at: Instant,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
-    noticed: HashSet<Notice>,
+    noticed: HashSet<Topic>,
     actions: Vec<Action>,
     jitter: u64,
 }
 
 impl Topology {
-    /// A topology that searches. `names`: whether there is anything to resolve.
-    pub(crate) fn new(settings: Settings, configured: Vec<Endpoint>, names: bool, seed: u64, now: Instant) -> Self {
+    /// A topology that searches. `names`: how many there are to resolve.
+    pub(crate) fn new(settings: Settings, configured: Vec<Endpoint>, names: usize, seed: u64, now: Instant) -> Self {
         let mut topology = Self {
             quiet_pause: settings.heartbeat / QUIET,
-            settings,
             members: BTreeMap::new(),
-            phase: Phase::Searching(Search { since: now, suspended: None, pick: None, refused: None, told: false }),
+            phase: Phase::Searching(Search::new(now)),
             generation: GenerationId::default(),
-            system_identifier: None,
+            crossings: 0,
+            system_identifier: settings.system_identifier,
             newest_timeline: None,
-            resolve_due: names.then_some(now),
-            dns_failure: None,
+            own_primary_at: now,
+            let_in: false,
+            log_ins: refusals::Pace::new(now),
+            names: (0..names).map(|_| names::Name::new(now)).collect(),
+            spare: VecDeque::new(),
             changed: Change { at: now, why: "started".to_owned() },
             polled_at: now,
             pulse: Pulse::default(),
@@ -344,6 +416,7 @@ impl Topology {
             noticed: HashSet::new(),
             actions: Vec::new(),
             jitter: seed,
+            settings,
         };
         for endpoint in configured {
             topology.add(endpoint, Origin::Configured, now);
@@ -354,24 +427,30 @@ impl Topology {
     /// What is to be done now. Call after each input and at [`Self::wake_at`].
     pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
         self.polled_at = now;
+        self.follow_successor(now);
         self.decide_pick(now);
+        self.judge_if_due(now);
         self.give_up_silent(now);
         self.tell_of_a_long_search(now);
         self.ask_if_quiet(now);
         self.hurry_if_uneasy(now);
-        if self.resolve_due.is_some_and(|due| due <= now) {
-            self.resolve_due = None;
-            self.actions.push(Action::Resolve);
-        }
+        self.look_up_due_names(now);
         let current = self.primary_address();
         let vigil = self.vigil(now);
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
             Phase::Known { .. } => None,
         };
+        let log_in = self.next_log_in(now);
         for (address, member) in &mut self.members {
             if member.asking || member.due > now {
                 continue;
+            }
+            if member.must_log_in(current.as_ref()) {
+                if log_in.as_ref() != Some(address) {
+                    continue;
+                }
+                self.log_ins.spend(now);
             }
             if self.settings.roaming && now >= self.patrolled_at + self.settings.patrol {
                 self.patrolled_at = now;
@@ -397,9 +476,15 @@ impl Topology {
 
     /// The next moment at which [`Self::poll`] may have something to do without an input.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        let probes = self.members.values().filter(|member| !member.asking).map(|member| member.due);
+        let (current, log_in_at) = (self.primary_address(), self.log_in_at());
+        let probes =
+            self.members.values().filter(|member| !member.asking).map(|member| {
+                if member.must_log_in(current.as_ref()) { member.due.max(log_in_at) } else { member.due }
+            });
         let timers = match &self.phase {
             Phase::Searching(search) => [
+                search.judge_at,
+                self.follow_at().filter(|at| *at > self.polled_at),
                 search.pick.as_ref().map(|pick| pick.decide_at),
                 search.suspended.as_ref().map(|suspended| suspended.answered_at + self.settings.dead_after),
                 (!search.told).then(|| search.since + LONG_SEARCH),
@@ -408,33 +493,11 @@ impl Topology {
                 self.uneasy_at().filter(|at| *at > self.polled_at),
                 (self.pulse.in_use || self.pulse.moved).then(|| self.polled_at + self.listen_interval()),
                 None,
+                None,
+                None,
             ],
         };
-        probes.chain(self.resolve_due).chain(timers.into_iter().flatten()).min()
-    }
-
-    /// A look-up ended. `complete`: every name was answered, if only for one family; `failure` says what was not.
-    pub(crate) fn resolved(&mut self, now: Instant, endpoints: Vec<Endpoint>, failure: Option<String>, complete: bool) {
-        self.resolve_due = Some(now + self.resolve_pause(now));
-        self.dns_failure = failure;
-        let named: HashSet<Address> = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
-        for endpoint in endpoints {
-            self.add(endpoint, Origin::Resolved, now);
-        }
-        // A failed look-up says nothing about the members: they stay what they were.
-        if !complete {
-            return;
-        }
-        let needed = self.needed();
-        self.members.retain(|address, member| {
-            if member.origin == Origin::Configured || named.contains(address) {
-                return true;
-            }
-            member.origin = Origin::Remembered;
-            let seen_at = member.heard_at.map_or(member.named_at, |at| at.max(member.named_at));
-            let young = now.duration_since(seen_at) < REMEMBER;
-            needed.contains(address) || (member.verified && young)
-        });
+        probes.chain(self.names_due()).chain(timers.into_iter().flatten()).min()
     }
 
     /// A probe ended.
@@ -465,6 +528,11 @@ impl Topology {
             return;
         }
         self.notice(&probed.address, &answer);
+        self.let_in |= match &answer {
+            Answer::Primary(_) => true,
+            Answer::Refused(_, refusal) => !matches!(refusal, Refusal::OtherCluster { .. }),
+            Answer::Failed(_) => false,
+        };
         let ours = match &answer {
             Answer::Primary(_) => true,
             Answer::Refused(report, refusal) => {
@@ -478,11 +546,15 @@ impl Topology {
             member.asking = false;
             member.took = took;
             member.answered_at = Some(now);
+            member.told_at = member.asked_at;
+            let full = matches!(&probed.result, Err(failure) if failure.kind == FailureKind::Full);
+            member.full = if full { member.full.saturating_add(1) } else { 0 };
             if probed.fresh {
                 member.opened_at = Some(now);
             }
-            if probed.result.is_ok() {
+            if let Ok(report) = &probed.result {
                 member.heard_at = Some(now);
+                member.report = Some(report.clone());
             }
             member.answer = Some(answer.clone());
             member.verified |= ours;
@@ -493,6 +565,7 @@ impl Topology {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
         }
         self.schedule(now, &probed.address);
+        self.take_turns(now, &probed.address);
     }
 
     /// The session to a standby was to be renewed, and the server has no slot or no time for a new one. The one that is open
@@ -518,7 +591,7 @@ impl Topology {
         let pause = self.settings.poll.0;
         if let Some(member) = self.members.get_mut(&address) {
             member.fresh = true;
-            member.hurry(now, pause);
+            member.hurry(now, pause.max(member.full_pause().unwrap_or_default()));
         }
         if matches!(suspicion, Suspicion::ReadOnly) {
             self.suspend(now, "a session on the primary has turned read-only", false);
@@ -530,16 +603,6 @@ impl Topology {
         self.pulse = pulse;
         if pulse.moved {
             self.moved_at = now;
-        }
-    }
-
-    /// Somebody waits although every server refuses the credentials: ask again now.
-    pub(crate) fn demanded(&mut self, now: Instant) {
-        let Phase::Searching(Search { refused: Some(_), .. }) = &self.phase else {
-            return;
-        };
-        for member in self.members.values_mut() {
-            member.hurry(now, self.settings.poll.0);
         }
     }
 
@@ -605,8 +668,24 @@ impl Topology {
         self.members.values().map(report).collect()
     }
 
-    pub(crate) fn dns_failure(&self) -> Option<&str> {
-        self.dns_failure.as_deref()
+    fn judge_if_due(&mut self, now: Instant) {
+        if let Phase::Searching(Search { judge_at: Some(at), .. }) = &self.phase
+            && *at <= now
+        {
+            self.judge_refusals(now);
+        }
+    }
+
+    /// Whose turn it is among those who refused the last log-in: of all of them one at a time is tried, the one that has
+    /// waited for longest.
+    fn next_log_in(&self, now: Instant) -> Option<Address> {
+        if self.log_in_at() > now {
+            return None;
+        }
+        let current = self.primary_address();
+        let due = |member: &&Member| !member.asking && member.due <= now && member.must_log_in(current.as_ref());
+        let next = self.members.values().filter(due).min_by_key(|member| member.asked_at)?;
+        Some(next.endpoint.address.clone())
     }
 
     fn primary_address(&self) -> Option<Address> {
@@ -637,8 +716,7 @@ impl Topology {
             return;
         }
         if self.members.len() >= MAX_MEMBERS && !self.forget_one(now) {
-            self.say(Notice::TooManyCandidates(MAX_MEMBERS));
-            return;
+            return self.wait_for_room(endpoint, origin);
         }
         let member = Member {
             endpoint: endpoint.clone(),
@@ -650,6 +728,9 @@ impl Topology {
             answered_at: None,
             heard_at: None,
             answer: None,
+            told_at: None,
+            report: None,
+            full: 0,
             took: None,
             fresh: true,
             opened_at: None,
@@ -706,11 +787,13 @@ impl Topology {
                     primary.report.evidence = report.evidence;
                     self.revision += 1;
                 }
+                self.own_primary_at = now;
                 // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
                 let fenced_for_new_sessions = report.fence_pending && !probed.fresh;
                 if let Some(member) = self.members.get_mut(&probed.address) {
                     member.fresh |= fenced_for_new_sessions;
                 }
+                self.learn_identity(report);
             }
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
@@ -763,7 +846,8 @@ impl Topology {
                     // One server by two addresses, or what it said in an earlier life.
                     return;
                 }
-                if report.timeline > primary.report.timeline && primary.report.timeline.is_some() {
+                let newer = report.timeline > primary.report.timeline && primary.report.timeline.is_some();
+                if newer && identity::comparable(report, &primary.report) {
                     self.adopt(now, address, report.clone(), "a server on a newer timeline is writable");
                 } else {
                     self.say(Notice::TwoPrimaries(address.clone()));
@@ -774,7 +858,8 @@ impl Topology {
     }
 
     fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
-        let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member));
+        let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
+            || self.names_outstanding();
         let newest = self.newest_timeline;
         let Phase::Searching(search) = &mut self.phase else {
             return;
@@ -816,7 +901,8 @@ impl Topology {
             return;
         }
         // A timeline that nobody had before is a promotion: no other server can object.
-        let promoted = newest.is_some() && report.timeline > newest;
+        let identified = self.system_identifier.is_some() || report.system_identifier.is_none();
+        let promoted = identified && newest.is_some() && report.timeline > newest;
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
         if better {
             let grace = if newest.is_none() { FIRST_GRACE } else { GRACE };
@@ -825,6 +911,7 @@ impl Topology {
             let decide_at = earlier.map_or(now + wait, |at| at.min(now + wait));
             search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
         }
+        self.judge_refusals(now);
         self.decide_pick(now);
     }
 
@@ -840,34 +927,18 @@ impl Topology {
         let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {
             return;
         };
-        let all_answered = self.members.values().all(|member| self.answered(member));
+        let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();
         if pick.decide_at > now && !all_answered {
             return;
         }
         let (address, report) = (pick.address.clone(), pick.report.clone());
-        self.adopt(now, &address, report, "verified as the primary");
-    }
-
-    /// Where everybody who answers refuses us, waiting is no use; once a primary has been seen, an unreachable server
-    /// may be the one that would not.
-    fn judge_refusals(&mut self, now: Instant) {
-        let all_answered = self.members.values().all(|member| self.answered(member));
-        let known_before = self.generation.0 > 0;
-        let mut refused = None;
-        for member in self.members.values() {
-            match &member.answer {
-                Some(Answer::Failed(failure)) => match failure.kind {
-                    FailureKind::Refused => refused = Some(failure.clone()),
-                    FailureKind::NotPostgres if !known_before => {
-                        refused.get_or_insert_with(|| failure.clone());
-                    }
-                    FailureKind::Unreachable if !known_before => {}
-                    _ => return self.set_refused(now, None),
-                },
-                _ => return self.set_refused(now, None),
+        if self.conflict(now).is_some() {
+            if let Phase::Searching(search) = &mut self.phase {
+                search.pick = None;
             }
+            return self.judge_refusals(now);
         }
-        self.set_refused(now, refused.filter(|_| all_answered));
+        self.adopt(now, &address, report, "verified as the primary");
     }
 
     fn set_refused(&mut self, now: Instant, failure: Option<ProbeFailure>) {
@@ -890,15 +961,14 @@ impl Topology {
             return;
         };
         let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent };
-        self.phase =
-            Phase::Searching(Search { since: now, suspended: Some(suspended), pick: None, refused: None, told: false });
+        self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
         self.actions.push(Action::Suspend { why: why.to_owned() });
         for member in self.members.values_mut() {
             member.hurry(now, self.settings.poll.0);
         }
-        self.resolve_due = self.resolve_due.map(|due| due.min(now));
+        self.hurry_names(now);
     }
 
     fn end_suspended(&mut self, id: GenerationId, cause: Eviction, why: &str) {
@@ -954,7 +1024,7 @@ impl Topology {
         for member in self.members.values_mut() {
             member.hurry(now, UNEASY_PACE);
         }
-        self.resolve_due = self.resolve_due.map(|due| due.min(now + UNEASY_PACE));
+        self.hurry_names(now + UNEASY_PACE);
     }
 
     fn tell_of_a_long_search(&mut self, now: Instant) {
@@ -1013,7 +1083,7 @@ impl Topology {
             let why = format!("{endpoint} is the primary now");
             self.actions.push(Action::End { id, cause: Eviction::Replaced, why, lost });
         }
-        self.generation.0 += 1;
+        self.generation.0 += 1 + std::mem::take(&mut self.crossings);
         self.system_identifier = self.system_identifier.or(report.system_identifier);
         self.newest_timeline = self.newest_timeline.max(report.timeline);
         // Until the first primary was found there was no cluster to belong to.
@@ -1022,7 +1092,7 @@ impl Topology {
             member.verified |= said.system_identifier.is_some() && said.system_identifier == self.system_identifier;
         }
         // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
-        self.noticed.retain(|notice| !matches!(notice, Notice::Refused(..) | Notice::TwoPrimaries(_)));
+        self.noticed.retain(|topic| !matches!(topic.0, "refused" | "second"));
         let primary = Primary { id: self.generation, endpoint, report };
         let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {
             Some(Answer::Primary(said))
@@ -1046,6 +1116,7 @@ impl Topology {
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
         self.phase = Phase::Known { primary, answered_at: now };
+        self.own_primary_at = now;
         self.quiet_pause = self.settings.heartbeat / QUIET;
         if let Some(member) = self.members.get_mut(&current) {
             member.verified = true;
@@ -1055,8 +1126,7 @@ impl Topology {
         for address in addresses {
             self.schedule(now, &address);
         }
-        let patrol = self.settings.patrol;
-        self.resolve_due = self.resolve_due.map(|_| now + patrol);
+        self.pace_names(now + self.settings.patrol);
     }
 
     /// When to ask a server again.
@@ -1094,20 +1164,18 @@ impl Topology {
                 let crowd = 1 + self.members.values().filter(|member| member.is_dead()).count() / CROWD;
                 let pause = self.poll_pause(now.duration_since(search.since));
                 let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
-                if refused { pause.max(REFUSED_INTERVAL) } else { pause.mul_f64(jitter) }
+                let full = self.members.get(address).and_then(Member::full_pause).unwrap_or_default();
+                if refused {
+                    self.refused_pause(now.duration_since(search.since))
+                } else {
+                    pause.max(full).mul_f64(jitter)
+                }
             }
         };
         let Some(member) = self.members.get_mut(address) else {
             return;
         };
         member.due = now.max(member.asked_at.unwrap_or(now) + pause);
-    }
-
-    fn resolve_pause(&self, now: Instant) -> Duration {
-        match &self.phase {
-            Phase::Known { .. } => self.settings.patrol,
-            Phase::Searching(search) => self.poll_pause(now.duration_since(search.since)).max(RESOLVE_INTERVAL),
-        }
     }
 
     /// One per cent of the time already lost: a short outage is found at once, a long one is not polled to death.
@@ -1128,9 +1196,15 @@ impl Topology {
     }
 
     fn say(&mut self, notice: Notice) {
-        if self.noticed.insert(notice.clone()) {
+        if self.noticed.insert(notice.topic()) {
             self.actions.push(Action::Notice(notice));
         }
+    }
+
+    /// What was said of servers that are no candidates any more would be said again, if they came back.
+    fn forget_notices(&mut self) {
+        let members = &self.members;
+        self.noticed.retain(|topic| topic.1.as_ref().is_none_or(|address| members.contains_key(address)));
     }
 
     /// A factor between 0.75 and 1.25, so that many pools do not ask in step. An xorshift step; no security hangs on it.

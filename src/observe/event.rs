@@ -92,6 +92,16 @@ pub enum Event {
         /// That of the server.
         found: u64,
     },
+    /// Another cluster is this pool's own from now on: by [`Pool::accept_cluster`](crate::Pool::accept_cluster),
+    /// [`Pool::forget_cluster`](crate::Pool::forget_cluster) or
+    /// [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after).
+    #[non_exhaustive]
+    ClusterAccepted {
+        /// The system identifier of the cluster so far, if it was known.
+        before: Option<u64>,
+        /// That of the new one; `None` where the next search decides.
+        accepted: Option<u64>,
+    },
     /// A second server is writable on the timeline of the primary, which stays in use: somebody has to look into it. Once
     /// for each server, until the next generation begins.
     #[non_exhaustive]

@@ -18,6 +18,7 @@ use tokio_postgres::{Config, NoTls, Socket};
 
 use super::connection::Idle;
 use super::dialer::Dialer;
+use super::hosts::{Hosts, Target};
 use super::security::{NO_CONNECTOR, Security, make_opener};
 use super::ssl::{self, Ssl};
 use super::{Manager, Pool, Shared, Source, typo};
@@ -67,6 +68,7 @@ impl IntoConfig for &str {
         let (text, ssl) = ssl::split(self);
         let config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
         not_misread(self, &config, &ssl)?;
+        ssl.hosts.check_role()?;
         if let Some((option, problem)) = ssl.refused {
             return Err(BuildError::invalid(option, problem));
         }
@@ -105,16 +107,12 @@ fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError>
             return Err(BuildError::invalid("connection string", problem));
         }
     }
-    let hosts = config.get_hosts().iter().filter_map(|host| match host {
-        Host::Tcp(name) => Some(name.as_str()),
-        #[cfg(unix)]
-        Host::Unix(_) => None,
-    });
+    let hosts = ssl.hosts.host.as_deref();
     let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
     let files = ssl.files().map(|(_, value)| value);
     // In `host= password=…` the value of `host` is `password=…`.
     if url.is_none()
-        && hosts.chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
+        && hosts.into_iter().chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
     {
         let problem = "has no value, and took the password for it; write '' for an empty value";
         return Err(BuildError::invalid("the option before `password`", problem));
@@ -409,6 +407,34 @@ impl PoolBuilder {
         self
     }
 
+    /// The cluster that this pool belongs to, by what `SELECT system_identifier FROM pg_control_system()` says on its servers.
+    /// Default: the one that the first search finds.
+    ///
+    /// A first search that meets servers of several clusters takes none of them: callers get
+    /// [`Error::Refused`](crate::Error::Refused), which names both. Set this where a name or a list of hosts may lead to a
+    /// copy: blue/green, a restored backup, a logical subscriber. A server that does not tell its identifier is refused then.
+    /// [`Pool::accept_cluster`] changes it later.
+    pub fn system_identifier(mut self, system_identifier: u64) -> Self {
+        self.settings.system_identifier = Some(system_identifier);
+        self
+    }
+
+    /// Follows what answers in the cluster's place, when no server of this pool's cluster has answered as its primary for so
+    /// long: a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or this one restored to an older
+    /// timeline. Default: never.
+    ///
+    /// Without it such servers are refused until [`Pool::accept_cluster`] or a restart of the service, as a copy or an old
+    /// primary may be reachable while the real one is not: with it, the pool would write to that one then. Choose a time that
+    /// is longer than any failover, and longer than a network partition that you want to sit out. Where several clusters
+    /// answer, none is followed.
+    ///
+    /// # Errors
+    /// [`PoolBuilder::build`] fails where this is zero, and together with [`PoolBuilder::system_identifier`].
+    pub fn accept_new_cluster_after(mut self, silence: Duration) -> Self {
+        self.settings.accept_new_cluster_after = Some(silence);
+        self
+    }
+
     /// Makes the jitter of this pool repeatable, for tests. Default: random.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
@@ -420,6 +446,10 @@ impl PoolBuilder {
         let max_size = self.max_size;
         if max_size == 0 {
             return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
+        }
+        if self.idle.min > max_size {
+            let problem = format!("{} is more than max_size, {max_size}; lower it, or raise max_size", self.idle.min);
+            return Err(BuildError::invalid("min_idle", problem));
         }
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
@@ -443,7 +473,7 @@ impl PoolBuilder {
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
-        let targets = targets(&self.config)?;
+        let targets = targets(&self.config, &self.ssl.hosts)?;
         let make_opener = make_opener(self.security, &self.ssl, &mut self.config)?;
         let template = template(&self.config, make_opener.is_some(), settings.dead_after)?;
         if self.ask_password.is_some() && template.get_password().is_some() {
@@ -479,7 +509,7 @@ impl PoolBuilder {
     /// What `build_manager` reads from the configuration, without a runtime: names, addresses, and the sessions' template.
     #[cfg(fuzzing)]
     pub(crate) fn read(&self, tls: bool) -> Result<(Vec<(String, u16)>, Vec<String>, Config), BuildError> {
-        let targets = targets(&self.config)?;
+        let targets = targets(&self.config, &self.ssl.hosts)?;
         let template = template(&self.config, tls, self.settings.dead_after)?;
         let names = targets.names.iter().map(|name| (name.host.to_string(), name.port)).collect();
         let addresses = targets.addresses.iter().map(ToString::to_string).collect();
@@ -547,6 +577,14 @@ pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
         not_zero(option, *duration)?;
         *duration = FAR.min(*duration);
     }
+    if let Some(silence) = &mut settings.accept_new_cluster_after {
+        not_zero("accept_new_cluster_after", *silence)?;
+        *silence = FAR.min(*silence);
+        if settings.system_identifier.is_some() {
+            let problem = "contradicts `system_identifier`, which names the only cluster; remove one of them";
+            return Err(BuildError::invalid("accept_new_cluster_after", problem));
+        }
+    }
     if settings.poll.0 > settings.poll.1 {
         return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
     }
@@ -587,35 +625,17 @@ struct Targets {
     addresses: Vec<Endpoint>,
 }
 
-fn targets(config: &Config) -> Result<Targets, BuildError> {
-    let (hosts, hostaddrs, ports) = (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
-    let count = hosts.len().max(hostaddrs.len());
-    if count == 0 {
-        return Err(BuildError::NoHost);
-    }
-    if !hosts.is_empty() && !hostaddrs.is_empty() && hosts.len() != hostaddrs.len() {
-        let problem =
-            format!("{} hosts and {} hostaddrs; give one hostaddr for each host", hosts.len(), hostaddrs.len());
-        return Err(BuildError::invalid("hostaddr", problem));
-    }
-    if ports.len() > 1 && ports.len() != count {
-        let problem = format!("{} ports for {count} hosts; give one port, or one for each host", ports.len());
-        return Err(BuildError::invalid("port", problem));
-    }
+fn targets(config: &Config, hosts: &Hosts) -> Result<Targets, BuildError> {
     let mut targets = Targets { names: Vec::new(), addresses: Vec::new() };
-    for index in 0..count {
-        let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-        if port == 0 {
-            return Err(BuildError::invalid("port", "0 is not a port; PostgreSQL's default is 5432"));
-        }
-        targets.add(hosts.get(index), hostaddrs.get(index).copied(), port)?;
+    for target in hosts.targets(config)? {
+        targets.add(target)?;
     }
     Ok(targets)
 }
 
 impl Targets {
-    fn add(&mut self, host: Option<&Host>, hostaddr: Option<IpAddr>, port: u16) -> Result<(), BuildError> {
-        let name = match host {
+    fn add(&mut self, Target { host, address, port }: Target) -> Result<(), BuildError> {
+        let name = match &host {
             #[cfg(unix)]
             Some(Host::Unix(folder)) => {
                 self.addresses.push(Endpoint { host: None, address: Address::Unix(folder.clone(), port) });
@@ -627,7 +647,7 @@ impl Targets {
         };
         // A URL writes an IPv6 address in brackets; the driver strips them, a hand-made configuration may not.
         let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
-        match (hostaddr.or(literal), name) {
+        match (address.or(literal), name) {
             (Some(ip), name) => {
                 let address = Address::Tcp(SocketAddr::new(ip, port));
                 self.addresses.push(Endpoint { host: name.map(Arc::from), address });

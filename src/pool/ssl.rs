@@ -1,8 +1,10 @@
-//! What libpq's connection strings say about certificates and the driver's parser does not know.
+//! What libpq's connection strings say about certificates and hosts, and the driver's parser does not know or reads otherwise.
 //!
 //! Takes those options out of the text, and leaves all else, mistakes too, for the driver to read.
 
 use std::ops::Range;
+
+use super::hosts::Hosts;
 
 /// The value of `sslrootcert` that stands for the platform's authorities.
 #[cfg(feature = "rustls")]
@@ -56,6 +58,8 @@ pub(super) struct Ssl {
     pub(super) certificate: Option<String>,
     /// `sslkey`
     pub(super) key: Option<String>,
+    /// What it says of hosts.
+    pub(super) hosts: Hosts,
     /// What cannot be honoured, and what to do.
     pub(super) refused: Option<(&'static str, &'static str)>,
 }
@@ -70,6 +74,9 @@ impl Ssl {
 
     /// What the driver shall read instead of this option; `None` to leave it as it is.
     fn take(&mut self, key: &str, value: String) -> Option<&'static str> {
+        if self.hosts.take(key, &value) {
+            return Some("");
+        }
         let file = match key {
             "sslmode" => {
                 self.mode = Mode::named(&value);
@@ -241,17 +248,17 @@ mod tests {
     #[test]
     fn of_pairs() {
         for (text, driver, expected) in [
-            ("host=a sslmode=verify-full user=b", "host=a sslmode=require user=b", ssl(Mode::VerifyFull, None)),
+            ("dbname=a sslmode=verify-full user=b", "dbname=a sslmode=require user=b", ssl(Mode::VerifyFull, None)),
             (
-                "host=a sslrootcert = '/it\\'s a.pem' sslmode='require'",
-                "host=a  sslmode='require'",
+                "dbname=a sslrootcert = '/it\\'s a.pem' sslmode='require'",
+                "dbname=a  sslmode='require'",
                 ssl(Mode::Require, Some("/it's a.pem")),
             ),
-            ("password='a sslmode=verify-ca' host=b", "password='a sslmode=verify-ca' host=b", Ssl::default()),
-            ("password=a\\ sslkey=x host=b", "password=a\\ sslkey=x host=b", Ssl::default()),
+            ("password='a sslmode=verify-ca' dbname=b", "password='a sslmode=verify-ca' dbname=b", Ssl::default()),
+            ("password=a\\ sslkey=x dbname=b", "password=a\\ sslkey=x dbname=b", Ssl::default()),
             ("sslrootcert=a\\ b", "", Ssl { root: Some("a b".into()), ..Ssl::default() }),
             // For the driver to complain about.
-            ("host=a sslmode 'verify-full'", "host=a sslmode 'verify-full'", Ssl::default()),
+            ("dbname=a sslmode 'verify-full'", "dbname=a sslmode 'verify-full'", Ssl::default()),
             ("sslrootcert='a", "sslrootcert='a", Ssl::default()),
         ] {
             assert_eq!(split(text), (driver.to_owned(), expected), "{text}");

@@ -207,6 +207,10 @@ impl<C: SessionClient> Wrapped<C> {
             let generation = dialer.cluster.primary().await?;
             let id = generation.primary.id;
             self.lender.evict_for(id);
+            // The manager will have to connect.
+            let connects = self.status().available == 0;
+            let _turn = if connects { dialer.turn(&generation, began).await? } else { None };
+            let dialled = Instant::now();
             let object = tokio::select! {
                 biased;
                 () = dialer.cluster.scope().cancelled() => return Err(Error::Closed),
@@ -231,6 +235,7 @@ impl<C: SessionClient> Wrapped<C> {
                     return Err(Error::Unavailable(Box::new(unavailable)));
                 }
             };
+            dialer.note_refused(dialled, &failure);
             if let refused @ Error::Refused(_) = dialer.not_opened(&generation, failure).await {
                 return Err(refused);
             }
@@ -287,6 +292,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
         let Some(object) = asked.0.take() else { return Err(None) };
         generation.opened();
+        dialer.let_in();
         let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default())));
         self.remember(object_id, &facts);
         lend(object, facts)
@@ -388,6 +394,18 @@ where
     /// As [`PoolBuilder::dead_after`](crate::PoolBuilder::dead_after). Default: 20 s.
     pub fn dead_after(mut self, silence: Duration) -> Self {
         self.settings.dead_after = silence;
+        self
+    }
+
+    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: of the server that answers first.
+    pub fn system_identifier(mut self, system_identifier: u64) -> Self {
+        self.settings.system_identifier = Some(system_identifier);
+        self
+    }
+
+    /// As [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after). Default: never.
+    pub fn accept_new_cluster_after(mut self, silence: Duration) -> Self {
+        self.settings.accept_new_cluster_after = Some(silence);
         self
     }
 

@@ -9,6 +9,9 @@ use std::time::Duration;
 
 use super::{Eviction, ServerReport};
 
+/// In characters.
+const LONGEST_MESSAGE: usize = 500;
+
 /// The socket address of a server, or the path of its Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -88,6 +91,11 @@ pub enum FailureKind {
     Refused,
     /// What answered is not PostgreSQL, or its answer makes no sense.
     NotPostgres,
+    /// Servers of several clusters answer, and it is not known which of them is meant; or all that answer belong to
+    /// another cluster than the [one that is meant](crate::PoolBuilder::system_identifier).
+    SeveralClusters,
+    /// No name server knows the name, or an address for it.
+    UnknownName,
 }
 
 impl FailureKind {
@@ -111,12 +119,21 @@ pub struct ProbeFailure {
 
 impl ProbeFailure {
     pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self { kind, message: shortened(message.into()), source: None }
     }
 
     pub(crate) fn caused_by(self, source: Arc<dyn std::error::Error + Send + Sync>) -> Self {
         Self { source: Some(source), ..self }
     }
+}
+
+/// What a stranger says is kept, and copied into logs and errors, for no longer than this.
+pub(crate) fn shortened(mut message: String) -> String {
+    if let Some((end, _)) = message.char_indices().nth(LONGEST_MESSAGE) {
+        message.truncate(end);
+        message.push('…');
+    }
+    message
 }
 
 /// Equal when they say the same.
@@ -182,7 +199,7 @@ impl fmt::Display for Refusal {
                 write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
             }
             Self::Unidentified => f.write_str(
-                "not identified: the role may not read its system identifier, as it may on the other servers",
+                "not identified: the role may not read its system identifier, by which the pool tells its cluster",
             ),
             Self::AnotherServer => f.write_str("another server than the one this generation began with"),
         }

@@ -250,7 +250,7 @@ impl Run {
         let now = Instant::now();
         let members = scenario.members.iter().copied().map(endpoint).collect();
         Self {
-            topology: Topology::new(settings, members, scenario.name, 1, now),
+            topology: Topology::new(settings, members, usize::from(scenario.name), 1, now),
             began: now,
             now,
             asking: BTreeMap::new(),
@@ -280,7 +280,7 @@ impl Run {
     fn poll(&mut self) -> Result<(), String> {
         for action in self.topology.poll(self.now) {
             match action {
-                Action::Resolve => (self.resolving, self.asked_dns) = (true, true),
+                Action::Resolve(_) => (self.resolving, self.asked_dns) = (true, true),
                 Action::Probe { endpoint, fresh, .. } => {
                     let server = number(&endpoint.address);
                     self.asking.insert(server, fresh);
@@ -335,7 +335,12 @@ impl Run {
                 return Err("DNS answers, but it was not asked".to_owned());
             }
             let found = step.dns.iter().flatten().copied().map(endpoint).collect();
-            self.topology.resolved(self.now, found, step.dns_fails.clone(), step.dns_fails.is_none());
+            let answer = match &step.dns_fails {
+                Some(why) if why.starts_with("NXDOMAIN") => NameAnswer::Unknown(why.clone()),
+                Some(why) => NameAnswer::Failed(why.clone()),
+                None => NameAnswer::Addresses { endpoints: found, partial: None },
+            };
+            self.topology.resolved(self.now, 0, answer);
         }
         self.poll()?;
         step.expect.as_ref().map_or(Ok(()), |expect| self.check(expect))?;
@@ -401,6 +406,7 @@ fn told(notice: &Notice) -> String {
         Notice::RoleOnly(address) => format!("{} tells its role only", number(address)),
         Notice::TooManyCandidates(_) => "too many candidates".to_owned(),
         Notice::StillSearching(_) => "still searching".to_owned(),
+        Notice::ClusterAccepted { .. } => "another cluster is accepted".to_owned(),
     }
 }
 

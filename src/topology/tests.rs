@@ -7,6 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod clusters;
+
 const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }
@@ -49,6 +51,10 @@ fn fenced(n: u8, timeline: u32) -> ServerReport {
     ServerReport { read_only: true, default_read_only: true, ..primary(n, timeline) }
 }
 
+fn named(endpoints: impl IntoIterator<Item = Endpoint>) -> NameAnswer {
+    NameAnswer::Addresses { endpoints: endpoints.into_iter().collect(), partial: None }
+}
+
 fn failure(kind: FailureKind) -> ProbeFailure {
     ProbeFailure::new(kind, format!("{kind:?}"))
 }
@@ -68,7 +74,7 @@ impl Bench {
     fn with(settings: Settings, members: u8) -> Self {
         let now = Instant::now();
         let configured = (1..=members).map(endpoint).collect();
-        let mut bench = Self { topology: Topology::new(settings, configured, false, 1, now), now, log: Vec::new() };
+        let mut bench = Self { topology: Topology::new(settings, configured, 0, 1, now), now, log: Vec::new() };
         bench.poll();
         bench
     }
@@ -553,19 +559,6 @@ fn a_session_kept_from_before_a_fence_does_not_vouch_for_new_ones() {
 }
 
 #[test]
-fn a_full_table_makes_room_for_what_dns_names_now() {
-    let now = Instant::now();
-    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
-    for n in 0..100_u8 {
-        // One of several names fails, so no answer is complete and nobody is forgotten for being left out.
-        topology.resolved(now + ms(u64::from(n)), vec![endpoint(n)], Some("NXDOMAIN".to_owned()), false);
-    }
-    let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
-    assert_eq!(known.len(), MAX_MEMBERS);
-    assert!(known.contains(&address(99)) && !known.contains(&address(0)));
-}
-
-#[test]
 fn a_read_only_session_stops_checkouts_until_the_primary_is_verified() {
     let mut bench = Bench::settled();
     bench.wait(ms(500));
@@ -645,7 +638,7 @@ fn one_server_that_refuses_does_not_speak_for_a_dead_primary() {
     assert!(!bench.refused(), "the credentials were good a moment ago, and the primary may come back");
     bench.wait(ms(50));
     bench.fail(1, FailureKind::Refused);
-    assert!(bench.refused(), "now everybody refuses them");
+    assert!(!bench.refused(), "a promoted server's role or pg_hba.conf may come later");
 }
 
 #[test]
@@ -693,18 +686,18 @@ fn a_search_slows_down_with_the_outage() {
 #[test]
 fn a_member_that_dns_forgot_is_still_asked() {
     let now = Instant::now();
-    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
-    topology.resolved(now, (1..=4).map(endpoint).collect(), None, true);
+    let mut topology = Topology::new(settings(), Vec::new(), 1, 1, now);
+    topology.resolved(now, 0, named((1..=4).map(endpoint)));
     topology.poll(now);
     let probed = |n: u8, result| Probed { address: address(n), result, fresh: true, still_open: true };
     topology.probed(now, &probed(2, Ok(standby(2))));
     topology.probed(now, &probed(1, Ok(primary(1, 1))));
     topology.poll(now + ms(200));
     topology.probed(now, &probed(2, Ok(standby(2))));
-    topology.resolved(now + ms(5000), vec![endpoint(1)], None, true);
+    topology.resolved(now + ms(5000), 0, named([endpoint(1)]));
     let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
     assert_eq!(known, [address(1), address(2)], "3 and 4 never proved to be members");
-    topology.resolved(now + ms(10_000), Vec::new(), Some("SERVFAIL".to_owned()), false);
+    topology.resolved(now + ms(10_000), 0, NameAnswer::Failed("SERVFAIL".to_owned()));
     assert_eq!(topology.candidates().len(), 2, "a failed look-up forgets nobody");
 }
 
@@ -846,8 +839,8 @@ fn a_session_to_a_standby_is_not_given_up_for_one_that_cannot_be_had() {
 #[test]
 fn the_primary_that_is_searched_for_is_not_forgotten() {
     let now = Instant::now();
-    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
-    topology.resolved(now, vec![endpoint(1)], None, true);
+    let mut topology = Topology::new(settings(), Vec::new(), 1, 1, now);
+    topology.resolved(now, 0, named([endpoint(1)]));
     topology.poll(now);
     let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true };
     topology.probed(now, &probed(Ok(primary(1, 1))));
@@ -855,7 +848,7 @@ fn the_primary_that_is_searched_for_is_not_forgotten() {
     let later = now + 2 * REMEMBER;
     topology.poll(later);
     topology.probed(later, &probed(Err(failure(FailureKind::TimedOut))));
-    topology.resolved(later, vec![endpoint(2)], None, true);
+    topology.resolved(later, 0, named([endpoint(2)]));
     let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
     assert_eq!(known, [address(1), address(2)]);
 }
@@ -898,13 +891,13 @@ fn a_long_search_is_said_once() {
 #[test]
 fn a_thousand_addresses_are_not_all_probed() {
     let now = Instant::now();
-    let mut topology = Topology::new(settings(), Vec::new(), true, 1, now);
+    let mut topology = Topology::new(settings(), Vec::new(), 1, 1, now);
     let many = (0..1000_u16).map(|n| {
         let [high, low] = n.to_be_bytes();
         let address = Address::Tcp(SocketAddr::from(([127, 1, high, low], 5432)));
         Endpoint { host: None, address }
     });
-    topology.resolved(now, many.collect(), None, true);
+    topology.resolved(now, 0, named(many));
     let probes = topology.poll(now).iter().filter(|action| matches!(action, Action::Probe { .. })).count();
     assert_eq!(probes, MAX_MEMBERS);
 }

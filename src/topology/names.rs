@@ -1,0 +1,177 @@
+//! What DNS says of each configured name.
+//!
+//! Each name is an input of its own: one that fails or is silent holds back neither the addresses of the others nor their
+//! being forgotten.
+
+use std::collections::HashSet;
+
+use super::{
+    Action, Address, Duration, Endpoint, Instant, MAX_MEMBERS, Notice, Origin, Phase, REMEMBER, RESOLVE_INTERVAL,
+    Topology, shortened,
+};
+
+/// Of one name so many addresses are taken; more of them are a mistake.
+const MAX_ADDRESSES: usize = 256;
+
+/// What a look-up of one name brought.
+#[derive(Clone, Debug)]
+pub(crate) enum NameAnswer {
+    /// Its addresses. `partial`: what failed meanwhile, as there may be more.
+    Addresses { endpoints: Vec<Endpoint>, partial: Option<String> },
+    /// Somebody who should know says that there is no such name, or that it has no address.
+    Unknown(String),
+    /// Nobody could tell.
+    Failed(String),
+}
+
+/// One configured name.
+pub(super) struct Name {
+    /// When to ask; `None` while a look-up is under way.
+    due: Option<Instant>,
+    /// When the question was sent that was answered last, and that is under way.
+    pub(super) told_at: Option<Instant>,
+    asked_at: Option<Instant>,
+    /// The addresses of the last answer that had any.
+    addresses: HashSet<Address>,
+    failure: Option<String>,
+    /// The last answer said that there is no such name.
+    pub(super) unknown: bool,
+}
+
+impl Name {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { due: Some(now), told_at: None, asked_at: None, addresses: HashSet::new(), failure: None, unknown: false }
+    }
+
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Has a look-up ended, whatever it brought?
+    pub(super) fn answered(&self) -> bool {
+        self.told_at.is_some()
+    }
+}
+
+impl Topology {
+    /// The look-up of one name ended.
+    pub(crate) fn resolved(&mut self, now: Instant, name: usize, answer: NameAnswer) {
+        let pause = self.resolve_pause(now);
+        let Some(asked) = self.names.get_mut(name) else {
+            return;
+        };
+        asked.due = Some(now + pause);
+        asked.told_at = asked.asked_at.or(Some(now));
+        asked.unknown = matches!(answer, NameAnswer::Unknown(_));
+        let mut endpoints = match answer {
+            NameAnswer::Addresses { endpoints, partial } => {
+                asked.failure = partial.map(shortened);
+                endpoints
+            }
+            // It says nothing about the members: they stay what they were.
+            NameAnswer::Unknown(why) | NameAnswer::Failed(why) => {
+                asked.failure = Some(shortened(why));
+                return self.judge_refusals(now);
+            }
+        };
+        endpoints.truncate(MAX_ADDRESSES);
+        asked.addresses = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
+        for endpoint in endpoints {
+            self.add(endpoint, Origin::Resolved, now);
+        }
+        self.forget_unnamed(now);
+        self.judge_refusals(now);
+    }
+
+    /// What a name has led to is forgotten when it leads elsewhere, unless it is needed or has proved to be a member lately.
+    fn forget_unnamed(&mut self, now: Instant) {
+        let (needed, names) = (self.needed(), &self.names);
+        let leads_to = |address: &Address| names.iter().any(|name| name.addresses.contains(address));
+        self.spare.retain(|(endpoint, origin)| *origin == Origin::Configured || leads_to(&endpoint.address));
+        self.members.retain(|address, member| {
+            if member.origin == Origin::Configured || leads_to(address) {
+                return true;
+            }
+            member.origin = Origin::Remembered;
+            let seen_at = member.heard_at.map_or(member.named_at, |at| at.max(member.named_at));
+            let young = now.duration_since(seen_at) < REMEMBER;
+            needed.contains(address) || (member.verified && young)
+        });
+        self.forget_notices();
+    }
+
+    pub(super) fn look_up_due_names(&mut self, now: Instant) {
+        for (index, name) in self.names.iter_mut().enumerate() {
+            if name.due.is_some_and(|due| due <= now) {
+                name.due = None;
+                name.asked_at = Some(now);
+                self.actions.push(Action::Resolve(index));
+            }
+        }
+    }
+
+    pub(super) fn names_due(&self) -> Option<Instant> {
+        self.names.iter().filter_map(|name| name.due).min()
+    }
+
+    /// Asks for each name by then at the latest, where no look-up is under way.
+    pub(super) fn hurry_names(&mut self, by: Instant) {
+        for name in &mut self.names {
+            name.due = name.due.map(|due| due.min(by));
+        }
+    }
+
+    pub(super) fn pace_names(&mut self, next: Instant) {
+        for name in &mut self.names {
+            name.due = name.due.map(|_| next);
+        }
+    }
+
+    fn resolve_pause(&self, now: Instant) -> Duration {
+        match &self.phase {
+            Phase::Known { .. } => self.settings.patrol,
+            Phase::Searching(search) => self.poll_pause(now.duration_since(search.since)).max(RESOLVE_INTERVAL),
+        }
+    }
+
+    pub(crate) fn dns_failure(&self) -> Option<String> {
+        let failures: Vec<&str> = self.names.iter().filter_map(|name| name.failure.as_deref()).collect();
+        (!failures.is_empty()).then(|| failures.join("; "))
+    }
+
+    /// Could a name that has not been answered yet lead to another primary? In the first search, which knows no timeline.
+    pub(super) fn names_outstanding(&self) -> bool {
+        self.newest_timeline.is_none() && self.names.iter().any(|name| !name.answered())
+    }
+
+    /// There is no room to ask this server now: it waits for its turn.
+    pub(super) fn wait_for_room(&mut self, endpoint: Endpoint, origin: Origin) {
+        self.say(Notice::TooManyCandidates(MAX_MEMBERS));
+        let waits = self.spare.iter().any(|(other, _)| other.address == endpoint.address);
+        if !waits && self.spare.len() < MAX_ADDRESSES * 4 {
+            self.spare.push_back((endpoint, origin));
+        }
+    }
+
+    /// A server that is not the primary makes room for one that waits for its turn, and waits for its own.
+    pub(super) fn take_turns(&mut self, now: Instant, address: &Address) {
+        if self.spare.is_empty() || self.needed().contains(address) {
+            return;
+        }
+        let Some((next, origin)) = self.spare.pop_front() else {
+            return;
+        };
+        if let Some(member) = self.members.remove(address)
+            && member.origin != Origin::Remembered
+        {
+            self.spare.push_back((member.endpoint, member.origin));
+        }
+        self.add(next, origin, now);
+        self.forget_notices();
+    }
+
+    /// How many addresses wait for their turn.
+    pub(crate) fn waiting(&self) -> usize {
+        self.spare.len()
+    }
+}

@@ -1,0 +1,245 @@
+//! When waiting is no use: every candidate says what no waiting mends, and the callers are told at once.
+
+use super::{Answer, Duration, FailureKind, Instant, Phase, ProbeFailure, Refusal, Topology};
+
+/// A name that nobody knows, and servers of the wrong cluster, are told to callers when the search has lasted for so long: a
+/// name may be registered, and an address moved, at the same time as the program starts.
+pub(super) const GRACE: Duration = Duration::from_secs(2);
+/// Credentials that this cluster has accepted before are waited for: their role or their line in `pg_hba.conf` may come after
+/// the promotion. After so long in which every server refuses them, callers are told at once.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// Log-ins that will be refused are tried at this pace, one server after the other …
+pub(super) const LOG_IN_INTERVAL: Duration = Duration::from_secs(1);
+/// … and less often where nobody waits for it, up to this.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
+
+/// One candidate or one name, as far as it matters here.
+#[derive(Clone, Debug)]
+pub(super) enum Word {
+    /// Waiting may mend it.
+    Open,
+    /// It neither refuses nor gives hope.
+    Silent,
+    /// It said so to a question of this time.
+    Hopeless(ProbeFailure, Instant),
+}
+
+/// What callers are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Hopeless {
+    pub(super) failure: ProbeFailure,
+    /// When the question was sent whose answer says so.
+    pub(super) as_of: Instant,
+    /// Callers are told when the search has lasted for so long.
+    pub(super) after: Duration,
+}
+
+/// `let_in`: a server of this cluster has let this role in before.
+pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<Hopeless> {
+    let mut told: [Option<(ProbeFailure, Instant)>; 4] = [None, None, None, None];
+    let mut after = Duration::ZERO;
+    for word in words {
+        let (failure, at) = match word {
+            Word::Open => return None,
+            Word::Silent if let_in => return None,
+            Word::Silent => continue,
+            Word::Hopeless(failure, at) => (failure, at),
+        };
+        let (rank, needs) = match failure.kind {
+            FailureKind::Refused => (0, if let_in { PATIENCE } else { Duration::ZERO }),
+            FailureKind::SeveralClusters if !let_in => (1, GRACE),
+            FailureKind::NotPostgres if !let_in => (2, Duration::ZERO),
+            FailureKind::UnknownName if !let_in => (3, GRACE),
+            _ => return None,
+        };
+        after = after.max(needs);
+        let newest = told[rank].take().filter(|(_, newest)| *newest >= at);
+        told[rank] = newest.or(Some((failure, at)));
+    }
+    // One of each kind that was asked anew speaks for its kind: the credentials are the same everywhere.
+    let as_of = told.iter().flatten().map(|(_, at)| *at).min()?;
+    let (failure, _) = told.into_iter().flatten().next()?;
+    Some(Hopeless { failure, as_of, after })
+}
+
+/// Tries that will most likely be refused: on average one for each interval, and two in a row at first and after a pause.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    free_at: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { free_at: now.checked_sub(LOG_IN_INTERVAL).unwrap_or(now) }
+    }
+
+    pub(super) fn spend(&mut self, now: Instant) {
+        self.free_at = (self.free_at + LOG_IN_INTERVAL).max(now);
+    }
+}
+
+impl Topology {
+    /// Where everybody who answers refuses us, waiting is no use.
+    pub(super) fn judge_refusals(&mut self, now: Instant) {
+        let Phase::Searching(search) = &self.phase else {
+            return;
+        };
+        let since = search.since;
+        let hopeless = match self.conflict(now) {
+            Some(failure) => Some(Hopeless { failure, as_of: now, after: Duration::ZERO }),
+            None => judge(self.words(), self.let_in),
+        };
+        let due = hopeless.as_ref().map(|hopeless| since + hopeless.after);
+        let told = hopeless.filter(|_| due.is_some_and(|due| due <= now));
+        let Phase::Searching(search) = &mut self.phase else {
+            return;
+        };
+        search.judge_at = due.filter(|due| *due > now);
+        search.refused_as_of = told.as_ref().map(|told| told.as_of);
+        self.set_refused(now, told.map(|told| told.failure));
+    }
+
+    fn words(&self) -> impl Iterator<Item = Word> {
+        let members = self.members.values().map(|member| match (&member.answer, member.told_at) {
+            _ if !self.answered(member) => Word::Open,
+            (Some(Answer::Failed(failure)), Some(at)) => match failure.kind {
+                FailureKind::Refused | FailureKind::NotPostgres => Word::Hopeless(failure.clone(), at),
+                FailureKind::Unreachable => Word::Silent,
+                _ => Word::Open,
+            },
+            (Some(Answer::Refused(_, refusal @ Refusal::OtherCluster { .. })), Some(at)) => {
+                let message = format!("{}: {refusal}", member.endpoint);
+                Word::Hopeless(ProbeFailure::new(FailureKind::SeveralClusters, message), at)
+            }
+            _ => Word::Open,
+        });
+        let names = self.names.iter().filter_map(|name| match (name.told_at, name.unknown, name.failure()) {
+            (Some(at), true, Some(why)) => {
+                Some(Word::Hopeless(ProbeFailure::new(FailureKind::UnknownName, why.to_owned()), at))
+            }
+            // It has led to servers, which speak for themselves.
+            (Some(_), _, None) => None,
+            _ => Some(Word::Open),
+        });
+        members.chain(names)
+    }
+
+    /// When the question was sent whose answer says that waiting is no use.
+    pub(crate) fn refused_as_of(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Searching(search) => search.refused_as_of,
+            Phase::Known { .. } => None,
+        }
+    }
+
+    /// Somebody waits although every server refuses the credentials: ask again now.
+    pub(crate) fn demanded(&mut self, now: Instant) {
+        if self.refused_as_of().is_none() {
+            return;
+        }
+        for member in self.members.values_mut() {
+            member.hurry(now, self.settings.poll.0);
+        }
+        self.hurry_names(now);
+    }
+
+    /// A log-in was refused to somebody else of this pool.
+    pub(crate) fn log_in_refused(&mut self, now: Instant) {
+        self.log_ins.spend(now);
+    }
+
+    /// From when on a log-in that will most likely be refused may be tried.
+    pub(crate) fn log_in_at(&self) -> Instant {
+        self.log_ins.free_at
+    }
+
+    /// How long after a refused log-in the next one is tried where nobody waits for it.
+    pub(super) fn refused_pause(&self, lost_for: Duration) -> Duration {
+        if self.let_in { LOG_IN_INTERVAL } else { (lost_for / 16).clamp(LOG_IN_INTERVAL, LONGEST_INTERVAL) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kinds() -> [FailureKind; 8] {
+        [
+            FailureKind::Unreachable,
+            FailureKind::TimedOut,
+            FailureKind::NotNow,
+            FailureKind::Full,
+            FailureKind::Refused,
+            FailureKind::NotPostgres,
+            FailureKind::SeveralClusters,
+            FailureKind::UnknownName,
+        ]
+    }
+
+    /// As [`Topology::words`] reads it.
+    fn word(kind: FailureKind, at: Instant) -> Word {
+        match kind {
+            FailureKind::Unreachable => Word::Silent,
+            FailureKind::TimedOut | FailureKind::NotNow | FailureKind::Full => Word::Open,
+            _ => Word::Hopeless(ProbeFailure::new(kind, format!("{kind:?}")), at),
+        }
+    }
+
+    /// After how many seconds of the search callers are told, and what; each kind beside each.
+    #[test]
+    fn each_kind_of_failure_beside_each() {
+        use FailureKind::{Full, NotNow, NotPostgres, Refused, SeveralClusters, TimedOut, UnknownName, Unreachable};
+        let now = Instant::now();
+        for one in kinds() {
+            for other in kinds() {
+                let pair = || [one, other].into_iter();
+                let judged = |let_in| {
+                    let hopeless = judge(pair().map(|kind| word(kind, now)), let_in)?;
+                    Some((hopeless.failure.kind, hopeless.after.as_secs()))
+                };
+                let has = |kind| pair().any(|it| it == kind);
+                let waits = has(TimedOut) || has(NotNow) || has(Full) || pair().all(|kind| kind == Unreachable);
+                let grace = if has(UnknownName) || has(SeveralClusters) { 2 } else { 0 };
+                let told = [Refused, SeveralClusters, NotPostgres, UnknownName].into_iter().find(|kind| has(*kind));
+                let expected = told.filter(|_| !waits).map(|kind| (kind, grace));
+                assert_eq!(judged(false), expected, "{one:?} and {other:?}, never let in");
+                let all_refuse = pair().all(|kind| kind == Refused);
+                let expected = all_refuse.then_some((Refused, 30));
+                assert_eq!(judged(true), expected, "{one:?} and {other:?}, let in before");
+            }
+        }
+        assert_eq!(judge(std::iter::empty(), false), None, "nothing is known yet");
+    }
+
+    #[test]
+    fn one_that_was_asked_anew_speaks_for_its_kind() {
+        let now = Instant::now();
+        let later = now + GRACE;
+        let as_of = |words: &[(FailureKind, Instant)]| {
+            judge(words.iter().map(|(kind, at)| word(*kind, *at)), false).unwrap().as_of
+        };
+        assert_eq!(as_of(&[(FailureKind::Refused, now), (FailureKind::Refused, later)]), later);
+        assert_eq!(as_of(&[(FailureKind::Refused, later), (FailureKind::Refused, now)]), later);
+        assert_eq!(as_of(&[(FailureKind::UnknownName, now), (FailureKind::Refused, later)]), now);
+    }
+
+    #[test]
+    fn refused_log_ins_are_tried_once_a_second() {
+        let now = Instant::now();
+        let mut pace = Pace::new(now);
+        let mut tries = 0;
+        for millisecond in 0..60_000 {
+            let at = now + Duration::from_millis(millisecond);
+            if pace.free_at <= at {
+                pace.spend(at);
+                tries += 1;
+            }
+        }
+        assert_eq!(tries, 61);
+        let at = now + Duration::from_secs(120);
+        pace.spend(at);
+        assert_eq!(pace.free_at, at, "a second one follows at once");
+        pace.spend(at);
+        assert_eq!(pace.free_at, at + LOG_IN_INTERVAL);
+    }
+}
