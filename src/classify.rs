@@ -147,6 +147,29 @@ pub(crate) fn hung_up(error: &Error) -> bool {
     }
 }
 
+/// A name for an error without an SQLSTATE, of a handful: for telemetry.
+pub(crate) fn without_code(error: &Error) -> &'static str {
+    match Kind::of(error) {
+        Kind::Closed | Kind::Io => match of_driver(error, Kind::of(error)) {
+            Verdict::NotPostgres => "protocol",
+            _ => "connection_lost",
+        },
+        Kind::Connect => "connect",
+        Kind::Timeout => "timed_out",
+        Kind::Tls => "tls",
+        Kind::Authentication => "authentication",
+        Kind::Config | Kind::ConnectionString => "configuration",
+        Kind::UnexpectedMessage => "protocol",
+        Kind::Parse => match of_driver(error, Kind::Parse) {
+            Verdict::Application => "usage",
+            _ => "protocol",
+        },
+        Kind::Usage => "usage",
+        // It has one.
+        Kind::Db(_) => "database",
+    }
+}
+
 /// The error in one line: what the driver says, the SQLSTATE and message of the server, and the causes.
 ///
 /// `Display` of the driver's error stops at "db error". DETAIL and HINT are left out, as they quote rows, and so is
@@ -774,6 +797,27 @@ mod tests {
         assert_eq!(classify(&error), Verdict::Application, "{error:?}");
         let (error, _) = run(b"", async |client| client.query_typed("SELECT '\0'", &[]).await.map(drop).unwrap_err());
         assert_eq!(classify(&error), Verdict::Application, "{error:?}");
+    }
+
+    #[test]
+    fn errors_without_a_code_have_a_name_for_telemetry() {
+        let (closed, _) = both_fail(b"");
+        let (usage, _) = run(b"", async |client| client.simple_query("SELECT '\0'").await.map(drop).unwrap_err());
+        let nonsense = fails(&[message(b'!', b""), message(b'Z', b"I")].concat());
+        let no_password = open_fails_with(&config(), &message(b'R', &[0, 0, 0, 3]));
+        let kerberos = open_fails_with(&config(), &message(b'R', &[0, 0, 0, 2]));
+        let text = "host=a target_session_attrs=primary".parse::<Config>().unwrap_err();
+        for (error, name) in [
+            (closed, "connection_lost"),
+            (usage, "usage"),
+            (nonsense, "protocol"),
+            (no_password, "configuration"),
+            (kerberos, "authentication"),
+            (text, "configuration"),
+            (Error::__private_api_timeout(), "timed_out"),
+        ] {
+            assert_eq!(without_code(&error), name, "{error:?}");
+        }
     }
 
     #[test]

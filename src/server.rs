@@ -5,6 +5,7 @@
 //! Tests: `tests/it/errors.rs`, and every test that fails over.
 
 mod password;
+mod stranger;
 
 pub(crate) use password::{Ask, Passwords};
 
@@ -19,6 +20,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
+use futures_util::TryStreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
 use tokio::task::AbortHandle;
@@ -31,9 +33,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
 use crate::topology::{
-    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ROLE_PROBE, ServerReport, Vigil,
+    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ROLE_PROBE, ServerReport, Vigil, shortened,
     wait_for_promotion,
 };
+
+/// Said of what hung up before any session was ever opened.
+const HUNG_UP: &str = "; it hung up first: a proxy without a server behind it, or not PostgreSQL";
 
 /// A cancel request is a courtesy to the server; nobody waits for it longer than this.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
@@ -41,8 +46,15 @@ const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 /// Pauses before the cancel requests for one session. Its statement is on the server long before the last of them.
 const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
 
-/// In characters. What a stranger says is kept, and copied into logs and errors, for no longer than this.
-const LONGEST_MESSAGE: usize = 500;
+/// A server that has not let a first session in after so long is looked at: it may be none.
+const STRANGER_AFTER: Duration = Duration::from_secs(1);
+
+/// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
+const MOST_ROWS: usize = 64;
+const LONGEST_VALUE: usize = 64 * 1024;
+
+/// So many servers that refused something are remembered.
+const MOST_REFUSALS: usize = 256;
 
 /// A server that did not let itself be identified is tried again after this: the right may have been granted since.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
@@ -94,7 +106,7 @@ pub(crate) trait Ear: fmt::Debug + Send + Sync {
 
 impl Notices {
     fn note(&self, notice: &DbError) {
-        tracing::debug!(code = notice.code().code(), "{}", notice.message());
+        tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned()));
         if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
             self.already_in_transaction.store(true, Ordering::Release);
         }
@@ -229,6 +241,8 @@ pub(crate) struct Opener {
     /// Grows whenever something is sent or received on any session of the pool.
     stirs: Arc<AtomicU64>,
     questions: Questions,
+    /// A session was opened once: what answers here is PostgreSQL.
+    worked: AtomicBool,
 }
 
 impl Opener {
@@ -246,6 +260,7 @@ impl Opener {
             passwords: None,
             stirs: Arc::default(),
             questions: Questions::default(),
+            worked: AtomicBool::new(false),
         }
     }
 
@@ -254,9 +269,40 @@ impl Opener {
         Self { passwords, ..self }
     }
 
+    /// As [`Self::dial`]; and where no session was ever opened, looks whether it is a server at all.
+    async fn dial_a_server(
+        &self,
+        endpoint: &Endpoint,
+        notices: Arc<Notices>,
+    ) -> Result<(Client, Driver), ProbeFailure> {
+        let dialling = self.dial(endpoint, notices);
+        if self.worked.load(Ordering::Relaxed) {
+            return dialling.await;
+        }
+        let mut dialling = pin!(dialling);
+        let dialled = tokio::time::timeout(STRANGER_AFTER, dialling.as_mut()).await.ok();
+        let looked_at = stranger::what_answers(&endpoint.address);
+        let (dialled, name) = match dialled {
+            // It answers slowly, or waits for more of what it does not understand.
+            None => tokio::select! {
+                dialled = dialling.as_mut() => (Some(dialled), None),
+                name = looked_at => (None, name),
+            },
+            Some(Err(failure)) if failure.message.ends_with(HUNG_UP) => (Some(Err(failure)), looked_at.await),
+            Some(dialled) => (Some(dialled), None),
+        };
+        if let Some(name) = name {
+            return Err(ProbeFailure::new(FailureKind::NotPostgres, format!("what answers there speaks {name}")));
+        }
+        match dialled {
+            Some(dialled) => dialled,
+            None => dialling.await,
+        }
+    }
+
     async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
         let Some(passwords) = &self.passwords else {
-            return self.dial.dial(self.config_for(endpoint), notices).await.map_err(not_opened);
+            return self.dial.dial(self.config_for(endpoint), notices).await.map_err(|error| self.not_opened(error));
         };
         // Boxed: those who have no provider are spared the size of its future.
         let dialling = async {
@@ -268,11 +314,21 @@ impl Opener {
                     passwords.accepted();
                     Ok(opened)
                 }
-                Err(error) if not_let_in(&error) => Err(passwords.refused(not_opened(error)).await),
-                Err(error) => Err(not_opened(error)),
+                Err(error) if not_let_in(&error) => Err(passwords.refused(self.not_opened(error)).await),
+                Err(error) => Err(self.not_opened(error)),
             }
         };
         Box::pin(dialling).await
+    }
+
+    fn not_opened(&self, error: Error) -> ProbeFailure {
+        // A server that has worked may hang up, too: it was killed, or its machine.
+        let hung_up = hung_up(&error) && !self.worked.load(Ordering::Relaxed);
+        let mut failure = failure(verdict_of_open(&error), error);
+        if hung_up && failure.kind == FailureKind::Unreachable {
+            failure.message.push_str(HUNG_UP);
+        }
+        failure
     }
 
     fn config_for(&self, endpoint: &Endpoint) -> Config {
@@ -307,7 +363,8 @@ impl Open<ClientWrapper> for Opener {
     ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
-            let (client, driver) = self.dial(endpoint, Arc::clone(&notices)).await?;
+            let (client, driver) = self.dial_a_server(endpoint, Arc::clone(&notices)).await?;
+            self.worked.store(true, Ordering::Relaxed);
             let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
@@ -370,7 +427,12 @@ impl Refusals {
     }
 
     fn note(&self, address: &Address) {
-        self.since().insert(address.clone(), Instant::now());
+        let mut since = self.since();
+        since.retain(|_, since| since.elapsed() <= REFUSED_FOR);
+        // One that is forgotten is asked once more than need be.
+        if since.len() < MOST_REFUSALS {
+            since.insert(address.clone(), Instant::now());
+        }
     }
 
     fn since(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
@@ -521,17 +583,25 @@ impl Wake for Bell {
     }
 }
 
-/// The rows of the answer. A value that is no text is not the same as NULL, which says that something is not told.
+/// The rows of the answer, as far as anybody reads them. A value that is no text is not the same as NULL, which says that
+/// something is not told.
 pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
-    let text = |value: Option<&str>| value.map(str::to_owned);
-    let rows = client.simple_query(sql).await?.into_iter().filter_map(|message| match message {
-        SimpleQueryMessage::Row(row) => {
+    let mut messages = pin!(client.simple_query_raw(sql).await?);
+    let mut rows = Vec::new();
+    while let Some(message) = messages.try_next().await? {
+        // What follows is dropped as it comes.
+        if let SimpleQueryMessage::Row(row) = message
+            && rows.len() < MOST_ROWS
+        {
             let value = |index| row.try_get(index).map_or_else(|_| Some('\u{FFFD}'.to_string()), text);
-            Some((0..row.len()).map(value).collect())
+            rows.push((0..row.len().min(MOST_ROWS)).map(value).collect());
         }
-        _ => None,
-    });
-    Ok(rows.collect())
+    }
+    Ok(rows)
+}
+
+fn text(value: Option<&str>) -> Option<String> {
+    value.map(|text| text.get(..LONGEST_VALUE).unwrap_or(text).to_owned())
 }
 
 fn read(answer: Result<Vec<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
@@ -545,31 +615,17 @@ fn read(answer: Result<Vec<Vec<Option<String>>>, Error>) -> Result<ServerReport,
     ServerReport::parse(&row).map_err(nonsense)
 }
 
-fn not_opened(error: Error) -> ProbeFailure {
-    // What speaks in lines of text looks like this to the driver, which takes the first letters for a long message.
-    let hung_up = hung_up(&error);
-    let mut failure = failure(verdict_of_open(&error), error);
-    if hung_up && failure.kind == FailureKind::Unreachable {
-        failure.message.push_str("; it hung up first: a proxy without a server behind it, or not PostgreSQL");
-    }
-    failure
-}
-
 /// The manager of a wrapped pool could not make a session.
 pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E) -> ProbeFailure {
     let driver = links(&error).find_map(|link| link.downcast_ref::<Error>());
     let verdict = driver.map_or(Verdict::ConnectionLost, verdict_of_open);
     let message = driver.map_or_else(|| error.to_string(), explain);
-    ProbeFailure::new(kind_of(verdict), shortened(&message)).caused_by(Arc::new(error))
-}
-
-fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
-    let message = shortened(&explain(&error));
     ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
 }
 
-fn shortened(message: &str) -> String {
-    message.chars().take(LONGEST_MESSAGE).collect()
+fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
+    let message = explain(&error);
+    ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
 }
 
 fn kind_of(verdict: Verdict) -> FailureKind {

@@ -1,0 +1,90 @@
+//! Looks what answers at an address where no session could ever be opened.
+//!
+//! PostgreSQL, and whatever speaks its protocol, answers a request for TLS with one byte, `S` or `N`. The driver cannot tell
+//! what else came: to it a web server's words are the begin of a very long message.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::topology::Address;
+
+/// For each step; who answers, answers at once.
+const WITHIN: Duration = Duration::from_millis(500);
+/// Whether more comes after the first byte.
+const MORE_WITHIN: Duration = Duration::from_millis(100);
+/// `SSLRequest`: its length, and the code that stands in the place of a protocol version.
+const TLS_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+const ALERT_OR_HANDSHAKE: [u8; 2] = [21, 22];
+
+/// What it is, if it answers and is not PostgreSQL.
+pub(super) async fn what_answers(address: &Address) -> Option<&'static str> {
+    let Address::Tcp(address) = address else {
+        return None;
+    };
+    named(&first_words(*address).await?)
+}
+
+async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
+    let mut stream = timeout(WITHIN, TcpStream::connect(address)).await.ok()?.ok()?;
+    stream.write_all(&TLS_REQUEST).await.ok()?;
+    let mut words = vec![0; 64];
+    let first = if let Ok(read) = timeout(WITHIN, stream.read(&mut words)).await {
+        read.ok()?
+    } else {
+        // Some answer to whole lines alone; a server of PostgreSQL's would have answered.
+        stream.write_all(b"\r\n\r\n").await.ok()?;
+        timeout(WITHIN, stream.read(&mut words)).await.ok()?.ok()?
+    };
+    let more = match words.get_mut(first..) {
+        Some(rest) if first > 0 => timeout(MORE_WITHIN, stream.read(rest)).await.map_or(0, |read| read.unwrap_or(0)),
+        _ => 0,
+    };
+    words.truncate(first + more);
+    Some(words)
+}
+
+/// `None`: it hung up without a word, or it may be PostgreSQL.
+fn named(words: &[u8]) -> Option<&'static str> {
+    let starts = |start: &[u8]| words.starts_with(start);
+    match words {
+        [] | [b'S' | b'N'] | [b'E', 0, ..] => None,
+        // A proxy that takes nothing but TLS.
+        [first, ..] if ALERT_OR_HANDSHAKE.contains(first) => None,
+        _ if starts(b"HTTP/") => Some("HTTP"),
+        _ if starts(b"SSH-") => Some("SSH"),
+        _ if starts(b"-") || starts(b"+") => Some("the protocol of Redis"),
+        _ if starts(b"220") => Some("SMTP or FTP"),
+        [_, _, _, 0, 10, ..] => Some("the protocol of MySQL"),
+        _ => Some("something else"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_speaks_is_told_by_its_first_words() {
+        for (words, name) in [
+            (&b""[..], None),
+            (b"S", None),
+            (b"N", None),
+            (b"E\0\0\0\x2eSFATAL", None),
+            (b"\x15\x03\x03\0\x02\x02\x28", None),
+            (b"HTTP/1.1 400 Bad Request\r\n", Some("HTTP")),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", Some("SSH")),
+            (b"-ERR unknown command\r\n", Some("the protocol of Redis")),
+            (b"220 mail.example ESMTP\r\n", Some("SMTP or FTP")),
+            (b"\x4a\0\0\0\x0a8.0.36\0", Some("the protocol of MySQL")),
+            (b"ERROR", Some("something else")),
+            (b"SOMETHING", Some("something else")),
+            (b"\0\0\0\0", Some("something else")),
+        ] {
+            assert_eq!(named(words), name, "{words:?}");
+        }
+    }
+}
