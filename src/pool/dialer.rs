@@ -1,14 +1,15 @@
 //! Opens sessions of the current generation, for whoever needs one: the pool, and those who settle a commit.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::MutexGuard;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::settling::Settlers;
-use crate::cluster::{Cluster, Generation};
+use crate::cluster::{Cluster, Generation, lock};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
@@ -17,6 +18,11 @@ use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+/// The longest pause where the server has no slot left: every instance of the service waits for one.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
+/// After a failover, credentials that were accepted before are waited for: their role or their line in `pg_hba.conf` may come
+/// after the promotion.
+const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Dialer<C> {
     pub(super) cluster: Cluster<C>,
@@ -25,6 +31,10 @@ pub(super) struct Dialer<C> {
     pub(super) settlers: Settlers<C>,
     seeds: AtomicU64,
     nonces: Nonces,
+    /// Held by the one who tries a log-in that will most likely be refused, or for which there is most likely no slot.
+    turn: tokio::sync::Mutex<()>,
+    /// The last refusal, and when the session was dialled that it was said to; until one is opened.
+    refused: Mutex<Option<(Instant, ProbeFailure)>>,
 }
 
 impl<C: SessionClient> Dialer<C> {
@@ -36,6 +46,8 @@ impl<C: SessionClient> Dialer<C> {
             settlers: Settlers::default(),
             seeds: AtomicU64::new(seed),
             nonces: Nonces::default(),
+            turn: tokio::sync::Mutex::default(),
+            refused: Mutex::default(),
         }
     }
 
@@ -54,6 +66,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// A session of the current generation.
     pub(super) async fn session(&self) -> Result<(Session<C>, Arc<Generation<C>>), Error> {
+        let asked = Instant::now();
         loop {
             let generation = self.cluster.primary().await?;
             if let Some(session) = generation.take_spare() {
@@ -63,7 +76,7 @@ impl<C: SessionClient> Dialer<C> {
             let opened = tokio::select! {
                 biased;
                 () = self.cluster.left(generation.primary.id) => None,
-                opened = self.open_through_gate(&generation) => opened?,
+                opened = self.open_through_gate(&generation, asked) => opened?,
             };
             if let Some(session) = opened {
                 return Ok((session, generation));
@@ -72,22 +85,71 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// One try, through the generation's gate. `None`: the generation was left meanwhile.
-    async fn open_through_gate(&self, generation: &Generation<C>) -> Result<Option<Session<C>>, Error> {
+    async fn open_through_gate(&self, generation: &Generation<C>, asked: Instant) -> Result<Option<Session<C>>, Error> {
         // The gate is never closed, so waiting for it cannot fail.
         let _permit = generation.gate.acquire().await;
         if let Some(session) = generation.take_spare() {
             return Ok(Some(session));
         }
+        // Held through the pause, as the permit is.
+        let _turn = match self.turn(generation, asked).await {
+            Ok(turn) => turn,
+            Err(refused) => return Err(refused),
+        };
         let began = Instant::now();
         match self.open(generation).await {
             Ok(session) => {
                 generation.opened();
+                self.let_in();
                 self.cluster.observer().opened(began.elapsed());
                 Ok(self.cluster.is_current(generation.primary.id).then_some(session))
             }
             // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
-            Err(failure) => Err(self.not_opened(generation, failure).await),
+            Err(failure) => {
+                self.note_refused(began, &failure);
+                Err(self.not_opened(generation, failure).await)
+            }
         }
+    }
+
+    /// Where the last session was refused, or found no slot, one is tried at a time, and a refusal serves everybody who asked
+    /// before it: many callers are not many log-ins.
+    pub(super) async fn turn(
+        &self,
+        generation: &Generation<C>,
+        asked: Instant,
+    ) -> Result<Option<MutexGuard<'_, ()>>, Error> {
+        let unlikely = || {
+            let trouble = generation.trouble().map(|failure| failure.kind);
+            trouble == Some(FailureKind::Full) || lock(&self.refused).is_some()
+        };
+        if !unlikely() {
+            return Ok(None);
+        }
+        let turn = self.turn.lock().await;
+        let refused = lock(&self.refused).clone();
+        let Some((dialled, failure)) = refused else {
+            return Ok(Some(turn));
+        };
+        if dialled >= asked && !is_young(generation) {
+            return Err(Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure))));
+        }
+        if let Some(at) = self.cluster.log_in_at() {
+            sleep_until(at).await;
+        }
+        Ok(Some(turn))
+    }
+
+    /// Remembers a refusal to a session that was dialled then; another failure says nothing of log-ins.
+    pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) {
+        if failure.kind == FailureKind::Refused {
+            *lock(&self.refused) = Some((dialled, failure.clone()));
+            self.cluster.log_in_refused();
+        }
+    }
+
+    pub(super) fn let_in(&self) {
+        *lock(&self.refused) = None;
     }
 
     /// Opens one session of this generation and lets its server prove that it is the one.
@@ -107,12 +169,17 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) async fn not_opened(&self, generation: &Generation<C>, failure: ProbeFailure) -> Error {
         let id = generation.primary.id;
         tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
-        if failure.kind == FailureKind::Refused {
+        let refused = failure.kind == FailureKind::Refused;
+        if refused && !is_young(generation) {
             return Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure)));
         }
-        self.cluster.suspect(id, Suspicion::Connection);
+        // A server that refuses a log-in is there.
+        if !refused {
+            self.cluster.suspect(id, Suspicion::Connection);
+        }
         let failures = generation.not_opened(failure.clone());
-        let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(OPEN_PAUSE.1);
+        let most = if failure.kind == FailureKind::Full { FULL_PAUSE } else { OPEN_PAUSE.1 };
+        let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(most);
         sleep((longest + self.random_up_to(longest)) / 2).await;
         let obstacle = Obstacle::NoSession(Some(failure));
         Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle)))
@@ -136,4 +203,9 @@ impl Nonces {
     fn next(&self) -> Nonce {
         Nonce(u128::from(self.pool) << 64 | u128::from(self.given.fetch_add(1, Ordering::Relaxed)))
     }
+}
+
+/// Has there just been a failover to this primary?
+fn is_young<C: SessionClient>(generation: &Generation<C>) -> bool {
+    generation.primary.id.get() > 1 && generation.began.elapsed() < REFUSED_PATIENCE
 }
