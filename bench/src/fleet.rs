@@ -1,4 +1,5 @@
-//! What a fleet of pools asks of the servers while nobody asks anything of the pools: sessions and statements per second.
+//! What a fleet of pools asks of the servers while nobody asks anything of the pools, and while their log-ins are refused:
+//! sessions and statements per second.
 //!
 //! Each server stands behind a proxy that counts. The figures go to the terminal; docs/costs.md quotes them.
 
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use testbed::{Node, Tap};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_postgres_failover::Pool;
 
@@ -28,12 +30,25 @@ const SETTLES: Duration = Duration::from_secs(10);
 pub async fn run(settings: &Settings, network: &Arc<Network>) -> Result<(), Error> {
     let counted = if settings.quick { COUNTED_QUICK } else { COUNTED };
     let fleet = Fleet::start(network).await?;
-    let pools = fleet.pools(settings.seed).await?;
+    let pools = fleet.pools("app", settings.seed).await?;
     for pool in &pools {
         let client = pool.get().await.map_err(|error| Error::Other(format!("the fleet: {error}")))?;
         client.simple_query("SELECT 1").await?;
     }
     fleet.count("idle", counted).await;
+    drop(pools);
+    // A role that is not there is refused as a wrong password is. In each instance somebody asks for a connection all the time.
+    let mut callers = JoinSet::new();
+    for pool in fleet.pools("nobody", settings.seed).await? {
+        callers.spawn(async move {
+            loop {
+                if pool.get().await.is_ok() {
+                    return;
+                }
+            }
+        });
+    }
+    fleet.count("refused", counted).await;
     Ok(())
 }
 
@@ -60,11 +75,11 @@ impl Fleet {
         format!("postgres://{role}@{}/app", hosts.join(","))
     }
 
-    async fn pools(&self, seed: u64) -> Result<Vec<Pool>, Error> {
+    async fn pools(&self, role: &str, seed: u64) -> Result<Vec<Pool>, Error> {
         let failed = |error: &dyn std::fmt::Display| Error::Other(format!("the fleet: {error}"));
         let mut pools = Vec::new();
         for number in 0..u64::from(POOLS) {
-            let builder = Pool::builder(self.url("app")).map_err(|error| failed(&error))?;
+            let builder = Pool::builder(self.url(role)).map_err(|error| failed(&error))?;
             let pool = builder.max_size(2).seed(seed.wrapping_add(number)).build();
             pools.push(pool.map_err(|error| failed(&error))?);
             // Instances are not started in the same millisecond.
