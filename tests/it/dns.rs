@@ -167,6 +167,47 @@ async fn thirty_addresses_the_dead_ones_first() {
     assert_eq!(pool.get().await.unwrap().generation().get(), 1);
 }
 
+/// D4: more addresses than are asked at the same time take turns, and the error says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_addresses_of_which_the_last_is_alive() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let dead: Vec<IpAddr> = (1..100).map(|n| IpAddr::from([127, 251, 0, n])).collect();
+    cluster.dns().set(&dead);
+    let pool = by_name(&cluster).checkout_timeout(Duration::from_secs(5)).build().unwrap();
+    let error = pool.get().await.map(drop).unwrap_err();
+    assert!(error.to_string().contains("35 more addresses take turns"), "{error}");
+    assert!(error.to_string().len() < 20_000, "{}", error.to_string().len());
+    drop(pool);
+    cluster.dns().set(&[dead, vec![cluster.addr(Node(0))]].concat());
+    by_name(&cluster).build().unwrap().connect().await.unwrap();
+}
+
+/// One of several names is silent, another one unknown: the first connect does not wait for them, and what the third no
+/// longer leads to is forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_name_holds_back_no_other() {
+    let patience = Duration::from_secs(8);
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let (dns, port) = (cluster.dns(), cluster.port());
+    dns.set(&[cluster.addr(Node(0))]);
+    dns.answer_name("silent.internal", Answer::Silent);
+    dns.answer_name("unknown.internal", Answer::NxDomain);
+    let url = format!("postgres://app@silent.internal:{port},unknown.internal:{port},pg.internal:{port}/app");
+    let resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(patience);
+    let patrol = Duration::from_millis(50);
+    let pool = Pool::builder(url).unwrap().resolver(resolver).patrol_interval(patrol).build().unwrap();
+    let began = Instant::now();
+    pool.connect().await.unwrap();
+    assert!(began.elapsed() < patience / 2, "{:?}", began.elapsed());
+    for n in 1..=40 {
+        let asked = dns.queries_for("pg.internal");
+        dns.set(&[cluster.addr(Node(0)), IpAddr::from([127, 251, 1, n])]);
+        eventually("the name was asked for again", patience, async || dns.queries_for("pg.internal") >= asked + 4)
+            .await;
+    }
+    eventually("the others are forgotten", patience, async || pool.candidates().len() <= 2).await;
+}
+
 /// D5: the addresses change and the servers live on. Connections that work are kept, also when the old address takes no
 /// new ones any more; new ones go to the new address, in the same generation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use testbed::{Answer, Cluster, Dns, Garbage, Node, eventually};
+use testbed::{Answer, Cluster, Dns, Garbage, Node, Tap, eventually};
 use tokio_postgres_failover::{
     BuildError, Error, FailureKind, Pool, PoolBuilder, RetryPolicy, State, UnavailableReason,
 };
@@ -41,12 +41,17 @@ async fn bad_connection_strings_are_refused() {
         ("postgres://app@[::1/app", "url", &["expected postgres://"]),
         ("postgres://app@db/app?no_such_option=1", "url", &["tokio-postgres' options", "expected"]),
         ("postgres://app@db/app?connect_timeout=soon", "url", &["connect_timeout", "expected"]),
-        ("postgres://app@db/app?target_session_attrs=primary", "url", &["target_session_attrs", "expected"]),
+        ("postgres://app@db/app?target_session_attrs=master", "url", &["target_session_attrs", "expected"]),
+        ("postgres:///app?host=a,b,c&port=1,2", "port", &["2 ports for 3 hosts", "one port, or one for each"]),
+        ("postgres://app@[fe80::1%25eth0]/app", "host", &["interface", "unique local address"]),
+        ("host=db hostaddr=fe80::1%2", "hostaddr", &["interface", "unique local address"]),
         ("host=db hostaddr=nowhere", "url", &["hostaddr", "expected"]),
         ("postgres://app@db:0/app", "port", &["0 is not a port", "5432"]),
         ("host=a,b,c port=1,2 user=app", "port", &["2 ports for 3 hosts", "one port, or one for each"]),
         ("host=a,b hostaddr=127.0.0.1 user=app", "hostaddr", &["2 hosts and 1 hostaddrs", "one hostaddr for each"]),
         ("postgres://app@db/app?target_session_attrs=read-only", "target_session_attrs", &["primary", "remove"]),
+        ("postgres://app@db/app?target_session_attrs=standby", "target_session_attrs", &["standby", "remove"]),
+        ("host=db target_session_attrs=prefer-standby", "target_session_attrs", &["prefer-standby", "remove"]),
         ("postgres://app@db/app?load_balance_hosts=random", "load_balance_hosts", &["primary", "remove"]),
         (
             "postgres://app@db/app?sslmode=disable&channel_binding=require",
@@ -92,6 +97,9 @@ async fn harmless_options_are_taken() {
     for url in [
         "postgres://app@127.0.0.1/app?target_session_attrs=read-write",
         "postgres://app@127.0.0.1/app?target_session_attrs=any",
+        "host=127.0.0.1 user=app target_session_attrs=primary",
+        "postgres:///app?host=/a,/b,/c&port=1,2,3",
+        "postgres://app@127.0.0.1,127.0.0.2/app?port=5433",
         "postgres://app@127.0.0.1/app?load_balance_hosts=disable",
         "postgres://app@127.0.0.1/app?sslmode=prefer",
         "postgres://app@127.0.0.1/app?connect_timeout=5&keepalives=0&tcp_user_timeout=7",
@@ -109,6 +117,13 @@ async fn bad_settings_are_refused() {
     const SECOND: Duration = Duration::from_secs(1);
     let table: &[(Set, &str, &str)] = &[
         (|b| b.max_size(0), "max_size", "at least 1"),
+        (|b| b.max_size(4).min_idle(5), "min_idle", "more than max_size"),
+        (|b| b.accept_new_cluster_after(ZERO), "accept_new_cluster_after", "longer than zero"),
+        (
+            |b| b.accept_new_cluster_after(SECOND).system_identifier(7),
+            "accept_new_cluster_after",
+            "contradicts `system_identifier`",
+        ),
         (|b| b.connection_gate(0), "connection_gate", "at least 1"),
         (|b| b.checkout_timeout(ZERO), "checkout_timeout", "longer than zero"),
         (|b| b.heartbeat_interval(ZERO), "heartbeat_interval", "longer than zero"),
@@ -234,18 +249,143 @@ async fn what_is_not_postgresql_fails_at_once() {
     }
 }
 
-/// Acceptance 9: what speaks in text looks like a proxy without a server (R8), which is waited for; the error names both.
+/// Acceptance 9: what hangs up without a word looks like a proxy without a server (R8), which is waited for; the error names
+/// both.
 #[tokio::test]
 async fn what_may_not_be_postgresql_is_named_at_the_deadline() {
+    let garbage = Garbage::start(([127, 0, 0, 1], 0).into(), b"").await;
+    let builder = Pool::builder(format!("postgres://app@{}/app", garbage.addr())).unwrap();
+    let pool = builder.checkout_timeout(Duration::from_secs(2)).build().unwrap();
+    let error = pool.get().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("not PostgreSQL") && text.contains(&garbage.addr().to_string()), "{text}");
+}
+
+/// Whatever else speaks at the port is told early, and by its name: those who close, and those who wait for more.
+#[tokio::test]
+async fn what_speaks_another_protocol_is_named_early() {
     let local = SocketAddr::from(([127, 0, 0, 1], 0));
-    for bytes in [&b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"[..], b"SSH-2.0-OpenSSH_9.2\r\n", b""] {
-        let garbage = Garbage::start(local, bytes).await;
-        let builder = Pool::builder(format!("postgres://app@{}/app", garbage.addr())).unwrap();
-        let pool = builder.checkout_timeout(Duration::from_millis(300)).build().unwrap();
-        let error = pool.get().await.unwrap_err();
-        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
-        let text = error.to_string();
-        assert!(text.contains("not PostgreSQL") && text.contains(&garbage.addr().to_string()), "{text}");
+    for (bytes, name) in [
+        (&b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"[..], "HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "SSH"),
+        (b"-ERR unknown command\r\n", "Redis"),
+    ] {
+        let closes = Garbage::start(local, bytes).await;
+        let waits = talker(bytes).await;
+        for addr in [closes.addr(), waits] {
+            let pool = Pool::builder(format!("postgres://app@{addr}/app")).unwrap().build().unwrap();
+            let began = Instant::now();
+            let error = pool.get().await.unwrap_err();
+            assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+            let Error::Refused(refused) = &error else { panic!("{error:?}") };
+            assert_eq!(refused.failure().kind, FailureKind::NotPostgres);
+            for word in [name, "not PostgreSQL", "check host and port", &addr.to_string()] {
+                assert!(error.to_string().contains(word), "{error} lacks {word}");
+            }
+        }
+    }
+}
+
+/// Answers the first bytes with these, and leaves the connection open.
+async fn talker(bytes: &'static [u8]) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+                let _ = stream.read(&mut [0; 1024]).await;
+                let _ = stream.write_all(bytes).await;
+                std::future::pending::<()>().await;
+            });
+        }
+    });
+    addr
+}
+
+/// A name that nobody knows is told after a moment, not at the deadline; in a failover it is waited for.
+#[tokio::test]
+async fn a_name_that_nobody_knows_is_told_early() {
+    let dns = Dns::start(([127, 0, 0, 1], 0).into()).await;
+    for answer in [Answer::NxDomain, Answer::Empty] {
+        dns.answer(answer);
+        let builder = Pool::builder("postgres://app@pg.internal,db.internal/app").unwrap().dns_servers([dns.addr()]);
+        let pool = builder.build().unwrap();
+        let began = Instant::now();
+        let errors = [pool.get().await.map(drop).unwrap_err(), pool.transaction(async |_| Ok(())).await.unwrap_err()];
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        for error in errors {
+            let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+            assert_eq!(unavailable.reason(), UnavailableReason::Dns);
+            for word in ["pg.internal", "db.internal", "check the host name"] {
+                assert!(error.to_string().contains(word), "{error}");
+            }
+        }
+    }
+    // A moment later there is one.
+    let cluster = Cluster::builder().nodes(1).start().await;
+    cluster.dns().answer(Answer::NxDomain);
+    let pool = Pool::builder(cluster.url()).unwrap().dns_servers([cluster.dns().addr()]).build().unwrap();
+    let waiting = tokio::spawn(async move { pool.get().await.map(drop) });
+    eventually("it was asked for", PATIENCE, async || cluster.dns().queries() >= 2).await;
+    cluster.dns().set(&[cluster.addr(Node(0))]);
+    waiting.await.unwrap().unwrap();
+}
+
+/// What was refused before a call is asked anew for it: the database that was missing may have been made.
+#[tokio::test]
+async fn a_refusal_from_before_a_call_is_not_its_answer() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let owner = cluster.direct(Node(0)).await;
+    let pool =
+        Pool::builder(format!("postgres://app@{}/orders", cluster.socket_addr(Node(0)))).unwrap().build().unwrap();
+    let error = pool.get().await.map(drop).unwrap_err();
+    assert!(matches!(error, Error::Refused(_)), "{error:?}");
+    owner.batch_execute("CREATE DATABASE orders").await.unwrap();
+    pool.get().await.unwrap();
+}
+
+/// However many callers there are, a wrong password is tried about once a second, and no slot is waited for with a pause.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_is_no_storm_of_log_ins() {
+    let cluster = Cluster::builder().nodes(1).password("right").start().await;
+    let tap = Tap::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(Node(0))).await;
+    // At first, and once the password is changed under a pool that works.
+    for first in ["wrong", "right"] {
+        let builder = Pool::builder(format!("postgres://app:{first}@{}/app", tap.addr())).unwrap();
+        let pool = builder.patrol_interval(Duration::from_secs(600)).build().unwrap();
+        if first == "right" {
+            std::mem::forget(pool.get().await.unwrap());
+            let owner = cluster.direct(Node(0)).await;
+            // The one that is held, and the heart-beat's: both live on.
+            let open = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+            eventually("the heart-beat has its session", PATIENCE, async || {
+                owner.query_one(open, &[]).await.unwrap().get::<_, i64>(0) >= 2
+            })
+            .await;
+            owner.batch_execute("ALTER ROLE app PASSWORD 'other'").await.unwrap();
+        }
+        tap.reset();
+        let began = Instant::now();
+        let callers = (0..20).map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                let mut refused = 0;
+                while began.elapsed() < Duration::from_secs(5) {
+                    refused += u32::from(matches!(pool.get().await, Err(Error::Refused(_))));
+                }
+                refused
+            })
+        });
+        let mut refused = 0;
+        for caller in callers.collect::<Vec<_>>() {
+            refused += caller.await.unwrap();
+        }
+        let startups = tap.counts().startups;
+        println!("{first}: {startups} log-ins, {refused} calls refused in {:?}", began.elapsed());
+        assert!(refused >= 20, "everybody is told: {refused}");
+        assert!(startups <= 10, "{startups} log-ins in five seconds");
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod between;
 mod cancel;
+mod clusters;
 mod deadline;
 mod demotion;
 mod dns;
