@@ -241,6 +241,10 @@ pub(crate) enum Obstacle {
     NoneFree {
         max_size: usize,
     },
+    /// All connections are held by the transactions that the call is made within.
+    HeldByCaller {
+        max_size: usize,
+    },
 }
 
 impl Unavailable {
@@ -252,7 +256,7 @@ impl Unavailable {
                 .any(|candidate| matches!(&candidate.answer, Some(Answer::Refused(_, refusal)) if expected(refusal)))
         };
         let reason = match &obstacle {
-            Obstacle::NoneFree { .. } => UnavailableReason::PoolExhausted,
+            Obstacle::NoneFree { .. } | Obstacle::HeldByCaller { .. } => UnavailableReason::PoolExhausted,
             Obstacle::NoSession(_) => UnavailableReason::NoSession,
             Obstacle::NoPrimary if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
             Obstacle::NoPrimary if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
@@ -311,7 +315,7 @@ impl Unavailable {
 
     fn max_size(&self) -> usize {
         match self.obstacle {
-            Obstacle::NoneFree { max_size } => max_size,
+            Obstacle::NoneFree { max_size } | Obstacle::HeldByCaller { max_size } => max_size,
             _ => 0,
         }
     }
@@ -351,10 +355,19 @@ impl fmt::Display for Unavailable {
                 "the primary is known, but it took no new session within {waited:.1?}; raise max_connections or lower \
                  max_size if it has too many clients"
             )?,
+            UnavailableReason::PoolExhausted if matches!(self.obstacle, Obstacle::HeldByCaller { .. }) => {
+                return write!(
+                    f,
+                    "no connection can be had: max_size is {}, and the transactions that this call is made within hold all \
+                     of them; use their handles, make the call after them, or raise max_size",
+                    self.max_size()
+                );
+            }
             UnavailableReason::PoolExhausted => {
                 return write!(
                     f,
-                    "all {} connections were in use for {waited:.1?}; raise max_size or hold connections for less time",
+                    "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, or \
+                     wait longer (checkout_timeout)",
                     self.max_size()
                 );
             }

@@ -61,7 +61,7 @@ where
     let mut doubt = false;
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
-        let client = match pool.get_until(deadline).await {
+        let client = match pool.get_for_transaction(deadline).await {
             Ok(client) => client,
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
@@ -298,7 +298,7 @@ impl<C: SessionClient> Attempt<C> {
             // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
             return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
-        let done = work(Transaction::new(Arc::clone(&self.held.client))).await;
+        let done = self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))).await;
         done.map(|value| (value, mark)).map_err(|error| (verdict_of(&error), error))
     }
 
