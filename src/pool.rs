@@ -47,6 +47,7 @@ use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
+use connection::Facts;
 use dialer::Dialer;
 use wrap::Wrapped;
 
@@ -583,7 +584,13 @@ impl<C: SessionClient> Pool<C> {
 
     /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
     /// with the pool: a session whose socket is gone still runs its statement to the end.
-    fn cancel_running(&self, client: &tokio_postgres::Client) {
+    ///
+    /// Never a COMMIT: a cancel request would end its wait for the synchronous standbys, and the server would show
+    /// everybody what none of them has.
+    fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
+        if facts.is_committing() {
+            return;
+        }
         let Ok(runtime) = Handle::try_current() else {
             return;
         };

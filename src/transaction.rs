@@ -6,6 +6,7 @@
 //! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
 
 mod decide;
+mod finish;
 mod run;
 mod settle;
 
@@ -24,6 +25,7 @@ use crate::pool::{Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use decide::Mode;
+use finish::OPEN;
 use run::{Begin, Marks};
 
 impl<C: SessionClient> Pool<C> {
@@ -42,11 +44,17 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
     /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,
-    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it.
+    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails with
+    /// [`Error::EndedInside`].
     ///
-    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it.
+    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it. While
+    /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout) bounds
+    /// the wait as well. A call within the closure of another needs a connection of its own; if none is left that others
+    /// could give back, it fails at once.
+    ///
     /// Cancel-safe: when the future is dropped, the server is told to stop, the connection is closed and the transaction
-    /// rolled back, unless COMMIT was under way.
+    /// rolled back. Once COMMIT was sent, the connection is closed and nothing else: the server carries it out, and shows it
+    /// when the synchronous standbys have it.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool, sku: String) -> Result<(), Box<dyn std::error::Error>> {
@@ -223,7 +231,8 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         if self.deferrable {
             sql.push_str(" DEFERRABLE");
         }
-        Begin { sql, marks }
+        let unmarked = format!("{sql}; {OPEN}");
+        Begin { sql, unmarked, marks }
     }
 }
 

@@ -117,18 +117,23 @@ impl<C: SessionClient> Client<C> {
         self.facts().generation
     }
 
-    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
+    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled, but for a COMMIT.
     pub(crate) fn poison(&self) {
         if self.facts().poisoned.swap(true, Ordering::AcqRel) {
             return;
         }
         // What the pool itself has closed may still run on the server.
         if !self.is_closed() || self.pool.cluster().is_closed() {
-            self.pool.cancel_running(self);
+            self.pool.cancel_running(self, self.facts());
         }
         if let Loan::Own(object) = self.loan() {
             object.abort();
         }
+    }
+
+    /// A COMMIT is sent now, or was answered.
+    pub(crate) fn set_committing(&self, committing: bool) {
+        self.facts().committing.store(committing, Ordering::Release);
     }
 
     /// Waits until the session is of no use any more, where nothing else ends what is under way on it. Cancel-safe.
@@ -206,7 +211,7 @@ impl<C: SessionClient> Drop for Client<C> {
         }
         let closed = self.pool.cluster().is_closed();
         if closed && !loan.facts().is_poisoned() {
-            self.pool.cancel_running(loan.client());
+            self.pool.cancel_running(loan.client(), loan.facts());
         }
         if closed || !loan.usable() {
             loan.discard();
