@@ -591,6 +591,12 @@ pub enum RolledBack {
          that uses it before the closure returns"
     )]
     HandleKept,
+    /// A stream of rows or a COPY that the closure had begun was still open after it had returned, and the session with it.
+    #[error(
+        "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was kept beyond it; read \
+         streams to their end or drop them, and finish a CopyInSink, before the closure returns"
+    )]
+    StreamKept,
 }
 
 /// [`Error::EndedInside`]: the closure ended its transaction itself.

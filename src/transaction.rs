@@ -9,6 +9,7 @@ mod decide;
 mod finish;
 mod run;
 mod settle;
+mod streams;
 
 use std::fmt;
 use std::ops::Deref;
@@ -253,7 +254,10 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// borrows from it) is still alive after the closure has returned, the transaction is rolled back and the call fails
 /// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
 ///
-/// Read a row stream to its end, or drop it, within the closure: COMMIT's answer comes behind its rows.
+/// Read a stream of rows to its end, or drop it, and finish a COPY within the closure: COMMIT's answer comes behind theirs.
+/// One that is kept makes the call fail with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept). A transaction that
+/// uses the methods below takes one round trip more, by which that is found out. A stream that was begun in another way,
+/// through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,
 }

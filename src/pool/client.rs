@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::pending;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
@@ -47,6 +47,8 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
     lent: Lent,
+    /// Something was asked for whose answer may be kept from coming.
+    streamed: AtomicBool,
 }
 
 /// Whose connection it is.
@@ -108,7 +110,7 @@ impl<C: SessionClient> Loan<C> {
 impl<C: SessionClient> Client<C> {
     /// `loan` has been counted.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
-        Self { lent: loan.watched().lent(), loan: Some(loan), pool }
+        Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed: AtomicBool::new(false) }
     }
 
     /// The generation that the connection belongs to.
@@ -129,6 +131,15 @@ impl<C: SessionClient> Client<C> {
         if let Loan::Own(object) = self.loan() {
             object.abort();
         }
+    }
+
+    /// From now on the session may be busy although nobody waits for it.
+    pub(crate) fn set_streamed(&self) {
+        self.streamed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_streamed(&self) -> bool {
+        self.streamed.load(Ordering::Relaxed)
     }
 
     /// A COMMIT is sent now, or was answered.

@@ -12,6 +12,7 @@ use tracing::{Instrument, Span};
 use super::decide::{Mode, Next, Stage, decide};
 use super::finish::{Answer, Known, OPEN, Proof, Undone, ending};
 use super::settle::{Mark, Outcome, Settler, settle, was_committed};
+use super::streams::is_free;
 use super::{Transaction, TransactionBuilder};
 use crate::classify::{Verdict, classify, classify_chain, explain, links, not_offered, report_in_chain};
 use crate::commit::ledger::{Ledger, entered};
@@ -420,6 +421,9 @@ impl<C: SessionClient> Attempt<C> {
     async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Mark>) -> Ended<T> {
         if self.is_shared() {
             return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
+        }
+        if self.client().has_streamed() && !is_free(self.client()).await {
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
         }
         if self.client().is_evicted() {
             *lost = self.mark.take();
