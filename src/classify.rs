@@ -45,6 +45,22 @@ pub(crate) enum Verdict {
     Application,
 }
 
+impl Verdict {
+    /// Whether the session, or the server behind it, is lost. A proxy may keep the client's session open, and lead it to
+    /// another server session.
+    pub(crate) fn is_loss(self) -> bool {
+        match self {
+            Self::ConnectionLost
+            | Self::NotNow
+            | Self::Full
+            | Self::OutcomeUnknown
+            | Self::Refused
+            | Self::NotPostgres => true,
+            Self::ReadOnly | Self::Conflict | Self::Aborted | Self::Application => false,
+        }
+    }
+}
+
 /// The verdict on an error of a session that was open.
 pub(crate) fn classify(error: &Error) -> Verdict {
     match Kind::of(error) {
@@ -116,6 +132,25 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
             _ => db.routine().is_some(),
         },
     }
+}
+
+/// Whether the statement that looks for the pool's own transaction, before COMMIT, has found another one, or none: it divides
+/// by zero then, or reads a setting that is empty or unknown.
+pub(crate) fn not_ours(error: &Error) -> bool {
+    let codes = [SqlState::DIVISION_BY_ZERO, SqlState::INVALID_TEXT_REPRESENTATION, SqlState::UNDEFINED_OBJECT];
+    reports(error, &codes)
+}
+
+/// Whether the server had no transaction to end.
+pub(crate) fn no_transaction(error: &Error) -> bool {
+    reports(error, &[SqlState::NO_ACTIVE_SQL_TRANSACTION])
+}
+
+fn reports(error: &Error, codes: &[SqlState]) -> bool {
+    let Kind::Db(db) = Kind::of(error) else {
+        return false;
+    };
+    Level::of(db) == Level::Error && codes.contains(db.code())
 }
 
 /// Whether the server does not know, or does not permit, what the statement asked for: managed services take functions

@@ -70,6 +70,10 @@ pub enum Error {
     /// The closure returned `Ok`, but the transaction was rolled back.
     #[error(transparent)]
     RolledBack(RolledBack),
+    /// The closure ended its transaction itself, with `COMMIT`, `ROLLBACK` or the like: the pool cannot tell what of its work
+    /// is stored. It was not run again.
+    #[error(transparent)]
+    EndedInside(Box<EndedInside>),
     /// The work was run again until the retry policy said stop. Nothing was committed, unless the source says otherwise.
     #[error(transparent)]
     Exhausted(Box<Exhausted>),
@@ -124,6 +128,7 @@ impl Error {
         match self {
             Self::Aborted(source) => source.downcast_ref(),
             Self::Exhausted(exhausted) => exhausted.source.downcast_ref(),
+            Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::downcast_ref),
             _ => None,
         }
     }
@@ -133,6 +138,10 @@ impl Error {
         match self {
             Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
             Self::Exhausted(exhausted) if exhausted.source.downcast_ref::<E>().is_some() => exhausted.source.downcast(),
+            Self::EndedInside(ended) => match *ended {
+                EndedInside { source: Some(source), .. } if source.downcast_ref::<E>().is_some() => source.downcast(),
+                ended => Err(Self::EndedInside(Box::new(ended))),
+            },
             other => Err(other),
         }
     }
@@ -141,7 +150,7 @@ impl Error {
     #[must_use]
     pub fn commit_outcome(&self) -> CommitOutcome {
         match self {
-            Self::CommitUnknown(_) => CommitOutcome::Unknown,
+            Self::CommitUnknown(_) | Self::EndedInside(_) => CommitOutcome::Unknown,
             Self::Exhausted(exhausted) => exhausted.outcome,
             _ => CommitOutcome::NotCommitted,
         }
@@ -159,6 +168,7 @@ impl Error {
             Self::Database(error) | Self::Ledger(error) => error.code(),
             Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(|source| source.0.code()),
             Self::Exhausted(exhausted) => exhausted.source.code(),
+            Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),
             _ => None,
         }
     }
@@ -175,6 +185,7 @@ impl Error {
             Self::CommitUnknown(_) => "commit_unknown",
             Self::Ledger(_) => "ledger",
             Self::RolledBack(_) => "rolled_back",
+            Self::EndedInside(_) => "ended_inside",
             Self::Exhausted(_) => "exhausted",
             Self::TimedOut { .. } => "timed_out",
             Self::Aborted(_) => "aborted",
@@ -193,6 +204,7 @@ impl fmt::Debug for Error {
             Self::CommitUnknown(_) => write!(f, "CommitUnknown: {self}"),
             Self::Ledger(_) => write!(f, "Ledger: {self}"),
             Self::RolledBack(_) => write!(f, "RolledBack: {self}"),
+            Self::EndedInside(_) => write!(f, "EndedInside: {self}"),
             Self::Exhausted(_) => write!(f, "Exhausted: {self}"),
             Self::TimedOut { .. } => write!(f, "TimedOut: {self}"),
             Self::Wrapped => write!(f, "Wrapped: {self}"),
@@ -241,6 +253,10 @@ pub(crate) enum Obstacle {
     NoneFree {
         max_size: usize,
     },
+    /// All connections are held by the transactions that the call is made within.
+    HeldByCaller {
+        max_size: usize,
+    },
 }
 
 impl Unavailable {
@@ -252,7 +268,7 @@ impl Unavailable {
                 .any(|candidate| matches!(&candidate.answer, Some(Answer::Refused(_, refusal)) if expected(refusal)))
         };
         let reason = match &obstacle {
-            Obstacle::NoneFree { .. } => UnavailableReason::PoolExhausted,
+            Obstacle::NoneFree { .. } | Obstacle::HeldByCaller { .. } => UnavailableReason::PoolExhausted,
             Obstacle::NoSession(_) => UnavailableReason::NoSession,
             Obstacle::NoPrimary if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
             Obstacle::NoPrimary if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
@@ -311,7 +327,7 @@ impl Unavailable {
 
     fn max_size(&self) -> usize {
         match self.obstacle {
-            Obstacle::NoneFree { max_size } => max_size,
+            Obstacle::NoneFree { max_size } | Obstacle::HeldByCaller { max_size } => max_size,
             _ => 0,
         }
     }
@@ -351,10 +367,19 @@ impl fmt::Display for Unavailable {
                 "the primary is known, but it took no new session within {waited:.1?}; raise max_connections or lower \
                  max_size if it has too many clients"
             )?,
+            UnavailableReason::PoolExhausted if matches!(self.obstacle, Obstacle::HeldByCaller { .. }) => {
+                return write!(
+                    f,
+                    "no connection can be had: max_size is {}, and the transactions that this call is made within hold all \
+                     of them; use their handles, make the call after them, or raise max_size",
+                    self.max_size()
+                );
+            }
             UnavailableReason::PoolExhausted => {
                 return write!(
                     f,
-                    "all {} connections were in use for {waited:.1?}; raise max_size or hold connections for less time",
+                    "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, or \
+                     wait longer (checkout_timeout)",
                     self.max_size()
                 );
             }
@@ -566,6 +591,88 @@ pub enum RolledBack {
          that uses it before the closure returns"
     )]
     HandleKept,
+    /// A stream of rows or a COPY that the closure had begun was still open after it had returned, and the session with it.
+    #[error(
+        "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was kept beyond it; read \
+         streams to their end or drop them, and finish a CopyInSink, before the closure returns"
+    )]
+    StreamKept,
+}
+
+/// [`Error::EndedInside`]: the closure ended its transaction itself.
+///
+/// Statements that it ran afterwards, outside of the transaction, were committed one by one.
+#[derive(Debug)]
+pub struct EndedInside {
+    ending: Ending,
+    source: Option<Error>,
+}
+
+/// How a closure ended its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ending {
+    /// It committed: `COMMIT`, `END`, or either of them `AND CHAIN`.
+    Committed,
+    /// It rolled back: `ROLLBACK`, `ABORT`, or either of them `AND CHAIN`.
+    RolledBack,
+    /// `PREPARE TRANSACTION`: it is stored, holds its locks, and waits for `COMMIT PREPARED` or `ROLLBACK PREPARED`.
+    Prepared,
+    /// The transaction has left no mark by which the server could tell: see [`Guarantee`](crate::Guarantee).
+    Unknown,
+}
+
+impl EndedInside {
+    /// `source`: what the closure failed with afterwards, if it failed.
+    pub(crate) fn error(ending: Ending, source: Option<Error>) -> Error {
+        Error::EndedInside(Box::new(Self { ending, source }))
+    }
+
+    /// How the transaction was ended.
+    #[must_use]
+    pub fn ending(&self) -> Ending {
+        self.ending
+    }
+
+    /// What the closure failed with afterwards, if it failed.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Error> {
+        self.source.as_ref()
+    }
+}
+
+impl fmt::Display for EndedInside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.ending {
+            Ending::Committed => {
+                "the closure committed its transaction itself: what it did before that is stored, and what it did \
+                 afterwards may be in part"
+            }
+            Ending::RolledBack => {
+                "the closure rolled its transaction back itself: what it did before that is undone, and what it did \
+                 afterwards may be stored in part"
+            }
+            Ending::Prepared => {
+                "the closure ended its transaction itself, with PREPARE TRANSACTION: it holds its locks until someone \
+                 runs COMMIT PREPARED or ROLLBACK PREPARED"
+            }
+            Ending::Unknown => {
+                "the closure ended its transaction itself (or took its mark away with RESET ALL): what it did may be \
+                 stored in part"
+            }
+        })?;
+        f.write_str("; look for its effect before repeating it, and leave BEGIN, COMMIT and ROLLBACK to the pool")?;
+        match &self.source {
+            Some(source) => write!(f, "; it then failed with: {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl StdError for EndedInside {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_ref().map(|source| source as &(dyn StdError + 'static))
+    }
 }
 
 /// [`Error::Exhausted`]: the retry policy ended a call.

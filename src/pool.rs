@@ -9,6 +9,7 @@ mod client;
 mod connection;
 mod dialer;
 mod hosts;
+mod nested;
 mod security;
 mod settling;
 mod ssl;
@@ -25,7 +26,7 @@ use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Poll;
@@ -35,7 +36,7 @@ use deadpool::managed::{self, Object, PoolError};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary, lock};
 use crate::commit::ledger::Ledger;
@@ -46,6 +47,7 @@ use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
+use connection::Facts;
 use dialer::Dialer;
 use wrap::Wrapped;
 
@@ -213,7 +215,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn get(&self) -> Result<Client<C>, Error> {
-        self.get_by(|| Instant::now() + self.shared.checkout_timeout).await
+        self.get_by(|| Instant::now() + self.shared.checkout_timeout, None).await
     }
 
     /// Like [`Pool::get`], for this call waiting at most so long instead of the checkout timeout.
@@ -348,7 +350,8 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
-    /// Finish your work first. Idempotent; affects all clones. A pool that was [wrapped](Pool::wrap) stays open, with the
+    /// Finish your work first: the server is told to stop what it still runs, and a statement outside of a transaction that
+    /// waits for a synchronous standby is shown to all when its wait is cut off so. Idempotent; affects all clones. A pool that was [wrapped](Pool::wrap) stays open, with the
     /// connections that are idle in it.
     pub fn close(&self) {
         if let Source::Own(inner) = &self.source {
@@ -357,11 +360,19 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().close();
     }
 
-    pub(crate) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline).await
+    async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
+        self.get_by(|| deadline, None).await
     }
 
-    async fn get_by(&self, deadline: impl FnOnce() -> Instant) -> Result<Client<C>, Error> {
+    /// A connection for a transaction. A primary is waited for until the deadline of its policy, which may be longer than
+    /// the checkout timeout so that the call lives through a failover; others who have all connections in use are waited
+    /// for no longer than by [`Pool::get`].
+    pub(crate) async fn get_for_transaction(&self, deadline: Instant) -> Result<Client<C>, Error> {
+        self.get_by(|| deadline, Some(self.shared.checkout_timeout)).await
+    }
+
+    /// `in_use`: how long to wait while there is a primary and all connections are in use. Without one, until the deadline.
+    async fn get_by(&self, deadline: impl FnOnce() -> Instant, in_use: Option<Duration>) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
         let mut checkout = pin!(self.checkout());
         // An idle connection is there at once: for it no clock is read and no timer is made.
@@ -369,13 +380,49 @@ impl<C: SessionClient> Pool<C> {
             waits.ended(&checked_out);
             return checked_out;
         }
+        if self.is_held_by_caller() {
+            waits.timed_out();
+            let obstacle = Obstacle::HeldByCaller { max_size: self.source.status().max_size };
+            let unavailable = Unavailable::new(Duration::ZERO, self.cluster().diagnosis(), obstacle);
+            return Err(Error::Unavailable(Box::new(unavailable)));
+        }
         let (began, deadline) = (Instant::now(), deadline());
-        let Ok(checked_out) = timeout_at(deadline, checkout).await else {
+        let checkout = async {
+            match in_use {
+                Some(longest) if began + longest < deadline => self.free_within(longest, checkout).await,
+                _ => Some(checkout.await),
+            }
+        };
+        let Ok(Some(checked_out)) = timeout_at(deadline, checkout).await else {
             waits.timed_out();
             return Err(self.unavailable(began));
         };
         waits.ended(&checked_out);
         checked_out
+    }
+
+    /// `None`: for so long there was one primary, and all connections to it were in use.
+    async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+        loop {
+            let generation = tokio::select! {
+                biased;
+                checked_out = checkout.as_mut() => return Some(checked_out),
+                generation = self.cluster().primary() => generation,
+            };
+            // Why there is none, the checkout says as well.
+            let Ok(generation) = generation else { return Some(checkout.await) };
+            tokio::select! {
+                biased;
+                checked_out = checkout.as_mut() => return Some(checked_out),
+                () = self.cluster().left(generation.primary.id) => {}
+                () = sleep(longest) => {
+                    let managed::Status { size, max_size, .. } = self.source.status();
+                    if size >= max_size {
+                        return None;
+                    }
+                }
+            }
+        }
     }
 
     async fn checkout(&self) -> Result<Client<C>, Error> {
@@ -537,7 +584,13 @@ impl<C: SessionClient> Pool<C> {
 
     /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
     /// with the pool: a session whose socket is gone still runs its statement to the end.
-    fn cancel_running(&self, client: &tokio_postgres::Client) {
+    ///
+    /// Never a COMMIT: a cancel request would end its wait for the synchronous standbys, and the server would show
+    /// everybody what none of them has.
+    fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
+        if facts.is_committing() {
+            return;
+        }
         let Ok(runtime) = Handle::try_current() else {
             return;
         };

@@ -246,7 +246,8 @@ impl RetryPolicy {
     ///
     /// A failover that takes longer is told as an error while the user is still there to see it. An attempt that begins
     /// in the last moment may still take its five seconds, and a COMMIT without an answer is looked into for five more.
-    /// [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is for `get`, and a setting of its own.
+    /// [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is for `get`, and for what a transaction waits
+    /// while all connections are in use; it is a setting of its own.
     #[must_use]
     pub fn interactive() -> Self {
         let limit = Duration::from_secs(5);

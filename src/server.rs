@@ -91,6 +91,8 @@ pub(crate) struct Notices {
     not_replicated: AtomicBool,
     /// The session is one of the pool's, whose traffic shows that the server is there.
     pooled: AtomicBool,
+    /// Grows whenever something is sent or received on the session, where its driver is this crate's; 0 where it is not.
+    stirs: AtomicU64,
     seated: Mutex<Seated>,
     /// Who hears the session's notifications, if anybody does.
     ear: OnceLock<Arc<dyn Ear>>,
@@ -143,6 +145,16 @@ impl Notices {
     pub(crate) fn forget(&self) {
         self.already_in_transaction.store(false, Ordering::Release);
         self.not_replicated.store(false, Ordering::Release);
+    }
+
+    /// Another number than before, if something was sent or received meanwhile on this session.
+    pub(crate) fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
+    }
+
+    /// Is it seen what the session sends and receives?
+    pub(crate) fn are_driven(&self) -> bool {
+        self.stirs() > 0
     }
 
     /// A BEGIN met a transaction that was open already.
@@ -558,6 +570,7 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
         if bell.rung.swap(false, Ordering::AcqRel) && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
             return Poll::Ready(Ok(()));
         }
+        notices.stirs.fetch_add(1, Ordering::Relaxed);
         if notices.pooled.load(Ordering::Relaxed) {
             stirs.fetch_add(1, Ordering::Relaxed);
         }

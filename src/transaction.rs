@@ -6,8 +6,10 @@
 //! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
 
 mod decide;
+mod finish;
 mod run;
 mod settle;
+mod streams;
 
 use std::fmt;
 use std::ops::Deref;
@@ -24,6 +26,7 @@ use crate::pool::{Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use decide::Mode;
+use finish::OPEN;
 use run::{Begin, Marks};
 
 impl<C: SessionClient> Pool<C> {
@@ -42,11 +45,17 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
     /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,
-    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it.
+    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails with
+    /// [`Error::EndedInside`].
     ///
-    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it.
+    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it. While
+    /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout) bounds
+    /// the wait as well. A call within the closure of another needs a connection of its own; if none is left that others
+    /// could give back, it fails at once.
+    ///
     /// Cancel-safe: when the future is dropped, the server is told to stop, the connection is closed and the transaction
-    /// rolled back, unless COMMIT was under way.
+    /// rolled back. Once COMMIT was sent, the connection is closed and nothing else: the server carries it out, and shows it
+    /// when the synchronous standbys have it.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool, sku: String) -> Result<(), Box<dyn std::error::Error>> {
@@ -223,7 +232,8 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         if self.deferrable {
             sql.push_str(" DEFERRABLE");
         }
-        Begin { sql, marks }
+        let unmarked = format!("{sql}; {OPEN}");
+        Begin { sql, unmarked, marks }
     }
 }
 
@@ -244,7 +254,10 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// borrows from it) is still alive after the closure has returned, the transaction is rolled back and the call fails
 /// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
 ///
-/// Read a row stream to its end, or drop it, within the closure: COMMIT's answer comes behind its rows.
+/// Read a stream of rows to its end, or drop it, and finish a COPY within the closure: COMMIT's answer comes behind theirs.
+/// One that is kept makes the call fail with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept). A transaction that
+/// uses the methods below takes one round trip more, by which that is found out. A stream that was begun in another way,
+/// through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,
 }

@@ -162,10 +162,17 @@ impl Ledger {
         Ok(settle_entry(entry, Duration::from_micros(age), self.keep))
     }
 
+    /// Is the transaction's own row there? Changes nothing.
+    pub(crate) async fn has(&self, client: &Client, entered: &Entered) -> Result<bool, Error> {
+        let sql = format!("BEGIN; SELECT FROM {} WHERE id = '{}' AND NOT fence", self.path(), entered.id);
+        let messages = client.simple_query(&sql).await?;
+        Ok(messages.iter().any(|message| matches!(message, SimpleQueryMessage::Row(_))))
+    }
+
     /// Ends a settler's transaction: its COMMIT waits for the synchronous standbys, as it has written. The server tells by a
     /// notice when an administrator cancelled the wait.
     pub(crate) async fn confirm(&self, client: &Client) -> Result<(), Error> {
-        client.batch_execute("COMMIT").await
+        client.batch_execute("SET LOCAL client_min_messages = warning; COMMIT").await
     }
 
     fn until(&self) -> String {

@@ -243,9 +243,10 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
 
 /// Ends a settler's transaction with a COMMIT that waits for the synchronous standbys, as it has written. WAL is replicated
 /// in order: once they have this, they have all that was committed before. The server tells by a notice when an
-/// administrator cancelled the wait.
+/// administrator cancelled the wait, and is made to whatever the role's `client_min_messages`.
 pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
-    client.batch_execute("SELECT pg_logical_emit_message(true, 'failover', ''); COMMIT").await
+    let sql = "SELECT pg_logical_emit_message(true, 'failover', ''); SET LOCAL client_min_messages = warning; COMMIT";
+    client.batch_execute(sql).await
 }
 
 /// Ends the session that an undelivered COMMIT has left idle within its transaction, holding its locks: the server may

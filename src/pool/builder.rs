@@ -206,6 +206,9 @@ impl PoolBuilder {
     ///
     /// Longer than your failover, and callers ride through it: 60 to 75 s on Fly's repmgr clusters, 30 s on Patroni's
     /// defaults. Shorter, and they fail with the list of what each server said.
+    ///
+    /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it lives through a failover,
+    /// and for others to give a connection back no longer than this.
     pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
         self.calls.checkout_timeout = timeout;
         self

@@ -4,7 +4,7 @@ use std::fmt;
 use std::future::pending;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
@@ -47,6 +47,8 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
     lent: Lent,
+    /// Something was asked for whose answer may be kept from coming.
+    streamed: AtomicBool,
 }
 
 /// Whose connection it is.
@@ -108,7 +110,7 @@ impl<C: SessionClient> Loan<C> {
 impl<C: SessionClient> Client<C> {
     /// `loan` has been counted.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
-        Self { lent: loan.watched().lent(), loan: Some(loan), pool }
+        Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed: AtomicBool::new(false) }
     }
 
     /// The generation that the connection belongs to.
@@ -117,18 +119,32 @@ impl<C: SessionClient> Client<C> {
         self.facts().generation
     }
 
-    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled.
+    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled, but for a COMMIT.
     pub(crate) fn poison(&self) {
         if self.facts().poisoned.swap(true, Ordering::AcqRel) {
             return;
         }
         // What the pool itself has closed may still run on the server.
         if !self.is_closed() || self.pool.cluster().is_closed() {
-            self.pool.cancel_running(self);
+            self.pool.cancel_running(self, self.facts());
         }
         if let Loan::Own(object) = self.loan() {
             object.abort();
         }
+    }
+
+    /// From now on the session may be busy although nobody waits for it.
+    pub(crate) fn set_streamed(&self) {
+        self.streamed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_streamed(&self) -> bool {
+        self.streamed.load(Ordering::Relaxed)
+    }
+
+    /// A COMMIT is sent now, or was answered.
+    pub(crate) fn set_committing(&self, committing: bool) {
+        self.facts().committing.store(committing, Ordering::Release);
     }
 
     /// Waits until the session is of no use any more, where nothing else ends what is under way on it. Cancel-safe.
@@ -206,7 +222,7 @@ impl<C: SessionClient> Drop for Client<C> {
         }
         let closed = self.pool.cluster().is_closed();
         if closed && !loan.facts().is_poisoned() {
-            self.pool.cancel_running(loan.client());
+            self.pool.cancel_running(loan.client(), loan.facts());
         }
         if closed || !loan.usable() {
             loan.discard();

@@ -32,6 +32,8 @@ pub(super) struct Facts {
     pub(super) marking: Mutex<Marking>,
     pub(super) notices: Arc<Notices>,
     pub(super) poisoned: AtomicBool,
+    /// A COMMIT was sent, and not answered yet.
+    pub(super) committing: AtomicBool,
 }
 
 impl Facts {
@@ -42,11 +44,16 @@ impl Facts {
             marking: Mutex::default(),
             notices,
             poisoned: AtomicBool::new(false),
+            committing: AtomicBool::new(false),
         }
     }
 
     pub(super) fn marking(&self) -> Marking {
         *lock(&self.marking)
+    }
+
+    pub(super) fn is_committing(&self) -> bool {
+        self.committing.load(Ordering::Acquire)
     }
 
     pub(super) fn is_poisoned(&self) -> bool {

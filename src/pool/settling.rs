@@ -126,6 +126,13 @@ impl<C: SessionClient> Witness<'_, C> {
         }
     }
 
+    /// A settler that is dropped while its COMMIT waits must not cut the wait off. A session beside the pool is not cancelled.
+    pub(crate) fn set_committing(&self, committing: bool) {
+        if let Self::Pooled(lent) = self {
+            lent.client.set_committing(committing);
+        }
+    }
+
     pub(crate) fn notices(&self) -> &Notices {
         match self {
             Self::Pooled(lent) => lent.client.notices(),

@@ -1,36 +1,32 @@
 //! The loop: attempt, decide, wait, again. Carries out what `decide` says.
 
 use std::error::Error as StdError;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres::SimpleQueryMessage;
 use tokio_postgres::error::{DbError, SqlState};
 use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
-use super::settle::{Mark, Outcome, Settler, settle};
+use super::finish::{Answer, Known, OPEN, Proof, Undone, ending};
+use super::settle::{Mark, Outcome, Settler, settle, was_committed};
+use super::streams::is_free;
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{
-    Verdict, classify, classify_chain, commit_refused, explain, links, not_offered, report_in_chain,
-};
+use crate::classify::{Verdict, classify, classify_chain, explain, links, not_offered, report_in_chain};
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
 use crate::commit::{Nonce, Unsettled};
-use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, InDoubt, RolledBack};
+use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, InDoubt, RolledBack};
 use crate::observe::Observer;
 use crate::pool::{Client, Pool};
 use crate::retry::{GiveUp, Retry};
 use crate::server::SessionClient;
 use crate::topology::Suspicion;
 
-/// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
-/// server say so, in the same message: 25P02. This one needs no planning.
-const COMMIT: &str = "SHOW transaction_isolation; COMMIT";
-/// In one message: undo, and ask the session whether its server takes writes at all.
-const ROLLBACK_AND_ROLE: &str =
-    "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
+/// Asks the session whether its server takes writes at all.
+const ROLE: &str = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
 /// A session that does not answer its ROLLBACK within this is closed instead.
 const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
@@ -59,17 +55,30 @@ where
     let mut begin = options.begin();
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
     let mut doubt = false;
+    let mut lost: Option<Lost> = None;
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
-        let client = match pool.get_until(deadline).await {
+        let client = match pool.get_for_transaction(deadline).await {
             Ok(client) => client,
             Err(error) => return Err(for_good(error, number - 1, doubt)),
         };
+        if let Some(Lost { mark, error }) = lost.take() {
+            // Its connection may have been lost behind a COMMIT of the closure's own, which nothing else would tell of.
+            if was_committed(&client, &mark).await {
+                return Err(for_good(EndedInside::error(Ending::Committed, Some(error)), number - 1, doubt));
+            }
+        }
         let generation = client.generation();
+        let mut mark = None;
         let span = Observer::attempt(span, number, generation, client.watched());
-        let attempt = Attempt { held: Held::new(client), limit: options.retry.attempt_limit() };
+        let attempt = Attempt {
+            held: Held::new(client),
+            limit: options.retry.attempt_limit(),
+            mark: OnceLock::new(),
+            begun: AtomicBool::new(false),
+        };
         let ended = async {
-            match attempt.run(&begin, mode, &mut work).await {
+            match attempt.run(&begin, mode, &mut work, &mut mark).await {
                 Ended::InDoubt(in_doubt) => {
                     // Whoever waits for a primary to settle with makes the pause at the same time.
                     retries.failed(Instant::now());
@@ -115,6 +124,7 @@ where
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
+                lost = mark.map(|mark| Lost { mark, error });
             }
             Err(why) => return Err(given_up(error, number, why, stage, doubt)),
         }
@@ -124,6 +134,8 @@ where
 /// What a transaction begins with.
 pub(super) struct Begin {
     pub(super) sql: String,
+    /// The same where no mark will tell the transaction from another.
+    pub(super) unmarked: String,
     pub(super) marks: Marks,
 }
 
@@ -163,6 +175,12 @@ fn unknown(error: Error, why: Unsettled) -> Error {
         }
         other => other,
     }
+}
+
+/// An attempt whose session was lost before the pool sent COMMIT.
+struct Lost {
+    mark: Mark,
+    error: Error,
 }
 
 /// How an attempt ended.
@@ -247,10 +265,15 @@ struct Attempt<C: SessionClient> {
     held: Held<C>,
     /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
     limit: Option<Duration>,
+    /// By what the transaction can be asked for, once it has begun.
+    mark: OnceLock<Mark>,
+    /// The closure was run.
+    begun: AtomicBool,
 }
 
 impl<C: SessionClient> Attempt<C> {
-    async fn run<T, F, Fut>(mut self, begin: &Begin, mode: Mode, work: &mut F) -> Ended<T>
+    /// `lost` gets the mark of an attempt whose session ended before COMMIT was sent.
+    async fn run<T, F, Fut>(mut self, begin: &Begin, mode: Mode, work: &mut F, lost: &mut Option<Mark>) -> Ended<T>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
@@ -261,8 +284,14 @@ impl<C: SessionClient> Attempt<C> {
             cut = self.cut_off() => cut.map_or(Ok(Err(evicted())), Err),
         };
         match ended {
-            Ok(Ok((value, mark))) => self.commit(value, mark, begin).await,
-            Ok(Err((verdict, error))) => Ended::Failed(Stage::Body, self.failed(mode, verdict, error).await),
+            Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
+            Ok(Err((verdict, error))) => {
+                let failed = self.failed(mode, verdict, error).await;
+                if failed.verdict.is_loss() || self.client().is_closed() || self.client().is_evicted() {
+                    *lost = self.mark.take();
+                }
+                Ended::Failed(Stage::Body, failed)
+            }
             Err(after) => {
                 self.pool().suspect(self.client().generation(), Suspicion::Connection);
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
@@ -280,7 +309,7 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// BEGIN and the closure.
-    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<(T, Option<Mark>), (Verdict, Error)>
+    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, (Verdict, Error)>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
@@ -298,8 +327,13 @@ impl<C: SessionClient> Attempt<C> {
             // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
             return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
-        let done = work(Transaction::new(Arc::clone(&self.held.client))).await;
-        done.map(|value| (value, mark)).map_err(|error| (verdict_of(&error), error))
+        if let Some(mark) = mark {
+            // There is none yet: an attempt begins once.
+            let _ = self.mark.set(mark);
+        }
+        self.begun.store(true, Ordering::Relaxed);
+        let done = self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))).await;
+        done.map_err(|error| (verdict_of(&error), error))
     }
 
     /// BEGIN and the mark, in one message.
@@ -310,7 +344,7 @@ impl<C: SessionClient> Attempt<C> {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             Marks::Nothing | Marks::Wal | Marks::Write => {
-                client.batch_execute(&begin.sql).await?;
+                client.batch_execute(&begin.unmarked).await?;
                 return Ok(None);
             }
         };
@@ -322,7 +356,7 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) => {
                 self.pool().set_unmarked(client.generation(), &explain(&error));
                 client.batch_execute("ROLLBACK").await?;
-                client.batch_execute(&begin.sql).await?;
+                client.batch_execute(&begin.unmarked).await?;
                 return Ok(None);
             }
         };
@@ -344,10 +378,14 @@ impl<C: SessionClient> Attempt<C> {
             },
             (_, None) => Ok(None),
         };
-        Ok(read.unwrap_or_else(|bad| {
+        let mark = read.unwrap_or_else(|bad| {
             self.pool().set_unmarked(client.generation(), &bad.to_string());
             None
-        }))
+        });
+        if mark.is_none() {
+            client.batch_execute(OPEN).await?;
+        }
+        Ok(mark)
     }
 
     async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
@@ -380,49 +418,84 @@ impl<C: SessionClient> Attempt<C> {
         client.life().is_some()
     }
 
-    async fn commit<T>(&mut self, value: T, mark: Option<Mark>, begin: &Begin) -> Ended<T> {
+    async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Mark>) -> Ended<T> {
         if self.is_shared() {
             return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
         }
+        if self.client().has_streamed() && !is_free(self.client()).await {
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
+        }
         if self.client().is_evicted() {
+            *lost = self.mark.take();
             let (verdict, error) = evicted();
             return Ended::before_commit(verdict, error);
         }
         // On a session that has ended nothing is sent: then the transaction is certainly not committed.
         let never_sent = self.client().is_closed();
+        let known = self.known(mode);
+        let (sql, mark) = (known.commit(), self.mark.take());
+        self.client().set_committing(true);
         let answer = tokio::select! {
             biased;
-            answer = self.client().batch_execute(COMMIT) => answer,
+            answer = Answer::to(self.client(), &sql) => answer,
             () = self.client().evicted() => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
                 let failed = Failed { verdict: Verdict::ConnectionLost, error };
                 return Ended::InDoubt(Unanswered { value, mark, failed });
             }
         };
-        let Err(error) = answer else {
-            self.held.clean(true);
-            if self.client().notices().not_replicated() {
-                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
-                let failed = Failed { verdict: Verdict::OutcomeUnknown, error };
-                return Ended::InDoubt(Unanswered { value, mark, failed });
+        let proof = known.proof(&answer);
+        self.client().set_committing(proof == Proof::Nothing);
+        match (proof, answer.error) {
+            (Proof::Committed { answered }, _) => {
+                self.held.clean(answered);
+                if self.client().notices().not_replicated() {
+                    let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
+                    let failed = Failed { verdict: Verdict::OutcomeUnknown, error };
+                    return Ended::InDoubt(Unanswered { value, mark, failed });
+                }
+                if answered {
+                    self.prune(begin);
+                }
+                Ended::Committed(value)
             }
-            self.prune(begin);
-            return Ended::Committed(value);
-        };
-        self.suspect();
-        let verdict = classify(&error);
-        if never_sent {
-            return Ended::before_commit(verdict, error);
+            (Proof::NotOurs { .. }, _) => {
+                let ending = self.ended_before(known).await;
+                Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
+            }
+            (_, None) => Ended::Committed(value),
+            (Proof::Refused { over }, Some(error)) => {
+                self.suspect();
+                let verdict = classify(&error);
+                let failed = match verdict {
+                    Verdict::Aborted => Failed { verdict, error: Error::RolledBack(RolledBack::FailedInside) },
+                    _ => Failed { verdict, error: error.into() },
+                };
+                if over {
+                    self.roll_back().await;
+                    return Ended::Failed(Stage::Refused, failed);
+                }
+                let (undone, _) = self.undo(Some(known), None).await;
+                Ended::Failed(Stage::Refused, undone.explains(failed))
+            }
+            (Proof::Nothing, Some(error)) => {
+                self.suspect();
+                let verdict = classify(&error);
+                if never_sent {
+                    *lost = mark;
+                    return Ended::before_commit(verdict, error);
+                }
+                Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into() } })
+            }
         }
-        if !commit_refused(&error) {
-            return Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into() } });
+    }
+
+    fn known(&self, mode: Mode) -> Known {
+        match self.mark.get() {
+            Some(mark) => Known::ById(mark.backend.xid),
+            None if mode == Mode::Read => Known::ByShow,
+            None => Known::BySetting,
         }
-        self.roll_back().await;
-        let error = match verdict {
-            Verdict::Aborted => Error::RolledBack(RolledBack::FailedInside),
-            _ => error.into(),
-        };
-        Ended::Failed(Stage::Refused, Failed { verdict, error })
     }
 
     /// From time to time, once the caller's work is done, on the connection that did it: in a task, so that nobody waits.
@@ -436,12 +509,15 @@ impl<C: SessionClient> Attempt<C> {
         }
         let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });
         tokio::spawn(async move {
+            // Each statement commits by itself.
+            held.client().set_committing(true);
             let pruned = tokio::select! {
                 biased;
                 pruned = ledger.prune_all(held.client()) => pruned,
                 () = held.client().evicted() => return,
             };
             held.clean(pruned.is_ok());
+            held.client().set_committing(pruned.is_err());
             match pruned {
                 Ok(rows) => tracing::debug!(rows, "the ledger was pruned"),
                 Err(error) => tracing::warn!("the ledger could not be pruned: {}", explain(&error)),
@@ -452,18 +528,21 @@ impl<C: SessionClient> Attempt<C> {
     /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
     async fn failed(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed {
         self.suspect();
-        let server_is_read_only = if self.is_shared() {
+        let failed = Failed { verdict, error };
+        if self.is_shared() {
             // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
             // the session ends as it is, and all that was done in it with it.
-            false
-        } else if verdict == Verdict::ReadOnly && mode != Mode::Read {
-            self.server_is_read_only().await
-        } else {
+            return own_doing(failed, false);
+        }
+        if failed.verdict.is_loss() {
+            // Of a session that lives on behind a proxy. It leads to another one by now, which knows nothing of this work.
             self.roll_back().await;
-            false
-        };
-        let own_doing = verdict == Verdict::ReadOnly && !server_is_read_only;
-        Failed { verdict: if own_doing { Verdict::Application } else { verdict }, error }
+            return failed;
+        }
+        let role = (verdict == Verdict::ReadOnly && mode != Mode::Read).then_some(ROLE);
+        let known = self.begun.load(Ordering::Relaxed).then(|| self.known(mode));
+        let (undone, server_is_read_only) = self.undo(known, role).await;
+        undone.explains(own_doing(failed, server_is_read_only))
     }
 
     async fn roll_back(&mut self) {
@@ -474,23 +553,42 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Rolls back and asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
-    /// had made itself read-only.
-    async fn server_is_read_only(&mut self) -> bool {
-        let asked = timeout(ROLLBACK_WITHIN, self.client().simple_query(ROLLBACK_AND_ROLE)).await;
-        let Ok(Ok(messages)) = asked else {
-            return true;
-        };
-        let read_only = messages.iter().any(|message| match message {
-            SimpleQueryMessage::Row(row) => matches!(row.try_get(0), Ok(Some("t"))),
-            _ => false,
-        });
-        if read_only {
-            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
-        } else {
-            self.held.clean(true);
+    /// Rolls back, and finds out whether the closure had done so before, or committed. `None`: it was not run.
+    ///
+    /// With `role`, also asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
+    /// had made itself read-only. One that does not answer counts as read-only.
+    async fn undo(&mut self, known: Option<Known>, role: Option<&str>) -> (Undone, bool) {
+        // One that is evicted is closed anyway, and its server may be frozen.
+        if self.client().is_closed() || self.client().is_evicted() {
+            return (Undone::Unanswered, role.is_some());
         }
-        read_only
+        let sql = Known::roll_back(known, role);
+        let Ok(mut answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
+            return (Undone::Unanswered, role.is_some());
+        };
+        let status = known.and_then(Known::status).and_then(|_| answer.values.pop().flatten());
+        let undone = match (Known::undone(&answer, status.as_deref()), known) {
+            (Some(undone), _) => undone,
+            (None, None) => Undone::Unanswered,
+            (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
+        };
+        self.held.clean(answer.error.is_none());
+        let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() == Some("t"));
+        if read_only {
+            self.held.clean(false);
+            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+        }
+        (undone, read_only)
+    }
+
+    /// How the closure has ended its transaction, once it is known that it did. Rolls back what it may have begun since.
+    async fn ended_before(&mut self, known: Known) -> Ending {
+        let sql = known.status().map_or_else(|| "ROLLBACK".to_owned(), |status| format!("ROLLBACK; {status}"));
+        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
+            return Ending::Unknown;
+        };
+        self.held.clean(answer.error.is_none());
+        ending(answer.values.first().and_then(Option::as_deref))
     }
 
     /// A handle given to the closure is still alive.
@@ -511,6 +609,27 @@ impl<C: SessionClient> Attempt<C> {
 
     fn pool(&self) -> &Pool<C> {
         self.client().pool()
+    }
+}
+
+/// A transaction that had made itself read-only fails by its own doing.
+fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
+    match failed.verdict {
+        Verdict::ReadOnly if !server_is_read_only => Failed { verdict: Verdict::Application, ..failed },
+        _ => failed,
+    }
+}
+
+impl Undone {
+    /// The closure's own end of its transaction says more than the error that it met afterwards.
+    fn explains(self, failed: Failed) -> Failed {
+        match self {
+            Self::Before(ending) => {
+                let error = EndedInside::error(ending, Some(failed.error));
+                Failed { verdict: Verdict::Application, error }
+            }
+            Self::Here | Self::Unanswered => failed,
+        }
     }
 }
 

@@ -10,10 +10,10 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::classify::{explain, not_offered};
 use crate::commit::ledger::{Entered, Ledger};
 use crate::commit::wal::{self, Backend, Said};
-use crate::commit::{Life, Located, Marker, Proof, Settled, Unsettled, locate, wants_proof};
+use crate::commit::{Life, Located, Marker, Proof, Settled, Unsettled, XactStatus, locate, wants_proof};
 use crate::error::Error;
 use crate::observe::Settlement;
-use crate::pool::{Pool, Settling, Witness};
+use crate::pool::{Client, Pool, Settling, Witness};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -174,20 +174,21 @@ async fn question<C: SessionClient>(
     match &mark.by {
         Settler::Wal(marker) => {
             let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
-            ask_log(witness, marker, primaries_since).await
+            ask_log(client, witness.life(), marker, primaries_since).await
         }
         Settler::Ledger(ledger, entered) => ledger.ask(client, entered).await,
     }
 }
 
-async fn ask_log<C: SessionClient>(
-    witness: &Witness<'_, C>,
+/// `verified`: the life that the pool has verified the session's server in.
+async fn ask_log(
+    client: &tokio_postgres::Client,
+    verified: Option<Life>,
     marker: &Marker,
     primaries_since: u64,
 ) -> Result<Settled, Option<tokio_postgres::Error>> {
-    let client = witness.client();
     let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since).await?;
-    remember_ancestor(&mut now.life, witness.life());
+    remember_ancestor(&mut now.life, verified);
     let wanted = wants_proof(marker, &now, evidence);
     let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
     match locate(marker, &now, &proof) {
@@ -214,15 +215,47 @@ async fn confirmed<C: SessionClient>(
     reason: &mut Unsettled,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
     *reason = Unsettled::NotReplicated;
+    witness.set_committing(true);
     let waited = match (&mark.by, outcome) {
         // What is not in the log cannot be waited for.
         (Settler::Wal(_), Outcome::NotCommitted) => {
             let rolled_back = witness.client().batch_execute("ROLLBACK").await;
+            witness.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());
         }
         (Settler::Wal(_), Outcome::Committed) => wal::confirm(witness.client()).await,
         (Settler::Ledger(ledger, _), _) => ledger.confirm(witness.client()).await,
     };
+    witness.set_committing(false);
     let confirmed = waited.is_ok() && !witness.notices().not_replicated();
     (confirmed.then_some(Ok(outcome)), confirmed)
+}
+
+/// Was it committed, as far as this session's server can tell? Asked before work runs again of which the pool itself has
+/// committed nothing: the closure may have. Leaves the session without a transaction.
+pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &Mark) -> bool {
+    let asked = async {
+        let committed = match &mark.by {
+            Settler::Wal(marker) => {
+                let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
+                // Mostly not, and then no more is asked.
+                let Said { status, .. } = wal::look(client, marker.xid, primaries_since).await.ok()?;
+                if status != Some(XactStatus::Committed) {
+                    return Some(false);
+                }
+                let settled = ask_log(client, client.life(), marker, primaries_since).await.ok()?;
+                settled == Settled::Committed
+            }
+            Settler::Ledger(ledger, entered) => ledger.has(client, entered).await.ok()?,
+        };
+        Some(committed)
+    };
+    let committed = tokio::select! {
+        biased;
+        committed = asked => committed.unwrap_or(false),
+        () = client.evicted() => return false,
+    };
+    // Where that fails, so does BEGIN.
+    let _ = client.batch_execute("ROLLBACK").await;
+    committed
 }

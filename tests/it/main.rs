@@ -4,6 +4,7 @@
 
 mod between;
 mod cancel;
+mod checkout;
 mod clusters;
 mod deadline;
 mod demotion;
@@ -11,6 +12,7 @@ mod dns;
 mod errors;
 mod evidence;
 mod failover;
+mod finish;
 mod get;
 mod history;
 mod hostile;

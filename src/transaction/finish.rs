@@ -1,0 +1,185 @@
+//! How a transaction is finished: the messages that commit it or roll it back, and what their answers prove.
+//!
+//! Three things can go wrong at its end. The server may have failed the transaction, and then turns COMMIT into a
+//! ROLLBACK. The closure may have ended the transaction itself, and then COMMIT ends another one, or none. And an error or
+//! a lost connection may come after COMMIT was carried out. So COMMIT is the last of three statements in one message: the
+//! first fails in a failed transaction, the second fails in any transaction but ours, and the answers are counted.
+//! What an answer means is decided by pure functions. Tests: `tests/it/finish.rs`.
+
+use std::pin::pin;
+
+use futures_util::StreamExt;
+use tokio_postgres::{Client, Error, SimpleQueryMessage};
+
+use crate::classify::{commit_refused, no_transaction, not_ours};
+use crate::error::Ending;
+
+/// Set by BEGIN for one transaction: its end, however it comes about, takes the value away.
+pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
+
+/// How many statements COMMIT's message has. Its own is the last.
+const STATEMENTS: usize = 3;
+
+/// By what a transaction is known again when it is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Known {
+    /// The transaction id that its mark has given it.
+    ById(u64),
+    /// The setting of [`OPEN`].
+    BySetting,
+    /// The same, of a transaction that only reads: it is looked at and not insisted on. This takes no snapshot, which a
+    /// deferrable transaction would wait for, and no planning.
+    ByShow,
+}
+
+impl Known {
+    /// COMMIT, in one message with what has to hold for it.
+    ///
+    /// The first statement fails in a failed transaction (25P02). It also lets the warning through by which the server says
+    /// that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
+    pub(super) fn commit(self) -> String {
+        let check = match self {
+            Self::ById(xid) => format!(
+                "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.pg_current_xact_id_if_assigned() \
+                 OPERATOR(pg_catalog.=) '{xid}', false)::pg_catalog.int4 IS NULL"
+            ),
+            Self::BySetting => "SELECT WHERE \
+                pg_catalog.current_setting('tokio_postgres_failover.transaction')::pg_catalog.bool"
+                .to_owned(),
+            Self::ByShow => "SHOW tokio_postgres_failover.transaction".to_owned(),
+        };
+        format!("SET LOCAL client_min_messages = warning; {check}; COMMIT")
+    }
+
+    /// ROLLBACK, and with `role` that question. Where no transaction is open although the closure was run, it has ended that,
+    /// and the first statement fails (25P01).
+    pub(super) fn roll_back(known: Option<Self>, role: Option<&str>) -> String {
+        let mut sql = if known.is_some() { "ROLLBACK AND CHAIN; ROLLBACK" } else { "ROLLBACK" }.to_owned();
+        for question in role.map(str::to_owned).into_iter().chain(known.and_then(Self::status)) {
+            sql.push_str("; ");
+            sql.push_str(&question);
+        }
+        sql
+    }
+
+    /// What became of the transaction, where its id is known.
+    pub(super) fn status(self) -> Option<String> {
+        match self {
+            Self::ById(xid) => Some(format!("SELECT pg_catalog.pg_xact_status('{xid}')")),
+            Self::BySetting | Self::ByShow => None,
+        }
+    }
+}
+
+/// What came back for a message of several statements.
+#[derive(Debug, Default)]
+pub(super) struct Answer {
+    /// How many statements were carried out.
+    pub(super) completed: usize,
+    /// The first value of each row. A row without columns has none.
+    pub(super) values: Vec<Option<String>>,
+    /// What came after that.
+    pub(super) error: Option<Error>,
+}
+
+impl Answer {
+    /// Sends the message and waits for the end of its answer. Cancel-safe as far as the driver is: what was sent is sent.
+    pub(super) async fn to(client: &Client, sql: &str) -> Self {
+        let mut answer = Self::default();
+        let messages = match client.simple_query_raw(sql).await {
+            Ok(messages) => messages,
+            Err(error) => return Self { error: Some(error), ..answer },
+        };
+        let mut messages = pin!(messages);
+        while let Some(message) = messages.next().await {
+            match message {
+                Ok(SimpleQueryMessage::CommandComplete(_)) => answer.completed += 1,
+                Ok(SimpleQueryMessage::Row(row)) if !row.is_empty() => {
+                    answer.values.push(row.try_get(0).ok().flatten().map(str::to_owned));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    answer.error = Some(error);
+                    break;
+                }
+            }
+        }
+        answer
+    }
+}
+
+/// What the answer to COMMIT's message proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Proof {
+    /// The transaction is committed. `answered`: the session has said so to the end, and can be used again.
+    Committed {
+        answered: bool,
+    },
+    /// What COMMIT met was not the transaction that the pool began. `committed`: it was committed all the same.
+    NotOurs {
+        committed: bool,
+    },
+    /// The server did not commit it, and never will. `over`: it is rolled back already.
+    Refused {
+        over: bool,
+    },
+    Nothing,
+}
+
+impl Known {
+    /// What does this answer to [`Known::commit`] prove?
+    pub(super) fn proof(self, answer: &Answer) -> Proof {
+        let before = STATEMENTS - 1;
+        let shown = answer.values.first().and_then(Option::as_deref);
+        let ours = self != Self::ByShow || answer.completed < before || shown == Some("off");
+        match &answer.error {
+            None if ours => Proof::Committed { answered: true },
+            None => Proof::NotOurs { committed: true },
+            // The server has said that it committed; what befell the session after that changes nothing.
+            Some(_) if answer.completed >= STATEMENTS && ours => Proof::Committed { answered: false },
+            Some(_) if answer.completed >= STATEMENTS => Proof::NotOurs { committed: true },
+            Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
+            Some(error) if commit_refused(error) => Proof::Refused { over: answer.completed >= before },
+            Some(_) => Proof::Nothing,
+        }
+    }
+}
+
+/// What is known after a [`Known::roll_back`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Undone {
+    /// Rolled back, by this.
+    Here,
+    /// There was nothing to roll back, or another transaction than the pool's: the closure had ended that.
+    Before(Ending),
+    /// The session gave no answer that tells.
+    Unanswered,
+}
+
+impl Known {
+    /// What the answer to [`Known::roll_back`] proves; `None`: the session was idle, and has to be asked for
+    /// [`Known::status`].
+    pub(super) fn undone(answer: &Answer, status: Option<&str>) -> Option<Undone> {
+        if answer.error.is_some() {
+            let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
+            return if idle { None } else { Some(Undone::Unanswered) };
+        }
+        // It was not the pool's transaction that was rolled back if that was committed before.
+        Some(match status {
+            Some("committed") => Undone::Before(Ending::Committed),
+            Some("in progress") => Undone::Before(Ending::Prepared),
+            _ => Undone::Here,
+        })
+    }
+}
+
+/// How the closure has ended the transaction, by what `pg_xact_status` says of it now that it is not open.
+pub(super) fn ending(status: Option<&str>) -> Ending {
+    match status {
+        Some("committed") => Ending::Committed,
+        Some("aborted") => Ending::RolledBack,
+        // No session runs it any more.
+        Some("in progress") => Ending::Prepared,
+        _ => Ending::Unknown,
+    }
+}
