@@ -42,7 +42,8 @@ pub use tokio_postgres;
 pub use commit::ledger::Ledger;
 pub use commit::{Guarantee, Unsettled};
 pub use error::{
-    BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, Unavailable, UnavailableReason,
+    BuildError, CommitOutcome, CommitUnknown, Error, Exhausted, Refused, RolledBack, SessionEnded, Unavailable,
+    UnavailableReason,
 };
 pub use fly::{BadMachines, Fly, FlyMachine};
 pub use listen::{Listener, Message};
