@@ -8,6 +8,7 @@ mod clusters;
 mod deadline;
 mod demotion;
 mod dns;
+mod endings;
 mod errors;
 mod evidence;
 mod failover;
@@ -22,7 +23,9 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+mod shapes;
 mod spans;
+mod stale;
 #[cfg(feature = "rustls")]
 mod tls;
 mod transaction;
