@@ -5,8 +5,12 @@
 //! Tests: at the end of this file; each error there is made by a scripted server over an in-memory stream.
 
 mod encryption;
+mod fatal;
+mod stale;
 
 pub(crate) use encryption::{BadCertificate, TlsTrouble, tls_trouble};
+pub(crate) use fatal::{Recurs, advice, announces_end, ends_session, recurs, verdict_of_end};
+pub(crate) use stale::{Cure, may_be_stale, stale, stale_report};
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
@@ -36,6 +40,8 @@ pub(crate) enum Verdict {
     OutcomeUnknown,
     /// An earlier error ended the transaction, and something went on as if it had not.
     Aborted,
+    /// A prepared statement is of no use any more, as a table, a type or the session was changed under it.
+    Stale,
     /// Configuration: credentials, database name, TLS. Trying again cannot help.
     Refused,
     /// The peer's bytes make no sense in this protocol. On a session that worked before, also a `COPY`
@@ -96,12 +102,23 @@ pub(crate) fn verdict_of_open(error: &Error) -> Verdict {
 ///
 /// For errors of the caller's own closure, which may hold a database error at any depth.
 pub(crate) fn classify_chain(error: &(dyn StdError + 'static)) -> Option<Verdict> {
-    links(error).find_map(database_error).map(classify)
+    links(error).find_map(Found::in_link).map(|found| match found {
+        Found::Driver(error) => classify(error),
+        Found::Report(report) => classify_report(report),
+    })
 }
 
 /// What the server reported, by the first database error in an error's source chain.
 pub(crate) fn report_in_chain<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a DbError> {
-    links(error).find_map(database_error).and_then(Error::as_db_error)
+    match links(error).find_map(Found::in_link)? {
+        Found::Driver(error) => error.as_db_error(),
+        Found::Report(report) => Some(report),
+    }
+}
+
+/// The verdict on what the server reported in a session that was open.
+pub(crate) fn classify_report(report: &DbError) -> Verdict {
+    of_report(report, Level::of(report))
 }
 
 /// Whether this answer to `COMMIT` proves that the transaction was rolled back. If not, its outcome is in doubt.
@@ -302,6 +319,9 @@ impl Level {
 fn of_report(db: &DbError, level: Level) -> Verdict {
     let ends = level == Level::Ends;
     match *db.code() {
+        // The session goes on, its prepared statements do not.
+        _ if !ends && stale_report(db).is_some() => Verdict::Stale,
+
         // Shutting down, starting up, in recovery, a standby that is not consistent yet.
         SqlState::CANNOT_CONNECT_NOW => Verdict::NotNow,
         // No slot left, for all or for this role or database.
@@ -479,6 +499,19 @@ fn io_error(error: &Error) -> Option<&io::Error> {
     links(error).find_map(|link| link.downcast_ref())
 }
 
+/// A link of a source chain that is of the database.
+enum Found<'a> {
+    Driver(&'a Error),
+    /// What the server said, alone: whoever wraps the driver's error transparently shows no more of it.
+    Report(&'a DbError),
+}
+
+impl<'a> Found<'a> {
+    fn in_link(link: &'a (dyn StdError + 'static)) -> Option<Self> {
+        database_error(link).map(Self::Driver).or_else(|| link.downcast_ref().map(Self::Report))
+    }
+}
+
 /// A link that is a database error, or a wrapper that hides one: `source` of these three skips what they hold.
 fn database_error<'a>(link: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
     if let Some(boxed) = link.downcast_ref::<Box<Error>>() {
@@ -494,7 +527,7 @@ fn database_error<'a>(link: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fmt;
     use std::future::{Ready, ready};
 
@@ -622,6 +655,12 @@ mod tests {
         error
     }
 
+    /// What a server reports, or, without a routine, a proxy.
+    pub(crate) fn reported(severity: &str, code: &str, message: &str, routine: Option<&str>) -> DbError {
+        let row = Report { severity, plain: Some(severity), code, message, routine };
+        report(row).as_db_error().unwrap().clone()
+    }
+
     fn refusal(report: Report<'_>) -> Error {
         let error = open_fails_with(&config(), &report.bytes());
         assert!(error.as_db_error().is_some(), "{report:?} gave {error:?}");
@@ -667,7 +706,15 @@ mod tests {
             ("ERROR", "57P04", "database was dropped", "exec_stmt_raise", Application, true),
             ("ERROR", "3D000", "database \"old\" does not exist", "dropdb", Application, true),
             ("ERROR", "28P01", "password is required", "dblink_security_check", Application, true),
-            ("ERROR", "0A000", "cached plan must not change result type", "RevalidateCachedQuery", Application, true),
+            ("ERROR", "0A000", "cached plan must not change result type", "RevalidateCachedQuery", Stale, true),
+            ("ERROR", "0A000", "geplante Anfrage ist veraltet", "RevalidateCachedQuery", Stale, true),
+            ("ERROR", "26000", "prepared statement \"s3\" does not exist", "FetchPreparedStatement", Stale, true),
+            ("ERROR", "42P05", "prepared statement \"s3\" already exists", "StorePreparedStatement", Stale, true),
+            ("ERROR", "XX000", "cache lookup failed for type 16411", "getTypeOutputInfo", Stale, true),
+            ("ERROR", "XX000", "could not open relation with OID 16411", "relation_open", Stale, true),
+            ("ERROR", "42704", "type with OID 16411 does not exist", "lookup_type_cache", Stale, true),
+            ("ERROR", "42704", "type \"mood\" does not exist", "typenameType", Application, true),
+            ("ERROR", "XX000", "something else", "elsewhere", Application, true),
             ("ERROR", "08001", "could not connect to server \"other\"", "connect_pg_server", Application, false),
             ("ERROR", "08006", "server closed the connection unexpectedly", "pgfdw_report_error", Application, false),
             ("ERROR", "08P01", "bind message supplies 1 parameters, but prepared statement requires 2", "exec_bind_message", Application, false),
@@ -696,7 +743,8 @@ mod tests {
             ("FATAL", "08P01", "query_wait_timeout", ConnectionLost, false),
             ("FATAL", "08P01", "client_login_timeout (server down)", ConnectionLost, false),
             ("FATAL", "08P01", "transaction blocks not allowed in statement pooling mode", Refused, false),
-            ("ERROR", "08P01", "prepared statement did not exist", Application, false),
+            ("ERROR", "08P01", "prepared statement did not exist", Stale, false),
+            ("ERROR", "0A000", "cached plan must not change result type", Stale, false),
             ("ERROR", "08006", "server connection lost", ConnectionLost, false),
             // pgcat
             ("FATAL", "58000", "could not get connection from the pool", ConnectionLost, false),
@@ -763,7 +811,7 @@ mod tests {
     /// Prints its seed on failure; SEED in the environment runs that one again.
     #[test]
     fn every_code_has_a_verdict() {
-        let named = "08 0A 28 3D 40 53300 57P01 57P02 57P03 57P04 57P05 25006 25P02 25P03 25P04";
+        let named = "08 0A 26000 28 3D 40 42P05 53300 57P01 57P02 57P03 57P04 57P05 25006 25P02 25P03 25P04";
         let seed = std::env::var("SEED").map_or(0x5EED, |text| text.parse().unwrap());
         let mut state: u64 = seed;
         let mut draw = || {
@@ -1086,6 +1134,10 @@ mod tests {
         assert_eq!(classify_chain(&nested(0)), Some(Verdict::Conflict));
         assert_eq!(classify_chain(&nested(14)), Some(Verdict::Conflict));
         assert_eq!(classify_chain(&nested(15)), None);
+        // What the server said, without the driver's error around it.
+        let said = deadlock().as_db_error().unwrap().clone();
+        assert_eq!(classify_chain(&Outer(Box::new(said.clone()))), Some(Verdict::Conflict));
+        assert_eq!(report_in_chain(&Outer(Box::new(said.clone()))), Some(&said));
         // Wrappers whose `source` leaves out what they hold.
         assert_eq!(classify_chain(&io::Error::other(deadlock())), Some(Verdict::Conflict));
         assert_eq!(classify_chain(&Arc::new(deadlock())), Some(Verdict::Conflict));

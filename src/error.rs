@@ -3,11 +3,15 @@
 //! Invariants: an error that says "not committed" is true; every error says what happened and what to do; a time-out
 //! never hides its cause. Tests: `tests/it/errors.rs`.
 
+mod ended;
+
+pub use ended::SessionEnded;
+
 use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use crate::classify::{BadCertificate, TlsTrouble, explain, tls_trouble, without_code};
+use crate::classify::{BadCertificate, TlsTrouble, explain, links, tls_trouble, without_code};
 use crate::cluster::Diagnosis;
 use crate::commit::Unsettled;
 use crate::topology::{Answer, CandidateReport, Endpoint, FailureKind, ProbeFailure, Refusal};
@@ -87,6 +91,11 @@ pub enum Error {
         /// The limit.
         after: Duration,
     },
+    /// The server ended the session within the transaction, which was rolled back. Its reason would come again (a time limit
+    /// for idle transactions, say), so the work was run once. In [`Exhausted::last_error`] and [`Retry::cause`](crate::Retry::cause)
+    /// it is also the reason of an attempt that was run again.
+    #[error(transparent)]
+    SessionEnded(Box<SessionEnded>),
     /// The closure gave up with an error of its own (see [`Error::abort`]); the transaction was rolled back.
     #[error(transparent)]
     Aborted(Source),
@@ -103,9 +112,12 @@ pub enum CommitOutcome {
 }
 
 impl Error {
-    /// Ends a transaction's closure with an error of the application's own: the transaction is rolled back, not run
-    /// again (unless the error's source chain holds a database error that a failover causes), and the error comes back
-    /// as [`Error::Aborted`]. Takes any error, a `String`, an `anyhow::Error` or a `Box<dyn Error>`.
+    /// Ends a transaction's closure with an error of the application's own: the transaction is rolled back, and the error
+    /// comes back as [`Error::Aborted`]. Takes any error, a `String`, an `anyhow::Error` or a `Box<dyn Error>`.
+    ///
+    /// The work is not run again, unless something befell its transaction that running again mends, whatever the error says
+    /// of it: its session has ended, its server has aborted it with a conflict, or the error's source chain holds a database
+    /// error that a failover causes.
     ///
     /// ```
     /// use tokio_postgres_failover::Error;
@@ -118,22 +130,51 @@ impl Error {
     /// assert_eq!(error.downcast_ref::<SoldOut>(), Some(&SoldOut));
     /// assert_eq!(error.downcast::<SoldOut>().unwrap(), SoldOut);
     /// ```
+    ///
+    /// An `anyhow::Error` or an `eyre::Report` hides the type of what it was made of when it becomes a boxed error, as it does
+    /// here, unless a context was added: hand it to [`Error::abort_report`], and [`Error::downcast_ref`] finds it.
     pub fn abort(error: impl Into<Source>) -> Self {
         Self::Aborted(error.into())
     }
 
-    /// The closure's own error, if it is an `E`.
+    /// As [`Error::abort`], for an `anyhow::Error`, an `eyre::Report` or whatever else shows the error within by `AsRef`:
+    /// keeps its type, so that [`Error::downcast_ref`] finds it.
+    ///
+    /// ```
+    /// use tokio_postgres_failover::Error;
+    ///
+    /// #[derive(Debug, PartialEq, thiserror::Error)]
+    /// #[error("sold out")]
+    /// struct SoldOut;
+    ///
+    /// fn buy() -> anyhow::Result<()> {
+    ///     Err(SoldOut.into())
+    /// }
+    ///
+    /// let error = buy().map_err(Error::abort_report).unwrap_err();
+    /// assert_eq!(error.downcast_ref::<SoldOut>(), Some(&SoldOut));
+    /// ```
+    pub fn abort_report<R>(report: R) -> Self
+    where
+        R: AsRef<dyn StdError + Send + Sync> + fmt::Debug + fmt::Display + Send + Sync + 'static,
+    {
+        Self::Aborted(Box::new(ended::Report(report)))
+    }
+
+    /// The closure's own error, or a link of its source chain, if that is an `E`.
     #[must_use]
     pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
         match self {
-            Self::Aborted(source) => source.downcast_ref(),
+            Self::Aborted(source) => links(source.as_ref()).find_map(|link| link.downcast_ref()),
             Self::Exhausted(exhausted) => exhausted.source.downcast_ref(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::downcast_ref),
+            Self::SessionEnded(ended) => ended.last_error().downcast_ref(),
             _ => None,
         }
     }
 
-    /// The closure's own error, if it is an `E`; else the error itself.
+    /// The closure's own error, if it is an `E`; else the error itself. What only a link of the source chain holds cannot be
+    /// taken out of it: see [`Error::downcast_ref`].
     pub fn downcast<E: StdError + 'static>(self) -> Result<E, Self> {
         match self {
             Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
@@ -142,7 +183,19 @@ impl Error {
                 EndedInside { source: Some(source), .. } if source.downcast_ref::<E>().is_some() => source.downcast(),
                 ended => Err(Self::EndedInside(Box::new(ended))),
             },
+            Self::Exhausted(exhausted) if exhausted.source.is_own::<E>() => exhausted.source.downcast(),
+            Self::SessionEnded(ended) if ended.last_error().is_own::<E>() => ended.into_last_error().downcast(),
             other => Err(other),
+        }
+    }
+
+    /// Can an `E` be taken out of it?
+    fn is_own<E: StdError + 'static>(&self) -> bool {
+        match self {
+            Self::Aborted(source) => source.is::<E>(),
+            Self::Exhausted(exhausted) => exhausted.source.is_own::<E>(),
+            Self::SessionEnded(ended) => ended.last_error().is_own::<E>(),
+            _ => false,
         }
     }
 
@@ -169,6 +222,7 @@ impl Error {
             Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(|source| source.0.code()),
             Self::Exhausted(exhausted) => exhausted.source.code(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),
+            Self::SessionEnded(ended) => Some(ended.report().code()),
             _ => None,
         }
     }
@@ -188,6 +242,7 @@ impl Error {
             Self::EndedInside(_) => "ended_inside",
             Self::Exhausted(_) => "exhausted",
             Self::TimedOut { .. } => "timed_out",
+            Self::SessionEnded(_) => "session_ended",
             Self::Aborted(_) => "aborted",
             Self::Wrapped => "wrapped",
         }
@@ -207,6 +262,7 @@ impl fmt::Debug for Error {
             Self::EndedInside(_) => write!(f, "EndedInside: {self}"),
             Self::Exhausted(_) => write!(f, "Exhausted: {self}"),
             Self::TimedOut { .. } => write!(f, "TimedOut: {self}"),
+            Self::SessionEnded(_) => write!(f, "SessionEnded: {self}"),
             Self::Wrapped => write!(f, "Wrapped: {self}"),
             // The caller's own may say more so than as text.
             Self::Aborted(source) => write!(f, "Aborted: {source:?}"),

@@ -42,7 +42,8 @@ pub use tokio_postgres;
 pub use commit::ledger::Ledger;
 pub use commit::{Guarantee, Unsettled};
 pub use error::{
-    BuildError, CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, Refused, RolledBack, Unavailable,
+    BuildError, CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, Refused, RolledBack, SessionEnded,
+    Unavailable,
     UnavailableReason,
 };
 pub use fly::{BadMachines, Fly, FlyMachine};

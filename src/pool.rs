@@ -13,6 +13,8 @@ mod nested;
 mod security;
 mod settling;
 mod ssl;
+mod statements;
+mod trail;
 mod typo;
 mod wrap;
 
@@ -20,6 +22,8 @@ pub use builder::{IntoConfig, PoolBuilder};
 pub use client::Client;
 pub use connection::{Connection, Manager};
 pub(crate) use settling::{Settling, Witness};
+pub(crate) use statements::{cached_statements, statements};
+pub(crate) use trail::Trail;
 pub use wrap::WrapBuilder;
 
 use std::collections::HashMap;
@@ -347,6 +351,33 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub fn forget_cluster(&self) {
         self.cluster().accept(Accept::Any);
+    }
+
+    /// Makes every connection, idle or on loan, prepare its statements anew: after a migration, say. Does no I/O.
+    ///
+    /// A statement that was prepared before a table or a type was changed may be of no use any more (SQLSTATE 0A000, "cached
+    /// plan must not change result type"). The pool notices that by itself: in its transactions, which run again then, and in
+    /// what is run with the methods of a [`Client`], whose next call finds the connection healed. It does not see the errors
+    /// of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction) and of the driver's client that a
+    /// [`Client`] derefs to; nor can it know of an error before somebody meets it. Call this on each of your processes
+    /// after a migration, and nobody meets one.
+    ///
+    /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection and what the driver has read about
+    /// types. Statements that somebody holds stay what they are. Connections of a [wrapped](Pool::wrap) pool whose clients
+    /// are no `ClientWrapper`s are closed instead, those on loan when they come back.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
+    /// pool.transaction(async |tx| Ok(tx.batch_execute("ALTER TABLE orders ADD COLUMN note text").await?)).await?;
+    /// pool.clear_statement_caches();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn clear_statement_caches(&self) {
+        match &self.source {
+            Source::Own(inner) => inner.manager().trails.clear(),
+            Source::Wrapped(wrapped) => wrapped.clear_statement_caches(),
+        }
     }
 
     /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.

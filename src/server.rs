@@ -4,9 +4,11 @@
 //! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
 //! Tests: `tests/it/errors.rs`, and every test that fails over.
 
+mod end;
 mod password;
 mod stranger;
 
+pub(crate) use end::End;
 pub(crate) use password::{Ask, Passwords};
 
 use std::collections::HashMap;
@@ -96,6 +98,7 @@ pub(crate) struct Notices {
     seated: Mutex<Seated>,
     /// Who hears the session's notifications, if anybody does.
     ear: OnceLock<Arc<dyn Ear>>,
+    end: End,
 }
 
 /// Hears what one session is notified of. Called by its driver task: must not wait.
@@ -109,6 +112,7 @@ pub(crate) trait Ear: fmt::Debug + Send + Sync {
 impl Notices {
     fn note(&self, notice: &DbError) {
         tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned()));
+        self.end.noticed(notice);
         if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
             self.already_in_transaction.store(true, Ordering::Release);
         }
@@ -155,6 +159,11 @@ impl Notices {
     /// Is it seen what the session sends and receives?
     pub(crate) fn are_driven(&self) -> bool {
         self.stirs() > 0
+    }
+
+    /// What the server said when it ended the session.
+    pub(crate) fn end(&self) -> &End {
+        &self.end
     }
 
     /// A BEGIN met a transaction that was open already.
@@ -552,6 +561,7 @@ struct AtTheEnd(Arc<Notices>);
 
 impl Drop for AtTheEnd {
     fn drop(&mut self) {
+        self.0.end.over();
         self.0.left(false);
         if let Some(ear) = self.0.ear.get() {
             ear.ended();
@@ -561,6 +571,7 @@ impl Drop for AtTheEnd {
 
 async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
     let at_the_end = AtTheEnd(Arc::clone(&notices));
+    notices.end.driven();
     let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
     let waker = Waker::from(Arc::clone(&bell));
     let mut left = pin!(scope.cancelled());
@@ -578,6 +589,7 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
     });
     if let Err(error) = ended.await {
         tracing::debug!("a session ended: {}", explain(&error));
+        at_the_end.0.end.ended_with(&error);
         at_the_end.0.left(true);
     }
 }

@@ -7,9 +7,13 @@
 
 mod decide;
 mod finish;
+mod nested;
 mod run;
+mod session;
 mod settle;
+mod statements;
 mod streams;
+mod verdict;
 
 use std::fmt;
 use std::ops::Deref;
@@ -74,7 +78,7 @@ impl<C: SessionClient> Pool<C> {
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        self.build_transaction().run(work).await
+        run::run(self.build_transaction(), work).await
     }
 
     /// Like [`Pool::transaction`], for work that may be applied more than once: it is run again also when the outcome of
@@ -95,7 +99,7 @@ impl<C: SessionClient> Pool<C> {
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        self.build_transaction().guarantee(Guarantee::AtLeastOnce).run(work).await
+        run::run(self.build_transaction().guarantee(Guarantee::AtLeastOnce), work).await
     }
 
     /// Like [`Pool::transaction`], read-only: it can be run again at any point. A statement that writes gets its
@@ -114,7 +118,7 @@ impl<C: SessionClient> Pool<C> {
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        self.build_transaction().read_only(true).run(work).await
+        run::run(self.build_transaction().read_only(true), work).await
     }
 
     /// Starts a transaction with options of its own.
@@ -202,7 +206,7 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        run::run(&self, work).await
+        run::run(self, work).await
     }
 
     fn mode(&self) -> Mode {

@@ -14,7 +14,7 @@ const ALLOWED: [(&str, &[&str]); 9] = [
     ("cluster", &["observe", "resolve", "server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),
     ("retry", &["error"]),
-    ("pool", &["cluster", "commit", "error", "observe", "resolve", "retry", "server", "tls", "topology"]),
+    ("pool", &["classify", "cluster", "commit", "error", "observe", "resolve", "retry", "server", "tls", "topology"]),
     ("listen", &["classify", "error", "pool", "retry", "server", "topology"]),
     ("transaction", &["classify", "commit", "error", "observe", "pool", "retry", "server", "topology"]),
 ];

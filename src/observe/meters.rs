@@ -105,6 +105,7 @@ struct Reruns {
     full: Counter,
     read_only: Counter,
     conflict: Counter,
+    stale: Counter,
     outcome_unknown: Counter,
 }
 
@@ -157,6 +158,7 @@ impl Meters {
                 full: counted_by(RERUNS, CAUSE, "full"),
                 read_only: counted_by(RERUNS, CAUSE, "read_only"),
                 conflict: counted_by(RERUNS, CAUSE, "conflict"),
+                stale: counted_by(RERUNS, CAUSE, "stale_statement"),
                 outcome_unknown: counted_by(RERUNS, CAUSE, "outcome_unknown"),
             },
             settled: SettledCommits {
@@ -259,6 +261,7 @@ impl Meters {
             Verdict::Full => &self.reruns.full,
             Verdict::ReadOnly => &self.reruns.read_only,
             Verdict::Conflict => &self.reruns.conflict,
+            Verdict::Stale => &self.reruns.stale,
             // The others are run again only where an idempotent COMMIT met them.
             Verdict::OutcomeUnknown
             | Verdict::Aborted

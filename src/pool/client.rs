@@ -8,11 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
+use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::connection::{Facts, Manager};
+use super::trail::Trail;
 use super::wrap::FromElsewhere;
+use crate::classify::ends_session;
 use crate::cluster::lock;
 use crate::commit::Life;
 use crate::commit::wal::Marking;
@@ -95,7 +98,7 @@ impl<C: SessionClient> Loan<C> {
 
     fn usable(&self) -> bool {
         let ended = matches!(self, Self::Lent { scope, .. } if scope.is_cancelled());
-        !ended && !self.client().is_closed() && !self.facts().is_poisoned()
+        !ended && !self.client().is_closed() && !self.facts().is_unfit()
     }
 
     /// Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
@@ -110,6 +113,7 @@ impl<C: SessionClient> Loan<C> {
 impl<C: SessionClient> Client<C> {
     /// `loan` has been counted.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
+        loan.facts().trail.freshen(loan.client());
         Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed: AtomicBool::new(false) }
     }
 
@@ -183,6 +187,44 @@ impl<C: SessionClient> Client<C> {
 
     pub(crate) fn notices(&self) -> &Notices {
         &self.facts().notices
+    }
+
+    /// What the statements of the session have failed with.
+    pub(crate) fn trail(&self) -> &Arc<Trail> {
+        &self.facts().trail
+    }
+
+    /// After so many failures with a stale statement in one call, each on a connection that was healed then, no connection
+    /// has one any more.
+    pub(crate) fn fresh_after(&self) -> u32 {
+        if self.trail().can_clear() { 1 } else { u32::try_from(self.pool.status().max_size).unwrap_or(u32::MAX) }
+    }
+
+    /// What the server said when it ended this session, as far as it did: "terminating connection due to idle-session
+    /// timeout", SQLSTATE 57P05, say. A statement is told only that the connection is closed when that comes in a pause
+    /// between two of them.
+    ///
+    /// `None` while the session is open, where the connection was lost without a word, and where the driver is that of a
+    /// [wrapped](Pool::wrap) pool.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let client = pool.get().await?;
+    /// if let Err(error) = client.batch_execute("SELECT 1").await {
+    ///     match client.session_end().await {
+    ///         Some(report) => println!("the server ended the session: {report}"),
+    ///         None => println!("{error}"),
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn session_end(&self) -> Option<DbError> {
+        let met = self.trail().last().filter(ends_session);
+        if met.is_some() || !self.is_closed() {
+            return met;
+        }
+        self.notices().end().last_words().await
     }
 
     fn facts(&self) -> &Facts {

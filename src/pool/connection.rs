@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::dialer::Dialer;
+use super::trail::{Trail, Trails};
 use crate::cluster::{Generation, lock};
 use crate::commit::wal::Marking;
 use crate::commit::{Life, Server};
@@ -34,10 +35,11 @@ pub(super) struct Facts {
     pub(super) poisoned: AtomicBool,
     /// A COMMIT was sent, and not answered yet.
     pub(super) committing: AtomicBool,
+    pub(super) trail: Arc<Trail>,
 }
 
 impl Facts {
-    pub(super) fn new<C>(generation: &Generation<C>, notices: Arc<Notices>) -> Self {
+    pub(super) fn new<C>(generation: &Generation<C>, notices: Arc<Notices>, trail: Arc<Trail>) -> Self {
         Self {
             generation: generation.primary.id,
             life: life(&generation.primary.report),
@@ -45,6 +47,7 @@ impl Facts {
             notices,
             poisoned: AtomicBool::new(false),
             committing: AtomicBool::new(false),
+            trail,
         }
     }
 
@@ -58,6 +61,11 @@ impl Facts {
 
     pub(super) fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Nobody else may use the session.
+    pub(super) fn is_unfit(&self) -> bool {
+        self.is_poisoned() || self.trail.is_retired()
     }
 }
 
@@ -91,12 +99,13 @@ impl<C: SessionClient> Connection<C> {
     fn new(session: Session<C>, generation: &Generation<C>, lifetime: Duration, observer: &Arc<Observer>) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
+        let trail = Arc::new(Trail::of(&*session.client));
         let held = Held {
             watched,
             expires: Instant::now() + lifetime,
             client: session.client,
             abort: session.abort,
-            facts: Facts::new(generation, session.notices),
+            facts: Facts::new(generation, session.notices, trail),
         };
         Self { held: Box::new(held) }
     }
@@ -110,7 +119,7 @@ impl<C: SessionClient> Connection<C> {
     }
 
     pub(super) fn usable(&self) -> bool {
-        !self.held.client.is_closed() && !self.held.facts.is_poisoned()
+        !self.held.client.is_closed() && !self.held.facts.is_unfit()
     }
 
     pub(super) fn abort(&self) {
@@ -164,18 +173,22 @@ impl<C> fmt::Debug for Connection<C> {
 /// ```
 pub struct Manager<C: SessionClient = ClientWrapper> {
     pub(super) dialer: Arc<Dialer<C>>,
+    pub(super) trails: Trails,
     max_lifetime: Duration,
 }
 
 impl<C: SessionClient> Manager<C> {
     pub(super) fn new(dialer: Arc<Dialer<C>>, max_lifetime: Duration) -> Self {
-        Self { dialer, max_lifetime }
+        Self { dialer, trails: Trails::default(), max_lifetime }
     }
 
     fn connection(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
         // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
         let less = self.dialer.random_up_to(self.max_lifetime / 10);
-        Connection::new(session, generation, self.max_lifetime.saturating_sub(less), self.dialer.cluster.observer())
+        let lifetime = self.max_lifetime.saturating_sub(less);
+        let connection = Connection::new(session, generation, lifetime, self.dialer.cluster.observer());
+        self.trails.add(&connection.held.facts.trail);
+        connection
     }
 }
 

@@ -24,6 +24,7 @@ use super::builder::{CallOptions, checked, seed_or_random};
 use super::client::Loan;
 use super::connection::Facts;
 use super::dialer::Dialer;
+use super::trail::{Trail, Trails, clear_idle};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Generation, Setup, lock};
 use crate::commit::Guarantee;
@@ -88,6 +89,9 @@ pub(super) trait Lend<C>: Send + Sync {
 
     /// Something was sent or received.
     fn stir(&self);
+
+    /// Clears the prepared statements of what is idle.
+    fn clear_idle(&self);
 }
 
 /// Why the wrapped pool gave no connection.
@@ -186,6 +190,10 @@ where
     fn stir(&self) {
         self.stirs.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn clear_idle(&self) {
+        self.existing.retain(|client, _| clear_idle(client));
+    }
 }
 
 /// What [`Pool::get`] does with a wrapped pool.
@@ -193,11 +201,17 @@ pub(super) struct Wrapped<C> {
     lender: Arc<dyn Lend<C>>,
     /// The connections whose server has proved to be the primary of the newest generation.
     known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
+    trails: Trails,
 }
 
 impl<C: SessionClient> Wrapped<C> {
     pub(super) fn status(&self) -> managed::Status {
         self.lender.status()
+    }
+
+    pub(super) fn clear_statement_caches(&self) {
+        self.trails.clear();
+        self.lender.clear_idle();
     }
 
     pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
@@ -293,7 +307,9 @@ impl<C: SessionClient> Wrapped<C> {
         let Some(object) = asked.0.take() else { return Err(None) };
         generation.opened();
         dialer.let_in();
-        let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default())));
+        let trail = Arc::new(Trail::of::<C>(&object));
+        self.trails.add(&trail);
+        let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default()), trail));
         self.remember(object_id, &facts);
         lend(object, facts)
     }
@@ -447,7 +463,11 @@ where
             observer,
         });
         tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.watch()));
-        let source = Source::Wrapped(Arc::new(Wrapped { lender: Arc::clone(&lender) as _, known: Mutex::default() }));
+        let source = Source::Wrapped(Arc::new(Wrapped {
+            lender: Arc::clone(&lender) as _,
+            known: Mutex::default(),
+            trails: Trails::default(),
+        }));
         let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed));
         Ok(Pool { source, dialer, shared })
     }

@@ -65,7 +65,8 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bo
             Next::Rerun
         }
         // "Unknown" before COMMIT was sent is about a statement of a transaction that is rolled back.
-        Verdict::OutcomeUnknown => Next::Rerun,
+        // The session of a stale statement was healed, or is closed; whoever meets it twice gets another verdict, by `Bounds`.
+        Verdict::OutcomeUnknown | Verdict::Stale => Next::Rerun,
         Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
     }
 }
@@ -76,7 +77,7 @@ mod tests {
 
     const WORDS: [Option<bool>; 3] = [None, Some(true), Some(false)];
     const MODES: [Mode; 4] = [Mode::Exactly, Mode::Once, Mode::Idempotent, Mode::Read];
-    const VERDICTS: [Verdict; 10] = [
+    const VERDICTS: [Verdict; 11] = [
         Verdict::ConnectionLost,
         Verdict::NotNow,
         Verdict::Full,
@@ -84,6 +85,7 @@ mod tests {
         Verdict::Conflict,
         Verdict::OutcomeUnknown,
         Verdict::Aborted,
+        Verdict::Stale,
         Verdict::Refused,
         Verdict::NotPostgres,
         Verdict::Application,
@@ -131,6 +133,7 @@ mod tests {
                             | Verdict::ReadOnly
                             | Verdict::Conflict
                             | Verdict::OutcomeUnknown
+                            | Verdict::Stale
                     );
                     let expected = if rerun { Next::Rerun } else { Next::Return };
                     assert_eq!(decide(mode, stage, verdict, None), expected, "{mode:?} {stage:?} {verdict:?}");

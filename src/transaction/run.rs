@@ -1,43 +1,50 @@
 //! The loop: attempt, decide, wait, again. Carries out what `decide` says.
 
-use std::error::Error as StdError;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres::error::{DbError, SqlState};
+use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
 use super::finish::{Answer, Known, OPEN, Proof, Undone, ending};
+use super::nested::{self, Inner};
 use super::settle::{Mark, Outcome, Settler, settle, was_committed};
 use super::streams::is_free;
+use super::verdict::{Bounds, Session, Word, judge_begin, with_reason};
 use super::{Transaction, TransactionBuilder};
-use crate::classify::{Verdict, classify, classify_chain, explain, links, not_offered, report_in_chain};
+use crate::classify::{Cure, Verdict, classify, explain, not_offered};
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
 use crate::commit::{Nonce, Unsettled};
-use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, InDoubt, RolledBack};
+use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::Observer;
 use crate::pool::{Client, Pool};
-use crate::retry::{GiveUp, Retry};
+use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::Suspicion;
 
 /// Asks the session whether its server takes writes at all.
 const ROLE: &str = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
 /// A session that does not answer its ROLLBACK within this is closed instead.
-const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
-pub(super) async fn run<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, work: F) -> Result<T, Error>
+pub(super) async fn run<C, T, F, Fut>(options: TransactionBuilder<'_, C>, work: F) -> Result<T, Error>
 where
     C: SessionClient,
     F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
     let span = options.pool.observer().transaction(&options.mode());
-    let result = attempts(options, &span, work).instrument(span.clone()).await;
+    let inner = (options.mode() != Mode::Read).then(Inner::begin);
+    let result = attempts(&options, &span, work).instrument(span.clone()).await;
+    if let Some(inner) = inner {
+        inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
+    }
     if let Err(error) = &result {
         Observer::transaction_failed(&span, error.code().map(SqlState::code), error.kind());
     }
@@ -56,6 +63,7 @@ where
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
     let mut doubt = false;
     let mut lost: Option<Lost> = None;
+    let mut bounds = Bounds::default();
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
         let client = match pool.get_for_transaction(deadline).await {
@@ -70,12 +78,18 @@ where
         }
         let generation = client.generation();
         let mut mark = None;
+        let fresh_after = client.fresh_after();
+        if bounds.met_stale() {
+            client.trail().heal(Cure::Clear);
+        }
         let span = Observer::attempt(span, number, generation, client.watched());
+        let statements = client.trail().has_statements();
         let attempt = Attempt {
             held: Held::new(client),
             limit: options.retry.attempt_limit(),
             mark: OnceLock::new(),
             begun: AtomicBool::new(false),
+            statements,
         };
         let ended = async {
             match attempt.run(&begin, mode, &mut work, &mut mark).await {
@@ -96,14 +110,16 @@ where
             Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed),
             Ended::Unknown(error) => return Err(error),
         };
-        let Failed { verdict, error } = failed;
+        let Failed { verdict, error, session } = failed;
+        let end = if let Session::Ended(report) = &session { report.as_ref() } else { None };
+        let verdict = bounds.narrow(verdict, end, generation, fresh_after);
         let error = match error {
             // What wrote nothing was not committed either.
             Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
             error => error,
         };
-        let users = if stage == Stage::InDoubt { None } else { report(&error) };
-        let users = users.and_then(|report| options.retry.word_on(report));
+        let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
+        let error = with_reason(error, verdict, session);
         match decide(mode, stage, verdict, users) {
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
@@ -192,9 +208,17 @@ enum Ended<T> {
     Unknown(Error),
 }
 
-struct Failed {
-    verdict: Verdict,
-    error: Error,
+pub(super) struct Failed {
+    pub(super) verdict: Verdict,
+    pub(super) error: Error,
+    /// How the session was found, where the closure had failed.
+    pub(super) session: Session,
+}
+
+impl Failed {
+    fn new(verdict: Verdict, error: impl Into<Error>) -> Self {
+        Self { verdict, error: error.into(), session: Session::Open }
+    }
 }
 
 /// COMMIT was sent, and nothing came back that tells what became of it.
@@ -209,7 +233,7 @@ impl<T> Unanswered<T> {
         let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict, None), &self.mark) else {
             return Ended::InDoubt(self);
         };
-        let Failed { verdict, error } = self.failed;
+        let Failed { verdict, error, .. } = self.failed;
         // Boxed, as it is rare and large, and every waiting call would carry it.
         match Box::pin(settle(pool, mark, deadline)).await {
             Ok(Outcome::Committed) => Ended::Committed(self.value),
@@ -218,7 +242,7 @@ impl<T> Unanswered<T> {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
-                Ended::Failed(Stage::Refused, Failed { verdict, error })
+                Ended::Failed(Stage::Refused, Failed::new(verdict, error))
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }
@@ -227,13 +251,13 @@ impl<T> Unanswered<T> {
 
 impl<T> Ended<T> {
     fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self::Failed(Stage::Body, Failed { verdict, error: error.into() })
+        Self::Failed(Stage::Body, Failed::new(verdict, error))
     }
 }
 
 /// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
 /// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
-struct Held<C: SessionClient> {
+pub(super) struct Held<C: SessionClient> {
     client: Arc<Client<C>>,
     clean: bool,
 }
@@ -247,7 +271,7 @@ impl<C: SessionClient> Held<C> {
         &self.client
     }
 
-    fn clean(&mut self, clean: bool) {
+    pub(super) fn clean(&mut self, clean: bool) {
         self.clean = clean;
     }
 }
@@ -261,14 +285,24 @@ impl<C: SessionClient> Drop for Held<C> {
 }
 
 /// One connection during one attempt.
-struct Attempt<C: SessionClient> {
-    held: Held<C>,
+pub(super) struct Attempt<C: SessionClient> {
+    pub(super) held: Held<C>,
     /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
     limit: Option<Duration>,
     /// By what the transaction can be asked for, once it has begun.
     mark: OnceLock<Mark>,
     /// The closure was run.
     begun: AtomicBool,
+    /// The session had prepared statements when the attempt began.
+    pub(super) statements: bool,
+}
+
+/// Why a body gave nothing to commit.
+enum Fault {
+    /// Something befell it before its closure ran, or from outside.
+    Met(Verdict, Error),
+    /// The closure failed.
+    Closure(Error),
 }
 
 impl<C: SessionClient> Attempt<C> {
@@ -281,12 +315,21 @@ impl<C: SessionClient> Attempt<C> {
         let ended = tokio::select! {
             biased;
             ended = self.body(begin, work) => Ok(ended),
-            cut = self.cut_off() => cut.map_or(Ok(Err(evicted())), Err),
+            cut = self.cut_off() => cut.map_or_else(
+                || {
+                    let (verdict, error) = evicted();
+                    Ok(Err(Fault::Met(verdict, error)))
+                },
+                Err,
+            ),
         };
         match ended {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
-            Ok(Err((verdict, error))) => {
-                let failed = self.failed(mode, verdict, error).await;
+            Ok(Err(fault)) => {
+                let failed = match fault {
+                    Fault::Met(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
+                    Fault::Closure(error) => self.closure_failed(mode, error).await,
+                };
                 if failed.verdict.is_loss() || self.client().is_closed() || self.client().is_evicted() {
                     *lost = self.mark.take();
                 }
@@ -309,31 +352,29 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// BEGIN and the closure.
-    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, (Verdict, Error)>
+    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, Fault>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
         self.client().notices().forget();
-        let mark = self.begin(begin).await.map_err(|error| {
-            let verdict = match (verdict_of(&error), &error) {
-                // Whoever had the connection before left a failed transaction on it; or it leads somewhere else by now.
-                (Verdict::Aborted, _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
-                (verdict, _) => verdict,
-            };
-            (verdict, error)
-        })?;
+        self.client().trail().forget();
+        let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
         if self.client().notices().already_in_transaction() {
-            // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
-            return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
+            // Its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
+            let strange = Error::RolledBack(RolledBack::StrangeSession);
+            return Err(Fault::Met(Verdict::ConnectionLost, strange));
         }
         if let Some(mark) = mark {
             // There is none yet: an attempt begins once.
             let _ = self.mark.set(mark);
         }
         self.begun.store(true, Ordering::Relaxed);
-        let done = self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))).await;
-        done.map_err(|error| (verdict_of(&error), error))
+        self.client().trail().forget();
+        let trail = Arc::clone(self.client().trail());
+        let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
+        let done = poll_fn(|context| nested::poll_within(&trail, work.as_mut(), context)).await;
+        done.map_err(Fault::Closure)
     }
 
     /// BEGIN and the mark, in one message.
@@ -440,7 +481,7 @@ impl<C: SessionClient> Attempt<C> {
             answer = Answer::to(self.client(), &sql) => answer,
             () = self.client().evicted() => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
-                let failed = Failed { verdict: Verdict::ConnectionLost, error };
+                let failed = Failed::new(Verdict::ConnectionLost, error);
                 return Ended::InDoubt(Unanswered { value, mark, failed });
             }
         };
@@ -451,7 +492,7 @@ impl<C: SessionClient> Attempt<C> {
                 self.held.clean(answered);
                 if self.client().notices().not_replicated() {
                     let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
-                    let failed = Failed { verdict: Verdict::OutcomeUnknown, error };
+                    let failed = Failed::new(Verdict::OutcomeUnknown, error);
                     return Ended::InDoubt(Unanswered { value, mark, failed });
                 }
                 if answered {
@@ -465,29 +506,35 @@ impl<C: SessionClient> Attempt<C> {
             }
             (_, None) => Ended::Committed(value),
             (Proof::Refused { over }, Some(error)) => {
-                self.suspect();
-                let verdict = classify(&error);
-                let failed = match verdict {
-                    Verdict::Aborted => Failed { verdict, error: Error::RolledBack(RolledBack::FailedInside) },
-                    _ => Failed { verdict, error: error.into() },
-                };
-                if over {
-                    self.roll_back().await;
-                    return Ended::Failed(Stage::Refused, failed);
-                }
-                let (undone, _) = self.undo(Some(known), None).await;
-                Ended::Failed(Stage::Refused, undone.explains(failed))
+                Ended::Failed(Stage::Refused, self.commit_refused(known, over, error).await)
             }
             (Proof::Nothing, Some(error)) => {
                 self.suspect();
-                let verdict = classify(&error);
                 if never_sent {
                     *lost = mark;
-                    return Ended::before_commit(verdict, error);
+                    return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
                 }
-                Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into() } })
+                let failed = Failed::new(classify(&error), error);
+                Ended::InDoubt(Unanswered { value, mark, failed })
             }
         }
+    }
+
+    /// `over`: the transaction is rolled back already.
+    async fn commit_refused(&mut self, known: Known, over: bool, error: tokio_postgres::Error) -> Failed {
+        self.suspect();
+        let verdict = classify(&error);
+        let undone = if over {
+            self.roll_back().await;
+            Undone::Here
+        } else {
+            self.undo(Some(known), None).await.0
+        };
+        let failed = match verdict {
+            Verdict::Aborted => self.failed_inside().await,
+            _ => Failed::new(verdict, error),
+        };
+        undone.explains(failed)
     }
 
     fn known(&self, mode: Mode) -> Known {
@@ -526,9 +573,8 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
-    async fn failed(&mut self, mode: Mode, verdict: Verdict, error: Error) -> Failed {
+    pub(super) async fn cleaned_up(&mut self, mode: Mode, failed: Failed) -> Failed {
         self.suspect();
-        let failed = Failed { verdict, error };
         if self.is_shared() {
             // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
             // the session ends as it is, and all that was done in it with it.
@@ -539,18 +585,34 @@ impl<C: SessionClient> Attempt<C> {
             self.roll_back().await;
             return failed;
         }
-        let role = (verdict == Verdict::ReadOnly && mode != Mode::Read).then_some(ROLE);
+        let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then_some(ROLE);
         let known = self.begun.load(Ordering::Relaxed).then(|| self.known(mode));
         let (undone, server_is_read_only) = self.undo(known, role).await;
         undone.explains(own_doing(failed, server_is_read_only))
     }
 
-    async fn roll_back(&mut self) {
-        // One that is evicted is closed anyway, and its server may be frozen.
-        if !self.client().is_closed() && !self.client().is_evicted() {
+    pub(super) async fn roll_back(&mut self) {
+        // One that is evicted is closed anyway, and its server may be frozen. Nor is it sent twice.
+        if !self.held.clean && !self.client().is_closed() && !self.client().is_evicted() {
             let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
             self.held.clean(matches!(rolled_back, Ok(Ok(()))));
         }
+    }
+
+    /// Asks a session without a transaction: is this a standby, or a primary that is fenced? One that does not answer counts
+    /// as one of these.
+    pub(super) async fn server_is_read_only(&mut self) -> bool {
+        self.held.clean(false);
+        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), ROLE)).await else {
+            return true;
+        };
+        let read_only = answer.values.first().is_none_or(|value| value.as_deref() == Some("t"));
+        if read_only {
+            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+        } else {
+            self.held.clean(answer.error.is_none());
+        }
+        read_only
     }
 
     /// Rolls back, and finds out whether the closure had done so before, or committed. `None`: it was not run.
@@ -592,18 +654,18 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// A handle given to the closure is still alive.
-    fn is_shared(&self) -> bool {
+    pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.held.client) > 1
     }
 
     /// A session that ended makes its server suspect; other errors say nothing about it.
-    fn suspect(&self) {
+    pub(super) fn suspect(&self) {
         if self.client().is_closed() {
             self.pool().suspect(self.client().generation(), Suspicion::Connection);
         }
     }
 
-    fn client(&self) -> &Client<C> {
+    pub(super) fn client(&self) -> &Client<C> {
         self.held.client()
     }
 
@@ -626,7 +688,7 @@ impl Undone {
         match self {
             Self::Before(ending) => {
                 let error = EndedInside::error(ending, Some(failed.error));
-                Failed { verdict: Verdict::Application, error }
+                Failed::new(Verdict::Application, error)
             }
             Self::Here | Self::Unanswered => failed,
         }
@@ -638,80 +700,12 @@ fn evicted() -> (Verdict, Error) {
     (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }
 
-fn verdict_of(error: &Error) -> Verdict {
-    match error {
-        Error::Database(error) => classify(error),
-        Error::Aborted(source) => {
-            let own = of_own(source.as_ref(), |error| Some(classify(error)), classify_chain);
-            own.unwrap_or(Verdict::Application)
-        }
-        _ => Verdict::Application,
-    }
-}
-
-/// What the server reported of this call, if anything: never of another call of a pool, whose word stands.
-fn report(error: &Error) -> Option<&DbError> {
-    match error {
-        Error::Database(error) => error.as_db_error(),
-        Error::Aborted(source) => of_own(source.as_ref(), tokio_postgres::Error::as_db_error, report_in_chain),
-        _ => None,
-    }
-}
-
-/// The closure's own error may hold a database error, which decides; or the error of another call of a pool, whose word on
-/// running again stands: its outcome may be unknown, or its retries are used up.
-fn of_own<'a, T>(
-    error: &'a (dyn StdError + 'static),
-    of_driver: impl FnOnce(&'a tokio_postgres::Error) -> Option<T>,
-    of_chain: impl FnOnce(&'a (dyn StdError + 'static)) -> Option<T>,
-) -> Option<T> {
-    if links(error).any(<dyn StdError>::is::<InDoubt>) {
+/// The user's word on what the server reported of this attempt, to the closure or past it.
+fn users_word(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
+    let word = Word::of(error);
+    if matches!(word, Word::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside)) {
         return None;
     }
-    match links(error).find_map(|link| link.downcast_ref::<Error>()) {
-        Some(Error::Database(error)) => of_driver(error),
-        Some(_) => None,
-        None => of_chain(error),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// As applications write them: `source()` leads past the wrapped error to what is behind it.
-    #[derive(Debug, thiserror::Error)]
-    enum App {
-        #[error(transparent)]
-        Pool(#[from] Error),
-        #[error("application")]
-        Named(#[source] Error),
-    }
-
-    /// The driver makes no error that others can construct; this one comes of a connection string.
-    fn driver_error() -> tokio_postgres::Error {
-        "host=h port=x".parse::<tokio_postgres::Config>().unwrap_err()
-    }
-
-    #[test]
-    fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
-        for wrap in [App::Pool, App::Named] {
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
-            let links: Vec<String> = links(&wrap(doubt)).map(ToString::to_string).collect();
-            assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
-            assert_eq!(verdict_of(&Error::abort(wrap(doubt))), Verdict::Application);
-        }
-    }
-
-    #[test]
-    fn a_database_error_within_an_own_one_decides() {
-        let expected = classify(&driver_error());
-        assert_ne!(expected, Verdict::Application, "the test needs a verdict that shows");
-        for wrap in [App::Pool, App::Named] {
-            assert_eq!(verdict_of(&Error::abort(wrap(Error::Database(driver_error())))), expected);
-        }
-        assert_eq!(verdict_of(&Error::abort("own")), Verdict::Application);
-        assert_eq!(verdict_of(&Error::abort(App::Pool(Error::Closed))), Verdict::Application);
-    }
+    let asked = word.report().and_then(|report| policy.word_on(report));
+    asked.or_else(|| session.report().and_then(|report| policy.word_on(report)))
 }

@@ -9,6 +9,7 @@ mod clusters;
 mod deadline;
 mod demotion;
 mod dns;
+mod endings;
 mod errors;
 mod evidence;
 mod failover;
@@ -25,7 +26,9 @@ mod resolve;
 mod rotation;
 mod scenarios;
 mod settle;
+mod shapes;
 mod spans;
+mod stale;
 #[cfg(feature = "rustls")]
 mod tls;
 mod transaction;

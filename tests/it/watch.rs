@@ -188,8 +188,8 @@ async fn a_failover_in_events_and_figures() {
     assert_eq!(["replaced", "demoted", "fenced", "silent"].map(|cause| figures.evictions(cause)), [3, 0, 0, 0]);
     assert_eq!(figures.plain("db_client_failover_connections_lost_total"), 0);
     assert_eq!(runs.count(), 4);
-    let causes = ["connection_lost", "not_now", "full", "read_only", "conflict", "outcome_unknown"];
-    assert_eq!(causes.map(|cause| figures.reruns(cause)), [2, 0, 0, 0, 0, 0]);
+    let causes = ["connection_lost", "not_now", "full", "read_only", "conflict", "stale_statement", "outcome_unknown"];
+    assert_eq!(causes.map(|cause| figures.reruns(cause)), [2, 0, 0, 0, 0, 0, 0]);
     assert_eq!(figures.plain("db_client_connection_wait_time_seconds_count"), 3 + 4);
     assert_eq!(figures.plain("db_client_connection_use_time_seconds_count"), 3 + 4);
     assert_eq!(figures.plain("db_client_connection_timeouts_total"), 0);

@@ -1,0 +1,90 @@
+//! A session that its server ended, and a report of `anyhow` or `eyre` within an error of this crate.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use tokio_postgres::error::DbError;
+
+use super::Error;
+use crate::classify::advice;
+
+/// [`Error::SessionEnded`]: what the server said when it ended the session.
+#[derive(Debug)]
+pub struct SessionEnded {
+    report: DbError,
+    source: Error,
+}
+
+impl SessionEnded {
+    pub(crate) fn new(report: DbError, source: Error) -> Self {
+        Self { report, source }
+    }
+
+    /// The server's last words: SQLSTATE, message and all that came with them.
+    #[must_use]
+    pub fn report(&self) -> &DbError {
+        &self.report
+    }
+
+    /// The server's setting that ended the session, where it was one, such as `idle_in_transaction_session_timeout`.
+    #[must_use]
+    pub fn setting(&self) -> Option<&'static str> {
+        advice(&self.report).0
+    }
+
+    /// What the attempt failed with thereupon: mostly that the connection is closed, or what the closure made of that.
+    #[must_use]
+    pub fn last_error(&self) -> &Error {
+        &self.source
+    }
+
+    pub(super) fn into_last_error(self) -> Error {
+        self.source
+    }
+}
+
+impl fmt::Display for SessionEnded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (severity, code, message) = (self.report.severity(), self.report.code().code(), self.report.message());
+        write!(f, "the server ended the session, and the transaction was rolled back: {severity} {code}: {message}; ")?;
+        let (setting, what_to_do) = advice(&self.report);
+        if let Some(setting) = setting {
+            write!(f, "its setting {setting} is behind it: ")?;
+        }
+        write!(f, "{what_to_do}")?;
+        match &self.source {
+            Error::Database(_) => Ok(()),
+            own => write!(f, "; the closure failed with: {own}"),
+        }
+    }
+}
+
+impl StdError for SessionEnded {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// A report whose conversion into a boxed error would hide what it is about. Shows that as its source instead.
+pub(super) struct Report<R>(pub(super) R);
+
+impl<R: fmt::Debug> fmt::Debug for Report<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<R: fmt::Display> fmt::Display for Report<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<R> StdError for Report<R>
+where
+    R: AsRef<dyn StdError + Send + Sync> + fmt::Debug + fmt::Display,
+{
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(self.0.as_ref())
+    }
+}

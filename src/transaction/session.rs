@@ -1,0 +1,85 @@
+//! Asks a session how it stands when the closure that had it has failed.
+
+use tokio::time::timeout;
+
+use super::decide::Mode;
+use super::run::{Attempt, Failed, ROLLBACK_WITHIN};
+use super::verdict::{Session, Word, judge, perhaps_stale};
+use crate::classify::{Cure, Verdict, ends_session};
+use crate::error::{Error, RolledBack};
+use crate::server::SessionClient;
+
+/// Fails where the server has aborted the transaction; needs no planning.
+const PROBE: &str = "SHOW transaction_isolation";
+
+impl<C: SessionClient> Attempt<C> {
+    /// Cleans up after a closure that has failed, and judges the attempt by its error and by its session.
+    pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
+        // An inner call may have been committed, and would be run again with the outer one.
+        let doubt = self.client().trail().has_doubt();
+        let word = if doubt { Word::OtherCall } else { Word::of(&error) };
+        if let Some(report) = word.report() {
+            self.client().trail().note_report(report);
+        }
+        let session = self.session(word).await;
+        let mut verdict = judge(word, &session);
+        if verdict == Verdict::Application && perhaps_stale(word, &session, self.statements) {
+            self.client().trail().heal(Cure::Clear);
+            verdict = Verdict::Stale;
+        }
+        self.cleaned_up(mode, Failed { verdict, error, session }).await
+    }
+
+    /// The closure was done, and found its session ended before COMMIT was sent.
+    pub(super) async fn ended_before_commit(&self, error: Error) -> Failed {
+        let session = self.ended().await;
+        let verdict = judge(Word::of(&error), &session);
+        Failed { verdict, error, session }
+    }
+
+    /// COMMIT found the transaction aborted, and the closure had not said so. It is rolled back.
+    pub(super) async fn failed_inside(&mut self) -> Failed {
+        let error = Error::RolledBack(RolledBack::FailedInside);
+        let Some(report) = self.client().trail().last() else {
+            return Failed { verdict: Verdict::Aborted, error, session: Session::Open };
+        };
+        let session = Session::Aborted(report);
+        let verdict = match judge(Word::Nothing, &session) {
+            _ if self.client().trail().has_doubt() => Verdict::Aborted,
+            Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
+            verdict => verdict,
+        };
+        Failed { verdict, error, session }
+    }
+
+    /// Asks no more than the decision needs.
+    async fn session(&mut self, word: Word<'_>) -> Session {
+        let last = self.client().trail().last();
+        if last.as_ref().is_some_and(ends_session) || self.client().is_closed() || self.client().is_evicted() {
+            return self.ended().await;
+        }
+        let Some(last) = last else { return Session::Open };
+        if word.report().is_some_and(|report| report.code() == last.code()) || matches!(word, Word::OtherCall) {
+            return Session::Open;
+        }
+        match self.is_aborted().await {
+            true if self.client().is_closed() => self.ended().await,
+            true => Session::Aborted(last),
+            false => Session::Open,
+        }
+    }
+
+    async fn ended(&self) -> Session {
+        let last = self.client().trail().last();
+        match last.filter(ends_session) {
+            Some(report) => Session::Ended(Some(report)),
+            None => Session::Ended(self.client().notices().end().last_words().await),
+        }
+    }
+
+    /// Has the server aborted the transaction? Where that cannot be asked, as somebody holds the handle, or is not answered, it
+    /// is taken to be so.
+    async fn is_aborted(&self) -> bool {
+        self.is_shared() || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))
+    }
+}

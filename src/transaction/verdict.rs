@@ -1,0 +1,268 @@
+//! What a failed attempt is judged by: what its closure's error says, and how its session ended, whatever the closure made
+//! of that.
+//!
+//! Pure. The table in `decide` says what follows from the verdict.
+
+use std::error::Error as StdError;
+
+use tokio_postgres::error::DbError;
+
+use crate::classify::{
+    Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, recurs,
+    report_in_chain, verdict_of_end,
+};
+use crate::error::{Error, InDoubt, SessionEnded};
+use crate::topology::GenerationId;
+
+/// What the closure's error says by itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Word<'a> {
+    /// It is the word of another call of a pool, which stands: its outcome may be unknown, or its retries are used up.
+    OtherCall,
+    /// It holds an error of the database.
+    Of(Verdict, Option<&'a DbError>),
+    /// Nothing that is known here.
+    Nothing,
+}
+
+impl<'a> Word<'a> {
+    pub(super) fn of(error: &'a Error) -> Self {
+        match error {
+            Error::Database(error) => Self::Of(classify(error), error.as_db_error()),
+            Error::Aborted(source) => Self::of_own(source.as_ref()),
+            Error::SessionEnded(ended) => Self::Of(verdict_of_end(ended.report()), Some(ended.report())),
+            _ => Self::OtherCall,
+        }
+    }
+
+    fn of_own(error: &'a (dyn StdError + 'static)) -> Self {
+        if links(error).any(<dyn StdError>::is::<InDoubt>) {
+            return Self::OtherCall;
+        }
+        match links(error).find_map(|link| link.downcast_ref::<Error>()) {
+            Some(Error::Database(error)) => Self::Of(classify(error), error.as_db_error()),
+            Some(_) => Self::OtherCall,
+            None => match classify_chain(error) {
+                Some(verdict) => Self::Of(verdict, report_in_chain(error)),
+                None => Self::Nothing,
+            },
+        }
+    }
+
+    pub(super) fn report(self) -> Option<&'a DbError> {
+        match self {
+            Self::Of(_, report) => report,
+            Self::OtherCall | Self::Nothing => None,
+        }
+    }
+
+    fn verdict(self) -> Option<Verdict> {
+        match self {
+            Self::Of(verdict, _) => Some(verdict),
+            Self::OtherCall | Self::Nothing => None,
+        }
+    }
+}
+
+/// How the session was found when the closure had failed.
+#[derive(Clone, Debug)]
+pub(super) enum Session {
+    /// Open, and its transaction too, as far as is known.
+    Open,
+    /// The server had aborted the transaction with this error.
+    Aborted(DbError),
+    /// It had ended, with this report if there was one.
+    Ended(Option<DbError>),
+}
+
+impl Session {
+    /// What the server said of the transaction's end.
+    pub(super) fn report(&self) -> Option<&DbError> {
+        match self {
+            Self::Open => None,
+            Self::Aborted(report) => Some(report),
+            Self::Ended(report) => report.as_ref(),
+        }
+    }
+}
+
+/// The verdict on an attempt whose closure has failed.
+pub(super) fn judge(word: Word<'_>, session: &Session) -> Verdict {
+    match (word, session) {
+        (Word::OtherCall, _) => Verdict::Application,
+        (_, Session::Ended(Some(report))) => verdict_of_end(report),
+        (Word::Of(_, Some(report)), Session::Ended(None)) if ends_session(report) => verdict_of_end(report),
+        (_, Session::Ended(None)) => Verdict::ConnectionLost,
+        (word, session) => {
+            let said = word.verdict().unwrap_or(Verdict::Application);
+            let met = session.report().map(classify_report);
+            met.filter(|met| passes(*met) && !passes(said)).unwrap_or(said)
+        }
+    }
+}
+
+/// The verdict on an attempt that has not begun: whatever ended the session was not the work.
+pub(super) fn judge_begin(error: &Error) -> Verdict {
+    match (Word::of(error), error) {
+        // Whoever had the connection before left a failed transaction on it; or it leads somewhere else by now.
+        (Word::Of(Verdict::Aborted, _), _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
+        (Word::Of(Verdict::Application, Some(report)), _) if ends_session(report) => Verdict::ConnectionLost,
+        (word, _) => word.verdict().unwrap_or(Verdict::Application),
+    }
+}
+
+/// Whether the same work may succeed on another session, or at another time.
+pub(super) fn passes(verdict: Verdict) -> bool {
+    match verdict {
+        Verdict::ConnectionLost
+        | Verdict::NotNow
+        | Verdict::Full
+        | Verdict::ReadOnly
+        | Verdict::Conflict
+        | Verdict::OutcomeUnknown
+        | Verdict::Stale => true,
+        Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => false,
+    }
+}
+
+/// Whether a failure may be the effect of a statement that was prepared before a type was changed. `statements`: whether the
+/// session had any when the attempt began.
+pub(super) fn perhaps_stale(word: Word<'_>, session: &Session, statements: bool) -> bool {
+    let report = word.report().or(session.report());
+    statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
+}
+
+/// The error, with the reason of the session's end if it does not show that itself.
+pub(super) fn with_reason(error: Error, verdict: Verdict, session: Session) -> Error {
+    let Session::Ended(report) = session else { return error };
+    let said = Word::of(&error);
+    let Some(report) = report.or_else(|| said.report().filter(|report| ends_session(report)).cloned()) else {
+        return error;
+    };
+    if matches!(said, Word::OtherCall) || (passes(verdict) && said.report().is_some()) {
+        return error;
+    }
+    Error::SessionEnded(Box::new(SessionEnded::new(report, error)))
+}
+
+/// What of a call's earlier attempts bounds how often it is run again.
+#[derive(Debug, Default)]
+pub(super) struct Bounds {
+    stale: u32,
+    ended: Option<(String, GenerationId)>,
+}
+
+impl Bounds {
+    /// Has an attempt met a stale statement?
+    pub(super) fn met_stale(&self) -> bool {
+        self.stale > 0
+    }
+
+    /// The verdict, in the light of the attempts before: what comes again would come for ever. `fresh_after`: so many
+    /// failures with a stale statement later an attempt is on a session without one.
+    pub(super) fn narrow(
+        &mut self,
+        verdict: Verdict,
+        end: Option<&DbError>,
+        generation: GenerationId,
+        fresh_after: u32,
+    ) -> Verdict {
+        if verdict == Verdict::Stale {
+            self.stale += 1;
+            return if self.stale > fresh_after { Verdict::Application } else { verdict };
+        }
+        let perhaps = end.filter(|report| recurs(report) == Recurs::Perhaps);
+        let ended = perhaps.map(|report| (report.code().code().to_owned(), generation));
+        let again = ended.is_some() && ended == self.ended;
+        self.ended = ended;
+        if again { Verdict::Application } else { verdict }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classify::tests::reported;
+    use crate::commit::Unsettled;
+    use crate::error::CommitUnknown;
+
+    /// As applications write them: `source()` leads past the wrapped error to what is behind it.
+    #[derive(Debug, thiserror::Error)]
+    enum App {
+        #[error(transparent)]
+        Pool(#[from] Error),
+        #[error("application")]
+        Named(#[source] Error),
+    }
+
+    fn verdict_of(error: &Error) -> Verdict {
+        judge(Word::of(error), &Session::Open)
+    }
+
+    /// The driver makes no error that others can construct; this one comes of a connection string.
+    fn driver_error() -> tokio_postgres::Error {
+        "host=h port=x".parse::<tokio_postgres::Config>().unwrap_err()
+    }
+
+    #[test]
+    fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
+        for wrap in [App::Pool, App::Named] {
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
+            let links: Vec<String> = links(&wrap(doubt)).map(ToString::to_string).collect();
+            assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
+            assert_eq!(judge(Word::of(&Error::abort(wrap(doubt))), &Session::Ended(None)), Verdict::Application);
+        }
+    }
+
+    #[test]
+    fn a_database_error_within_an_own_one_decides() {
+        let expected = classify(&driver_error());
+        assert_ne!(expected, Verdict::Application, "the test needs a verdict that shows");
+        for wrap in [App::Pool, App::Named] {
+            assert_eq!(verdict_of(&Error::abort(wrap(Error::Database(driver_error())))), expected);
+        }
+        assert_eq!(verdict_of(&Error::abort("own")), Verdict::Application);
+        assert_eq!(verdict_of(&Error::abort(App::Pool(Error::Closed))), Verdict::Application);
+    }
+
+    #[test]
+    fn what_the_session_has_met_counts_and_the_word_of_another_call_more() {
+        let text = Error::abort("own");
+        let other = Error::abort(App::Pool(Error::Closed));
+        assert_eq!(judge(Word::of(&text), &Session::Open), Verdict::Application);
+        assert_eq!(judge(Word::of(&text), &Session::Ended(None)), Verdict::ConnectionLost);
+        assert_eq!(judge(Word::of(&other), &Session::Ended(None)), Verdict::Application);
+    }
+
+    #[test]
+    fn a_stale_statement_is_met_once() {
+        let id = GenerationId::default();
+        for fresh_after in [1, 3] {
+            let mut bounds = Bounds::default();
+            for _ in 0..fresh_after {
+                assert_eq!(bounds.narrow(Verdict::Stale, None, id, fresh_after), Verdict::Stale);
+                assert_eq!(bounds.narrow(Verdict::ConnectionLost, None, id, fresh_after), Verdict::ConnectionLost);
+            }
+            assert_eq!(bounds.narrow(Verdict::Stale, None, id, fresh_after), Verdict::Application);
+        }
+    }
+
+    #[test]
+    fn an_end_that_nobody_knows_is_run_again_once() {
+        let one = GenerationId::default();
+        let memory = reported("FATAL", "53200", "out of memory", Some("somewhere"));
+        let strange = reported("FATAL", "XX000", "what is this", Some("somewhere"));
+        let admin = reported("FATAL", "57P01", "terminating connection", Some("somewhere"));
+        let lost = Verdict::ConnectionLost;
+        let mut bounds = Bounds::default();
+        assert_eq!(bounds.narrow(lost, Some(&memory), one, 1), lost);
+        assert_eq!(bounds.narrow(lost, Some(&strange), one, 1), lost, "another one");
+        assert_eq!(bounds.narrow(lost, Some(&strange), one, 1), Verdict::Application);
+        for _ in 0..9 {
+            assert_eq!(bounds.narrow(lost, Some(&admin), one, 1), lost, "a failover takes as long as it takes");
+            assert_eq!(bounds.narrow(lost, None, one, 1), lost);
+        }
+        assert_eq!(bounds.narrow(lost, Some(&strange), one, 1), lost, "not in a row");
+    }
+}
