@@ -360,6 +360,7 @@ impl<C: SessionClient> Attempt<C> {
         self.client().notices().forget();
         self.client().trail().forget();
         let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
+        self.pool().heard(self.client().generation());
         if self.client().notices().already_in_transaction() {
             // Its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
             let strange = Error::RolledBack(RolledBack::StrangeSession);

@@ -19,6 +19,7 @@ mod history;
 mod hostile;
 mod hygiene;
 mod listen;
+mod lives;
 mod load;
 mod pooler;
 mod quiet;
