@@ -3,17 +3,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 mod between;
+mod busy;
 mod cancel;
 mod clusters;
 mod deadline;
 mod demotion;
 mod dns;
+mod ended;
 mod errors;
 mod evidence;
 mod failover;
 mod get;
 mod hostile;
 mod hygiene;
+mod impatient;
 mod listen;
 mod load;
 mod pooler;
