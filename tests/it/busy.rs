@@ -84,7 +84,9 @@ async fn what_was_left_under_way_meets_nobody() {
     drop(bench.next_is_well("a statement whose future was dropped at once").await);
 
     let client = bench.get().await;
-    let sql = "SELECT i, pg_sleep(CASE WHEN i > 200 THEN 600 ELSE 0 END) FROM generate_series(1, 100000) i";
+    // Wide: the server sends when it has eight kilobytes.
+    let sql =
+        "SELECT repeat('x', 1000), pg_sleep(CASE WHEN i > 200 THEN 600 ELSE 0 END) FROM generate_series(1, 300) i";
     let mut rows = Box::pin(client.query_raw(sql, std::iter::empty::<i32>()).await.unwrap());
     let _ = rows.next().now_or_never();
     drop(rows);
@@ -155,7 +157,10 @@ async fn what_ends_by_itself_keeps_its_connection() {
             }
         }
     }
-    let two = bench.pool.transaction(async |tx| Ok(tx.query_one("SELECT pg_backend_pid()", &[]).await?.get::<_, i32>(0))).await;
+    let two = bench
+        .pool
+        .transaction(async |tx| Ok(tx.query_one("SELECT pg_backend_pid()", &[]).await?.get::<_, i32>(0)))
+        .await;
     assert_eq!(two.unwrap(), first);
 }
 

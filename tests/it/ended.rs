@@ -99,9 +99,7 @@ fn every_call_tells_that_the_runtime_has_ended() {
 fn a_waiting_caller_is_told_that_the_pools_runtime_has_ended() {
     let bench = Bench::new();
     let (first, second) = (runtime(), runtime());
-    let pool = first.block_on(async {
-        Pool::builder(bench.cluster.url_hosts()).unwrap().max_size(1).build().unwrap()
-    });
+    let pool = first.block_on(async { Pool::builder(bench.cluster.url_hosts()).unwrap().max_size(1).build().unwrap() });
     let held = second.block_on(pool.get()).unwrap();
     bench.own.block_on(bench.cluster.kill(Node(0)));
     let waiting = second.spawn({

@@ -16,6 +16,7 @@ mod failover;
 mod get;
 mod hostile;
 mod hygiene;
+mod idle;
 mod impatient;
 mod listen;
 mod load;
