@@ -178,7 +178,8 @@ impl Counter {
         self.blocked = false;
         let Self { sent, requests, last_request, last_rollback, begun, .. } = self;
         sent.feed(bytes, |letter, rollback| match letter {
-            b'C' => {}
+            // A statement is closed, a password given, the session ended.
+            b'C' | b'p' | b'X' => {}
             b'S' => {
                 *requests += 1;
                 if std::mem::take(begun) {
@@ -335,6 +336,8 @@ mod tests {
         let mut counter = Counter::new(false);
         counter.sent(&[0, 0, 0, 8, 0, 3, 0, 0]);
         assert_eq!(counter.flags(), REQUEST);
+        counter.received(&message(b'R', &[0, 0, 0, 3]));
+        counter.sent(&message(b'p', b"secret\0"));
         counter.received(&[message(b'R', &[0; 4]), ready(b'I')].concat());
         counter.drained();
         assert_eq!(counter.flags(), 0);

@@ -249,3 +249,25 @@ async fn what_the_network_did_not_take_meets_nobody() {
     let next = timeout(PATIENCE, pool.get()).await.expect("a connection").unwrap();
     timeout(PATIENCE, next.batch_execute("SELECT 1")).await.expect("an idle one").unwrap();
 }
+
+/// With a password, and through TLS: what passes is counted above it.
+#[cfg(feature = "rustls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_a_password_and_through_tls_it_is_the_same() {
+    let certificate = testbed::Authority::new().issue(&["localhost"]);
+    let cluster = Cluster::builder().nodes(1).password("s3cr3t").tls(&certificate).start().await;
+    for sslmode in ["disable", "prefer", "require"] {
+        let url = format!("postgres://app:s3cr3t@{}/app?sslmode={sslmode}", cluster.socket_addr(Node(0)));
+        let pool = Pool::builder(url).unwrap().max_size(1).build().unwrap();
+        let client = pool.get().await.unwrap();
+        let first = pid(&client).await;
+        drop(client);
+        let client = pool.get().await.unwrap();
+        assert_eq!(pid(&client).await, first, "{sslmode}: an idle session is kept");
+        assert!(timeout(Duration::from_millis(50), client.batch_execute(SLOW)).await.is_err());
+        drop(client);
+        let next = timeout(PATIENCE, pool.get()).await.expect("a connection").unwrap();
+        timeout(PATIENCE, next.batch_execute("SELECT 1")).await.expect("an idle one").unwrap();
+        assert_ne!(pid(&next).await, first, "{sslmode}");
+    }
+}
