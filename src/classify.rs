@@ -62,7 +62,7 @@ impl Verdict {
             | Self::OutcomeUnknown
             | Self::Refused
             | Self::NotPostgres => true,
-            Self::ReadOnly | Self::Conflict | Self::Aborted | Self::Application => false,
+            Self::ReadOnly | Self::Conflict | Self::Aborted | Self::Stale | Self::Application => false,
         }
     }
 }

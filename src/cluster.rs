@@ -15,7 +15,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Notify, Semaphore, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{Instrument, Span};
 
@@ -29,6 +29,9 @@ use crate::topology::{
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
+
+/// The task goes on after a panic, and does not spin where one follows on the other.
+const AFTER_A_PANIC: Duration = Duration::from_millis(100);
 
 /// A name of the configuration, with its port.
 #[derive(Clone, Debug)]
@@ -56,6 +59,8 @@ pub(crate) struct Setup<C> {
     pub(crate) gate: usize,
     pub(crate) seed: u64,
     pub(crate) observer: Arc<Observer>,
+    /// Without a caller for so long, nothing is open and nothing asked.
+    pub(crate) sleep_after: Option<Duration>,
 }
 
 /// One primary as the pool uses it: the plain data and what hangs on it.
@@ -124,6 +129,8 @@ pub(crate) struct Diagnosis {
 #[derive(Debug)]
 pub(crate) enum NoPrimary {
     Closed,
+    /// The runtime of the cluster's task has ended, and the task with it.
+    RuntimeEnded,
     Refused(Option<Endpoint>, ProbeFailure),
     /// Nobody knows an address.
     UnknownName(Duration, Diagnosis),
@@ -149,6 +156,8 @@ struct Shared {
     /// for reading, costs more than the rest of a checkout.
     current: AtomicU64,
     closed: AtomicBool,
+    /// The task ended without being told to.
+    runtime_ended: AtomicBool,
     /// Connections on loan.
     in_use: AtomicUsize,
     /// Answers of the newest generation's server, as callers told of them.
@@ -157,6 +166,20 @@ struct Shared {
     newest: AtomicU64,
     /// The task looks often enough to notice when they fall silent.
     listening: AtomicBool,
+    /// A connection was lent after a silence.
+    lent: AtomicBool,
+    /// Callers and sessions that need a primary, beside the connections on loan.
+    wanting: AtomicUsize,
+    asleep: AtomicBool,
+}
+
+/// Somebody needs a primary for as long as this lives: the task does not fall asleep.
+pub(crate) struct Wanting(Arc<Shared>);
+
+impl Drop for Wanting {
+    fn drop(&mut self) {
+        self.0.wanting.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// A handle to the task. The task ends with its last handle.
@@ -205,9 +228,21 @@ impl<C: SessionClient> Cluster<C> {
             searching_since: now,
             stirs: 0,
             heard: 0,
+            sleep_after: setup.sleep_after,
+            used_at: now,
         };
         tokio::spawn(task.run());
         Self { snapshot, view, shared, observer, _end: root.clone().drop_guard(), root }
+    }
+
+    /// Somebody needs a primary: wakes the task, and keeps it awake.
+    pub(crate) fn want(&self) -> Wanting {
+        // Either the task sees this before it falls asleep, or this sees it asleep.
+        self.shared.wanting.fetch_add(1, Ordering::SeqCst);
+        if self.shared.asleep.load(Ordering::SeqCst) {
+            self.shared.wake.notify_one();
+        }
+        Wanting(Arc::clone(&self.shared))
     }
 
     /// The current generation, waiting for one. Cancel-safe.
@@ -215,6 +250,7 @@ impl<C: SessionClient> Cluster<C> {
         if let Some(generation) = self.current() {
             return Ok(generation);
         }
+        let _wanting = self.want();
         let mut snapshot = self.snapshot.clone();
         let began = Instant::now();
         // What was said before this call may be so no longer: it is asked anew first.
@@ -224,7 +260,7 @@ impl<C: SessionClient> Cluster<C> {
                 let now = snapshot.borrow_and_update();
                 match (&now.view.state, &now.generation) {
                     (_, Some(generation)) => return Ok(Arc::clone(generation)),
-                    (State::Closed, None) => return Err(NoPrimary::Closed),
+                    (State::Closed, None) => return Err(self.ended()),
                     (State::Searching { refused: Some(failure) }, None) => {
                         if !old_word || now.refused_as_of >= Some(began) {
                             return Err(self.refused(failure, began));
@@ -235,7 +271,7 @@ impl<C: SessionClient> Cluster<C> {
                 }
             }
             if snapshot.changed().await.is_err() {
-                return Err(NoPrimary::Closed);
+                return Err(self.ended());
             }
         }
     }
@@ -292,6 +328,7 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
         // It listens already, mostly, and to read is cheaper than to write what others read.
         if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {
+            self.shared.lent.store(true, Ordering::SeqCst);
             self.shared.wake.notify_one();
         }
     }
@@ -335,6 +372,11 @@ impl<C: SessionClient> Cluster<C> {
         let said =
             |candidate: &&CandidateReport| matches!(&candidate.answer, Some(Answer::Failed(it)) if it == failure);
         diagnosis.candidates.iter().find(said).map(|candidate| candidate.endpoint.clone())
+    }
+
+    /// Why the cluster's task has ended, once it has.
+    pub(crate) fn ended(&self) -> NoPrimary {
+        if self.shared.runtime_ended.load(Ordering::Acquire) { NoPrimary::RuntimeEnded } else { NoPrimary::Closed }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -419,14 +461,36 @@ struct Task<C: SessionClient> {
     /// The opener's count of stirs at the last look, and the answers that callers told of.
     stirs: u64,
     heard: u64,
+    sleep_after: Option<Duration>,
+    /// Somebody needed a primary then.
+    used_at: Instant,
 }
 
 impl<C: SessionClient> Task<C> {
     async fn run(mut self) {
-        let root = self.root.clone();
+        // What a program plugs in may panic here: a subscriber of `tracing`, a recorder of `metrics`. That costs one step.
         loop {
+            match AssertUnwindSafe(self.step()).catch_unwind().await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) => sleep(AFTER_A_PANIC).await,
+            }
+        }
+    }
+
+    /// Returns whether there is a next step.
+    async fn step(&mut self) -> bool {
+        {
             let now = Instant::now();
             let pulse = self.feel();
+            if !self.is_awake(now, pulse) {
+                self.publish();
+                tokio::select! {
+                    biased;
+                    () = self.root.cancelled() => return false,
+                    () = self.shared.wake.notified() => return true,
+                }
+            }
             self.topology.pulse(now, pulse);
             for action in self.topology.poll(now) {
                 self.act(action);
@@ -434,15 +498,61 @@ impl<C: SessionClient> Task<C> {
             let topology = &self.topology;
             self.sessions.retain(|address, _| topology.keeps(address));
             self.publish();
-            let wake_at = self.topology.wake_at();
+            let bedtime = self.sleep_after.map(|after| self.used_at + after);
+            let wake_at = self.topology.wake_at().into_iter().chain(bedtime).min();
             tokio::select! {
                 biased;
-                () = root.cancelled() => break,
+                () = self.root.cancelled() => return false,
                 Some(event) = self.work.next() => self.happened(event),
                 () = self.shared.wake.notified() => self.signalled(),
                 () = sleep_until(wake_at.unwrap_or_else(Instant::now)), if wake_at.is_some() => {}
             }
         }
+        true
+    }
+
+    /// Does anybody need a primary, or has lately? Falls asleep and wakes up.
+    fn is_awake(&mut self, now: Instant, pulse: Pulse) -> bool {
+        let Some(after) = self.sleep_after else { return true };
+        let lent = self.shared.lent.swap(false, Ordering::SeqCst);
+        let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
+        if self.shared.asleep.load(Ordering::SeqCst) {
+            // What was asked for before the sleep is of no interest any more.
+            drop(std::mem::take(&mut *lock(&self.shared.signals)));
+            if !wanted() {
+                return false;
+            }
+            self.shared.asleep.store(false, Ordering::SeqCst);
+            (self.used_at, self.searching_since) = (now, now);
+            self.search = Some(self.observer.search());
+            self.topology.wake(now);
+            return true;
+        }
+        if pulse.in_use || pulse.moved || lent || wanted() {
+            self.used_at = now;
+            return true;
+        }
+        if now < self.used_at + after {
+            return true;
+        }
+        self.shared.asleep.store(true, Ordering::SeqCst);
+        if wanted() {
+            self.shared.asleep.store(false, Ordering::SeqCst);
+            return true;
+        }
+        self.fall_asleep(now, after);
+        false
+    }
+
+    /// Closes everything, and forgets what is under way.
+    fn fall_asleep(&mut self, now: Instant, after: Duration) {
+        self.topology.sleep(now, &format!("asleep: nobody asked for a connection for {after:?}"));
+        for action in self.topology.lie_down() {
+            self.act(action);
+        }
+        (self.live, self.search) = (false, None);
+        self.sessions.clear();
+        self.work.clear();
     }
 
     /// What the sessions did since the last look.
@@ -703,7 +813,10 @@ impl<C: SessionClient> Task<C> {
 impl<C: SessionClient> Drop for Task<C> {
     fn drop(&mut self) {
         self.live = false;
-        let changed = Change { at: Instant::now(), why: "the pool was closed".to_owned() };
+        let told = self.root.is_cancelled();
+        self.shared.runtime_ended.store(!told, Ordering::Release);
+        let why = if told { "the pool was closed" } else { "the tokio runtime that the pool was built on has ended" };
+        let changed = Change { at: Instant::now(), why: why.to_owned() };
         self.send(View { state: State::Closed, changed, ..self.topology.view() });
         self.observer.closed();
         self.shared.closed.store(true, Ordering::Release);

@@ -53,6 +53,13 @@ pub enum Error {
     /// The pool was closed.
     #[error("the pool is closed; make a new one, or close it after the last user is done")]
     Closed,
+    /// The tokio runtime that the pool was built on has ended, and with it the task that follows the primary and every
+    /// session. Typical of a pool in a `static` that several `#[tokio::test]`s share: each of them has a runtime of its own.
+    #[error(
+        "the tokio runtime that the pool was built on has ended, and the pool with it; build the pool on a runtime that \
+         outlives its users: one pool for each #[tokio::test], or one runtime for all"
+    )]
+    RuntimeEnded,
     /// The connections of a [wrapped](crate::Pool::wrap) pool have drivers of their own, which tell this crate of no
     /// notification.
     #[error("a wrapped pool cannot listen; use one made by `Pool::builder` for that")]
@@ -235,6 +242,7 @@ impl Error {
             Self::Unavailable(_) => "unavailable",
             Self::Refused(_) => "refused",
             Self::Closed => "closed",
+            Self::RuntimeEnded => "runtime_ended",
             Self::Database(error) => without_code(error),
             Self::CommitUnknown(_) => "commit_unknown",
             Self::Ledger(_) => "ledger",
@@ -255,6 +263,7 @@ impl fmt::Debug for Error {
             Self::Unavailable(_) => write!(f, "Unavailable: {self}"),
             Self::Refused(_) => write!(f, "Refused: {self}"),
             Self::Closed => write!(f, "Closed: {self}"),
+            Self::RuntimeEnded => write!(f, "RuntimeEnded: {self}"),
             Self::Database(_) => write!(f, "Database: {self}"),
             Self::CommitUnknown(_) => write!(f, "CommitUnknown: {self}"),
             Self::Ledger(_) => write!(f, "Ledger: {self}"),

@@ -43,13 +43,14 @@ pub use commit::ledger::Ledger;
 pub use commit::{Guarantee, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, Refused, RolledBack, SessionEnded,
-    Unavailable,
-    UnavailableReason,
+    Unavailable, UnavailableReason,
 };
 pub use fly::{BadMachines, Fly, FlyMachine};
 pub use listen::{Listener, Message};
 pub use observe::{Event, Events, Settlement};
-pub use pool::{Client, Connection, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder};
+pub use pool::{
+    CancelToken, Client, Connection, Detached, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder,
+};
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
 pub use retry::{Backoff, Exponential, Retry, RetryBudget, RetryPolicy};
 pub use server::SessionClient;

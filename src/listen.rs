@@ -90,12 +90,14 @@ impl Pool {
         if self.is_wrapped() {
             return Err(Error::Wrapped);
         }
+        self.not_ended()?;
         let sql = subscription(channels);
         let inbox = Arc::new(Inbox::default());
         let began = Instant::now();
         let subscribing = subscribe(self, &sql, &inbox);
         let first = timeout(self.checkout_timeout(), subscribing).await.map_err(|_| self.unavailable(began))??;
-        let keeping = tokio::spawn(keep(self.clone(), sql, first, Arc::clone(&inbox)));
+        // Where the pool runs: the caller's runtime may end before.
+        let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }
 }
@@ -124,8 +126,8 @@ pub enum Message {
 
 /// Notifications of some channels, across failovers, from [`Pool::listen`].
 ///
-/// Read it with [`Listener::recv`], or as a [`Stream`]. It ends, with `None`, when the pool is closed. An `Err` ends
-/// nothing: it says that there has been no subscription for the checkout timeout, or that the servers refuse it, and
+/// Read it with [`Listener::recv`], or as a [`Stream`]. It ends, with `None`, when the pool is closed; where the runtime of
+/// the pool has ended, [`Error::RuntimeEnded`] comes before that. Any other `Err` ends nothing: it says that there has been no subscription for the checkout timeout, or that the servers refuse it, and
 /// why, each time anew; the listener goes on trying, and [`Message::MayHaveGap`] follows when it succeeds. Whoever has no
 /// use for late news drops the listener then.
 ///
@@ -194,30 +196,41 @@ impl Subscribed {
 }
 
 /// Keeps the subscription in force until the pool is closed, or the task ended.
-async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, inbox: Arc<Inbox>) {
+async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, keeping: Keeping) {
+    let inbox = &keeping.0;
     let pause = pool.heartbeat().saturating_mul(CHECK_EVERY);
     loop {
         let why = subscribed.lost(pause).await;
         tracing::debug!(generation = subscribed.aside.generation().get(), why, "a subscription was lost");
         pool.suspect(subscribed.aside.generation(), Suspicion::Connection);
         drop(subscribed);
-        match again(&pool, &sql, &inbox).await {
-            Some(next) => subscribed = next,
-            None => return inbox.close(),
+        match again(&pool, &sql, inbox).await {
+            Ok(next) => subscribed = next,
+            Err(Error::Closed) => return inbox.close(),
+            Err(ended) => return inbox.end(ended),
         }
         tracing::debug!(generation = subscribed.aside.generation().get(), "subscribed again");
         inbox.update(Backlog::subscribed);
     }
 }
 
-/// Subscribes again, however long it takes. `None`: the pool is closed.
-async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Option<Subscribed> {
+/// However the task ends, also with its runtime before it has ever run, its reader does not wait for ever.
+struct Keeping(Arc<Inbox>);
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        self.0.end(Error::RuntimeEnded);
+    }
+}
+
+/// Subscribes again, however long it takes. Fails where the pool has ended.
+async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     loop {
         let began = Instant::now();
         let error = match timeout(pool.checkout_timeout(), subscribe(pool, sql, inbox)).await {
-            Ok(Ok(subscribed)) => return Some(subscribed),
-            Ok(Err(Error::Closed)) => return None,
+            Ok(Ok(subscribed)) => return Ok(subscribed),
+            Ok(Err(ended @ (Error::Closed | Error::RuntimeEnded))) => return Err(ended),
             Ok(Err(error)) => error,
             Err(_) => pool.unavailable(began),
         };
@@ -295,6 +308,16 @@ impl Inbox {
 
     fn close(&self) {
         self.update(|backlog| backlog.closed = true);
+    }
+
+    /// Ends with this error, unless it has ended.
+    fn end(&self, error: Error) {
+        self.update(|backlog| {
+            if !backlog.closed {
+                backlog.closed = true;
+                backlog.trouble = Some(error);
+            }
+        });
     }
 
     fn poll(&self, cx: &Context<'_>) -> Poll<Option<Result<Message, Error>>> {

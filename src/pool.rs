@@ -8,18 +8,21 @@ mod builder;
 mod client;
 mod connection;
 mod dialer;
+mod dials;
 mod hosts;
+mod idle;
 mod nested;
 mod security;
 mod settling;
 mod ssl;
+mod stale;
 mod statements;
 mod trail;
 mod typo;
 mod wrap;
 
 pub use builder::{IntoConfig, PoolBuilder};
-pub use client::Client;
+pub use client::{CancelToken, Client, Detached};
 pub use connection::{Connection, Manager};
 pub(crate) use settling::{Settling, Witness};
 pub(crate) use statements::{cached_statements, statements};
@@ -42,7 +45,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::cluster::{Cluster, Generation, NoPrimary, lock};
+use crate::cluster::{Cluster, Generation, NoPrimary, Wanting, lock};
 use crate::commit::ledger::Ledger;
 use crate::commit::{Guarantee, Life, Nonce};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
@@ -51,8 +54,8 @@ use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
-use connection::Facts;
 use dialer::Dialer;
+use dials::AT_ONCE;
 use wrap::Wrapped;
 
 /// One new pool of so many prunes its ledger at once.
@@ -189,6 +192,7 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// Optional: `get` and the transactions wait by themselves. Of use at start-up, to fail early and with the reason.
     pub async fn connect(&self) -> Result<(), Error> {
+        self.not_ended()?;
         let began = Instant::now();
         match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
             Ok(found) => found.map(drop).map_err(Into::into),
@@ -200,11 +204,13 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// Waits for a primary and for a free connection, at most for the checkout timeout (30 s unless set); then fails
     /// with [`Error::Unavailable`], which lists each candidate and what it said. Fails at once with [`Error::Refused`]
-    /// where the credentials are wrong. An idle connection is handed out without a round trip. Cancel-safe.
+    /// where the credentials are wrong. An idle connection that was used lately is handed out without a round trip; one that
+    /// was idle for [`PoolBuilder::test_idle_after`] (1 s unless set) is asked first. Cancel-safe: a connection that is being
+    /// opened for this call is the next caller's then.
     ///
-    /// What you begin by hand, end by hand before the connection goes back: neither an open transaction nor a statement
-    /// whose future was dropped is undone for you. [`Client::transaction`](deadpool_postgres::ClientWrapper::transaction)
-    /// rolls back by itself, and [`Pool::transaction`] leaves nothing behind whatever happens.
+    /// Whoever gives back a connection with a statement under way or a transaction open loses it: the statement is
+    /// cancelled, the session closed, and nobody meets what was left. What a session keeps beside that, as `SET`, temporary
+    /// tables and advisory locks, the next user finds: undo it, or [discard](Client::discard) the connection.
     ///
     /// A failover ends the connection: its statements then fail with [`tokio_postgres::Error`]s, and the next `get`
     /// gives one to the new primary. To have the work run again instead, use [`Pool::transaction`].
@@ -242,6 +248,9 @@ impl<C: SessionClient> Pool<C> {
     #[must_use]
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.source.status();
+        // Opened in the background, and not handed out yet.
+        let ready = self.dialer.dials.ready();
+        let (size, available) = (size + ready, available + ready);
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();
         let fallback = lock(&self.shared.unmarked).clone().filter(|(id, _)| *id == view.generation).map(|(_, why)| why);
@@ -375,7 +384,7 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub fn clear_statement_caches(&self) {
         match &self.source {
-            Source::Own(inner) => inner.manager().trails.clear(),
+            Source::Own(_) => self.dialer.trails.clear(),
             Source::Wrapped(wrapped) => wrapped.clear_statement_caches(),
         }
     }
@@ -460,6 +469,7 @@ impl<C: SessionClient> Pool<C> {
         loop {
             // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
             if !self.cluster().has_primary() {
+                self.not_ended()?;
                 let _counted = Counted::new(&self.shared.searching);
                 if let Err(none) = Box::pin(self.cluster().primary()).await {
                     // Whoever asks again at once, in a loop, must let the task run that might find something better.
@@ -475,18 +485,37 @@ impl<C: SessionClient> Pool<C> {
                 }
             };
             match inner.get().await {
-                Ok(object) => return Ok(self.lend(Loan::Own(object))),
+                Ok(object) => {
+                    object.use_it();
+                    return Ok(self.lend(Loan::Own(object)));
+                }
                 // No session could be opened now. Another caller may have given one back meanwhile: look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
                 Err(PoolError::Backend(error)) => return Err(error),
                 // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
-                Err(_) => return Err(Error::Closed),
+                Err(_) => return Err(self.cluster().ended().into()),
             }
+        }
+    }
+
+    /// A good connection comes back: it goes to whoever waits for one to be opened, and else to the idle ones.
+    fn give_back(&self, loan: Loan<C>) {
+        let Loan::Own(object) = loan else { return };
+        let dials = &self.dialer.dials;
+        if !dials.wanted() {
+            drop(object);
+        } else if object.may_be_handed_out(self.cluster()) {
+            return dials.hand(Object::take(object));
+        }
+        // Somebody may have begun to wait since.
+        if dials.wanted() {
+            dials.offer_idle();
         }
     }
 
     fn lend(&self, loan: Loan<C>) -> Client<C> {
         self.cluster().lend();
+        loan.activity().lend();
         Client::new(loan, self.clone())
     }
 
@@ -547,12 +576,11 @@ impl<C: SessionClient> Pool<C> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
         // Before there is a slot that others could use.
         self.cluster().primary().await?;
-        let at_once = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
-        match inner.timeout_get(&at_once).await {
-            Ok(object) if Object::metrics(&object).recycle_count == 0 => Ok(Some(self.lend(Loan::Own(object)))),
+        match inner.timeout_get(&AT_ONCE).await {
+            Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
             Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
             Err(PoolError::Backend(error)) => Err(error),
-            Err(_) => Err(Error::Closed),
+            Err(_) => Err(self.cluster().ended().into()),
         }
     }
 
@@ -608,6 +636,16 @@ impl<C: SessionClient> Pool<C> {
         &self.dialer.cluster
     }
 
+    /// Fails at once, without a timer, where the pool has ended: there may be no runtime any more.
+    pub(crate) fn not_ended(&self) -> Result<(), Error> {
+        if self.cluster().is_closed() { Err(self.cluster().ended().into()) } else { Ok(()) }
+    }
+
+    /// Where the pool's tasks run.
+    pub(crate) fn runtime(&self) -> &Handle {
+        self.dialer.dials.runtime()
+    }
+
     pub(crate) fn unavailable(&self, began: Instant) -> Error {
         let managed::Status { size, max_size, .. } = self.source.status();
         let obstacle = match self.cluster().current() {
@@ -616,23 +654,6 @@ impl<C: SessionClient> Pool<C> {
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };
         Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
-    }
-
-    /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
-    /// with the pool: a session whose socket is gone still runs its statement to the end.
-    ///
-    /// Never a COMMIT: a cancel request would end its wait for the synchronous standbys, and the server would show
-    /// everybody what none of them has.
-    fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
-        if facts.is_committing() {
-            return;
-        }
-        let Ok(runtime) = Handle::try_current() else {
-            return;
-        };
-        let opener = Arc::clone(&self.dialer.opener);
-        let token = client.cancel_token();
-        runtime.spawn(async move { opener.cancel(token).await });
     }
 }
 
@@ -664,12 +685,14 @@ impl<C: SessionClient> Clone for Source<C> {
 pub(crate) struct Aside<C> {
     session: Session<C>,
     generation: Arc<Generation<C>>,
+    _wanting: Wanting,
 }
 
 impl<C: SessionClient> Aside<C> {
     async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
+        let wanting = dialer.cluster.want();
         let (session, generation) = dialer.session().await?;
-        Ok(Self { session, generation })
+        Ok(Self { session, generation, _wanting: wanting })
     }
 
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
@@ -747,6 +770,7 @@ impl From<NoPrimary> for Error {
     fn from(none: NoPrimary) -> Self {
         match none {
             NoPrimary::Closed => Self::Closed,
+            NoPrimary::RuntimeEnded => Self::RuntimeEnded,
             NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
             NoPrimary::UnknownName(waited, diagnosis) => {
                 Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))

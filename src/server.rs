@@ -4,17 +4,23 @@
 //! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
 //! Tests: `tests/it/errors.rs`, and every test that fails over.
 
+mod activity;
 mod end;
 mod password;
 mod stranger;
+mod wire;
 
+pub(crate) use activity::Activity;
 pub(crate) use end::End;
 pub(crate) use password::{Ask, Passwords};
+pub(crate) use wire::wall_clock;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
+use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -22,15 +28,15 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
-use futures_util::TryStreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
+use futures_util::{FutureExt, TryStreamExt};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Error, Notification, SimpleQueryMessage, Socket};
+use tokio_postgres::{CancelToken, Client, Config, Error, Notification, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
@@ -60,6 +66,9 @@ const MOST_REFUSALS: usize = 256;
 
 /// A server that did not let itself be identified is tried again after this: the right may have been granted since.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
+
+/// Whose code has panicked: what opens a session is the driver and the connector, and the driver knows no panic.
+const CONNECTOR: &str = "the TLS connector";
 
 type Driver = BoxFuture<'static, Result<(), Error>>;
 
@@ -99,6 +108,8 @@ pub(crate) struct Notices {
     /// Who hears the session's notifications, if anybody does.
     ear: OnceLock<Arc<dyn Ear>>,
     end: End,
+    /// What is under way on the session, where its driver is this crate's.
+    pub(crate) activity: Arc<Activity>,
 }
 
 /// Hears what one session is notified of. Called by its driver task: must not wait.
@@ -179,8 +190,8 @@ impl Notices {
 
 /// Hides the type of the TLS connector.
 trait Dial: Send + Sync {
-    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'_, Result<(Client, Driver), Error>>;
-    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, Result<(), Error>>;
+    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'static, Result<(Client, Driver), Error>>;
+    fn cancel(&self, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
 }
 
 struct Tls<T>(T);
@@ -192,31 +203,12 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'_, Result<(Client, Driver), Error>> {
-        let tls = self.0.clone();
-        Box::pin(async move {
-            let (client, mut connection) = config.connect(tls).await?;
-            let driver: Driver = Box::pin(async move {
-                while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
-                    match message? {
-                        AsyncMessage::Notice(notice) => notices.note(&notice),
-                        AsyncMessage::Notification(notification) => {
-                            if let Some(ear) = notices.ear.get() {
-                                ear.notified(notification);
-                            }
-                        }
-                        _ => {}
-                    }
-                }
-                Ok(())
-            });
-            Ok((client, driver))
-        })
+    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
+        Box::pin(wire::connect(config, self.0.clone(), notices))
     }
 
-    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, Result<(), Error>> {
-        let tls = self.0.clone();
-        Box::pin(async move { token.cancel_query(tls).await })
+    fn cancel(&self, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
+        Box::pin(wire::cancel(config, self.0.clone(), token))
     }
 }
 
@@ -250,8 +242,8 @@ pub(crate) trait Open<C>: Send + Sync {
     /// Are the pool's sessions driven here, so that the end of each is noticed at once?
     fn drives(&self) -> bool;
 
-    /// Asks the server to stop what the session of `token` runs.
-    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()>;
+    /// Asks the server at `endpoint`, once, to stop what the session of `token` runs.
+    fn cancel(&self, endpoint: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
 }
 
 pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
@@ -259,7 +251,7 @@ pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
 /// How this crate opens sessions: everything of the configuration but the address.
 pub(crate) struct Opener {
     template: Config,
-    dial: Box<dyn Dial>,
+    dial: Arc<dyn Dial>,
     /// Where the template holds no password because each session has its own.
     passwords: Option<Passwords>,
     /// Grows whenever something is sent or received on any session of the pool.
@@ -280,7 +272,7 @@ impl Opener {
     {
         Self {
             template,
-            dial: Box::new(Tls(tls)),
+            dial: Arc::new(Tls(tls)),
             passwords: None,
             stirs: Arc::default(),
             questions: Questions::default(),
@@ -387,9 +379,14 @@ impl Open<ClientWrapper> for Opener {
     ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
-            let (client, driver) = self.dial_a_server(endpoint, Arc::clone(&notices)).await?;
+            // The TLS connector is the user's: a panic in it costs this one session.
+            let dialling = AssertUnwindSafe(self.dial_a_server(endpoint, Arc::clone(&notices))).catch_unwind();
+            let (client, driver) = dialling.await.unwrap_or_else(|panic| Err(panicked(CONNECTOR, &*panic)))?;
             self.worked.store(true, Ordering::Relaxed);
-            let task = tokio::spawn(drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs)));
+            let (token, dial, config) = (client.cancel_token(), Arc::clone(&self.dial), self.config_for(endpoint));
+            let cancelling = cancel(move || dial.cancel(config.clone(), token.clone()));
+            let driving = drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs), cancelling);
+            let task = tokio::spawn(driving);
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
             let session = Session { client, abort, scope, notices };
@@ -415,8 +412,8 @@ impl Open<ClientWrapper> for Opener {
         true
     }
 
-    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {
-        Box::pin(cancel(move || self.dial.cancel(token.clone())))
+    fn cancel(&self, endpoint: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
+        self.dial.cancel(self.config_for(endpoint), token)
     }
 }
 
@@ -544,7 +541,8 @@ impl<C> Guarded<C> {
 impl<C> Drop for Guarded<C> {
     fn drop(&mut self) {
         if let Some(farewell) = self.farewell.take() {
-            farewell(&mut self.client);
+            // Somebody else's code, and this may run in the task of the cluster.
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| farewell(&mut self.client)));
         }
     }
 }
@@ -570,18 +568,29 @@ impl Drop for AtTheEnd {
     fn drop(&mut self) {
         self.0.end.over();
         self.0.left(false);
+        self.0.activity.end();
         if let Some(ear) = self.0.ear.get() {
             ear.ended();
         }
     }
 }
 
-async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notices>, stirs: Arc<AtomicU64>) {
+/// `cancelling` is spawned where the session turns out to be busy although it was given back.
+async fn drive(
+    mut driver: Driver,
+    scope: CancellationToken,
+    notices: Arc<Notices>,
+    stirs: Arc<AtomicU64>,
+    cancelling: impl Future<Output = ()> + Send + 'static,
+) {
     let at_the_end = AtTheEnd(Arc::clone(&notices));
     notices.end.driven();
+    let activity = &notices.activity;
     let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
     let waker = Waker::from(Arc::clone(&bell));
+    let counted = Waker::from(Arc::new(Counted { activity: Arc::clone(activity), bell: Arc::clone(&bell) }));
     let mut left = pin!(scope.cancelled());
+    let mut busy = false;
     // But for the bell, the driver is woken by what is to be sent and by what was received, and by nothing else.
     let ended = poll_fn(|context| {
         bell.driver.register(context.waker());
@@ -592,12 +601,36 @@ async fn drive(mut driver: Driver, scope: CancellationToken, notices: Arc<Notice
         if notices.pooled.load(Ordering::Relaxed) {
             stirs.fetch_add(1, Ordering::Relaxed);
         }
-        driver.as_mut().poll(context)
+        let woken = activity.before_poll();
+        let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
+        busy = activity.polled(woken) && polled.is_pending();
+        if busy { Poll::Ready(Ok(())) } else { polled }
     });
     if let Err(error) = ended.await {
         tracing::debug!("a session ended: {}", explain(&error));
         at_the_end.0.end.ended_with(&error);
         at_the_end.0.left(true);
+    }
+    if busy {
+        tracing::debug!("a connection was given back with something under way: cancelled and closed");
+        tokio::spawn(cancelling);
+    }
+}
+
+/// Counts what wakes the driver: a request that was made, or something that was received.
+struct Counted {
+    activity: Arc<Activity>,
+    bell: Arc<Bell>,
+}
+
+impl Wake for Counted {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.activity.wake();
+        self.bell.driver.wake();
     }
 }
 
@@ -667,6 +700,13 @@ pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E
     let verdict = driver.map_or(Verdict::ConnectionLost, verdict_of_open);
     let message = driver.map_or_else(|| error.to_string(), explain);
     ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
+}
+
+/// Code that a program plugged in has panicked: that is the end of one try, and of nothing else.
+pub(crate) fn panicked(whose: &str, panic: &(dyn Any + Send)) -> ProbeFailure {
+    let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    let message = said.map_or_else(|| format!("{whose} panicked"), |said| format!("{whose} panicked: {said}"));
+    ProbeFailure::new(FailureKind::Unreachable, message)
 }
 
 fn failure(verdict: Verdict, error: Error) -> ProbeFailure {

@@ -13,6 +13,7 @@ mod refusals;
 mod report;
 #[cfg(test)]
 mod scenarios;
+mod sleep;
 #[cfg(test)]
 mod tests;
 mod view;
@@ -408,6 +409,7 @@ pub(crate) struct Topology {
     names: Vec<names::Name>,
     /// Servers that wait for their turn, as there are more than are asked at the same time.
     spare: VecDeque<(Endpoint, Origin)>,
+    sleep: sleep::Sleep,
     changed: Change,
     polled_at: Instant,
     pulse: Pulse,
@@ -445,6 +447,7 @@ impl Topology {
             log_ins: refusals::Pace::new(now),
             names: (0..names).map(|_| names::Name::new(now)).collect(),
             spare: VecDeque::new(),
+            sleep: sleep::Sleep::default(),
             changed: Change { at: now, why: "started".to_owned() },
             polled_at: now,
             pulse: Pulse::default(),
@@ -737,6 +740,7 @@ impl Topology {
 
     pub(crate) fn view(&self) -> View {
         let state = match &self.phase {
+            Phase::Searching(_) if self.is_asleep() => State::Asleep,
             Phase::Searching(search) => State::Searching { refused: search.refused.clone() },
             Phase::Known { primary, .. } => {
                 State::Primary { endpoint: primary.endpoint.clone(), report: primary.report.clone() }
@@ -948,7 +952,7 @@ impl Topology {
     fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
         let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
             || self.names_outstanding();
-        let newest = self.newest_timeline;
+        let newest = self.newest_if_awake();
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };
@@ -1182,6 +1186,7 @@ impl Topology {
         self.generation.0 += 1 + std::mem::take(&mut self.crossings);
         self.new_sessions_succeed();
         self.system_identifier = self.system_identifier.or(report.system_identifier);
+        self.rested();
         self.newest_timeline = self.newest_timeline.max(report.timeline);
         // Until the first primary was found there was no cluster to belong to.
         for member in self.members.values_mut() {

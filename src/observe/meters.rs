@@ -91,6 +91,7 @@ struct Evictions {
     demoted: Counter,
     fenced: Counter,
     silent: Counter,
+    asleep: Counter,
 }
 
 struct RefusedServers {
@@ -145,6 +146,7 @@ impl Meters {
                 demoted: counted_by(EVICTIONS, CAUSE, "demoted"),
                 fenced: counted_by(EVICTIONS, CAUSE, "fenced"),
                 silent: counted_by(EVICTIONS, CAUSE, "silent"),
+                asleep: counted_by(EVICTIONS, CAUSE, "asleep"),
             },
             connections_lost: counted(LOST),
             refused: RefusedServers {
@@ -212,6 +214,7 @@ impl Meters {
             Eviction::Demoted => &self.evictions.demoted,
             Eviction::Fenced => &self.evictions.fenced,
             Eviction::Silent => &self.evictions.silent,
+            Eviction::Asleep => &self.evictions.asleep,
         };
         counter.increment(connections.try_into().unwrap_or(u64::MAX));
     }
@@ -287,6 +290,7 @@ fn number(count: usize) -> f64 {
 }
 
 /// Since a connection was lent.
+#[derive(Clone, Copy)]
 pub(crate) struct Stopwatch(Instant);
 
 impl Stopwatch {

@@ -48,6 +48,7 @@ impl Meters {
     pub(super) fn settled(&self, _: Settlement) {}
 }
 
+#[derive(Clone, Copy)]
 pub(crate) struct Stopwatch;
 
 impl Stopwatch {

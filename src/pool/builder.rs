@@ -16,9 +16,9 @@ use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, Ta
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
-use super::connection::Idle;
 use super::dialer::Dialer;
 use super::hosts::{Hosts, Target};
+use super::idle::{Idle, Keeper};
 use super::security::{NO_CONNECTOR, Security, make_opener};
 use super::ssl::{self, Ssl};
 use super::{Manager, Pool, Shared, Source, typo};
@@ -146,6 +146,10 @@ pub struct PoolBuilder {
     max_size: usize,
     idle: Idle,
     max_lifetime: Duration,
+    test_idle_after: Duration,
+    sleep_after: Option<Duration>,
+    /// A pool of this crate's own, which knows what is on loan.
+    knows_loans: bool,
     gate: usize,
     calls: CallOptions,
     settings: Settings,
@@ -166,6 +170,9 @@ impl PoolBuilder {
             max_size: 16,
             idle: Idle { timeout: Duration::from_secs(10 * 60), min: 0 },
             max_lifetime: Duration::from_secs(30 * 60),
+            test_idle_after: Duration::from_secs(1),
+            sleep_after: None,
+            knows_loans: false,
             gate: 4,
             calls: CallOptions::default(),
             settings: Settings::default(),
@@ -180,7 +187,10 @@ impl PoolBuilder {
         self
     }
 
-    /// How many idle connections are left open however long they have been idle. Default: 0. None is opened ahead of need.
+    /// How many connections are kept idle, ready for the next callers. Default: 0.
+    ///
+    /// They are opened ahead of need in the background: when a primary was found, and when callers have taken them; within
+    /// [`PoolBuilder::max_size`], and through [`PoolBuilder::connection_gate`]. None of them is closed for being idle.
     pub fn min_idle(mut self, min_idle: usize) -> Self {
         self.idle.min = min_idle;
         self
@@ -199,6 +209,31 @@ impl PoolBuilder {
     /// together after a failover are not renewed together. Default: 30 min.
     pub fn max_lifetime(mut self, lifetime: Duration) -> Self {
         self.max_lifetime = lifetime;
+        self
+    }
+
+    /// A connection on which the server has said nothing for so long is asked before it is handed out: one round trip, for
+    /// which it has 500 ms. Default: 1 s. `Duration::MAX`: never.
+    ///
+    /// For sockets that died without a word: the machine was suspended, a router or a proxy has forgotten them. Without it the
+    /// first statement on such a connection waits for `tcp_user_timeout`. One that gives no answer is closed, together with
+    /// all that have been idle for as long. Time passes by the wall clock, which goes on while a machine sleeps. Connections
+    /// that are used more often are handed out without a round trip.
+    pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
+        self.test_idle_after = idle_for;
+        self
+    }
+
+    /// Without a caller for so long the pool sleeps: all its connections are closed, the pool's own included, and no server
+    /// and no DNS is asked. Default: never.
+    ///
+    /// For databases that are suspended or billed while nobody is connected (Neon, Aurora's auto-pause, machines on Fly that
+    /// stop). The first caller wakes the pool: a primary is searched and verified anew, as in the first search of all, since
+    /// anything may have happened meanwhile. So it waits for that, and for the server to start; give it a
+    /// [`PoolBuilder::checkout_timeout`] that has room for both. Connections on loan, [listeners](Pool::listen) and
+    /// [detached](crate::Client::detach) sessions keep the pool awake.
+    pub fn sleep_after(mut self, without_a_caller: Duration) -> Self {
+        self.sleep_after = Some(without_a_caller);
         self
     }
 
@@ -459,22 +494,31 @@ impl PoolBuilder {
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
         let shared = self.calls.clone().shared(&self.settings)?;
-        let manager = self.build_manager()?;
+        let manager = Self { knows_loans: true, ..self }.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
         dialer.cluster.observer().sized(max_size, idle.min);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only where time-outs are set without a runtime; none are.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        tokio::spawn(idle.reap(inner.weak(), dialer.cluster.scope().clone()));
+        dialer.dials.serve(inner.weak(), max_size);
+        let keeper = Keeper {
+            idle,
+            pool: inner.weak(),
+            dialer: Arc::downgrade(&dialer),
+            views: dialer.cluster.watch(),
+            end: dialer.cluster.scope().clone(),
+        };
+        tokio::spawn(keeper.run());
         Ok(Pool { source: Source::Own(inner), dialer, shared })
     }
 
-    /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout` and the retry settings
-    /// are not used.
+    /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
+    /// `idle_timeout`, `sleep_after` and the retry settings are not used.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
         checked(&mut self.settings)?;
         let settings = &self.settings;
         not_zero("max_lifetime", self.max_lifetime)?;
+        self.sleep_after.map_or(Ok(()), |after| not_zero("sleep_after", after))?;
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
@@ -506,9 +550,11 @@ impl PoolBuilder {
             gate: self.gate,
             seed,
             observer: Arc::new(Observer::new(names)),
+            sleep_after: self.sleep_after.filter(|_| self.knows_loans).map(|after| after.min(FAR)),
         });
         let max_lifetime = self.max_lifetime.min(FAR);
-        Ok(Manager::new(Arc::new(Dialer::new(cluster, opener, open_timeout, seed)), max_lifetime))
+        let dialer = Dialer::new(cluster, opener, open_timeout, seed, Handle::current());
+        Ok(Manager::new(Arc::new(dialer.with_ages(max_lifetime, self.test_idle_after))))
     }
 
     /// What `build_manager` reads from the configuration, without a runtime: names, addresses, and the sessions' template.

@@ -5,23 +5,29 @@ use std::future::pending;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
+use futures_util::future::BoxFuture;
+use tokio::time::timeout;
 use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
-use super::connection::{Facts, Manager};
+use super::connection::{Connection, Facts, Manager};
 use super::trail::Trail;
 use super::wrap::FromElsewhere;
 use crate::classify::ends_session;
-use crate::cluster::lock;
+use crate::cluster::{Wanting, lock};
 use crate::commit::Life;
 use crate::commit::wal::Marking;
 use crate::observe::{Lent, Watched};
-use crate::server::{Notices, Seat, SessionClient};
+use crate::server::{Activity, Notices, Seat, SessionClient};
 use crate::topology::GenerationId;
+
+/// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.
+const DRAIN_WITHIN: Duration = Duration::from_millis(50);
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
 ///
@@ -52,6 +58,8 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     lent: Lent,
     /// Something was asked for whose answer may be kept from coming.
     streamed: AtomicBool,
+    /// It was given back with something under way, and waits for the end of that.
+    draining: bool,
 }
 
 /// Whose connection it is.
@@ -96,7 +104,14 @@ impl<C: SessionClient> Loan<C> {
         }
     }
 
+    pub(super) fn activity(&self) -> &Activity {
+        &self.facts().notices.activity
+    }
+
     fn usable(&self) -> bool {
+        if self.activity().is_condemned() {
+            return false;
+        }
         let ended = matches!(self, Self::Lent { scope, .. } if scope.is_cancelled());
         !ended && !self.client().is_closed() && !self.facts().is_unfit()
     }
@@ -114,13 +129,89 @@ impl<C: SessionClient> Client<C> {
     /// `loan` has been counted.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
         loan.facts().trail.freshen(loan.client());
-        Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed: AtomicBool::new(false) }
+        let streamed = AtomicBool::new(false);
+        Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false }
     }
 
     /// The generation that the connection belongs to.
     #[must_use]
     pub fn generation(&self) -> GenerationId {
         self.facts().generation
+    }
+
+    /// Ends the session instead of giving it back: nobody gets this connection again. What the server still runs for it is
+    /// cancelled, and an open transaction is rolled back.
+    ///
+    /// For a session whose state you do not trust: a temporary table, a `SET`, an advisory lock that somebody left. The pool
+    /// does it by itself where a statement is under way, or a transaction is open, when the connection is dropped.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let client = pool.get().await?;
+    /// if client.batch_execute("SELECT pg_advisory_lock(7)").await.is_err() {
+    ///     client.discard();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn discard(self) {
+        self.poison();
+    }
+
+    /// Takes the connection out of the pool: it is yours, and counts as none of [`PoolBuilder::max_size`] any more.
+    ///
+    /// For sessions that are held for long, or that end in a state that nobody else should meet. The pool does not open
+    /// another one for it before a caller needs it. The session still ends with its primary's generation, with
+    /// [`Pool::close`], and when it is dropped.
+    ///
+    /// [`PoolBuilder::max_size`]: crate::PoolBuilder::max_size
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let session = pool.get().await?.detach();
+    /// session.batch_execute("CREATE TEMPORARY TABLE import (line text)").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use = "a session that is dropped is closed"]
+    pub fn detach(mut self) -> Detached<C> {
+        let wanting = self.pool.cluster().want();
+        let session = self.loan.take().map(|loan| {
+            self.pool.cluster().returned();
+            loan.watched().given_back(&self.lent);
+            match loan {
+                Loan::Own(object) => {
+                    let mut connection = Object::take(object);
+                    connection.leave_the_pool();
+                    Own::Ours(connection)
+                }
+                Loan::Lent { object, watched, .. } => {
+                    watched.left(false);
+                    Own::Theirs(object.take())
+                }
+            }
+        });
+        Detached { session, _wanting: wanting, _pool: self.pool.clone() }
+    }
+
+    /// A token by which what this session runs can be cancelled, from wherever.
+    ///
+    /// Take it from here: one from the driver's own `Client`, behind two derefs, does not know the server's address.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let client = pool.get().await?;
+    /// let token = client.cancel_token();
+    /// tokio::spawn(async move { token.cancel().await });
+    /// client.batch_execute("SELECT pg_sleep(60)").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn cancel_token(&self) -> CancelToken {
+        let opener = Arc::clone(&self.pool.dialer.opener);
+        let (endpoint, token) = (self.facts().endpoint.clone(), tokio_postgres::Client::cancel_token(self));
+        CancelToken { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
     }
 
     /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled, but for a COMMIT.
@@ -130,7 +221,7 @@ impl<C: SessionClient> Client<C> {
         }
         // What the pool itself has closed may still run on the server.
         if !self.is_closed() || self.pool.cluster().is_closed() {
-            self.pool.cancel_running(self, self.facts());
+            self.pool.dialer.cancel_running(self, self.facts());
         }
         if let Loan::Own(object) = self.loan() {
             object.abort();
@@ -231,6 +322,24 @@ impl<C: SessionClient> Client<C> {
         self.loan().facts()
     }
 
+    /// The end of an answer may still be on its way: that gets a moment. Returns the loan where there is nothing to wait for.
+    fn drain(&mut self, loan: Loan<C>) -> Option<Loan<C>> {
+        let ends_by_itself = loan.activity().is_busy() && !loan.activity().in_transaction() && loan.usable();
+        if self.draining || !ends_by_itself || self.pool.cluster().is_closed() {
+            return Some(loan);
+        }
+        let activity = Arc::clone(&loan.facts().notices.activity);
+        let streamed = AtomicBool::new(false);
+        let pool = self.pool.clone();
+        let draining = Self { loan: Some(loan), pool, lent: self.lent, streamed, draining: true };
+        self.pool.runtime().spawn(async move {
+            // Whatever comes of it is seen when the connection is dropped.
+            let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
+            drop(draining);
+        });
+        None
+    }
+
     #[expect(clippy::expect_used, reason = "the loan is taken in `drop` alone, after which nobody can ask for it")]
     fn loan(&self) -> &Loan<C> {
         self.loan.as_ref().expect("a client holds its connection until it is dropped")
@@ -254,26 +363,95 @@ impl<C: SessionClient> DerefMut for Client<C> {
 
 impl<C: SessionClient> Drop for Client<C> {
     fn drop(&mut self) {
+        let Some(loan) = self.loan.take() else { return };
+        let Some(loan) = self.drain(loan) else { return };
         self.pool.cluster().returned();
-        let Some(loan) = self.loan.take() else {
-            return;
-        };
         loan.watched().given_back(&self.lent);
         if let Loan::Lent { watched, .. } = &loan {
             watched.left(false);
         }
         let closed = self.pool.cluster().is_closed();
-        if closed && !loan.facts().is_poisoned() {
-            self.pool.cancel_running(loan.client(), loan.facts());
+        let busy = loan.activity().is_busy();
+        if (closed || busy) && !loan.facts().is_poisoned() {
+            self.pool.dialer.cancel_running(loan.client(), loan.facts());
         }
-        if closed || !loan.usable() {
-            loan.discard();
+        if closed || busy || !loan.usable() {
+            return loan.discard();
         }
+        loan.activity().give_back();
+        self.pool.give_back(loan);
     }
 }
 
 impl<C: SessionClient> fmt::Debug for Client<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("generation", &self.generation()).finish_non_exhaustive()
+    }
+}
+
+/// Cancels what one session runs; from [`Client::cancel_token`]. Connects as the pool does, with its TLS.
+#[derive(Clone)]
+pub struct CancelToken {
+    cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,
+}
+
+impl CancelToken {
+    /// Asks the server to stop what the session runs now. The server does not say whether it has: the statement ends with
+    /// SQLSTATE 57014, or goes on to its end. Fails where the server cannot be reached. Waits without a limit of its own.
+    pub async fn cancel(&self) -> Result<(), tokio_postgres::Error> {
+        (self.cancel)().await
+    }
+
+    /// As [`CancelToken::cancel`], for code written for the driver's token: the connector is not needed.
+    pub async fn cancel_query<T>(&self, _: T) -> Result<(), tokio_postgres::Error> {
+        self.cancel().await
+    }
+}
+
+impl fmt::Debug for CancelToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CancelToken").finish_non_exhaustive()
+    }
+}
+
+/// A session that has left its pool, from [`Client::detach`]; dropping it closes it.
+pub struct Detached<C: SessionClient = ClientWrapper> {
+    /// Always there: it was on loan.
+    session: Option<Own<C>>,
+    _wanting: Wanting,
+    /// The session ends with the task that follows the primary.
+    _pool: Pool<C>,
+}
+
+enum Own<C> {
+    Ours(Connection<C>),
+    Theirs(C),
+}
+
+impl<C: SessionClient> Deref for Detached<C> {
+    type Target = C;
+
+    #[expect(clippy::expect_used, reason = "it is made of a client, which holds its connection")]
+    fn deref(&self) -> &C {
+        match self.session.as_ref().expect("a session") {
+            Own::Ours(connection) => connection,
+            Own::Theirs(client) => client,
+        }
+    }
+}
+
+impl<C: SessionClient> DerefMut for Detached<C> {
+    #[expect(clippy::expect_used, reason = "it is made of a client, which holds its connection")]
+    fn deref_mut(&mut self) -> &mut C {
+        match self.session.as_mut().expect("a session") {
+            Own::Ours(connection) => connection,
+            Own::Theirs(client) => client,
+        }
+    }
+}
+
+impl<C: SessionClient> fmt::Debug for Detached<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Detached").finish_non_exhaustive()
     }
 }

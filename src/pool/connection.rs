@@ -6,24 +6,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, RecycleError, RecycleResult, WeakPool};
+use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep};
-use tokio_util::sync::CancellationToken;
+use tokio::time::Instant;
 
 use super::dialer::Dialer;
-use super::trail::{Trail, Trails};
-use crate::cluster::{Generation, lock};
+use super::dials::Berth;
+use super::trail::Trail;
+use crate::cluster::{Cluster, Generation, lock};
 use crate::commit::wal::Marking;
 use crate::commit::{Life, Server};
 use crate::error::Error;
 use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Notices, Session, SessionClient};
-use crate::topology::{GenerationId, ServerReport};
-
-/// Shortest and longest pause between two looks at the idle connections.
-const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
+use crate::topology::{Endpoint, GenerationId, ServerReport};
 
 /// What is known of one session, whoever holds it.
 pub(super) struct Facts {
@@ -36,10 +33,12 @@ pub(super) struct Facts {
     /// A COMMIT was sent, and not answered yet.
     pub(super) committing: AtomicBool,
     pub(super) trail: Arc<Trail>,
+    /// Where the session was opened.
+    pub(super) endpoint: Endpoint,
 }
 
 impl Facts {
-    pub(super) fn new<C>(generation: &Generation<C>, notices: Arc<Notices>, trail: Arc<Trail>) -> Self {
+    pub(super) fn new<C: SessionClient>(generation: &Generation<C>, notices: Arc<Notices>, trail: Arc<Trail>) -> Self {
         Self {
             generation: generation.primary.id,
             life: life(&generation.primary.report),
@@ -48,6 +47,7 @@ impl Facts {
             poisoned: AtomicBool::new(false),
             committing: AtomicBool::new(false),
             trail,
+            endpoint: generation.endpoint(),
         }
     }
 
@@ -93,10 +93,19 @@ struct Held<C> {
     watched: Arc<Watched>,
     /// From then on it is not handed out any more.
     expires: Instant,
+    /// Somebody has had it.
+    used: AtomicBool,
+    berth: Option<Berth>,
 }
 
 impl<C: SessionClient> Connection<C> {
-    fn new(session: Session<C>, generation: &Generation<C>, lifetime: Duration, observer: &Arc<Observer>) -> Self {
+    pub(super) fn new(
+        session: Session<C>,
+        generation: &Generation<C>,
+        lifetime: Duration,
+        observer: &Arc<Observer>,
+        berth: Berth,
+    ) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
         let trail = Arc::new(Trail::of(&*session.client));
@@ -106,6 +115,8 @@ impl<C: SessionClient> Connection<C> {
             client: session.client,
             abort: session.abort,
             facts: Facts::new(generation, session.notices, trail),
+            used: AtomicBool::new(false),
+            berth: Some(berth),
         };
         Self { held: Box::new(held) }
     }
@@ -119,7 +130,18 @@ impl<C: SessionClient> Connection<C> {
     }
 
     pub(super) fn usable(&self) -> bool {
-        !self.held.client.is_closed() && !self.held.facts.is_unfit()
+        let facts = &self.held.facts;
+        !self.held.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
+    }
+
+    /// Waits until the driver has seen all that was asked of it. Returns whether nothing is under way.
+    pub(super) async fn idle(&self) -> bool {
+        self.held.facts.notices.activity.idle().await
+    }
+
+    /// It does not count as one of the pool's any more.
+    pub(super) fn leave_the_pool(&mut self) {
+        self.held.berth = None;
     }
 
     pub(super) fn abort(&self) {
@@ -128,8 +150,19 @@ impl<C: SessionClient> Connection<C> {
         }
     }
 
-    fn expired(&self) -> bool {
+    pub(super) fn expired(&self) -> bool {
         Instant::now() >= self.held.expires
+    }
+
+    /// It is a good connection of the current generation.
+    pub(super) fn may_be_handed_out(&self, cluster: &Cluster<C>) -> bool {
+        self.usable() && !self.expired() && cluster.is_current(self.held.facts.generation)
+    }
+
+    /// Notes that somebody has it. Returns whether nobody had it before.
+    pub(super) fn use_it(&self) -> bool {
+        // To read is cheaper than to write, and it is true mostly.
+        !self.held.used.load(Ordering::Relaxed) && !self.held.used.swap(true, Ordering::Relaxed)
     }
 }
 
@@ -157,8 +190,10 @@ impl<C> fmt::Debug for Connection<C> {
 ///
 /// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Where a
 /// primary is known and takes no session it fails with [`Error::Unavailable`], and the next `get` may have more luck. Its
-/// `recycle` does no I/O. What it lacks against [`Pool`](crate::Pool) are the transactions and the explained time-outs; and its
+/// `recycle` does no I/O on a connection that was used lately; see [`PoolBuilder::test_idle_after`]. What it lacks against [`Pool`](crate::Pool) are the transactions and the explained time-outs; and its
 /// connections end with the deadpool pool, also those in use.
+///
+/// [`PoolBuilder::test_idle_after`]: crate::PoolBuilder::test_idle_after
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -173,22 +208,11 @@ impl<C> fmt::Debug for Connection<C> {
 /// ```
 pub struct Manager<C: SessionClient = ClientWrapper> {
     pub(super) dialer: Arc<Dialer<C>>,
-    pub(super) trails: Trails,
-    max_lifetime: Duration,
 }
 
 impl<C: SessionClient> Manager<C> {
-    pub(super) fn new(dialer: Arc<Dialer<C>>, max_lifetime: Duration) -> Self {
-        Self { dialer, trails: Trails::default(), max_lifetime }
-    }
-
-    fn connection(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
-        // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
-        let less = self.dialer.random_up_to(self.max_lifetime / 10);
-        let lifetime = self.max_lifetime.saturating_sub(less);
-        let connection = Connection::new(session, generation, lifetime, self.dialer.cluster.observer());
-        self.trails.add(&connection.held.facts.trail);
-        connection
+    pub(super) fn new(dialer: Arc<Dialer<C>>) -> Self {
+        Self { dialer }
     }
 }
 
@@ -198,13 +222,20 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
 
     async fn create(&self) -> Result<Connection<C>, Error> {
         // Boxed, as it is rare and large, and every waiting call would carry it.
-        let (session, generation) = Box::pin(self.dialer.session()).await?;
-        Ok(self.connection(session, &generation))
+        Box::pin(self.dialer.connection()).await
     }
 
     async fn recycle(&self, connection: &mut Connection<C>, _: &Metrics) -> RecycleResult<Error> {
         if !connection.usable() || connection.expired() {
             return Err(RecycleError::message("the connection has ended, or is too old"));
+        }
+        if !connection.facts().notices.activity.idle().await {
+            // Those of this crate's own pool are seen to when they are given back.
+            self.dialer.cancel_running(&connection.held.client, connection.facts());
+            return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
+        }
+        if !self.dialer.is_alive(connection).await {
+            return Err(RecycleError::message("its server has not answered"));
         }
         let (cluster, id) = (&self.dialer.cluster, connection.held.facts.generation);
         if cluster.is_current(id) {
@@ -222,34 +253,5 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
 impl<C: SessionClient> fmt::Debug for Manager<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Manager").field("view", &self.dialer.cluster.view()).finish_non_exhaustive()
-    }
-}
-
-/// When idle connections are closed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Idle {
-    pub(super) timeout: Duration,
-    pub(super) min: usize,
-}
-
-impl Idle {
-    /// Closes what is of no use any more and what has been idle for too long, until the pool is gone.
-    pub(super) async fn reap<C: SessionClient>(self, pool: WeakPool<Manager<C>>, end: CancellationToken) {
-        let pause = (self.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
-        while end.run_until_cancelled(sleep(pause)).await.is_some() {
-            let Some(pool) = pool.upgrade() else {
-                return;
-            };
-            let mut surplus = pool.status().available.saturating_sub(self.min);
-            let reaped = pool.retain(|connection, metrics| {
-                let stale = !connection.usable() || connection.expired();
-                let reap = stale || (surplus > 0 && metrics.last_used() >= self.timeout);
-                surplus = surplus.saturating_sub(usize::from(reap));
-                !reap
-            });
-            if !reaped.removed.is_empty() {
-                tracing::debug!(closed = reaped.removed.len(), idle = reaped.retained, "idle connections reaped");
-            }
-        }
     }
 }

@@ -5,15 +5,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::MutexGuard;
+use tokio::runtime::Handle;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::connection::Facts;
+use super::dials::Dials;
 use super::settling::Settlers;
+use super::stale::TestAfter;
+use super::trail::Trails;
 use crate::cluster::{Cluster, Generation, lock};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
-use crate::server::{Open, Session, SessionClient};
+use crate::server::{Open, Session, SessionClient, cancel};
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.
@@ -24,31 +29,52 @@ const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
-pub(super) struct Dialer<C> {
+pub(super) struct Dialer<C: SessionClient> {
     pub(super) cluster: Cluster<C>,
     pub(super) opener: Arc<dyn Open<C>>,
     pub(super) open_timeout: Duration,
     pub(super) settlers: Settlers<C>,
+    pub(super) dials: Arc<Dials<C>>,
+    /// How old a connection may become.
+    pub(super) max_lifetime: Duration,
+    /// Idle connections are tested from then on.
+    pub(super) test_after: TestAfter,
     seeds: AtomicU64,
     nonces: Nonces,
+    pub(super) trails: Trails,
     /// Held by the one who tries a log-in that will most likely be refused, or for which there is most likely no slot.
-    turn: tokio::sync::Mutex<()>,
+    turn: Arc<tokio::sync::Mutex<()>>,
     /// The last refusal, and when the session was dialled that it was said to; until one is opened.
     refused: Mutex<Option<(Instant, ProbeFailure)>>,
 }
 
 impl<C: SessionClient> Dialer<C> {
-    pub(super) fn new(cluster: Cluster<C>, opener: Arc<dyn Open<C>>, open_timeout: Duration, seed: u64) -> Self {
+    /// `runtime`: where the pool's tasks run.
+    pub(super) fn new(
+        cluster: Cluster<C>,
+        opener: Arc<dyn Open<C>>,
+        open_timeout: Duration,
+        seed: u64,
+        runtime: Handle,
+    ) -> Self {
         Self {
             cluster,
             opener,
             open_timeout,
             settlers: Settlers::default(),
+            dials: Arc::new(Dials::new(runtime)),
+            max_lifetime: Duration::MAX,
+            test_after: TestAfter::new(Duration::MAX),
             seeds: AtomicU64::new(seed),
             nonces: Nonces::default(),
-            turn: tokio::sync::Mutex::default(),
+            trails: Trails::default(),
+            turn: Arc::default(),
             refused: Mutex::default(),
         }
+    }
+
+    pub(super) fn with_ages(self, max_lifetime: Duration, test_idle_after: Duration) -> Self {
+        Self { max_lifetime, test_after: TestAfter::new(test_idle_after), ..self }
     }
 
     pub(super) fn random_up_to(&self, most: Duration) -> Duration {
@@ -62,6 +88,21 @@ impl<C: SessionClient> Dialer<C> {
 
     pub(super) fn next_nonce(&self) -> Nonce {
         self.nonces.next()
+    }
+
+    /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
+    /// with the pool: a session whose socket is gone still runs its statement to the end.
+    ///
+    /// Never a COMMIT: a cancel request would end its wait for the synchronous standbys, and the server would show
+    /// everybody what none of them has.
+    pub(super) fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
+        if facts.is_committing() {
+            return;
+        }
+        let Ok(runtime) = Handle::try_current() else { return };
+        let opener = Arc::clone(&self.opener);
+        let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
+        runtime.spawn(async move { cancel(|| opener.cancel(&endpoint, token.clone())).await });
     }
 
     /// A session of the current generation.
@@ -97,7 +138,7 @@ impl<C: SessionClient> Dialer<C> {
             Err(refused) => return Err(refused),
         };
         let began = Instant::now();
-        match self.open(generation).await {
+        match Self::open(&*self.opener, self.open_timeout, generation).await {
             Ok(session) => {
                 generation.opened();
                 self.let_in();
@@ -119,26 +160,41 @@ impl<C: SessionClient> Dialer<C> {
         &self,
         generation: &Generation<C>,
         asked: Instant,
-    ) -> Result<Option<MutexGuard<'_, ()>>, Error> {
-        let unlikely = || {
-            let trouble = generation.trouble().map(|failure| failure.kind);
-            trouble == Some(FailureKind::Full) || lock(&self.refused).is_some()
-        };
-        if !unlikely() {
+    ) -> Result<Option<OwnedMutexGuard<()>>, Error> {
+        let Some(turn) = self.needs_turn(generation) else {
             return Ok(None);
-        }
-        let turn = self.turn.lock().await;
-        let refused = lock(&self.refused).clone();
-        let Some((dialled, failure)) = refused else {
-            return Ok(Some(turn));
         };
-        if dialled >= asked && !is_young(generation) {
-            return Err(Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure))));
-        }
-        if let Some(at) = self.cluster.log_in_at() {
+        let turn = turn.lock_owned().await;
+        let at = self
+            .log_in_at(generation, asked)
+            .map_err(|failure| Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure))))?;
+        if let Some(at) = at {
             sleep_until(at).await;
         }
         Ok(Some(turn))
+    }
+
+    /// What to take before a log-in that will most likely be refused, or for which there is most likely no slot.
+    pub(super) fn needs_turn(&self, generation: &Generation<C>) -> Option<Arc<tokio::sync::Mutex<()>>> {
+        let full = || generation.trouble().map(|failure| failure.kind) == Some(FailureKind::Full);
+        let unlikely = lock(&self.refused).is_some() || full();
+        unlikely.then(|| Arc::clone(&self.turn))
+    }
+
+    /// When whoever has the turn may log in. Fails with a refusal that is newer than the question.
+    pub(super) fn log_in_at(
+        &self,
+        generation: &Generation<C>,
+        asked: Instant,
+    ) -> Result<Option<Instant>, ProbeFailure> {
+        let refused = lock(&self.refused).clone();
+        let Some((dialled, failure)) = refused else {
+            return Ok(None);
+        };
+        if dialled >= asked && !is_young(generation) {
+            return Err(failure);
+        }
+        Ok(self.cluster.log_in_at())
     }
 
     /// Remembers a refusal to a session that was dialled then; another failure says nothing of log-ins.
@@ -154,11 +210,15 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// Opens one session of this generation and lets its server prove that it is the one.
-    async fn open(&self, generation: &Generation<C>) -> Result<Session<C>, ProbeFailure> {
+    pub(super) async fn open(
+        opener: &dyn Open<C>,
+        within: Duration,
+        generation: &Generation<C>,
+    ) -> Result<Session<C>, ProbeFailure> {
         let endpoint = generation.endpoint();
-        let opening = self.opener.open(&endpoint, Question::Identity, generation.scope.clone());
-        let (session, report) = timeout(self.open_timeout, opening).await.unwrap_or_else(|_| {
-            let message = format!("no session within {:?}", self.open_timeout);
+        let opening = opener.open(&endpoint, Question::Identity, generation.scope.clone());
+        let (session, report) = timeout(within, opening).await.unwrap_or_else(|_| {
+            let message = format!("no session within {within:?}");
             Err(ProbeFailure::new(FailureKind::TimedOut, message))
         })?;
         let admitted = generation.primary.admits(&report);
@@ -168,11 +228,20 @@ impl<C: SessionClient> Dialer<C> {
 
     /// A session to the primary could not be had: doubts the primary, and waits before the caller may try again.
     pub(super) async fn not_opened(&self, generation: &Generation<C>, failure: ProbeFailure) -> Error {
+        let (error, pause) = self.failed(generation, failure);
+        sleep(pause).await;
+        error
+    }
+
+    /// A session to the primary could not be had: doubts the primary. Returns the callers' error, and how long nobody should
+    /// try again.
+    pub(super) fn failed(&self, generation: &Generation<C>, failure: ProbeFailure) -> (Error, Duration) {
         let id = generation.primary.id;
         tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
         let refused = failure.kind == FailureKind::Refused;
         if refused && !is_young(generation) {
-            return Error::Refused(Box::new(Refused::new(Some(generation.endpoint()), failure)));
+            let refused = Refused::new(Some(generation.endpoint()), failure);
+            return (Error::Refused(Box::new(refused)), Duration::ZERO);
         }
         // A server that refuses a log-in is there.
         if !refused {
@@ -181,9 +250,9 @@ impl<C: SessionClient> Dialer<C> {
         let failures = generation.not_opened(failure.clone());
         let most = if failure.kind == FailureKind::Full { FULL_PAUSE } else { OPEN_PAUSE.1 };
         let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(most);
-        sleep((longest + self.random_up_to(longest)) / 2).await;
         let obstacle = Obstacle::NoSession(Some(failure));
-        Error::Unavailable(Box::new(Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle)))
+        let unavailable = Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle);
+        (Error::Unavailable(Box::new(unavailable)), (longest + self.random_up_to(longest)) / 2)
     }
 }
 

@@ -103,7 +103,8 @@ macro_rules! statements {
             client.noted(client.driver().query_opt_scalar(statement, params).await)
         }
 
-        /// As [`tokio_postgres::Client::query_raw`].
+        /// As [`tokio_postgres::Client::query_raw`]. In a transaction: finish what it returns or drop it before the closure
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn query_raw<T, P, I>(&self, statement: &T, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
@@ -113,6 +114,7 @@ macro_rules! statements {
         {
             let $handle = self;
             let client = $client;
+            client.set_streamed();
             client.noted(client.driver().query_raw(statement, params).await)
         }
 
@@ -149,7 +151,8 @@ macro_rules! statements {
             client.noted(client.driver().query_typed_opt(query, params).await)
         }
 
-        /// As [`tokio_postgres::Client::query_typed_raw`].
+        /// As [`tokio_postgres::Client::query_typed_raw`]. In a transaction: finish what it returns or drop it before the closure
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn query_typed_raw<P, I>(&self, query: &str, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
             P: BorrowToSql,
@@ -157,6 +160,7 @@ macro_rules! statements {
         {
             let $handle = self;
             let client = $client;
+            client.set_streamed();
             client.noted(client.driver().query_typed_raw(query, params).await)
         }
 
@@ -198,7 +202,8 @@ macro_rules! statements {
             client.noted(client.driver().execute_raw(statement, params).await)
         }
 
-        /// As [`tokio_postgres::Client::copy_in`].
+        /// As [`tokio_postgres::Client::copy_in`]. In a transaction: finish what it returns or drop it before the closure
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn copy_in<T, U>(&self, statement: &T) -> Result<CopyInSink<U>, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
@@ -206,16 +211,19 @@ macro_rules! statements {
         {
             let $handle = self;
             let client = $client;
+            client.set_streamed();
             client.noted(client.driver().copy_in(statement).await)
         }
 
-        /// As [`tokio_postgres::Client::copy_out`].
+        /// As [`tokio_postgres::Client::copy_out`]. In a transaction: finish what it returns or drop it before the closure
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn copy_out<T>(&self, statement: &T) -> Result<CopyOutStream, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
         {
             let $handle = self;
             let client = $client;
+            client.set_streamed();
             client.noted(client.driver().copy_out(statement).await)
         }
 
@@ -226,10 +234,12 @@ macro_rules! statements {
             client.noted(client.driver().simple_query(query).await)
         }
 
-        /// As [`tokio_postgres::Client::simple_query_raw`].
+        /// As [`tokio_postgres::Client::simple_query_raw`]. In a transaction: finish what it returns or drop it before the closure
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn simple_query_raw(&self, query: &str) -> Result<SimpleQueryStream, tokio_postgres::Error> {
             let $handle = self;
             let client = $client;
+            client.set_streamed();
             client.noted(client.driver().simple_query_raw(query).await)
         }
 

@@ -15,6 +15,7 @@ use std::time::Duration;
 use deadpool::managed::{self, Object, ObjectId, PoolError};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::{CancelToken, NoTls};
@@ -32,7 +33,7 @@ use crate::error::{BuildError, Error, Obstacle, Unavailable};
 use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, cancel, not_created};
+use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, not_created, panicked};
 use crate::topology::{
     Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Question, Refusal, ServerReport, Settings, Suspicion,
     View, Vigil,
@@ -45,8 +46,13 @@ pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
     /// Has it been used before, by whomever?
     fn is_used(&self) -> bool;
 
+    /// Takes it out of its pool, whose slot is free then.
+    fn take(self: Box<Self>) -> C;
+
     /// Closes it, and frees its slot.
-    fn discard(self: Box<Self>);
+    fn discard(self: Box<Self>) {
+        drop(self.take());
+    }
 }
 
 impl<M> FromElsewhere<M::Type> for Object<M>
@@ -62,8 +68,8 @@ where
         Object::metrics(self).recycle_count > 0
     }
 
-    fn discard(self: Box<Self>) {
-        drop(Object::take(*self));
+    fn take(self: Box<Self>) -> M::Type {
+        Object::take(*self)
     }
 }
 
@@ -93,6 +99,9 @@ pub(super) trait Lend<C>: Send + Sync {
     /// Clears the prepared statements of what is idle.
     fn clear_idle(&self);
 }
+
+/// Whose code has panicked.
+const MANAGER: &str = "the wrapped pool's manager";
 
 /// Why the wrapped pool gave no connection.
 pub(super) enum NotLent {
@@ -126,8 +135,7 @@ where
         Box::pin(async move {
             // A panic in it costs this one session.
             let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
-            let panicked = |_| ProbeFailure::new(FailureKind::Unreachable, "the wrapped pool's manager panicked");
-            let created = creating.await.map_err(panicked)?.map_err(not_created)?;
+            let created = creating.await.map_err(|panic| panicked(MANAGER, &*panic))?.map_err(not_created)?;
             let existing = self.existing.clone();
             // The manager may keep a record of what it made, as deadpool-postgres' does.
             let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
@@ -156,8 +164,8 @@ where
 
     /// Without TLS, which the server does not ask for in a cancel request; where the manager's `sslmode` is `require`, the
     /// driver refuses to send it so.
-    fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {
-        Box::pin(async move { cancel(|| token.cancel_query(NoTls)).await })
+    fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
+        Box::pin(async move { token.cancel_query(NoTls).await })
     }
 }
 
@@ -169,7 +177,13 @@ where
 {
     fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<M::Type>>, NotLent>> {
         Box::pin(async move {
-            match self.existing.get().await {
+            // A panic in the manager, or in a hook of the wrapped pool, costs this one connection.
+            let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
+            let got = match getting.await {
+                Ok(got) => got,
+                Err(panic) => return Err(NotLent::Failed(panicked(MANAGER, &*panic))),
+            };
+            match got {
                 Ok(object) => Ok(Box::new(object) as Box<dyn FromElsewhere<M::Type>>),
                 Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
                 Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
@@ -231,7 +245,7 @@ impl<C: SessionClient> Wrapped<C> {
             let dialled = Instant::now();
             let object = tokio::select! {
                 biased;
-                () = dialer.cluster.scope().cancelled() => return Err(Error::Closed),
+                () = dialer.cluster.scope().cancelled() => return Err(dialer.cluster.ended().into()),
                 object = self.lender.get() => object,
                 // Connecting to a server that has been left may hang for longer than anybody would wait.
                 () = dialer.cluster.left(id) => continue,
@@ -246,7 +260,7 @@ impl<C: SessionClient> Wrapped<C> {
                     Err(None) => continue,
                 },
                 Err(NotLent::Failed(failure)) => failure,
-                Err(NotLent::Closed) => return Err(Error::Closed),
+                Err(NotLent::Closed) => return Err(dialer.cluster.ended().into()),
                 Err(NotLent::NoneFree) => {
                     let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
                     let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
@@ -465,6 +479,8 @@ where
             gate: 1,
             seed,
             observer,
+            // What is open belongs to the wrapped pool.
+            sleep_after: None,
         });
         tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped {
@@ -472,7 +488,7 @@ where
             known: Mutex::default(),
             trails: Trails::default(),
         }));
-        let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed));
+        let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed, Handle::current()));
         Ok(Pool { source, dialer, shared })
     }
 }

@@ -43,6 +43,11 @@ impl Name {
         Self { due: Some(now), told_at: None, asked_at: None, addresses: HashSet::new(), failure: None, unknown: false }
     }
 
+    /// As if it had never been asked, but for the addresses that it had.
+    pub(super) fn ask_anew(&mut self, now: Instant) {
+        (self.due, self.told_at, self.asked_at) = (Some(now), None, None);
+    }
+
     pub(super) fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
     }

@@ -52,6 +52,9 @@ pub enum State {
         /// What it said when it was verified.
         report: ServerReport,
     },
+    /// Nobody has asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after): nothing is open, and nothing
+    /// asked. The next caller wakes the pool.
+    Asleep,
     /// The pool was closed.
     Closed,
 }
@@ -78,6 +81,8 @@ pub enum Eviction {
     Fenced,
     /// Its server was silent for [`dead_after`](crate::PoolBuilder::dead_after).
     Silent,
+    /// Nobody asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after).
+    Asleep,
 }
 
 impl fmt::Display for Eviction {
@@ -87,6 +92,7 @@ impl fmt::Display for Eviction {
             Self::Demoted => "demoted",
             Self::Fenced => "fenced",
             Self::Silent => "silent",
+            Self::Asleep => "asleep",
         })
     }
 }

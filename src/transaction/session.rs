@@ -80,6 +80,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Has the server aborted the transaction? Where that cannot be asked, as somebody holds the handle, or is not answered, it
     /// is taken to be so.
     async fn is_aborted(&self) -> bool {
-        self.is_shared() || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))
+        self.is_shared()
+            || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))
     }
 }

@@ -101,7 +101,7 @@ async fn round<C: SessionClient>(
 ) -> Option<Result<Outcome, Unsettled>> {
     let (mut permit, witness) = match settling.session().await {
         Ok(session) => session,
-        Err(Error::Closed) => return Some(Err(Unsettled::NoPrimary)),
+        Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
         Err(_) => {
             *reason = Unsettled::NoPrimary;
             return None;

@@ -214,7 +214,7 @@ fn c7_a_pool_whose_runtime_has_ended_is_closed() {
     });
     drop(inner);
     let answer = outer.block_on(async { timeout(10 * SECOND, pool.get()).await });
-    assert!(matches!(answer, Ok(Err(Error::Closed))), "{answer:?}");
+    assert!(matches!(answer, Ok(Err(Error::RuntimeEnded))), "{answer:?}");
     assert!(matches!(pool.status().view.state, State::Closed));
     // The cluster's own connections live on the outer runtime.
     outer.block_on(async move { drop(cluster) });

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 mod between;
+mod busy;
 mod cancel;
 mod checkout;
 mod clusters;
 mod deadline;
 mod demotion;
 mod dns;
+mod ended;
 mod endings;
 mod errors;
 mod evidence;
@@ -18,6 +20,8 @@ mod get;
 mod history;
 mod hostile;
 mod hygiene;
+mod idle;
+mod impatient;
 mod listen;
 mod lives;
 mod load;

@@ -1,0 +1,458 @@
+//! The pool's new connections: opened in the background, each for whoever has waited longest.
+//!
+//! A dial belongs to the pool and not to the caller that needed it first: a caller that gives up leaves the dial under way,
+//! and the next caller has its connection. Who waits for a dial also takes a connection that is given back meanwhile.
+//! Invariants: connections and dials together are never more than `max_size`; what is delivered to a waiter that has just
+//! given up goes on to the next one; callers are served in the order in which they came. Tests: `tests/it/impatient.rs`.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
+
+use deadpool::managed::{self, WeakPool};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::Manager;
+use super::connection::Connection;
+use super::dialer::Dialer;
+use crate::cluster::{Generation, lock};
+use crate::error::{Error, Refused};
+use crate::server::{Session, SessionClient};
+use crate::topology::ProbeFailure;
+
+type Delivery<C> = Result<Connection<C>, Error>;
+
+/// The connections that are being opened, who waits for them, and those that nobody waits for any more.
+pub(super) struct Dials<C: SessionClient> {
+    book: Mutex<Book<C>>,
+    /// How many callers wait. Whoever gives a connection back reads it, and nobody writes it while none is opened.
+    waiting: AtomicUsize,
+    /// Most connections and dials together.
+    max_size: AtomicUsize,
+    /// The pool that the manager serves, where it is this crate's.
+    pool: OnceLock<WeakPool<Manager<C>>>,
+    /// Where the dials and the drivers of their sessions run: the pool's own runtime, which outlives its callers'.
+    runtime: Handle,
+    room: Arc<Room>,
+}
+
+/// How much of `max_size` is taken.
+#[derive(Default)]
+struct Room {
+    /// All connections that exist: idle, ready, on loan, and on their way between these. Grows under the book's lock alone.
+    live: AtomicUsize,
+    changed: Notify,
+}
+
+struct Book<C> {
+    waiters: VecDeque<Waiter<C>>,
+    /// Connections that nobody has had yet, the newest last.
+    ready: Vec<Ready<C>>,
+    dialing: usize,
+    next_ticket: u64,
+    /// A dial that nobody waited for has failed lately.
+    failed_at: Option<Instant>,
+}
+
+struct Waiter<C> {
+    ticket: u64,
+    /// When its caller asked: an older refusal is no answer.
+    asked: Instant,
+    deliver: oneshot::Sender<Delivery<C>>,
+}
+
+struct Ready<C> {
+    connection: Connection<C>,
+    since: Instant,
+}
+
+impl<C: SessionClient> Dials<C> {
+    pub(super) fn new(runtime: Handle) -> Self {
+        let book = Book { waiters: VecDeque::new(), ready: Vec::new(), dialing: 0, next_ticket: 0, failed_at: None };
+        Self {
+            book: Mutex::new(book),
+            waiting: AtomicUsize::new(0),
+            max_size: AtomicUsize::new(usize::MAX),
+            pool: OnceLock::new(),
+            runtime,
+            room: Arc::default(),
+        }
+    }
+
+    pub(super) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    /// The manager serves this pool.
+    pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize) {
+        self.max_size.store(max_size, Ordering::Relaxed);
+        let _ = self.pool.set(pool);
+    }
+
+    /// Does anybody wait for a connection that is being opened? One load, of what nobody writes on the quiet path.
+    pub(super) fn wanted(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    /// Connections that are open and that nobody has had yet.
+    pub(super) fn ready(&self) -> usize {
+        self.book().ready.len()
+    }
+
+    /// Waits until somebody needed a new connection, or one has ended. Cancel-safe.
+    pub(super) async fn changed(&self) {
+        self.room.changed.notified().await;
+    }
+
+    /// When a dial that nobody waited for has failed last.
+    pub(super) fn failed_at(&self) -> Option<Instant> {
+        self.book().failed_at
+    }
+
+    /// Gives a connection that left the pool's idle ones to whoever has waited longest.
+    pub(super) fn hand(&self, connection: Connection<C>) {
+        let mut book = self.book();
+        let unclaimed = self.deliver(&mut book, Ok(connection));
+        if let Some(Ok(connection)) = unclaimed {
+            book.ready.push(Ready { connection, since: Instant::now() });
+        }
+    }
+
+    /// A connection was given back after nobody seemed to wait: it goes to whoever has begun to wait meanwhile.
+    pub(super) fn offer_idle(&self) {
+        if let Some(connection) = self.take_idle() {
+            self.hand(connection);
+        }
+    }
+
+    /// Closes what is of no use any more, and what `surplus` of the others has been idle for so long. Returns how many.
+    pub(super) fn reap(&self, idle_for: Duration, surplus: &mut usize) -> usize {
+        let mut reaped = Vec::new();
+        let mut book = self.book();
+        for ready in std::mem::take(&mut book.ready) {
+            let stale = !ready.connection.usable() || ready.connection.expired();
+            if stale || (*surplus > 0 && ready.since.elapsed() >= idle_for) {
+                *surplus = surplus.saturating_sub(1);
+                reaped.push(ready);
+            } else {
+                book.ready.push(ready);
+            }
+        }
+        // A connection that ends takes the lock.
+        drop(book);
+        reaped.len()
+    }
+
+    /// Closes the idle connections whose servers have said nothing since, or for longer.
+    pub(super) fn close_idle_since(&self, heard_at: u64) {
+        let silent = |connection: &Connection<C>| connection.facts().notices.activity.heard_at() <= heard_at;
+        let mut closed = Vec::new();
+        let mut book = self.book();
+        for ready in std::mem::take(&mut book.ready) {
+            if silent(&ready.connection) { closed.push(ready) } else { book.ready.push(ready) }
+        }
+        drop(book);
+        if let Some(pool) = self.pool.get().and_then(WeakPool::upgrade) {
+            pool.retain(|connection, _| !silent(connection));
+        }
+    }
+
+    /// The newest idle connection of the pool that may be handed out.
+    fn take_idle(&self) -> Option<Connection<C>> {
+        let pool = self.pool.get()?.upgrade()?;
+        let mut found = false;
+        // It passes over them from the oldest on, which serves as well.
+        let taken = pool.retain(|connection, _| {
+            let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
+            found |= take;
+            !take
+        });
+        taken.removed.into_iter().next()
+    }
+
+    /// Gives `delivery` to the first waiter that is still there; returns it where none is.
+    fn deliver(&self, book: &mut Book<C>, mut delivery: Delivery<C>) -> Option<Delivery<C>> {
+        while let Some(waiter) = book.waiters.pop_front() {
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            match waiter.deliver.send(delivery) {
+                Ok(()) => return None,
+                Err(back) => delivery = back,
+            }
+        }
+        Some(delivery)
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book<C>> {
+        lock(&self.book)
+    }
+}
+
+/// One connection among those that count against `max_size`, until it is dropped or leaves the pool.
+pub(super) struct Berth(Arc<Room>);
+
+impl Drop for Berth {
+    fn drop(&mut self) {
+        self.0.live.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}
+
+/// A dial that counts as under way.
+struct Dialing<C: SessionClient>(Arc<Dials<C>>);
+
+impl<C: SessionClient> Drop for Dialing<C> {
+    fn drop(&mut self) {
+        let mut book = self.0.book();
+        book.dialing = book.dialing.saturating_sub(1);
+        drop(book);
+        // However it ended, its waiters need another one.
+        self.0.room.changed.notify_one();
+    }
+}
+
+/// A place in the queue of those who wait for a new connection. Dropping it leaves the queue, and passes on what was
+/// delivered and not taken.
+struct Place<C: SessionClient> {
+    dials: Arc<Dials<C>>,
+    ticket: u64,
+    delivered: oneshot::Receiver<Delivery<C>>,
+}
+
+impl<C: SessionClient> Drop for Place<C> {
+    fn drop(&mut self) {
+        let mut book = self.dials.book();
+        if let Some(index) = book.waiters.iter().position(|waiter| waiter.ticket == self.ticket) {
+            book.waiters.remove(index);
+            self.dials.waiting.fetch_sub(1, Ordering::SeqCst);
+            return;
+        }
+        drop(book);
+        self.delivered.close();
+        if let Ok(Ok(connection)) = self.delivered.try_recv() {
+            self.dials.hand(connection);
+        }
+    }
+}
+
+impl<C: SessionClient> Dialer<C> {
+    /// A connection that no other caller holds. Waits for a primary and for a dial, without a limit of its own. Cancel-safe:
+    /// the dial goes on, and its connection is the next caller's.
+    pub(super) async fn connection(self: &Arc<Self>) -> Result<Connection<C>, Error> {
+        let _wanting = self.cluster.want();
+        let asked = Instant::now();
+        loop {
+            let generation = self.cluster.primary().await?;
+            let mut place = match self.enlist(&generation, asked) {
+                Ok(connection) => return Ok(connection),
+                Err(place) => place,
+            };
+            self.balance(0);
+            // One that was given back just before this caller stood in the queue.
+            if let Some(connection) = self.dials.take_idle()
+                && connection.idle().await
+            {
+                return Ok(connection);
+            }
+            tokio::select! {
+                biased;
+                delivered = &mut place.delivered => match delivered {
+                    // It may have been given back with something under way that its driver has not seen yet.
+                    Ok(Ok(connection)) if connection.idle().await => return Ok(connection),
+                    Ok(Ok(_)) => {}
+                    Ok(Err(error)) => return Err(error),
+                    // Nobody drops a waiter without an answer, but for the pool itself.
+                    Err(_) => return Err(self.cluster.ended().into()),
+                },
+                () = self.cluster.left(generation.primary.id) => {}
+            }
+        }
+    }
+
+    /// A connection that is ready, or a place in the queue.
+    fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
+        let mut stale = Vec::new();
+        let mut book = self.dials.book();
+        while let Some(ready) = book.ready.pop() {
+            if ready.connection.may_be_handed_out(&self.cluster) {
+                return Ok(ready.connection);
+            }
+            stale.push(ready);
+        }
+        // In a pool built by hand, whose size nobody tells, there is room where the waiters outnumber the dials.
+        let spoken_for = book.dialing > book.waiters.len() && self.dials.pool.get().is_none();
+        if !spoken_for
+            && self.dials.has_room(&book)
+            && let Some(session) = generation.take_spare()
+        {
+            return Ok(self.make(session, generation));
+        }
+        let (deliver, delivered) = oneshot::channel();
+        let ticket = book.next_ticket;
+        book.next_ticket += 1;
+        book.waiters.push_back(Waiter { ticket, asked, deliver });
+        self.dials.waiting.fetch_add(1, Ordering::SeqCst);
+        drop(book);
+        self.dials.room.changed.notify_one();
+        Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
+    }
+
+    /// Starts the dials that the waiters need, and `more`, for which nobody waits yet.
+    pub(super) fn balance(self: &Arc<Self>, more: usize) {
+        let Some(generation) = self.cluster.current() else { return };
+        let mut book = self.dials.book();
+        while book.dialing + book.ready.len() < book.waiters.len() + more && self.dials.has_room(&book) {
+            book.dialing += 1;
+            let dialing = Dialing(Arc::clone(&self.dials));
+            let dial = dial(Arc::downgrade(self), Arc::clone(&generation), dialing);
+            // A task that is dropped at once, as its runtime has ended, takes the lock.
+            drop(book);
+            drop(self.dials.runtime.spawn(dial));
+            if self.cluster.is_closed() {
+                return;
+            }
+            book = self.dials.book();
+        }
+    }
+
+    /// How many dials nobody waits for, and connections nobody has had.
+    pub(super) fn ahead(&self) -> usize {
+        let book = self.dials.book();
+        book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
+    }
+
+    /// The book is locked.
+    fn make(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
+        // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
+        let less = self.random_up_to(self.max_lifetime / 10);
+        let lifetime = self.max_lifetime.saturating_sub(less);
+        let berth = self.dials.berth();
+        let connection = Connection::new(session, generation, lifetime, self.cluster.observer(), berth);
+        self.trails.add(&connection.facts().trail);
+        connection
+    }
+
+    fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: Dialing<C>) {
+        let mut book = self.dials.book();
+        book.failed_at = None;
+        let connection = self.make(session, generation);
+        let unclaimed = if self.cluster.is_current(generation.primary.id) {
+            self.dials.deliver(&mut book, Ok(connection))
+        } else {
+            Some(Ok(connection))
+        };
+        if let Some(Ok(connection)) = unclaimed {
+            book.ready.push(Ready { connection, since: Instant::now() });
+        }
+        drop(book);
+        drop(dialing);
+    }
+
+    /// No session could be had: tells whoever has waited longest.
+    fn not_arrived(&self, error: Error) {
+        let mut book = self.dials.book();
+        if book.waiters.is_empty() {
+            book.failed_at = Some(Instant::now());
+        }
+        self.dials.deliver(&mut book, Err(error));
+    }
+
+    /// The server refuses the pool: that is the answer to all who asked before the session was dialled.
+    fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
+        let mut book = self.dials.book();
+        if book.waiters.is_empty() {
+            book.failed_at = Some(Instant::now());
+        }
+        while book.waiters.front().is_some_and(|waiter| waiter.asked <= dialled) {
+            let refused = Refused::new(Some(generation.endpoint()), failure.clone());
+            self.dials.deliver(&mut book, Err(Error::Refused(Box::new(refused))));
+        }
+    }
+}
+
+impl<C: SessionClient> Dials<C> {
+    fn has_room(&self, book: &Book<C>) -> bool {
+        self.room.live.load(Ordering::Acquire) + book.dialing < self.max_size.load(Ordering::Relaxed)
+    }
+
+    fn berth(&self) -> Berth {
+        self.room.live.fetch_add(1, Ordering::AcqRel);
+        Berth(Arc::clone(&self.room))
+    }
+}
+
+/// Opens one connection, through the generation's gate. Ends with the generation, and with the pool.
+async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generation<C>>, dialing: Dialing<C>) {
+    let Some((opener, within)) = dialer.upgrade().map(|it| (Arc::clone(&it.opener), it.open_timeout)) else { return };
+    let scope = generation.scope.clone();
+    let started = Instant::now();
+    let dialled = scope.run_until_cancelled(async {
+        // The gate is never closed, so waiting for it cannot fail.
+        let permit = generation.gate.acquire().await;
+        // The session that found the primary may have come free meanwhile.
+        if let Some(spare) = generation.take_spare() {
+            return Some((permit, None, None, Ok(spare)));
+        }
+        let turn = match take_turn(&dialer, &generation, started).await? {
+            Ok(turn) => turn,
+            Err(refused) => return Some((permit, None, None, Err(refused))),
+        };
+        let began = Instant::now();
+        let outcome = Dialer::open(&*opener, within, &generation).await;
+        Some((permit, turn, Some(began), outcome))
+    });
+    let Some(Some((permit, turn, began, outcome))) = dialled.await else { return };
+    let Some(strong) = dialer.upgrade() else { return };
+    let failure = match outcome {
+        Ok(session) => {
+            if let Some(began) = began {
+                generation.opened();
+                strong.let_in();
+                strong.cluster.observer().opened(began.elapsed());
+            }
+            return strong.arrived(session, &generation, dialing);
+        }
+        Err(failure) => failure,
+    };
+    // Without a dial of its own, it is the refusal that another dial met.
+    let began = began.unwrap_or(started);
+    strong.note_refused(began, &failure);
+    let (error, pause) = strong.failed(&generation, failure.clone());
+    if matches!(error, Error::Refused(_)) {
+        return strong.refused(&generation, &failure, began);
+    }
+    drop(strong);
+    // Permit and turn are held through the pause: a server that takes no sessions is not asked by everybody.
+    let paused = scope.run_until_cancelled(sleep(pause)).await;
+    drop((permit, turn));
+    if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
+        dialer.not_arrived(error);
+    }
+    drop(dialing);
+}
+
+type Turn = Option<OwnedMutexGuard<()>>;
+
+/// As [`Dialer::turn`], without keeping the pool alive while it waits. `None`: the pool has gone.
+async fn take_turn<C: SessionClient>(
+    dialer: &Weak<Dialer<C>>,
+    generation: &Generation<C>,
+    started: Instant,
+) -> Option<Result<Turn, ProbeFailure>> {
+    let Some(turn) = dialer.upgrade()?.needs_turn(generation) else { return Some(Ok(None)) };
+    let turn = turn.lock_owned().await;
+    let at = match dialer.upgrade()?.log_in_at(generation, started) {
+        Ok(at) => at,
+        Err(refused) => return Some(Err(refused)),
+    };
+    if let Some(at) = at {
+        sleep_until(at).await;
+    }
+    Some(Ok(Some(turn)))
+}
+
+/// The settings of deadpool that take a connection only where there is one at once.
+pub(super) const AT_ONCE: managed::Timeouts =
+    managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };

@@ -1,0 +1,92 @@
+//! Keeps as many connections idle as the pool should have: closes those idle for too long, opens `min_idle` ahead of need.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use deadpool::managed::{self, WeakPool};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::Manager;
+use super::dialer::Dialer;
+use crate::server::SessionClient;
+use crate::topology::View;
+
+/// Shortest and longest pause between two looks at the idle connections.
+const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
+/// A server that took no session is asked again after this, where nobody waits for one.
+const FILL_AGAIN: Duration = Duration::from_secs(5);
+
+/// How many connections are idle, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Idle {
+    pub(super) timeout: Duration,
+    pub(super) min: usize,
+}
+
+/// What the task that keeps the idle connections needs. It keeps neither alive.
+pub(super) struct Keeper<C: SessionClient> {
+    pub(super) idle: Idle,
+    pub(super) pool: WeakPool<Manager<C>>,
+    pub(super) dialer: Weak<Dialer<C>>,
+    pub(super) views: watch::Receiver<View>,
+    pub(super) end: CancellationToken,
+}
+
+impl<C: SessionClient> Keeper<C> {
+    /// Runs until the pool is gone.
+    pub(super) async fn run(mut self) {
+        let Some(dials) = self.dialer.upgrade().map(|dialer| Arc::clone(&dialer.dials)) else { return };
+        let pause = (self.idle.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
+        let mut reap_at = Instant::now() + pause;
+        let mut fill_at = None;
+        loop {
+            let wake_at = fill_at.map_or(reap_at, |fill_at: Instant| fill_at.min(reap_at));
+            let reap = tokio::select! {
+                () = self.end.cancelled() => return,
+                () = dials.changed() => false,
+                // What belongs to an older generation is of no use any more.
+                changed = self.views.changed() => match changed {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+                () = sleep_until(wake_at) => reap_at <= Instant::now(),
+            };
+            let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
+            if reap {
+                reap_at = Instant::now() + pause;
+                self.idle.reap(&pool, &dialer);
+            }
+            fill_at = self.idle.fill(&pool, &dialer);
+        }
+    }
+}
+
+impl Idle {
+    /// Closes what is of no use any more and what has been idle for too long.
+    fn reap<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Dialer<C>) {
+        let idle = pool.status().available + dialer.dials.ready();
+        let mut surplus = idle.saturating_sub(self.min);
+        let mut reaped = dialer.dials.reap(self.timeout, &mut surplus);
+        let retained = pool.retain(|connection, metrics| {
+            let stale = !connection.usable() || connection.expired();
+            let reap = stale || (surplus > 0 && metrics.last_used() >= self.timeout);
+            surplus = surplus.saturating_sub(usize::from(reap));
+            !reap
+        });
+        reaped += retained.removed.len();
+        if reaped > 0 {
+            tracing::debug!(closed = reaped, idle = retained.retained, "idle connections reaped");
+        }
+    }
+
+    /// Starts the dials that waiters and `min_idle` need. Returns when to try again where the server takes no session.
+    fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
+        let missing = self.min.saturating_sub(pool.status().available + dialer.ahead());
+        let again = dialer.dials.failed_at().map(|failed_at| failed_at + FILL_AGAIN);
+        let wait = again.filter(|again| missing > 0 && *again > Instant::now());
+        dialer.balance(if wait.is_some() { 0 } else { missing });
+        wait
+    }
+}

@@ -1,0 +1,273 @@
+//! Opens the driver's connections over streams that count what passes.
+//!
+//! The driver's own `connect` fixes the type of the stream, so the socket is taken from it: its connector for TLS gets the
+//! socket as the driver has set it up, with all keep-alives and time-outs, and the session goes on by `connect_raw`.
+
+use std::any::TypeId;
+use std::future::{Ready, poll_fn, ready};
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+#[cfg(unix)]
+use tokio::net::UnixStream;
+use tokio_postgres::config::{Host, SslMode, SslNegotiation};
+use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, NoTlsStream, TlsConnect, TlsStream};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, Error, NoTls, Socket};
+
+use super::activity::{Activity, Counter};
+use super::{Driver, Notices};
+
+/// Opens a session to the one address of `config`, whose traffic `notices` counts.
+pub(super) async fn connect<T>(mut config: Config, tls: T, notices: Arc<Notices>) -> Result<(Client, Driver), Error>
+where
+    T: MakeTlsConnect<Socket> + Send + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
+    // The driver knows of its own `NoTls` that it cannot encrypt, and cannot know it of a connector around that.
+    if TypeId::of::<T>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
+        config.ssl_mode(SslMode::Disable);
+    }
+    let Some(plain) = open(&config).await? else {
+        // Where the socket could not be had, the driver says why, or serves uncounted.
+        let (client, connection) = config.connect(tls).await?;
+        return Ok((client, drive(connection, notices)));
+    };
+    let activity = Arc::clone(&notices.activity);
+    let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
+    let secure = Secure { tls, host: host_of(&config), activity: Arc::clone(&activity) };
+    let wire = Wire { stream: plain, counter: Counter::new(asks), activity };
+    let (client, connection) = config.connect_raw(wire, secure).await?;
+    Ok((client, drive(connection, notices)))
+}
+
+/// Asks the server to stop what the session of `token` runs.
+pub(super) async fn cancel<T>(config: Config, tls: T, token: CancelToken) -> Result<(), Error>
+where
+    T: MakeTlsConnect<Socket> + Send + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
+    let Some(plain) = open(&config).await? else { return token.cancel_query(tls).await };
+    let activity = Arc::<Activity>::default();
+    let secure = Secure { tls, host: host_of(&config), activity: Arc::clone(&activity) };
+    token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity }, secure).await
+}
+
+fn drive<S, T>(mut connection: Connection<S, T>, notices: Arc<Notices>) -> Driver
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    Box::pin(async move {
+        while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
+            match message? {
+                AsyncMessage::Notice(notice) => notices.note(&notice),
+                AsyncMessage::Notification(notification) => {
+                    if let Some(ear) = notices.ear.get() {
+                        ear.notified(notification);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    })
+}
+
+fn host_of(config: &Config) -> Option<String> {
+    config.get_hosts().iter().find_map(|host| match host {
+        Host::Tcp(name) => Some(name.clone()),
+        #[cfg(unix)]
+        Host::Unix(_) => None,
+    })
+}
+
+/// The socket that the driver would use. `None`: only the driver can say why there is none.
+async fn open(config: &Config) -> Result<Option<Plain>, Error> {
+    #[cfg(unix)]
+    if let Some(Host::Unix(folder)) = config.get_hosts().first() {
+        let port = config.get_ports().first().copied().unwrap_or(5432);
+        let connecting = UnixStream::connect(folder.join(format!(".s.PGSQL.{port}")));
+        return Ok(connecting.await.ok().map(Plain::Unix));
+    }
+    let thief = Thief(Arc::default());
+    let mut asking = config.clone();
+    // With these the driver sends nothing before it asks the connector.
+    asking.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+    let outcome = asking.connect(thief.clone()).await;
+    let taken = thief.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match (taken, outcome) {
+        (Some(socket), _) => Ok(Some(Plain::Tcp(socket))),
+        (None, Err(error)) => Err(error),
+        (None, Ok(_)) => Ok(None),
+    }
+}
+
+/// A connector that keeps the socket and connects nothing.
+#[derive(Clone)]
+struct Thief(Arc<Mutex<Option<Socket>>>);
+
+impl MakeTlsConnect<Socket> for Thief {
+    type Stream = NoTlsStream;
+    type TlsConnect = Self;
+    type Error = io::Error;
+
+    fn make_tls_connect(&mut self, _: &str) -> Result<Self, io::Error> {
+        Ok(self.clone())
+    }
+}
+
+impl TlsConnect<Socket> for Thief {
+    type Stream = NoTlsStream;
+    type Error = io::Error;
+    type Future = Ready<Result<NoTlsStream, io::Error>>;
+
+    fn connect(self, socket: Socket) -> Self::Future {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
+        ready(Err(io::Error::other("the socket was taken")))
+    }
+}
+
+/// A socket, whichever it is.
+enum Plain {
+    Tcp(Socket),
+    #[cfg(unix)]
+    Unix(UnixStream),
+}
+
+impl AsyncRead for Plain {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match &mut *self {
+            Self::Tcp(socket) => Pin::new(socket).poll_read(cx, buf),
+            #[cfg(unix)]
+            Self::Unix(socket) => Pin::new(socket).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Plain {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut *self {
+            Self::Tcp(socket) => Pin::new(socket).poll_write(cx, buf),
+            #[cfg(unix)]
+            Self::Unix(socket) => Pin::new(socket).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut *self {
+            Self::Tcp(socket) => Pin::new(socket).poll_flush(cx),
+            #[cfg(unix)]
+            Self::Unix(socket) => Pin::new(socket).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut *self {
+            Self::Tcp(socket) => Pin::new(socket).poll_shutdown(cx),
+            #[cfg(unix)]
+            Self::Unix(socket) => Pin::new(socket).poll_shutdown(cx),
+        }
+    }
+}
+
+/// A stream of the protocol's messages, in clear: below TLS, or without it.
+struct Wire<S> {
+    stream: S,
+    counter: Counter,
+    activity: Arc<Activity>,
+}
+
+/// For how idle a connection is, a clock that goes on while the machine sleeps.
+pub(crate) fn wall_clock() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let this = &mut *self;
+        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        match &polled {
+            Poll::Ready(_) => {
+                if this.counter.received(buf.filled().get(before..).unwrap_or_default()) {
+                    this.activity.heard(wall_clock());
+                }
+            }
+            Poll::Pending => this.counter.drained(),
+        }
+        this.activity.publish(this.counter.flags());
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
+        match &polled {
+            Poll::Ready(Ok(taken)) => this.counter.sent(buf.get(..*taken).unwrap_or_default()),
+            _ => this.counter.blocked(),
+        }
+        this.activity.publish(this.counter.flags());
+        polled
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl<S: TlsStream + Unpin> TlsStream for Wire<S> {
+    fn channel_binding(&self) -> ChannelBinding {
+        self.stream.channel_binding()
+    }
+}
+
+/// The user's connector, over a counted stream, and counted above TLS.
+struct Secure<T> {
+    tls: T,
+    host: Option<String>,
+    activity: Arc<Activity>,
+}
+
+impl<T> TlsConnect<Wire<Plain>> for Secure<T>
+where
+    T: MakeTlsConnect<Socket>,
+    T::Stream: Send + 'static,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send + 'static,
+{
+    type Stream = Wire<T::Stream>;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Future = BoxFuture<'static, Result<Wire<T::Stream>, Self::Error>>;
+
+    fn connect(mut self, wire: Wire<Plain>) -> Self::Future {
+        let socket = match wire.stream {
+            Plain::Tcp(socket) => socket,
+            // The driver does not ask for TLS there.
+            #[cfg(unix)]
+            Plain::Unix(_) => return Box::pin(ready(Err("a Unix socket has no TLS".into()))),
+        };
+        let connector = self.tls.make_tls_connect(self.host.as_deref().unwrap_or_default()).map_err(Into::into);
+        let connecting = connector.map(|connector| connector.connect(socket));
+        let activity = self.activity;
+        Box::pin(async move {
+            let stream = connecting?.await.map_err(Into::into)?;
+            Ok(Wire { stream, counter: Counter::new(false), activity })
+        })
+    }
+}

@@ -1,0 +1,295 @@
+//! The end of a runtime, and panics in what a program plugs in: told, contained, and never a hang.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use testbed::{Authority, Cluster, Node};
+use tokio::runtime::Runtime;
+use tokio::time::timeout;
+use tokio_postgres::tls::{MakeTlsConnect, NoTlsStream, TlsConnect};
+use tokio_postgres::{NoTls, Socket};
+use tokio_postgres_failover::{
+    Addresses, BoxFuture, Error, Message, Pool, Resolve, ResolveError, State, deadpool, deadpool_postgres,
+};
+
+/// For what comes at once on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// A server, on a runtime of its own that outlives the others.
+struct Bench {
+    own: Runtime,
+    cluster: Cluster,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let own = runtime();
+        let cluster = own.block_on(Cluster::builder().nodes(1).start());
+        Self { own, cluster }
+    }
+
+    fn pool_on(&self, runtime: &Runtime) -> Pool {
+        runtime.block_on(async {
+            let pool = Pool::builder(self.cluster.url_hosts()).unwrap().build().unwrap();
+            pool.connect().await.unwrap();
+            pool
+        })
+    }
+}
+
+fn says_so(error: &Error) {
+    assert!(matches!(error, Error::RuntimeEnded), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("runtime") && text.contains("#[tokio::test]"), "{text}");
+}
+
+/// Polls to the end without any runtime, and within the test's patience.
+fn without_a_runtime<T: Send>(future: impl Future<Output = T> + Send) -> T {
+    std::thread::scope(|scope| {
+        let (done, wait) = mpsc::channel();
+        scope.spawn(move || drop(done.send(futures_util::FutureExt::now_or_never(future))));
+        wait.recv_timeout(PATIENCE).expect("no hang").expect("it does not wait")
+    })
+}
+
+/// A pool in a static across several `#[tokio::test]`s: every call of the second one says what has happened, on another
+/// runtime and on none.
+#[test]
+fn every_call_tells_that_the_runtime_has_ended() {
+    let bench = Bench::new();
+    let first = runtime();
+    let pool = bench.pool_on(&first);
+    let (mut events, mut views) = (pool.subscribe(), pool.watch());
+    let held = first.block_on(pool.get()).unwrap();
+    drop(first);
+
+    let second = runtime();
+    second.block_on(async {
+        let bounded = async {
+            says_so(&pool.get().await.unwrap_err());
+            says_so(&pool.get_within(Duration::from_secs(1)).await.unwrap_err());
+            says_so(&pool.connect().await.unwrap_err());
+            says_so(&pool.listen(["orders"]).await.unwrap_err());
+            says_so(&pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap_err());
+            says_so(&pool.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap_err());
+            assert!(held.query_one("SELECT 1", &[]).await.is_err());
+            while events.next().await.is_some() {}
+            while views.changed().await.is_ok() {}
+        };
+        timeout(PATIENCE, bounded).await.expect("no hang");
+    });
+    let view = pool.status().view;
+    assert!(matches!(view.state, State::Closed), "{view:?}");
+    assert!(view.changed.why.contains("runtime"), "{}", view.changed.why);
+    says_so(&without_a_runtime(pool.get()).unwrap_err());
+    says_so(&without_a_runtime(pool.connect()).unwrap_err());
+    says_so(&without_a_runtime(pool.listen(["orders"])).unwrap_err());
+    drop(held);
+    pool.close();
+    let _ = (pool.candidates(), pool.dns_failure(), pool.status());
+}
+
+/// Callers that wait on one runtime when the pool's own ends are told.
+#[test]
+fn a_waiting_caller_is_told_that_the_pools_runtime_has_ended() {
+    let bench = Bench::new();
+    let (first, second) = (runtime(), runtime());
+    let pool = first.block_on(async { Pool::builder(bench.cluster.url_hosts()).unwrap().max_size(1).build().unwrap() });
+    let held = second.block_on(pool.get()).unwrap();
+    bench.own.block_on(bench.cluster.kill(Node(0)));
+    let waiting = second.spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.map(drop) }
+    });
+    drop(held);
+    std::thread::sleep(Duration::from_millis(200));
+    drop(first);
+    let told = second.block_on(async { timeout(PATIENCE, waiting).await });
+    says_so(&told.expect("no hang").unwrap().unwrap_err());
+}
+
+/// The runtime that called `listen` ends, and the pool's does not: the listener goes on.
+#[test]
+fn a_listener_outlives_the_runtime_that_called_listen() {
+    let bench = Bench::new();
+    let (pools, callers) = (runtime(), runtime());
+    let pool = bench.pool_on(&pools);
+    let mut listener = callers.block_on(pool.listen(["orders"])).unwrap();
+    drop(callers);
+    pools.block_on(async {
+        let heard = async {
+            loop {
+                pool.get().await.unwrap().batch_execute("NOTIFY orders, '1'").await.unwrap();
+                match timeout(Duration::from_millis(200), listener.recv()).await {
+                    Ok(Some(Ok(Message::Notification(_)))) => return,
+                    Ok(None) => panic!("it has ended"),
+                    _ => {}
+                }
+            }
+        };
+        timeout(PATIENCE, heard).await.expect("it hears");
+        pool.close();
+        let ends = async { while listener.recv().await.is_some() {} };
+        timeout(PATIENCE, ends).await.expect("it ends with the pool");
+    });
+}
+
+/// The pool's runtime ends under a listener that somebody else reads.
+#[test]
+fn a_listener_ends_with_the_runtime_of_its_pool() {
+    let bench = Bench::new();
+    let first = runtime();
+    let pool = bench.pool_on(&first);
+    let mut listener = first.block_on(pool.listen(["orders"])).unwrap();
+    drop(first);
+    pool.close();
+    let (told, ended) = bench.own.block_on(async {
+        let read = async { (listener.recv().await, listener.recv().await) };
+        timeout(PATIENCE, read).await.expect("no hang")
+    });
+    assert!(told.as_ref().is_none_or(|told| matches!(told, Err(Error::RuntimeEnded))), "{told:?}");
+    assert!(ended.is_none(), "{ended:?}");
+}
+
+/// Panics while `armed`.
+#[derive(Clone)]
+struct Panics {
+    armed: Arc<AtomicBool>,
+    panicked: Arc<AtomicU64>,
+}
+
+impl Panics {
+    fn new() -> Self {
+        Self { armed: Arc::new(AtomicBool::new(true)), panicked: Arc::default() }
+    }
+
+    fn maybe(&self) {
+        if self.armed.load(Ordering::SeqCst) {
+            self.panicked.fetch_add(1, Ordering::SeqCst);
+            panic!("planted");
+        }
+    }
+}
+
+impl MakeTlsConnect<Socket> for Panics {
+    type Stream = NoTlsStream;
+    type TlsConnect = Self;
+    type Error = std::io::Error;
+
+    fn make_tls_connect(&mut self, _: &str) -> Result<Self, std::io::Error> {
+        self.maybe();
+        Ok(self.clone())
+    }
+}
+
+impl TlsConnect<Socket> for Panics {
+    type Stream = NoTlsStream;
+    type Error = std::io::Error;
+    type Future = BoxFuture<'static, Result<NoTlsStream, std::io::Error>>;
+
+    fn connect(self, _: Socket) -> Self::Future {
+        Box::pin(async { Err(std::io::Error::other("not today")) })
+    }
+}
+
+/// A TLS connector that panics costs the session that asked for it: the pool lives, says so, and recovers.
+#[tokio::test]
+async fn a_panic_in_the_tls_connector_costs_one_session() {
+    let certificate = Authority::new().issue(&["localhost"]);
+    let cluster = Cluster::builder().nodes(1).tls(&certificate).start().await;
+    let connector = Panics::new();
+    let url = format!("{}?sslmode=prefer", cluster.url_hosts());
+    let builder = Pool::builder(url).unwrap().tls(connector.clone());
+    let pool = builder.checkout_timeout(Duration::from_secs(2)).build().unwrap();
+    let error = pool.get().await.unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("the TLS connector panicked: planted"), "{text}");
+    connector.armed.store(false, Ordering::SeqCst);
+    let error = pool.get().await.unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(error, Error::Unavailable(_) | Error::Refused(_)) && text.contains("not today"), "{text}");
+}
+
+impl Resolve for Panics {
+    fn resolve<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Addresses, ResolveError>> {
+        self.maybe();
+        Box::pin(async { Ok(Addresses::new([])) })
+    }
+}
+
+/// So does a resolver, and a provider of passwords.
+#[tokio::test]
+async fn a_panic_in_a_resolver_or_a_password_provider_costs_one_try() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let resolver = Panics::new();
+    let url = format!("postgres://app@orders.registry:{},{}/app", cluster.port(), cluster.socket_addr(Node(0)));
+    let pool = Pool::builder(url).unwrap().resolver(resolver.clone()).build().unwrap();
+    timeout(PATIENCE, pool.get()).await.expect("the address serves").unwrap();
+    assert!(resolver.panicked.load(Ordering::SeqCst) > 0);
+
+    let provider = Panics::new();
+    let asked = provider.clone();
+    let builder = Pool::builder(cluster.url_hosts()).unwrap().password_provider(move || {
+        asked.maybe();
+        async { Ok("unused") }
+    });
+    let pool = builder.checkout_timeout(Duration::from_secs(2)).build().unwrap();
+    assert!(matches!(pool.get().await, Err(Error::Unavailable(_))));
+    provider.armed.store(false, Ordering::SeqCst);
+    timeout(PATIENCE, pool.get()).await.expect("it recovers").unwrap();
+}
+
+/// A manager of a wrapped pool that panics when it makes a connection, and when it takes one back.
+struct Manager {
+    inner: deadpool_postgres::Manager,
+    create: Panics,
+    recycle: Panics,
+}
+
+impl deadpool::managed::Manager for Manager {
+    type Type = deadpool_postgres::ClientWrapper;
+    type Error = tokio_postgres::Error;
+
+    async fn create(&self) -> Result<Self::Type, Self::Error> {
+        self.create.maybe();
+        self.inner.create().await
+    }
+
+    async fn recycle(
+        &self,
+        client: &mut Self::Type,
+        metrics: &deadpool::managed::Metrics,
+    ) -> deadpool::managed::RecycleResult<Self::Error> {
+        self.recycle.maybe();
+        self.inner.recycle(client, metrics).await
+    }
+}
+
+#[tokio::test]
+async fn a_panic_in_a_wrapped_pools_manager_costs_one_connection() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let inner = deadpool_postgres::Manager::new(cluster.url_hosts().parse().unwrap(), NoTls);
+    let (create, recycle) = (Panics::new(), Panics::new());
+    let manager = Manager { inner, create: create.clone(), recycle: recycle.clone() };
+    let existing = deadpool::managed::Pool::builder(manager).max_size(2).build().unwrap();
+    let pool = Pool::wrap(existing).checkout_timeout(Duration::from_secs(2)).build().unwrap();
+    assert!(matches!(pool.get().await, Err(Error::Unavailable(_))));
+    create.armed.store(false, Ordering::SeqCst);
+    drop(timeout(PATIENCE, pool.get()).await.expect("it recovers").unwrap());
+    // The idle one is given up for its panic.
+    drop(timeout(PATIENCE, pool.get()).await.expect("another one").unwrap());
+    assert!(recycle.panicked.load(Ordering::SeqCst) > 0);
+    create.armed.store(true, Ordering::SeqCst);
+    recycle.armed.store(false, Ordering::SeqCst);
+    let held = pool.get().await.unwrap();
+    assert!(matches!(pool.get_within(Duration::from_millis(500)).await, Err(Error::Unavailable(_))));
+    create.armed.store(false, Ordering::SeqCst);
+    timeout(PATIENCE, pool.get()).await.expect("it recovers").unwrap();
+    drop(held);
+}

@@ -1,0 +1,204 @@
+//! Connections that have been idle: tested before they are handed out, where their sockets may have died without a word.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use testbed::{Cluster, Node, Path, Tap, eventually};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres_failover::{Manager, Pool, PoolBuilder, State, deadpool};
+
+/// For conditions that come at once on an idle machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Far below `tcp_user_timeout`, which is what a statement on a dead socket waits for.
+const SOON: Duration = Duration::from_secs(8);
+const IDLE: Duration = Duration::from_millis(300);
+
+struct Bench {
+    _cluster: Cluster,
+    path: Path,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        Self { _cluster: cluster, path }
+    }
+
+    fn builder(&self) -> PoolBuilder {
+        // The heart-beat would find out by itself; a machine that wakes up has not sent one yet.
+        let builder = Pool::builder(format!("postgres://app@{}/app", self.path.addr())).unwrap().max_size(8);
+        builder.heartbeat_interval(Duration::from_secs(3600)).patrol_interval(Duration::from_secs(3600))
+    }
+}
+
+/// A machine that was suspended: all sockets are dead, and nobody was told. The first statements do not wait for TCP.
+#[tokio::test]
+async fn the_first_statements_after_a_resume_do_not_wait_for_tcp() {
+    let bench = Bench::new().await;
+    let pool = bench.builder().test_idle_after(IDLE).build().unwrap();
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        held.push(pool.get().await.unwrap());
+    }
+    drop(held);
+    bench.path.vanish();
+    sleep(IDLE * 2).await;
+    let began = Instant::now();
+    let callers = (0..8).map(|_| {
+        let pool = pool.clone();
+        tokio::spawn(async move { pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap() })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        timeout(SOON, caller).await.expect("it waits for TCP").unwrap();
+    }
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+}
+
+/// So for callers that have less time than the test of a connection takes: the second finds new ones.
+#[tokio::test]
+async fn impatient_callers_get_past_dead_connections() {
+    let bench = Bench::new().await;
+    let pool = bench.builder().test_idle_after(IDLE).build().unwrap();
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        held.push(pool.get().await.unwrap());
+    }
+    drop(held);
+    bench.path.vanish();
+    sleep(IDLE * 2).await;
+    let mut failed = 0;
+    while pool.get_within(Duration::from_millis(200)).await.is_err() {
+        failed += 1;
+        assert!(failed < 8, "each dead connection costs a caller");
+    }
+}
+
+/// A pool built by hand tests its connections too.
+#[tokio::test]
+async fn a_pool_built_by_hand_tests_idle_connections() {
+    let bench = Bench::new().await;
+    let manager = bench.builder().test_idle_after(IDLE).build_manager().unwrap();
+    let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(1).build().unwrap();
+    drop(pool.get().await.unwrap());
+    bench.path.vanish();
+    sleep(IDLE * 2).await;
+    let using = async { pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap() };
+    timeout(SOON, using).await.expect("it waits for TCP");
+}
+
+/// What was used lately is handed out without a message, and what was idle for a while is asked once and kept.
+#[tokio::test]
+async fn only_what_was_idle_is_asked() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let never = Duration::from_secs(3600);
+    let pool = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(1);
+    let pool = pool.heartbeat_interval(never).patrol_interval(never).test_idle_after(PATIENCE).build().unwrap();
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+    tap.reset();
+    for _ in 0..10 {
+        drop(pool.get().await.unwrap());
+    }
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+    assert_eq!(tap.counts().round_trips, 1);
+
+    let pool = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(1);
+    let pool = pool.heartbeat_interval(never).patrol_interval(never).test_idle_after(Duration::from_millis(1)).build();
+    let pool = pool.unwrap();
+    let pid =
+        async || pool.get().await.unwrap().query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0);
+    let first = pid().await;
+    sleep(Duration::from_millis(20)).await;
+    tap.reset();
+    drop(pool.get().await.unwrap());
+    assert_eq!(tap.counts().round_trips, 1);
+    assert_eq!(pid().await, first);
+}
+
+fn is_asleep(pool: &Pool) -> bool {
+    matches!(pool.status().view.state, State::Asleep)
+}
+
+/// Without a caller nothing is open at the server, and nothing is asked of it or of DNS; the first caller wakes the pool.
+#[tokio::test]
+async fn a_pool_without_callers_sleeps_until_the_next_one() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let other = Tap::start(SocketAddr::new(cluster.spare_addr(1), 0), cluster.socket_addr(Node(1))).await;
+    let url = format!("postgres://app@{},{}/app", tap.addr(), other.addr());
+    let builder = Pool::builder(url).unwrap().application_name("sleeper").min_idle(2).warm_standbys(true);
+    let quick = Duration::from_millis(50);
+    let builder = builder.heartbeat_interval(quick).patrol_interval(quick).sleep_after(Duration::from_millis(400));
+    let pool = builder.build().unwrap();
+    let first = pool.get().await.unwrap();
+    // A connection on loan keeps it awake.
+    sleep(Duration::from_millis(900)).await;
+    assert!(!is_asleep(&pool));
+    first.batch_execute("SELECT 1").await.unwrap();
+    drop(first);
+
+    let sessions = async || {
+        let mut all = 0;
+        for node in [Node(0), Node(1)] {
+            let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sleeper'";
+            all += cluster.direct(node).await.query_one(sql, &[]).await.unwrap().get::<_, i64>(0);
+        }
+        all
+    };
+    eventually("it sleeps", PATIENCE, async || is_asleep(&pool)).await;
+    eventually("nothing is open", PATIENCE, async || sessions().await == 0).await;
+    assert_eq!((pool.status().size, pool.status().available), (0, 0));
+    tap.reset();
+    other.reset();
+    sleep(Duration::from_secs(1)).await;
+    let (counts, others) = (tap.counts(), other.counts());
+    assert_eq!((counts.connections, counts.round_trips), (0, 0), "{counts:?}");
+    assert_eq!((others.connections, others.round_trips), (0, 0), "{others:?}");
+
+    let woken = timeout(PATIENCE, pool.get()).await.expect("it wakes").unwrap();
+    woken.batch_execute("SELECT 1").await.unwrap();
+    assert_eq!(woken.generation().get(), 2, "what was verified before the sleep is not handed out");
+    drop(woken);
+    eventually("it sleeps again", PATIENCE, async || is_asleep(&pool)).await;
+    timeout(PATIENCE, pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?))).await.unwrap().unwrap();
+    pool.connect().await.unwrap();
+}
+
+/// A standby was promoted while the pool slept, and the old primary still takes writes: the first caller is not led there.
+#[tokio::test]
+async fn a_zombie_of_the_time_of_sleep_is_not_believed() {
+    let cluster = Cluster::start().await;
+    let builder = Pool::builder(cluster.url_hosts()).unwrap().sleep_after(Duration::from_millis(300));
+    let pool = builder.build().unwrap();
+    drop(pool.get().await.unwrap());
+    eventually("it sleeps", PATIENCE, async || is_asleep(&pool)).await;
+    let successor = cluster.most_advanced_standby().await;
+    cluster.promote(successor).await;
+    let client = timeout(PATIENCE, pool.get()).await.expect("it wakes").unwrap();
+    let sql = "SELECT substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)";
+    assert_eq!(client.query_one(sql, &[]).await.unwrap().get::<_, String>(0), "00000002");
+}
+
+/// What nobody waits for is not searched either; a listener and a detached session keep the pool awake.
+#[tokio::test]
+async fn a_search_sleeps_and_a_listener_does_not() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let nobody = Pool::builder(format!("postgres://app@{}:1/app", cluster.spare_addr(0))).unwrap();
+    let nobody = nobody.sleep_after(Duration::from_millis(200)).build().unwrap();
+    eventually("the search sleeps", PATIENCE, async || is_asleep(&nobody)).await;
+    assert!(nobody.get_within(Duration::from_millis(300)).await.is_err());
+
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().sleep_after(Duration::from_millis(300)).build().unwrap();
+    let mut listener = pool.listen(["orders"]).await.unwrap();
+    let detached = pool.get().await.unwrap().detach();
+    sleep(Duration::from_millis(900)).await;
+    assert!(!is_asleep(&pool));
+    detached.batch_execute("NOTIFY orders").await.unwrap();
+    timeout(PATIENCE, listener.recv()).await.expect("heard").unwrap().unwrap();
+    drop(listener);
+    sleep(Duration::from_millis(900)).await;
+    assert!(!is_asleep(&pool));
+    drop(detached);
+    eventually("it sleeps", PATIENCE, async || is_asleep(&pool)).await;
+}
