@@ -5,7 +5,7 @@
 //! newer generation is published before the older generation's scope ends; no lock is held across an await; the task
 //! and all that it started end when the last [`Cluster`] is dropped. Tests: `tests/it/`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{
     Accept, Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, NameAnswer, Primary,
-    ProbeFailure, Probed, Pulse, Question, Settings, State, Suspicion, Topology, View, Vigil,
+    ProbeFailure, Probed, Pulse, Question, ServerReport, Settings, State, Suspicion, Topology, View, Vigil,
 };
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
@@ -151,6 +151,10 @@ struct Shared {
     closed: AtomicBool,
     /// Connections on loan.
     in_use: AtomicUsize,
+    /// Answers of the newest generation's server, as callers told of them.
+    heard: AtomicU64,
+    /// The number of the newest generation.
+    newest: AtomicU64,
     /// The task looks often enough to notice when they fall silent.
     listening: AtomicBool,
 }
@@ -188,6 +192,7 @@ impl<C: SessionClient> Cluster<C> {
             root: root.clone(),
             shared: Arc::clone(&shared),
             sessions: HashMap::new(),
+            under_way: HashSet::new(),
             work: FuturesUnordered::new(),
             generation: None,
             live: false,
@@ -199,6 +204,7 @@ impl<C: SessionClient> Cluster<C> {
             observer: Arc::clone(&observer),
             searching_since: now,
             stirs: 0,
+            heard: 0,
         };
         tokio::spawn(task.run());
         Self { snapshot, view, shared, observer, _end: root.clone().drop_guard(), root }
@@ -295,6 +301,14 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// The server of generation `id` has answered on one of its sessions: it lives. The driver does not tell what is received
+    /// and what is sent, so those who wait for an answer do.
+    pub(crate) fn heard(&self, id: GenerationId) {
+        if self.shared.newest.load(Ordering::Relaxed) == id.get() {
+            self.shared.heard.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     pub(crate) fn view(&self) -> View {
         self.view.borrow().clone()
     }
@@ -363,7 +377,16 @@ impl<C: SessionClient> Cluster<C> {
 
 enum Event<C> {
     Resolved { name: usize, answer: NameAnswer },
-    Probed { endpoint: Endpoint, fresh: bool, result: Opened<C> },
+    Opened { endpoint: Endpoint, beside: bool, fresh: bool, result: Opened<C> },
+    Asked { endpoint: Endpoint, session: Session<C>, beside: bool, result: Result<ServerReport, ProbeFailure> },
+}
+
+/// How one server is asked.
+struct Asks {
+    fresh: bool,
+    beside: bool,
+    vigil: Option<Vigil>,
+    within: Duration,
 }
 
 struct Task<C: SessionClient> {
@@ -378,6 +401,8 @@ struct Task<C: SessionClient> {
     shared: Arc<Shared>,
     /// Sessions kept for the next question to their server.
     sessions: HashMap<Address, Session<C>>,
+    /// Servers whose kept session is being asked.
+    under_way: HashSet<Address>,
     work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
     /// The newest generation until it ends; published only while `live`.
     generation: Option<Arc<Generation<C>>>,
@@ -391,8 +416,9 @@ struct Task<C: SessionClient> {
     observer: Arc<Observer>,
     search: Option<Span>,
     searching_since: Instant,
-    /// The opener's count of stirs at the last look.
+    /// The opener's count of stirs at the last look, and the answers that callers told of.
     stirs: u64,
+    heard: u64,
 }
 
 impl<C: SessionClient> Task<C> {
@@ -428,15 +454,22 @@ impl<C: SessionClient> Task<C> {
         if in_use {
             self.shared.listening.store(true, Ordering::SeqCst);
         }
-        Pulse { in_use, moved }
+        // Where the sessions are driven elsewhere, nobody tells when they end.
+        let generation = self.generation.as_ref().filter(|_| self.opener.drives());
+        let open = generation.map_or(0, |generation| generation.open.count());
+        let heard = self.shared.heard.load(Ordering::Relaxed);
+        let received = std::mem::replace(&mut self.heard, heard) != heard;
+        Pulse { in_use, moved, received, open }
     }
 
     fn act(&mut self, action: Action) {
         match action {
             Action::Resolve(name) => self.resolve(name),
-            Action::Probe { endpoint, fresh, vigil, within } => {
-                let kept = if fresh { None } else { self.sessions.remove(&endpoint.address) };
-                self.work.push(self.probe(endpoint, kept, vigil, within));
+            Action::Probe { endpoint, fresh, beside, vigil, within, opened_within } => {
+                let kept = if fresh { None } else { self.kept(&endpoint.address) };
+                let within = if kept.is_some() { within } else { opened_within };
+                let asked = self.probe(endpoint, kept, Asks { fresh, beside, vigil, within });
+                self.work.push(asked);
             }
             Action::Suspend { why } => self.lost(why),
             Action::Resume { primary, lost_for } => {
@@ -444,6 +477,12 @@ impl<C: SessionClient> Task<C> {
                     *lock(&generation.endpoint) = primary.endpoint.clone();
                 }
                 self.found(&primary, lost_for, true);
+            }
+            Action::Move { endpoint } => {
+                tracing::info!("new sessions to the primary go to {endpoint}");
+                if let Some(generation) = &self.generation {
+                    *lock(&generation.endpoint) = endpoint;
+                }
             }
             Action::End { id, cause, why, lost } => {
                 if lost {
@@ -481,6 +520,7 @@ impl<C: SessionClient> Task<C> {
     fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
         self.found(&primary, took, false);
+        self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
         // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
@@ -516,31 +556,42 @@ impl<C: SessionClient> Task<C> {
         self.work.push(Box::pin(resolve.instrument(self.span())));
     }
 
-    fn probe(
-        &self,
-        endpoint: Endpoint,
-        kept: Option<Session<C>>,
-        vigil: Option<Vigil>,
-        within: Duration,
-    ) -> BoxFuture<'static, Event<C>> {
+    /// The session that is kept for questions to this server, if it is open. The one that proved the primary and that nobody
+    /// has taken is as good: an idle pool has one session.
+    fn kept(&mut self, address: &Address) -> Option<Session<C>> {
+        let kept = self.sessions.remove(address).filter(|session| !session.client.is_closed());
+        kept.or_else(|| {
+            let generation =
+                self.generation.as_ref().filter(|generation| self.live && generation.endpoint().address == *address);
+            generation.and_then(|generation| generation.take_spare())
+        })
+    }
+
+    fn probe(&mut self, endpoint: Endpoint, kept: Option<Session<C>>, asks: Asks) -> BoxFuture<'static, Event<C>> {
+        let Asks { fresh, beside, vigil, within } = asks;
         let opener = Arc::clone(&self.opener);
         let scope = self.root.child_token();
-        let fresh = kept.is_none();
         let span = self.span();
+        if kept.is_some() {
+            self.under_way.insert(endpoint.address.clone());
+        }
         let ask = async move {
-            let asked = async {
-                match kept {
-                    Some(session) => {
-                        let report = opener.ask(&endpoint.address, &session.client, vigil).await?;
-                        Ok((session, report))
-                    }
-                    None => opener.open(&endpoint, Question::Candidate, scope).await,
+            let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
+            match kept {
+                Some(session) => {
+                    let answer = timeout(within, opener.ask(&endpoint.address, &session.client, vigil)).await;
+                    let result = answer.unwrap_or_else(|_| Err(silent()));
+                    Event::Asked { endpoint, session, beside, result }
                 }
-            };
-            let result = timeout(within, asked).await.unwrap_or_else(|_| {
-                Err(ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}")))
-            });
-            Event::Probed { endpoint, fresh, result }
+                None if beside && !fresh => {
+                    let result = Err(ProbeFailure::new(FailureKind::Unreachable, "no session is open"));
+                    Event::Opened { endpoint, beside, fresh, result }
+                }
+                None => {
+                    let opened = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
+                    Event::Opened { endpoint, beside, fresh: true, result: opened.unwrap_or_else(|_| Err(silent())) }
+                }
+            }
         };
         Box::pin(ask.instrument(span))
     }
@@ -554,16 +605,28 @@ impl<C: SessionClient> Task<C> {
                 }
                 self.topology.resolved(now, name, answer);
             }
-            Event::Probed { endpoint, fresh, result } => {
+            Event::Opened { endpoint, beside, fresh, result } => {
                 let address = endpoint.address;
-                let still_open = self.sessions.get(&address).is_some_and(|session| !session.client.is_closed());
+                let still_open = self.is_open(&address);
                 let result = result.map(|(session, report)| {
-                    if !(still_open && self.topology.strayed(&address, &report)) {
+                    if !self.topology.strayed(&address, &report) {
                         self.sessions.insert(address.clone(), session);
                     }
                     report
                 });
-                self.topology.probed(now, &Probed { address, result, fresh, still_open });
+                self.topology.probed(now, &Probed { address, result, fresh, still_open, beside });
+            }
+            Event::Asked { endpoint, session, beside, result } => {
+                let address = endpoint.address;
+                self.under_way.remove(&address);
+                // A question that was not answered in time may be answered yet: on the primary's session, that is a sign.
+                let good = !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address));
+                // One that was opened meanwhile is newer.
+                if good && !self.is_open(&address) {
+                    self.sessions.insert(address.clone(), session);
+                }
+                let still_open = self.is_open(&address);
+                self.topology.probed(now, &Probed { address, result, fresh: false, still_open, beside });
             }
         }
         *lock(&self.shared.diagnosis) = Diagnosis {
@@ -571,6 +634,12 @@ impl<C: SessionClient> Task<C> {
             dns: self.topology.dns_failure(),
             waiting: self.topology.waiting(),
         };
+    }
+
+    /// Is a session to this server open that questions may be asked on, or is one being asked?
+    fn is_open(&self, address: &Address) -> bool {
+        self.under_way.contains(address)
+            || self.sessions.get(address).is_some_and(|session| !session.client.is_closed())
     }
 
     fn signalled(&mut self) {

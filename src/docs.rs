@@ -10,6 +10,7 @@
 //! | encrypt, and check certificates | [tls] |
 //! | watch it | [metrics] |
 //! | put a proxy in between | [proxies] |
+//! | know what a pool costs its servers | [costs] |
 //! | understand an error | [errors] |
 //! | know what is promised, and why it is true | [exactly_once] |
 //! | look up a failure, and the tests of it | [scenarios] |
@@ -62,6 +63,10 @@ pub mod scenarios {}
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/figures.md")]
 pub mod figures {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/costs.md")]
+pub mod costs {}
 
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/glossary.md")]

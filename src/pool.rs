@@ -517,6 +517,11 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().suspect(id, suspicion);
     }
 
+    /// The primary of this generation has answered.
+    pub(crate) fn heard(&self, id: GenerationId) {
+        self.cluster().heard(id);
+    }
+
     pub(crate) fn observer(&self) -> &Observer {
         self.cluster().observer()
     }

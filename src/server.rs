@@ -226,6 +226,9 @@ pub(crate) trait Open<C>: Send + Sync {
     /// Another number than before, if something was sent or received meanwhile on any session of the pool.
     fn stirs(&self) -> u64;
 
+    /// Are the pool's sessions driven here, so that the end of each is noticed at once?
+    fn drives(&self) -> bool;
+
     /// Asks the server to stop what the session of `token` runs.
     fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()>;
 }
@@ -385,6 +388,10 @@ impl Open<ClientWrapper> for Opener {
 
     fn stirs(&self) -> u64 {
         self.stirs.load(Ordering::Relaxed)
+    }
+
+    fn drives(&self) -> bool {
+        true
     }
 
     fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {
@@ -607,12 +614,26 @@ fn text(value: Option<&str>) -> Option<String> {
 fn read(answer: Result<Vec<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
     let nonsense =
         |bad: BadReport| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad));
-    let rows = answer.map_err(|error| failure(classify(&error), error))?;
+    let rows = answer.map_err(no_report)?;
     let [row] = &rows[..] else {
         return Err(nonsense(BadReport::new("one row", &format!("{} rows", rows.len()))));
     };
     let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
     ServerReport::parse(&row).map_err(nonsense)
+}
+
+/// A question on an open session brought an error.
+fn no_report(error: Error) -> ProbeFailure {
+    let spoke = error.as_db_error().is_some();
+    match classify(&error) {
+        // The session goes on, and with it the server.
+        verdict @ (Verdict::Application | Verdict::Aborted | Verdict::Conflict | Verdict::ReadOnly) if spoke => {
+            let mut failure = failure(verdict, error);
+            failure.kind = FailureKind::Errored;
+            failure
+        }
+        verdict => failure(verdict, error),
+    }
 }
 
 /// The manager of a wrapped pool could not make a session.

@@ -7,6 +7,7 @@
 
 mod candidate;
 mod identity;
+mod lives;
 mod names;
 mod refusals;
 mod report;
@@ -30,6 +31,8 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use lives::Beside;
 
 /// So many candidates are probed at the same time; more of them take turns.
 const MAX_MEMBERS: usize = 64;
@@ -56,7 +59,7 @@ const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 const LOOKS: u32 = 10;
 /// … and lasts so long, at least and at most.
 const VIGIL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
-/// So many candidates that do not answer are asked as often as one; with twice as many, each is asked half as often.
+/// Up to so many candidates that do not answer are each asked as often as one would be; up to twice as many, half as often.
 const CROWD: usize = 8;
 /// Shortest and longest pause before a server that had no slot for a session is asked for one again.
 const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -97,7 +100,7 @@ impl Default for Settings {
             patrol: Duration::from_secs(5),
             probe_timeout: Duration::from_secs(3),
             dead_after: Duration::from_secs(20),
-            warm_standbys: false,
+            warm_standbys: true,
             roaming: false,
             system_identifier: None,
             accept_new_cluster_after: None,
@@ -164,6 +167,10 @@ pub(crate) struct Pulse {
     pub(crate) in_use: bool,
     /// Something was sent or received.
     pub(crate) moved: bool,
+    /// Something was received, for certain. That something was sent shows nothing of the server.
+    pub(crate) received: bool,
+    /// Sessions of the pool to the primary that have not ended.
+    pub(crate) open: usize,
 }
 
 /// What came of one probe.
@@ -175,6 +182,8 @@ pub(crate) struct Probed {
     pub(crate) fresh: bool,
     /// A session to this server that was open before is still open.
     pub(crate) still_open: bool,
+    /// Asked beside the first question.
+    pub(crate) beside: bool,
 }
 
 /// What the shell has to do.
@@ -182,12 +191,24 @@ pub(crate) struct Probed {
 pub(crate) enum Action {
     /// Ask for the addresses behind this configured name.
     Resolve(usize),
-    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one; `within` has room for both.
-    Probe { endpoint: Endpoint, fresh: bool, vigil: Option<Vigil>, within: Duration },
+    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one.
+    Probe {
+        endpoint: Endpoint,
+        fresh: bool,
+        /// Beside a question that may be under way to the same server; if not `fresh`, on a session that is open or not at all.
+        beside: bool,
+        vigil: Option<Vigil>,
+        /// Time for the answer on a session that is open, the vigil included.
+        within: Duration,
+        /// Time for opening a session and for the answer.
+        opened_within: Duration,
+    },
     /// Checkouts wait; the generation's connections live on.
     Suspend { why: String },
     /// The suspended generation's server is the verified primary again, perhaps at another address.
     Resume { primary: Primary, lost_for: Duration },
+    /// New sessions to the primary go to this address from now on.
+    Move { endpoint: Endpoint },
     /// All connections of this generation end now. `lost`: until now it was in use, and no suspension came before.
     End { id: GenerationId, cause: Eviction, why: String, lost: bool },
     /// A new generation begins.
@@ -262,6 +283,8 @@ struct Member {
     took: Option<Duration>,
     /// The next probe needs a session of its own.
     fresh: bool,
+    /// The next question is not put off to the usual time.
+    prompt: bool,
     /// When the session opened that was asked last.
     opened_at: Option<Instant>,
     /// Has proved to belong to this cluster.
@@ -352,6 +375,15 @@ struct Suspended {
     silent: bool,
 }
 
+/// What a primary is suspended for.
+#[derive(Clone, Copy)]
+struct Doubt {
+    /// It did not answer; otherwise, what was seen of it casts doubt on its role.
+    silent: bool,
+    /// The session that is kept to it may be open.
+    kept_open: bool,
+}
+
 struct Pick {
     address: Address,
     report: ServerReport,
@@ -380,6 +412,12 @@ pub(crate) struct Topology {
     polled_at: Instant,
     pulse: Pulse,
     moved_at: Instant,
+    /// When something was last received on a session of the pool; where that can be told.
+    received_at: Option<Instant>,
+    /// Since when connections have been on loan.
+    lent_at: Instant,
+    /// The question beside the first one.
+    beside: Beside,
     /// How long after a question the next one is asked because of silence.
     quiet_pause: Duration,
     /// When a new session was opened last to see where it leads.
@@ -411,6 +449,9 @@ impl Topology {
             polled_at: now,
             pulse: Pulse::default(),
             moved_at: now,
+            received_at: None,
+            lent_at: now,
+            beside: Beside::default(),
             patrolled_at: now,
             revision: 0,
             noticed: HashSet::new(),
@@ -432,10 +473,13 @@ impl Topology {
         self.judge_if_due(now);
         self.give_up_silent(now);
         self.tell_of_a_long_search(now);
+        self.give_up_mute(now);
         self.ask_if_quiet(now);
         self.hurry_if_uneasy(now);
         self.look_up_due_names(now);
-        let current = self.primary_address();
+        self.patrol_alone(now);
+        self.ask_beside(now);
+        let (current, suspended) = (self.primary_address(), self.suspended_address());
         let vigil = self.vigil(now);
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
@@ -456,20 +500,26 @@ impl Topology {
                 self.patrolled_at = now;
                 member.fresh = true;
             }
-            let within = if current.as_ref() == Some(address) {
-                self.settings.heartbeat_timeout
+            // Time to open a session and time to answer a question are two things.
+            let (within, opened_within) = if current.as_ref() == Some(address) {
+                let within = self.settings.heartbeat_timeout;
+                (within, self.settings.probe_timeout + within)
             } else {
-                self.settings.probe_timeout
+                (self.settings.probe_timeout, self.settings.probe_timeout)
             };
             member.asking = true;
+            member.prompt = false;
             member.asked_at = Some(now);
-            let fresh = std::mem::take(&mut member.fresh) || search.is_some_and(|search| member.outlived(search, now));
+            // The session that is kept to the suspended primary is asked beside.
+            let fresh = std::mem::take(&mut member.fresh)
+                || suspended.as_ref() == Some(address)
+                || search.is_some_and(|search| member.outlived(search, now));
             // The first question of a search is how things stand.
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
             member.vigil = vigil.filter(|_| waits).map(|vigil| member.spares(vigil));
             let (endpoint, vigil) = (member.endpoint.clone(), member.vigil);
             let within = within + vigil.map_or(Duration::ZERO, |vigil| vigil.lasts);
-            self.actions.push(Action::Probe { endpoint, fresh, vigil, within });
+            self.actions.push(Action::Probe { endpoint, fresh, beside: false, vigil, within, opened_within });
         }
         std::mem::take(&mut self.actions)
     }
@@ -486,7 +536,7 @@ impl Topology {
                 search.judge_at,
                 self.follow_at().filter(|at| *at > self.polled_at),
                 search.pick.as_ref().map(|pick| pick.decide_at),
-                search.suspended.as_ref().map(|suspended| suspended.answered_at + self.settings.dead_after),
+                search.suspended.as_ref().map(|suspended| self.gives_up_at(suspended)),
                 (!search.told).then(|| search.since + LONG_SEARCH),
             ],
             Phase::Known { .. } => [
@@ -497,7 +547,8 @@ impl Topology {
                 None,
             ],
         };
-        probes.chain(self.names_due()).chain(timers.into_iter().flatten()).min()
+        let beside = self.beside.due.filter(|_| !self.beside.asking);
+        probes.chain(self.names_due()).chain(beside).chain(timers.into_iter().flatten()).min()
     }
 
     /// A probe ended.
@@ -505,7 +556,11 @@ impl Topology {
         let Some(member) = self.members.get(&probed.address) else {
             return;
         };
-        let took = if member.vigil.is_some() { member.took } else { member.asked_at.map(|at| now.duration_since(at)) };
+        let took = match probed.beside {
+            true => self.beside.answered(now),
+            false if member.vigil.is_some() => member.took,
+            false => member.asked_at.map(|at| now.duration_since(at)),
+        };
         let current = self.primary_address().as_ref() == Some(&probed.address);
         let answer = match &probed.result {
             // A session that was open before does not feel the fence; the next probe comes on a new one.
@@ -518,6 +573,9 @@ impl Topology {
             },
             Err(failure) => Answer::Failed(failure.clone()),
         };
+        if probed.beside && !probed.fresh {
+            return self.kept_answered(now, probed, &answer);
+        }
         if self.is_vain_renewal(probed) {
             if let Some(member) = self.members.get_mut(&probed.address) {
                 member.asking = false;
@@ -543,7 +601,7 @@ impl Topology {
             Answer::Failed(_) => false,
         };
         if let Some(member) = self.members.get_mut(&probed.address) {
-            member.asking = false;
+            member.asking &= probed.beside;
             member.took = took;
             member.answered_at = Some(now);
             member.told_at = member.asked_at;
@@ -556,16 +614,33 @@ impl Topology {
                 member.heard_at = Some(now);
                 member.report = Some(report.clone());
             }
-            member.answer = Some(answer.clone());
+            // A session that cannot be had beside one that answers is no answer of the server's.
+            if !(current && probed.beside && probed.result.is_err()) {
+                member.answer = Some(answer.clone());
+            }
             member.verified |= ours;
+        }
+        if current && probed.fresh && probed.result.is_ok() {
+            self.new_sessions_succeed();
         }
         if current {
             self.primary_answered(now, probed, &answer);
         } else {
             self.member_answered(now, &probed.address, &answer, took.unwrap_or_default());
         }
-        self.schedule(now, &probed.address);
-        self.take_turns(now, &probed.address);
+        if !probed.beside {
+            self.schedule(now, &probed.address);
+            self.take_turns(now, &probed.address);
+        }
+    }
+
+    /// The session that was kept has answered beside the first question, or failed to.
+    fn kept_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
+        match (&self.phase, answer) {
+            (Phase::Searching(_), _) => self.suspended_answered(now, probed, answer),
+            // The search that it was asked in is over.
+            (Phase::Known { .. }, _) => {}
+        }
     }
 
     /// The session to a standby was to be renewed, and the server has no slot or no time for a new one. The one that is open
@@ -588,21 +663,27 @@ impl Topology {
             return;
         }
         let address = primary.endpoint.address.clone();
-        let pause = self.settings.poll.0;
-        if let Some(member) = self.members.get_mut(&address) {
-            member.fresh = true;
-            member.hurry(now, pause.max(member.full_pause().unwrap_or_default()));
-        }
+        self.doubt(now, &address);
         if matches!(suspicion, Suspicion::ReadOnly) {
-            self.suspend(now, "a session on the primary has turned read-only", false);
+            self.suspend(
+                now,
+                "a session on the primary has turned read-only",
+                Doubt { silent: false, kept_open: true },
+            );
         }
     }
 
     /// What the sessions in use did since the last look. Call before each [`Self::poll`].
     pub(crate) fn pulse(&mut self, now: Instant, pulse: Pulse) {
+        if pulse.in_use && !self.pulse.in_use {
+            self.lent_at = now;
+        }
         self.pulse = pulse;
         if pulse.moved {
             self.moved_at = now;
+        }
+        if pulse.received {
+            self.received_at = Some(now);
         }
     }
 
@@ -614,10 +695,18 @@ impl Topology {
     /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
     /// is kept, and not this one.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
-        let Phase::Known { primary, .. } = &self.phase else {
-            return false;
+        let primary = match &self.phase {
+            Phase::Known { primary, .. } => Some(primary),
+            Phase::Searching(search) => search.suspended.as_ref().map(|suspended| &suspended.primary),
         };
-        self.settings.roaming && !primary.is(address, report) && self.admissible(report).is_err()
+        let strays = |primary: &Primary| primary.endpoint.address == *address && !primary.is(address, report);
+        primary.is_some_and(strays) && self.admissible(report).is_err()
+    }
+
+    /// Is this the server whose connections are in use, or were until it was suspended? Its session is kept although a
+    /// question on it failed.
+    pub(crate) fn holds(&self, address: &Address) -> bool {
+        self.primary_address().as_ref() == Some(address) || self.suspended_address().as_ref() == Some(address)
     }
 
     /// Should an open session to this server be kept for the next question?
@@ -627,7 +716,9 @@ impl Topology {
                 primary.endpoint.address == *address || (self.settings.warm_standbys && self.is_standby(address))
             }
             Phase::Searching(search) => {
-                search.pick.as_ref().is_some_and(|pick| pick.address == *address) || self.is_standby(address)
+                search.pick.as_ref().is_some_and(|pick| pick.address == *address)
+                    || self.holds(address)
+                    || self.is_standby(address)
             }
         }
     }
@@ -695,6 +786,15 @@ impl Topology {
         }
     }
 
+    fn suspended_address(&self) -> Option<Address> {
+        match &self.phase {
+            Phase::Known { .. } => None,
+            Phase::Searching(search) => {
+                search.suspended.as_ref().map(|suspended| suspended.primary.endpoint.address.clone())
+            }
+        }
+    }
+
     /// Members that are not forgotten, whatever DNS says: the primary, the one that is searched for, the one that is about to
     /// be believed.
     fn needed(&self) -> Vec<Address> {
@@ -733,6 +833,7 @@ impl Topology {
             full: 0,
             took: None,
             fresh: true,
+            prompt: false,
             opened_at: None,
             verified: false,
             named_at: now,
@@ -789,47 +890,34 @@ impl Topology {
                 }
                 self.own_primary_at = now;
                 // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
-                let fenced_for_new_sessions = report.fence_pending && !probed.fresh;
-                if let Some(member) = self.members.get_mut(&probed.address) {
-                    member.fresh |= fenced_for_new_sessions;
+                if report.fence_pending && !probed.fresh {
+                    self.beside.hurry(now, self.settings.poll.0);
                 }
                 self.learn_identity(report);
             }
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
-            // Nor does the next session have to lead to the same server: the one that is held will tell.
+            // A new session does not have to lead to the same server: the one that is kept will tell.
             Answer::Refused(report, _)
-                if self.settings.roaming && probed.still_open && !primary.is(&probed.address, report) => {}
-            Answer::Failed(_) if self.settings.roaming && probed.still_open => {}
+                if probed.fresh
+                    && (probed.still_open || self.pulse.open > 0)
+                    && !primary.is(&probed.address, report) =>
+            {
+                let pause = if probed.still_open { Duration::ZERO } else { self.settings.heartbeat / QUIET };
+                self.ask_now(now, &probed.address, pause);
+            }
             Answer::Refused(report, refusal) => {
                 // Another server behind the address (a proxy's choice) proves nothing about the one in use.
                 let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
-                self.suspend(now, &why, false);
+                self.suspend(now, &why, Doubt { silent: false, kept_open: probed.still_open });
                 if let Some(cause) = proof {
                     self.end_suspended(id, cause, &why);
                 }
             }
-            Answer::Failed(failure) => match failure.kind {
-                // The question went over a session that had ended, or that an administrator has ended (57P01); that says
-                // nothing about the server yet.
-                FailureKind::Unreachable | FailureKind::NotNow if !probed.fresh => {
-                    if let Some(member) = self.members.get_mut(&probed.address) {
-                        member.fresh = true;
-                    }
-                }
-                // Up, and no reason to doubt its role. The slots may all be this pool's own: to make its callers wait for
-                // a free one would be to wait for themselves.
-                FailureKind::Full => *answered_at = now,
-                // It takes no new session, but the old ones live: ask one of those.
-                FailureKind::NotNow | FailureKind::Refused if probed.still_open => *answered_at = now,
-                _ => {
-                    let why = format!("{}: {failure}", primary.endpoint);
-                    self.suspend(now, &why, true);
-                }
-            },
+            Answer::Failed(failure) => self.primary_failed(now, probed, failure),
         }
     }
 
@@ -840,7 +928,7 @@ impl Topology {
                     return;
                 };
                 if primary.is(address, report) {
-                    return;
+                    return self.reach_at(now, address);
                 }
                 if same_start(report, &primary.report) {
                     // One server by two addresses, or what it said in an earlier life.
@@ -955,12 +1043,11 @@ impl Topology {
         self.revision += 1;
     }
 
-    /// `silent`: it did not answer; otherwise, what was seen of it casts doubt on its role.
-    fn suspend(&mut self, now: Instant, why: &str, silent: bool) {
+    fn suspend(&mut self, now: Instant, why: &str, doubt: Doubt) {
         let Phase::Known { primary, answered_at } = &self.phase else {
             return;
         };
-        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent };
+        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent: doubt.silent };
         self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
@@ -969,6 +1056,8 @@ impl Topology {
             member.hurry(now, self.settings.poll.0);
         }
         self.hurry_names(now);
+        // The session that is kept may answer yet.
+        self.beside.due = doubt.kept_open.then_some(now);
     }
 
     fn end_suspended(&mut self, id: GenerationId, cause: Eviction, why: &str) {
@@ -1041,11 +1130,18 @@ impl Topology {
         let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
             return;
         };
-        let silent = now.duration_since(suspended.answered_at);
-        if silent >= self.settings.dead_after {
+        let gives_up_at = self.gives_up_at(suspended);
+        if now >= gives_up_at {
+            let silent = self.settings.dead_after + now.duration_since(gives_up_at);
             let id = suspended.primary.id;
             self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
         }
+    }
+
+    /// When a suspended primary counts as dead, unless something is heard of it before.
+    fn gives_up_at(&self, suspended: &Suspended) -> Instant {
+        let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
+        heard_at + self.settings.dead_after
     }
 
     fn resume(&mut self, now: Instant, address: &Address, report: &ServerReport) {
@@ -1084,6 +1180,7 @@ impl Topology {
             self.actions.push(Action::End { id, cause: Eviction::Replaced, why, lost });
         }
         self.generation.0 += 1 + std::mem::take(&mut self.crossings);
+        self.new_sessions_succeed();
         self.system_identifier = self.system_identifier.or(report.system_identifier);
         self.newest_timeline = self.newest_timeline.max(report.timeline);
         // Until the first primary was found there was no cluster to belong to.
@@ -1117,6 +1214,7 @@ impl Topology {
         self.revision += 1;
         self.phase = Phase::Known { primary, answered_at: now };
         self.own_primary_at = now;
+        self.beside.due = None;
         self.quiet_pause = self.settings.heartbeat / QUIET;
         if let Some(member) = self.members.get_mut(&current) {
             member.verified = true;
@@ -1135,15 +1233,12 @@ impl Topology {
         let began = self.changed.at == now;
         let pause = match &self.phase {
             Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
-                Some(member) if member.fresh => self.settings.poll.0,
+                Some(member) if member.prompt => return,
                 // The session that proved the server was given away. Its successor is opened before the pool has taken
                 // what may be the server's last slots.
                 _ if began => self.settings.heartbeat / 10,
                 _ => self.settings.heartbeat,
             },
-            Phase::Known { .. } if self.settings.warm_standbys && self.is_standby(address) => {
-                self.settings.heartbeat.min(self.settings.patrol).mul_f64(jitter)
-            }
             // Never later than the interval that was promised.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
             // A vigil takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
@@ -1161,7 +1256,7 @@ impl Topology {
                     matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
                 });
                 // Many dead addresses are not worth a new session each a hundred times a second.
-                let crowd = 1 + self.members.values().filter(|member| member.is_dead()).count() / CROWD;
+                let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);
                 let pause = self.poll_pause(now.duration_since(search.since));
                 let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
                 let full = self.members.get(address).and_then(Member::full_pause).unwrap_or_default();

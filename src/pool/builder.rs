@@ -392,10 +392,12 @@ impl PoolBuilder {
         self
     }
 
-    /// Keeps a session to each standby while there is a primary, and asks it with each heart-beat. Default: no.
+    /// Keeps a session to each standby while there is a primary, and asks it once in each patrol. Default: yes.
     ///
-    /// A session survives its server's promotion, so such a pool notices one within a round trip, and has its first
-    /// connection to the new primary at that moment. It costs each standby a connection from each pool.
+    /// A session survives its server's promotion, so such a pool notices one within a round trip once it searches, and has its
+    /// first connection to the new primary at that moment. It costs each standby a connection from each pool. With `false`
+    /// each patrol opens a session to each standby and closes it: for each pool that is up to 24 log-ins a minute in each
+    /// standby's log. docs/costs.md has the figures.
     pub fn warm_standbys(mut self, warm: bool) -> Self {
         self.settings.warm_standbys = warm;
         self

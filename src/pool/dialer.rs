@@ -101,6 +101,7 @@ impl<C: SessionClient> Dialer<C> {
             Ok(session) => {
                 generation.opened();
                 self.let_in();
+                self.cluster.heard(generation.primary.id);
                 self.cluster.observer().opened(began.elapsed());
                 Ok(self.cluster.is_current(generation.primary.id).then_some(session))
             }

@@ -146,6 +146,10 @@ where
         self.stirs.load(Ordering::Relaxed)
     }
 
+    fn drives(&self) -> bool {
+        false
+    }
+
     /// Without TLS, which the server does not ask for in a cancel request; where the manager's `sslmode` is `require`, the
     /// driver refuses to send it so.
     fn cancel(&self, token: CancelToken) -> BoxFuture<'_, ()> {

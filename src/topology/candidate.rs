@@ -96,12 +96,14 @@ pub enum FailureKind {
     SeveralClusters,
     /// No name server knows the name, or an address for it.
     UnknownName,
+    /// The server answered the question with an error: it is up, and does not say what it is.
+    Errored,
 }
 
 impl FailureKind {
     /// The server itself spoke, or was not asked for want of a password: not silence, in either case.
     pub(super) fn is_an_answer(self) -> bool {
-        matches!(self, Self::NotNow | Self::Full | Self::Refused)
+        matches!(self, Self::NotNow | Self::Full | Self::Refused | Self::Errored)
     }
 }
 

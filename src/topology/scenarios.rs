@@ -321,7 +321,16 @@ impl Run {
             }
             let result = step.answer(server, says);
             let still_open = step.still_open.unwrap_or(result.is_ok());
-            self.topology.probed(self.now, &Probed { address: address(server), result, fresh, still_open });
+            let address = address(server);
+            let beside =
+                fresh && self.topology.beside.asking && self.topology.primary_address().as_ref() == Some(&address);
+            // What is not there answers no question, on whichever session it was asked.
+            let gone = beside && !still_open && self.topology.members[&address].asking;
+            let both = gone.then(|| result.clone());
+            self.topology.probed(self.now, &Probed { address: address.clone(), result, fresh, still_open, beside });
+            if let Some(result @ Err(_)) = both {
+                self.topology.probed(self.now, &Probed { address, result, fresh: false, still_open, beside: false });
+            }
         }
         if let (Some(suspect), Some(generation)) = (step.suspect, step.generation) {
             let suspicion = match suspect {

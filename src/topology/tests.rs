@@ -1,5 +1,7 @@
 //! The topology fed by hand, and by a small world of servers under a virtual clock.
 
+mod lives;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -14,7 +16,7 @@ const fn ms(milliseconds: u64) -> Duration {
 }
 
 fn settings() -> Settings {
-    Settings { poll: (ms(20), ms(250)), ..Settings::default() }
+    Settings { poll: (ms(20), ms(250)), warm_standbys: false, ..Settings::default() }
 }
 
 fn address(n: u8) -> Address {
@@ -137,13 +139,15 @@ impl Bench {
         let until = self.now + duration;
         while self.now < until {
             self.now += ms(25);
-            self.topology.pulse(self.now, Pulse { in_use: true, moved: heard });
+            self.topology.pulse(self.now, Pulse { in_use: true, moved: heard, received: heard, open: 1 });
             self.poll();
         }
     }
 
     fn answer(&mut self, n: u8, result: Result<ServerReport, ProbeFailure>, fresh: bool, still_open: bool) {
-        self.topology.probed(self.now, &Probed { address: address(n), result, fresh, still_open });
+        let address = address(n);
+        let beside = fresh && self.topology.beside.asking && self.topology.primary_address().as_ref() == Some(&address);
+        self.topology.probed(self.now, &Probed { address, result, fresh, still_open, beside });
         self.poll();
     }
 
@@ -576,6 +580,9 @@ fn a_standby_behind_the_address_proves_nothing_about_the_server_in_use() {
     bench.wait(ms(500));
     bench.suspect(1);
     bench.report(1, standby(9));
+    assert_eq!((bench.primary(), bench.asked_fresh()), (Some(1), Some(false)), "the session that is kept will tell");
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+    bench.answer(1, Ok(standby(9)), true, false);
     assert_eq!(bench.primary(), None);
     assert!(bench.ended().is_empty(), "a proxy may have sent the probe elsewhere");
     bench.wait(ms(50));
@@ -689,7 +696,7 @@ fn a_member_that_dns_forgot_is_still_asked() {
     let mut topology = Topology::new(settings(), Vec::new(), 1, 1, now);
     topology.resolved(now, 0, named((1..=4).map(endpoint)));
     topology.poll(now);
-    let probed = |n: u8, result| Probed { address: address(n), result, fresh: true, still_open: true };
+    let probed = |n: u8, result| Probed { address: address(n), result, fresh: true, still_open: true, beside: false };
     topology.probed(now, &probed(2, Ok(standby(2))));
     topology.probed(now, &probed(1, Ok(primary(1, 1))));
     topology.poll(now + ms(200));
@@ -705,7 +712,7 @@ fn a_member_that_dns_forgot_is_still_asked() {
 fn the_server_of_an_open_session_waits_for_its_promotion() {
     for warm in [false, true] {
         let mut bench = Bench::settled();
-        assert!(!bench.topology.keeps(&address(2)), "by default a patrol opens a session, and closes it");
+        assert!(!bench.topology.keeps(&address(2)), "without warm sessions a patrol opens one, and closes it");
         bench.topology.settings.warm_standbys = warm;
         assert_eq!(bench.topology.keeps(&address(2)), warm);
         bench.suspect(1);
@@ -842,7 +849,7 @@ fn the_primary_that_is_searched_for_is_not_forgotten() {
     let mut topology = Topology::new(settings(), Vec::new(), 1, 1, now);
     topology.resolved(now, 0, named([endpoint(1)]));
     topology.poll(now);
-    let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true };
+    let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true, beside: false };
     topology.probed(now, &probed(Ok(primary(1, 1))));
     // DNS has named another server for longer than anybody is remembered; then one heart-beat is late.
     let later = now + 2 * REMEMBER;
@@ -1030,6 +1037,7 @@ struct Answered {
     at: Instant,
     address: Address,
     fresh: bool,
+    beside: bool,
     silent: bool,
 }
 
@@ -1058,9 +1066,11 @@ impl Watch {
     fn deliver(bench: &mut Bench, world: &World, answered: Answered) {
         let index = index_of(&answered.address);
         let result = if answered.silent { Err(failure(FailureKind::TimedOut)) } else { world.answer(index) };
+        let Answered { address, fresh, beside, .. } = answered;
+        // No session is kept in this world.
+        let result = if beside && !fresh { Err(failure(FailureKind::Unreachable)) } else { result };
         let still_open = result.is_ok();
-        let Answered { address, fresh, .. } = answered;
-        bench.topology.probed(bench.now, &Probed { address, result, fresh, still_open });
+        bench.topology.probed(bench.now, &Probed { address, result, fresh, still_open, beside });
     }
 
     fn see(&mut self, bench: &Bench, world: &World, action: Action) -> Result<(), TestCaseError> {
@@ -1077,12 +1087,15 @@ impl Watch {
                 prop_assert!(!self.ended.contains(&id.get()), "ended twice");
                 self.ended.push(id.get());
             }
-            Action::Probe { endpoint, fresh, within, .. } => {
+            Action::Probe { endpoint, fresh, beside, within, .. } => {
                 let address = endpoint.address;
-                prop_assert!(self.answers.iter().all(|answer| answer.address != address), "asked twice at a time");
+                prop_assert!(
+                    self.answers.iter().all(|it| (&it.address, it.beside) != (&address, beside)),
+                    "asked twice at a time"
+                );
                 let silent = world.servers[index_of(&address)].frozen;
                 let at = bench.now + if silent { within } else { ms(1) };
-                self.answers.push(Answered { at, address, fresh, silent });
+                self.answers.push(Answered { at, address, fresh, beside, silent });
             }
             _ => {}
         }
@@ -1139,7 +1152,7 @@ fn no_session_is_kept_that_a_roaming_address_would_lead_elsewhere() {
     let mut bench = Bench::roaming();
     bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
     bench.answer(1, Ok(standby(2)), true, true);
-    assert!(!bench.topology.keeps(&address(1)), "its promotion would not be where others are led");
+    assert!(bench.topology.strayed(&address(1), &standby(2)), "its promotion would not be where others are led");
 }
 
 #[test]

@@ -294,6 +294,7 @@ impl<C: SessionClient> Attempt<C> {
             };
             (verdict, error)
         })?;
+        self.pool().heard(self.client().generation());
         if self.client().notices().already_in_transaction() {
             // … or one that is open: its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
             return Err((Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));

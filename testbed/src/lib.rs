@@ -57,6 +57,6 @@ pub use pooler::Pooler;
 pub use raw_dns::{Question, RawDns, record};
 pub use script::{Change, Reply, Script, Tamper};
 pub use spread::{Spread, longest_gap};
-pub use tap::{Counts, Tap};
+pub use tap::{Counts, Tap, TurnAway};
 pub use trap::{Blackhole, Eof, Garbage, Silent};
 pub use wait::eventually;

@@ -40,6 +40,25 @@ enum End {
     Close,
 }
 
+/// What becomes of new connections, while the open ones go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TurnAway {
+    /// Nobody listens.
+    Refuse,
+    /// Accepted, and reset at once.
+    Reset,
+    /// Accepted, read, and never answered.
+    Hang,
+    /// TLS is agreed to, and its handshake never answered. Whoever does not ask for TLS hangs, too.
+    HangInTls,
+    /// The log-in is accepted, and never completed.
+    HangInAuthentication,
+    /// The log-in is answered with an error of a class that nobody knows.
+    Error,
+    /// Forwarded after so long.
+    Delay(Duration),
+}
+
 /// What all connections look at.
 #[derive(Clone, Copy, Debug)]
 struct Order {
@@ -52,6 +71,7 @@ struct Shared {
     counts: Mutex<Counts>,
     upstream: Mutex<SocketAddr>,
     order: watch::Sender<Order>,
+    away: watch::Sender<Option<TurnAway>>,
 }
 
 impl Shared {
@@ -75,6 +95,7 @@ impl Tap {
             counts: Mutex::default(),
             upstream: Mutex::new(upstream),
             order: watch::Sender::new(Order { stalled: false, ends: (0, End::Close) }),
+            away: watch::Sender::new(None),
         });
         let addr = listener.local_addr().expect("a bound socket");
         let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
@@ -115,6 +136,11 @@ impl Tap {
         self.shared.order.send_modify(|order| order.stalled = stalled);
     }
 
+    /// From now on new connections fare so; open ones go on. `None`: they are forwarded again.
+    pub fn turn_away(&self, how: Option<TurnAway>) {
+        self.shared.away.send_replace(how);
+    }
+
     /// Where new connections go; open ones stay where they are.
     pub fn set_upstream(&self, upstream: SocketAddr) {
         *self.shared.upstream.lock().unwrap_or_else(PoisonError::into_inner) = upstream;
@@ -129,14 +155,30 @@ impl Drop for Tap {
 }
 
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
+    let addr = listener.local_addr().expect("a bound socket");
+    let mut listener = Some(listener);
+    let mut away = shared.away.subscribe();
     let mut connections = JoinSet::new();
     loop {
+        let refuses = *away.borrow_and_update() == Some(TurnAway::Refuse);
+        if refuses {
+            listener = None;
+        } else if listener.is_none() {
+            listener = Some(TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("tap on {addr}: {error}")));
+        }
+        let accepting = async {
+            match &listener {
+                Some(listener) => listener.accept().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            accepted = listener.accept() => {
+            accepted = accepting => {
                 let Ok((client, _)) = accepted else { continue };
                 shared.counts().connections += 1;
                 connections.spawn(serve(client, Arc::clone(&shared)));
             }
+            _ = away.changed() => {}
             Some(_) = connections.join_next() => {}
         }
     }
@@ -149,14 +191,48 @@ async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
         // The sender lives in `shared`, which this task holds.
         order.wait_for(|order| order.ends.0 > begun).await.map_or(End::Close, |order| order.ends.1)
     };
+    let away = *shared.away.borrow();
+    let served = async {
+        match away {
+            None => forward(&mut client, &shared).await,
+            Some(TurnAway::Delay(delay)) => {
+                tokio::time::sleep(delay).await;
+                forward(&mut client, &shared).await;
+            }
+            Some(how) => return turn_away(&mut client, how).await,
+        }
+        End::Close
+    };
     let how = tokio::select! {
         how = ended => how,
-        () = forward(&mut client, &shared) => End::Close,
+        how = served => how,
     };
     if matches!(how, End::Reset) {
         // A linger time of zero makes the close a RST.
         let _ = SockRef::from(&client).set_linger(Some(Duration::ZERO));
     }
+}
+
+/// Answers a log-in as `how` says, and reads the rest.
+async fn turn_away(client: &mut TcpStream, how: TurnAway) -> End {
+    if how == TurnAway::Reset {
+        return End::Reset;
+    }
+    let mut buffer = [0; 1024];
+    while let Ok(read @ 1..) = client.read(&mut buffer).await {
+        let asks_for_tls = buffer[..read] == [0, 0, 0, 8, 4, 210, 22, 47];
+        let answer: &[u8] = match how {
+            TurnAway::HangInTls if asks_for_tls => b"S",
+            TurnAway::HangInAuthentication | TurnAway::Error if asks_for_tls => b"N",
+            TurnAway::HangInAuthentication => b"R\0\0\0\x08\0\0\0\0",
+            TurnAway::Error => b"E\0\0\0\x24SERROR\0CZZ999\0Mno words for it\0\0",
+            _ => b"",
+        };
+        if client.write_all(answer).await.is_err() || (how == TurnAway::Error && !asks_for_tls) {
+            break;
+        }
+    }
+    End::Close
 }
 
 async fn forward(client: &mut TcpStream, shared: &Shared) {

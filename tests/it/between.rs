@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, Dns, FlyChecks, HaProxy, Node, PgBouncer, PgBouncerBuilder, eventually};
+use testbed::{Cluster, ClusterBuilder, Dns, FlyChecks, HaProxy, Node, PgBouncer, PgBouncerBuilder, eventually};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
@@ -106,7 +106,10 @@ struct Fly {
 
 impl Fly {
     async fn start(nodes: usize) -> Self {
-        let cluster = Cluster::builder().nodes(nodes);
+        Self::on(Cluster::builder().nodes(nodes)).await
+    }
+
+    async fn on(cluster: ClusterBuilder) -> Self {
         // Each session and each statement: whether a standby was ever written to can be read there.
         let cluster = cluster.setting("log_connections", "on").setting("log_statement", "all").start().await;
         create_table(&cluster).await;
@@ -346,6 +349,67 @@ async fn haproxy_r4_a_zombie_in_its_round_robin_is_never_written_to() {
     assert!(!used, "the zombie was written to");
     assert_eq!(generation(&pool), 2);
     traffic.assert_flawless(&fly.cluster).await;
+}
+
+/// R4b behind one address: a standby is promoted behind the primary's back, and HAProxy leads to both. The pool's sessions are
+/// all on the old primary, which answers as ever; only a new session shows the new one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols() {
+    if !HaProxy::is_installed() {
+        return;
+    }
+    let patrol = Duration::from_secs(2);
+    let fly = Fly::on(Cluster::builder().nodes(2).asynchronous()).await;
+    let url = format!("postgres://app@{}/app", fly.proxies[0].addr());
+    let pool = by_url(url).max_size(4).patrol_interval(patrol).build().unwrap();
+    let stop = Arc::<AtomicBool>::default();
+    let (writing, stopped) = (pool.clone(), Arc::clone(&stop));
+    let writer = tokio::spawn(async move {
+        let mut acknowledged = Vec::new();
+        for id in 0_i64.. {
+            if stopped.load(Ordering::Relaxed) {
+                break;
+            }
+            let Ok(client) = writing.get().await else { continue };
+            if client.execute("INSERT INTO entries (id) VALUES ($1)", &[&id]).await.is_ok() {
+                acknowledged.push((client.generation().get(), id));
+            }
+        }
+        acknowledged
+    });
+    fly.cluster.stop_shipping(Node(0), Node(1)).await;
+    fly.cluster.promote(Node(1)).await;
+    let new = fly.cluster.addr(Node(1)).to_string();
+    eventually("HAProxy leads to the new primary as well", LONG, async || {
+        server_behind(fly.proxies[0].addr()).await.as_ref() == Some(&new)
+    })
+    .await;
+    let both = Instant::now();
+    eventually("the old primary is left", LONG, async || generation(&pool) == 2).await;
+    println!("left {} ms after HAProxy led to both", ms(both.elapsed()));
+    assert!(both.elapsed() < patrol * 2 + Duration::from_secs(1), "{:?}", both.elapsed());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    stop.store(true, Ordering::Relaxed);
+    let acknowledged = writer.await.unwrap();
+    let stored: Vec<i64> = {
+        let rows = fly.cluster.direct(Node(1)).await.query("SELECT id FROM entries", &[]).await.unwrap();
+        rows.iter().map(|row| row.get(0)).collect()
+    };
+    let since: Vec<i64> = acknowledged.iter().filter(|(generation, _)| *generation >= 2).map(|(_, id)| *id).collect();
+    let lost = since.iter().filter(|id| !stored.contains(id)).count();
+    println!("{} acknowledged since, {lost} lost", since.len());
+    assert!(since.len() > 10 && lost == 0, "{} acknowledged since, {lost} lost", since.len());
+}
+
+/// The address of the server that a plain session is led to.
+async fn server_behind(addr: SocketAddr) -> Option<String> {
+    let mut config = Config::new();
+    config.hostaddr(addr.ip()).port(addr.port()).user("app").dbname("app").application_name("plain");
+    let (client, connection) = timeout(LONG, config.connect(NoTls)).await.ok()?.ok()?;
+    let connection = tokio::spawn(connection);
+    let row = client.query_one("SELECT host(inet_server_addr())", &[]).await.ok();
+    connection.abort();
+    row?.get(0)
 }
 
 /// Two servers and a PgBouncer that leads to the first.

@@ -15,6 +15,7 @@ mod get;
 mod hostile;
 mod hygiene;
 mod listen;
+mod lives;
 mod load;
 mod pooler;
 mod quiet;

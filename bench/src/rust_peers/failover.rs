@@ -81,7 +81,8 @@ impl Opens for Variant {
         if target.name.is_some() && !target.system_dns {
             builder = builder.dns_servers([target.dns]);
         }
-        let pool = builder.warm_standbys(*self == Self::Warm).build().map_err(|error| text(&error))?;
+        let builder = if *self == Self::Warm { builder.warm_standbys(true) } else { builder };
+        let pool = builder.build().map_err(|error| text(&error))?;
         let idempotent = *self == Self::Idempotent;
         // What is run again whatever happens has to be such that it may be.
         let sql = if idempotent {

@@ -1,0 +1,383 @@
+//! A server is alive while any of its sessions answers, and found dead soon after none does.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::topology::lives::{Finding, Sighting};
+
+const KINDS: [FailureKind; 7] = [
+    FailureKind::Unreachable,
+    FailureKind::TimedOut,
+    FailureKind::NotNow,
+    FailureKind::Full,
+    FailureKind::Refused,
+    FailureKind::NotPostgres,
+    FailureKind::Errored,
+];
+
+fn sighting(kind: FailureKind, fresh: bool) -> Sighting {
+    Sighting { kind, fresh, kept_open: false, pooled_open: false, received: false, mute: false }
+}
+
+#[test]
+fn what_a_question_without_a_report_says() {
+    use Finding::{Gone, Lives, NewSessionsFail, SessionEnded};
+    for kind in KINDS {
+        let new = sighting(kind, true);
+        let full = kind == FailureKind::Full;
+        let expected = |finding| if full { Lives } else { finding };
+        // No failure to open a session counts while an older one is open.
+        assert_eq!(Sighting { kept_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
+        assert_eq!(Sighting { pooled_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
+        assert_eq!(Sighting { pooled_open: true, mute: true, ..new }.finding(), expected(Gone), "{kind:?}");
+        assert_eq!(new.finding(), expected(Gone), "{kind:?}");
+    }
+    for (kind, finding) in [
+        (FailureKind::Unreachable, SessionEnded),
+        (FailureKind::NotNow, SessionEnded),
+        (FailureKind::Full, Lives),
+        (FailureKind::Errored, Lives),
+        (FailureKind::TimedOut, Gone),
+        (FailureKind::NotPostgres, Gone),
+    ] {
+        assert_eq!(sighting(kind, false).finding(), finding, "{kind:?}");
+    }
+    let held_up = Sighting { received: true, ..sighting(FailureKind::TimedOut, false) };
+    assert_eq!(held_up.finding(), Lives, "the server answers others");
+}
+
+/// Server 1 is the primary, with one session kept for the heart-beat and one of the pool; server 2 is its standby.
+struct Stage {
+    bench: Bench,
+    /// The session that is kept is open.
+    kept: bool,
+    /// Nothing is answered any more, and nothing is closed.
+    silent: bool,
+    /// What comes of a new session.
+    new: Option<FailureKind>,
+    pulse: Pulse,
+    /// Server 2 was promoted.
+    promoted: bool,
+    /// What is under way: when it ends, and how it was asked.
+    asked: Vec<(Instant, u8, bool, bool)>,
+    suspended_at: Option<Instant>,
+    ended_at: Option<Instant>,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let mut bench = Bench::new(2);
+        bench.report(2, standby(2));
+        bench.report(1, primary(1, 1));
+        let pulse = Pulse { open: 1, ..Pulse::default() };
+        Self {
+            bench,
+            kept: true,
+            silent: false,
+            new: None,
+            pulse,
+            promoted: false,
+            asked: Vec::new(),
+            suspended_at: None,
+            ended_at: None,
+        }
+    }
+
+    fn run(&mut self, duration: Duration) {
+        let until = self.bench.now + duration;
+        while self.bench.now < until {
+            self.look();
+            let next = self.asked.iter().map(|asked| asked.0).chain(self.bench.topology.wake_at()).min();
+            self.bench.now = next.unwrap_or(until).max(self.bench.now + ms(1)).min(until);
+            let now = self.bench.now;
+            for (_, server, beside, fresh) in self.asked.extract_if(.., |asked| asked.0 <= now).collect::<Vec<_>>() {
+                self.answer(server, beside, fresh);
+            }
+        }
+    }
+
+    /// As the task does before each poll.
+    fn look(&mut self) {
+        self.bench.topology.pulse(self.bench.now, self.pulse);
+        self.bench.poll();
+        for action in std::mem::take(&mut self.bench.log) {
+            match action {
+                Action::Suspend { .. } => self.suspended_at = self.suspended_at.or(Some(self.bench.now)),
+                Action::End { lost, .. } => {
+                    self.ended_at = self.ended_at.or(Some(self.bench.now));
+                    self.suspended_at = self.suspended_at.or(lost.then_some(self.bench.now));
+                }
+                Action::Probe { endpoint, fresh, beside, within, opened_within, .. } => {
+                    let server = if endpoint.address == address(1) { 1 } else { 2 };
+                    let new = fresh || (server == 1 && !self.kept && !beside);
+                    let hangs = server == 1 && (self.silent || (new && self.new == Some(FailureKind::TimedOut)));
+                    let takes = match (hangs, new) {
+                        (true, true) => opened_within,
+                        (true, false) if self.kept => within,
+                        _ => ms(2),
+                    };
+                    self.asked.push((self.bench.now + takes, server, beside, new));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn answer(&mut self, server: u8, beside: bool, fresh: bool) {
+        let result = match server {
+            2 if self.promoted => Ok(primary(2, 2)),
+            2 => Ok(standby(2)),
+            _ if fresh && self.new.is_some() => Err(failure(self.new.unwrap_or(FailureKind::TimedOut))),
+            _ if !fresh && !self.kept => Err(failure(FailureKind::Unreachable)),
+            _ if self.silent => Err(failure(FailureKind::TimedOut)),
+            _ => Ok(primary(1, 1)),
+        };
+        let still_open = server == 2 || self.kept;
+        let probed = Probed { address: address(server), result, fresh, still_open, beside };
+        self.bench.topology.probed(self.bench.now, &probed);
+    }
+}
+
+/// What happens around a server that lives.
+#[derive(Clone, Debug)]
+enum Noise {
+    /// New sessions fail so, or can be had again.
+    New(Option<FailureKind>),
+    Suspect,
+    /// Callers have connections on loan, and are answered or not.
+    Use {
+        in_use: bool,
+        received: bool,
+    },
+    Wait(u64),
+}
+
+fn noise() -> impl Strategy<Value = Noise> {
+    prop_oneof![
+        prop::option::of(prop::sample::select(KINDS.to_vec())).prop_map(Noise::New),
+        Just(Noise::Suspect),
+        (any::<bool>(), any::<bool>()).prop_map(|(in_use, received)| Noise::Use { in_use, received }),
+        (1..6000_u64).prop_map(Noise::Wait),
+    ]
+}
+
+impl Stage {
+    fn hear(&mut self, noise: &Noise) {
+        match *noise {
+            Noise::New(kind) => self.new = kind,
+            Noise::Suspect => self.bench.topology.suspected(self.bench.now, GenerationId(1), Suspicion::Connection),
+            Noise::Use { in_use, received } => self.pulse = Pulse { in_use, received, moved: received, ..self.pulse },
+            Noise::Wait(milliseconds) => self.run(ms(milliseconds)),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever becomes of new sessions, and whoever doubts: while the session that is kept answers, nothing is suspended and
+    /// nothing ends.
+    #[test]
+    fn a_server_that_answers_on_an_open_session_is_never_left(noises in prop::collection::vec(noise(), 0..30)) {
+        let mut stage = Stage::new();
+        for noise in &noises {
+            stage.hear(noise);
+            stage.run(ms(1));
+        }
+        stage.run(ms(30_000));
+        prop_assert_eq!((stage.suspended_at, stage.ended_at), (None, None));
+        prop_assert_eq!(stage.bench.primary(), Some(1));
+    }
+
+    /// The session that is kept has ended and no other can be had; what comes on the pool's sessions is proof enough.
+    #[test]
+    fn a_server_that_answers_the_pool_is_never_left(
+        noises in prop::collection::vec(noise(), 0..30),
+        kind in prop::sample::select(KINDS.to_vec()),
+        held_up in any::<bool>(),
+    ) {
+        let mut stage = Stage::new();
+        stage.pulse = Pulse { in_use: true, received: true, moved: true, open: 1 };
+        stage.new = Some(kind);
+        // Its question is held up, or its session gone.
+        (stage.kept, stage.silent) = (held_up, held_up);
+        for noise in &noises {
+            if !matches!(noise, Noise::New(_) | Noise::Use { .. }) {
+                stage.hear(noise);
+            }
+            stage.run(ms(1));
+        }
+        stage.run(ms(30_000));
+        prop_assert_eq!((stage.suspended_at, stage.ended_at), (None, None));
+    }
+
+    /// The other way round: in the midst of all that, a server that dies is suspended within the usual time, its connections
+    /// end after `dead_after`, and a successor is used as soon as it can be seen.
+    #[test]
+    fn a_server_that_dies_is_found_in_the_midst_of_it(
+        noises in prop::collection::vec(noise(), 0..30),
+        kind in prop::sample::select(KINDS.to_vec()),
+        closes in any::<bool>(),
+        in_use in any::<bool>(),
+        successor in any::<bool>(),
+    ) {
+        let mut stage = Stage::new();
+        for noise in &noises {
+            stage.hear(noise);
+            stage.run(ms(1));
+        }
+        let died = stage.bench.now;
+        stage.pulse = Pulse { in_use, received: false, moved: false, open: usize::from(!closes) };
+        if closes {
+            (stage.kept, stage.new) = (false, Some(if kind == FailureKind::Full { FailureKind::Unreachable } else { kind }));
+        } else {
+            (stage.silent, stage.new) = (true, Some(FailureKind::TimedOut));
+        }
+        stage.bench.topology.suspected(died, GenerationId(1), Suspicion::Connection);
+        stage.promoted = successor;
+        stage.run(ms(60_000));
+        let settings = settings();
+        // A heart-beat, and its limit; where sessions are closed the limit of a new one.
+        let usual = settings.heartbeat + settings.heartbeat_timeout * 2 + settings.probe_timeout;
+        let after = |at: Option<Instant>| at.map(|at| at.duration_since(died));
+        let suspended = after(stage.suspended_at);
+        prop_assert!(suspended.is_some_and(|took| took <= usual), "suspended after {suspended:?}");
+        let ended = after(stage.ended_at);
+        if successor {
+            prop_assert!(ended.is_some_and(|took| took <= usual + ms(500)), "left after {ended:?}");
+            prop_assert_eq!(stage.bench.primary(), Some(2));
+        } else if closes && kind.is_an_answer() && kind != FailureKind::Full {
+            // Somebody answers there that it takes nobody: that is not silence.
+        } else {
+            let most = settings.dead_after + usual;
+            prop_assert!(ended.is_some_and(|took| took <= most), "ended after {ended:?}");
+        }
+    }
+}
+
+#[test]
+fn a_primary_that_takes_no_new_session_is_asked_on_the_one_that_is_kept() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(500));
+    bench.suspect(1);
+    bench.log.clear();
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, true);
+    assert_eq!((bench.primary(), bench.asked_fresh()), (Some(1), Some(false)), "at once, on the open session");
+    // That one ends, and so have the pool's: now nothing shows that it lives.
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+    assert!(bench.asked_freshly(1));
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+    assert_eq!(bench.primary(), None);
+}
+
+#[test]
+fn the_session_of_a_suspended_primary_is_kept_and_asked() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.log.clear();
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+    assert!(bench.topology.keeps(&address(1)));
+    bench.wait(ms(30));
+    let asked = |fresh| {
+        bench.log.iter().any(|action| matches!(action, Action::Probe { endpoint, fresh: it, beside, .. } if endpoint.address == address(1) && *it == fresh && *beside != fresh))
+    };
+    assert!(asked(true) && asked(false), "on a new session, which may lead to a successor, and on the one it has");
+    let beside =
+        Probed { address: address(1), result: Ok(primary(1, 1)), fresh: false, still_open: true, beside: true };
+    bench.topology.probed(bench.now, &beside);
+    bench.poll();
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+}
+
+/// Sessions take three seconds to open: that is no reason to doubt a server that answers at once on an open one.
+#[test]
+fn time_to_open_a_session_is_not_time_to_answer() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.suspect(1);
+    let limits = |bench: &Bench, wanted: bool| {
+        bench.log.iter().rev().find_map(|action| match action {
+            Action::Probe { endpoint, beside, within, opened_within, .. }
+                if endpoint.address == address(1) && *beside == wanted =>
+            {
+                Some((*within, *opened_within))
+            }
+            _ => None,
+        })
+    };
+    let settings = settings();
+    let expected = Some((settings.heartbeat_timeout, settings.probe_timeout + settings.heartbeat_timeout));
+    assert_eq!((limits(&bench, false), limits(&bench, true)), (expected, expected));
+}
+
+/// More than eight dead addresses are asked less often, and more than sixteen less often still.
+#[test]
+fn eight_dead_addresses_are_asked_as_often_as_one() {
+    let asked = |dead: u8| {
+        let mut bench = Bench::with(Settings { poll: (ms(20), ms(250)), ..settings() }, dead);
+        let mut asked = 0;
+        for _ in 0..50 {
+            (1..=dead).for_each(|n| bench.fail(n, FailureKind::Unreachable));
+            bench.log.clear();
+            bench.wait(ms(20));
+            asked += bench.asked(1);
+        }
+        asked
+    };
+    let (one, eight, nine, sixteen, seventeen) = (asked(1), asked(8), asked(9), asked(16), asked(17));
+    assert!(eight * 10 >= one * 8, "{one} {eight}");
+    assert!(nine * 10 <= eight * 7 && sixteen * 10 <= eight * 7, "{eight} {nine} {sixteen}");
+    assert!(seventeen < sixteen, "{sixteen} {seventeen}");
+}
+
+/// The network renumbers: the server lives on, and takes new sessions at another address alone.
+#[test]
+fn a_primary_that_takes_sessions_elsewhere_is_reached_there() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(6000));
+    bench.report(2, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1), "one server by two addresses");
+    bench.suspect(1);
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, true);
+    assert_eq!(bench.primary(), Some(1));
+    bench.wait(ms(200));
+    bench.report(2, primary(1, 1));
+    assert_eq!((bench.primary(), bench.ended(), bench.topology.view().generation.get()), (Some(2), vec![], 1));
+}
+
+/// A proxy at the only address may lead new sessions to a successor while the old one is still held by the old primary.
+#[test]
+fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol() {
+    let fresh = |bench: &Bench| {
+        let asks = |action: &&Action| matches!(action, Action::Probe { fresh: true, beside: true, .. });
+        bench.log.iter().filter(asks).count()
+    };
+    let patrols = |bench: &mut Bench| {
+        bench.log.clear();
+        for _ in 0..300 {
+            bench.wait(ms(100));
+            if bench.topology.members[&address(1)].asking {
+                bench.answer(1, Ok(primary(1, 1)), false, true);
+            }
+            if bench.topology.beside.asking {
+                bench.answer(1, Ok(primary(1, 1)), true, true);
+            }
+        }
+        fresh(bench)
+    };
+    let mut alone = Bench::new(1);
+    alone.report(1, primary(1, 1));
+    let seen = patrols(&mut alone);
+    assert!((5..=7).contains(&seen), "{seen} in thirty seconds");
+    let mut settled = Bench::settled();
+    assert_eq!(patrols(&mut settled), 0, "the standbys are in sight");
+
+    // It leads to the old primary, which changes nothing, and then to the new one.
+    alone.wait(ms(5000));
+    alone.answer(1, Ok(standby(9)), true, true);
+    assert_eq!((alone.primary(), alone.ended()), (Some(1), vec![]));
+    alone.wait(ms(5000));
+    alone.answer(1, Ok(primary(2, 2)), true, true);
+    assert_eq!((alone.topology.view().generation.get(), alone.ended()), (2, vec![1]));
+}
