@@ -103,7 +103,8 @@ pub(crate) struct Marker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
     pub(crate) life: Life,
-    /// Up to where it received WAL as a standby; `None` if it was not one since its memory was set up last.
+    /// Up to where it received WAL as a standby, or replayed its own; `None` if it does not show that it was one since its
+    /// memory was set up last.
     pub(crate) received: Option<Lsn>,
     /// How many primaries the pool has seen since BEGIN, the same server after a restart included.
     pub(crate) primaries_since: u64,
@@ -298,8 +299,10 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     if then > 1 && now.life.ancestor != Some(then) && !followed {
         return Located::Unclear(Unsettled::Unproven);
     }
-    // Otherwise it may have crashed after its promotion: then this is the end of that recovery.
-    let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some();
+    // Otherwise it may have crashed after its promotion: then this is the end of that recovery. Statistics that survived were
+    // left by a clean shutdown, and so it was started as a standby: the recovery of a crash would have reset them.
+    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
+    let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
     match now.life.replayed {
         Some(_) if not_crashed_since => Located::Here,
         _ => Located::Unclear(Unsettled::Restarted),

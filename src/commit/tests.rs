@@ -121,6 +121,24 @@ fn a_number_alone_makes_no_parent() {
     assert_eq!(locate(&marker(None), &next, &Proof::Files { followed: false }), unproven);
 }
 
+/// A leader that was demoted and promoted again has streamed from nobody, and has replayed no transaction. Its statistics
+/// show that it has not crashed behind its promotion.
+#[test]
+fn statistics_that_survived_show_that_replay_ended_at_the_promotion() {
+    let first = Marker { life: Life { server: Server { timeline: 1, ..OLD }, ..marker(None).life }, ..marker(None) };
+    let back = |replayed, stats| {
+        let said = now(Server { timeline: 2, ..NEXT }, replayed, None);
+        Now { life: Life { stats_reset: stats, ..said.life }, ..said }
+    };
+    let restarted = Located::Unclear(Unsettled::Restarted);
+    assert_eq!(located(&first, &back(Some(20), Some(7))), Located::Here);
+    assert_eq!(located(&first, &back(Some(19), Some(7))), Located::Lost);
+    assert_eq!(located(&first, &back(Some(20), Some(8))), restarted, "it crashed");
+    assert_eq!(located(&first, &back(None, Some(7))), restarted, "it was started again");
+    let untold = Marker { life: Life { stats_reset: None, ..first.life }, ..first };
+    assert_eq!(located(&untold, &back(Some(20), None)), restarted, "PostgreSQL 14");
+}
+
 #[test]
 fn each_history_begins_with_the_first_timeline() {
     let first = |server| Server { timeline: 1, ..server };

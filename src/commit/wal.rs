@@ -139,7 +139,11 @@ pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Res
     said(&row, primaries_since).map_err(|_| None)
 }
 
-const RECEIVED: &str = "pg_last_wal_receive_lsn()";
+/// NULL if the server was no standby since its memory was set up last. A leader that comes back within its lease streams from
+/// nobody, and replays its own log as a standby does: only archive recovery notes the time of a transaction's end
+/// (`recoveryStopsAfter` in `xlogrecovery.c`), the recovery of a crash does not.
+const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
+                                 CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
 fn question(xid: u64, [received, stats_reset, checkpointed, evidence]: [&str; 4]) -> String {
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.

@@ -702,6 +702,12 @@ impl World {
             archive.insert(new);
         }
         (node.role, node.upstream) = (Role::Primary, None);
+        // What it replayed of its own log shows by the time of a transaction's end.
+        let ends = |record: &&Record| matches!(record.what, What::Commit { .. } | What::Abort { .. });
+        let replayed = node.wal.iter().rev().take_while(|record| !matches!(record.what, What::Checkpoint { .. }));
+        if node.alone && replayed.filter(ends).count() > 0 {
+            node.received = Some(end);
+        }
         self.tally.unfed += u64::from(node.received.is_none() && !node.alone);
         node.alone = false;
         self.promotions.push(new);
