@@ -60,7 +60,7 @@ struct Numbers {
     promotions: u64,
     archive: bool,
     history: bool,
-    /// Rounds of two promotions with an archive, besides the others.
+    /// Rounds of two promotions with an archive and the history function, besides the others.
     twice: u64,
 }
 
@@ -72,7 +72,7 @@ impl Numbers {
             cuts: command::variable("CUTS").unwrap_or(40),
             failovers: failovers.unwrap_or(3),
             without_waiting: command::variable("ASYNC").unwrap_or(2),
-            leases: command::variable("LEASES").unwrap_or(0),
+            leases: command::variable("LEASES").unwrap_or(3),
             promotions: command::variable("PROMOTIONS").unwrap_or(1).max(1),
             archive: flag("ARCHIVE"),
             history: flag("HISTORY"),
@@ -138,7 +138,8 @@ impl Report {
             report.without_waiting(numbers.plan(Replication::Asynchronous, numbers.without_waiting), seed).await;
         }
         if numbers.twice > 0 {
-            let plan = Plan { promotions: 2, archive: true, ..numbers.plan(Replication::Synchronous, 0) };
+            let plan =
+                Plan { promotions: 2, archive: true, history: true, ..numbers.plan(Replication::Synchronous, 0) };
             report.twice(Plan { rounds: numbers.twice, ..plan }, seed).await;
             report.without_waiting(Plan { rounds: 1, replication: Replication::Asynchronous, ..plan }, seed).await;
         }

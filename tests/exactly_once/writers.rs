@@ -25,7 +25,7 @@ const PACE: u64 = 5;
 const IMPATIENT: usize = 4;
 
 /// Run by a superuser.
-const HISTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/history.sql");
+const HISTORY: &str = include_str!("../../sql/history.sql");
 
 /// How a doubt is settled.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -161,8 +161,9 @@ pub(crate) async fn create_tables(cluster: &Cluster, history: bool) {
                GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
     client.batch_execute(sql).await.expect("CREATE TABLE");
     if history {
-        let sql = std::fs::read_to_string(HISTORY).expect("sql/history.sql");
-        client.batch_execute(&sql).await.expect("the history function");
+        client.batch_execute(HISTORY).await.expect("sql/history.sql");
+        let grant = "GRANT EXECUTE ON FUNCTION failover.wal_history TO app";
+        client.batch_execute(grant).await.expect("GRANT");
     }
 }
 
