@@ -12,6 +12,7 @@ mod errors;
 mod evidence;
 mod failover;
 mod get;
+mod history;
 mod hostile;
 mod hygiene;
 mod listen;

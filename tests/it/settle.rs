@@ -42,22 +42,22 @@ pub(crate) async fn install_ledger(cluster: &Cluster) {
     admin.batch_execute(GRANTS).await.unwrap();
 }
 
-fn single() -> ClusterBuilder {
+pub(crate) fn single() -> ClusterBuilder {
     Cluster::builder().nodes(1)
 }
 
 /// A cluster whose first primary is behind a cutter; the DNS name leads to that and to the standbys.
-struct Bench {
-    cluster: Arc<Cluster>,
-    cutter: Cutter,
-    pool: Pool,
+pub(crate) struct Bench {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) cutter: Cutter,
+    pub(crate) pool: Pool,
     guarantee: Guarantee,
-    runs: Runs,
+    pub(crate) runs: Runs,
     armed: Mutex<Vec<Armed>>,
 }
 
 impl Bench {
-    async fn new(cluster: ClusterBuilder, guarantee: Guarantee) -> Self {
+    pub(crate) async fn new(cluster: ClusterBuilder, guarantee: Guarantee) -> Self {
         let cluster = Arc::new(cluster.start().await);
         create_table(&cluster).await;
         install_ledger(&cluster).await;
@@ -73,14 +73,14 @@ impl Bench {
     }
 
     /// With a pool that has never heard of the standbys: a member is remembered when DNS does not name it any more.
-    async fn unaware_of_standbys(self) -> Self {
+    pub(crate) async fn unaware_of_standbys(self) -> Self {
         list(&self.cluster, &[Node(0)]);
         let pool = by_name(&self.cluster).build().unwrap();
         pool.connect().await.unwrap();
         Self { pool, ..self }
     }
 
-    fn call(&self) -> TransactionBuilder<'_> {
+    pub(crate) fn call(&self) -> TransactionBuilder<'_> {
         self.pool.build_transaction().guarantee(self.guarantee.clone())
     }
 
@@ -109,13 +109,13 @@ impl Bench {
     }
 
     /// The work is stored once, and took so many runs.
-    async fn assert_once(&self, runs: u32) {
+    pub(crate) async fn assert_once(&self, runs: u32) {
         self.assert_all_cut().await;
         assert_eq!((self.runs.count(), stored(&self.cluster).await), (runs, vec![1]), "{:?}", self.guarantee);
     }
 
     /// Waits for the end of the faults: a call may be settled before that.
-    async fn assert_all_cut(&self) {
+    pub(crate) async fn assert_all_cut(&self) {
         let armed = self.armed.lock().unwrap().clone();
         for cut in armed {
             timeout(PATIENCE, cut.happened()).await.expect("a cut did not come to pass");
@@ -130,12 +130,12 @@ impl Bench {
         });
     }
 
-    fn cut(&self, cut: Cut) {
+    pub(crate) fn cut(&self, cut: Cut) {
         self.armed.lock().unwrap().push(self.cutter.arm(cut));
     }
 
     /// The same, and when it is due, a fault before anything is closed.
-    fn cut_with<Fut>(&self, cut: Cut, fault: impl FnOnce(Arc<Cluster>) -> Fut + Send + 'static)
+    pub(crate) fn cut_with<Fut>(&self, cut: Cut, fault: impl FnOnce(Arc<Cluster>) -> Fut + Send + 'static)
     where
         Fut: Future<Output = ()> + Send + 'static,
     {
@@ -152,18 +152,18 @@ async fn with_each_settler(cluster: impl Fn() -> ClusterBuilder, case: impl Asyn
     }
 }
 
-fn standbys(cluster: &Cluster) -> Vec<Node> {
+pub(crate) fn standbys(cluster: &Cluster) -> Vec<Node> {
     cluster.nodes().into_iter().filter(|node| *node != cluster.primary()).collect()
 }
 
 /// The DNS name leads to these nodes from now on, to the first one through the cutter.
-fn list(cluster: &Cluster, nodes: &[Node]) {
+pub(crate) fn list(cluster: &Cluster, nodes: &[Node]) {
     let address = |node: &Node| if *node == Node(0) { cluster.spare_addr(0) } else { cluster.addr(*node) };
     cluster.dns().set(&nodes.iter().map(address).collect::<Vec<_>>());
 }
 
 /// Nothing that the primary writes gets to these standbys from now on: all that it has.
-async fn cut_replication(cluster: &Cluster, standbys: &[Node]) {
+pub(crate) async fn cut_replication(cluster: &Cluster, standbys: &[Node]) {
     for standby in standbys {
         let session = cluster.direct(*standby).await;
         session.batch_execute("ALTER SYSTEM SET primary_conninfo = ''").await.unwrap();
