@@ -59,6 +59,7 @@ const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
 /// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
 const MOST_ROWS: usize = 64;
+const MOST_COUNTED: usize = 10_000;
 const LONGEST_VALUE: usize = 64 * 1024;
 
 /// So many servers that refused something are remembered.
@@ -655,9 +656,15 @@ pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<St
     let mut rows = Vec::new();
     while let Some(message) = messages.try_next().await? {
         // What follows is dropped as it comes.
-        if let SimpleQueryMessage::Row(row) = message
-            && rows.len() < MOST_ROWS
-        {
+        let SimpleQueryMessage::Row(row) = message else {
+            continue;
+        };
+        if rows.len() >= MOST_ROWS {
+            // Counted, as far as that is cheap, and not kept.
+            if rows.len() < MOST_COUNTED {
+                rows.push(Vec::new());
+            }
+        } else {
             let value = |index| row.try_get(index).map_or_else(|_| Some('\u{FFFD}'.to_string()), text);
             rows.push((0..row.len().min(MOST_ROWS)).map(value).collect());
         }

@@ -480,6 +480,7 @@ impl Topology {
         self.ask_if_quiet(now);
         self.hurry_if_uneasy(now);
         self.look_up_due_names(now);
+        self.take_turns(now);
         self.patrol_alone(now);
         self.ask_beside(now);
         let (current, suspended) = (self.primary_address(), self.suspended_address());
@@ -633,7 +634,6 @@ impl Topology {
         }
         if !probed.beside {
             self.schedule(now, &probed.address);
-            self.take_turns(now, &probed.address);
         }
     }
 
@@ -842,6 +842,7 @@ impl Topology {
             verified: false,
             named_at: now,
         };
+        self.spare.retain(|(other, _)| other.address != endpoint.address);
         self.members.insert(endpoint.address, member);
     }
 

@@ -81,6 +81,12 @@ impl Topology {
         };
         endpoints.truncate(MAX_ADDRESSES);
         asked.addresses = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
+        // First of all: a server that this answer names makes no room for another one that it names.
+        for endpoint in &endpoints {
+            if let Some(member) = self.members.get_mut(&endpoint.address) {
+                member.named_at = now;
+            }
+        }
         for endpoint in endpoints {
             self.add(endpoint, Origin::Resolved, now);
         }
@@ -158,20 +164,32 @@ impl Topology {
         }
     }
 
-    /// A server that is not the primary makes room for one that waits for its turn, and waits for its own.
-    pub(super) fn take_turns(&mut self, now: Instant, address: &Address) {
-        if self.spare.is_empty() || self.needed().contains(address) {
+    /// Servers that would be asked again make room for those that wait for their turn. Those that proved to belong to the
+    /// cluster stay: one of them is the next primary.
+    pub(super) fn take_turns(&mut self, now: Instant) {
+        if self.spare.is_empty() {
             return;
         }
-        let Some((next, origin)) = self.spare.pop_front() else {
-            return;
-        };
-        if let Some(member) = self.members.remove(address)
-            && member.origin != Origin::Remembered
-        {
-            self.spare.push_back((member.endpoint, member.origin));
+        let needed = self.needed();
+        let due = self.members.iter().filter(|(address, member)| {
+            !member.asking
+                && member.due <= now
+                && member.answer.is_some()
+                && !member.verified
+                && !needed.contains(address)
+        });
+        let due: Vec<Address> = due.map(|(address, _)| address.clone()).take(self.spare.len()).collect();
+        for address in due {
+            let Some((next, origin)) = self.spare.pop_front() else {
+                break;
+            };
+            if let Some(member) = self.members.remove(&address)
+                && member.origin != Origin::Remembered
+            {
+                self.spare.push_back((member.endpoint, member.origin));
+            }
+            self.add(next, origin, now);
         }
-        self.add(next, origin, now);
         self.forget_notices();
     }
 

@@ -86,7 +86,7 @@ impl Topology {
         };
         let since = search.since;
         let hopeless = match self.conflict(now) {
-            Some(failure) => Some(Hopeless { failure, as_of: now, after: Duration::ZERO }),
+            Some(failure) => Some(Hopeless { failure, as_of: self.oldest_answer(now), after: Duration::ZERO }),
             None => judge(self.words(), self.let_in),
         };
         let due = hopeless.as_ref().map(|hopeless| since + hopeless.after);
@@ -97,6 +97,12 @@ impl Topology {
         search.judge_at = due.filter(|due| *due > now);
         search.refused_as_of = told.as_ref().map(|told| told.as_of);
         self.set_refused(now, told.map(|told| told.failure));
+    }
+
+    /// When the oldest of the questions was sent that were answered last: the name may have led elsewhere since.
+    fn oldest_answer(&self, now: Instant) -> Instant {
+        let members = self.members.values().filter_map(|member| member.told_at);
+        members.chain(self.names.iter().filter_map(|name| name.told_at)).min().unwrap_or(now)
     }
 
     fn words(&self) -> impl Iterator<Item = Word> {

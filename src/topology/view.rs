@@ -42,7 +42,8 @@ pub struct View {
 pub enum State {
     /// No verified primary: checkouts wait.
     Searching {
-        /// Set where every server that answered refuses the credentials: waiting does not help.
+        /// Set where every candidate says what no waiting mends: it refuses the credentials, is not PostgreSQL, belongs to
+        /// another of several clusters, or its name is unknown.
         refused: Option<ProbeFailure>,
     },
     /// A verified primary.

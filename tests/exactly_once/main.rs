@@ -10,7 +10,8 @@
 //! - `PROMOTIONS=2`: so many in each round of these: the new primary is killed in turn. `FAILOVERS` and `ASYNC` count rounds.
 //! - `ARCHIVE=1`: all nodes share a WAL archive.
 //! - `HISTORY=1`: the pool may use the function of sql/history.sql, which shows the history of the server's log.
-//! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over.
+//! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over; with the history function,
+//!   unless `HISTORY=0`.
 //! - `SEED=7`: the same order of faults and pauses again. Unless told it comes from the clock.
 //! - `SETTLER=wal`: this one alone.
 //! - `RUST_LOG=tokio_postgres_failover=debug` shows what the pool does.
@@ -199,11 +200,13 @@ impl Report {
     /// The leaders that are back within their lease.
     async fn leases(&mut self, numbers: Numbers, seed: u64) {
         let begun = Instant::now();
-        let Numbers { leases, archive, history, .. } = numbers;
+        // Without the function, the pool may come too late to see whose child a later timeline is.
+        let history = command::variable::<u8>("HISTORY").is_none_or(|number| number > 0);
+        let Numbers { leases, archive, .. } = numbers;
         let run = leases::run(self.settler, leases, archive, history, seed);
         let Some(outcome) = self.ended(run).await else { return };
         self.look("leases", &outcome, begun, true);
-        let how = how(&Plan { promotions: 1, ..numbers.plan(Replication::Synchronous, 0) });
+        let how = how(&Plan { promotions: 1, history, ..numbers.plan(Replication::Synchronous, 0) });
         self.lines.push(format!("{} leases={leases}{how} {}", self.settler, counts(&outcome)));
     }
 

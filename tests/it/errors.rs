@@ -406,3 +406,39 @@ async fn a_name_that_does_not_resolve_says_so() {
         }
     }
 }
+
+/// A server without a slot is asked less and less often, whatever the number of callers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s11_a_full_server_is_no_storm_of_log_ins() {
+    let cluster = Cluster::builder().nodes(1).setting("max_connections", "12").start().await;
+    let tap = Tap::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(Node(0))).await;
+    let pool = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(16).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let mut others = Vec::new();
+    let url = format!("postgres://app@{}/app", cluster.socket_addr(Node(0)));
+    while let Ok((client, connection)) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await {
+        tokio::spawn(connection);
+        others.push(client);
+    }
+    tap.reset();
+    let began = Instant::now();
+    let callers: Vec<_> = (0..20)
+        .map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                while began.elapsed() < Duration::from_secs(5) {
+                    assert!(pool.get_within(Duration::from_secs(1)).await.is_err());
+                }
+            })
+        })
+        .collect();
+    for caller in callers {
+        caller.await.unwrap();
+    }
+    let startups = tap.counts().startups;
+    println!("{startups} log-ins in {:?}", began.elapsed());
+    assert!(startups <= 50, "{startups} log-ins in five seconds");
+    drop(others);
+    eventually("there are slots again", PATIENCE, async || pool.get().await.is_ok()).await;
+    held.batch_execute("SELECT 1").await.unwrap();
+}
