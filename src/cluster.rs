@@ -518,7 +518,7 @@ impl<C: SessionClient> Task<C> {
         let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
             // What was asked for before the sleep is of no interest any more.
-            drop(std::mem::take(&mut *lock(&self.shared.signals)));
+            *lock(&self.shared.signals) = Signals::default();
             if !wanted() {
                 return false;
             }

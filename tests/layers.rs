@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// Which module may name which; a module may always name itself. What is not here is level 0 and names none.
 const ALLOWED: [(&str, &[&str]); 9] = [
     ("server", &["classify", "topology"]),
-    ("commit", &["server", "topology"]),
+    ("commit", &["classify", "server", "topology"]),
     ("observe", &["classify", "commit", "server", "topology"]),
     ("cluster", &["observe", "resolve", "server", "topology"]),
     ("error", &["classify", "cluster", "commit", "resolve", "topology"]),

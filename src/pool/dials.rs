@@ -421,7 +421,10 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     strong.note_refused(began, &failure);
     let (error, pause) = strong.failed(&generation, failure.clone());
     if matches!(error, Error::Refused(_)) {
-        return strong.refused(&generation, &failure, began);
+        strong.refused(&generation, &failure, began);
+        drop(dialing);
+        // Whoever asked since is owed an answer of their own.
+        return strong.balance(0);
     }
     drop(strong);
     // Permit and turn are held through the pause: a server that takes no sessions is not asked by everybody.
@@ -429,8 +432,9 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     drop((permit, turn));
     if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
         dialer.not_arrived(error);
+        drop(dialing);
+        dialer.balance(0);
     }
-    drop(dialing);
 }
 
 type Turn = Option<OwnedMutexGuard<()>>;

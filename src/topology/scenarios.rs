@@ -364,7 +364,7 @@ impl Run {
         let (primary, callers_refused) = match &view.state {
             State::Primary { endpoint, .. } => (number(&endpoint.address), false),
             State::Searching { refused } => (0, refused.is_some()),
-            State::Closed => unreachable!("a topology is never closed"),
+            State::Closed | State::Asleep => unreachable!("a topology is never closed, and nobody lets it sleep here"),
         };
         let candidates = self.topology.candidates();
         let refused = |candidate: &CandidateReport| match &candidate.answer {

@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn what_the_session_has_met_counts_and_the_word_of_another_call_more() {
         let text = Error::abort("own");
-        let other = Error::abort(App::Pool(Error::Closed));
+        let other = Error::abort(App::Named(Error::Closed));
         assert_eq!(judge(Word::of(&text), &Session::Open), Verdict::Application);
         assert_eq!(judge(Word::of(&text), &Session::Ended(None)), Verdict::ConnectionLost);
         assert_eq!(judge(Word::of(&other), &Session::Ended(None)), Verdict::Application);
