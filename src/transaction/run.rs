@@ -23,14 +23,21 @@ use crate::observe::Observer;
 use crate::pool::{Client, Pool};
 use crate::retry::{GiveUp, Retry};
 use crate::server::SessionClient;
-use crate::topology::Suspicion;
+use crate::topology::{Suspicion, UNDISTURBED};
 
 /// COMMIT turns into ROLLBACK, without an error, where the transaction had failed. A statement before it makes the
 /// server say so, in the same message: 25P02. This one needs no planning.
 const COMMIT: &str = "SHOW transaction_isolation; COMMIT";
 /// In one message: undo, and ask the session whether its server takes writes at all.
-const ROLLBACK_AND_ROLE: &str =
-    "ROLLBACK; SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
+fn rollback_and_role() -> String {
+    format!(
+        "ROLLBACK; {UNDISTURBED} SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'"
+    )
+}
+/// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be
+/// with the session, and not committed by the COMMIT that is to come. The warning about it is not enough: a role's
+/// `client_min_messages` may hide it, and the drivers of a wrapped pool are not ours. It has no effect on a clean session.
+const CLEAN: &str = "BEGIN; ROLLBACK";
 /// A session that does not answer its ROLLBACK within this is closed instead.
 const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
@@ -310,7 +317,7 @@ impl<C: SessionClient> Attempt<C> {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             Marks::Nothing | Marks::Wal | Marks::Write => {
-                client.batch_execute(&begin.sql).await?;
+                client.batch_execute(&format!("{CLEAN}; {}", begin.sql)).await?;
                 return Ok(None);
             }
         };
@@ -328,9 +335,11 @@ impl<C: SessionClient> Attempt<C> {
         };
         let mark = |by, backend| Mark { by, backend, generation: client.generation(), life: client.life() };
         let read = match (&begin.marks, client.life()) {
-            (Marks::Ledger(ledger), _) => {
-                entered(&row).map(|(entered, backend)| Some(mark(Settler::Ledger(ledger.clone(), entered), backend)))
-            }
+            (Marks::Ledger(ledger), _) => match entered(&row) {
+                Ok(Some((entered, backend))) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
+                Ok(None) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+                Err(bad) => Err(bad),
+            },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
                 Ok(Marked::Elsewhere) => {
                     self.pool().suspect(client.generation(), Suspicion::Connection);
@@ -477,7 +486,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Rolls back and asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
     /// had made itself read-only.
     async fn server_is_read_only(&mut self) -> bool {
-        let asked = timeout(ROLLBACK_WITHIN, self.client().simple_query(ROLLBACK_AND_ROLE)).await;
+        let asked = timeout(ROLLBACK_WITHIN, self.client().simple_query(&rollback_and_role())).await;
         let Ok(Ok(messages)) = asked else {
             return true;
         };
