@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The list: a letter, and how many rows it has. R4b comes on top.
-const ROWS: [(char, u32); 6] = [('S', 12), ('R', 14), ('D', 8), ('C', 12), ('K', 9), ('H', 5)];
+const ROWS: [(char, u32); 6] = [('S', 12), ('R', 14), ('D', 8), ('C', 13), ('K', 9), ('H', 5)];
 /// How a row without a test says why.
 const REASON: &str = "Not built yet: ";
 

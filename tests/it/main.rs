@@ -21,6 +21,7 @@ mod quiet;
 mod resolve;
 mod rotation;
 mod scenarios;
+mod settings;
 mod settle;
 mod spans;
 #[cfg(feature = "rustls")]
