@@ -14,13 +14,16 @@ CREATE SCHEMA IF NOT EXISTS "failover";
 -- `mark` is the end of the mark's record, `nonce` its word.
 -- `seen`: 'marker', 'other' (something else is there, or the log does not reach so far), 'not yet' (that part of the log is
 -- not on the disk yet) or 'recycled' (the file is gone). `history`: the history file of the current timeline.
-CREATE OR REPLACE FUNCTION "failover"."wal_history"(mark pg_lsn, nonce text, OUT seen text, OUT history text)
+CREATE OR REPLACE FUNCTION "failover"."wal_history"(
+    mark pg_catalog.pg_lsn, nonce pg_catalog.text, OUT seen pg_catalog.text, OUT history pg_catalog.text)
     LANGUAGE plpgsql STRICT SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp
+    -- The caller's session may read backslashes in strings in another way.
+    SET standard_conforming_strings = on
 AS $$
 DECLARE
-    page_size    constant bigint := current_setting('wal_block_size');
-    segment_size constant bigint := (SELECT setting FROM pg_settings WHERE name = 'wal_segment_size');
+    page_size    constant bigint := to_number(current_setting('wal_block_size'), '9999999999');
+    segment_size constant bigint := (SELECT to_number(setting, '9999999999') FROM pg_settings WHERE name = 'wal_segment_size');
     -- The second part of a file's name counts 4 GiB, the third the segments in them.
     segments     constant bigint := 4294967296 / segment_size;
     timeline     constant bigint := ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::bigint;
@@ -59,7 +62,7 @@ BEGIN
         -- segment has the true one. The file of an older one may be gone, or go on behind the fork.
         FOR followed IN
             WITH ended AS (
-                SELECT line[1]::bigint AS id, line[2]::pg_lsn AS at
+                SELECT to_number(line[1], '9999999999')::bigint AS id, line[2]::pg_lsn AS at
                   FROM regexp_matches(history, '^\s*(\d+)\s+([0-9A-Fa-f]+/[0-9A-Fa-f]+)', 'gn') AS line
             ), begun AS (
                 SELECT id, lag(at, 1, '0/0'::pg_lsn) OVER (ORDER BY id) AS at
@@ -93,7 +96,7 @@ BEGIN
 END;
 $$;
 
-REVOKE ALL ON FUNCTION "failover"."wal_history"(pg_lsn, text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION "failover"."wal_history"(pg_catalog.pg_lsn, pg_catalog.text) FROM PUBLIC;
 
 -- What the application's role needs:
 --   GRANT USAGE ON SCHEMA failover TO app;

@@ -26,14 +26,21 @@ use crate::error::Error;
 use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
 use crate::server::{Ear, rows};
-use crate::topology::Suspicion;
+use crate::topology::{Suspicion, UNDISTURBED};
 
 /// Notifications that wait for a reader. PostgreSQL's payloads are below 8,000 bytes, so this is 8 MB at the very worst.
 const CAPACITY: usize = 1024;
 /// Pauses between two tries to subscribe again, when it is not for want of a primary.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(5));
 /// An idle session shows by this that it is still there and still subscribed, also to proxies that close idle ones.
-const CHECK: &str = "SELECT pg_listening_channels() ORDER BY 1";
+fn check() -> String {
+    format!("{UNDISTURBED} SELECT pg_listening_channels() ORDER BY 1")
+}
+
+/// A session that listens is idle by its nature; from PostgreSQL 14 on a role's `idle_session_timeout` would end it again and
+/// again. Asked for apart: where it is refused, the subscription is in force all the same.
+const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false) \
+                     WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL";
 /// So many heart-beats lie between two checks.
 const CHECK_EVERY: u32 = 10;
 /// Time for one answer: the subscription's, or the check's.
@@ -174,7 +181,7 @@ impl fmt::Debug for Listener {
 struct Subscribed {
     aside: Aside<ClientWrapper>,
     ended: CancellationToken,
-    /// What the server answers to [`CHECK`].
+    /// What the server answers to [`check`].
     channels: Vec<Vec<Option<String>>>,
 }
 
@@ -182,7 +189,7 @@ impl Subscribed {
     /// Returns why the subscription is not in force any more.
     async fn lost(&self, pause: Duration) -> String {
         while timeout(pause, self.ended.cancelled()).await.is_err() {
-            match timeout(ANSWER_WITHIN, rows(self.aside.client(), CHECK)).await {
+            match timeout(ANSWER_WITHIN, rows(self.aside.client(), &check())).await {
                 Ok(Ok(channels)) if channels == self.channels => {}
                 Ok(Ok(_)) => {
                     return "the server forgot it; a pooler in transaction mode cannot be listened through".into();
@@ -252,8 +259,9 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
         let ended = CancellationToken::new();
         aside.hear(Arc::new(Hears { inbox: Arc::clone(inbox), ended: ended.clone() }));
         let subscribing = async {
-            aside.client().batch_execute(sql).await?;
-            rows(aside.client(), CHECK).await
+            let (_, listening) = tokio::join!(biased; rows(aside.client(), STAY), aside.client().batch_execute(sql));
+            listening?;
+            rows(aside.client(), &check()).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
             // What was never in force could not be missed later either.

@@ -41,7 +41,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
 use crate::topology::{
-    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ROLE_PROBE, ServerReport, Vigil, shortened,
+    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ServerReport, Vigil, role_probe, shortened,
     wait_for_promotion,
 };
 
@@ -481,7 +481,7 @@ impl Questions {
                 answer => return read(answer),
             }
         }
-        let report = read(rows(client, ROLE_PROBE).await)?;
+        let report = read(rows(client, &role_probe()).await)?;
         // What one server refuses, the next behind the same pool may allow.
         if *address != Address::Wrapped {
             self.identity.note(address);

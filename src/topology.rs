@@ -24,7 +24,8 @@ pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{
-    CHECKPOINTED, EVIDENCE, Question, ROLE_PROBE, STARTED_AT, STATS_RESET, evidence, microseconds, wait_for_promotion,
+    CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, UNDISTURBED, evidence, microseconds, role_probe,
+    wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
 

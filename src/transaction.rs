@@ -37,7 +37,8 @@ impl<C: SessionClient> Pool<C> {
     /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a
     /// serialization failure or a deadlock ended it before it was committed, within the pool's [`RetryPolicy`].
     ///
-    /// `Ok` means committed, and confirmed by the synchronous standbys, if there are any. An error means not committed, but
+    /// `Ok` means committed, and confirmed by the synchronous standbys, if there are any and `synchronous_commit` asks for it,
+    /// as its default does. An error means not committed, but
     /// for [`Error::CommitUnknown`]. When the connection is lost between COMMIT and its answer, the new primary is asked
     /// whether the transaction is in its history, and the work runs again if it is not; see [`Guarantee::ExactlyOnce`]. What
     /// cannot be told even so is `CommitUnknown`. If your work can be applied twice without harm, [`Pool::idempotent`]

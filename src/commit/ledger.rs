@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::wal::{BEGIN, Backend, Row, field, only_row, text};
+use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, only_row, text};
 use super::{Entry, Settled, settle_entry};
 use crate::topology::BadReport;
 
@@ -21,7 +21,10 @@ const LOCK_TIMEOUT: &str = "250ms";
 /// One pruning removes no more rows than this, so that it stays a short transaction.
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// In microseconds since 1970.
-const NOW: &str = "(extract(epoch FROM now()) * 1000000)::bigint";
+const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
+/// Goes before the pool's own pruning, in the same message: it competes with that of other pools, and a
+/// `statement_timeout` that ends each one would let the ledger grow for ever.
+const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
 /// A row is kept at least so long.
 const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 
@@ -101,10 +104,16 @@ impl Ledger {
     /// Removes rows that were kept for long enough, ten thousand at most; tells how many. The pool does this by
     /// itself from time to time, so call it only to catch up. Cancel-safe.
     pub async fn prune(&self, client: &Client) -> Result<u64, Error> {
+        self.prune_once(client, "").await
+    }
+
+    /// Each name is qualified, here and elsewhere: a trigger of the user's may need the role's `search_path`.
+    async fn prune_once(&self, client: &Client, first: &str) -> Result<u64, Error> {
         let table = self.path();
         let sql = format!(
-            "DELETE FROM {table} WHERE id IN (\
-                SELECT id FROM {table} WHERE until < now() LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
+            "{first}DELETE FROM {table} WHERE id OPERATOR(pg_catalog.=) ANY (\
+                SELECT id FROM {table} WHERE until OPERATOR(pg_catalog.<) pg_catalog.now() \
+                 LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
         );
         let messages = client.simple_query(&sql).await?;
         Ok(messages
@@ -117,7 +126,7 @@ impl Ledger {
     pub(crate) async fn prune_all(&self, client: &Client) -> Result<u64, Error> {
         let mut all = 0;
         loop {
-            let rows = self.prune(client).await?;
+            let rows = self.prune_once(client, UNHURRIED).await?;
             all += rows;
             if rows < u64::from(PRUNED_AT_ONCE) {
                 return Ok(all);
@@ -128,7 +137,8 @@ impl Ledger {
     /// To be sent with BEGIN. The id is the server's, from its own strong source of randomness.
     pub(crate) fn enter(&self) -> String {
         format!(
-            "INSERT INTO {} (until) VALUES ({}) RETURNING id, pg_backend_pid(), pg_current_xact_id(), {NOW}",
+            "INSERT INTO {} (until) VALUES ({}) \
+               RETURNING id, pg_catalog.pg_backend_pid(), pg_catalog.pg_current_xact_id(), {NOW}, {BEGUN_HERE}",
             self.path(),
             self.until()
         )
@@ -142,7 +152,9 @@ impl Ledger {
         let sql = format!(
             "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
-                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}",
+                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}, id, \
+                     (SELECT c.relpersistence FROM pg_catalog.pg_class c \
+                       WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid)",
             self.path(),
             entered.id,
             self.until()
@@ -151,6 +163,10 @@ impl Ledger {
             Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Settled::InProgress),
             row => row?,
         };
+        // A trigger may have given the row another id, or the table may be one that a crash empties: it proves nothing.
+        if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
+            return Err(None);
+        }
         let entry = match text(&row, 0) {
             Some("t") => Entry::Fence,
             Some("f") => Entry::Own,
@@ -176,7 +192,7 @@ impl Ledger {
     }
 
     fn until(&self) -> String {
-        format!("now() + interval '{} seconds'", self.keep.as_secs())
+        format!("pg_catalog.now() OPERATOR(pg_catalog.+) interval '{} seconds'", self.keep.as_secs())
     }
 
     pub(crate) fn path(&self) -> String {
@@ -192,15 +208,19 @@ pub(crate) struct Entered {
     begun: i64,
 }
 
-/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it.
-pub(crate) fn entered(row: &Row) -> Result<(Entered, Backend), BadReport> {
+/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it. `None`: the transaction was open before, so
+/// its COMMIT would be another's, too.
+pub(crate) fn entered(row: &Row) -> Result<Option<(Entered, Backend)>, BadReport> {
+    if text(row, 4) == Some("f") {
+        return Ok(None);
+    }
     let id = text(row, 0).unwrap_or("NULL");
     // It goes into a statement as it is.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
     let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
-    Ok((Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
+    Ok(Some((Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend)))
 }
 
 /// As an identifier of SQL.
@@ -232,10 +252,12 @@ mod tests {
 
     #[test]
     fn only_a_uuid_is_an_id() {
-        let row = |id: &str| [id, "1", "2", "3"].map(|text| Some(text.to_owned())).to_vec();
+        let row = |id: &str| [id, "1", "2", "3", "t"].map(|text| Some(text.to_owned())).to_vec();
         let id = "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e11";
         let expected = Entered { id: id.to_owned(), begun: 3 };
-        assert_eq!(entered(&row(id)).unwrap(), (expected, Backend { pid: 1, xid: 2 }));
+        assert_eq!(entered(&row(id)).unwrap(), Some((expected, Backend { pid: 1, xid: 2 })));
+        let joined = [id, "1", "2", "3", "f"].map(|text| Some(text.to_owned())).to_vec();
+        assert_eq!(entered(&joined).unwrap(), None);
         for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
             assert!(entered(&row(bad)).is_err(), "{bad}");
         }

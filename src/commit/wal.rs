@@ -1,6 +1,8 @@
 //! Settling by the write-ahead log: writes a transaction's marker, and asks a server what it says of one. Decides nothing.
 //! Tests: `tests/it/settle.rs`.
 
+use std::time::Duration;
+
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
@@ -8,28 +10,35 @@ use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, XactSta
 use crate::classify::{explain, not_offered};
 use crate::server::rows;
 use crate::topology::{
-    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, evidence, microseconds,
+    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, UNDISTURBED, evidence,
+    microseconds,
 };
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
 /// writes a record of WAL that carries the id and the nonce, and returns its end. The third and the fifth tell the
 /// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
 /// The last tells whether the message that asks has begun the transaction too: both times are then that message's.
+///
+/// It is a part of the user's transaction, whose settings it must leave as they are: so each name is qualified, or might be
+/// another's by the `search_path`.
 fn mark(nonce: &str) -> String {
     format!(
-        "SELECT CASE WHEN writes THEN pg_current_xact_id() END, \
-                CASE WHEN writes THEN pg_logical_emit_message(true, 'failover', {nonce}) END, \
-                pg_last_wal_replay_lsn(), \
-                pg_backend_pid(), \
+        "SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END, \
+                CASE WHEN writes THEN pg_catalog.pg_logical_emit_message(true, 'failover', {nonce}) END, \
+                pg_catalog.pg_last_wal_replay_lsn(), \
+                pg_catalog.pg_backend_pid(), \
                 {STARTED_AT}, \
-                now() = statement_timestamp() \
-           FROM (SELECT current_setting('transaction_read_only') = 'off' AS writes) s"
+                {BEGUN_HERE} \
+           FROM (SELECT pg_catalog.current_setting('transaction_read_only') OPERATOR(pg_catalog.=) 'off' AS writes) s"
     )
 }
 
+/// Has the message that asks begun the transaction too? Not so where a session was given back in the midst of one.
+pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
+
 /// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
 /// number for other columns: behind a proxy, versions of this crate may share a session.
-const PREPARED: &str = "tokio_postgres_failover_mark_4";
+const PREPARED: &str = "tokio_postgres_failover_mark_5";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,7 +57,7 @@ impl Marking {
         match self {
             Self::New => {
                 let mark = mark("$1");
-                format!("{begin}; PREPARE {PREPARED} (text) AS {mark}; EXECUTE {PREPARED} ('{nonce}')")
+                format!("{begin}; PREPARE {PREPARED} (pg_catalog.text) AS {mark}; EXECUTE {PREPARED} ('{nonce}')")
             }
             Self::Prepared => format!("{begin}; EXECUTE {PREPARED} ('{nonce}')"),
             Self::Plain => format!("{begin}; {}", mark(&format!("'{nonce}'"))),
@@ -63,14 +72,16 @@ impl Marking {
 }
 
 /// A settler asks in one transaction: behind a proxy that stays on one server. It waits for the synchronous standbys,
-/// whatever the role's default is. When the path to its session vanishes, the server ends that soon: a ledger's row must
-/// not stay locked by it, or no later settler gets an answer.
+/// whatever the role's default is, and hears when that wait is cancelled; the call's deadline is the limit of its
+/// statements, and no `statement_timeout`. When the path to its session vanishes, the server ends that soon: a ledger's row
+/// must not stay locked by it, or no later settler gets an answer.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
+     SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
 
 /// A COMMIT that is on its way gets there within this, mostly; ending the session earlier would make the work run again for
 /// nothing.
-const LATE: &str = "250 milliseconds";
+pub(crate) const LATE: Duration = Duration::from_millis(250);
 
 /// The session that a transaction runs on: the server may go on with it long after its client is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +159,7 @@ const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
 fn question(xid: u64, [received, stats_reset, checkpointed, evidence]: [&str; 4]) -> String {
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
     format!(
-        "{BEGIN}; \
+        "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
          SELECT system_identifier, \
                 {STARTED_AT}, \
                 pg_walfile_name(pg_current_wal_insert_lsn()), \
@@ -245,20 +256,30 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
 /// in order: once they have this, they have all that was committed before. The server tells by a notice when an
 /// administrator cancelled the wait, and is made to whatever the role's `client_min_messages`.
 pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
-    let sql = "SELECT pg_logical_emit_message(true, 'failover', ''); SET LOCAL client_min_messages = warning; COMMIT";
+    let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'failover', ''); \
+         SET LOCAL client_min_messages = warning; COMMIT";
     client.batch_execute(sql).await
 }
 
 /// Ends the session that an undelivered COMMIT has left idle within its transaction, holding its locks: the server may
 /// not learn for hours that its client is gone. A session that is committing is left alone. Ends a settler's transaction.
-pub(crate) async fn end_abandoned(client: &Client, backend: Backend) -> Result<(), Error> {
+///
+/// `late`: the connection was lost so long ago that COMMIT would have got there. The session tells that itself, unless
+/// `track_activities` is off: then nothing but what it waits for is known, which is its client.
+///
+/// Asked as the role that has logged in, as the abandoned session has: `ALTER ROLE … SET role` may have made this one
+/// somebody who may not see it.
+pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
     let Backend { pid, xid } = backend;
     // `pg_stat_activity` shows the id without its epoch.
     let xid = xid & u64::from(u32::MAX);
     let sql = format!(
-        "ROLLBACK; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-          WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND state LIKE 'idle in transaction%' \
-            AND state_change < now() - interval '{LATE}'"
+        "ROLLBACK; {UNDISTURBED} SET LOCAL ROLE NONE; \
+         SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+          WHERE pid = {pid} AND backend_xid = '{xid}'::xid \
+            AND CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' AND {late} \
+                     ELSE starts_with(state, 'idle in transaction') AND state_change < now() - interval '{LATE} milliseconds' END",
+        LATE = LATE.as_millis()
     );
     client.batch_execute(&sql).await
 }

@@ -30,7 +30,8 @@ impl Question {
         };
         let evidence = if self == Self::Again { EVIDENCE } else { "NULL" };
         format!(
-            "SELECT pg_is_in_recovery(), \
+            "{UNDISTURBED} \
+             SELECT pg_is_in_recovery(), \
                     current_setting('transaction_read_only'), \
                     current_setting('default_transaction_read_only'), \
                     {fence}, \
@@ -47,28 +48,42 @@ impl Question {
     }
 }
 
+/// Goes before a question, in the same message, and is over with it: the statements of one message are one transaction. What
+/// the role, the database, the connection string or the session sets does not change what the question means: its names
+/// are PostgreSQL's own, whatever else has them; a standby answers although `default_transaction_isolation` is
+/// `serializable`, which it does not offer; no `statement_timeout` cuts it off, as the pool has limits of its own; and it is not
+/// compiled, which takes longer than to answer it.
+pub(crate) const UNDISTURBED: &str = "\
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED; \
+    SET LOCAL search_path = pg_catalog, pg_temp; \
+    SET LOCAL statement_timeout = 0; \
+    SET LOCAL jit = off;";
+
 const TIMELINE: &str = "CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END";
 const WAL: &str = "CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END";
 
 /// What a new session would be given by `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order
-/// in which PostgreSQL applies them (`process_settings` in `postinit.c`).
+/// in which PostgreSQL applies them (`process_settings` in `postinit.c`). As it was written; it is not cast to a boolean, as
+/// the database may hold a cast of text of its own.
 const FENCE: &str = "\
-    (SELECT split_part(c, '=', 2)::boolean \
+    (SELECT split_part(c, '=', 2) \
        FROM pg_db_role_setting s, unnest(s.setconfig) c \
-      WHERE c LIKE 'default\\_transaction\\_read\\_only=%' \
+      WHERE starts_with(c, 'default_transaction_read_only=') \
         AND s.setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())) \
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
-/// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13 it is a floating-point number, which the
-/// default `extra_float_digits` shows to the microsecond.
-pub(crate) const STARTED_AT: &str = "extract(epoch FROM pg_postmaster_start_time())";
+/// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13 it is a floating-point number, of which
+/// `extra_float_digits` would say how much is shown; as a number it has fifteen digits, always the same. The name is qualified,
+/// as a mark is asked for under the user's `search_path`.
+pub(crate) const STARTED_AT: &str =
+    "pg_catalog.round(extract(epoch FROM pg_catalog.pg_postmaster_start_time())::numeric, 6)";
 
 /// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15 asking that reads a file, and
 /// the answer says less.
 pub(crate) const STATS_RESET: &str = "\
-    CASE WHEN current_setting('server_version_num')::int >= 150000 \
-         THEN (SELECT extract(epoch FROM stats_reset) FROM pg_stat_bgwriter) END";
+    CASE WHEN pg_catalog.current_setting('server_version_num') OPERATOR(pg_catalog.>=) '150000' \
+         THEN (SELECT extract(epoch FROM stats_reset)::numeric FROM pg_catalog.pg_stat_bgwriter) END";
 
 /// The timeline of the last checkpoint. After a promotion it is an older one until the first checkpoint of the new timeline
 /// is complete, and a server that recovers from a crash completes one before it takes work: so an older timeline shows
@@ -92,17 +107,22 @@ pub(crate) fn wait_for_promotion(vigil: Vigil) -> String {
     let step = vigil.step.max(Duration::from_millis(1));
     let steps = vigil.lasts.as_micros().div_ceil(step.as_micros());
     format!(
-        "SELECT FROM generate_series(1, {steps}) \
+        "{UNDISTURBED} \
+         SELECT FROM generate_series(1, {steps}) \
           WHERE CASE WHEN pg_is_in_recovery() THEN pg_sleep({:.3}) IS NULL ELSE true END LIMIT 1",
         step.as_secs_f64()
     )
 }
 
 /// What can be asked where the server does not let this role read more.
-pub(crate) const ROLE_PROBE: &str = "\
-SELECT pg_is_in_recovery(), \
-       current_setting('transaction_read_only'), \
-       current_setting('default_transaction_read_only')";
+pub(crate) fn role_probe() -> String {
+    format!(
+        "{UNDISTURBED} \
+         SELECT pg_is_in_recovery(), \
+                current_setting('transaction_read_only'), \
+                current_setting('default_transaction_read_only')"
+    )
+}
 
 /// A position in the write-ahead log, as PostgreSQL prints it: `16/B374D848`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -247,7 +267,7 @@ impl ServerReport {
         u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
-    /// Reads a row of a [`Question`] or of [`ROLE_PROBE`].
+    /// Reads a row of a [`Question`] or of [`role_probe`].
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {
@@ -259,7 +279,7 @@ impl ServerReport {
             in_recovery,
             read_only: flag(1)?,
             default_read_only: flag(2)?,
-            fence_pending: column(3).is_some() && flag(3)?,
+            fence_pending: column(3).map(setting).transpose()?.unwrap_or(false),
             system_identifier: column(4).map(system_identifier).transpose()?,
             started_at: column(5).map(|text| microseconds(text, "a start time")).transpose()?,
             timeline: column(6).map(Self::timeline_of).transpose()?,
@@ -287,6 +307,19 @@ fn boolean(text: &str) -> Option<bool> {
         "t" | "on" => Some(true),
         "f" | "off" => Some(false),
         _ => None,
+    }
+}
+
+/// Reads a boolean setting as an administrator wrote it: `parse_bool_with_len` in `bool.c`.
+fn setting(text: &str) -> Result<bool, BadReport> {
+    let written = text.to_ascii_lowercase();
+    let shortens = |word: &str, at_least: usize| written.len() >= at_least && word.starts_with(&written);
+    if shortens("true", 1) || shortens("yes", 1) || shortens("on", 2) || written == "1" {
+        Ok(true)
+    } else if shortens("false", 1) || shortens("no", 1) || shortens("off", 2) || written == "0" {
+        Ok(false)
+    } else {
+        Err(BadReport::new("on or off", text))
     }
 }
 
@@ -366,6 +399,19 @@ mod tests {
             ["", "-", ".5", "1.", "--1", "+1", "1.1234567", "1e9", "infinity", "9223372036854.775808", "1.-5", "1,5"]
         {
             assert!(microseconds(bad, "a time").is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_fence_is_read_however_it_was_written() {
+        for on in ["on", "On", "true", "TRUE", "t", "tru", "yes", "y", "1"] {
+            assert!(with(3, Some(on)).unwrap().fence_pending, "{on}");
+        }
+        for off in ["off", "of", "false", "f", "no", "n", "0"] {
+            assert!(!with(3, Some(off)).unwrap().fence_pending, "{off}");
+        }
+        for bad in ["", "o", "2", "10", "trues", "onn", " on"] {
+            assert!(with(3, Some(bad)).is_err(), "{bad}");
         }
     }
 

@@ -26,10 +26,16 @@ use crate::observe::Observer;
 use crate::pool::{Client, Pool};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
-use crate::topology::Suspicion;
+use crate::topology::{Suspicion, UNDISTURBED};
 
 /// Asks the session whether its server takes writes at all.
-const ROLE: &str = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean";
+fn role() -> String {
+    format!("{UNDISTURBED} SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'")
+}
+/// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be
+/// with the session, and not committed by the COMMIT that is to come. The warning about it is not enough: a role's
+/// `client_min_messages` may hide it, and the drivers of a wrapped pool are not ours. It has no effect on a clean session.
+const CLEAN: &str = "BEGIN; ROLLBACK";
 /// A session that does not answer its ROLLBACK within this is closed instead.
 pub(super) const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
@@ -386,7 +392,7 @@ impl<C: SessionClient> Attempt<C> {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             Marks::Nothing | Marks::Wal | Marks::Write => {
-                client.batch_execute(&begin.unmarked).await?;
+                client.batch_execute(&format!("{CLEAN}; {}", begin.unmarked)).await?;
                 return Ok(None);
             }
         };
@@ -404,9 +410,11 @@ impl<C: SessionClient> Attempt<C> {
         };
         let mark = |by, backend| Mark { by, backend, generation: client.generation(), life: client.life() };
         let read = match (&begin.marks, client.life()) {
-            (Marks::Ledger(ledger), _) => {
-                entered(&row).map(|(entered, backend)| Some(mark(Settler::Ledger(ledger.clone(), entered), backend)))
-            }
+            (Marks::Ledger(ledger), _) => match entered(&row) {
+                Ok(Some((entered, backend))) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
+                Ok(None) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+                Err(bad) => Err(bad),
+            },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
                 Ok(Marked::Elsewhere) => {
                     self.pool().suspect(client.generation(), Suspicion::Connection);
@@ -586,9 +594,9 @@ impl<C: SessionClient> Attempt<C> {
             self.roll_back().await;
             return failed;
         }
-        let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then_some(ROLE);
+        let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then(role);
         let known = self.begun.load(Ordering::Relaxed).then(|| self.known(mode));
-        let (undone, server_is_read_only) = self.undo(known, role).await;
+        let (undone, server_is_read_only) = self.undo(known, role.as_deref()).await;
         undone.explains(own_doing(failed, server_is_read_only))
     }
 
@@ -604,7 +612,7 @@ impl<C: SessionClient> Attempt<C> {
     /// as one of these.
     pub(super) async fn server_is_read_only(&mut self) -> bool {
         self.held.clean(false);
-        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), ROLE)).await else {
+        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &role())).await else {
             return true;
         };
         let read_only = answer.values.first().is_none_or(|value| value.as_deref() == Some("t"));

@@ -71,7 +71,7 @@ pub(super) async fn settle<C: SessionClient>(
     let settling = pool.settling();
     let rounds = async {
         loop {
-            if let Some(settled) = round(&settling, mark, &mut reason).await {
+            if let Some(settled) = round(&settling, mark, began, &mut reason).await {
                 return settled;
             }
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
@@ -97,6 +97,7 @@ impl From<Result<Outcome, Unsettled>> for Settlement {
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,
+    began: Instant,
     reason: &mut Unsettled,
 ) -> Option<Result<Outcome, Unsettled>> {
     let (mut permit, witness) = match settling.session().await {
@@ -109,7 +110,7 @@ async fn round<C: SessionClient>(
     };
     let (ended, clean) = tokio::select! {
         biased;
-        answer = ask(&witness, mark, reason, &mut permit) => answer,
+        answer = ask(&witness, mark, began, reason, &mut permit) => answer,
         // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
         () = witness.evicted() => (None, false),
     };
@@ -124,6 +125,7 @@ async fn round<C: SessionClient>(
 async fn ask<C: SessionClient>(
     witness: &Witness<'_, C>,
     mark: &Mark,
+    began: Instant,
     reason: &mut Unsettled,
     permit: &mut Option<SemaphorePermit<'_>>,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
@@ -135,7 +137,7 @@ async fn ask<C: SessionClient>(
     match settled {
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            (None, ends_abandoned(witness, mark).await)
+            (None, ends_abandoned(witness, mark, began.elapsed() > wal::LATE).await)
         }
         Settled::Committed => holding(permit, confirmed(witness, mark, Outcome::Committed, reason)).await,
         Settled::NotCommitted => holding(permit, confirmed(witness, mark, Outcome::NotCommitted, reason)).await,
@@ -155,11 +157,11 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 }
 
 /// Ends the settler's transaction too; the session is fit for another one then.
-async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark) -> bool {
+async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark, late: bool) -> bool {
     if !mark.is_of(witness) {
         return false;
     }
-    let ended = wal::end_abandoned(witness.client(), mark.backend).await;
+    let ended = wal::end_abandoned(witness.client(), mark.backend, late).await;
     if let Err(error) = &ended {
         tracing::debug!("an abandoned session could not be ended: {}", explain(error));
     }

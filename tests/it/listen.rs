@@ -13,7 +13,8 @@ use crate::load::{LONG, by_name, by_url, generation};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The sessions that listen, by what they asked last.
-const LISTENING: &str = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT pg_listening_channels%'";
+const LISTENING: &str =
+    "SELECT pid FROM pg_stat_activity WHERE query LIKE '%SELECT pg_listening_channels%' AND pid <> pg_backend_pid()";
 
 /// The next message, in a form that is easily compared: `channel: payload`, or `gap`, or `error`.
 async fn next(listener: &mut Listener) -> String {

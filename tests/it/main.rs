@@ -30,6 +30,7 @@ mod quiet;
 mod resolve;
 mod rotation;
 mod scenarios;
+mod settings;
 mod settle;
 mod shapes;
 mod spans;
