@@ -59,16 +59,21 @@ BEGIN
         segment := page * page_size / segment_size;
         part := NULL;
         -- A promotion copies the begun segment to its own timeline, so the newest timeline that had begun by the end of the
-        -- segment has the true one. The file of an older one may be gone, or go on behind the fork.
+        -- segment has the true one. It may be gone, and an older one still be there: that is true up to where its timeline
+        -- ended.
         FOR followed IN
             WITH ended AS (
                 SELECT to_number(line[1], '9999999999')::bigint AS id, line[2]::pg_lsn AS at
                   FROM regexp_matches(history, '^\s*(\d+)\s+([0-9A-Fa-f]+/[0-9A-Fa-f]+)', 'gn') AS line
             ), begun AS (
-                SELECT id, lag(at, 1, '0/0'::pg_lsn) OVER (ORDER BY id) AS at
+                SELECT id, lag(at, 1, '0/0'::pg_lsn) OVER (ORDER BY id) AS at,
+                       min(at) OVER (ORDER BY id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING) AS until
                   FROM (SELECT id, at FROM ended UNION ALL SELECT timeline, NULL) AS timelines
             )
-            SELECT id FROM begun WHERE at - '0/0'::pg_lsn < (segment + 1) * segment_size ORDER BY id DESC
+            SELECT id FROM begun
+             WHERE at - '0/0'::pg_lsn < (segment + 1) * segment_size
+               AND coalesce(until - '0/0'::pg_lsn >= least((page + 1) * page_size, last_byte + 1), true)
+             ORDER BY id DESC
         LOOP
             part := pg_read_binary_file(
                 'pg_wal/' || upper(lpad(to_hex(followed), 8, '0') || lpad(to_hex(segment / segments), 8, '0')

@@ -45,6 +45,9 @@ pub enum Guarantee {
     AtLeastOnce,
 }
 
+/// In bytes, and generously: a checkpoint's record has some 120.
+const TWO_CHECKPOINTS: u64 = 512;
+
 /// A server since it was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Server {
@@ -106,6 +109,8 @@ pub(crate) struct Now {
     /// Up to where it received WAL as a standby, or replayed its own; `None` if it does not show that it was one since its
     /// memory was set up last.
     pub(crate) received: Option<Lsn>,
+    /// Its last checkpoint, if that ended a shutdown or a recovery and the last replay ended right behind it.
+    pub(crate) stopped: Option<Lsn>,
     /// How many primaries the pool has seen since BEGIN, the same server after a restart included.
     pub(crate) primaries_since: u64,
 }
@@ -303,20 +308,23 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     // left by a clean shutdown, and so it was started as a standby: the recovery of a crash would have reset them.
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
+    // A recovery that nobody saw, followed by a shutdown, ends with two checkpoints. What lies before both it has kept.
+    let lost_unseen =
+        !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get());
     match now.life.replayed {
-        Some(_) if not_crashed_since => Located::Here,
+        Some(_) if not_crashed_since && !lost_unseen => Located::Here,
         _ => Located::Unclear(Unsettled::Restarted),
     }
 }
 
 /// The server is on a newer timeline, and shows its history, but not the log at the marker. A crash on the marker's timeline
-/// may have lost it: the pool has seen none if it has seen each promotion, and nothing else.
+/// may have lost it: the pool has seen none if there was one promotion and it has seen that and nothing else.
 fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     let then = marker.life.server.timeline;
     match ancestry.end_of(then) {
         None => Located::Lost,
         Some(end) if end < marker.lsn => Located::Lost,
-        Some(_) if now.primaries_since.max(1) == ancestry.promotions_since(then) => Located::Here,
+        Some(_) if now.primaries_since <= 1 && ancestry.promotions_since(then) == 1 => Located::Here,
         Some(_) => Located::Unclear(Unsettled::SeveralFailovers),
     }
 }

@@ -6,6 +6,7 @@
 //! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
 
 mod decide;
+mod earlier;
 mod finish;
 mod nested;
 mod run;

@@ -139,11 +139,11 @@ pub(crate) struct Said {
 
 /// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense.
 pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Result<Said, Option<Error>> {
-    let row = match only_row(client, &question(xid, [RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE])).await {
-        // The rule does without these four, and settles less.
+    let row = match only_row(client, &question(xid, [RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE, STOPPED])).await {
+        // The rule does without these five, and settles less.
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
-            only_row(client, &question(xid, ["NULL"; 4])).await?
+            only_row(client, &question(xid, ["NULL"; 5])).await?
         }
         answer => answer?,
     };
@@ -156,7 +156,12 @@ pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Res
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
                                  CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
-fn question(xid: u64, [received, stats_reset, checkpointed, evidence]: [&str; 4]) -> String {
+/// The last checkpoint, if it ended a shutdown or a recovery and replay ended right behind it. A failover manager may run the
+/// recovery of a crash in single-user mode, which nobody sees, before it starts the server as a standby on its own log.
+const STOPPED: &str = "(SELECT checkpoint_lsn FROM pg_control_checkpoint() \
+                         WHERE redo_lsn = checkpoint_lsn AND pg_last_wal_replay_lsn() - checkpoint_lsn < 512)";
+
+fn question(xid: u64, [received, stats_reset, checkpointed, evidence, stopped]: [&str; 5]) -> String {
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
     format!(
         "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
@@ -169,7 +174,8 @@ fn question(xid: u64, [received, stats_reset, checkpointed, evidence]: [&str; 4]
                 CASE WHEN '{xid}'::xid8 < pg_current_xact_id() \
                      THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END, \
                 {checkpointed}, \
-                {evidence} \
+                {evidence}, \
+                {stopped} \
            FROM pg_control_system()"
     )
 }
@@ -179,32 +185,36 @@ fn said(row: &Row, primaries_since: u64) -> Result<Said, BadReport> {
     Ok(Said { now: now(row, primaries_since)?, status: status(row)?, evidence })
 }
 
-/// Asks, within a settler's transaction, for what the server shows of the history of its log. What it fails to show, as a
-/// function was made by somebody who may not read the files, is not shown; the transaction goes on.
+/// Asks, within a settler's transaction, for what the server shows of the history of its log. Where the function is of no use,
+/// as somebody made it who may not read the files, the next kind of evidence is asked for; the transaction goes on.
 pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
-    let sql = match evidence {
-        Evidence::Checkpoint => return Ok(Proof::Nothing),
-        Evidence::Files => {
-            format!("SELECT count(*) > 0 FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'")
+    let function = format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
+    let files = format!("SELECT count(*) > 0 FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'");
+    for (kind, sql) in [(Evidence::Function, function), (Evidence::Files, files)] {
+        if kind > evidence {
+            continue;
         }
-        Evidence::Function => {
-            format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce)
-        }
-    };
-    let not_shown = match only_row(client, &format!("SAVEPOINT proof; {sql}")).await {
-        Ok(row) => match proof(evidence, &row) {
-            Ok(proof) => return Ok(proof),
-            Err(bad) => bad.to_string(),
-        },
-        Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
-            client.batch_execute("ROLLBACK TO SAVEPOINT proof").await?;
-            explain(&error)
-        }
-        Err(error) => return Err(error),
-    };
-    tracing::warn!(why = not_shown, "the server does not show the history of its log");
+        let why = match only_row(client, &format!("SAVEPOINT proof; {sql}")).await {
+            Ok(row) => match proof(kind, &row) {
+                Ok(proof) => return Ok(proof),
+                Err(bad) => bad.to_string(),
+            },
+            Err(error) if is_no_use(&error) => {
+                client.batch_execute("ROLLBACK TO SAVEPOINT proof").await?;
+                explain(&error)
+            }
+            Err(error) => return Err(error),
+        };
+        tracing::warn!(?kind, why, "the server does not show the history of its log");
+    }
     Ok(Proof::Nothing)
+}
+
+/// Will the same question fail again? A statement that was cancelled, or a server without memory, is asked again instead.
+fn is_no_use(error: &Error) -> bool {
+    let classes = ["0A", "22", "42", "58", "P0", "XX"];
+    error.code().is_some_and(|code| classes.iter().any(|class| code.code().starts_with(class)))
 }
 
 fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
@@ -238,7 +248,7 @@ fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
     let checkpointed: Option<u32> = text(row, 7).map(|_| field(row, 7, "a timeline")).transpose()?;
     let ancestor = checkpointed.filter(|older| *older < server.timeline);
     let life = Life { server, replayed: optional(row, 3)?, stats_reset, ancestor };
-    Ok(Now { life, received: optional(row, 4)?, primaries_since })
+    Ok(Now { life, received: optional(row, 4)?, stopped: optional(row, 9)?, primaries_since })
 }
 
 fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {

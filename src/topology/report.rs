@@ -93,11 +93,13 @@ pub(crate) const CHECKPOINTED: &str = "\
     CASE WHEN pg_is_in_recovery() THEN NULL ELSE (SELECT timeline_id FROM pg_control_checkpoint()) END";
 
 /// What this role can read about the history of the server's log: see [`Evidence`]. The catalogue is asked for the
-/// function, as a name that is not there or not allowed would be an error.
+/// function, as a name that is not there or not allowed would be an error. It has to be a superuser's: anybody may create a
+/// schema of this name, who may create any.
 pub(crate) const EVIDENCE: &str = "\
-    CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n \
+    CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n, pg_roles r \
                        WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
-                         AND p.pronargs = 2 AND has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute')) \
+                         AND p.pronargs = 2 AND p.prosecdef AND p.proowner = r.oid AND r.rolsuper \
+                         AND has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute')) \
          THEN 'function' \
          WHEN has_function_privilege('pg_ls_waldir()', 'execute') THEN 'files' \
          ELSE 'none' END";

@@ -11,6 +11,7 @@ use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
+use super::earlier::{Earlier, find};
 use super::finish::{Answer, Known, OPEN, Proof, Undone, ending};
 use super::nested::{self, Inner};
 use super::settle::{Mark, Outcome, Settler, settle, was_committed};
@@ -70,6 +71,7 @@ where
     let mut doubt = false;
     let mut lost: Option<Lost> = None;
     let mut bounds = Bounds::default();
+    let mut earlier = Vec::new();
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
         let client = match pool.get_for_transaction(deadline).await {
@@ -83,6 +85,14 @@ where
             }
         }
         let generation = client.generation();
+        match find(pool, &mut earlier, generation, deadline).await {
+            Ok(None) => {}
+            Ok(Some(value)) => {
+                pool.budget().deposit();
+                return Ok(value);
+            }
+            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::new(None, why)))),
+        }
         let mut mark = None;
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {
@@ -113,6 +123,10 @@ where
                 return Ok(value);
             }
             Ended::Failed(stage, failed) => (stage, failed),
+            Ended::Absent(attempt, failed) => {
+                earlier.push(attempt);
+                (Stage::Refused, failed)
+            }
             Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed),
             Ended::Unknown(error) => return Err(error),
         };
@@ -210,6 +224,8 @@ enum Ended<T> {
     Committed(T),
     Failed(Stage, Failed),
     InDoubt(Unanswered<T>),
+    /// COMMIT was sent, and the primary's history does not have it.
+    Absent(Earlier<T>, Failed),
     /// And nobody could tell.
     Unknown(Error),
 }
@@ -236,19 +252,20 @@ struct Unanswered<T> {
 
 impl<T> Unanswered<T> {
     async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
-        let (Next::Settle, Some(mark)) = (decide(mode, Stage::InDoubt, self.failed.verdict, None), &self.mark) else {
+        if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
             return Ended::InDoubt(self);
-        };
-        let Failed { verdict, error, .. } = self.failed;
+        }
+        let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
+        let Failed { verdict, error, .. } = failed;
         // Boxed, as it is rare and large, and every waiting call would carry it.
-        match Box::pin(settle(pool, mark, deadline)).await {
-            Ok(Outcome::Committed) => Ended::Committed(self.value),
-            Ok(Outcome::NotCommitted) => {
+        match Box::pin(settle(pool, &mark, deadline)).await {
+            Ok((Outcome::Committed, _)) => Ended::Committed(value),
+            Ok((Outcome::NotCommitted, absent_from)) => {
                 let error = match error {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
-                Ended::Failed(Stage::Refused, Failed::new(verdict, error))
+                Ended::Absent(Earlier { mark, value, absent_from }, Failed::new(verdict, error))
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }

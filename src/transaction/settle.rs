@@ -58,12 +58,13 @@ pub(super) enum Outcome {
     NotCommitted,
 }
 
-/// Cancel-safe: a settler does nothing that another could not do again.
+/// What became of it, and the generation whose primary said so. Cancel-safe: a settler does nothing that another could not do
+/// again.
 pub(super) async fn settle<C: SessionClient>(
     pool: &Pool<C>,
     mark: &Mark,
     deadline: Instant,
-) -> Result<Outcome, Unsettled> {
+) -> Result<(Outcome, GenerationId), Unsettled> {
     let began = Instant::now();
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
@@ -79,7 +80,7 @@ pub(super) async fn settle<C: SessionClient>(
     };
     // Around the loop, not in it: a round that begins late ends at once, and without an answer.
     let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
-    pool.observer().settled(mark.generation, settled.into(), began.elapsed());
+    pool.observer().settled(mark.generation, settled.map(|(outcome, _)| outcome).into(), began.elapsed());
     settled
 }
 
@@ -99,7 +100,7 @@ async fn round<C: SessionClient>(
     mark: &Mark,
     began: Instant,
     reason: &mut Unsettled,
-) -> Option<Result<Outcome, Unsettled>> {
+) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
     let (mut permit, witness) = match settling.session().await {
         Ok(session) => session,
         Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
@@ -114,11 +115,12 @@ async fn round<C: SessionClient>(
         // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
         () = witness.evicted() => (None, false),
     };
+    let generation = witness.generation();
     // Before the permit ends: whoever has it next finds the session.
     if clean {
         settling.keep(witness);
     }
-    ended
+    ended.map(|settled| settled.map(|outcome| (outcome, generation)))
 }
 
 /// And whether the session is fit for another question.

@@ -130,7 +130,7 @@ impl Node {
     }
 
     pub(super) fn says(&self, primaries_since: u64) -> Now {
-        Now { life: self.life(), received: self.received, primaries_since }
+        Now { life: self.life(), received: self.received, stopped: None, primaries_since }
     }
 
     fn life(&self) -> Life {
