@@ -633,6 +633,9 @@ impl<C: SessionClient> Task<C> {
         self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
         // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
+        // A pooler may lead the older generation's session to the new primary: that one ends with its generation.
+        let ends = |scope: &CancellationToken| scope.is_cancelled() || self.ended.contains(scope);
+        let spare = spare.filter(|session| !ends(&session.scope));
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
