@@ -31,7 +31,7 @@ where
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     // The driver knows of its own `NoTls` that it cannot encrypt, and cannot know it of a connector around that.
-    if TypeId::of::<T>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
+    if TypeId::of::<T::TlsConnect>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
         config.ssl_mode(SslMode::Disable);
     }
     let Some(plain) = open(&config).await? else {
@@ -40,15 +40,15 @@ where
         return Ok((client, drive(connection, notices)));
     };
     let activity = Arc::clone(&notices.activity);
+    let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
-    let secure = Secure { tls, host: host_of(&config), activity: Arc::clone(&activity) };
     let wire = Wire { stream: plain, counter: Counter::new(asks), activity };
     let (client, connection) = config.connect_raw(wire, secure).await?;
     Ok((client, drive(connection, notices)))
 }
 
 /// Asks the server to stop what the session of `token` runs.
-pub(super) async fn cancel<T>(config: Config, tls: T, token: CancelToken) -> Result<(), Error>
+pub(super) async fn cancel<T>(mut config: Config, tls: T, token: CancelToken) -> Result<(), Error>
 where
     T: MakeTlsConnect<Socket> + Send + 'static,
     T::Stream: Send,
@@ -57,7 +57,7 @@ where
 {
     let Some(plain) = open(&config).await? else { return token.cancel_query(tls).await };
     let activity = Arc::<Activity>::default();
-    let secure = Secure { tls, host: host_of(&config), activity: Arc::clone(&activity) };
+    let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity }, secure).await
 }
 
@@ -237,36 +237,54 @@ impl<S: TlsStream + Unpin> TlsStream for Wire<S> {
     }
 }
 
+type Unusable = Box<dyn std::error::Error + Send + Sync>;
+
 /// The user's connector, over a counted stream, and counted above TLS.
-struct Secure<T> {
-    tls: T,
-    host: Option<String>,
+struct Secure<K> {
+    connector: Result<K, Unusable>,
     activity: Arc<Activity>,
 }
 
-impl<T> TlsConnect<Wire<Plain>> for Secure<T>
-where
-    T: MakeTlsConnect<Socket>,
-    T::Stream: Send + 'static,
-    T::TlsConnect: Send,
-    <T::TlsConnect as TlsConnect<Socket>>::Future: Send + 'static,
-{
-    type Stream = Wire<T::Stream>;
-    type Error = Box<dyn std::error::Error + Send + Sync>;
-    type Future = BoxFuture<'static, Result<Wire<T::Stream>, Self::Error>>;
+impl<K> Secure<K> {
+    /// Asks for the connector of one session, as the driver does: whether or not the server turns out to encrypt.
+    fn new<T>(mut tls: T, config: &mut Config, activity: Arc<Activity>) -> Self
+    where
+        T: MakeTlsConnect<Socket, TlsConnect = K>,
+    {
+        let connector = tls.make_tls_connect(host_of(config).as_deref().unwrap_or_default()).map_err(Into::into);
+        if connector.is_err() {
+            // With these the driver comes to the error at once.
+            config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+        }
+        Self { connector, activity }
+    }
+}
 
-    fn connect(mut self, wire: Wire<Plain>) -> Self::Future {
+impl<K> TlsConnect<Wire<Plain>> for Secure<K>
+where
+    K: TlsConnect<Socket>,
+    K::Stream: Send + 'static,
+    K::Future: Send + 'static,
+{
+    type Stream = Wire<K::Stream>;
+    type Error = Unusable;
+    type Future = BoxFuture<'static, Result<Wire<K::Stream>, Unusable>>;
+
+    fn connect(self, wire: Wire<Plain>) -> Self::Future {
+        let connector = match self.connector {
+            Ok(connector) => connector,
+            Err(unusable) => return Box::pin(ready(Err(unusable))),
+        };
         let socket = match wire.stream {
             Plain::Tcp(socket) => socket,
             // The driver does not ask for TLS there.
             #[cfg(unix)]
             Plain::Unix(_) => return Box::pin(ready(Err("a Unix socket has no TLS".into()))),
         };
-        let connector = self.tls.make_tls_connect(self.host.as_deref().unwrap_or_default()).map_err(Into::into);
-        let connecting = connector.map(|connector| connector.connect(socket));
+        let connecting = connector.connect(socket);
         let activity = self.activity;
         Box::pin(async move {
-            let stream = connecting?.await.map_err(Into::into)?;
+            let stream = connecting.await.map_err(Into::into)?;
             Ok(Wire { stream, counter: Counter::new(false), activity })
         })
     }
