@@ -170,6 +170,10 @@ impl Topology {
             mute: self.is_mute(now),
         };
         let why = format!("{}: {failure}", primary.endpoint);
+        // Its connections are not ended for a silence that is none, as where the password provider is away.
+        if failure.kind.is_an_answer() {
+            self.primary_lives(now);
+        }
         match sighting.finding() {
             Finding::Lives => self.primary_lives(now),
             Finding::SessionEnded => {
