@@ -164,6 +164,8 @@ struct Shared {
     heard: AtomicU64,
     /// The number of the newest generation.
     newest: AtomicU64,
+    /// The number of the newest generation that has ended, 0 before.
+    ended: AtomicU64,
     /// The task looks often enough to notice when they fall silent.
     listening: AtomicBool,
     /// A connection was lent after a silence.
@@ -295,6 +297,11 @@ impl<C: SessionClient> Cluster<C> {
 
     pub(crate) fn is_current(&self, id: GenerationId) -> bool {
         self.has_primary() && self.shared.current.load(Ordering::Acquire) == id.get()
+    }
+
+    /// Has generation `id` ended for good? Its sessions may be closing still. Whoever sees a view sees this as well.
+    pub(crate) fn has_ended(&self, id: GenerationId) -> bool {
+        self.shared.ended.load(Ordering::Acquire) >= id.get()
     }
 
     /// Waits until generation `id` is no longer the current one. Cancel-safe.
@@ -552,6 +559,7 @@ impl<C: SessionClient> Task<C> {
         }
         (self.live, self.search) = (false, None);
         self.sessions.clear();
+        self.under_way.clear();
         self.work.clear();
     }
 
@@ -598,6 +606,7 @@ impl<C: SessionClient> Task<C> {
                 if lost {
                     self.lost(why.clone());
                 }
+                self.shared.ended.fetch_max(id.get(), Ordering::AcqRel);
                 if let Some(generation) = self.generation.take() {
                     self.news.push(self.observer.evicted(id, cause, generation.open.count(), why));
                     self.ended.push(generation.scope.clone());

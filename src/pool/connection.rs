@@ -159,6 +159,11 @@ impl<C: SessionClient> Connection<C> {
         self.usable() && !self.expired() && cluster.is_current(self.held.facts.generation)
     }
 
+    /// Nobody will be given it any more.
+    pub(super) fn stale(&self, cluster: &Cluster<C>) -> bool {
+        !self.usable() || self.expired() || cluster.has_ended(self.held.facts.generation)
+    }
+
     /// Notes that somebody has it. Returns whether nobody had it before.
     pub(super) fn use_it(&self) -> bool {
         // To read is cheaper than to write, and it is true mostly.

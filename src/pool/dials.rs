@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::Manager;
 use super::connection::Connection;
 use super::dialer::Dialer;
-use crate::cluster::{Generation, lock};
+use crate::cluster::{Cluster, Generation, lock};
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
 use crate::topology::ProbeFailure;
@@ -129,12 +129,11 @@ impl<C: SessionClient> Dials<C> {
     }
 
     /// Closes what is of no use any more, and what `surplus` of the others has been idle for so long. Returns how many.
-    pub(super) fn reap(&self, idle_for: Duration, surplus: &mut usize) -> usize {
+    pub(super) fn reap(&self, cluster: &Cluster<C>, idle_for: Duration, surplus: &mut usize) -> usize {
         let mut reaped = Vec::new();
         let mut book = self.book();
         for ready in std::mem::take(&mut book.ready) {
-            let stale = !ready.connection.usable() || ready.connection.expired();
-            if stale || (*surplus > 0 && ready.since.elapsed() >= idle_for) {
+            if ready.connection.stale(cluster) || (*surplus > 0 && ready.since.elapsed() >= idle_for) {
                 *surplus = surplus.saturating_sub(1);
                 reaped.push(ready);
             } else {

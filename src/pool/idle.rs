@@ -68,10 +68,9 @@ impl Idle {
     fn reap<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Dialer<C>) {
         let idle = pool.status().available + dialer.dials.ready();
         let mut surplus = idle.saturating_sub(self.min);
-        let mut reaped = dialer.dials.reap(self.timeout, &mut surplus);
+        let mut reaped = dialer.dials.reap(&dialer.cluster, self.timeout, &mut surplus);
         let retained = pool.retain(|connection, metrics| {
-            let stale = !connection.usable() || connection.expired();
-            let reap = stale || (surplus > 0 && metrics.last_used() >= self.timeout);
+            let reap = connection.stale(&dialer.cluster) || (surplus > 0 && metrics.last_used() >= self.timeout);
             surplus = surplus.saturating_sub(usize::from(reap));
             !reap
         });

@@ -2,6 +2,7 @@
 
 use tokio::time::Instant;
 
+use super::lives::Beside;
 use super::view::Eviction;
 use super::{Action, Change, Phase, Search, Topology};
 
@@ -47,8 +48,11 @@ impl Topology {
         self.phase = Phase::Searching(Search::new(now));
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
+        // Whatever was under way is forgotten: nobody will tell how it ended.
+        self.beside = Beside::default();
         for member in self.members.values_mut() {
             member.asking = false;
+            member.prompt = false;
             member.fresh = true;
             member.vigil = None;
             member.opened_at = None;
