@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Node, eventually};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::tls::{MakeTlsConnect, NoTls, NoTlsStream};
 use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, State, UnavailableReason, tokio_postgres};
 
@@ -22,6 +22,8 @@ enum Says {
     Password(&'static str),
     Sealed,
     Nothing,
+    /// Answers once it is to say something else.
+    Waits,
     Panics,
 }
 
@@ -67,11 +69,15 @@ impl Vault {
         self.0.asked.fetch_add(1, Ordering::SeqCst);
         self.0.open.fetch_add(1, Ordering::SeqCst);
         let _open = Open(&self.0.open);
-        let says = self.0.says.lock().unwrap().clone();
+        let mut says = self.0.says.lock().unwrap().clone();
+        while matches!(says, Says::Waits) {
+            sleep(Duration::from_millis(10)).await;
+            says = self.0.says.lock().unwrap().clone();
+        }
         match says {
             Says::Password(password) => Ok(password.to_owned()),
             Says::Sealed => Err(Sealed(io::Error::other("no quorum\nof key holders")).into()),
-            Says::Nothing => std::future::pending().await,
+            Says::Nothing | Says::Waits => std::future::pending().await,
             Says::Panics => panic!("the provider has a bug"),
         }
     }
@@ -277,27 +283,37 @@ async fn c10_a_slow_provider_stalls_nobody_else() {
     assert!(Duration::ZERO < slowest && slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
-/// C10: a caller that gives up takes the question to the provider along, and leaves nothing behind.
+/// C10: a dropped `get` leaves the question to the provider under way, whose session is the next caller's; the end of the pool
+/// drops it.
 #[tokio::test]
-async fn c10_a_dropped_get_drops_the_providers_future() {
+async fn c10_a_dropped_get_leaves_the_providers_future_to_the_pool() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("first"));
     let pool = vault.builder(&cluster).build().unwrap();
     let held = pool.get().await.unwrap();
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
-    vault.says(Says::Nothing);
-    let waits = tokio::spawn({
-        let pool = pool.clone();
-        async move { pool.get().await.map(drop) }
-    });
-    eventually("the provider is asked", PATIENCE, async || vault.open() == 1).await;
-    waits.abort();
-    assert!(waits.await.unwrap_err().is_cancelled());
-    assert_eq!(vault.open(), 0);
+    let give_up = async || {
+        let (asked, open) = (vault.asked(), vault.open());
+        vault.says(Says::Waits);
+        let waits = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.get().await.map(drop) }
+        });
+        eventually("the provider is asked", PATIENCE, async || vault.open() == open + 1).await;
+        waits.abort();
+        assert!(waits.await.unwrap_err().is_cancelled());
+        assert_eq!((vault.asked(), vault.open()), (asked + 1, open + 1));
+        asked + 1
+    };
+    let asked = give_up().await;
     vault.says(Says::Password("first"));
     let another = pool.get().await.unwrap();
     assert_eq!(another.generation(), held.generation());
-    assert_eq!(pool.status().size, 2);
+    assert_eq!((vault.asked(), vault.open(), pool.status().size), (asked, 0, 2));
+
+    give_up().await;
+    pool.close();
+    eventually("the pool drops the provider's future", AT_ONCE, async || vault.open() == 0).await;
 }
 
 /// C10: the recipe of docs/tuning.md for a file: it is replaced as an orchestrator does it, and read for the next session.
