@@ -289,7 +289,8 @@ impl PoolBuilder {
     /// [`PoolBuilder::build`] fails where the connection string holds a password too.
     ///
     /// # Cancel safety
-    /// The future is dropped where its session is not wanted any more, or is too late.
+    /// The future is dropped where its session is too late, or where its primary or the pool has ended. A caller that gives up
+    /// leaves it under way: its session is the next caller's.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
