@@ -420,3 +420,26 @@ async fn c10_a_connector_is_asked_for_each_session() {
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 4).await;
     assert_eq!(asked.load(Ordering::SeqCst), 4);
 }
+
+/// A connector without a certificate to give.
+#[derive(Clone)]
+struct Expired;
+
+impl<S> MakeTlsConnect<S> for Expired {
+    type Stream = NoTlsStream;
+    type TlsConnect = NoTls;
+    type Error = io::Error;
+
+    fn make_tls_connect(&mut self, _: &str) -> Result<NoTls, io::Error> {
+        Err(io::Error::other("the certificate has expired"))
+    }
+}
+
+/// C10: a connector that fails is named, also where the server would not have encrypted.
+#[tokio::test]
+async fn c10_a_failing_connector_is_named() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().tls(Expired).build().unwrap();
+    let error = pool.get_within(AT_ONCE).await.unwrap_err();
+    lacks_nothing(&error, &["the certificate has expired"]);
+}
