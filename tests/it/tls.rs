@@ -265,7 +265,7 @@ async fn t5_each_sslmode() {
 async fn t5_a_server_that_wants_tls() {
     let cluster = with_tls(&Authority::new()).hba(TLS_ONLY).start().await;
     for options in ["", "sslmode=disable"] {
-        refused(&pool(&cluster, options), &["28000", "no encryption", "nothing but TLS", "sslmode=verify-full"]).await;
+        refused(&pool(&cluster, options), &["28000", "no encryption", "without TLS", "sslmode=verify-full"]).await;
     }
     works_encrypted(&pool(&cluster, "sslmode=prefer")).await;
 }
