@@ -90,6 +90,11 @@ impl fmt::Display for Nonce {
     }
 }
 
+/// Transactions without any effect that a pool makes when it first writes on a primary, committed and rolled back in a random
+/// pattern. Their ids, with just these outcomes, are in a history that continues the primary's, and by no chance in another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Signature(pub(crate) Vec<(u64, bool)>);
+
 /// What a transaction left behind when it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
@@ -123,6 +128,8 @@ pub(crate) enum Proof {
     Nothing,
     /// Whether a file in `pg_wal` is of the marker's timeline.
     Files { followed: bool },
+    /// Whether the transactions of the [`Signature`] have its outcomes.
+    Signature { borne: bool },
     /// The ancestors of the timeline, and the log itself.
     Function { ancestry: Ancestry, sighting: Sighting },
 }
@@ -267,7 +274,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     match proof {
         _ if server.timeline == then.timeline => restarted(marker, now),
         Proof::Function { ancestry, .. } => descended(marker, now, ancestry),
-        Proof::Files { followed } => promoted(marker, now, *followed),
+        Proof::Files { followed: shown } | Proof::Signature { borne: shown } => promoted(marker, now, *shown),
         Proof::Nothing => promoted(marker, now, false),
     }
 }

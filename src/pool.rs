@@ -47,7 +47,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::cluster::{Cluster, Generation, NoPrimary, Wanting, lock};
 use crate::commit::ledger::Ledger;
-use crate::commit::{Guarantee, Life, Nonce};
+use crate::commit::{Guarantee, Life, Nonce, Signature};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
@@ -100,6 +100,8 @@ struct Shared {
     searching: AtomicUsize,
     /// The newest primary on which transactions cannot be marked, and why.
     unmarked: Mutex<Option<(GenerationId, String)>>,
+    /// What the timeline of the newest primary is signed with. `None` within: somebody is about to sign, or it cannot be.
+    signature: Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>,
     /// When each ledger is pruned next, by its name.
     prune_at: Mutex<HashMap<String, Instant>>,
 }
@@ -546,6 +548,27 @@ impl<C: SessionClient> Pool<C> {
         lock(&self.shared.unmarked).as_ref().is_some_and(|(unmarked, _)| *unmarked == id)
     }
 
+    /// What this primary's timeline is signed with, or the task to sign it, which one caller gets.
+    pub(crate) fn signature(&self, id: GenerationId) -> Signing {
+        let mut signature = lock(&self.shared.signature);
+        match &*signature {
+            Some((signed, by)) if *signed >= id => Signing::Done(by.clone().filter(|_| *signed == id)),
+            _ => {
+                *signature = Some((id, None));
+                Signing::Yours
+            }
+        }
+    }
+
+    pub(crate) fn set_signature(&self, id: GenerationId, by: Option<Arc<Signature>>) {
+        let mut signature = lock(&self.shared.signature);
+        if let Some((signed, held)) = &mut *signature
+            && *signed == id
+        {
+            *held = by;
+        }
+    }
+
     /// Remembers that the transactions of this primary cannot be marked; says so the first time.
     pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
         let before = lock(&self.shared.unmarked).replace((id, why.to_owned()));
@@ -720,6 +743,13 @@ impl<C: SessionClient> Aside<C> {
     pub(crate) async fn evicted(&self) {
         self.generation.scope.cancelled().await;
     }
+}
+
+/// Who signs the timeline of a primary.
+pub(crate) enum Signing {
+    /// It is signed so, or not.
+    Done(Option<Arc<Signature>>),
+    Yours,
 }
 
 /// One more in a counter, for as long as it lives.

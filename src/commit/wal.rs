@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
-use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, XactStatus};
+use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::classify::{explain, not_offered};
 use crate::server::rows;
 use crate::topology::{
@@ -209,6 +209,44 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
         tracing::warn!(?kind, why, "the server does not show the history of its log");
     }
     Ok(Proof::Nothing)
+}
+
+/// How many transactions sign a timeline: as many bits, so that no other history has them by chance.
+const SIGNED_BY: u32 = 32;
+
+/// Signs the timeline of a server in this life. The session has no transaction open. `None`: it is another server, or its answer
+/// makes no sense.
+pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<Option<Signature>, Error> {
+    let outcomes: Vec<bool> = (0..SIGNED_BY).map(|bit| pattern >> bit & 1 == 1).collect();
+    // Nobody waits for these. Whoever has a later record of the log has them, too.
+    let begin = "START TRANSACTION; SET LOCAL synchronous_commit = off; SELECT pg_catalog.pg_current_xact_id()";
+    let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
+    let mut sql: String = outcomes.iter().map(one).collect();
+    // A proxy gives each message to one server.
+    sql.push_str(&format!("SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()"));
+    let mut rows = rows(client, &sql).await?;
+    let who = rows.pop().unwrap_or_default();
+    let same =
+        |started_at, replayed| life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life });
+    let verified =
+        time(&who, 0).is_ok_and(|started_at| optional(&who, 1).is_ok_and(|replayed| same(started_at, replayed)));
+    let ids: Option<Vec<u64>> = rows.iter().map(|row| text(row, 0)?.parse().ok()).collect();
+    let ids = ids.filter(|ids| verified && ids.len() == outcomes.len());
+    Ok(ids.map(|ids| Signature(ids.into_iter().zip(outcomes).collect())))
+}
+
+/// Asks, within a settler's transaction, whether the server's history bears a signature.
+pub(crate) async fn bears(client: &Client, signature: &Signature) -> Result<bool, Error> {
+    let status = |committed| if committed { "committed" } else { "aborted" };
+    let signed = signature.0.iter().map(|(id, committed)| format!("('{id}'::xid8, '{}')", status(*committed)));
+    let signed: Vec<String> = signed.collect();
+    let sql = format!(
+        "SELECT count(*) = {} FROM (VALUES {}) AS signed (id, status) \
+          WHERE CASE WHEN id < pg_current_xact_id() THEN pg_xact_status(id) = status END",
+        signed.len(),
+        signed.join(", ")
+    );
+    Ok(text(&only_row(client, &sql).await?, 0) == Some("t"))
 }
 
 /// Will the same question fail again? A statement that was cancelled, or a server without memory, is asked again instead.

@@ -609,6 +609,7 @@ impl CallOptions {
             guarantee,
             searching: AtomicUsize::new(0),
             unmarked: Mutex::default(),
+            signature: Mutex::default(),
             prune_at: Mutex::default(),
         }))
     }

@@ -288,8 +288,9 @@ impl ServerReport {
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
             stats_reset: column(9).map(|text| microseconds(text, "a time")).transpose()?,
-            checkpointed: column(10).map(|text| number(text, "a timeline")).transpose()?,
-            evidence: column(11).map(evidence).transpose()?,
+            // These two decide nothing here, so a server that tells them in another way is no stranger for that.
+            checkpointed: column(10).and_then(|text| text.parse().ok()),
+            evidence: column(11).and_then(|text| evidence(text).ok()),
         })
     }
 }
@@ -462,8 +463,6 @@ mod tests {
             (7, Some("/")),
             (8, Some("0")),
             (9, Some("never")),
-            (10, Some("-1")),
-            (11, Some("rumours")),
         ] {
             assert!(with(index, value).is_err(), "column {index}: {value:?}");
         }

@@ -21,10 +21,10 @@ use super::{Transaction, TransactionBuilder};
 use crate::classify::{Cure, Verdict, classify, explain, not_offered};
 use crate::commit::ledger::{Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
-use crate::commit::{Nonce, Unsettled};
+use crate::commit::{Nonce, Signature, Unsettled};
 use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::Observer;
-use crate::pool::{Client, Pool};
+use crate::pool::{Client, Pool, Signing};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::{Suspicion, UNDISTURBED};
@@ -405,6 +405,8 @@ impl<C: SessionClient> Attempt<C> {
     async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
         let client = self.client();
         let nonce = self.pool().next_nonce();
+        let signature =
+            if matches!(begin.marks, Marks::Wal) && self.can_be_marked() { self.signature().await? } else { None };
         let answer = match &begin.marks {
             Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
@@ -425,7 +427,10 @@ impl<C: SessionClient> Attempt<C> {
                 return Ok(None);
             }
         };
-        let mark = |by, backend| Mark { by, backend, generation: client.generation(), life: client.life() };
+        let mark = |by, backend| {
+            let signature = signature.clone();
+            Mark { by, backend, generation: client.generation(), life: client.life(), signature }
+        };
         let read = match (&begin.marks, client.life()) {
             (Marks::Ledger(ledger), _) => match entered(&row) {
                 Ok(Some((entered, backend))) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
@@ -453,6 +458,30 @@ impl<C: SessionClient> Attempt<C> {
             client.batch_execute(OPEN).await?;
         }
         Ok(mark)
+    }
+
+    /// What the timeline is signed with, by which a successor shows that it continues it. The first of all continues nothing
+    /// else. The first transaction of the pool on a primary signs; those that begin at the same time go without.
+    async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
+        let (client, pool) = (self.client(), self.pool());
+        let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
+        match pool.signature(client.generation()) {
+            Signing::Done(signature) => return Ok(signature),
+            Signing::Yours => {}
+        }
+        match wal::sign(client, &life, pool.next_seed()).await {
+            Ok(signature) => {
+                let signature = signature.map(Arc::new);
+                pool.set_signature(client.generation(), signature.clone());
+                Ok(signature)
+            }
+            Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
+                tracing::debug!("the timeline could not be signed: {}", explain(&error));
+                client.batch_execute("ROLLBACK").await?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {

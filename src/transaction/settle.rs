@@ -2,6 +2,7 @@
 //! rule in [`crate::commit`] knows or the deadline is over.
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::SemaphorePermit;
@@ -10,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::classify::{explain, not_offered};
 use crate::commit::ledger::{Entered, Ledger};
 use crate::commit::wal::{self, Backend, Said};
-use crate::commit::{Life, Located, Marker, Proof, Settled, Unsettled, XactStatus, locate, wants_proof};
+use crate::commit::{Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof};
 use crate::error::Error;
 use crate::observe::Settlement;
 use crate::pool::{Client, Pool, Settling, Witness};
@@ -33,6 +34,8 @@ pub(super) struct Mark {
     pub(super) generation: GenerationId,
     /// The server's, where it lets itself be identified.
     pub(super) life: Option<Life>,
+    /// What the pool has signed the timeline with before.
+    pub(super) signature: Option<Arc<Signature>>,
 }
 
 impl Mark {
@@ -178,7 +181,7 @@ async fn question<C: SessionClient>(
     match &mark.by {
         Settler::Wal(marker) => {
             let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
-            ask_log(client, witness.life(), marker, primaries_since).await
+            ask_log(client, witness.life(), mark, marker, primaries_since).await
         }
         Settler::Ledger(ledger, entered) => ledger.ask(client, entered).await,
     }
@@ -188,6 +191,7 @@ async fn question<C: SessionClient>(
 async fn ask_log(
     client: &tokio_postgres::Client,
     verified: Option<Life>,
+    mark: &Mark,
     marker: &Marker,
     primaries_since: u64,
 ) -> Result<Settled, Option<tokio_postgres::Error>> {
@@ -195,7 +199,14 @@ async fn ask_log(
     remember_ancestor(&mut now.life, verified);
     let wanted = wants_proof(marker, &now, evidence);
     let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
-    match locate(marker, &now, &proof) {
+    let located = match (locate(marker, &now, &proof), &mark.signature) {
+        (Located::Unclear(Unsettled::Unproven), Some(signature)) => {
+            let borne = wal::bears(client, signature).await?;
+            locate(marker, &now, &Proof::Signature { borne })
+        }
+        (located, _) => located,
+    };
+    match located {
         Located::Here => status.map(Settled::from).ok_or(None),
         Located::Lost => Ok(Settled::NotCommitted),
         Located::NotYet => Ok(Settled::InProgress),
@@ -247,7 +258,7 @@ pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &M
                 if status != Some(XactStatus::Committed) {
                     return Some(false);
                 }
-                let settled = ask_log(client, client.life(), marker, primaries_since).await.ok()?;
+                let settled = ask_log(client, client.life(), mark, marker, primaries_since).await.ok()?;
                 settled == Settled::Committed
             }
             Settler::Ledger(ledger, entered) => ledger.has(client, entered).await.ok()?,

@@ -133,13 +133,7 @@ async fn a_later_lease_is_settled() {
                 restart_within_lease(&scene.cluster, checkpointed).await;
                 fate.trap(scene).await;
             };
-            let answer = match fate {
-                Fate::Done | Fate::Undelivered if right == Right::Nothing && checkpointed => {
-                    Answer::Unknown(&[Unsettled::Unproven])
-                }
-                _ => fate.answer(),
-            };
-            case.assert(fate.cut(), fault, answer).await;
+            case.assert(fate.cut(), fault, fate.answer()).await;
         }
     }
 }
