@@ -431,6 +431,7 @@ enum Event<C> {
 }
 
 /// How one server is asked.
+#[derive(Clone, Copy)]
 struct Asks {
     fresh: bool,
     beside: bool,
@@ -710,8 +711,8 @@ impl<C: SessionClient> Task<C> {
                     Event::Opened { endpoint, beside, fresh, result }
                 }
                 None => {
-                    let opened = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
-                    Event::Opened { endpoint, beside, fresh: true, result: opened.unwrap_or_else(|_| Err(silent())) }
+                    let answer = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
+                    Event::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(|_| Err(silent())) }
                 }
             }
         };

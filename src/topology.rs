@@ -263,6 +263,7 @@ impl Notice {
     }
 }
 
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 struct Member {
     endpoint: Endpoint,
     origin: Origin,

@@ -221,9 +221,9 @@ pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<O
     // Nobody waits for these. Whoever has a later record of the log has them, too.
     let begin = "START TRANSACTION; SET LOCAL synchronous_commit = off; SELECT pg_catalog.pg_current_xact_id()";
     let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
-    let mut sql: String = outcomes.iter().map(one).collect();
+    let signing: String = outcomes.iter().map(one).collect();
     // A proxy gives each message to one server.
-    sql.push_str(&format!("SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()"));
+    let sql = format!("{signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
     let mut rows = rows(client, &sql).await?;
     let who = rows.pop().unwrap_or_default();
     let same =

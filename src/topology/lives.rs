@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Action, Address, Answer, Change, Doubt, FailureKind, Phase, ProbeFailure, Probed, Suspended, Topology};
+use super::{
+    Action, Address, Answer, Change, Doubt, FailureKind, Phase, ProbeFailure, Probed, Search, Suspended, Topology,
+};
 
 /// The longest pause between two checks of new sessions while those fail.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -65,6 +67,7 @@ pub(super) enum Finding {
 
 /// What is known when a question failed.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Sighting {
     pub(super) kind: FailureKind,
     /// It was to be asked on a new session.
@@ -88,10 +91,9 @@ impl Sighting {
             (false, FailureKind::TimedOut) if self.received => Finding::Lives,
             // An administrator may have ended the session (57P01), or a proxy.
             (false, FailureKind::Unreachable | FailureKind::NotNow) => Finding::SessionEnded,
-            (false, _) => Finding::Gone,
             (true, _) if self.kept_open => Finding::NewSessionsFail,
             (true, _) if self.pooled_open && !self.mute => Finding::NewSessionsFail,
-            (true, _) => Finding::Gone,
+            _ => Finding::Gone,
         }
     }
 }
@@ -124,13 +126,11 @@ impl Topology {
         }
         let (primary, fresh) = match &self.phase {
             Phase::Known { primary, .. } => (primary, true),
-            Phase::Searching(search) => match &search.suspended {
-                Some(suspended) => (&suspended.primary, false),
-                None => {
-                    self.beside.due = None;
-                    return;
-                }
-            },
+            Phase::Searching(Search { suspended: Some(suspended), .. }) => (&suspended.primary, false),
+            Phase::Searching(_) => {
+                self.beside.due = None;
+                return;
+            }
         };
         let endpoint = primary.endpoint.clone();
         self.beside.begin(now);

@@ -22,6 +22,7 @@ const STATEMENTS: usize = 3;
 
 /// By what a transaction is known again when it is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::enum_variant_names, reason = "they read on from the name")]
 pub(super) enum Known {
     /// The transaction id that its mark has given it.
     ById(u64),
