@@ -27,7 +27,7 @@ use crate::server::{Activity, Notices, Seat, SessionClient};
 use crate::topology::GenerationId;
 
 /// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.
-const DRAIN_WITHIN: Duration = Duration::from_millis(50);
+const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
 ///
