@@ -340,6 +340,10 @@ impl Watched {
         Stopwatch::start()
     }
 
+    #[cfg_attr(
+        not(feature = "metrics"),
+        expect(clippy::trivially_copy_pass_by_ref, reason = "with metrics it holds a time")
+    )]
     pub(crate) fn given_back(&self, lent: &Stopwatch) {
         self.observer.meters.used(lent);
         self.place.idle(&self.observer.meters);

@@ -35,12 +35,14 @@ impl Meters {
 
     pub(super) fn waits_no_more(&self) {}
 
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the real one holds a time")]
     pub(super) fn waited(&self, _: &Stopwatch) {}
 
     pub(super) fn timed_out(&self) {}
 
     pub(super) fn opened(&self, _: Duration) {}
 
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the real one holds a time")]
     pub(super) fn used(&self, _: &Stopwatch) {}
 
     pub(super) fn rerun(&self, _: Verdict) {}
