@@ -335,6 +335,11 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
+    /// It is open, and nobody has had it yet.
+    pub(crate) fn ready(&self) {
+        self.place.idle(&self.observer.meters);
+    }
+
     pub(crate) fn lent(&self) -> Stopwatch {
         self.place.used(&self.observer.meters);
         Stopwatch::start()

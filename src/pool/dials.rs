@@ -343,6 +343,7 @@ impl<C: SessionClient> Dialer<C> {
             Some(Ok(connection))
         };
         if let Some(Ok(connection)) = unclaimed {
+            connection.watched().ready();
             book.ready.push(Ready { connection, since: Instant::now() });
         }
         drop(book);

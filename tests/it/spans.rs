@@ -9,7 +9,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
 use crate::load::create_table;
-use crate::transaction::{Runs, insert};
+use crate::transaction::{PATIENCE, Runs, insert};
 
 /// Collects what `tracing` writes.
 #[derive(Clone, Default)]
@@ -40,6 +40,16 @@ impl Collected {
         let text = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
         let begins = format!("{span}{{");
         text.lines().filter(|line| line.contains(&begins) && line.contains(": close ")).map(str::to_owned).collect()
+    }
+
+    /// Waits until so many spans of this name have ended. Work that a call leaves behind may hold on to its span.
+    async fn has_closed(&self, span: &str, count: usize) {
+        let closed = async {
+            while self.closed(span).len() < count {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, closed).await.unwrap_or_else(|_| panic!("no span {span} has ended"));
     }
 }
 
@@ -80,14 +90,17 @@ async fn spans_have_the_fields_of_opentelemetry() {
     })
     .await
     .unwrap();
+    log.has_closed("transaction", 1).await;
     let line = assert_holds("transaction", &[r#"otel.kind="client""#, "attempts=2", "mode=Exactly"]);
     assert!(!line.contains("error.type"), "{line}");
 
     pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1 / 0").await?)).await.unwrap_err();
+    log.has_closed("transaction", 2).await;
     let code = r#"db.response.status_code="22012""#;
     assert_holds("transaction", &[code, r#"error.type="22012""#, r#"otel.status_code="ERROR""#, "attempts=1"]);
 
     pool.transaction(async |_| Err::<(), _>(Error::abort("no"))).await.unwrap_err();
+    log.has_closed("transaction", 3).await;
     let line = assert_holds("transaction", &[r#"error.type="aborted""#]);
     assert!(!line.contains("db.response.status_code"), "{line}");
 }
