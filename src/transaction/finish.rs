@@ -44,8 +44,9 @@ impl Known {
                 "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.pg_current_xact_id_if_assigned() \
                  OPERATOR(pg_catalog.=) '{xid}', false)::pg_catalog.int4 IS NULL"
             ),
-            Self::BySetting => "SELECT WHERE \
-                pg_catalog.current_setting('tokio_postgres_failover.transaction')::pg_catalog.bool"
+            Self::BySetting => "SELECT WHERE 1 OPERATOR(pg_catalog./) \
+                coalesce(pg_catalog.current_setting('tokio_postgres_failover.transaction', true) \
+                OPERATOR(pg_catalog.=) 'off', false)::pg_catalog.int4 IS NULL"
                 .to_owned(),
             Self::ByShow => "SHOW tokio_postgres_failover.transaction".to_owned(),
         };
