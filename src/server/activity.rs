@@ -147,6 +147,8 @@ pub(super) struct Counter {
     last_rollback: u64,
     /// The request that is being sent does more than close a statement.
     begun: bool,
+    /// The request that is being answered has failed. The server sends its end by itself, and soon.
+    failed: bool,
     transaction: bool,
     copying: bool,
     blocked: bool,
@@ -167,6 +169,7 @@ impl Counter {
             last_request: 1,
             last_rollback: 0,
             begun: false,
+            failed: false,
             transaction: false,
             copying: false,
             blocked: false,
@@ -203,11 +206,12 @@ impl Counter {
     /// Returns whether a request has ended.
     pub(super) fn received(&mut self, bytes: &[u8]) -> bool {
         self.stalled = true;
-        let Self { received, answered, transaction, copying, .. } = self;
+        let Self { received, answered, failed, transaction, copying, .. } = self;
         let before = *answered;
         received.feed(bytes, |letter, in_transaction| match letter {
             b'Z' => {
                 *answered += 1;
+                *failed = false;
                 *copying = false;
                 *transaction = in_transaction;
             }
@@ -216,6 +220,8 @@ impl Counter {
                 *answered += 1;
                 *copying = true;
             }
+            // The driver hands an error on before the end of the request has come.
+            b'E' => *failed = true,
             _ => {}
         });
         *answered != before
@@ -227,7 +233,8 @@ impl Counter {
     }
 
     pub(super) fn flags(&self) -> u8 {
-        let under_way = self.last_request > self.answered || self.begun || self.sent.within();
+        let ended = self.answered + u64::from(self.failed);
+        let under_way = self.last_request > ended || self.begun || self.sent.within();
         let open = self.transaction && self.last_rollback <= self.answered;
         [
             (REQUEST, under_way),
@@ -401,6 +408,27 @@ mod tests {
             counter.drained();
             assert_eq!(counter.flags(), TRANSACTION);
         }
+    }
+
+    #[test]
+    fn a_request_that_has_failed_ends_by_itself() {
+        let mut counter = logged_in();
+        counter.sent(&message(b'Q', b"BEGIN\0"));
+        counter.received(&ready(b'T'));
+        counter.sent(&message(b'Q', b"SELECT 1/0\0"));
+        counter.received(&message(b'E', b"\0"));
+        counter.drained();
+        assert_eq!(counter.flags(), TRANSACTION);
+        counter.sent(&message(b'Q', ROLLBACK));
+        assert_eq!(counter.flags(), 0);
+        counter.received(&[ready(b'E'), ready(b'I')].concat());
+        counter.drained();
+        assert_eq!(counter.flags(), 0);
+        // The one behind it does not.
+        counter.sent(&[extended(), extended()].concat());
+        counter.received(&message(b'E', b"\0"));
+        counter.drained();
+        assert_eq!(counter.flags(), REQUEST);
     }
 
     #[test]

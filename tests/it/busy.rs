@@ -131,7 +131,6 @@ async fn a_stream_that_is_still_held_stops_nobody() {
 
 /// What good programs do keeps its connection: nothing of this is taken for a request under way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "open: after a COPY a connection is sometimes closed that could have been kept"]
 async fn what_ends_by_itself_keeps_its_connection() {
     let bench = Bench::new().await;
     let mut client = bench.get().await;
