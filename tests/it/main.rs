@@ -34,7 +34,6 @@ mod scenarios;
 mod settings;
 mod settle;
 mod shapes;
-mod spans;
 mod stale;
 #[cfg(feature = "rustls")]
 mod tls;
