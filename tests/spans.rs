@@ -53,7 +53,9 @@ impl Collected {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(PATIENCE, closed).await.unwrap_or_else(|_| panic!("no span {span} has ended: {}", String::from_utf8_lossy(&self.0.lock().unwrap())));
+        tokio::time::timeout(PATIENCE, closed).await.unwrap_or_else(|_| {
+            panic!("no span {span} has ended: {}", String::from_utf8_lossy(&self.0.lock().unwrap()))
+        });
     }
 }
 

@@ -5,7 +5,6 @@ use std::future::pending;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
@@ -15,7 +14,7 @@ use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
-use super::connection::{Connection, Facts, Manager};
+use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
 use super::trail::Trail;
 use super::wrap::FromElsewhere;
 use crate::classify::ends_session;
@@ -25,9 +24,6 @@ use crate::commit::wal::Marking;
 use crate::observe::{Lent, Watched};
 use crate::server::{Activity, Notices, Seat, SessionClient};
 use crate::topology::GenerationId;
-
-/// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.
-const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
 ///

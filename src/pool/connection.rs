@@ -9,7 +9,7 @@ use std::time::Duration;
 use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::dialer::Dialer;
 use super::dials::Berth;
@@ -21,6 +21,9 @@ use crate::error::Error;
 use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Notices, Session, SessionClient};
 use crate::topology::{Endpoint, GenerationId, ServerReport};
+
+/// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.
+pub(super) const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 
 /// What is known of one session, whoever holds it.
 pub(super) struct Facts {
@@ -134,9 +137,15 @@ impl<C: SessionClient> Connection<C> {
         !self.held.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
     }
 
-    /// Waits until the driver has seen all that was asked of it. Returns whether nothing is under way.
+    /// Waits until the driver has seen all that was asked of it, and for the end of a request that has failed. Returns whether
+    /// nothing is under way.
     pub(super) async fn idle(&self) -> bool {
-        self.held.facts.notices.activity.idle().await
+        let activity = &self.held.facts.notices.activity;
+        // A timer costs more than the answer, which is known most of the time.
+        if let Some(idle) = activity.is_idle() {
+            return idle;
+        }
+        timeout(DRAIN_WITHIN, activity.idle()).await.unwrap_or(false)
     }
 
     /// It does not count as one of the pool's any more.
@@ -234,7 +243,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         if !connection.usable() || connection.expired() {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
-        if !connection.facts().notices.activity.idle().await {
+        if !connection.idle().await {
             // Those of this crate's own pool are seen to when they are given back.
             self.dialer.cancel_running(&connection.held.client, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));

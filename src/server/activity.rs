@@ -19,6 +19,9 @@ const COPYING: u8 = 4;
 const BLOCKED: u8 = 8;
 /// The answer is not taken: somebody holds a stream of rows and reads no further.
 const STALLED: u8 = 16;
+/// The last request has failed, and its end is still to come. The server sends it at once; it tells whether a transaction is
+/// open.
+const FAILED: u8 = 32;
 
 /// What the driver's task publishes of one session, for whoever holds its connection.
 #[derive(Debug, Default)]
@@ -58,13 +61,25 @@ impl Activity {
         self.woken.load(Ordering::SeqCst) == self.dealt_with.load(Ordering::SeqCst)
     }
 
-    /// Waits until the driver's task has seen all requests that were made so far, which takes no I/O. Returns whether the
-    /// session is idle then. Cancel-safe.
+    /// Whether the session is idle. `None` while the driver's task has not seen all requests, or a request has failed whose
+    /// end is still to come.
+    pub(crate) fn is_idle(&self) -> Option<bool> {
+        if !self.is_settled() {
+            return None;
+        }
+        let flags = self.flags.load(Ordering::Acquire);
+        if flags & !STALLED == FAILED && !self.is_condemned() {
+            return None;
+        }
+        Some(flags == 0 && !self.is_condemned())
+    }
+
+    /// Waits until it is known whether the session is idle, and returns it. Cancel-safe.
     pub(crate) async fn idle(&self) -> bool {
         loop {
             let settled = self.settled.notified();
-            if self.is_settled() {
-                return self.flags.load(Ordering::Acquire) == 0 && !self.is_condemned();
+            if let Some(idle) = self.is_idle() {
+                return idle;
             }
             settled.await;
         }
@@ -104,7 +119,7 @@ impl Activity {
     pub(super) fn polled(&self, woken: u64) -> bool {
         self.dealt_with.store(woken, Ordering::SeqCst);
         self.settled.notify_waiters();
-        let busy = self.flags.load(Ordering::Acquire) != 0 && self.is_settled();
+        let busy = self.flags.load(Ordering::Acquire) & !FAILED != 0 && self.is_settled();
         let left_busy = busy && self.given_back.load(Ordering::SeqCst);
         if left_busy {
             self.condemned.store(true, Ordering::Release);
@@ -147,7 +162,7 @@ pub(super) struct Counter {
     last_rollback: u64,
     /// The request that is being sent does more than close a statement.
     begun: bool,
-    /// The request that is being answered has failed. The server sends its end by itself, and soon.
+    /// The request that is being answered has failed. Its end follows soon, and tells whether a transaction is open.
     failed: bool,
     transaction: bool,
     copying: bool,
@@ -233,15 +248,19 @@ impl Counter {
     }
 
     pub(super) fn flags(&self) -> u8 {
-        let ended = self.answered + u64::from(self.failed);
-        let under_way = self.last_request > ended || self.begun || self.sent.within();
+        let sending = self.begun || self.sent.within();
+        let failed = self.failed && self.last_request == self.answered + 1 && !sending;
+        let under_way = sending || self.last_request > self.answered;
+        // What a failed request has left open is of no interest where a ROLLBACK follows.
+        let ending = failed && self.last_rollback < self.last_request;
         let open = self.transaction && self.last_rollback <= self.answered;
         [
-            (REQUEST, under_way),
+            (REQUEST, under_way && !failed),
             (TRANSACTION, open),
             (COPYING, self.copying),
             (BLOCKED, self.blocked),
             (STALLED, self.stalled),
+            (FAILED, ending),
         ]
         .into_iter()
         .filter_map(|(flag, set)| set.then_some(flag))
@@ -411,24 +430,37 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_has_failed_ends_by_itself() {
+    fn a_failed_request_before_a_rollback_ends_by_itself() {
         let mut counter = logged_in();
         counter.sent(&message(b'Q', b"BEGIN\0"));
         counter.received(&ready(b'T'));
         counter.sent(&message(b'Q', b"SELECT 1/0\0"));
         counter.received(&message(b'E', b"\0"));
         counter.drained();
-        assert_eq!(counter.flags(), TRANSACTION);
+        assert_eq!(counter.flags(), FAILED | TRANSACTION);
         counter.sent(&message(b'Q', ROLLBACK));
         assert_eq!(counter.flags(), 0);
         counter.received(&[ready(b'E'), ready(b'I')].concat());
         counter.drained();
         assert_eq!(counter.flags(), 0);
         // The one behind it does not.
-        counter.sent(&[extended(), extended()].concat());
+        counter.sent(&[extended(), extended(), message(b'Q', ROLLBACK)].concat());
         counter.received(&message(b'E', b"\0"));
         counter.drained();
         assert_eq!(counter.flags(), REQUEST);
+    }
+
+    /// `BEGIN; SELECT 1/0`: the end alone tells that a transaction is open.
+    #[test]
+    fn a_failed_request_has_failed_until_its_end() {
+        let mut counter = logged_in();
+        counter.sent(&message(b'Q', b"BEGIN; SELECT 1/0\0"));
+        counter.received(&message(b'E', b"\0"));
+        counter.drained();
+        assert_eq!(counter.flags(), FAILED);
+        counter.received(&ready(b'E'));
+        counter.drained();
+        assert_eq!(counter.flags(), TRANSACTION);
     }
 
     #[test]
