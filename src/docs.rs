@@ -5,6 +5,7 @@
 //! | write the first calls | [recipes] |
 //! | come from deadpool-postgres, or keep it | [from_deadpool] |
 //! | set it up for your servers | [fly], [patroni], [cloudnativepg], [rds], [pgbouncer] |
+//! | compare it with other pools | [comparison] |
 //! | tune it, and see each retry | [tuning] |
 //! | choose names, resolvers and ports | [dns] |
 //! | encrypt, and check certificates | [tls] |
@@ -19,6 +20,10 @@
 //!
 //! For readers of the files themselves a page names its links at its end. Here `docs/links.md` names them before it, and of
 //! two definitions the first one counts. `tests/documents.rs` sees to it that no page is missing.
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/comparison.md")]
+pub mod comparison {}
 
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/recipes.md")]
