@@ -179,6 +179,20 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether the error may be about one part of what a statement asked for, so that the others can be had: it is not offered, or it
+/// fails each time (a file that cannot be read, an internal error).
+pub(crate) fn about_a_part(error: &Error) -> bool {
+    let Kind::Db(db) = Kind::of(error) else {
+        return false;
+    };
+    Level::of(db) == Level::Error && matches!(class(db), "0A" | "22" | "38" | "39" | "42" | "55" | "58" | "P0" | "XX")
+}
+
+/// Whether a function was asked that a standby does not answer.
+pub(crate) fn for_primaries_only(error: &Error) -> bool {
+    reports(error, &[SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
+}
+
 /// Whether the server refused the role or its password. Not all ways to authenticate have the code of a wrong password:
 /// PAM, by which RDS takes its tokens, has the more general one.
 pub(crate) fn not_let_in(error: &Error) -> bool {
@@ -1153,5 +1167,28 @@ pub(crate) mod tests {
         // The password's second half, taken for an option.
         let misread = "host=a password=top secret".parse::<Config>().unwrap_err();
         assert!(!explain(&misread).contains("secret"), "{}", explain(&misread));
+    }
+
+    #[test]
+    fn an_error_may_be_about_one_part_of_a_question_or_about_all_of_it() {
+        for (severity, code, part) in [
+            ("ERROR", "42501", true),
+            ("ERROR", "42883", true),
+            ("ERROR", "42704", true),
+            ("ERROR", "0A000", true),
+            ("ERROR", "55000", true),
+            ("ERROR", "58P01", true),
+            ("ERROR", "XX000", true),
+            ("ERROR", "57014", false),
+            ("ERROR", "53200", false),
+            ("ERROR", "40001", false),
+            ("ERROR", "25006", false),
+            ("FATAL", "42501", false),
+            ("PANIC", "XX000", false),
+        ] {
+            let error = report(Report { severity, plain: Some(severity), code, message: "no", routine: Some("f") });
+            assert_eq!(about_a_part(&error), part, "{severity} {code}");
+            assert_eq!(for_primaries_only(&error), code == "55000", "{severity} {code}");
+        }
     }
 }

@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -66,6 +66,8 @@ pub(crate) struct Setup<C> {
 /// One primary as the pool uses it: the plain data and what hangs on it.
 pub(crate) struct Generation<C> {
     pub(crate) primary: Primary,
+    /// What its server tells of itself since it may be known by that: not when the generation began.
+    pub(crate) learned: Arc<OnceLock<ServerReport>>,
     pub(crate) began: Instant,
     /// Where new sessions go: the primary's address, until the same server was found again at another one.
     endpoint: Mutex<Endpoint>,
@@ -597,6 +599,12 @@ impl<C: SessionClient> Task<C> {
                 }
                 self.found(&primary, lost_for, true);
             }
+            Action::Learned { report } => {
+                if let Some(generation) = self.generation.as_ref().filter(|_| report.is_identified()) {
+                    // What is known of one life does not change.
+                    let _ = generation.learned.set(report);
+                }
+            }
             Action::Move { endpoint } => {
                 tracing::info!("new sessions to the primary go to {endpoint}");
                 if let Some(generation) = &self.generation {
@@ -650,6 +658,7 @@ impl<C: SessionClient> Task<C> {
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
             primary,
+            learned: Arc::default(),
             began: Instant::now(),
             scope,
             gate: Semaphore::new(self.gate),

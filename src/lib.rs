@@ -58,7 +58,7 @@ pub use server::SessionClient;
 pub use tls::Tls;
 pub use topology::{
     Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, Evidence, FailureKind, GenerationId, Lsn,
-    Origin, ProbeFailure, Refusal, Role, ServerReport, State, View,
+    Origin, Part, Parts, ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 

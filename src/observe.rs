@@ -24,7 +24,7 @@ use tracing::{Span, field};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::server::Seat;
-use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Primary, Refusal};
+use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
 use meters::{Meters, Place, Stopwatch};
 
 /// Events that a reader may be behind; the older ones it then misses. More than a failover of a large pool makes.
@@ -150,12 +150,14 @@ impl Observer {
                 );
                 Some(Event::SecondPrimary { address })
             }
-            Notice::RoleOnly(address) => {
+            Notice::Withheld(address, parts) => {
+                let grants: Vec<&str> = parts.iter().map(Part::grant).collect();
                 tracing::warn!(
                     server.address = %Host(&address),
                     server.port = port(&address),
-                    "this role may not read the server's identity; only its role is checked, so an old primary that \
-                     comes back writable cannot be told apart"
+                    withheld = %parts,
+                    "the server keeps from this role what the pool asks it for, and the pool does without: {}",
+                    grants.join("; ")
                 );
                 None
             }

@@ -736,7 +736,7 @@ impl<C: SessionClient> Aside<C> {
     }
 
     pub(crate) fn life(&self) -> Option<Life> {
-        connection::life(&self.generation.primary.report)
+        connection::life_in(&self.generation)
     }
 
     /// Waits until the session's generation has ended. Cancel-safe.

@@ -9,6 +9,7 @@ mod end;
 mod password;
 mod stranger;
 mod wire;
+mod withheld;
 
 pub(crate) use activity::Activity;
 pub(crate) use end::End;
@@ -39,9 +40,13 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{CancelToken, Client, Config, Error, Notification, SimpleQueryMessage, Socket};
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open};
+use withheld::Withheld;
+
+use crate::classify::{
+    Verdict, about_a_part, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open,
+};
 use crate::topology::{
-    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, ServerReport, Vigil, role_probe, shortened,
+    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, Refused, ServerReport, Vigil, shortened,
     wait_for_promotion,
 };
 
@@ -65,7 +70,7 @@ const LONGEST_VALUE: usize = 64 * 1024;
 /// So many servers that refused something are remembered.
 const MOST_REFUSALS: usize = 256;
 
-/// A server that did not let itself be identified is tried again after this: the right may have been granted since.
+/// What a server refused is asked for again after this: the right may have been granted since.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// Whose code has panicked: what opens a session is the driver and the connector, and the driver knows no panic.
@@ -437,8 +442,8 @@ where
 /// Asks servers what they are.
 #[derive(Default)]
 pub(crate) struct Questions {
-    /// Servers that did not let this role read more than their role.
-    identity: Refusals,
+    /// What servers do not let this role read.
+    parts: Withheld,
     /// Servers that did not let this role wait for a promotion.
     vigil: Refusals,
 }
@@ -467,26 +472,33 @@ impl Refusals {
 }
 
 impl Questions {
+    /// One round trip, unless something of the question is refused: then that is looked for, and left out for a while.
     pub(crate) async fn ask(
         &self,
         address: &Address,
         client: &Client,
         question: Question,
     ) -> Result<ServerReport, ProbeFailure> {
-        if !self.identity.hold(address) {
-            match rows(client, &question.sql()).await {
-                Err(error) if not_offered(&error) => {
-                    tracing::debug!("the identity probe was refused: {}", explain(&error));
+        let known = self.parts.of(address);
+        let mut refused = known;
+        for last in [false, false, true] {
+            let error = match rows(client, &question.sql(refused)).await {
+                Err(error) if about_a_part(&error) => error,
+                answer => {
+                    if answer.is_ok() && refused != known {
+                        self.parts.note(address, refused);
+                    }
+                    return read(question, refused, answer);
                 }
-                answer => return read(answer),
+            };
+            tracing::debug!("a part of the question is refused: {}", explain(&error));
+            refused = refused.and(withheld::look_for(client, question, refused).await);
+            if last {
+                // What can be had without any right. Not remembered, as nobody knows what else is in the way.
+                refused = refused.and(Refused::ALL);
             }
         }
-        let report = read(rows(client, &role_probe()).await)?;
-        // What one server refuses, the next behind the same pool may allow.
-        if *address != Address::Wrapped {
-            self.identity.note(address);
-        }
-        Ok(report)
+        read(question, refused, rows(client, &question.sql(refused)).await)
     }
 
     /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
@@ -676,15 +688,14 @@ fn text(value: Option<&str>) -> Option<String> {
     value.map(|text| text.get(..LONGEST_VALUE).unwrap_or(text).to_owned())
 }
 
-fn read(answer: Result<Vec<Vec<Option<String>>>, Error>) -> Result<ServerReport, ProbeFailure> {
+fn read(
+    question: Question,
+    refused: Refused,
+    answer: Result<Vec<Vec<Option<String>>>, Error>,
+) -> Result<ServerReport, ProbeFailure> {
     let nonsense =
         |bad: BadReport| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad));
-    let rows = answer.map_err(no_report)?;
-    let [row] = &rows[..] else {
-        return Err(nonsense(BadReport::new("one row", &format!("{} rows", rows.len()))));
-    };
-    let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
-    ServerReport::parse(&row).map_err(nonsense)
+    question.read(refused, &answer.map_err(no_report)?).map_err(nonsense)
 }
 
 /// A question on an open session brought an error.

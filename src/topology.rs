@@ -9,6 +9,7 @@ mod candidate;
 mod identity;
 mod lives;
 mod names;
+mod parts;
 mod refusals;
 mod report;
 #[cfg(test)]
@@ -16,15 +17,18 @@ mod scenarios;
 mod sleep;
 #[cfg(test)]
 mod tests;
+mod untold;
 mod view;
 
 pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
+pub(crate) use parts::Refused;
+pub use parts::{Part, Parts};
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{
-    CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, UNDISTURBED, evidence, microseconds, role_probe,
+    CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,
     wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
@@ -137,9 +141,10 @@ impl Primary {
         if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
             return false;
         }
+        let same_replay = untold::same_replay(mine, report);
         match (mine.started_at, report.started_at) {
-            (Some(started), Some(theirs)) => started == theirs && mine.replayed == report.replayed,
-            _ => self.endpoint.address == *address,
+            (Some(started), Some(theirs)) => started == theirs && same_replay,
+            _ => self.endpoint.address == *address && same_replay,
         }
     }
 }
@@ -209,6 +214,8 @@ pub(crate) enum Action {
     Suspend { why: String },
     /// The suspended generation's server is the verified primary again, perhaps at another address.
     Resume { primary: Primary, lost_for: Duration },
+    /// The primary tells more of itself than when its generation began.
+    Learned { report: ServerReport },
     /// New sessions to the primary go to this address from now on.
     Move { endpoint: Endpoint },
     /// All connections of this generation end now. `lost`: until now it was in use, and no suspension came before.
@@ -235,8 +242,8 @@ pub(crate) enum Notice {
     Refused(Address, Refusal),
     /// Two servers of one timeline are writable; the one in use stays.
     TwoPrimaries(Address),
-    /// The server does not let this role read its identity: only its role can be checked.
-    RoleOnly(Address),
+    /// The server keeps this from the pool's role.
+    Withheld(Address, Parts),
     /// There are more addresses than are probed at the same time.
     TooManyCandidates(usize),
     /// Another cluster is the pool's own from now on, by the user's word; `None`: whichever is found.
@@ -255,7 +262,7 @@ impl Notice {
                 ("refused", Some(address.clone()), Some(std::mem::discriminant(refusal)))
             }
             Self::TwoPrimaries(address) => ("second", Some(address.clone()), None),
-            Self::RoleOnly(address) => ("role", Some(address.clone()), None),
+            Self::Withheld(address, _) => ("withheld", Some(address.clone()), None),
             Self::TooManyCandidates(_) => ("crowd", None, None),
             Self::ClusterAccepted { .. } => ("accepted", None, None),
             Self::StillSearching(_) => ("slow", None, None),
@@ -281,6 +288,8 @@ struct Member {
     told_at: Option<Instant>,
     /// What it reported last, at `heard_at`.
     report: Option<ServerReport>,
+    /// What it keeps back, as far as an operator was told.
+    kept_back: Parts,
     /// So many times in a row it had no slot for a session.
     full: u32,
     took: Option<Duration>,
@@ -402,6 +411,10 @@ pub(crate) struct Topology {
     crossings: u64,
     system_identifier: Option<u64>,
     newest_timeline: Option<u32>,
+    /// Since when that is known.
+    newest_at: Instant,
+    /// What the primary does not tell, or did not when it was lost.
+    untold: Parts,
     /// When a server of this cluster was seen as its primary last.
     own_primary_at: Instant,
     /// A server of this cluster has let this role in.
@@ -444,6 +457,8 @@ impl Topology {
             crossings: 0,
             system_identifier: settings.system_identifier,
             newest_timeline: None,
+            newest_at: now,
+            untold: Parts::default(),
             own_primary_at: now,
             let_in: false,
             log_ins: refusals::Pace::new(now),
@@ -568,16 +583,17 @@ impl Topology {
             false => member.asked_at.map(|at| now.duration_since(at)),
         };
         let current = self.primary_address().as_ref() == Some(&probed.address);
-        let answer = match &probed.result {
+        let result = probed.result.as_ref().map(|report| self.completed(probed, report));
+        let answer = match &result {
             // A session that was open before does not feel the fence; the next probe comes on a new one.
             Ok(report) if report.fence_pending && !probed.fresh && !current && !report.in_recovery => {
                 Answer::Refused(report.clone(), Refusal::Fenced)
             }
-            Ok(report) => match self.admissible(report) {
+            Ok(report) => match self.admissible(&probed.address, report, !probed.fresh) {
                 Ok(()) => Answer::Primary(report.clone()),
                 Err(refusal) => Answer::Refused(report.clone(), refusal),
             },
-            Err(failure) => Answer::Failed(failure.clone()),
+            Err(failure) => Answer::Failed(ProbeFailure::clone(failure)),
         };
         if probed.beside && !probed.fresh {
             return self.kept_answered(now, probed, &answer);
@@ -591,7 +607,7 @@ impl Topology {
             self.schedule(now, &probed.address);
             return;
         }
-        self.notice(&probed.address, &answer);
+        self.notice(probed, &answer);
         self.let_in |= match &answer {
             Answer::Primary(_) => true,
             Answer::Refused(_, refusal) => !matches!(refusal, Refusal::OtherCluster { .. }),
@@ -616,7 +632,7 @@ impl Topology {
             if probed.fresh {
                 member.opened_at = Some(now);
             }
-            if let Ok(report) = &probed.result {
+            if let Ok(report) = &result {
                 member.heard_at = Some(now);
                 member.report = Some(report.clone());
             }
@@ -705,7 +721,7 @@ impl Topology {
             Phase::Searching(search) => search.suspended.as_ref().map(|suspended| &suspended.primary),
         };
         let strays = |primary: &Primary| primary.endpoint.address == *address && !primary.is(address, report);
-        primary.is_some_and(strays) && self.admissible(report).is_err()
+        primary.is_some_and(strays) && self.admissible(address, report, false).is_err()
     }
 
     /// Is this the server whose connections are in use, or were until it was suspended? Its session is kept although a
@@ -836,6 +852,7 @@ impl Topology {
             answer: None,
             told_at: None,
             report: None,
+            kept_back: Parts::default(),
             full: 0,
             took: None,
             fresh: true,
@@ -867,8 +884,8 @@ impl Topology {
         oldest.is_some_and(|address| self.members.remove(&address).is_some())
     }
 
-    /// Could a server that says this be the primary of the cluster?
-    fn admissible(&self, report: &ServerReport) -> Result<(), Refusal> {
+    /// Could a server that says this be the primary of the cluster? `kept`: it said so on a session that was open before.
+    fn admissible(&self, address: &Address, report: &ServerReport, kept: bool) -> Result<(), Refusal> {
         if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier)
             && expected != found
         {
@@ -876,10 +893,11 @@ impl Topology {
         }
         writable(report)?;
         if self.system_identifier.is_some() && report.system_identifier.is_none() {
-            return Err(Refusal::Unidentified);
+            self.may_be_unidentified(address)?;
         }
         match (report.timeline, self.newest_timeline) {
             (Some(timeline), Some(newest)) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
+            (None, Some(newest)) => self.may_have_no_timeline((address, kept), report, newest),
             _ => Ok(()),
         }
     }
@@ -891,25 +909,21 @@ impl Topology {
         match answer {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
-                if report.evidence.is_some() && primary.report.evidence != report.evidence {
-                    primary.report.evidence = report.evidence;
-                    self.revision += 1;
-                }
                 self.own_primary_at = now;
                 // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
                 if report.fence_pending && !probed.fresh {
                     self.beside.hurry(now, self.settings.poll.0);
                 }
-                self.learn_identity(report);
+                self.learn(now, probed, report);
             }
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
-            // A new session does not have to lead to the same server: the one that is kept will tell.
-            Answer::Refused(report, _)
+            // A new session does not have to lead to the same server, or does not tell whether it does: the one that is kept will.
+            Answer::Refused(report, refusal)
                 if probed.fresh
                     && (probed.still_open || self.pulse.open > 0)
-                    && !primary.is(&probed.address, report) =>
+                    && (refusal.is_untold() || !primary.is(&probed.address, report)) =>
             {
                 let pause = if probed.still_open { Duration::ZERO } else { self.settings.heartbeat / QUIET };
                 self.ask_now(now, &probed.address, pause);
@@ -944,6 +958,8 @@ impl Topology {
                 let newer = report.timeline > primary.report.timeline && primary.report.timeline.is_some();
                 if newer && identity::comparable(report, &primary.report) {
                     self.adopt(now, address, report.clone(), "a server on a newer timeline is writable");
+                } else if self.is_better_known(primary, report) {
+                    self.adopt(now, address, report.clone(), "a server that tells its cluster is writable");
                 } else {
                     self.say(Notice::TwoPrimaries(address.clone()));
                 }
@@ -996,7 +1012,7 @@ impl Topology {
             return;
         }
         // A timeline that nobody had before is a promotion: no other server can object.
-        let identified = self.system_identifier.is_some() || report.system_identifier.is_none();
+        let identified = self.system_identifier.is_some() == report.system_identifier.is_some();
         let promoted = identified && newest.is_some() && report.timeline > newest;
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
         if better {
@@ -1162,6 +1178,7 @@ impl Topology {
         if let Some(member) = self.members.get(address) {
             primary.endpoint = member.endpoint.clone();
         }
+        self.note_told(now, report);
         primary.report = report.clone();
         self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
         self.known(now, primary, "the same server answers as the primary again");
@@ -1188,9 +1205,8 @@ impl Topology {
         }
         self.generation.0 += 1 + std::mem::take(&mut self.crossings);
         self.new_sessions_succeed();
-        self.system_identifier = self.system_identifier.or(report.system_identifier);
+        self.note_told(now, &report);
         self.rested();
-        self.newest_timeline = self.newest_timeline.max(report.timeline);
         // Until the first primary was found there was no cluster to belong to.
         for member in self.members.values_mut() {
             let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };
@@ -1286,15 +1302,11 @@ impl Topology {
         (lost_for / 100).clamp(self.settings.poll.0, self.settings.poll.1)
     }
 
-    fn notice(&mut self, address: &Address, answer: &Answer) {
+    fn notice(&mut self, probed: &Probed, answer: &Answer) {
         match answer {
-            Answer::Refused(_, refusal @ (Refusal::Zombie { .. } | Refusal::OtherCluster { .. } | Refusal::Fenced)) => {
-                self.say(Notice::Refused(address.clone(), *refusal));
-            }
-            Answer::Primary(report) if report.system_identifier.is_none() => {
-                self.say(Notice::RoleOnly(address.clone()));
-            }
-            _ => {}
+            Answer::Refused(_, Refusal::Standby | Refusal::Promoting | Refusal::AnotherServer) | Answer::Failed(_) => {}
+            Answer::Refused(_, refusal) => self.say(Notice::Refused(probed.address.clone(), *refusal)),
+            Answer::Primary(report) => self.notice_withheld(probed, report),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
@@ -28,7 +28,9 @@ pub(super) const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 /// What is known of one session, whoever holds it.
 pub(super) struct Facts {
     pub(super) generation: GenerationId,
-    pub(super) life: Option<Life>,
+    life: Option<Life>,
+    /// What the server told later.
+    learned: Arc<OnceLock<ServerReport>>,
     /// How it marks transactions.
     pub(super) marking: Mutex<Marking>,
     pub(super) notices: Arc<Notices>,
@@ -45,6 +47,7 @@ impl Facts {
         Self {
             generation: generation.primary.id,
             life: life(&generation.primary.report),
+            learned: Arc::clone(&generation.learned),
             marking: Mutex::default(),
             notices,
             poisoned: AtomicBool::new(false),
@@ -52,6 +55,10 @@ impl Facts {
             trail,
             endpoint: generation.endpoint(),
         }
+    }
+
+    pub(super) fn life(&self) -> Option<Life> {
+        self.life.or_else(|| self.learned.get().and_then(life))
     }
 
     pub(super) fn marking(&self) -> Marking {
@@ -72,8 +79,13 @@ impl Facts {
     }
 }
 
+/// The life of the generation's server, where that lets itself be identified by now.
+pub(super) fn life_in<C: SessionClient>(generation: &Generation<C>) -> Option<Life> {
+    life(&generation.primary.report).or_else(|| generation.learned.get().and_then(life))
+}
+
 /// The life of the server that says this, where it lets itself be identified.
-pub(super) fn life(report: &ServerReport) -> Option<Life> {
+fn life(report: &ServerReport) -> Option<Life> {
     let server = Server {
         system_identifier: report.system_identifier?,
         timeline: report.timeline?,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Eviction, ServerReport};
+use super::{Eviction, Part, ServerReport};
 
 /// In characters.
 const LONGEST_MESSAGE: usize = 500;
@@ -173,11 +173,21 @@ pub enum Refusal {
     },
     /// It does not tell its system identifier, and the cluster that this pool knows has one.
     Unidentified,
+    /// It does not tell its timeline, and this pool knows one: it may be an old primary that came back.
+    NoTimeline {
+        /// The newest timeline seen.
+        newest: u32,
+    },
     /// It is a primary, but not the one of this generation.
     AnotherServer,
 }
 
 impl Refusal {
+    /// It is refused for what it does not tell.
+    pub(super) fn is_untold(self) -> bool {
+        matches!(self, Self::Unidentified | Self::NoTimeline { .. })
+    }
+
     /// The server itself refuses writes; the others say that it cannot be told who it is, or that it is not the one.
     pub(super) fn proof(self) -> Option<Eviction> {
         match self {
@@ -200,8 +210,15 @@ impl fmt::Display for Refusal {
             Self::Zombie { timeline, newest } => {
                 write!(f, "an old primary: timeline {timeline}, but timeline {newest} exists")
             }
-            Self::Unidentified => f.write_str(
-                "not identified: the role may not read its system identifier, by which the pool tells its cluster",
+            Self::Unidentified => write!(
+                f,
+                "not identified: the role may not read its system identifier, by which the pool tells its cluster ({})",
+                Part::Identity.grant()
+            ),
+            Self::NoTimeline { newest } => write!(
+                f,
+                "perhaps an old primary: the role may not read its timeline, and timeline {newest} exists ({})",
+                Part::Timeline.grant()
             ),
             Self::AnotherServer => f.write_str("another server than the one this generation began with"),
         }

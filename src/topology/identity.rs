@@ -54,17 +54,6 @@ impl Topology {
         Some(ProbeFailure::new(FailureKind::SeveralClusters, message))
     }
 
-    /// A server that did not tell its identity when it was found does now.
-    pub(super) fn learn_identity(&mut self, report: &ServerReport) {
-        let Phase::Known { primary, .. } = &mut self.phase else {
-            return;
-        };
-        if self.system_identifier.is_none() && primary.report.started_at.is_some() {
-            self.system_identifier = report.system_identifier;
-            primary.report.system_identifier = report.system_identifier;
-        }
-    }
-
     /// The user says which cluster is the pool's own from now on.
     pub(crate) fn accept(&mut self, now: Instant, accepted: Accept) {
         let why = match accepted {
@@ -84,6 +73,7 @@ impl Topology {
         let before = self.system_identifier;
         self.system_identifier = identifier;
         self.newest_timeline = None;
+        self.untold = super::Parts::default();
         let ours = |report: &ServerReport| identifier.is_some() && report.system_identifier == identifier;
         if let Phase::Known { primary, .. } = &self.phase
             && ours(&primary.report)

@@ -100,7 +100,8 @@ impl Sighting {
 
 impl Topology {
     /// Where no other server is in sight, a successor shows itself at the primary's own address or not at all: there may be a
-    /// proxy. The session that is kept would never see it, so each patrol opens a new one.
+    /// proxy. The session that is kept would never see it, so each patrol opens a new one; also where nothing else shows what new
+    /// sessions get.
     pub(super) fn patrol_alone(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -113,7 +114,7 @@ impl Topology {
         let alone = !self.members.iter().any(|(address, member)| address != current && in_sight(member));
         let due = now >= self.patrolled_at + self.settings.patrol.mul_f64(0.9);
         // What opens sessions by another pool's manager has a patrol of its own.
-        if alone && due && !self.settings.roaming {
+        if (alone || self.must_look_anew()) && due && !self.settings.roaming {
             self.patrolled_at = now;
             self.beside.hurry(now, self.settings.poll.0);
         }
@@ -302,6 +303,7 @@ impl Topology {
             Answer::Primary(report) => report.clone(),
         };
         *answered_at = now;
+        self.untold = self.untold.and(report.withheld);
         // A session that was open before does not feel what new ones are denied. Where its role is in doubt, a new session has
         // the word, unless none can be had.
         let new_sessions_fail = matches!(main, Some(Some(Answer::Failed(_))))

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::Vigil;
+use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 
 /// Which of the questions. A session that was just opened has no catalogue in its cache, and pays dearly for each function,
 /// operator and view that it needs: it is asked for no more than somebody reads.
@@ -19,32 +20,34 @@ pub(crate) enum Question {
 }
 
 impl Question {
-    /// One round trip that tells a server's role and identity. Every function in it may be called by an ordinary role on a
-    /// stock server. The timeline is the first eight digits of the current WAL file's name, as `pg_control_checkpoint()`
-    /// still shows the old one for a while after a promotion.
-    pub(crate) fn sql(self) -> String {
-        let fence = if self == Self::Again { FENCE } else { "NULL::boolean" };
-        let (timeline, wal, stats_reset, checkpointed) = match self {
-            Self::Identity => ("NULL", "NULL", "NULL", "NULL"),
-            Self::Candidate | Self::Again => (TIMELINE, WAL, STATS_RESET, CHECKPOINTED),
-        };
-        let evidence = if self == Self::Again { EVIDENCE } else { "NULL" };
-        format!(
-            "{UNDISTURBED} \
-             SELECT pg_is_in_recovery(), \
-                    current_setting('transaction_read_only'), \
-                    current_setting('default_transaction_read_only'), \
-                    {fence}, \
-                    system_identifier, \
-                    {STARTED_AT}, \
-                    {timeline}, \
-                    {wal}, \
-                    CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_last_wal_replay_lsn() END, \
-                    {stats_reset}, \
-                    {checkpointed}, \
-                    {evidence} \
-               FROM pg_control_system()"
-        )
+    /// One round trip that tells a server's role and identity, without what is `refused`. On a stock server an ordinary role
+    /// may call every function in it. The timeline is the first eight digits of the current WAL file's name, as
+    /// `pg_control_checkpoint()` still shows the old one for a while after a promotion.
+    pub(crate) fn sql(self, refused: Refused) -> String {
+        let (preface, recovering) = (preface(refused), in_recovery(refused));
+        let told = |piece: Piece, sql: &str| if refused.holds(piece) { "NULL".to_owned() } else { sql.to_owned() };
+        let asked = self.parts();
+        let part =
+            |part: Part, sql: &str| if asked.contains(part) { told(Piece::Told(part), sql) } else { "NULL".into() };
+        let settings = ["transaction_read_only", "default_transaction_read_only"];
+        let [read_only, default] = settings.map(|name| told(Piece::Settings, &format!("current_setting('{name}')")));
+        let unless_recovering = |sql: &str| format!("CASE WHEN {recovering} THEN NULL ELSE {sql} END");
+        let columns = [
+            told(Piece::Recovery, IN_RECOVERY),
+            read_only,
+            default,
+            part(Part::Fence, FENCE),
+            part(Part::Identity, "system_identifier"),
+            part(Part::StartTime, STARTED_AT),
+            part(Part::Timeline, &unless_recovering(TIMELINE)),
+            part(Part::Position, &format!("CASE WHEN {recovering} THEN {REPLAYED} ELSE {WRITTEN} END")),
+            part(Part::Replay, &unless_recovering(REPLAYED)),
+            part(Part::Statistics, STATS_RESET),
+            part(Part::Checkpoint, &unless_recovering(CHECKPOINTED)),
+            part(Part::Evidence, EVIDENCE),
+        ];
+        let from = if refused.holds(Piece::Told(Part::Identity)) { "" } else { "FROM pg_control_system()" };
+        format!("{preface} SELECT {} {from}", columns.join(", "))
     }
 }
 
@@ -59,13 +62,16 @@ pub(crate) const UNDISTURBED: &str = "\
     SET LOCAL statement_timeout = 0; \
     SET LOCAL jit = off;";
 
-const TIMELINE: &str = "CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_walfile_name(pg_current_wal_insert_lsn()) END";
-const WAL: &str = "CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END";
+pub(super) const IN_RECOVERY: &str = "pg_is_in_recovery()";
+pub(super) const WRITTEN: &str = "pg_current_wal_insert_lsn()";
+pub(super) const REPLAYED: &str = "pg_last_wal_replay_lsn()";
+/// The first eight digits are the timeline.
+pub(crate) const TIMELINE: &str = "pg_walfile_name(pg_current_wal_insert_lsn())";
 
 /// What a new session would be given by `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order
 /// in which PostgreSQL applies them (`process_settings` in `postinit.c`). As it was written; it is not cast to a boolean, as
 /// the database may hold a cast of text of its own.
-const FENCE: &str = "\
+pub(super) const FENCE: &str = "\
     (SELECT split_part(c, '=', 2) \
        FROM pg_db_role_setting s, unnest(s.setconfig) c \
       WHERE starts_with(c, 'default_transaction_read_only=') \
@@ -88,9 +94,8 @@ pub(crate) const STATS_RESET: &str = "\
 /// The timeline of the last checkpoint. After a promotion it is an older one until the first checkpoint of the new timeline
 /// is complete, and a server that recovers from a crash completes one before it takes work: so an older timeline shows
 /// that the server was promoted, has not crashed since, and had followed that timeline (`CreateEndOfRecoveryRecord` and
-/// `PerformRecoveryXLogAction` in `xlog.c`).
-pub(crate) const CHECKPOINTED: &str = "\
-    CASE WHEN pg_is_in_recovery() THEN NULL ELSE (SELECT timeline_id FROM pg_control_checkpoint()) END";
+/// `PerformRecoveryXLogAction` in `xlog.c`). On a standby it says nothing.
+pub(crate) const CHECKPOINTED: &str = "(SELECT timeline_id FROM pg_control_checkpoint())";
 
 /// What this role can read about the history of the server's log: see [`Evidence`]. The catalogue is asked for the
 /// function, as a name that is not there or not allowed would be an error. It has to be a superuser's: anybody may create a
@@ -113,16 +118,6 @@ pub(crate) fn wait_for_promotion(vigil: Vigil) -> String {
          SELECT FROM generate_series(1, {steps}) \
           WHERE CASE WHEN pg_is_in_recovery() THEN pg_sleep({:.3}) IS NULL ELSE true END LIMIT 1",
         step.as_secs_f64()
-    )
-}
-
-/// What can be asked where the server does not let this role read more.
-pub(crate) fn role_probe() -> String {
-    format!(
-        "{UNDISTURBED} \
-         SELECT pg_is_in_recovery(), \
-                current_setting('transaction_read_only'), \
-                current_setting('default_transaction_read_only')"
     )
 }
 
@@ -245,6 +240,8 @@ pub struct ServerReport {
     pub checkpointed: Option<u32>,
     /// What settles a commit in doubt on this server. `None` where it was not asked yet.
     pub evidence: Option<Evidence>,
+    /// What the server keeps from this role. Some of it may be known all the same, from before it was kept back.
+    pub withheld: Parts,
 }
 
 impl ServerReport {
@@ -259,6 +256,11 @@ impl ServerReport {
         }
     }
 
+    /// Does it tell which server it is of, and in which life?
+    pub(crate) fn is_identified(&self) -> bool {
+        self.system_identifier.is_some() && self.started_at.is_some() && self.timeline.is_some()
+    }
+
     /// The timeline in the name of a WAL file.
     pub(crate) fn timeline_of(wal_file: &str) -> Result<u32, BadReport> {
         let bad = || BadReport::new("the name of a WAL file", wal_file);
@@ -269,7 +271,7 @@ impl ServerReport {
         u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
-    /// Reads a row of a [`Question`] or of [`role_probe`].
+    /// Reads the row of a [`Question`]. Of columns that it lacks, nothing is known.
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {
@@ -291,6 +293,7 @@ impl ServerReport {
             // These two decide nothing here, so a server that tells them in another way is no stranger for that.
             checkpointed: column(10).and_then(|text| text.parse().ok()),
             evidence: column(11).and_then(|text| evidence(text).ok()),
+            withheld: Parts::default(),
         })
     }
 }
@@ -420,10 +423,10 @@ mod tests {
 
     #[test]
     fn a_new_session_is_asked_who_it_leads_to_and_no_more() {
-        let sql = Question::Identity.sql();
+        let sql = Question::Identity.sql(Refused::default());
         assert!(sql.contains(STARTED_AT) && sql.contains("pg_last_wal_replay_lsn()"), "{sql}");
         assert!(!sql.contains("walfile") && !sql.contains("pg_stat") && !sql.contains("pg_db_role_setting"), "{sql}");
-        assert!(Question::Again.sql().contains("pg_db_role_setting"));
+        assert!(Question::Again.sql(Refused::default()).contains("pg_db_role_setting"));
     }
 
     #[test]

@@ -187,6 +187,7 @@ impl Step {
             stats_reset: None,
             checkpointed: None,
             evidence: None,
+            withheld: [Part::Identity, Part::StartTime, Part::Timeline].into_iter().filter(|_| !known).collect(),
         })
     }
 
@@ -412,7 +413,7 @@ fn told(notice: &Notice) -> String {
     match notice {
         Notice::Refused(address, refusal) => format!("{} refused: {}", number(address), word(refusal)),
         Notice::TwoPrimaries(address) => format!("{} is a second primary", number(address)),
-        Notice::RoleOnly(address) => format!("{} tells its role only", number(address)),
+        Notice::Withheld(address, parts) => format!("{} keeps back {parts}", number(address)),
         Notice::TooManyCandidates(_) => "too many candidates".to_owned(),
         Notice::StillSearching(_) => "still searching".to_owned(),
         Notice::ClusterAccepted { .. } => "another cluster is accepted".to_owned(),

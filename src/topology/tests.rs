@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod clusters;
+mod untold;
 
 const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
@@ -42,6 +43,7 @@ fn primary(n: u8, timeline: u32) -> ServerReport {
         stats_reset: None,
         checkpointed: None,
         evidence: None,
+        withheld: Parts::default(),
     }
 }
 

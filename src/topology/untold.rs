@@ -1,0 +1,188 @@
+//! What a server does not tell, and what stands in for it.
+//!
+//! A part that is kept back costs what it would tell, and nothing else. The rules, which `topology/tests/untold.rs` holds:
+//!
+//! - What a server told before stays true of it. A session that is kept leads to the same server in the same life; so does a new
+//!   one where the start time is the same.
+//! - Where the cluster is known, a server that does not tell its own is nobody: unless the primary itself had stopped telling,
+//!   and this address has proved before to belong to the cluster. One that tells goes before it.
+//! - Where a timeline is known, a server that does not tell its own is an old primary: unless it was seen to be promoted since,
+//!   its last checkpoint is not older, or the primary itself had stopped telling.
+
+use super::{
+    Action, Address, Instant, Notice, Part, Parts, Phase, Primary, Probed, Question, Refusal, ServerReport, Topology,
+};
+
+/// What the pool does without, in the end: what was kept back by the question before, and is not by this one, is told again.
+fn kept_back(before: Parts, probed: &Probed, report: &ServerReport) -> Parts {
+    let asked = if probed.fresh { Question::Candidate } else { Question::Again }.parts();
+    before.without(asked).and(report.withheld)
+}
+
+/// Are both the words of one server since it was started? `kept`: they came over one session.
+fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool {
+    match (before.started_at, report.started_at) {
+        (Some(then), Some(now)) => then == now,
+        _ => kept,
+    }
+}
+
+/// Does a primary's replay end where it did, as far as both tell?
+pub(super) fn same_replay(before: &ServerReport, report: &ServerReport) -> bool {
+    let told = |report: &ServerReport| !report.in_recovery && !report.withheld.contains(Part::Replay);
+    !told(before) || !told(report) || before.replayed == report.replayed
+}
+
+fn fill<T: Copy>(known: &mut Option<T>, told: Option<T>) -> bool {
+    let gained = known.is_none() && told.is_some();
+    *known = known.or(told);
+    gained
+}
+
+/// Adds to the report what the same server told before.
+fn complete(report: &mut ServerReport, before: &ServerReport, kept: bool) {
+    if !same_server(before, report, kept) {
+        return;
+    }
+    fill(&mut report.system_identifier, before.system_identifier);
+    fill(&mut report.started_at, before.started_at);
+    if report.in_recovery || before.in_recovery || !same_replay(before, report) {
+        return;
+    }
+    fill(&mut report.timeline, before.timeline);
+    if report.withheld.contains(Part::Replay) {
+        report.replayed = before.replayed;
+    }
+}
+
+impl Topology {
+    fn primary_in_use(&self) -> Option<&Primary> {
+        match &self.phase {
+            Phase::Known { primary, .. } => Some(primary),
+            Phase::Searching(search) => search.suspended.as_ref().map(|suspended| &suspended.primary),
+        }
+    }
+
+    /// The report, and what the same server told before and does not tell any more.
+    pub(super) fn completed(&self, probed: &Probed, report: &ServerReport) -> ServerReport {
+        let mut report = report.clone();
+        let primary = self.primary_in_use();
+        let to_primary = primary.is_some_and(|primary| primary.endpoint.address == probed.address);
+        if let Some(primary) = primary {
+            complete(&mut report, &primary.report, to_primary && !probed.fresh);
+        }
+        if let Some(before) = self.members.get(&probed.address).and_then(|member| member.report.as_ref()) {
+            complete(&mut report, before, !to_primary && !probed.fresh);
+        }
+        report
+    }
+
+    /// Had the primary stopped telling this, and has this address proved to belong to the cluster?
+    fn may_keep_back(&self, address: &Address, part: Part) -> bool {
+        self.untold.contains(part) && self.members.get(address).is_some_and(|member| member.verified)
+    }
+
+    /// May a writable server do without telling its cluster, where that is known?
+    pub(super) fn may_be_unidentified(&self, address: &Address) -> Result<(), Refusal> {
+        if self.may_keep_back(address, Part::Identity) { Ok(()) } else { Err(Refusal::Unidentified) }
+    }
+
+    /// May a writable server do without telling its timeline, where a newest one is known?
+    pub(super) fn may_have_no_timeline(
+        &self,
+        probed: (&Address, bool),
+        report: &ServerReport,
+        newest: u32,
+    ) -> Result<(), Refusal> {
+        let (address, kept) = probed;
+        match report.checkpointed {
+            _ if self.saw_promotion(address, report, kept) => Ok(()),
+            // No timeline is older than the one of its last checkpoint.
+            Some(timeline) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
+            Some(_) => Ok(()),
+            None if self.may_keep_back(address, Part::Timeline) => Ok(()),
+            None => Err(Refusal::NoTimeline { newest }),
+        }
+    }
+
+    /// It was a standby since the newest timeline was found, and is a primary in the same life: so its own is newer.
+    fn saw_promotion(&self, address: &Address, report: &ServerReport, kept: bool) -> bool {
+        self.members.get(address).is_some_and(|member| {
+            let since = member.heard_at.is_some_and(|at| at >= self.newest_at);
+            let standby = member.report.as_ref().filter(|before| since && before.in_recovery);
+            standby.is_some_and(|before| same_server(before, report, kept))
+        })
+    }
+
+    /// The primary has answered, and may tell more than before, or less.
+    pub(super) fn learn(&mut self, now: Instant, probed: &Probed, report: &ServerReport) {
+        let Phase::Known { primary, .. } = &mut self.phase else {
+            return;
+        };
+        let mine = &mut primary.report;
+        let withheld = kept_back(mine.withheld, probed, report);
+        let mut changed = mine.withheld != withheld;
+        let replay_was_untold = mine.withheld.contains(Part::Replay) && !withheld.contains(Part::Replay);
+        mine.withheld = withheld;
+        if report.evidence.is_some() && mine.evidence != report.evidence {
+            mine.evidence = report.evidence;
+            changed = true;
+        }
+        let mut gained = false;
+        if same_server(mine, report, !probed.fresh) {
+            gained |= fill(&mut mine.system_identifier, report.system_identifier);
+            gained |= fill(&mut mine.started_at, report.started_at);
+            gained |= fill(&mut mine.timeline, report.timeline);
+            gained |= fill(&mut mine.stats_reset, report.stats_reset);
+            gained |= fill(&mut mine.checkpointed, report.checkpointed);
+            if replay_was_untold {
+                mine.replayed = report.replayed;
+                gained = true;
+            }
+        }
+        if gained {
+            self.actions.push(Action::Learned { report: mine.clone() });
+        }
+        let told = mine.clone();
+        self.revision += u64::from(changed || gained);
+        self.note_told(now, &told);
+    }
+
+    /// What the primary tells of its cluster, and what it does not.
+    pub(super) fn note_told(&mut self, now: Instant, report: &ServerReport) {
+        self.untold = report.withheld;
+        if self.system_identifier.is_none() {
+            self.system_identifier = report.system_identifier;
+        }
+        if report.timeline > self.newest_timeline {
+            self.newest_timeline = report.timeline;
+            self.newest_at = now;
+        }
+    }
+
+    /// An operator is told once what a primary keeps back, and again if it is more.
+    pub(super) fn notice_withheld(&mut self, probed: &Probed, report: &ServerReport) {
+        let Some(member) = self.members.get_mut(&probed.address) else {
+            return;
+        };
+        let before = std::mem::take(&mut member.kept_back);
+        member.kept_back = kept_back(before, probed, report);
+        let more = member.kept_back.without(before);
+        if !more.is_empty() {
+            self.actions.push(Action::Notice(Notice::Withheld(probed.address.clone(), more)));
+        }
+    }
+
+    /// Does a server that tells its cluster take the place of a primary that does not?
+    pub(super) fn is_better_known(&self, primary: &Primary, report: &ServerReport) -> bool {
+        primary.report.system_identifier.is_none()
+            && self.system_identifier.is_some()
+            && report.system_identifier == self.system_identifier
+            && report.timeline >= primary.report.timeline
+    }
+
+    /// Only a new session shows whether new ones are read-only, where that cannot be looked up.
+    pub(super) fn must_look_anew(&self) -> bool {
+        matches!(&self.phase, Phase::Known { primary, .. } if primary.report.withheld.contains(Part::Fence))
+    }
+}
