@@ -11,6 +11,7 @@ mod dialer;
 mod dials;
 mod hosts;
 mod idle;
+mod lacking;
 mod nested;
 mod security;
 mod settling;
@@ -24,6 +25,7 @@ mod wrap;
 pub use builder::{IntoConfig, PoolBuilder};
 pub use client::{CancelToken, Client, Detached};
 pub use connection::{Connection, Manager};
+pub(crate) use lacking::Check;
 pub(crate) use settling::{Settling, Witness};
 pub(crate) use statements::{cached_statements, statements};
 pub(crate) use trail::Trail;
@@ -56,6 +58,7 @@ use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Su
 use client::Loan;
 use dialer::Dialer;
 use dials::AT_ONCE;
+use lacking::Lacking;
 use wrap::Wrapped;
 
 /// One new pool of so many prunes its ledger at once.
@@ -98,8 +101,8 @@ struct Shared {
     guarantee: Guarantee,
     /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
     searching: AtomicUsize,
-    /// The newest primary on which transactions cannot be marked, and why.
-    unmarked: Mutex<Option<(GenerationId, String)>>,
+    /// What transactions do without on the newest primary.
+    lacking: Lacking,
     /// What the timeline of the newest primary is signed with. `None` within: somebody is about to sign, or it cannot be.
     signature: Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>,
     /// When each ledger is pruned next, by its name.
@@ -255,7 +258,7 @@ impl<C: SessionClient> Pool<C> {
         let (size, available) = (size + ready, available + ready);
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();
-        let fallback = lock(&self.shared.unmarked).clone().filter(|(id, _)| *id == view.generation).map(|(_, why)| why);
+        let fallback = self.shared.lacking.why_unmarked(view.generation);
         let evidence = match &view.state {
             State::Primary { report, .. } => report.evidence,
             _ => None,
@@ -545,7 +548,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// Can the transactions of this primary not be marked?
     pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
-        lock(&self.shared.unmarked).as_ref().is_some_and(|(unmarked, _)| *unmarked == id)
+        self.shared.lacking.is_unmarked(id)
     }
 
     /// What this primary's timeline is signed with, or the task to sign it, which one caller gets.
@@ -571,10 +574,16 @@ impl<C: SessionClient> Pool<C> {
 
     /// Remembers that the transactions of this primary cannot be marked; says so the first time.
     pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
-        let before = lock(&self.shared.unmarked).replace((id, why.to_owned()));
-        if before.is_none_or(|(_, said)| said != why) {
-            tracing::warn!(why, "transactions cannot be settled here: ExactlyOnce is AtMostOnce");
-        }
+        self.shared.lacking.set_unmarked(id, why);
+    }
+
+    /// How a COMMIT looks for its transaction.
+    pub(crate) fn check(&self) -> Check {
+        self.shared.lacking.check()
+    }
+
+    pub(crate) fn check_refused(&self, refused: Check, why: &str) {
+        self.shared.lacking.check_refused(refused, why);
     }
 
     /// Is it this caller who prunes the ledger? One does, several times while a row is kept.

@@ -19,6 +19,7 @@ use tokio_postgres::{Config, NoTls, Socket};
 use super::dialer::Dialer;
 use super::hosts::{Hosts, Target};
 use super::idle::{Idle, Keeper};
+use super::lacking::Lacking;
 use super::security::{NO_CONNECTOR, Security, make_opener};
 use super::ssl::{self, Ssl};
 use super::{Manager, Pool, Shared, Source, typo};
@@ -608,7 +609,7 @@ impl CallOptions {
             budget,
             guarantee,
             searching: AtomicUsize::new(0),
-            unmarked: Mutex::default(),
+            lacking: Lacking::default(),
             signature: Mutex::default(),
             prune_at: Mutex::default(),
         }))

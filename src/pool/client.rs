@@ -260,7 +260,7 @@ impl<C: SessionClient> Client<C> {
 
     /// The server at the other end, where it lets itself be identified.
     pub(crate) fn life(&self) -> Option<Life> {
-        self.facts().life
+        self.facts().life()
     }
 
     /// How its session marks transactions.

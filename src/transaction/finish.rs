@@ -11,8 +11,9 @@ use std::pin::pin;
 use futures_util::StreamExt;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use crate::classify::{commit_refused, no_transaction, not_ours};
+use crate::classify::{commit_refused, no_transaction, not_offered, not_ours};
 use crate::error::Ending;
+use crate::pool::Check;
 
 /// Set by BEGIN for one transaction: its end, however it comes about, takes the value away.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
@@ -38,19 +39,30 @@ impl Known {
     ///
     /// The first statement fails in a failed transaction (25P02). It also lets the warning through by which the server says
     /// that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
-    pub(super) fn commit(self) -> String {
-        let check = match self {
-            Self::ById(xid) => format!(
-                "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.pg_current_xact_id_if_assigned() \
-                 OPERATOR(pg_catalog.=) '{xid}', false)::pg_catalog.int4 IS NULL"
-            ),
-            Self::BySetting => "SELECT WHERE 1 OPERATOR(pg_catalog./) \
-                coalesce(pg_catalog.current_setting('tokio_postgres_failover.transaction', true) \
-                OPERATOR(pg_catalog.=) 'off', false)::pg_catalog.int4 IS NULL"
-                .to_owned(),
-            Self::ByShow => "SHOW tokio_postgres_failover.transaction".to_owned(),
+    pub(super) fn commit(self, check: Check) -> String {
+        let own = match (self, check) {
+            (Self::ByShow, _) | (_, Check::ByShow) => None,
+            (Self::ById(xid), Check::Full) => Some(("pg_current_xact_id_if_assigned()", xid.to_string())),
+            // The mark has called it. It gives another transaction an id that is not this one.
+            (Self::ById(xid), Check::Other) => Some(("pg_current_xact_id()", xid.to_string())),
+            (Self::BySetting, Check::Full) => {
+                Some(("current_setting('tokio_postgres_failover.transaction', true)", "off".to_owned()))
+            }
+            // Fails where nobody has ever set it.
+            (Self::BySetting, Check::Other) => {
+                Some(("current_setting('tokio_postgres_failover.transaction')", "off".to_owned()))
+            }
         };
-        format!("SET LOCAL client_min_messages = warning; {check}; COMMIT")
+        let look = own.map_or_else(
+            || "SHOW tokio_postgres_failover.transaction".to_owned(),
+            |(asked, expected)| {
+                format!(
+                    "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{asked} \
+                     OPERATOR(pg_catalog.=) '{expected}', false)::pg_catalog.int4 IS NULL"
+                )
+            },
+        );
+        format!("SET LOCAL client_min_messages = warning; {look}; COMMIT")
     }
 
     /// ROLLBACK, and with `role` that question. Where no transaction is open although the closure was run, it has ended that,
@@ -110,6 +122,13 @@ impl Answer {
     }
 }
 
+impl Answer {
+    /// Of [`Known::roll_back`]: rolled back, and only what was asked after that is not offered.
+    pub(super) fn left_idle(&self) -> bool {
+        self.completed >= 2 && self.error.as_ref().is_some_and(not_offered)
+    }
+}
+
 /// What the answer to COMMIT's message proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Proof {
@@ -125,15 +144,18 @@ pub(super) enum Proof {
     Refused {
         over: bool,
     },
+    /// The server does not let this role look for the transaction, and so did not come to COMMIT.
+    Unchecked,
     Nothing,
 }
 
 impl Known {
     /// What does this answer to [`Known::commit`] prove?
-    pub(super) fn proof(self, answer: &Answer) -> Proof {
+    pub(super) fn proof(self, check: Check, answer: &Answer) -> Proof {
         let before = STATEMENTS - 1;
         let shown = answer.values.first().and_then(Option::as_deref);
-        let ours = self != Self::ByShow || answer.completed < before || shown == Some("off");
+        let insisted = self != Self::ByShow && check != Check::ByShow;
+        let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if ours => Proof::Committed { answered: true },
             None => Proof::NotOurs { committed: true },
@@ -141,6 +163,7 @@ impl Known {
             Some(_) if answer.completed >= STATEMENTS && ours => Proof::Committed { answered: false },
             Some(_) if answer.completed >= STATEMENTS => Proof::NotOurs { committed: true },
             Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
+            Some(error) if answer.completed == before - 1 && insisted && not_offered(error) => Proof::Unchecked,
             Some(error) if commit_refused(error) => Proof::Refused { over: answer.completed >= before },
             Some(_) => Proof::Nothing,
         }
@@ -162,7 +185,7 @@ impl Known {
     /// What the answer to [`Known::roll_back`] proves; `None`: the session was idle, and has to be asked for
     /// [`Known::status`].
     pub(super) fn undone(answer: &Answer, status: Option<&str>) -> Option<Undone> {
-        if answer.error.is_some() {
+        if answer.error.is_some() && !answer.left_idle() {
             let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
             return if idle { None } else { Some(Undone::Unanswered) };
         }

@@ -24,14 +24,15 @@ use crate::commit::wal::{self, Marked, Marking};
 use crate::commit::{Nonce, Signature, Unsettled};
 use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::Observer;
-use crate::pool::{Client, Pool, Signing};
+use crate::pool::{Check, Client, Pool, Signing};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::{Suspicion, UNDISTURBED};
 
-/// Asks the session whether its server takes writes at all.
+/// Asks the session whether its server takes writes at all: a new transaction is read-only in recovery, or because new ones
+/// are. Needs no right.
 fn role() -> String {
-    format!("{UNDISTURBED} SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on'")
+    format!("{UNDISTURBED} SHOW transaction_read_only")
 }
 /// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be
 /// with the session, and not committed by the COMMIT that is to come. The warning about it is not enough: a role's
@@ -99,13 +100,13 @@ where
             client.trail().heal(Cure::Clear);
         }
         let span = Observer::attempt(span, number, generation, client.watched());
-        let statements = client.trail().has_statements();
         let attempt = Attempt {
+            statements: client.trail().has_statements(),
             held: Held::new(client),
             limit: options.retry.attempt_limit(),
             mark: OnceLock::new(),
             begun: AtomicBool::new(false),
-            statements,
+            check: options.pool.check(),
         };
         let ended = async {
             match attempt.run(&begin, mode, &mut work, &mut mark).await {
@@ -318,6 +319,8 @@ pub(super) struct Attempt<C: SessionClient> {
     begun: AtomicBool,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
+    /// How COMMIT looks for the transaction.
+    check: Check,
 }
 
 /// Why a body gave nothing to commit.
@@ -454,7 +457,7 @@ impl<C: SessionClient> Attempt<C> {
             self.pool().set_unmarked(client.generation(), &bad.to_string());
             None
         });
-        if mark.is_none() {
+        if mark.is_none() || self.check == Check::ByShow {
             client.batch_execute(OPEN).await?;
         }
         Ok(mark)
@@ -509,7 +512,8 @@ impl<C: SessionClient> Attempt<C> {
             return false;
         }
         if client.life().is_none() {
-            pool.set_unmarked(client.generation(), "this role may not read the server's identity");
+            let why = "this role may not read the server's identity: its system identifier, start time and timeline";
+            pool.set_unmarked(client.generation(), why);
         }
         client.life().is_some()
     }
@@ -529,7 +533,7 @@ impl<C: SessionClient> Attempt<C> {
         // On a session that has ended nothing is sent: then the transaction is certainly not committed.
         let never_sent = self.client().is_closed();
         let known = self.known(mode);
-        let (sql, mark) = (known.commit(), self.mark.take());
+        let (sql, mark) = (known.commit(self.check), self.mark.take());
         self.client().set_committing(true);
         let answer = tokio::select! {
             biased;
@@ -540,7 +544,7 @@ impl<C: SessionClient> Attempt<C> {
                 return Ended::InDoubt(Unanswered { value, mark, failed });
             }
         };
-        let proof = known.proof(&answer);
+        let proof = known.proof(self.check, &answer);
         self.client().set_committing(proof == Proof::Nothing);
         match (proof, answer.error) {
             (Proof::Committed { answered }, _) => {
@@ -560,6 +564,11 @@ impl<C: SessionClient> Attempt<C> {
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
             (_, None) => Ended::Committed(value),
+            (Proof::Unchecked, Some(error)) => {
+                self.pool().check_refused(self.check, &explain(&error));
+                self.undo(Some(known), None).await;
+                Ended::Failed(Stage::Refused, Failed::new(Verdict::Conflict, error))
+            }
             (Proof::Refused { over }, Some(error)) => {
                 Ended::Failed(Stage::Refused, self.commit_refused(known, over, error).await)
             }
@@ -661,7 +670,7 @@ impl<C: SessionClient> Attempt<C> {
         let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &role())).await else {
             return true;
         };
-        let read_only = answer.values.first().is_none_or(|value| value.as_deref() == Some("t"));
+        let read_only = answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
             self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
         } else {
@@ -683,14 +692,15 @@ impl<C: SessionClient> Attempt<C> {
         let Ok(mut answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
             return (Undone::Unanswered, role.is_some());
         };
-        let status = known.and_then(Known::status).and_then(|_| answer.values.pop().flatten());
+        let asked_status = answer.error.is_none() && known.is_some_and(|known| known.status().is_some());
+        let status = if asked_status { answer.values.pop().flatten() } else { None };
         let undone = match (Known::undone(&answer, status.as_deref()), known) {
             (Some(undone), _) => undone,
             (None, None) => Undone::Unanswered,
             (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
         };
-        self.held.clean(answer.error.is_none());
-        let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() == Some("t"));
+        self.held.clean(answer.error.is_none() || answer.left_idle());
+        let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
             self.held.clean(false);
             self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);

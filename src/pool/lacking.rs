@@ -1,0 +1,119 @@
+//! What this role may not ask the primary for, as transactions find out: they do without for a while, and then try again.
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::cluster::lock;
+use crate::topology::GenerationId;
+
+/// The right may have been granted since.
+const REFUSED_FOR: Duration = Duration::from_secs(60);
+
+/// By which functions the message of a COMMIT looks for the pool's own transaction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Check {
+    #[default]
+    Full,
+    /// The nearest other functions do the same.
+    Other,
+    /// None: it is looked at, and not insisted on.
+    ByShow,
+}
+
+impl Check {
+    /// What to do with when this was refused.
+    fn weaker(self) -> Self {
+        if self == Self::Full { Self::Other } else { Self::ByShow }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Lacking {
+    mark: Mutex<Option<Unmarked>>,
+    check: Mutex<Weakened>,
+}
+
+/// Transactions of a primary cannot be marked.
+#[derive(Debug)]
+struct Unmarked {
+    id: GenerationId,
+    why: String,
+    /// `None`: it is tried again.
+    since: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Weakened {
+    check: Check,
+    since: Option<Instant>,
+    said: bool,
+}
+
+impl Lacking {
+    /// Can the transactions of this primary not be marked?
+    pub(super) fn is_unmarked(&self, id: GenerationId) -> bool {
+        let mut mark = lock(&self.mark);
+        let Some(unmarked) = mark.as_mut().filter(|unmarked| unmarked.id == id) else { return false };
+        unmarked.since = unmarked.since.filter(|since| since.elapsed() < REFUSED_FOR);
+        unmarked.since.is_some()
+    }
+
+    pub(super) fn why_unmarked(&self, id: GenerationId) -> Option<String> {
+        let mark = lock(&self.mark);
+        mark.as_ref().filter(|unmarked| unmarked.id == id && unmarked.since.is_some()).map(|it| it.why.clone())
+    }
+
+    /// Says so the first time.
+    pub(super) fn set_unmarked(&self, id: GenerationId, why: &str) {
+        let before = lock(&self.mark).replace(Unmarked { id, why: why.to_owned(), since: Some(Instant::now()) });
+        if before.is_none_or(|before| before.why != why) {
+            tracing::warn!(why, "transactions cannot be settled here: ExactlyOnce is AtMostOnce");
+        }
+    }
+
+    pub(super) fn check(&self) -> Check {
+        let mut weakened = lock(&self.check);
+        if weakened.since.is_some_and(|since| since.elapsed() >= REFUSED_FOR) {
+            (weakened.check, weakened.since) = (Check::Full, None);
+        }
+        weakened.check
+    }
+
+    /// COMMIT was not reached, as its check is refused. Says so the first time.
+    pub(super) fn check_refused(&self, refused: Check, why: &str) {
+        let mut weakened = lock(&self.check);
+        weakened.check = weakened.check.max(refused.weaker());
+        weakened.since = weakened.since.or(Some(Instant::now()));
+        if !std::mem::replace(&mut weakened.said, true) {
+            tracing::warn!(
+                why,
+                "this role may not call what COMMIT looks for its transaction by; another way is taken"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: GenerationId = GenerationId(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_refused_is_tried_again_after_a_while() {
+        let lacking = Lacking::default();
+        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Full));
+        lacking.set_unmarked(ONE, "no right");
+        lacking.check_refused(Check::Full, "no right");
+        lacking.check_refused(Check::Full, "two transactions met it");
+        assert!(lacking.is_unmarked(ONE) && !lacking.is_unmarked(GenerationId(2)));
+        assert_eq!((lacking.why_unmarked(ONE), lacking.check()), (Some("no right".to_owned()), Check::Other));
+        lacking.check_refused(Check::Other, "no right");
+        assert_eq!(lacking.check(), Check::ByShow);
+        tokio::time::advance(REFUSED_FOR).await;
+        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Full));
+        assert_eq!(lacking.why_unmarked(ONE), None);
+    }
+}
