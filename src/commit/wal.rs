@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
@@ -10,8 +11,8 @@ use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signatu
 use crate::classify::{explain, not_offered};
 use crate::server::rows;
 use crate::topology::{
-    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, UNDISTURBED, evidence,
-    microseconds,
+    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, TIMELINE, UNDISTURBED,
+    evidence, microseconds,
 };
 
 /// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
@@ -137,17 +138,43 @@ pub(crate) struct Said {
     pub(crate) evidence: Evidence,
 }
 
-/// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense.
-pub(crate) async fn look(client: &Client, xid: u64, primaries_since: u64) -> Result<Said, Option<Error>> {
-    let row = match only_row(client, &question(xid, [RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE, STOPPED])).await {
-        // The rule does without these five, and settles less.
+/// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense, or does not show who gives it.
+///
+/// `verified`: the life that the pool has verified the session's server in.
+pub(crate) async fn look(
+    client: &Client,
+    xid: u64,
+    primaries_since: u64,
+    verified: Option<Life>,
+) -> Result<Said, Option<Error>> {
+    let row = match only_row(client, &question(xid, PARTS)).await {
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
-            only_row(client, &question(xid, ["NULL"; 5])).await?
+            only_row(client, &question(xid, offered(client).await)).await?
         }
         answer => answer?,
     };
-    said(&row, primaries_since).map_err(|_| None)
+    said(&row, primaries_since, verified).map_err(|_| None)
+}
+
+/// What the rule can do without. It settles less without the last five, and knows the first two of a server that was verified.
+const PARTS: [&str; 7] = [IDENTIFIER, TIMELINE, RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE, STOPPED];
+
+const IDENTIFIER: &str = "(SELECT system_identifier FROM pg_control_system())";
+
+/// Those parts that this role may ask for, each of which is asked for alone.
+async fn offered(client: &Client) -> [&'static str; 7] {
+    let refused = PARTS.map(|part| async move {
+        let asked = rows(client, &format!("{UNDISTURBED} SELECT {part}")).await;
+        asked.is_err_and(|error| not_offered(&error))
+    });
+    let mut parts = PARTS;
+    for (part, refused) in parts.iter_mut().zip(join_all(refused).await) {
+        if refused {
+            *part = "NULL";
+        }
+    }
+    parts
 }
 
 /// NULL if the server was no standby since its memory was set up last. A leader that comes back within its lease streams from
@@ -161,13 +188,14 @@ const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
 const STOPPED: &str = "(SELECT checkpoint_lsn FROM pg_control_checkpoint() \
                          WHERE redo_lsn = checkpoint_lsn AND pg_last_wal_replay_lsn() - checkpoint_lsn < 512)";
 
-fn question(xid: u64, [received, stats_reset, checkpointed, evidence, stopped]: [&str; 5]) -> String {
+fn question(xid: u64, parts: [&str; 7]) -> String {
+    let [identifier, timeline, received, stats_reset, checkpointed, evidence, stopped] = parts;
     // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
     format!(
         "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
-         SELECT system_identifier, \
+         SELECT {identifier}, \
                 {STARTED_AT}, \
-                pg_walfile_name(pg_current_wal_insert_lsn()), \
+                {timeline}, \
                 pg_last_wal_replay_lsn(), \
                 {received}, \
                 {stats_reset}, \
@@ -175,14 +203,13 @@ fn question(xid: u64, [received, stats_reset, checkpointed, evidence, stopped]: 
                      THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END, \
                 {checkpointed}, \
                 {evidence}, \
-                {stopped} \
-           FROM pg_control_system()"
+                {stopped}"
     )
 }
 
-fn said(row: &Row, primaries_since: u64) -> Result<Said, BadReport> {
+fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Said, BadReport> {
     let evidence = text(row, 8).map_or(Ok(Evidence::Checkpoint), evidence)?;
-    Ok(Said { now: now(row, primaries_since)?, status: status(row)?, evidence })
+    Ok(Said { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
 }
 
 /// Asks, within a settler's transaction, for what the server shows of the history of its log. Where the function is of no use,
@@ -276,16 +303,23 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
     Ok(Proof::Function { ancestry: Ancestry::parse(history)?, sighting })
 }
 
-fn now(row: &Row, primaries_since: u64) -> Result<Now, BadReport> {
-    let server = Server {
-        system_identifier: field::<i64>(row, 0, "a system identifier")?.cast_unsigned(),
-        started_at: time(row, 1)?,
-        timeline: ServerReport::timeline_of(text(row, 2).unwrap_or("NULL"))?,
+fn now(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Now, BadReport> {
+    let (started_at, replayed) = (time(row, 1)?, optional(row, 3)?);
+    // A server in the life that it was verified in is what it was, although this role may not read that any more.
+    let same = verified.filter(|verified| verified.server.started_at == started_at && verified.replayed == replayed);
+    let system_identifier = match (text(row, 0), same) {
+        (None, Some(same)) => same.server.system_identifier,
+        _ => field::<i64>(row, 0, "a system identifier")?.cast_unsigned(),
     };
+    let timeline = match (text(row, 2), same) {
+        (None, Some(same)) => same.server.timeline,
+        (name, _) => ServerReport::timeline_of(name.unwrap_or("NULL"))?,
+    };
+    let server = Server { system_identifier, timeline, started_at };
     let stats_reset = text(row, 5).is_some().then(|| time(row, 5)).transpose()?;
     let checkpointed: Option<u32> = text(row, 7).map(|_| field(row, 7, "a timeline")).transpose()?;
     let ancestor = checkpointed.filter(|older| *older < server.timeline);
-    let life = Life { server, replayed: optional(row, 3)?, stats_reset, ancestor };
+    let life = Life { server, replayed, stats_reset, ancestor };
     Ok(Now { life, received: optional(row, 4)?, stopped: optional(row, 9)?, primaries_since })
 }
 
@@ -466,7 +500,7 @@ mod tests {
             None,
             Some("1"),
         ];
-        let read = now(&row(&good), 1).unwrap();
+        let read = now(&row(&good), 1, None).unwrap();
         assert_eq!(
             read.life.server,
             Server { system_identifier: u64::MAX, timeline: 2, started_at: 1_764_000_000_123_456 }
@@ -475,11 +509,42 @@ mod tests {
         assert_eq!((read.life.stats_reset, read.life.ancestor), (Some(7), Some(1)));
         let mut checkpointed = good;
         checkpointed[7] = Some("2");
-        assert_eq!(now(&row(&checkpointed), 1).unwrap().life.ancestor, None, "it is its own timeline");
+        assert_eq!(now(&row(&checkpointed), 1, None).unwrap().life.ancestor, None, "it is its own timeline");
         for index in 0..3 {
             let mut columns = good;
             columns[index] = None;
-            assert!(now(&row(&columns), 1).is_err(), "column {index}");
+            assert!(now(&row(&columns), 1, None).is_err(), "column {index}");
+        }
+    }
+
+    /// A server in the life that it was verified in needs not tell again who it is; one in another life has to.
+    #[test]
+    fn what_is_kept_back_is_known_of_the_life_that_was_verified() {
+        let told = [
+            Some("7301827364512345678"),
+            Some("1764000000.123456"),
+            Some("0000000200000000000000A1"),
+            Some("0/A0000028"),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        ];
+        let verified = now(&row(&told), 0, None).unwrap().life;
+        for hidden in [&[0][..], &[2], &[0, 2]] {
+            let mut columns = told;
+            for index in hidden {
+                columns[*index] = None;
+            }
+            assert_eq!(now(&row(&columns), 0, Some(verified)).unwrap().life, verified, "{hidden:?}");
+            assert!(now(&row(&columns), 0, None).is_err(), "{hidden:?}");
+            for (index, other) in [(1, "1764000001.0"), (3, "0/B0000028")] {
+                let mut columns = columns;
+                columns[index] = Some(other);
+                assert!(now(&row(&columns), 0, Some(verified)).is_err(), "{hidden:?} {other}");
+            }
         }
     }
 }

@@ -195,7 +195,7 @@ async fn ask_log(
     marker: &Marker,
     primaries_since: u64,
 ) -> Result<Settled, Option<tokio_postgres::Error>> {
-    let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since).await?;
+    let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since, verified).await?;
     remember_ancestor(&mut now.life, verified);
     let wanted = wants_proof(marker, &now, evidence);
     let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
@@ -254,7 +254,7 @@ pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &M
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
                 // Mostly not, and then no more is asked.
-                let Said { status, .. } = wal::look(client, marker.xid, primaries_since).await.ok()?;
+                let Said { status, .. } = wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
                 if status != Some(XactStatus::Committed) {
                     return Some(false);
                 }

@@ -810,6 +810,28 @@ async fn without_the_right_to_read_the_identity_it_is_at_most_once() {
     assert_eq!(stored(&seeing.cluster).await, [1, 2]);
 }
 
+/// What the role may not read any more is known of a server in the life that it was verified in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_taken_away_since_the_server_was_verified_settles_all_the_same() {
+    let bench = Bench::new(single(), Guarantee::ExactlyOnce).await;
+    bench.pool.transaction(async |tx| insert(&tx, 0).await).await.unwrap();
+    let functions = [
+        "pg_control_system()",
+        "pg_walfile_name(pg_lsn)",
+        "pg_last_wal_receive_lsn()",
+        "pg_last_xact_replay_timestamp()",
+        "pg_control_checkpoint()",
+        "has_function_privilege(oid, text)",
+    ];
+    for (number, function) in (1..).zip(functions) {
+        sql(&bench.cluster, &format!("REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")).await;
+        bench.cut(Cut::CommitAnswerDropped);
+        bench.pool.transaction(async |tx| insert(&tx, number).await).await.unwrap();
+        assert_eq!(stored(&bench.cluster).await, (0..=number).collect::<Vec<_>>(), "{function}");
+    }
+    assert_eq!((bench.pool.status().fallback, generation(&bench.pool)), (None, 1));
+}
+
 /// Without its table, the ledger is an error that says what to do, and nothing is run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_the_ledgers_table_nothing_runs() {
