@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Notification;
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, classify, explain};
+use crate::classify::{Verdict, classify, explain, not_offered};
 use crate::error::Error;
 use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
@@ -36,6 +36,21 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 fn check() -> String {
     format!("{UNDISTURBED} SELECT pg_listening_channels() ORDER BY 1")
 }
+
+/// The same, where the function is taken from the role: then what the session is subscribed to is not seen.
+fn check_alive() -> String {
+    format!("{UNDISTURBED} SHOW transaction_read_only")
+}
+
+/// What the server answers to [`check`]; `None` where it does not let this role ask.
+async fn subscribed_to(client: &tokio_postgres::Client) -> Result<Option<Channels>, tokio_postgres::Error> {
+    match rows(client, &check()).await {
+        Err(error) if not_offered(&error) => rows(client, &check_alive()).await.map(|_| None),
+        answer => answer.map(Some),
+    }
+}
+
+type Channels = Vec<Vec<Option<String>>>;
 
 /// A session that listens is idle by its nature; from PostgreSQL 14 on a role's `idle_session_timeout` would end it again and
 /// again. Asked for apart: where it is refused, the subscription is in force all the same.
@@ -181,16 +196,16 @@ impl fmt::Debug for Listener {
 struct Subscribed {
     aside: Aside<ClientWrapper>,
     ended: CancellationToken,
-    /// What the server answers to [`check`].
-    channels: Vec<Vec<Option<String>>>,
+    channels: Option<Channels>,
 }
 
 impl Subscribed {
     /// Returns why the subscription is not in force any more.
-    async fn lost(&self, pause: Duration) -> String {
+    async fn lost(&mut self, pause: Duration) -> String {
         while timeout(pause, self.ended.cancelled()).await.is_err() {
-            match timeout(ANSWER_WITHIN, rows(self.aside.client(), &check())).await {
-                Ok(Ok(channels)) if channels == self.channels => {}
+            match timeout(ANSWER_WITHIN, subscribed_to(self.aside.client())).await {
+                Ok(Ok(None)) => {}
+                Ok(Ok(channels)) if self.channels.is_none() || channels == self.channels => self.channels = channels,
                 Ok(Ok(_)) => {
                     return "the server forgot it; a pooler in transaction mode cannot be listened through".into();
                 }
@@ -261,11 +276,11 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
         let subscribing = async {
             let (_, listening) = tokio::join!(biased; rows(aside.client(), STAY), aside.client().batch_execute(sql));
             listening?;
-            rows(aside.client(), &check()).await
+            subscribed_to(aside.client()).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
             // What was never in force could not be missed later either.
-            Ok(Ok(channels)) if channels.is_empty() && !sql.is_empty() => {
+            Ok(Ok(Some(channels))) if channels.is_empty() && !sql.is_empty() => {
                 tracing::warn!("LISTEN had no effect: a pooler in transaction mode cannot be listened through");
             }
             Ok(Ok(channels)) => return Ok(Subscribed { aside, ended, channels }),
