@@ -29,6 +29,7 @@ mod load;
 mod pooler;
 mod quiet;
 mod resolve;
+mod revoked;
 mod rotation;
 mod scenarios;
 mod settings;
