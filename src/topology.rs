@@ -893,7 +893,7 @@ impl Topology {
         }
         writable(report)?;
         if self.system_identifier.is_some() && report.system_identifier.is_none() {
-            self.may_be_unidentified(address)?;
+            self.may_be_unidentified(address, report)?;
         }
         match (report.timeline, self.newest_timeline) {
             (Some(timeline), Some(newest)) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),

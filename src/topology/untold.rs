@@ -39,18 +39,26 @@ fn fill<T: Copy>(known: &mut Option<T>, told: Option<T>) -> bool {
     gained
 }
 
-/// Adds to the report what the same server told before.
+/// Adds to the report what it keeps back and the same server told before. A part that is missing for no reason is nonsense, and
+/// stays missing.
 fn complete(report: &mut ServerReport, before: &ServerReport, kept: bool) {
     if !same_server(before, report, kept) {
         return;
     }
-    fill(&mut report.system_identifier, before.system_identifier);
-    fill(&mut report.started_at, before.started_at);
+    let withheld = report.withheld;
+    if withheld.contains(Part::Identity) {
+        report.system_identifier = before.system_identifier;
+    }
+    if withheld.contains(Part::StartTime) {
+        report.started_at = before.started_at;
+    }
     if report.in_recovery || before.in_recovery || !same_replay(before, report) {
         return;
     }
-    fill(&mut report.timeline, before.timeline);
-    if report.withheld.contains(Part::Replay) {
+    if withheld.contains(Part::Timeline) {
+        report.timeline = before.timeline;
+    }
+    if withheld.contains(Part::Replay) {
         report.replayed = before.replayed;
     }
 }
@@ -77,14 +85,16 @@ impl Topology {
         report
     }
 
-    /// Had the primary stopped telling this, and has this address proved to belong to the cluster?
-    fn may_keep_back(&self, address: &Address, part: Part) -> bool {
-        self.untold.contains(part) && self.members.get(address).is_some_and(|member| member.verified)
+    /// Does the server keep this back, as the primary did, and has its address proved to belong to the cluster?
+    fn may_keep_back(&self, address: &Address, report: &ServerReport, part: Part) -> bool {
+        report.withheld.contains(part)
+            && self.untold.contains(part)
+            && self.members.get(address).is_some_and(|member| member.verified)
     }
 
     /// May a writable server do without telling its cluster, where that is known?
-    pub(super) fn may_be_unidentified(&self, address: &Address) -> Result<(), Refusal> {
-        if self.may_keep_back(address, Part::Identity) { Ok(()) } else { Err(Refusal::Unidentified) }
+    pub(super) fn may_be_unidentified(&self, address: &Address, report: &ServerReport) -> Result<(), Refusal> {
+        if self.may_keep_back(address, report, Part::Identity) { Ok(()) } else { Err(Refusal::Unidentified) }
     }
 
     /// May a writable server do without telling its timeline, where a newest one is known?
@@ -100,7 +110,7 @@ impl Topology {
             // No timeline is older than the one of its last checkpoint.
             Some(timeline) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
             Some(_) => Ok(()),
-            None if self.may_keep_back(address, Part::Timeline) => Ok(()),
+            None if self.may_keep_back(address, report, Part::Timeline) => Ok(()),
             None => Err(Refusal::NoTimeline { newest }),
         }
     }

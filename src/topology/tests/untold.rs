@@ -84,6 +84,18 @@ fn refusal(bench: &Bench, n: u8) -> Option<Refusal> {
     }
 }
 
+/// What is not there although nobody refused it is nonsense.
+#[test]
+fn a_part_that_is_missing_for_no_reason_is_not_filled_in() {
+    for part in [Part::Identity, Part::Timeline] {
+        let mut bench = settled();
+        let told = ServerReport { withheld: Parts::default(), ..without(&[part], recovered(primary(1, 2))) };
+        bench.answer(1, Ok(told), false, true);
+        assert_eq!(bench.primary(), None, "{part}");
+        assert!(refusal(&bench, 1).is_some(), "{part}");
+    }
+}
+
 #[test]
 fn a_primary_that_keeps_back_any_part_is_kept() {
     for parts in sets() {
