@@ -81,6 +81,12 @@ BEGIN
                 page * page_size % segment_size, least(page_size, last_byte + 1 - page * page_size), true);
             EXIT WHEN part IS NOT NULL;
         END LOOP;
+        -- Behind a switch to the next segment the rest of a segment is zero, the pages' headers too. This part of the log has
+        -- been written, so the history went past here without any record.
+        IF length(part) >= 24 AND ltrim(encode(part, 'hex'), '0') = '' THEN
+            seen := 'other';
+            RETURN;
+        END IF;
         -- A page's header holds its own position (`xlp_pageaddr`), in the byte order of the machine. Where it does not,
         -- this is not the log as PostgreSQL writes it, and nothing can be said.
         IF part IS NULL OR length(part) < 24 OR NOT page * page_size IN (

@@ -90,6 +90,33 @@ async fn a_crash_loop_that_lost_the_mark_is_settled_by_the_log() {
     }
 }
 
+/// The first crash loses the mark, its id is given away, and the log goes on with a new segment: where the mark was is nothing
+/// but zeros, without a page's header.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_segment_over_a_lost_mark_is_read_as_one() {
+    let case = Case::new(single(), Right::Function).await;
+    let cluster = &case.bench.cluster;
+    burn_ids(cluster).await;
+    cluster.direct(Node(0)).await.batch_execute("SELECT pg_switch_wal()").await.unwrap();
+    write_no_more(cluster).await;
+    // The room for what is written in the next life, before the segment is left.
+    emit(&cluster.direct(Node(0)).await, 300_000).await;
+    let fault = async |scene: &Scene| {
+        scene.cluster.crash(Node(0)).await;
+        scene.assert_replayed(false).await;
+        scene.give_id_away().await;
+        let server = scene.cluster.direct(Node(0)).await;
+        let sql = "SELECT pg_walfile_name(pg_switch_wal()) = pg_walfile_name($1::text::pg_lsn)";
+        let same: bool = server.query_one(sql, &[&scene.doubt().mark]).await.unwrap().get(0);
+        assert!(same, "the mark was in another segment");
+        super::write_wal(&scene.cluster, 10).await;
+        scene.cluster.crash(Node(0)).await;
+        scene.assert_replayed(true).await;
+        scene.assert_trap().await;
+    };
+    case.assert(UNDELIVERED, fault, Answer::Lost).await;
+}
+
 /// A crash loop that the pool has seen, and no function: nothing is guessed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_loop_that_the_pool_has_seen_is_not_guessed() {
