@@ -1179,7 +1179,9 @@ impl Topology {
             primary.endpoint = member.endpoint.clone();
         }
         self.note_told(now, report);
-        primary.report = report.clone();
+        // The timeline that it came from shows until its first checkpoint, and it is in the same life.
+        let ancestor = primary.report.checkpointed.filter(|older| Some(*older) < report.timeline);
+        primary.report = ServerReport { checkpointed: ancestor.or(report.checkpointed), ..report.clone() };
         self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
         self.known(now, primary, "the same server answers as the primary again");
     }

@@ -321,6 +321,23 @@ fn a_slow_server_is_resumed_and_loses_no_connection() {
     assert_eq!(bench.topology.view().generation.get(), 1);
 }
 
+/// A promoted server names the timeline that it came from until it has completed a checkpoint; then nothing does.
+#[test]
+fn a_resumed_server_is_remembered_by_the_timeline_that_it_came_from() {
+    for first in [Some(1), None] {
+        let mut bench = Bench::new(1);
+        let said = |checkpointed| ServerReport { checkpointed, ..primary(1, 2) };
+        bench.report(1, said(first));
+        bench.wait(ms(1000));
+        bench.report(1, said(Some(2)));
+        bench.wait(ms(1000));
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, false);
+        bench.report(1, said(Some(2)));
+        let State::Primary { report, .. } = bench.topology.view().state else { panic!("it is not resumed") };
+        assert_eq!(report.checkpointed, first.or(Some(2)));
+    }
+}
+
 #[test]
 fn a_silent_server_is_given_up_after_dead_after() {
     let mut bench = Bench::settled();
