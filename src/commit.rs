@@ -336,6 +336,22 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     }
 }
 
+/// What became of the transaction. `status`: what the server says of its id; `None`: it has given out no such id yet.
+///
+/// Where the mark is in the history, the server has moved its next id beyond the mark's. So an id that was not given out
+/// proves that the mark is not there, whatever else cannot be shown. If the mark seems to be there all the same, something
+/// that the rule assumes does not hold.
+pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
+    use Unsettled::{OtherHistory, Restarted, SeveralFailovers, Unproven};
+    match (located, status) {
+        (Located::Here, Some(status)) => status.into(),
+        (Located::Here, None) => Settled::Unknown(OtherHistory),
+        (Located::Lost, _) | (Located::Unclear(Restarted | SeveralFailovers | Unproven), None) => Settled::NotCommitted,
+        (Located::NotYet, _) => Settled::InProgress,
+        (Located::Unclear(why), _) => Settled::Unknown(why),
+    }
+}
+
 impl From<XactStatus> for Settled {
     /// For an id that was located [`Here`](Located::Here).
     fn from(status: XactStatus) -> Self {

@@ -122,11 +122,16 @@ pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<Marked, Bad
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
     let backend = Backend { pid: field(row, 3, "a process id")?, xid };
-    let (replayed, started_at) = (optional(row, 2)?, time(row, 4)?);
-    if !life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }) {
+    if !is_of(life, row, 4, 2)? {
         return Ok(Marked::Elsewhere);
     }
     Ok(Marked::By(Marker { life: *life, xid, lsn, nonce }, backend))
+}
+
+/// Is the answer of this life of a server? It has the start time and the end of the last replay in these columns.
+pub(super) fn is_of(life: &Life, row: &Row, started_at: usize, replayed: usize) -> Result<bool, BadReport> {
+    let (replayed, started_at) = (optional(row, replayed)?, time(row, started_at)?);
+    Ok(life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }))
 }
 
 /// What a server says of itself, and of the transaction with an id, which need not be the one that is asked for.
@@ -183,9 +188,15 @@ async fn offered(client: &Client) -> [&'static str; 7] {
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
                                  CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
-/// The last checkpoint, if it ended a shutdown or a recovery and replay ended right behind it. A failover manager may run the
-/// recovery of a crash in single-user mode, which nobody sees, before it starts the server as a standby on its own log.
-const STOPPED: &str = "(SELECT checkpoint_lsn FROM pg_control_checkpoint() \
+/// Up to where this server surely continues the log that it had before, if its last checkpoint ended a shutdown or a recovery
+/// and the last replay ended right behind it. A failover manager may run the recovery of a crash in single-user mode, which
+/// nobody sees, before it starts the server as a standby on its own log. Mostly that is the checkpoint itself. Where WAL is
+/// archived, and so under Patroni, a shutdown begins a new segment first: then the checkpoint is the first record there,
+/// however far the recovery had come in the segment before, and it proves nothing.
+const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_segment * \
+                                        div(checkpoint_lsn - '0/0', bytes_per_wal_segment) < 512 \
+                                    THEN '0/0' ELSE checkpoint_lsn END \
+                          FROM pg_control_checkpoint(), pg_control_init() \
                          WHERE redo_lsn = checkpoint_lsn AND pg_last_wal_replay_lsn() - checkpoint_lsn < 512)";
 
 fn question(xid: u64, parts: [&str; 7]) -> String {
@@ -217,7 +228,7 @@ fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Said,
 pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
     let function = format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
-    let files = format!("SELECT count(*) > 0 FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'");
+    let files = followed(timeline);
     for (kind, sql) in [(Evidence::Function, function), (Evidence::Files, files)] {
         if kind > evidence {
             continue;
@@ -238,6 +249,15 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
     Ok(Proof::Nothing)
 }
 
+/// Is a file of this timeline in `pg_wal`? From PostgreSQL 17 on that proves nothing: `pg_rewind` may keep the segment that it
+/// found the fork in under the name of the timeline that it leaves (`keepwal_add_entry` in `filemap.c`).
+fn followed(timeline: u32) -> String {
+    format!(
+        "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \
+           FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'"
+    )
+}
+
 /// How many transactions sign a timeline: as many bits, so that no other history has them by chance.
 const SIGNED_BY: u32 = 32;
 
@@ -253,10 +273,7 @@ pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<O
     let sql = format!("{signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
     let mut rows = rows(client, &sql).await?;
     let who = rows.pop().unwrap_or_default();
-    let same =
-        |started_at, replayed| life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life });
-    let verified =
-        time(&who, 0).is_ok_and(|started_at| optional(&who, 1).is_ok_and(|replayed| same(started_at, replayed)));
+    let verified = is_of(life, &who, 0, 1).unwrap_or(false);
     let ids: Option<Vec<u64>> = rows.iter().map(|row| text(row, 0)?.parse().ok()).collect();
     let ids = ids.filter(|ids| verified && ids.len() == outcomes.len());
     Ok(ids.map(|ids| Signature(ids.into_iter().zip(outcomes).collect())))
@@ -463,6 +480,12 @@ mod tests {
     fn a_nonce_is_what_the_function_takes() {
         assert_eq!(NONCE.to_string(), "00000000000000000000000000000bee");
         assert!(Marking::Prepared.sql("BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')"));
+    }
+
+    #[test]
+    fn files_prove_nothing_where_pg_rewind_keeps_some() {
+        let sql = followed(26);
+        assert!(sql.contains("server_version_num')::int < 170000") && sql.contains("'^0000001A["), "{sql}");
     }
 
     #[test]

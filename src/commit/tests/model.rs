@@ -18,6 +18,16 @@ struct Record {
     what: What,
 }
 
+impl Record {
+    /// Whose end it is.
+    fn token(&self) -> Option<Token> {
+        match self.what {
+            What::Commit { token, .. } | What::Abort { token, .. } => Some(token),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum What {
     /// A client's marker.
@@ -35,6 +45,7 @@ enum What {
     },
     Abort {
         xid: u64,
+        token: Token,
     },
     /// The end of a recovery by promotion. It is flushed before the server takes work, as is a checkpoint after a crash. So
     /// no two recoveries end at one position: the rule tells a server's lives apart by that.
@@ -44,8 +55,16 @@ enum What {
     Checkpoint {
         next_xid: u64,
         timeline: u32,
+        /// What shows of it while it is the last one: up to where it surely continues what was before.
+        stopped: Option<Lsn>,
     },
 }
+
+/// What of the pool's a timeline is signed with: ids, whether they were committed, and which transactions they were.
+pub(super) type Signed = [(u64, bool, Token); SIGNED_BY];
+
+/// Far fewer than a real pool makes. That all of them have the right outcome by chance is left out, see [`Node::bears`].
+const SIGNED_BY: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -91,6 +110,10 @@ pub(super) struct Node {
     recycled: usize,
     /// It was restarted on its own log, as a standby without a sender.
     alone: bool,
+    /// See [`What::Checkpoint`]: of the last checkpoint, if the last replay ended behind it.
+    stopped: Option<Lsn>,
+    /// What a pool has signed its timeline with, in this life.
+    signed: Option<Signed>,
 }
 
 impl Node {
@@ -104,7 +127,7 @@ impl Node {
     }
 
     fn end(&self) -> Lsn {
-        lsn(self.wal.len())
+        at(self.wal.len())
     }
 
     fn common_with(&self, other: &Self) -> usize {
@@ -114,7 +137,7 @@ impl Node {
     /// What recovery finds: an id that no record tells of is forgotten, and will be given out again.
     fn next_xid_by_wal(&self) -> u64 {
         let next = self.wal.iter().map(|record| match record.what {
-            What::Mark { xid, .. } | What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid } => xid + 1,
+            What::Mark { xid, .. } | What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid, .. } => xid + 1,
             What::EndOfRecovery { next_xid } | What::Checkpoint { next_xid, .. } => next_xid,
         });
         next.max().unwrap_or(FIRST_XID)
@@ -127,10 +150,16 @@ impl Node {
         self.running.clear();
         self.received = None;
         self.stats_reset = now;
+        (self.stopped, self.signed) = (None, None);
     }
 
     pub(super) fn says(&self, primaries_since: u64) -> Now {
-        Now { life: self.life(), received: self.received, stopped: None, primaries_since }
+        Now { life: self.life(), received: self.received, stopped: self.stopped, primaries_since }
+    }
+
+    /// The checkpoints of its last shutdown or recovery show.
+    pub(super) fn shows_stop(&self) -> bool {
+        self.stopped.is_some()
     }
 
     fn life(&self) -> Life {
@@ -150,14 +179,24 @@ impl Node {
     }
 
     /// Can it be seen, by this evidence, that its timeline continues the marker's?
-    pub(super) fn shows_parent(&self, marker: &Marker, evidence: Evidence) -> bool {
-        let then = marker.life.server.timeline;
-        let by_files = evidence == Evidence::Files && self.segments.contains(&then);
-        then == 1
-            || self.identity.timeline == then
-            || self.life().ancestor == Some(then)
-            || by_files
-            || evidence == Evidence::Function
+    pub(super) fn shows_parent(&self, begun: &Begun, kind: Kind) -> bool {
+        let then = begun.marker.life.server.timeline;
+        let by_kind = match kind {
+            Kind::Of(Evidence::Checkpoint) => false,
+            Kind::Signature => begun.signed.is_some_and(|signed| self.bears(&signed)),
+            Kind::Of(Evidence::Files) => self.segments.contains(&then),
+            Kind::Of(Evidence::Function) => true,
+        };
+        then == 1 || self.identity.timeline == then || self.life().ancestor == Some(then) || by_kind
+    }
+
+    /// Have the transactions of a signature their outcomes here? Goes by ids, as the server does, whose transactions they may
+    /// be; but if none of them is the pool's, all outcomes are not right by chance.
+    pub(super) fn bears(&self, signed: &Signed) -> bool {
+        let outcome = |committed| Some(if committed { XactStatus::Committed } else { XactStatus::Aborted });
+        let own = |of: Token| self.wal.iter().any(|record| record.token() == Some(of));
+        signed.iter().all(|(xid, committed, _)| self.xact_status(*xid) == outcome(*committed))
+            && signed.iter().any(|(.., token)| own(*token))
     }
 
     pub(super) fn has_recycled(&self, marker: &Marker) -> bool {
@@ -165,7 +204,7 @@ impl Node {
     }
 
     fn sighting(&self, marker: &Marker) -> Sighting {
-        let Some(end) = (0..=self.wal.len()).find(|end| lsn(*end) == marker.lsn) else { return Sighting::Other };
+        let Some(end) = (0..=self.wal.len()).find(|end| at(*end) == marker.lsn) else { return Sighting::Other };
         if end > self.flushed {
             return Sighting::NotYet;
         }
@@ -226,6 +265,8 @@ pub(super) struct Tally {
     /// at once. A primary that was restarted on its own log does not count.
     pub(super) unfed: u64,
     pub(super) clean_starts: u64,
+    /// Recoveries that nobody saw.
+    pub(super) unseen: u64,
     /// New primaries as a pool counts them that misses none: it goes by [`Server`].
     pub(super) primaries: u64,
 }
@@ -242,6 +283,7 @@ pub(super) struct Begun {
     pub(super) on_newest: bool,
     /// When it began, its timeline was one of two with that number.
     pub(super) split_brain: bool,
+    pub(super) signed: Option<Signed>,
 }
 
 /// Servers are named by their number, modulo those that the operation is possible on; so are transactions.
@@ -290,6 +332,12 @@ pub(super) enum Op {
     Lease {
         on: usize,
     },
+    /// A primary that crashed is recovered in single-user mode, which nobody sees, and shut down.
+    SingleUser {
+        on: usize,
+        /// With an archive the shutdown begins a new segment, and its checkpoint is the first record there.
+        switch: bool,
+    },
     /// A checkpoint, or a standby's restart point.
     Checkpoint {
         on: usize,
@@ -330,6 +378,8 @@ pub(super) struct World {
     counter: u64,
     /// The histories that are in the servers' shared archive, if they have one.
     archive: Option<BTreeSet<u32>>,
+    /// Pools sign the timelines that they begin transactions on.
+    signs: bool,
 }
 
 impl World {
@@ -353,11 +403,19 @@ impl World {
             segments: BTreeSet::from([1]),
             recycled: 0,
             alone: false,
+            stopped: None,
+            signed: None,
         };
         let nodes: Vec<_> = (0..servers).map(node).collect();
         let seen = nodes[0].seen_as();
         let archive = archive.then(BTreeSet::new);
-        Self { nodes, clients: Vec::new(), promotions: Vec::new(), tally: Tally::default(), seen, counter: 0, archive }
+        let (clients, promotions, tally) = (Vec::new(), Vec::new(), Tally::default());
+        Self { nodes, clients, promotions, tally, seen, counter: 0, archive, signs: false }
+    }
+
+    /// The same, where pools sign the timelines that they begin transactions on.
+    pub(super) fn signing(self) -> Self {
+        Self { signs: true, ..self }
     }
 
     pub(super) fn node(&self, index: usize) -> &Node {
@@ -386,6 +444,7 @@ impl World {
             recoveries: self.tally.recoveries - begun.before.recoveries,
             unfed: self.tally.unfed - begun.before.unfed,
             clean_starts: self.tally.clean_starts - begun.before.clean_starts,
+            unseen: self.tally.unseen - begun.before.unseen,
             primaries: self.tally.primaries - begun.before.primaries,
         }
     }
@@ -429,6 +488,10 @@ impl World {
             Op::Lease { on } => {
                 let stopped = [true, false].map(|clean| Role::StoppedPrimary { clean });
                 self.on(&stopped, on, Self::lease);
+            }
+            Op::SingleUser { on, switch } => {
+                let crashed = [Role::StoppedPrimary { clean: false }];
+                self.on(&crashed, on, |world, on| world.recover_unseen(on, switch));
             }
             Op::Checkpoint { on } => self.on(&[Role::Primary, Role::Standby], on, Self::checkpoint),
             Op::Recycle { on } => self.on(&[Role::Primary, Role::Standby], on, Self::recycle),
@@ -478,7 +541,24 @@ impl World {
         node.next_xid - 1
     }
 
+    /// Nobody waits for these to be flushed. The first timeline is not signed, and each life of a server once.
+    fn sign(&mut self, on: usize) {
+        let node = &self.nodes[on];
+        if !self.signs || node.identity.timeline == 1 || node.signed.is_some() {
+            return;
+        }
+        let signed = std::array::from_fn(|_| {
+            let (xid, token) = (self.next_xid(on), self.count());
+            // A pattern that differs from time to time.
+            let committed = token.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 63 == 1;
+            self.append(on, if committed { What::Commit { xid, token } } else { What::Abort { xid, token } });
+            (xid, committed, token)
+        });
+        self.nodes[on].signed = Some(signed);
+    }
+
     fn begin(&mut self, on: usize) {
+        self.sign(on);
         let (xid, token) = (self.next_xid(on), self.count());
         let nonce = Nonce(u128::from(token));
         self.append(on, What::Mark { xid, nonce });
@@ -486,9 +566,9 @@ impl World {
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
         let marker = Marker { life: node.life(), xid, lsn: node.end(), nonce };
-        let (term, before) = (node.term, self.tally);
+        let (term, before, signed) = (node.term, self.tally, node.signed);
         let split_brain = self.is_split_brain(marker.life.server.timeline);
-        self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain });
+        self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain, signed });
     }
 
     fn write(&mut self, on: usize, flush: bool) {
@@ -528,8 +608,8 @@ impl World {
     }
 
     fn abort(&mut self, client: usize) {
-        if let Some((Begun { node: on, marker: Marker { xid, .. }, .. }, false)) = self.running(client) {
-            self.append(on, What::Abort { xid });
+        if let Some((Begun { node: on, marker: Marker { xid, .. }, token, .. }, false)) = self.running(client) {
+            self.append(on, What::Abort { xid, token });
             self.end(on, xid, false);
         }
     }
@@ -595,22 +675,29 @@ impl World {
         let node = &mut self.nodes[on];
         node.replayed = Some(node.end());
         node.next_xid = node.next_xid_by_wal();
-        let (next_xid, timeline) = (node.next_xid, node.identity.timeline);
-        self.append_flushed(
-            on,
-            if promoted { What::EndOfRecovery { next_xid } } else { What::Checkpoint { next_xid, timeline } },
-        );
-        if !promoted {
-            self.nodes[on].checkpointed = timeline;
+        let next_xid = node.next_xid;
+        if promoted {
+            let last = node.wal.last().map(|record| record.what);
+            node.stopped = if let Some(What::Checkpoint { stopped, .. }) = last { stopped } else { None };
+            self.append_flushed(on, What::EndOfRecovery { next_xid });
+        } else {
+            let end = node.end();
+            self.write_checkpoint(on, Some(end));
         }
+    }
+
+    fn write_checkpoint(&mut self, on: usize, stopped: Option<Lsn>) {
+        let node = &mut self.nodes[on];
+        node.checkpointed = node.identity.timeline;
+        node.stopped = None;
+        let (next_xid, timeline) = (node.next_xid, node.identity.timeline);
+        self.append_flushed(on, What::Checkpoint { next_xid, timeline, stopped });
     }
 
     fn checkpoint(&mut self, on: usize) {
         let node = &self.nodes[on];
-        let (next_xid, timeline) = (node.next_xid, node.identity.timeline);
         if node.role == Role::Primary {
-            self.append_flushed(on, What::Checkpoint { next_xid, timeline });
-            self.nodes[on].checkpointed = timeline;
+            self.write_checkpoint(on, None);
         } else if let Some(timeline) = node.last_checkpoint() {
             self.nodes[on].checkpointed = timeline;
         }
@@ -631,17 +718,32 @@ impl World {
         }
         for (xid, running) in std::mem::take(&mut self.nodes[on].running) {
             if !running.committing {
-                self.append(on, What::Abort { xid });
+                self.append(on, What::Abort { xid, token: running.token });
             }
         }
-        self.checkpoint(on);
+        self.shut_down(on, false);
+    }
+
+    fn shut_down(&mut self, on: usize, switch: bool) {
+        let end = self.nodes[on].end();
+        self.write_checkpoint(on, Some(if switch { at(0) } else { end }));
         self.nodes[on].role = Role::StoppedPrimary { clean: true };
+    }
+
+    fn recover_unseen(&mut self, on: usize, switch: bool) {
+        self.tally.unseen += 1;
+        let node = &mut self.nodes[on];
+        node.next_xid = node.next_xid_by_wal();
+        let end = node.end();
+        self.write_checkpoint(on, Some(end));
+        self.shut_down(on, switch);
     }
 
     fn start(&mut self, on: usize) {
         let started_at = self.count().cast_signed();
         let node = &mut self.nodes[on];
         node.identity.started_at = started_at;
+        (node.stopped, node.signed) = (None, None);
         (node.replayed, node.received) = (None, None);
         match node.role {
             Role::StoppedPrimary { clean } => {
@@ -660,6 +762,7 @@ impl World {
         let started_at = self.count().cast_signed();
         let node = &mut self.nodes[on];
         node.identity.started_at = started_at;
+        (node.stopped, node.signed) = (None, None);
         (node.replayed, node.received) = (None, None);
         (node.role, node.upstream, node.alone) = (Role::Standby, None, true);
     }
@@ -683,6 +786,7 @@ impl World {
         node.segments = from.segments;
         node.recycled = from.recycled;
         node.checkpointed = node.last_checkpoint().unwrap_or(1);
+        (node.stopped, node.signed) = (None, None);
     }
 
     /// The new timeline is the next whose history this standby finds neither with itself nor in the archive
@@ -720,6 +824,11 @@ pub(super) fn lsn(position: usize) -> Lsn {
     format!("0/{position:X}").parse().unwrap()
 }
 
+/// Where so many records end. Two records have as many bytes as the rule takes two checkpoints for.
+fn at(records: usize) -> Lsn {
+    lsn(records * usize::try_from(TWO_CHECKPOINTS).unwrap() / 2)
+}
+
 pub(super) fn op() -> impl Strategy<Value = Op> {
     let number = 0..12_usize;
     let how = prop_oneof![4 => Just(Commit::Flushed), 2 => Just(Commit::Unflushed), 2 => Just(Commit::Held)];
@@ -735,6 +844,7 @@ pub(super) fn op() -> impl Strategy<Value = Op> {
         1 => number.clone().prop_map(|on| Op::Stop { on }),
         2 => number.clone().prop_map(|on| Op::Start { on }),
         1 => number.clone().prop_map(|on| Op::Lease { on }),
+        1 => (number.clone(), any::<bool>()).prop_map(|(on, switch)| Op::SingleUser { on, switch }),
         2 => number.clone().prop_map(|on| Op::Checkpoint { on }),
         1 => number.clone().prop_map(|on| Op::Recycle { on }),
         2 => (number.clone(), number.clone()).prop_map(|(on, upstream)| Op::Follow { on, upstream }),
