@@ -883,7 +883,7 @@ fn unique() -> String {
 }
 
 /// The task's result, or its panic.
-async fn ended<T>(task: JoinHandle<T>) -> T {
+pub(super) async fn ended<T>(task: JoinHandle<T>) -> T {
     task.await.unwrap_or_else(|error| resume_unwind(error.into_panic()))
 }
 

@@ -6,8 +6,10 @@
 //! "committed". What the pool may find out depends on what its role may see, a [`Right`].
 
 mod crashes;
+mod earlier;
 mod leases;
 mod promotions;
+mod recycled;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -148,6 +150,25 @@ async fn write_no_more(cluster: &Cluster) {
     for _ in 0..20 {
         server.batch_execute("SELECT pg_current_xact_id()").await.unwrap();
     }
+}
+
+/// The segments of older timelines are recycled: their files are renamed, for what is written next.
+async fn recycle(cluster: &Cluster, timeline: u32) {
+    let server = cluster.direct(cluster.primary()).await;
+    for sql in ["ALTER SYSTEM SET wal_keep_size = 0", "SELECT pg_reload_conf()"] {
+        server.batch_execute(sql).await.unwrap();
+    }
+    let files = format!("SELECT count(*) FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'");
+    for _ in 0..10 {
+        write_wal(cluster, 1000).await;
+        server.batch_execute("SELECT pg_switch_wal()").await.unwrap();
+        server.batch_execute("CHECKPOINT").await.unwrap();
+        let left: i64 = server.query_one(&files, &[]).await.unwrap().get(0);
+        if left == 0 {
+            return;
+        }
+    }
+    panic!("files of timeline {timeline} are still there");
 }
 
 /// As Patroni asks for one after a promotion: from then on the control file names the new timeline.

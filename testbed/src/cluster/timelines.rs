@@ -4,7 +4,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::{Cluster, ClusterBuilder, Node, PATIENCE, Promotion, alter_system, quoted};
+use tokio::task::spawn_blocking;
+
+use super::{Cluster, ClusterBuilder, Node, PATIENCE, Promotion, alter_system, ended, quoted};
 use crate::process;
 use crate::server;
 use crate::wait::until;
@@ -107,6 +109,17 @@ impl Cluster {
         self.configure(node, None);
         self.signal_standby(node);
         self.start_node(node).await;
+    }
+
+    /// Recovers a killed node in single-user mode, and shuts it down cleanly: nobody sees a server meanwhile. Patroni does so
+    /// before `pg_rewind`, with `archive_mode = on` and no archive, whatever is configured.
+    pub async fn recover_in_single_user_mode(&self, node: Node, archive_mode: bool) {
+        let mut postgres = self.server.command("postgres", &self.folder);
+        let archive_mode = if archive_mode { "archive_mode=on" } else { "archive_mode=off" };
+        postgres.args(["--single", "-D"]).arg(self.data(node));
+        postgres.args(["-c", archive_mode, "-c", "archive_command=false", "template1"]);
+        // It reads statements, and its input has ended.
+        ended(spawn_blocking(move || server::run(&mut postgres))).await;
     }
 
     /// The primary is killed, comes back read-only before its lease is over, replays its own log, and is promoted. The end of

@@ -268,3 +268,38 @@ async fn leases_that_the_pool_has_seen_are_not_guessed() {
     };
     case.assert_in_steps(Fate::Done.cut(), 2, step, SEVERAL).await;
 }
+
+/// The recovery is done in single-user mode, which nobody sees; then the server is started as a standby on its own log, and
+/// promoted. With an archive the shutdown begins a new segment, so the last replay ends far behind the mark, lost or not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_was_recovered_in_single_user_mode_is_not_guessed() {
+    for right in [Right::Function, Right::Nothing] {
+        for fate in FATES {
+            for archive_mode in [true, false] {
+                println!("{fate:?}, archive_mode: {archive_mode}");
+                let case = Case::new(single(), right).await;
+                fate.prepare(&case.bench.cluster).await;
+                let fault = async |scene: &Scene| {
+                    let cluster = &scene.cluster;
+                    fate.decide(scene).await;
+                    cluster.kill(Node(0)).await;
+                    cluster.recover_in_single_user_mode(Node(0), archive_mode).await;
+                    cluster.start_read_only(Node(0)).await;
+                    // The pool looks before the first checkpoint.
+                    cluster.stop_background(Node(0), Background::Checkpointer).await;
+                    cluster.promote(Node(0)).await;
+                    scene.assert_replayed(archive_mode || fate != Fate::Unwritten).await;
+                    if fate == Fate::Unwritten {
+                        scene.give_id_away().await;
+                    }
+                };
+                let answer = match (right, fate, archive_mode) {
+                    (Right::Function, ..) | (_, Fate::Unwritten, false) => fate.answer(),
+                    // Less than two checkpoints lie between the mark and the end of the log.
+                    _ => Answer::Unknown(&[Unsettled::Restarted]),
+                };
+                case.assert(fate.cut(), fault, answer).await;
+            }
+        }
+    }
+}
