@@ -226,7 +226,10 @@ impl Error {
     pub fn code(&self) -> Option<&tokio_postgres::error::SqlState> {
         match self {
             Self::Database(error) | Self::Ledger(error) => error.code(),
-            Self::CommitUnknown(unknown) => unknown.source.as_ref().and_then(|source| source.0.code()),
+            Self::CommitUnknown(unknown) => match &unknown.doubt {
+                Doubt::Lost(source) => source.0.code(),
+                Doubt::Evicted | Doubt::NotReplicated | Doubt::Earlier => None,
+            },
             Self::Exhausted(exhausted) => exhausted.source.code(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),
             Self::SessionEnded(ended) => Some(ended.report().code()),
@@ -554,22 +557,38 @@ impl StdError for Refused {
 /// [`Error::CommitUnknown`]: COMMIT was sent, and whether it will last is not known.
 #[derive(Debug)]
 pub struct CommitUnknown {
-    /// How the connection was lost, if it was.
-    source: Option<InDoubt>,
-    /// Where it was not: the server was left before it answered, or else it gave up waiting for a standby.
-    evicted: bool,
+    doubt: Doubt,
     reason: Unsettled,
+}
+
+/// What came instead of an answer to COMMIT.
+#[derive(Debug)]
+enum Doubt {
+    /// The end of the connection.
+    Lost(InDoubt),
+    /// The server was left before it answered.
+    Evicted,
+    /// The warning that the wait for a standby was cancelled.
+    NotReplicated,
+    /// An earlier run of the work was not answered, and who said that it was not committed is no primary any more.
+    Earlier,
 }
 
 impl CommitUnknown {
     /// `lost`: what came instead of an answer; `None` where the server gave up waiting for a standby.
     pub(crate) fn new(lost: Option<tokio_postgres::Error>, reason: Unsettled) -> Self {
-        Self { source: lost.map(InDoubt), evicted: false, reason }
+        let doubt = lost.map_or(Doubt::NotReplicated, |lost| Doubt::Lost(InDoubt(lost)));
+        Self { doubt, reason }
     }
 
     /// The primary was left before it answered, and the connection did not end with it.
     pub(crate) fn evicted(reason: Unsettled) -> Self {
-        Self { source: None, evicted: true, reason }
+        Self { doubt: Doubt::Evicted, reason }
+    }
+
+    /// An earlier run of the work was not in the history of the primary that was asked then, and no later one says so.
+    pub(crate) fn earlier(reason: Unsettled) -> Self {
+        Self { doubt: Doubt::Earlier, reason }
     }
 
     pub(crate) fn because(self, reason: Unsettled) -> Self {
@@ -585,18 +604,22 @@ impl CommitUnknown {
 
 impl fmt::Display for CommitUnknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.source {
-            Some(source) => write!(
+        match &self.doubt {
+            Doubt::Lost(source) => write!(
                 f,
                 "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed",
                 explain(&source.0)
             )?,
-            None if self.evicted => f.write_str(
+            Doubt::Evicted => f.write_str(
                 "the primary was left before it answered to COMMIT: the transaction may or may not have been committed",
             )?,
-            None => f.write_str(
+            Doubt::NotReplicated => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
                  failover may still lose it",
+            )?,
+            Doubt::Earlier => f.write_str(
+                "an earlier run's COMMIT was not answered, and the primary that did not have it was lost, too: the \
+                 transaction may or may not have been committed",
             )?,
         }
         write!(f, "; {}; look for its effect before repeating it", self.reason)?;
@@ -614,7 +637,10 @@ impl fmt::Display for CommitUnknown {
 
 impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source.as_ref().map(|source| source as &(dyn StdError + 'static))
+        match &self.doubt {
+            Doubt::Lost(source) => Some(source),
+            Doubt::Evicted | Doubt::NotReplicated | Doubt::Earlier => None,
+        }
     }
 }
 

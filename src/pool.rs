@@ -655,6 +655,11 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().suspect(id, suspicion);
     }
 
+    /// Is this the generation of the primary that callers are given connections to?
+    pub(crate) fn is_current(&self, id: GenerationId) -> bool {
+        self.cluster().is_current(id)
+    }
+
     /// The primary of this generation has answered.
     pub(crate) fn heard(&self, id: GenerationId) {
         self.cluster().heard(id);

@@ -7,9 +7,9 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, only_row, text};
-use super::{Entry, Settled, settle_entry};
-use crate::topology::BadReport;
+use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, is_of, only_row, text};
+use super::{Entry, Life, Settled, settle_entry};
+use crate::topology::{BadReport, STARTED_AT};
 
 /// The documented file; its names are those of [`Ledger::default`].
 const DDL: &str = include_str!("../../sql/ledger.sql");
@@ -22,6 +22,8 @@ const LOCK_TIMEOUT: &str = "250ms";
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// In microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
+/// The life of the server that answers: a proxy may have led the transaction to another one than its session was verified with.
+const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
 /// Goes before the pool's own pruning, in the same message: it competes with that of other pools, and a
 /// `statement_timeout` that ends each one would let the ledger grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
@@ -138,15 +140,23 @@ impl Ledger {
     pub(crate) fn enter(&self) -> String {
         format!(
             "INSERT INTO {} (until) VALUES ({}) \
-               RETURNING id, pg_catalog.pg_backend_pid(), pg_catalog.pg_current_xact_id(), {NOW}, {BEGUN_HERE}",
+               RETURNING id, pg_catalog.pg_backend_pid(), pg_catalog.pg_current_xact_id(), {NOW}, {BEGUN_HERE}, \
+                         {}, {}",
             self.path(),
-            self.until()
+            self.until(),
+            WHO[0],
+            WHO[1]
         )
     }
 
     /// Begins a settler's transaction, and tries to insert the id. Waits while its transaction is in progress, and then says
-    /// so; the settler's own is over then.
-    pub(crate) async fn ask(&self, client: &Client, entered: &Entered) -> Result<Settled, Option<Error>> {
+    /// so; the settler's own is over then. `Ok(None)`: the server is not the one that the session was `verified` with.
+    pub(crate) async fn ask(
+        &self,
+        client: &Client,
+        verified: Option<Life>,
+        entered: &Entered,
+    ) -> Result<Option<Settled>, Option<Error>> {
         // The update that changes nothing makes a conflict write WAL, too: so COMMIT waits until a synchronous standby has
         // what was found.
         let sql = format!(
@@ -154,15 +164,20 @@ impl Ledger {
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
                  ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}, id, \
                      (SELECT c.relpersistence FROM pg_catalog.pg_class c \
-                       WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid)",
+                       WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid), {}, {}",
             self.path(),
             entered.id,
-            self.until()
+            self.until(),
+            WHO[0],
+            WHO[1]
         );
         let row = match only_row(client, &sql).await {
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Settled::InProgress),
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Some(Settled::InProgress)),
             row => row?,
         };
+        if !is_verified(verified.as_ref(), &row, 4).map_err(|_| None)? {
+            return Ok(None);
+        }
         // A trigger may have given the row another id, or the table may be one that a crash empties: it proves nothing.
         if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
             return Err(None);
@@ -175,14 +190,25 @@ impl Ledger {
         let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
         // A clock that went back makes a row no older.
         let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
-        Ok(settle_entry(entry, Duration::from_micros(age), self.keep))
+        Ok(Some(settle_entry(entry, Duration::from_micros(age), self.keep)))
     }
 
-    /// Is the transaction's own row there? Changes nothing.
-    pub(crate) async fn has(&self, client: &Client, entered: &Entered) -> Result<bool, Error> {
-        let sql = format!("BEGIN; SELECT FROM {} WHERE id = '{}' AND NOT fence", self.path(), entered.id);
-        let messages = client.simple_query(&sql).await?;
-        Ok(messages.iter().any(|message| matches!(message, SimpleQueryMessage::Row(_))))
+    /// Is the transaction's own row there? Changes nothing. `None`: the server is not the one that the session was `verified`
+    /// with.
+    pub(crate) async fn has(
+        &self,
+        client: &Client,
+        verified: Option<Life>,
+        entered: &Entered,
+    ) -> Result<Option<bool>, Error> {
+        let [started_at, replayed] = WHO;
+        let sql = format!(
+            "BEGIN; SELECT EXISTS (SELECT FROM {} WHERE id = '{}' AND NOT fence), {started_at}, {replayed}",
+            self.path(),
+            entered.id
+        );
+        let row = only_row(client, &sql).await?;
+        Ok(is_verified(verified.as_ref(), &row, 1).unwrap_or(false).then(|| text(&row, 0) == Some("t")))
     }
 
     /// Ends a settler's transaction: its COMMIT waits for the synchronous standbys, as it has written. The server tells by a
@@ -208,11 +234,28 @@ pub(crate) struct Entered {
     begun: i64,
 }
 
-/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it. `None`: the transaction was open before, so
-/// its COMMIT would be another's, too.
-pub(crate) fn entered(row: &Row) -> Result<Option<(Entered, Backend)>, BadReport> {
+/// Has the server that answers, with [`WHO`] from this column on, the life that it was verified in, as far as that is known?
+fn is_verified(verified: Option<&Life>, row: &Row, who: usize) -> Result<bool, BadReport> {
+    verified.map_or(Ok(true), |life| is_of(life, row, who, who + 1))
+}
+
+/// What the answer to [`Ledger::enter`] says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entering {
+    As(Entered, Backend),
+    /// This is not the life that the session was verified in.
+    Elsewhere,
+    /// The transaction was open before: its COMMIT would be another's, too.
+    Joined,
+}
+
+/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it.
+pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, BadReport> {
     if text(row, 4) == Some("f") {
-        return Ok(None);
+        return Ok(Entering::Joined);
+    }
+    if !is_verified(verified, row, 5)? {
+        return Ok(Entering::Elsewhere);
     }
     let id = text(row, 0).unwrap_or("NULL");
     // It goes into a statement as it is.
@@ -220,7 +263,7 @@ pub(crate) fn entered(row: &Row) -> Result<Option<(Entered, Backend)>, BadReport
         return Err(BadReport::new("a UUID", id));
     }
     let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
-    Ok(Some((Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend)))
+    Ok(Entering::As(Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
 }
 
 /// As an identifier of SQL.
@@ -231,6 +274,7 @@ fn quoted(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commit::Server;
 
     #[test]
     fn the_shipped_file_is_what_is_installed() {
@@ -252,12 +296,22 @@ mod tests {
 
     #[test]
     fn only_a_uuid_is_an_id() {
-        let row = |id: &str| [id, "1", "2", "3", "t"].map(|text| Some(text.to_owned())).to_vec();
+        let server = Server { system_identifier: 1, timeline: 1, started_at: 5_000_000 };
+        let life = Life { server, replayed: None, stats_reset: None, ancestor: None };
+        let of = |columns: [&str; 6]| {
+            columns.map(|text| Some(text.to_owned())).into_iter().chain([None]).collect::<Vec<Option<String>>>()
+        };
+        let row = |id: &str| of([id, "1", "2", "3", "t", "5"]);
+        let entered = |row: &Row| entered(Some(&life), row);
         let id = "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e11";
         let expected = Entered { id: id.to_owned(), begun: 3 };
-        assert_eq!(entered(&row(id)).unwrap(), Some((expected, Backend { pid: 1, xid: 2 })));
-        let joined = [id, "1", "2", "3", "f"].map(|text| Some(text.to_owned())).to_vec();
-        assert_eq!(entered(&joined).unwrap(), None);
+        assert_eq!(entered(&row(id)).unwrap(), Entering::As(expected, Backend { pid: 1, xid: 2 }));
+        assert_eq!(entered(&of([id, "1", "2", "3", "f", "5"])).unwrap(), Entering::Joined);
+        assert_eq!(entered(&of([id, "1", "2", "3", "t", "6"])).unwrap(), Entering::Elsewhere, "it was started again");
+        assert!(
+            super::entered(None, &of([id, "1", "2", "3", "t", "6"])).is_ok(),
+            "nobody knows which life it should be"
+        );
         for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
             assert!(entered(&row(bad)).is_err(), "{bad}");
         }

@@ -12,7 +12,7 @@ use crate::cluster::lock;
 use crate::commit::Life;
 use crate::error::Error;
 use crate::server::{Notices, SessionClient};
-use crate::topology::GenerationId;
+use crate::topology::{GenerationId, Suspicion};
 
 /// A failover may leave as many commits in doubt as there are connections. So few open sessions beside the pool at the same
 /// time: a server that was just promoted has better things to do.
@@ -73,6 +73,11 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         }
         let client = self.pool.get_new().await?;
         Ok(client.map(|client| Lent { client, clean: false, _counted: counted }))
+    }
+
+    /// The primary of this generation is to be verified anew.
+    pub(crate) fn suspect(&self, id: GenerationId) {
+        self.pool.suspect(id, Suspicion::Connection);
     }
 
     /// Keeps a session without a transaction for whoever needs it next.

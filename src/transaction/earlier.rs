@@ -1,17 +1,22 @@
-//! Attempts of a call whose COMMIT was in doubt, and was found not to be in the primary's history.
+//! What a call has to remember of its earlier attempts: those whose COMMIT was in doubt and is not in the primary's history,
+//! and those whose session ended before the pool sent COMMIT, as the closure may have committed by itself.
 //!
-//! That holds for one history. Where replication is asynchronous, a standby that lagged may be promoted first, and one that had
-//! the transaction later. So before the work runs on a primary that has not been asked, it is asked.
+//! "Not committed" holds for one history. Where replication is asynchronous, a standby that lagged may be promoted first, and
+//! one that had the transaction later. So before the work runs on a primary that has not been asked, it is asked. By the lemma
+//! of docs/exactly-once.md no history then holds two attempts of one call. For the same reason an error means "not committed"
+//! only as long as the primary that said so is the primary. Tests: `tests/it/history/earlier.rs`, `commit/tests/calls.rs`.
 
 use tokio::time::Instant;
 
-use super::settle::{Mark, Outcome, settle};
+use super::settle::{Mark, Outcome, settle, was_committed};
+use crate::classify::Verdict;
 use crate::commit::Unsettled;
-use crate::pool::Pool;
+use crate::error::{CommitUnknown, EndedInside, Ending, Error};
+use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
 
-/// One of them.
+/// An attempt whose COMMIT was not answered, and which the primary's history does not have.
 pub(super) struct Earlier<T> {
     pub(super) mark: Mark,
     /// What its closure returned.
@@ -38,4 +43,86 @@ pub(super) async fn find<C: SessionClient, T>(
         }
     }
     Ok(None)
+}
+
+/// The error of a call, where it would say "not committed" and no primary says so any more.
+pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId) -> bool, error: Error) -> Error {
+    if are_denied(earlier.iter().map(|attempt| attempt.absent_from), by) {
+        return error;
+    }
+    tracing::debug!(%error, "an earlier run may have been committed: the primary that did not have it was lost");
+    Error::CommitUnknown(Box::new(CommitUnknown::earlier(Unsettled::NoPrimary)))
+}
+
+/// `by`: is the primary of this generation the primary still?
+fn are_denied(absent_from: impl IntoIterator<Item = GenerationId>, by: impl Fn(GenerationId) -> bool) -> bool {
+    absent_from.into_iter().all(by)
+}
+
+/// Does an attempt that failed so show that its server was still the primary?
+pub(super) fn shows_primary(verdict: Verdict) -> bool {
+    !verdict.is_loss() && verdict != Verdict::ReadOnly
+}
+
+/// An attempt whose session was lost before the pool sent COMMIT.
+pub(super) struct Lost {
+    mark: Mark,
+    error: Error,
+    /// The generation whose primary was asked for it.
+    asked: Option<GenerationId>,
+}
+
+impl Lost {
+    pub(super) fn new(mark: Mark, error: Error) -> Self {
+        Self { mark, error, asked: None }
+    }
+}
+
+/// Was one of them committed, by its closure? Nothing else would tell of that. Asked once on each primary.
+pub(super) async fn committed_inside<C: SessionClient>(client: &Client<C>, lost: &mut Vec<Lost>) -> Option<Error> {
+    let generation = client.generation();
+    for index in 0..lost.len() {
+        let Some(attempt) = lost.get_mut(index).filter(|attempt| attempt.asked != Some(generation)) else {
+            continue;
+        };
+        match was_committed(client, &attempt.mark).await {
+            Some(true) => {
+                let error = lost.swap_remove(index).error;
+                return Some(EndedInside::error(Ending::Committed, Some(error)));
+            }
+            Some(false) => attempt.asked = Some(generation),
+            // It is asked again if there is another attempt.
+            None => {}
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attempt_is_denied_by_a_primary_alone() {
+        let (one, two) = (GenerationId(1), GenerationId(2));
+        let denied = |absent_from: &[GenerationId], now: Option<GenerationId>| {
+            are_denied(absent_from.iter().copied(), |id| Some(id) == now)
+        };
+        assert!(denied(&[], None), "no attempt was in doubt");
+        assert!(denied(&[two], Some(two)));
+        assert!(denied(&[two, two], Some(two)));
+        assert!(!denied(&[two], None), "it was lost, and nobody has followed it");
+        assert!(!denied(&[one], Some(two)), "its successor was not asked");
+        assert!(!denied(&[two, one], Some(two)), "its successor was asked for one of them");
+    }
+
+    #[test]
+    fn a_session_that_was_lost_shows_no_primary() {
+        for verdict in [Verdict::ConnectionLost, Verdict::NotNow, Verdict::OutcomeUnknown, Verdict::ReadOnly] {
+            assert!(!shows_primary(verdict), "{verdict:?}");
+        }
+        for verdict in [Verdict::Application, Verdict::Conflict, Verdict::Aborted, Verdict::Stale] {
+            assert!(shows_primary(verdict), "{verdict:?}");
+        }
+    }
 }

@@ -11,15 +11,15 @@ use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{Earlier, find};
+use super::earlier::{Earlier, Lost, committed_inside, find, shows_primary, unless_denied};
 use super::finish::{Answer, Known, OPEN, Proof, Undone, ending};
 use super::nested::{self, Inner};
-use super::settle::{Mark, Outcome, Settler, settle, was_committed};
+use super::settle::{Mark, Outcome, Settler, settle};
 use super::streams::is_free;
 use super::verdict::{Bounds, Session, Word, judge_begin, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::{Cure, Verdict, classify, explain, not_offered};
-use crate::commit::ledger::{Ledger, entered};
+use crate::commit::ledger::{Entering, Ledger, entered};
 use crate::commit::wal::{self, Marked, Marking};
 use crate::commit::{Nonce, Signature, Unsettled};
 use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
@@ -70,20 +70,20 @@ where
     let mut begin = options.begin();
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
     let mut doubt = false;
-    let mut lost: Option<Lost> = None;
+    let mut lost = Vec::new();
     let mut bounds = Bounds::default();
     let mut earlier = Vec::new();
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
         let client = match pool.get_for_transaction(deadline).await {
             Ok(client) => client,
-            Err(error) => return Err(for_good(error, number - 1, doubt)),
-        };
-        if let Some(Lost { mark, error }) = lost.take() {
-            // Its connection may have been lost behind a COMMIT of the closure's own, which nothing else would tell of.
-            if was_committed(&client, &mark).await {
-                return Err(for_good(EndedInside::error(Ending::Committed, Some(error)), number - 1, doubt));
+            Err(error) => {
+                let error = for_good(error, number - 1, doubt);
+                return Err(unless_denied(&earlier, |id| pool.is_current(id), error));
             }
+        };
+        if let Some(error) = committed_inside(&client, &mut lost).await {
+            return Err(for_good(error, number - 1, doubt));
         }
         let generation = client.generation();
         match find(pool, &mut earlier, generation, deadline).await {
@@ -92,7 +92,7 @@ where
                 pool.budget().deposit();
                 return Ok(value);
             }
-            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::new(None, why)))),
+            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::earlier(why)))),
         }
         let mut mark = None;
         let fresh_after = client.fresh_after();
@@ -141,12 +141,13 @@ where
         };
         let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
         let error = with_reason(error, verdict, session);
+        let ended = |error| unless_denied(&earlier, |id| id == generation && shows_primary(verdict), error);
         match decide(mode, stage, verdict, users) {
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
                 return Err(unknown(error, Unsettled::NoMarker));
             }
-            Next::Return => return Err(for_good(error, number, doubt)),
+            Next::Return => return Err(ended(for_good(error, number, doubt))),
             Next::Rerun => {}
         }
         if stage == Stage::InDoubt && mode != Mode::Read {
@@ -157,13 +158,13 @@ where
             Ok(delay) => {
                 let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
                 if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome), pool.budget()) {
-                    return Err(given_up(error, number, GiveUp::Hook, stage, doubt));
+                    return Err(ended(given_up(error, number, GiveUp::Hook, stage, doubt)));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
-                lost = mark.map(|mark| Lost { mark, error });
+                lost.extend(mark.map(|mark| Lost::new(mark, error)));
             }
-            Err(why) => return Err(given_up(error, number, why, stage, doubt)),
+            Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),
         }
     }
 }
@@ -212,12 +213,6 @@ fn unknown(error: Error, why: Unsettled) -> Error {
         }
         other => other,
     }
-}
-
-/// An attempt whose session was lost before the pool sent COMMIT.
-struct Lost {
-    mark: Mark,
-    error: Error,
 }
 
 /// How an attempt ended.
@@ -435,16 +430,14 @@ impl<C: SessionClient> Attempt<C> {
             Mark { by, backend, generation: client.generation(), life: client.life(), signature }
         };
         let read = match (&begin.marks, client.life()) {
-            (Marks::Ledger(ledger), _) => match entered(&row) {
-                Ok(Some((entered, backend))) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
-                Ok(None) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+            (Marks::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
+                Ok(Entering::As(entered, backend)) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
+                Ok(Entering::Elsewhere) => return Err(self.elsewhere()),
+                Ok(Entering::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Err(bad) => Err(bad),
             },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
-                Ok(Marked::Elsewhere) => {
-                    self.pool().suspect(client.generation(), Suspicion::Connection);
-                    return Err(Error::RolledBack(RolledBack::OtherServer));
-                }
+                Ok(Marked::Elsewhere) => return Err(self.elsewhere()),
                 // A wrapped pool's session says so by no notice.
                 Ok(Marked::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
@@ -461,6 +454,12 @@ impl<C: SessionClient> Attempt<C> {
             client.batch_execute(OPEN).await?;
         }
         Ok(mark)
+    }
+
+    /// A proxy has led the transaction to another server than the one that its session was verified with.
+    fn elsewhere(&self) -> Error {
+        self.pool().suspect(self.client().generation(), Suspicion::Connection);
+        Error::RolledBack(RolledBack::OtherServer)
     }
 
     /// What the timeline is signed with, by which a successor shows that it continues it. The first of all continues nothing

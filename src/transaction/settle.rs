@@ -11,7 +11,9 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::classify::{explain, not_offered};
 use crate::commit::ledger::{Entered, Ledger};
 use crate::commit::wal::{self, Backend, Said};
-use crate::commit::{Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof};
+use crate::commit::{
+    self, Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof,
+};
 use crate::error::Error;
 use crate::observe::Settlement;
 use crate::pool::{Client, Pool, Settling, Witness};
@@ -114,7 +116,7 @@ async fn round<C: SessionClient>(
     };
     let (ended, clean) = tokio::select! {
         biased;
-        answer = ask(&witness, mark, began, reason, &mut permit) => answer,
+        answer = ask(settling, &witness, mark, began, reason, &mut permit) => answer,
         // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
         () = witness.evicted() => (None, false),
     };
@@ -128,6 +130,7 @@ async fn round<C: SessionClient>(
 
 /// And whether the session is fit for another question.
 async fn ask<C: SessionClient>(
+    settling: &Settling<'_, C>,
     witness: &Witness<'_, C>,
     mark: &Mark,
     began: Instant,
@@ -135,7 +138,13 @@ async fn ask<C: SessionClient>(
     permit: &mut Option<SemaphorePermit<'_>>,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
     let settled = match question(witness, mark).await {
-        Ok(settled) => settled,
+        Ok(Some(settled)) => settled,
+        // A proxy has led the question to a server that the pool has not verified, and may not use.
+        Ok(None) => {
+            settling.suspect(witness.generation());
+            *reason = Unsettled::NoPrimary;
+            return (None, false);
+        }
         Err(Some(error)) if !not_offered(&error) => return (None, false),
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
     };
@@ -173,29 +182,33 @@ async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark,
     ended.is_ok()
 }
 
+/// `Ok(None)`: it was not answered by the server that the session was verified with.
 async fn question<C: SessionClient>(
     witness: &Witness<'_, C>,
     mark: &Mark,
-) -> Result<Settled, Option<tokio_postgres::Error>> {
+) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
     let client = witness.client();
     match &mark.by {
         Settler::Wal(marker) => {
             let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
             ask_log(client, witness.life(), mark, marker, primaries_since).await
         }
-        Settler::Ledger(ledger, entered) => ledger.ask(client, entered).await,
+        Settler::Ledger(ledger, entered) => ledger.ask(client, witness.life(), entered).await,
     }
 }
 
-/// `verified`: the life that the pool has verified the session's server in.
+/// `verified`: the life that the pool has verified the session's server in. `Ok(None)`: this is another one.
 async fn ask_log(
     client: &tokio_postgres::Client,
     verified: Option<Life>,
     mark: &Mark,
     marker: &Marker,
     primaries_since: u64,
-) -> Result<Settled, Option<tokio_postgres::Error>> {
+) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
     let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since, verified).await?;
+    if verified.is_some_and(|verified| !verified.is(&now.life)) {
+        return Ok(None);
+    }
     remember_ancestor(&mut now.life, verified);
     let wanted = wants_proof(marker, &now, evidence);
     let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
@@ -206,12 +219,7 @@ async fn ask_log(
         }
         (located, _) => located,
     };
-    match located {
-        Located::Here => status.map(Settled::from).ok_or(None),
-        Located::Lost => Ok(Settled::NotCommitted),
-        Located::NotYet => Ok(Settled::InProgress),
-        Located::Unclear(why) => Ok(Settled::Unknown(why)),
-    }
+    Ok(Some(commit::settle(located, status)))
 }
 
 /// The server shows the timeline that it came from until its first checkpoint. The pool may have verified it before that.
@@ -247,28 +255,28 @@ async fn confirmed<C: SessionClient>(
 }
 
 /// Was it committed, as far as this session's server can tell? Asked before work runs again of which the pool itself has
-/// committed nothing: the closure may have. Leaves the session without a transaction.
-pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &Mark) -> bool {
+/// committed nothing: the closure may have. `None`: the server did not say. Leaves the session without a transaction.
+pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<bool> {
     let asked = async {
-        let committed = match &mark.by {
+        let settled = match &mark.by {
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
                 // Mostly not, and then no more is asked.
-                let Said { status, .. } = wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
+                let Said { now, status, .. } =
+                    wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
                 if status != Some(XactStatus::Committed) {
-                    return Some(false);
+                    return client.life().is_none_or(|life| life.is(&now.life)).then_some(false);
                 }
-                let settled = ask_log(client, client.life(), mark, marker, primaries_since).await.ok()?;
-                settled == Settled::Committed
+                ask_log(client, client.life(), mark, marker, primaries_since).await.ok()??
             }
-            Settler::Ledger(ledger, entered) => ledger.has(client, entered).await.ok()?,
+            Settler::Ledger(ledger, entered) => return ledger.has(client, client.life(), entered).await.ok()?,
         };
-        Some(committed)
+        Some(settled == Settled::Committed)
     };
     let committed = tokio::select! {
         biased;
-        committed = asked => committed.unwrap_or(false),
-        () = client.evicted() => return false,
+        committed = asked => committed,
+        () = client.evicted() => return None,
     };
     // Where that fails, so does BEGIN.
     let _ = client.batch_execute("ROLLBACK").await;
