@@ -683,6 +683,9 @@ pub enum RolledBack {
     )]
     HandleKept,
     /// A stream of rows or a COPY that the closure had begun was still open after it had returned, and the session with it.
+    ///
+    /// Seen of the streams that the methods of [`Transaction`](crate::Transaction) and [`Savepoint`](crate::Savepoint) return.
+    /// One that a helper began on the driver's own `&tokio_postgres::Client` is not seen: COMMIT waits for as long as it is kept.
     #[error(
         "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was kept beyond it; read \
          streams to their end or drop them, and finish a CopyInSink, before the closure returns"

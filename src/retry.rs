@@ -365,6 +365,9 @@ impl RetryPolicy {
     /// not cut off, as that would make its outcome unknown. For a limit on each statement set PostgreSQL's own
     /// `statement_timeout`, as in `options=-c statement_timeout=5s` of the connection string.
     ///
+    /// The pool's own COMMIT is meant. What a closure has committed by itself, with a COMMIT of its own before the limit was
+    /// over, stays committed, and the error does not tell: leave COMMIT to the pool.
+    ///
     /// ```
     /// use std::time::Duration;
     /// use tokio_postgres_failover::RetryPolicy;
