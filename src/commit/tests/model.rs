@@ -775,7 +775,12 @@ impl World {
         let started_at = self.count().cast_signed();
         let from = self.nodes[upstream].clone();
         let node = &mut self.nodes[on];
-        node.wal.truncate(node.common_with(&from).min(from.flushed));
+        let common = node.common_with(&from).min(from.flushed);
+        if common < node.wal.len() {
+            // A rewind removes the file of the statistics, which the other server does not have while it runs.
+            node.stats_reset = started_at;
+        }
+        node.wal.truncate(common);
         node.flushed = node.wal.len();
         node.running.clear();
         node.identity = Server { started_at, timeline: from.identity.timeline, ..node.identity };
