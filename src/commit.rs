@@ -315,13 +315,16 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     // left by a clean shutdown, and so it was started as a standby: the recovery of a crash would have reset them.
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
-    // A recovery that nobody saw, followed by a shutdown, ends with two checkpoints. What lies before both it has kept.
-    let lost_unseen =
-        !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get());
     match now.life.replayed {
-        Some(_) if not_crashed_since && !lost_unseen => Located::Here,
+        Some(_) if not_crashed_since && !may_be_lost_unseen(marker, now) => Located::Here,
         _ => Located::Unclear(Unsettled::Restarted),
     }
+}
+
+/// A recovery that nobody saw, followed by a shutdown, ends with two checkpoints. What lies before both it has kept.
+fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
+    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
+    !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
 }
 
 /// The server is on a newer timeline, and shows its history, but not the log at the marker. A crash on the marker's timeline
@@ -331,6 +334,7 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     match ancestry.end_of(then) {
         None => Located::Lost,
         Some(end) if end < marker.lsn => Located::Lost,
+        Some(_) if may_be_lost_unseen(marker, now) => Located::Unclear(Unsettled::Restarted),
         Some(_) if now.primaries_since <= 1 && ancestry.promotions_since(then) == 1 => Located::Here,
         Some(_) => Located::Unclear(Unsettled::SeveralFailovers),
     }
