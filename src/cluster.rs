@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -22,6 +22,7 @@ use tracing::{Instrument, Span};
 use crate::observe::{self, Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
+use crate::sync::lock;
 use crate::topology::{
     Accept, Action, Address, Answer, CandidateReport, Change, Endpoint, FailureKind, GenerationId, NameAnswer, Primary,
     ProbeFailure, Probed, Pulse, Question, ServerReport, Settings, State, Suspicion, Topology, View, Vigil,
@@ -854,9 +855,4 @@ async fn look_up(resolver: &dyn Resolve, host: &str) -> Result<Addresses, Resolv
         Ok(Err(_)) => Err(ResolveError::custom(host, "the resolver panicked")),
         Err(_) => Err(ResolveError::custom(host, format!("the resolver gave no answer within {RESOLVE_WITHIN:?}"))),
     }
-}
-
-/// A poisoned lock only says that another thread panicked; what these locks hold is whole after every statement.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,6 +7,7 @@ mod classify;
 mod commit;
 mod fly;
 mod resolve;
+mod sync;
 mod topology;
 
 // Level 1: I/O. Fetches what the decisions need; decides nothing.

@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::error::Error;
 use crate::pool::{Aside, Pool};
 use crate::retry::Exponential;
 use crate::server::{Ear, rows};
+use crate::sync::lock;
 use crate::topology::{Suspicion, UNDISTURBED};
 
 /// Notifications that wait for a reader. PostgreSQL's payloads are below 8,000 bytes, so this is 8 MB at the very worst.
@@ -320,8 +321,7 @@ struct Inbox {
 
 impl Inbox {
     fn backlog(&self) -> MutexGuard<'_, Backlog<Notification>> {
-        // A poisoned lock only says that another thread panicked; the backlog is whole after every statement.
-        self.backlog.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.backlog)
     }
 
     fn update(&self, change: impl FnOnce(&mut Backlog<Notification>)) {

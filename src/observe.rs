@@ -15,7 +15,7 @@ pub use event::{Event, Events, Settlement};
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::broadcast;
@@ -24,6 +24,7 @@ use tracing::{Span, field};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::server::Seat;
+use crate::sync::lock;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
 use meters::{Meters, Place, Stopwatch};
 
@@ -54,12 +55,12 @@ impl Observer {
     }
 
     pub(crate) fn events(&self) -> Events {
-        let sender = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let sender = lock(&self.events);
         Events::new(sender.as_ref().map_or_else(|| broadcast::channel(1).1, broadcast::Sender::subscribe))
     }
 
     pub(crate) fn send(&self, event: Event) {
-        if let Some(sender) = &*self.events.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(sender) = &*lock(&self.events) {
             // Fails where nobody listens.
             let _ = sender.send(event);
         }
@@ -67,7 +68,7 @@ impl Observer {
 
     /// Nothing is said from now on, and what the gauges show is taken back.
     pub(crate) fn closed(&self) {
-        *self.events.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *lock(&self.events) = None;
         self.meters.closed();
     }
 }

@@ -47,13 +47,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::cluster::{Cluster, Generation, NoPrimary, Wanting, lock};
+use crate::cluster::{Cluster, Generation, NoPrimary, Wanting};
 use crate::commit::ledger::Ledger;
 use crate::commit::{Guarantee, Life, Nonce, Signature};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
+use crate::sync::lock;
 use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
 use client::Loan;
 use dialer::Dialer;

@@ -12,10 +12,12 @@ mod hooks;
 pub use hooks::Retry;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::sync::lock;
 
 /// Longest time that a deadline may lie ahead, some thirty years: beyond it the timers of some platforms overflow.
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
@@ -638,9 +640,7 @@ impl RetryBudget {
     }
 
     fn lock(&self) -> Option<MutexGuard<'_, Bucket>> {
-        let bucket = self.bucket.as_ref()?;
-        // Nothing below panics between two writes, so a poisoned bucket is a whole one.
-        Some(bucket.lock().unwrap_or_else(PoisonError::into_inner))
+        Some(lock(self.bucket.as_ref()?))
     }
 }
 

@@ -24,7 +24,7 @@ use std::ops::{Deref, DerefMut};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -45,6 +45,7 @@ use withheld::Withheld;
 use crate::classify::{
     Verdict, about_a_part, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open,
 };
+use crate::sync::lock;
 use crate::topology::{
     Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, Refused, ServerReport, Vigil, shortened,
     wait_for_promotion,
@@ -142,7 +143,7 @@ impl Notices {
     /// From now on the session's traffic counts, and `seat` is told of its end.
     pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
         self.pooled.store(true, Ordering::Relaxed);
-        let mut seated = self.seated.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seated = lock(&self.seated);
         match *seated {
             Seated::Left => seat.left(false),
             _ => *seated = Seated::Somebody(seat),
@@ -151,7 +152,7 @@ impl Notices {
 
     /// The session has ended; whoever says so first is right about the reason.
     fn left(&self, lost: bool) {
-        let seated = std::mem::replace(&mut *self.seated.lock().unwrap_or_else(PoisonError::into_inner), Seated::Left);
+        let seated = std::mem::replace(&mut *lock(&self.seated), Seated::Left);
         if let Seated::Somebody(seat) = seated {
             seat.left(lost);
         }
@@ -467,7 +468,7 @@ impl Refusals {
     }
 
     fn since(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

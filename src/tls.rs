@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 use std::{fmt, fs, io};
 
@@ -19,6 +19,8 @@ use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme
 use tokio_postgres::Socket;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::sync::lock;
 
 /// What [`PoolBuilder::rustls`](crate::PoolBuilder::rustls) asks of the servers' certificates. Feature `rustls`.
 ///
@@ -248,7 +250,7 @@ impl Stamp {
 
 impl Connector {
     fn current(&self) -> MakeRustlsConnect {
-        let mut read = self.0.read.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut read = lock(&self.0.read);
         // Before the contents: what changes in between is read again next time.
         let stamps = self.0.plan.stamps();
         if stamps == read.stamps {

@@ -18,11 +18,12 @@ use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
 use super::trail::Trail;
 use super::wrap::FromElsewhere;
 use crate::classify::ends_session;
-use crate::cluster::{Wanting, lock};
+use crate::cluster::Wanting;
 use crate::commit::Life;
 use crate::commit::wal::Marking;
 use crate::observe::{Lent, Watched};
 use crate::server::{Activity, Notices, Seat, SessionClient};
+use crate::sync::lock;
 use crate::topology::GenerationId;
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.

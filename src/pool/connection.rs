@@ -14,12 +14,13 @@ use tokio::time::{Instant, timeout};
 use super::dialer::Dialer;
 use super::dials::Berth;
 use super::trail::Trail;
-use crate::cluster::{Cluster, Generation, lock};
+use crate::cluster::{Cluster, Generation};
 use crate::commit::wal::Marking;
 use crate::commit::{Life, Server};
 use crate::error::Error;
 use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Notices, Session, SessionClient};
+use crate::sync::lock;
 use crate::topology::{Endpoint, GenerationId, ServerReport};
 
 /// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.

@@ -14,11 +14,12 @@ use super::dials::Dials;
 use super::settling::Settlers;
 use super::stale::TestAfter;
 use super::trail::Trails;
-use crate::cluster::{Cluster, Generation, lock};
+use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
 use crate::server::{Open, Session, SessionClient, cancel};
+use crate::sync::lock;
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Pauses between tries to open a session to a primary that is known and takes none.

@@ -18,9 +18,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::Manager;
 use super::connection::Connection;
 use super::dialer::Dialer;
-use crate::cluster::{Cluster, Generation, lock};
+use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
+use crate::sync::lock;
 use crate::topology::ProbeFailure;
 
 type Delivery<C> = Result<Connection<C>, Error>;

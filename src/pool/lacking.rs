@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::cluster::lock;
+use crate::sync::lock;
 use crate::topology::GenerationId;
 
 /// The right may have been granted since.

@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{Aside, Client, Counted, Pool};
-use crate::cluster::lock;
 use crate::commit::Life;
 use crate::error::Error;
 use crate::server::{Notices, SessionClient};
+use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
 
 /// A failover may leave as many commits in doubt as there are connections. So few open sessions beside the pool at the same

@@ -12,8 +12,8 @@ use tokio_postgres::Error;
 use tokio_postgres::error::{DbError, SqlState};
 
 use crate::classify::{Cure, stale, stale_report};
-use crate::cluster::lock;
 use crate::server::SessionClient;
+use crate::sync::lock;
 
 /// One session's.
 #[derive(Debug, Default)]

@@ -27,13 +27,14 @@ use super::connection::Facts;
 use super::dialer::Dialer;
 use super::trail::{Trail, Trails, clear_idle};
 use super::{Pool, Source};
-use crate::cluster::{Cluster, Generation, Setup, lock};
+use crate::cluster::{Cluster, Generation, Setup};
 use crate::commit::Guarantee;
 use crate::error::{BuildError, Error, Obstacle, Unavailable};
 use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Guarded, Notices, Open, Opened, Questions, Session, SessionClient, not_created, panicked};
+use crate::sync::lock;
 use crate::topology::{
     Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Question, Refusal, ServerReport, Settings, Suspicion,
     View, Vigil,

@@ -15,7 +15,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -33,6 +33,7 @@ use tokio::time::{Instant, timeout};
 
 use super::system::{Hosts, ResolvConf};
 use crate::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
+use crate::sync::lock;
 
 /// How often a question is put before it counts as unanswered.
 const ATTEMPTS: u32 = 2;
@@ -409,7 +410,7 @@ impl System {
 
     /// Two calls of `stat`, and no more than that as long as nothing changed.
     fn current(&self) -> Arc<Setup> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = lock(&self.last);
         // Taken before the files are read: what changes while they are is seen the next time.
         let stamps = self.files.stamps();
         if last.0 != stamps {

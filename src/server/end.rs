@@ -1,7 +1,7 @@
 //! What a server said when it ended a session.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -10,6 +10,7 @@ use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::announces_end;
+use crate::sync::lock;
 
 /// The driver closes a session a moment before its task has noted why.
 const NOTED_WITHIN: Duration = Duration::from_secs(1);
@@ -49,7 +50,7 @@ impl End {
     }
 
     fn set(&self, report: &DbError) {
-        *self.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report.clone());
+        *lock(&self.report) = Some(report.clone());
     }
 
     /// What the server said at the end of a session which is closed. Cancel-safe.
@@ -62,6 +63,6 @@ impl End {
 
     /// What was noted so far.
     pub(crate) fn report(&self) -> Option<DbError> {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.report).clone()
     }
 }

@@ -7,7 +7,7 @@ use std::any::TypeId;
 use std::future::{Ready, poll_fn, ready};
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -18,6 +18,8 @@ use tokio::net::UnixStream;
 use tokio_postgres::config::{Host, SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, NoTlsStream, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, Error, NoTls, Socket};
+
+use crate::sync::lock;
 
 use super::activity::{Activity, Counter};
 use super::{Driver, Notices};
@@ -103,7 +105,7 @@ async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     // With these the driver sends nothing before it asks the connector.
     asking.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
     let outcome = asking.connect(thief.clone()).await;
-    let taken = thief.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let taken = lock(&thief.0).take();
     match (taken, outcome) {
         (Some(socket), _) => Ok(Some(Plain::Tcp(socket))),
         (None, Err(error)) => Err(error),
@@ -131,7 +133,7 @@ impl TlsConnect<Socket> for Thief {
     type Future = Ready<Result<NoTlsStream, io::Error>>;
 
     fn connect(self, socket: Socket) -> Self::Future {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
+        *lock(&self.0) = Some(socket);
         ready(Err(io::Error::other("the socket was taken")))
     }
 }

@@ -1,7 +1,7 @@
 //! Finds out which part of a question a server refuses, and remembers it. Tests: `tests/it/revoked.rs`.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use futures_util::future::join_all;
 use tokio::time::Instant;
@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 
 use super::{MOST_REFUSALS, REFUSED_FOR, rows};
 use crate::classify::{about_a_part, explain, for_primaries_only};
+use crate::sync::lock;
 use crate::topology::{Address, Question, Refused};
 
 /// What servers do not let this role ask for.
@@ -33,7 +34,7 @@ impl Withheld {
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<Address, (Instant, Refused)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

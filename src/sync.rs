@@ -1,0 +1,13 @@
+//! How this crate takes a lock.
+//! Decides one thing: a poisoned lock is used as if it were whole. Knows nothing of what the locks hold.
+//! Invariant, kept by every caller: the value behind the lock is whole after each statement that changes it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks `mutex`, poisoned or not.
+///
+/// Poison only says that another thread panicked while it held the lock. The values behind the locks of this crate are
+/// whole after every statement, so a panic elsewhere need not reach the next caller.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
