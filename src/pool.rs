@@ -52,7 +52,7 @@ use crate::commit::ledger::Ledger;
 use crate::commit::{Guarantee, Life, Nonce, Signature};
 use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
 use crate::observe::{Events, Observer};
-use crate::retry::{RetryBudget, RetryPolicy};
+use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::server::{Ear, Notices, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
@@ -247,7 +247,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn get_within(&self, timeout: Duration) -> Result<Client<C>, Error> {
-        self.get_until(Instant::now() + timeout.min(builder::FAR)).await
+        self.get_until(Instant::now() + timeout.min(FAR)).await
     }
 
     /// What the pool is doing now.

@@ -19,8 +19,9 @@ use tokio::time::Instant;
 
 use crate::sync::lock;
 
-/// Longest time that a deadline may lie ahead, some thirty years: beyond it the timers of some platforms overflow.
-const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+/// The longest wait and the most distant deadline, about thirty years. Longer settings count as this one, because points
+/// in time and the timers of some platforms overflow beyond it.
+pub(crate) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
 /// A schedule of delays: how long to wait before each re-run of one call.
 ///

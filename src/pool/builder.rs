@@ -28,14 +28,12 @@ use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::observe::{Names, Observer};
 use crate::resolve::{HickoryResolver, Resolve};
-use crate::retry::{RetryBudget, RetryPolicy};
+use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::server::{Ask, Open, Opener, Passwords};
 #[cfg(feature = "rustls")]
 use crate::tls::Tls;
 use crate::topology::{Address, Endpoint, Settings};
 
-/// No wait is longer than this, some thirty years: the arithmetic of points in time overflows beyond.
-pub(super) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 /// Linux takes it in milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
