@@ -6,6 +6,7 @@
 mod classify;
 mod commit;
 mod fly;
+mod random;
 mod resolve;
 mod sync;
 mod topology;

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::random::SplitMix64;
 use crate::sync::lock;
 
 /// The longest wait and the most distant deadline, about thirty years. Longer settings count as this one, because points
@@ -103,7 +104,7 @@ impl Exponential {
     /// another seed for each of them: the same seed gives the same delays.
     #[must_use]
     pub fn jitter(mut self, seed: u64) -> Self {
-        self.jitter = Some(SplitMix64(seed));
+        self.jitter = Some(SplitMix64::new(seed));
         self
     }
 }
@@ -119,27 +120,6 @@ impl Iterator for Exponential {
             Some(generator) => generator.up_to(delay),
             None => delay,
         })
-    }
-}
-
-/// The generator of Steele, Lea and Flood's "Fast Splittable Pseudorandom Number Generators" (2014): any seed is good.
-#[derive(Clone, Debug)]
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in `0..=limit`; what exceeds 584 years counts as 584 years.
-    fn up_to(&mut self, limit: Duration) -> Duration {
-        let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        let scaled = ((u128::from(nanos) + 1) * u128::from(self.next())) >> 64;
-        Duration::from_nanos(u64::try_from(scaled).unwrap_or(nanos))
     }
 }
 

@@ -38,6 +38,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::random::SplitMix64;
+
 use lives::Beside;
 
 /// So many candidates are probed at the same time; more of them take turns.
@@ -443,7 +445,8 @@ pub(crate) struct Topology {
     revision: u64,
     noticed: HashSet<Topic>,
     actions: Vec<Action>,
-    jitter: u64,
+    /// Spreads the questions of many pools, so that they do not ask in step.
+    random: SplitMix64,
 }
 
 impl Topology {
@@ -476,7 +479,7 @@ impl Topology {
             revision: 0,
             noticed: HashSet::new(),
             actions: Vec::new(),
-            jitter: seed,
+            random: SplitMix64::new(seed),
             settings,
         };
         for endpoint in configured {
@@ -1255,7 +1258,7 @@ impl Topology {
 
     /// When to ask a server again.
     fn schedule(&mut self, now: Instant, address: &Address) {
-        let jitter = self.next_jitter();
+        let jitter = self.random.near_one();
         let began = self.changed.at == now;
         let pause = match &self.phase {
             Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
@@ -1322,16 +1325,6 @@ impl Topology {
     fn forget_notices(&mut self) {
         let members = &self.members;
         self.noticed.retain(|topic| topic.1.as_ref().is_none_or(|address| members.contains_key(address)));
-    }
-
-    /// A factor between 0.75 and 1.25, so that many pools do not ask in step. An xorshift step; no security hangs on it.
-    fn next_jitter(&mut self) -> f64 {
-        let mut x = self.jitter | 1;
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        self.jitter = x;
-        0.75 + f64::from(u16::try_from(x >> 48).unwrap_or(0)) / f64::from(u16::MAX) / 2.0
     }
 }
 

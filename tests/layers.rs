@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Small helpers that know nothing of PostgreSQL. Every module may name them, and they name no module.
-const HELPERS: [&str; 1] = ["sync"];
+const HELPERS: [&str; 2] = ["random", "sync"];
 
 /// Which module may name which; a module may always name itself and the [`HELPERS`]. A module without a row is at level
 /// 0 and names no other.
@@ -24,7 +24,8 @@ const ALLOWED: [(&str, &[&str]); 9] = [
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 16] = [
+const LEVELS: [&str; 17] = [
+    "random",
     "sync",
     "classify",
     "fly",
