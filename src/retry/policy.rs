@@ -1,0 +1,310 @@
+//! The settings of a [`RetryPolicy`], and whether they make sense together.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::hooks::Hooks;
+use super::{Backoff, Exponential, FAR, Retries};
+
+type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
+
+/// How long one call goes on, how often it is run, and how long it waits in between.
+///
+/// It governs *willingness* only. Whether a piece of work may be run again at all (did the commit land?) is never up
+/// to a policy, so none can make a write happen twice. The policy of a call, given by
+/// [`TransactionBuilder::retry`](crate::TransactionBuilder::retry), replaces that of the pool as a whole;
+/// [`Pool::retry_policy`](crate::Pool::retry_policy) has the pool's, to start from.
+///
+/// Three presets say what they are for; change what you like in them:
+///
+/// | preset | for | deadline | attempt | delays | in an outage |
+/// |---|---|---|---|---|---|
+/// | [`interactive`](Self::interactive) | somebody waits for the answer | 5 s | 5 s | 10 ms … 250 ms | rides short ones out, tells of long ones |
+/// | [`batch`](Self::batch) | nobody does | 10 min | no limit | 100 ms … 10 s | sits it out, and leaves the new primary to others |
+/// | [`none`](Self::none) | your own loop | 30 s | no limit | – | the first failure comes back |
+///
+/// What [`new`](Self::new) sets:
+///
+/// | setting | default |
+/// |---|---|
+/// | [`initial_delay`](Self::initial_delay) | 10 ms |
+/// | [`factor`](Self::factor) | 2 |
+/// | [`max_delay`](Self::max_delay) | 1 s |
+/// | [`jitter`](Self::jitter) | full |
+/// | [`deadline`](Self::deadline) | 30 s |
+/// | [`attempts`](Self::attempts) | no limit |
+/// | [`attempt_timeout`](Self::attempt_timeout) | no limit |
+/// | [`classify`](Self::classify), [`on_retry`](Self::on_retry) | none |
+///
+/// Values that make no sense together are refused when the pool is built.
+///
+/// ```
+/// use std::time::Duration;
+/// use tokio_postgres_failover::RetryPolicy;
+///
+/// // A web request, with three seconds instead of five.
+/// let web = RetryPolicy::interactive().deadline(Duration::from_secs(3));
+/// // A nightly job that sits out an hour.
+/// let batch = RetryPolicy::batch().deadline(Duration::from_secs(3600));
+/// // No re-runs: the first error comes back.
+/// let once = RetryPolicy::none();
+/// # let _ = (web, batch, once);
+/// ```
+#[derive(Clone)]
+pub struct RetryPolicy {
+    initial_delay: Duration,
+    factor: f64,
+    max_delay: Duration,
+    jitter: bool,
+    seed: Option<u64>,
+    deadline: Duration,
+    attempts: Option<u32>,
+    attempt_timeout: Option<Duration>,
+    schedule: Option<Arc<MakeBackoff>>,
+    pub(super) hooks: Hooks,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for RetryPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("RetryPolicy");
+        out.field("deadline", &self.deadline)
+            .field("attempts", &self.attempts)
+            .field("attempt_timeout", &self.attempt_timeout)
+            .field("hooks", &self.hooks);
+        if self.schedule.is_some() {
+            return out.field("schedule", &"own").finish_non_exhaustive();
+        }
+        out.field("initial_delay", &self.initial_delay)
+            .field("factor", &self.factor)
+            .field("max_delay", &self.max_delay)
+            .field("jitter", &self.jitter)
+            .field("seed", &self.seed)
+            .finish()
+    }
+}
+
+impl RetryPolicy {
+    /// The defaults of the table above.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            initial_delay: Duration::from_millis(10),
+            factor: 2.0,
+            max_delay: Duration::from_secs(1),
+            jitter: true,
+            seed: None,
+            deadline: Duration::from_secs(30),
+            attempts: None,
+            attempt_timeout: None,
+            schedule: None,
+            hooks: Hooks::default(),
+        }
+    }
+
+    /// For work that somebody waits for: five seconds for everything, no attempt longer than five seconds, and short
+    /// delays, so that a call goes on within a quarter of a second of the end of an outage.
+    ///
+    /// A failover that takes longer is told as an error while the user is still there to see it. An attempt that begins
+    /// in the last moment may still take its five seconds, and a COMMIT without an answer is looked into for five more.
+    /// [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is for `get`, and for what a transaction waits
+    /// while all connections are in use; it is a setting of its own.
+    #[must_use]
+    pub fn interactive() -> Self {
+        let limit = Duration::from_secs(5);
+        Self::new().deadline(limit).attempt_timeout(limit).max_delay(Duration::from_millis(250))
+    }
+
+    /// For work that nobody waits for: ten minutes, longer than the failovers of all set-ups that the README names, and
+    /// long delays, so that a server which was just promoted serves the users first.
+    #[must_use]
+    pub fn batch() -> Self {
+        Self::new()
+            .deadline(Duration::from_secs(600))
+            .initial_delay(Duration::from_millis(100))
+            .max_delay(Duration::from_secs(10))
+    }
+
+    /// One attempt and no re-run. The [`deadline`](Self::deadline) still bounds that attempt's wait for a connection.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::new().attempts(1)
+    }
+
+    /// Upper bound of the wait before the first re-run. Default: 10 ms.
+    ///
+    /// A failover takes from tens of milliseconds to a minute. A small value costs a few attempts in vain, each of
+    /// which waits for the primary anyhow; a large one is waited in full even where one lost connection was all that
+    /// happened. Zero stays zero whatever the [`factor`](Self::factor): each re-run follows at once.
+    #[must_use]
+    pub fn initial_delay(mut self, initial_delay: Duration) -> Self {
+        self.initial_delay = initial_delay;
+        self
+    }
+
+    /// By how much each delay exceeds the one before. Default: 2. Must be finite and at least 1.
+    ///
+    /// The larger, the sooner a long outage is met with [`max_delay`](Self::max_delay) between attempts; 1 keeps the
+    /// delay as it is.
+    #[must_use]
+    pub fn factor(mut self, factor: f64) -> Self {
+        self.factor = factor;
+        self
+    }
+
+    /// Upper bound of every wait. Default: 1 s. Must not be below [`initial_delay`](Self::initial_delay).
+    ///
+    /// It is also about how much later than the server a waiting call notices the end of an outage.
+    #[must_use]
+    pub fn max_delay(mut self, max_delay: Duration) -> Self {
+        self.max_delay = max_delay;
+        self
+    }
+
+    /// Whether each wait is drawn at random between zero and its upper bound. Default: `true`.
+    ///
+    /// Without it, calls that failed together come back together, and meet a promoted server as one wave.
+    #[must_use]
+    pub fn jitter(mut self, jitter: bool) -> Self {
+        self.jitter = jitter;
+        self
+    }
+
+    /// Draws the jitter from `seed`, the same for every call. Default: another one for each call.
+    ///
+    /// For tests that must see the same delays again. In a service it would undo what jitter is for.
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// How long one call may take in all: waits for a connection, attempts, delays. Default: 30 s. Must not be zero.
+    ///
+    /// When the next wait would reach it, the call ends at once with its last error. Set it above the time a failover
+    /// takes in your set-up to ride failovers out, below it to hear of them. More than 30 years count as 30 years.
+    #[must_use]
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// How often the work is run at most, the first run included. Default: no limit but the deadline. Must not be 0.
+    ///
+    /// A limit bounds what a call that fails for its own reasons costs. For an outage the deadline is the better
+    /// bound: ten attempts may be over long before a standby is promoted.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u32) -> Self {
+        self.attempts = Some(attempts);
+        self
+    }
+
+    /// Takes the delays from a schedule of your own; `make` is called once for each call. Default: [`Exponential`].
+    ///
+    /// It replaces `initial_delay`, `factor`, `max_delay`, `jitter` and `seed`; `deadline` and `attempts` still hold.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tokio_postgres_failover::RetryPolicy;
+    ///
+    /// let steady = RetryPolicy::new().schedule(|| std::iter::repeat(Duration::from_millis(200)).take(20));
+    /// # let _ = steady;
+    /// ```
+    #[must_use]
+    pub fn schedule<B>(mut self, make: impl Fn() -> B + Send + Sync + 'static) -> Self
+    where
+        B: Backoff + 'static,
+    {
+        self.schedule = Some(Arc::new(move || Box::new(make())));
+        self
+    }
+
+    /// How long one attempt may take from its BEGIN to its COMMIT. Default: no limit.
+    ///
+    /// An attempt that takes longer ends with [`Error::TimedOut`](crate::Error::TimedOut): the server is told to stop what it
+    /// runs, the connection is closed, locks are freed, nothing is committed, and it is not run again. COMMIT itself is
+    /// not cut off, as that would make its outcome unknown. For a limit on each statement set PostgreSQL's own
+    /// `statement_timeout`, as in `options=-c statement_timeout=5s` of the connection string.
+    ///
+    /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays committed, and
+    /// the error does not say so. Leave COMMIT to the pool.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use tokio_postgres_failover::RetryPolicy;
+    ///
+    /// let policy = RetryPolicy::new().attempt_timeout(Duration::from_secs(5));
+    /// # let _ = policy;
+    /// ```
+    #[must_use]
+    pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.attempt_timeout = Some(timeout);
+        self
+    }
+
+    /// The limit set by [`attempt_timeout`](Self::attempt_timeout), if any.
+    pub(crate) fn attempt_limit(&self) -> Option<Duration> {
+        self.attempt_timeout.map(|limit| limit.min(FAR))
+    }
+
+    /// The time one call may take, as set by [`deadline`](Self::deadline).
+    #[must_use]
+    pub fn deadline_after(&self) -> Duration {
+        self.deadline
+    }
+
+    /// The limit set by [`attempts`](Self::attempts), if any.
+    #[must_use]
+    pub fn max_attempts(&self) -> Option<u32> {
+        self.attempts
+    }
+
+    /// Whether the settings make sense together; if not, what to change.
+    pub(crate) fn validate(&self) -> Result<(), String> {
+        if self.deadline.is_zero() {
+            return Err("the retry deadline is zero, so no call could ever succeed".into());
+        }
+        if self.attempt_timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err("the attempt time-out is zero, so no attempt could ever succeed".into());
+        }
+        if self.attempts == Some(0) {
+            return Err("attempts counts the first run, so it must be at least 1".into());
+        }
+        if self.schedule.is_some() {
+            return Ok(());
+        }
+        if !self.factor.is_finite() || self.factor < 1.0 {
+            return Err(format!("the retry factor must be finite and at least 1, and is {}", self.factor));
+        }
+        if self.max_delay < self.initial_delay {
+            return Err(format!("max_delay ({:?}) is below initial_delay ({:?})", self.max_delay, self.initial_delay));
+        }
+        Ok(())
+    }
+
+    /// Starts one call at `now`. `seed` must differ from call to call; a seed of the policy's own goes before it.
+    pub(crate) fn start(&self, now: Instant, seed: u64) -> Retries {
+        let schedule = if let Some(make) = &self.schedule {
+            make()
+        } else {
+            let delays = Exponential::new(self.initial_delay, self.factor, self.max_delay);
+            if self.jitter { Box::new(delays.jitter(self.seed.unwrap_or(seed))) } else { Box::new(delays) }
+        };
+        Retries {
+            schedule,
+            began: now,
+            deadline: now.checked_add(self.deadline.min(FAR)).unwrap_or(now),
+            attempt: 1,
+            attempts: self.attempts,
+            failed_at: None,
+        }
+    }
+}
