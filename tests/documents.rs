@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 /// The enums whose variants a caller meets, and the file that has each.
 const ENUMS: [(&str, &str); 6] = [
     ("src/error.rs", "Error"),
-    ("src/error.rs", "UnavailableReason"),
-    ("src/error.rs", "RolledBack"),
-    ("src/error.rs", "BuildError"),
+    ("src/error/unavailable.rs", "UnavailableReason"),
+    ("src/error/transaction.rs", "RolledBack"),
+    ("src/error/build.rs", "BuildError"),
     ("src/commit.rs", "Unsettled"),
     ("src/topology/candidate.rs", "FailureKind"),
 ];

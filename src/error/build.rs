@@ -1,0 +1,61 @@
+//! Configurations that no pool can be built from.
+
+use std::fmt;
+
+use crate::classify::explain;
+
+/// A configuration that no pool can be built from.
+///
+/// Its `Debug` is its text, as for [`Error`].
+#[derive(thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// The connection string does not parse. Holds the driver's words, without anything that may be a piece of a password.
+    #[error(
+        "{}; expected postgres://user:password@host:port/database?option=value or `host=… user=…`, with tokio-postgres' \
+         options, and with `?`, `@`, `/`, `#` and `%` in a password written as %3F, %40, %2F, %23 and %25",
+        .0
+    )]
+    Url(String),
+    /// Nothing to connect to.
+    #[error("no host: name at least one server or DNS name, as in postgres://app@my-pg.internal/app")]
+    NoHost,
+    /// A value that cannot be used.
+    #[error("{option}: {problem}")]
+    Invalid {
+        /// The option of the connection string or the builder's method.
+        option: &'static str,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// The system's resolver configuration cannot be read.
+    #[error("the resolver cannot be set up: {0}; give the name servers with `PoolBuilder::dns_servers`")]
+    Resolver(#[source] crate::resolve::ResolveError),
+    /// `build` was called outside a tokio runtime.
+    #[error("no tokio runtime: call `build` from within one, as in #[tokio::main]")]
+    NoRuntime,
+}
+
+impl fmt::Debug for BuildError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Url(_) => write!(f, "Url: {self}"),
+            Self::NoHost => write!(f, "NoHost: {self}"),
+            Self::Invalid { .. } => write!(f, "Invalid: {self}"),
+            Self::Resolver(_) => write!(f, "Resolver: {self}"),
+            Self::NoRuntime => write!(f, "NoRuntime: {self}"),
+        }
+    }
+}
+
+impl BuildError {
+    /// `hint`: what to change.
+    pub(crate) fn url(error: &tokio_postgres::Error, hint: Option<String>) -> Self {
+        let what = explain(error);
+        Self::Url(hint.map_or(what.clone(), |hint| format!("{what}: {hint}")))
+    }
+
+    pub(crate) fn invalid(option: &'static str, problem: impl Into<String>) -> Self {
+        Self::Invalid { option, problem: problem.into() }
+    }
+}

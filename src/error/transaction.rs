@@ -1,0 +1,170 @@
+//! Transactions that did not end by the COMMIT of the pool, and calls that were not run again.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+use super::{CommitOutcome, Error};
+
+/// [`Error::RolledBack`]: why a closure's `Ok` was not committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RolledBack {
+    /// A statement had failed and the closure went on: PostgreSQL turns such a COMMIT into a ROLLBACK.
+    #[error(
+        "the transaction was rolled back: a statement in it failed and the closure returned Ok; pass the statement's \
+         error on with `?`, or put the statement into a savepoint"
+    )]
+    FailedInside,
+    /// The primary on which it was committed was lost before a standby had it, and its successor does not know it.
+    #[error(
+        "the transaction was lost with the primary that it was committed on, before a standby had it; run it again"
+    )]
+    LostWithPrimary,
+    /// BEGIN reached another server than the one that the connection was verified with: a proxy in between has moved on.
+    #[error(
+        "nothing was done: the connection leads to another server than the one that was verified, as a proxy moved on"
+    )]
+    OtherServer,
+    /// The pooled connection had a transaction open already: whoever had it before began one by hand and left it.
+    #[error(
+        "nothing was done: the connection came with a transaction that someone had left open; end what you begin by hand \
+         before giving a connection back"
+    )]
+    StrangeSession,
+    /// A [`Transaction`](crate::Transaction) handle was still alive after its closure had returned.
+    #[error(
+        "the transaction was rolled back: its handle was kept beyond the closure; end every task \
+         that uses it before the closure returns"
+    )]
+    HandleKept,
+    /// A stream of rows or a COPY that the closure had begun was still open after it had returned, and the session with it.
+    ///
+    /// The pool sees the streams that the methods of [`Transaction`](crate::Transaction) and
+    /// [`Savepoint`](crate::Savepoint) return. It does not see a stream that a helper began on the driver's own
+    /// `&tokio_postgres::Client`. COMMIT waits for such a stream as long as it is kept.
+    #[error(
+        "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was kept beyond it; read \
+         streams to their end or drop them, and finish a CopyInSink, before the closure returns"
+    )]
+    StreamKept,
+}
+
+/// [`Error::EndedInside`]: the closure ended its transaction itself.
+///
+/// Statements that it ran afterwards, outside of the transaction, were committed one by one.
+#[derive(Debug)]
+pub struct EndedInside {
+    ending: Ending,
+    pub(super) source: Option<Error>,
+}
+
+/// How a closure ended its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ending {
+    /// It committed: `COMMIT`, `END`, or either of them `AND CHAIN`.
+    Committed,
+    /// It rolled back: `ROLLBACK`, `ABORT`, or either of them `AND CHAIN`.
+    RolledBack,
+    /// `PREPARE TRANSACTION`: it is stored, holds its locks, and waits for `COMMIT PREPARED` or `ROLLBACK PREPARED`.
+    Prepared,
+    /// The transaction has left no mark by which the server could tell: see [`Guarantee`](crate::Guarantee).
+    Unknown,
+}
+
+impl EndedInside {
+    /// `source`: what the closure failed with afterwards, if it failed.
+    pub(crate) fn error(ending: Ending, source: Option<Error>) -> Error {
+        Error::EndedInside(Box::new(Self { ending, source }))
+    }
+
+    /// How the transaction was ended.
+    #[must_use]
+    pub fn ending(&self) -> Ending {
+        self.ending
+    }
+
+    /// What the closure failed with afterwards, if it failed.
+    #[must_use]
+    pub fn failure(&self) -> Option<&Error> {
+        self.source.as_ref()
+    }
+}
+
+impl fmt::Display for EndedInside {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.ending {
+            Ending::Committed => {
+                "the closure committed its transaction itself: what it did before that is stored, and what it did \
+                 afterwards may be in part"
+            }
+            Ending::RolledBack => {
+                "the closure rolled its transaction back itself: what it did before that is undone, and what it did \
+                 afterwards may be stored in part"
+            }
+            Ending::Prepared => {
+                "the closure ended its transaction itself, with PREPARE TRANSACTION: it holds its locks until someone \
+                 runs COMMIT PREPARED or ROLLBACK PREPARED"
+            }
+            Ending::Unknown => {
+                "the closure ended its transaction itself (or took its mark away with RESET ALL): what it did may be \
+                 stored in part"
+            }
+        })?;
+        f.write_str("; look for its effect before repeating it, and leave BEGIN, COMMIT and ROLLBACK to the pool")?;
+        match &self.source {
+            Some(source) => write!(f, "; it then failed with: {source}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl StdError for EndedInside {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.source.as_ref().map(|source| source as &(dyn StdError + 'static))
+    }
+}
+
+/// [`Error::Exhausted`]: the retry policy ended a call.
+#[derive(Debug)]
+pub struct Exhausted {
+    attempts: u32,
+    why: String,
+    pub(super) outcome: CommitOutcome,
+    pub(super) source: Error,
+}
+
+impl Exhausted {
+    pub(crate) fn new(attempts: u32, why: String, outcome: CommitOutcome, source: Error) -> Self {
+        Self { attempts, why, outcome, source }
+    }
+
+    /// How often the work was run.
+    #[must_use]
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// The last attempt's error.
+    #[must_use]
+    pub fn last_error(&self) -> &Error {
+        &self.source
+    }
+}
+
+impl fmt::Display for Exhausted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let times = if self.attempts == 1 { "attempt" } else { "attempts" };
+        write!(f, "gave up after {} {times}, {}; the last one failed with: {}", self.attempts, self.why, self.source)?;
+        if self.outcome == CommitOutcome::Unknown {
+            f.write_str("; an earlier attempt may have been committed")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Exhausted {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&self.source)
+    }
+}

@@ -1,0 +1,207 @@
+//! No connection in time: why, and what each candidate said.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::time::Duration;
+
+use crate::cluster::Diagnosis;
+use crate::topology::{Answer, CandidateReport, ProbeFailure, Refusal};
+
+/// So many candidates are listed in an error's text; `candidates()` has all.
+const LISTED: usize = 32;
+
+/// Why there was no connection in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnavailableReason {
+    /// No candidate is a writable primary.
+    NoPrimary,
+    /// The only primary is fenced: it is up, and set read-only.
+    Fenced,
+    /// A primary answers, and it belongs to another cluster than the one that this pool was connected to before.
+    OtherCluster,
+    /// A primary answers, and it is an old one: the timeline of its cluster has gone on without it.
+    OldPrimary,
+    /// No address is known: DNS gave none.
+    Dns,
+    /// A primary is known, and opening a session to it failed each time.
+    NoSession,
+    /// A primary is known, and every connection of the pool is in use.
+    PoolExhausted,
+}
+
+/// [`Error::Unavailable`]: what was tried, and what each candidate said.
+#[derive(Debug)]
+pub struct Unavailable {
+    reason: UnavailableReason,
+    waited: Duration,
+    obstacle: Obstacle,
+    diagnosis: Diagnosis,
+}
+
+/// What stood between a caller and a connection.
+#[derive(Debug)]
+pub(crate) enum Obstacle {
+    NoPrimary,
+    /// The primary is known; how the last try to open a session failed, if one has ended.
+    NoSession(Option<ProbeFailure>),
+    /// The primary is known, and all connections are in use.
+    NoneFree {
+        max_size: usize,
+    },
+    /// All connections are held by the transactions that the call is made within.
+    HeldByCaller {
+        max_size: usize,
+    },
+}
+
+impl Unavailable {
+    pub(crate) fn new(waited: Duration, diagnosis: Diagnosis, obstacle: Obstacle) -> Self {
+        let refused = |expected: fn(&Refusal) -> bool| {
+            diagnosis
+                .candidates
+                .iter()
+                .any(|candidate| matches!(&candidate.answer, Some(Answer::Refused(_, refusal)) if expected(refusal)))
+        };
+        let reason = match &obstacle {
+            Obstacle::NoneFree { .. } | Obstacle::HeldByCaller { .. } => UnavailableReason::PoolExhausted,
+            Obstacle::NoSession(_) => UnavailableReason::NoSession,
+            Obstacle::NoPrimary if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
+            Obstacle::NoPrimary if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
+            Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
+                UnavailableReason::OtherCluster
+            }
+            Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::Zombie { .. })) => {
+                UnavailableReason::OldPrimary
+            }
+            Obstacle::NoPrimary => UnavailableReason::NoPrimary,
+        };
+        Self { reason, waited, obstacle, diagnosis }
+    }
+
+    /// Why there was no connection.
+    #[must_use]
+    pub fn reason(&self) -> UnavailableReason {
+        self.reason
+    }
+
+    /// How long the caller waited.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
+
+    /// Each candidate and its last answer.
+    #[must_use]
+    pub fn candidates(&self) -> &[CandidateReport] {
+        &self.diagnosis.candidates
+    }
+
+    /// What DNS failed with, if it did.
+    #[must_use]
+    pub fn dns_failure(&self) -> Option<&str> {
+        self.diagnosis.dns.as_deref()
+    }
+
+    /// The cluster that answers in the place of the pool's own.
+    fn claimed(&self) -> String {
+        let claimed = self.candidates().iter().find_map(|candidate| match &candidate.answer {
+            Some(Answer::Refused(report, Refusal::OtherCluster { .. } | Refusal::Zombie { .. })) => {
+                report.system_identifier
+            }
+            _ => None,
+        });
+        claimed.map_or_else(|| "its system identifier".to_owned(), |identifier| identifier.to_string())
+    }
+
+    fn trouble(&self) -> Option<&ProbeFailure> {
+        match &self.obstacle {
+            Obstacle::NoSession(trouble) => trouble.as_ref(),
+            _ => None,
+        }
+    }
+
+    fn max_size(&self) -> usize {
+        match self.obstacle {
+            Obstacle::NoneFree { max_size } | Obstacle::HeldByCaller { max_size } => max_size,
+            _ => 0,
+        }
+    }
+}
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let waited = self.waited;
+        match self.reason {
+            UnavailableReason::NoPrimary => {
+                write!(f, "no writable primary within {waited:.1?}; start or promote one, or raise the deadline")?;
+            }
+            UnavailableReason::Fenced => write!(
+                f,
+                "the primary is fenced (default_transaction_read_only is on) and no other came up within {waited:.1?}; \
+                 look for a full disk, a lost quorum or a manual setting on the server"
+            )?,
+            UnavailableReason::OtherCluster => write!(
+                f,
+                "what answers belongs to another cluster, and this pool's own primary did not come back within \
+                 {waited:.1?}; check where the name points, or if it is to be followed (an upgrade, a restore, a switch to a \
+                 copy), call `Pool::accept_cluster({})`, or set `PoolBuilder::accept_new_cluster_after`",
+                self.claimed()
+            )?,
+            UnavailableReason::OldPrimary => write!(
+                f,
+                "what answers is an old primary, and the newer one did not come back within {waited:.1?}; start that one, or \
+                 if the database was restored on purpose, call `Pool::accept_cluster({})`, or set \
+                 `PoolBuilder::accept_new_cluster_after`",
+                self.claimed()
+            )?,
+            UnavailableReason::Dns => {
+                write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
+            }
+            UnavailableReason::NoSession => write!(
+                f,
+                "the primary is known, but it took no new session within {waited:.1?}; raise max_connections or lower \
+                 max_size if it has too many clients"
+            )?,
+            UnavailableReason::PoolExhausted if matches!(self.obstacle, Obstacle::HeldByCaller { .. }) => {
+                return write!(
+                    f,
+                    "no connection can be had: max_size is {}, and the transactions that this call is made within hold all \
+                     of them; use their handles, make the call after them, or raise max_size",
+                    self.max_size()
+                );
+            }
+            UnavailableReason::PoolExhausted => {
+                return write!(
+                    f,
+                    "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, or \
+                     wait longer (checkout_timeout)",
+                    self.max_size()
+                );
+            }
+        }
+        if let Some(trouble) = self.trouble() {
+            write!(f, "; last attempt: {trouble}")?;
+        }
+        for candidate in self.candidates().iter().take(LISTED) {
+            write!(f, "; {candidate}")?;
+        }
+        let unlisted = self.candidates().len().saturating_sub(LISTED);
+        if unlisted > 0 {
+            write!(f, "; and {unlisted} more")?;
+        }
+        if self.diagnosis.waiting > 0 {
+            write!(f, "; {} more addresses take turns with these", self.diagnosis.waiting)?;
+        }
+        if let Some(dns) = self.dns_failure() {
+            write!(f, "; DNS: {dns}")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for Unavailable {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.trouble().map(|trouble| trouble as &(dyn StdError + 'static))
+    }
+}
