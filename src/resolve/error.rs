@@ -1,0 +1,189 @@
+//! Why a name gave no addresses, and which of two failures is the one to report.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a name gave no addresses.
+///
+/// # Examples
+/// ```
+/// use tokio_postgres_failover::{FixedResolver, Resolve, ResolveError};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let resolver = FixedResolver::new([("pg.internal", [[10, 0, 0, 1].into()])]);
+/// let error = resolver.resolve("gp.internal").await.unwrap_err();
+/// assert!(matches!(error, ResolveError::NotFound { .. }));
+/// assert_eq!(error.name(), "gp.internal");
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum ResolveError {
+    /// There is no such name; DNS calls it NXDOMAIN.
+    #[non_exhaustive]
+    NotFound {
+        /// The host that was asked for.
+        name: String,
+    },
+    /// The name exists, and has no address.
+    #[non_exhaustive]
+    NoAddresses {
+        /// The host that was asked for.
+        name: String,
+    },
+    /// The name server answered that it could not, or would not, say.
+    #[non_exhaustive]
+    ServerFailure {
+        /// The host that was asked for.
+        name: String,
+        /// The DNS response code, such as `SERVFAIL` or `REFUSED`.
+        code: String,
+    },
+    /// No name server answered.
+    #[non_exhaustive]
+    TimedOut {
+        /// The host that was asked for.
+        name: String,
+        /// How long an answer was waited for.
+        after: Duration,
+    },
+    /// There is no name server to ask.
+    #[non_exhaustive]
+    NoNameServers {
+        /// The host that was asked for.
+        name: String,
+    },
+    /// The system's resolver configuration cannot be used.
+    #[non_exhaustive]
+    NoConfiguration {
+        /// The file that was read.
+        file: String,
+        /// What is wrong with it.
+        source: Arc<dyn Error + Send + Sync>,
+    },
+    /// Anything else, among it the failures of a resolver of your own: see [`ResolveError::custom`].
+    #[non_exhaustive]
+    Other {
+        /// The host that was asked for.
+        name: String,
+        /// What happened.
+        source: Arc<dyn Error + Send + Sync>,
+    },
+}
+
+impl ResolveError {
+    /// The failure of a resolver of your own.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::{error::Error, io};
+    /// use tokio_postgres_failover::ResolveError;
+    ///
+    /// let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+    /// let error = ResolveError::custom("pg.internal", refused);
+    /// assert_eq!(error.to_string(), r#"the addresses of "pg.internal" could not be found: connection refused"#);
+    /// assert!(error.source().is_some_and(|source| source.is::<io::Error>()));
+    ///
+    /// let error = ResolveError::custom("pg.internal", "the registry is empty");
+    /// assert!(error.to_string().ends_with("the registry is empty"));
+    /// ```
+    pub fn custom(name: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Other { name: name.into(), source: Arc::from(source.into()) }
+    }
+
+    /// The host that was asked for; for [`ResolveError::NoConfiguration`], the file.
+    ///
+    /// # Examples
+    /// ```
+    /// # use tokio_postgres_failover::ResolveError;
+    /// assert_eq!(ResolveError::custom("pg.internal", "no luck").name(), "pg.internal");
+    /// ```
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::NotFound { name }
+            | Self::NoAddresses { name }
+            | Self::ServerFailure { name, .. }
+            | Self::TimedOut { name, .. }
+            | Self::NoNameServers { name }
+            | Self::Other { name, .. } => name,
+            Self::NoConfiguration { file, .. } => file,
+        }
+    }
+
+    /// Whether somebody who should know has said that there is no address. All else leaves the question open.
+    pub(crate) fn is_answer(&self) -> bool {
+        self.weight() <= 1
+    }
+
+    /// The one of two failures that says more about what to repair; this one when they weigh the same.
+    pub(crate) fn or_more_telling(self, other: Self) -> Self {
+        if other.weight() > self.weight() { other } else { self }
+    }
+
+    /// "No such name" says least: a name with an address of the other family, or one further down the search list, is
+    /// not touched by it. A server that speaks up about its trouble says more than one that is silent.
+    pub(super) fn weight(&self) -> u8 {
+        match self {
+            Self::NotFound { .. } => 0,
+            Self::NoAddresses { .. } => 1,
+            Self::TimedOut { .. } => 2,
+            Self::Other { .. } => 3,
+            Self::ServerFailure { .. } => 4,
+            Self::NoNameServers { .. } | Self::NoConfiguration { .. } => 5,
+        }
+    }
+}
+
+impl fmt::Display for ResolveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFound { name } => write!(
+                f,
+                "there is no name {name:?} (NXDOMAIN): check its spelling, and whether this host asks the name servers \
+                 that know it"
+            ),
+            Self::NoAddresses { name } => write!(
+                f,
+                "the name {name:?} exists but has neither an A nor an AAAA record: check whether any server is \
+                 registered under it"
+            ),
+            Self::ServerFailure { name, code } => write!(
+                f,
+                "the name server answered {code} for {name:?}: check its health and whether this host may ask it"
+            ),
+            Self::TimedOut { name, after } => write!(
+                f,
+                "no name server answered for {name:?} within {after:.1?}: check the name servers' addresses and the \
+                 network towards them"
+            ),
+            Self::NoNameServers { name } => {
+                write!(f, "there is no name server to ask for {name:?}: check the list that was given")
+            }
+            Self::NoConfiguration { file, source } => write!(
+                f,
+                "the resolver configuration in {file} cannot be used: {source}; repair it, or give the resolver its \
+                 name servers"
+            ),
+            Self::Other { name, source } => {
+                write!(f, "the addresses of {name:?} could not be found: {source}")
+            }
+        }
+    }
+}
+
+// By hand, since a derived `source` would hand out the `Arc` itself, which no downcast sees through.
+impl Error for ResolveError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::NoConfiguration { source, .. } | Self::Other { source, .. } => Some(&**source),
+            Self::NotFound { .. }
+            | Self::NoAddresses { .. }
+            | Self::ServerFailure { .. }
+            | Self::TimedOut { .. }
+            | Self::NoNameServers { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,153 @@
+use std::fs;
+use std::path::PathBuf;
+
+use super::*;
+
+/// A directory with a `resolv.conf` and a `hosts`, gone when dropped.
+struct Etc(PathBuf);
+
+impl Etc {
+    fn new(test: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("resolve-{test}-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let etc = Self(dir);
+        etc.write("resolv.conf", "nameserver 127.0.0.1\n");
+        etc.write("hosts", "");
+        etc
+    }
+
+    /// As a DHCP client or an orchestrator does it: the new file takes the old one's place at once.
+    fn write(&self, file: &str, text: &str) {
+        let new = self.0.join("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, self.0.join(file)).unwrap();
+    }
+
+    fn resolver(&self) -> Result<HickoryResolver, ResolveError> {
+        HickoryResolver::from_files(Files { resolv_conf: self.0.join("resolv.conf"), hosts: self.0.join("hosts") })
+    }
+}
+
+impl Drop for Etc {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn servers(resolver: &HickoryResolver) -> Vec<String> {
+    let setup = resolver.setup.current();
+    setup.name_servers.iter().map(|server| server.ip.to_string()).collect()
+}
+
+fn candidates(resolv_conf: &str, host: &str) -> Vec<String> {
+    let etc = Etc::new(&format!("candidates-{}-{host}", resolv_conf.len()));
+    etc.write("resolv.conf", &format!("nameserver 127.0.0.1\n{resolv_conf}\n"));
+    let setup = etc.resolver().unwrap().setup.current();
+    let names = setup.candidates(&Name::from_str_relaxed(host).unwrap());
+    names.iter().map(Name::to_string).collect()
+}
+
+async fn found(resolver: &HickoryResolver, host: &str) -> Vec<String> {
+    let found = resolver.resolve(host).await.unwrap();
+    found.iter().map(|address| address.to_string()).collect()
+}
+
+#[test]
+fn d7_a_new_resolv_conf_is_read_before_the_next_question() {
+    let etc = Etc::new("d7-new");
+    let resolver = etc.resolver().unwrap();
+    assert_eq!(servers(&resolver), ["127.0.0.1"]);
+    // As long as the old text, and most likely within the same tick of the file system's clock.
+    etc.write("resolv.conf", "nameserver 127.0.0.2\n");
+    assert_eq!(servers(&resolver), ["127.0.0.2"]);
+    etc.write("resolv.conf", "nameserver fdaa::3\nnameserver 127.0.0.4\n");
+    assert_eq!(servers(&resolver), ["fdaa::3", "127.0.0.4"]);
+}
+
+#[test]
+fn d7_an_unchanged_file_is_not_read_again() {
+    let etc = Etc::new("d7-unchanged");
+    let resolver = etc.resolver().unwrap();
+    assert!(Arc::ptr_eq(&resolver.setup.current(), &resolver.setup.current()));
+}
+
+#[test]
+fn d7_a_file_that_cannot_be_used_leaves_the_old_one_in_force() {
+    let etc = Etc::new("d7-bad");
+    let resolver = etc.resolver().unwrap();
+    for bad in ["", "search internal\n"] {
+        etc.write("resolv.conf", bad);
+        assert_eq!(servers(&resolver), ["127.0.0.1"]);
+    }
+    fs::remove_file(etc.0.join("resolv.conf")).unwrap();
+    assert_eq!(servers(&resolver), ["127.0.0.1"]);
+    etc.write("resolv.conf", "nameserver 127.0.0.2\n");
+    assert_eq!(servers(&resolver), ["127.0.0.2"]);
+}
+
+#[tokio::test]
+async fn d7_without_a_name_server_the_one_on_this_host_is_asked() {
+    let etc = Etc::new("d7-none");
+    etc.write("resolv.conf", "options ndots:5\n");
+    assert_eq!(servers(&etc.resolver().unwrap()), ["127.0.0.1"]);
+    fs::remove_file(etc.0.join("resolv.conf")).unwrap();
+    etc.write("hosts", "10.0.0.1 pg.internal\nfe80::1%eth0 far.internal\n");
+    let resolver = etc.resolver().unwrap();
+    assert_eq!(servers(&resolver), ["127.0.0.1"]);
+    assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.1"], "the hosts file is read all the same");
+    let error = resolver.resolve("far.internal").await.unwrap_err();
+    assert!(error.to_string().contains("fe80::1%eth0"), "{error}");
+    etc.write("hosts", "10.0.0.2 pg.internal\n");
+    assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.2"]);
+    // A file that appears later counts.
+    etc.write("resolv.conf", "search bad..domain corp.example # junk\nnameserver 127.0.0.2 junk\n");
+    assert_eq!(servers(&resolver), ["127.0.0.2"]);
+}
+
+#[tokio::test]
+async fn d7_names_of_the_hosts_file_are_followed_too() {
+    let etc = Etc::new("d7-hosts");
+    etc.write("resolv.conf", "nameserver 127.0.0.1\nsearch a.internal b.internal\noptions ndots:5\n");
+    etc.write("hosts", "10.0.0.1 PG pg.internal # the primary\n::1 pg\n");
+    let resolver = etc.resolver().unwrap();
+    assert_eq!(found(&resolver, "pg").await, ["10.0.0.1", "::1"]);
+    assert_eq!(found(&resolver, "pg.INTERNAL.").await, ["10.0.0.1"]);
+    etc.write("hosts", "10.0.0.2 pg pg.internal # the primary\n::1 pg\n");
+    assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.2"]);
+    fs::remove_file(etc.0.join("hosts")).unwrap();
+    assert_eq!(found(&resolver, "localhost").await, ["127.0.0.1", "::1"]);
+}
+
+#[tokio::test]
+async fn localhost_is_known_to_the_system() {
+    let Ok(resolver) = HickoryResolver::system() else {
+        return; // a machine without a name server
+    };
+    let addresses = resolver.resolve("localhost").await.unwrap();
+    assert!(addresses.iter().all(|address| address.is_loopback()), "{addresses:?}");
+}
+
+#[test]
+fn d6_search_domains_and_ndots() {
+    let kubernetes = "search x.svc.cluster.local svc.cluster.local cluster.local\noptions ndots:5";
+    assert_eq!(
+        candidates(kubernetes, "my-pg.internal"),
+        [
+            "my-pg.internal.x.svc.cluster.local.",
+            "my-pg.internal.svc.cluster.local.",
+            "my-pg.internal.cluster.local.",
+            "my-pg.internal."
+        ]
+    );
+    assert_eq!(candidates(kubernetes, "my-pg.internal."), ["my-pg.internal."]);
+    assert_eq!(candidates("search corp.example", "pg.internal"), ["pg.internal.", "pg.internal.corp.example."]);
+    assert_eq!(candidates("search corp.example", "pg"), ["pg.corp.example.", "pg."]);
+    assert_eq!(candidates("domain corp.example", "pg"), ["pg.corp.example.", "pg."]);
+}
+
+#[test]
+fn a_resolver_prints_whom_it_asks() {
+    let resolver = HickoryResolver::with_name_servers([([10, 0, 0, 2], 5353).into()]);
+    let text = format!("{resolver:?}");
+    assert!(text.contains("10.0.0.2:5353"), "{text}");
+}

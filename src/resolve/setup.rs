@@ -1,0 +1,201 @@
+//! Whom to ask and which names: given by the user, or by the files of the system, which are read again when they change.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+use std::{fmt, fs};
+
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig};
+use hickory_resolver::net::NetError;
+use hickory_resolver::proto::rr::Name;
+
+use super::ResolveError;
+use super::system::{Hosts, ResolvConf};
+use crate::sync::lock;
+
+/// Where the name servers come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    Given(Arc<Setup>),
+    System(System),
+}
+
+impl Source {
+    pub(super) fn current(&self) -> Arc<Setup> {
+        match self {
+            Self::Given(setup) => Arc::clone(setup),
+            Self::System(system) => system.current(),
+        }
+    }
+}
+
+/// Whom to ask, and what for.
+pub(super) struct Setup {
+    pub(super) name_servers: Vec<NameServerConfig>,
+    pub(super) search: Vec<Name>,
+    pub(super) ndots: usize,
+    pub(super) edns0: bool,
+    pub(super) hosts: Hosts,
+}
+
+impl Setup {
+    /// `before`: what was read last.
+    fn read(files: &Files, before: Option<&Self>) -> Result<Self, NetError> {
+        let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
+        // A file that is gone or empty is about to be written: what it said last holds until then.
+        if let Some(before) = before.filter(|_| !files.tell_servers()) {
+            let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
+            return Ok(Self { name_servers, search, ndots: before.ndots, edns0: before.edns0, hosts });
+        }
+        let (name_servers, conf) = read_resolv_conf(&files.resolv_conf)?;
+        Ok(Self { name_servers, search: conf.search, ndots: conf.ndots, edns0: conf.edns0, hosts })
+    }
+
+    /// The absolute names that `name` may stand for, in the order in which to try them.
+    pub(super) fn candidates(&self, name: &Name) -> Vec<Name> {
+        let mut absolute = name.clone();
+        absolute.set_fqdn(true);
+        if name.is_fqdn() {
+            return vec![absolute];
+        }
+        // A name that gets too long with its domain is none.
+        let searched = self.search.iter().filter_map(|domain| name.clone().append_domain(domain).ok());
+        let mut names: Vec<Name> = searched.collect();
+        // As many dots as `ndots` means as many labels and one. `localhost` is not sent to any server (RFC 6761).
+        let first = usize::from(name.num_labels()) > self.ndots || name.is_localhost();
+        names.insert(if first { 0 } else { names.len() }, absolute);
+        names
+    }
+}
+
+impl fmt::Debug for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let servers = self.name_servers.iter().map(|server| {
+            let port = server.connections.first().map_or(53, |connection| connection.port);
+            SocketAddr::new(server.ip, port)
+        });
+        f.debug_struct("Setup")
+            .field("name_servers", &servers.collect::<Vec<_>>())
+            .field("search", &self.search)
+            .field("ndots", &self.ndots)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The file's text, whatever bytes are in it; `None` where there is no such file.
+fn read_text(file: &Path) -> Result<Option<String>, NetError> {
+    match fs::read(file) {
+        Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn name_server(ip: IpAddr) -> NameServerConfig {
+    NameServerConfig::new(ip, true, vec![ConnectionConfig::udp(), ConnectionConfig::tcp()])
+}
+
+#[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
+fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
+    let own_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let conf = ResolvConf::parse(&read_text(file)?.unwrap_or_default(), own_name.trim()).or_local();
+    Ok((conf.servers.iter().copied().map(name_server).collect(), conf))
+}
+
+#[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]
+fn read_resolv_conf(_: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
+    let (config, options) = hickory_resolver::system_conf::read_system_conf()?;
+    let (domain, search, name_servers) = config.into_parts();
+    // The domain of the host's own name is what the search list is when there is none.
+    let search = if search.is_empty() { Vec::from_iter(domain) } else { search };
+    let conf = ResolvConf { servers: Vec::new(), search, ndots: options.ndots, edns0: options.edns0 };
+    Ok((name_servers, conf))
+}
+
+/// The system's setup, read again when its files have changed.
+pub(super) struct System {
+    files: Files,
+    last: Mutex<(Stamps, Arc<Setup>)>,
+}
+
+impl System {
+    pub(super) fn new(files: Files) -> Result<Self, ResolveError> {
+        let stamps = files.stamps();
+        let setup = Setup::read(&files, None).map_err(|error| ResolveError::NoConfiguration {
+            file: files.resolv_conf.display().to_string(),
+            source: Arc::new(error),
+        })?;
+        Ok(Self { files, last: Mutex::new((stamps, Arc::new(setup))) })
+    }
+
+    /// Two calls of `stat`, and no more than that as long as nothing changed.
+    fn current(&self) -> Arc<Setup> {
+        let mut last = lock(&self.last);
+        // Taken before the files are read: what changes while they are is seen the next time.
+        let stamps = self.files.stamps();
+        if last.0 != stamps {
+            match Setup::read(&self.files, Some(&last.1)) {
+                Ok(setup) => *last = (stamps, Arc::new(setup)),
+                // The stamps stay as they are, so each question tries again: it may be half written.
+                Err(error) => tracing::warn!(
+                    %error,
+                    file = %self.files.resolv_conf.display(),
+                    "the resolver configuration has changed and cannot be used; the last one stays in force"
+                ),
+            }
+        }
+        Arc::clone(&last.1)
+    }
+}
+
+impl fmt::Debug for System {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("System").field(&self.current()).finish()
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Files {
+    pub(super) resolv_conf: PathBuf,
+    pub(super) hosts: PathBuf,
+}
+
+impl Files {
+    /// Does the file name a name server, where it is the one that counts?
+    #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
+    fn tell_servers(&self) -> bool {
+        let text = read_text(&self.resolv_conf).ok().flatten().unwrap_or_default();
+        !ResolvConf::parse(&text, "").servers.is_empty()
+    }
+
+    #[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]
+    fn tell_servers(&self) -> bool {
+        true
+    }
+
+    fn stamps(&self) -> Stamps {
+        [stamp(&self.resolv_conf), stamp(&self.hosts)]
+    }
+}
+
+/// What tells one version of a file from the next; `None` when there is no such file.
+type Stamps = [Option<Stamp>; 2];
+
+#[derive(Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    len: u64,
+    /// Files are often replaced by renaming, sometimes by one of the same length within one tick of the clock.
+    inode: u64,
+}
+
+fn stamp(file: &Path) -> Option<Stamp> {
+    let metadata = fs::metadata(file).ok()?;
+    #[cfg(unix)]
+    let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
+    #[cfg(not(unix))]
+    let inode = 0;
+    Some(Stamp { modified: metadata.modified().ok(), len: metadata.len(), inode })
+}
