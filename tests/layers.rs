@@ -136,7 +136,9 @@ fn sources() -> BTreeMap<PathBuf, String> {
                 folders.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let name = path.strip_prefix(&root).unwrap().to_owned();
-                if name != Path::new("lib.rs") && !name.ends_with("tests.rs") {
+                let tests =
+                    name.components().any(|part| Path::new(part.as_os_str()).file_stem() == Some("tests".as_ref()));
+                if name != Path::new("lib.rs") && !tests {
                     found.insert(name, fs::read_to_string(&path).unwrap());
                 }
             }
