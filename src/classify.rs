@@ -1,8 +1,12 @@
-//! Decides what an error of `tokio_postgres` means: SQLSTATE, severity, io error or closed socket → a [`Verdict`].
-//! Knows nothing of pools, transactions, and what is done about a verdict. Nothing else knows SQLSTATEs and io kinds.
-//! Invariants: total (any code, any severity has a verdict); [`commit_refused`] is true only for a proof;
-//! a code that is not in the table is the application's business unless it came with the end of the session.
-//! Tests: at the end of this file; each error there is made by a scripted server over an in-memory stream.
+//! Decides what an error of `tokio_postgres` means: it turns an SQLSTATE, a severity, an io error or a closed socket
+//! into a [`Verdict`].
+//!
+//! This module knows nothing of pools and transactions, and does not decide what is done about a verdict. No other
+//! module knows SQLSTATEs and kinds of io errors. `classify/report.rs` has the table of SQLSTATEs, `classify/driver.rs`
+//! the errors that no server reports, and `classify/chain.rs` walks along the causes of an error.
+//!
+//! Invariants: every code at every severity has a verdict. [`commit_refused`] is true only for a proof. A code that is
+//! not in the table is left to the application, unless the session ended with it. Tests: `classify/tests.rs`.
 
 mod chain;
 mod driver;
@@ -26,37 +30,38 @@ use chain::Found;
 use driver::{Kind, certificate_alert, of_driver};
 use report::{Level, class, of_report, pooler_refuses};
 
-/// What an error means. What to do about it depends on the work as well, and is decided elsewhere.
+/// What an error means. What to do about it also depends on the work, so other modules decide that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Verdict {
-    /// The session is gone, or going: nothing more is to be had from it. Says nothing about other sessions.
+    /// The session has ended or is about to end, so it cannot be used any more. Other sessions may be well.
     ConnectionLost,
-    /// The server is there and takes no work at the moment: starting, stopping, recovering.
+    /// The server answers but takes no work at the moment, because it starts, stops or recovers.
     NotNow,
-    /// The server is well and takes no more sessions: too many clients.
+    /// The server is well but takes no more sessions, because it has too many clients.
     Full,
-    /// The session cannot write: a standby, a fenced primary, or the transaction's own `READ ONLY`.
+    /// The session cannot write: the server is a standby or a fenced primary, or the transaction is `READ ONLY` itself.
     ReadOnly,
-    /// The server rolled the transaction back in favour of another one: the same work may succeed next time.
+    /// The server rolled the transaction back in favour of another one, so the same work may succeed next time.
     Conflict,
-    /// The server, or something before it, says that it does not know how the transaction ended.
+    /// The server, or a proxy in front of it, says that it does not know how the transaction ended.
     OutcomeUnknown,
-    /// An earlier error ended the transaction, and something went on as if it had not.
+    /// An earlier error aborted the transaction, and the caller sent another statement nevertheless.
     Aborted,
-    /// A prepared statement is of no use any more, as a table, a type or the session was changed under it.
+    /// A prepared statement cannot be used any more, because a table, a type or the session has changed since.
     Stale,
-    /// Configuration: credentials, database name, TLS. Trying again cannot help.
+    /// The configuration is wrong: credentials, database name or TLS. Another try cannot help.
     Refused,
-    /// The peer's bytes make no sense in this protocol. On a session that worked before, also a `COPY`
-    /// through a method that is not for it; the driver reports both alike.
+    /// The peer's bytes make no sense in this protocol. On a session that worked before, the cause can also be a `COPY`
+    /// through a method that is not meant for it, because the driver reports both in the same way.
     NotPostgres,
-    /// All else, returned as it is: constraints, syntax, time-outs of statements and transactions, conversions.
+    /// Everything else, which is returned as it is: constraints, syntax, time-outs of statements and transactions,
+    /// conversions.
     Application,
 }
 
 impl Verdict {
-    /// Whether the session, or the server behind it, is lost. A proxy may keep the client's session open, and lead it to
-    /// another server session.
+    /// Whether the session, or the server behind it, is lost. The client's own session may still be open, because a
+    /// proxy can keep it and connect it to another session of a server.
     pub(crate) fn is_loss(self) -> bool {
         match self {
             Self::ConnectionLost
@@ -80,13 +85,13 @@ pub(crate) fn classify(error: &Error) -> Verdict {
 
 /// The verdict on an error of opening a session.
 ///
-/// It differs from [`classify`] where the moment adds meaning. Any report ends the attempt, whatever severity a proxy
-/// gave it; what is wrong with the user's settings comes under more codes; and a server that rejects our certificate
-/// says so by a TLS alert which, since TLS 1.3, comes when the handshake is over on our side.
+/// It differs from [`classify`] in three points. Any report ends the attempt, whatever severity a proxy gave it. More
+/// codes mean that the user's settings are wrong. And a server that rejects our certificate says so by a TLS alert,
+/// which arrives after the end of the handshake on our side since TLS 1.3.
 pub(crate) fn verdict_of_open(error: &Error) -> Verdict {
     match Kind::of(error) {
         Kind::Db(db) => match *db.code() {
-            // Options that the server does not take, a role that may not connect, a database that takes nobody.
+            // The server does not take the options, the role may not connect, or the database takes no connections.
             SqlState::INSUFFICIENT_PRIVILEGE
             | SqlState::UNDEFINED_OBJECT
             | SqlState::INVALID_PARAMETER_VALUE
@@ -103,7 +108,7 @@ pub(crate) fn verdict_of_open(error: &Error) -> Verdict {
 
 /// The verdict on the first database error in an error's source chain, if there is one.
 ///
-/// For errors of the caller's own closure, which may hold a database error at any depth.
+/// It is meant for the errors of a caller's closure, which may hold a database error at any depth.
 pub(crate) fn classify_chain(error: &(dyn StdError + 'static)) -> Option<Verdict> {
     links(error).find_map(Found::in_link).map(|found| match found {
         Found::Driver(error) => classify(error),
@@ -111,7 +116,7 @@ pub(crate) fn classify_chain(error: &(dyn StdError + 'static)) -> Option<Verdict
     })
 }
 
-/// What the server reported, by the first database error in an error's source chain.
+/// What the server reported, taken from the first database error in an error's source chain.
 pub(crate) fn report_in_chain<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a DbError> {
     match links(error).find_map(Found::in_link)? {
         Found::Driver(error) => error.as_db_error(),
@@ -124,11 +129,12 @@ pub(crate) fn classify_report(report: &DbError) -> Verdict {
     of_report(report, Level::of(report))
 }
 
-/// Whether this answer to `COMMIT` proves that the transaction was rolled back. If not, its outcome is in doubt.
+/// Whether this answer to `COMMIT` proves that the transaction was rolled back. If it does not, the outcome is in
+/// doubt.
 ///
-/// The server can report an `ERROR` only before the commit record is written; from there on any failure is a PANIC.
-/// But that holds for its own word, and a proxy uses the same message for "the server behind me is gone".
-/// A server names the routine that reports, in each of its errors; proxies do not.
+/// A server can report an `ERROR` only before it writes the commit record, because any failure after that is a PANIC.
+/// But this holds only for reports of the server itself. A proxy sends the same message when the server behind it is
+/// gone. A server names the reporting routine in each of its errors, and proxies do not, which tells the two apart.
 pub(crate) fn commit_refused(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -137,9 +143,10 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
         return false;
     }
     match class(db) {
-        // "Connection exception", the unknown resolution (08007) among them: of whose connection, nobody can tell.
+        // "Connection exception", which includes the unknown resolution (08007). Nobody can tell whose connection is
+        // meant.
         "08" => false,
-        // Integrity constraints, deferred ones here: a rollback whoever says so.
+        // Integrity constraints, which are deferred ones at COMMIT. They mean a rollback, whoever reports them.
         "23" => true,
         _ => match *db.code() {
             SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN
@@ -154,8 +161,8 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
     }
 }
 
-/// Whether the statement that looks for the pool's own transaction, before COMMIT, has found another one, or none: it divides
-/// by zero then, or reads a setting that is empty or unknown.
+/// Whether the statement that looks for the pool's own transaction before COMMIT found another one or none. That
+/// statement then divides by zero, or reads a setting that is empty or unknown.
 pub(crate) fn not_ours(error: &Error) -> bool {
     let codes = [SqlState::DIVISION_BY_ZERO, SqlState::INVALID_TEXT_REPRESENTATION, SqlState::UNDEFINED_OBJECT];
     reports(error, &codes)
@@ -173,8 +180,8 @@ fn reports(error: &Error, codes: &[SqlState]) -> bool {
     Level::of(db) == Level::Error && codes.contains(db.code())
 }
 
-/// Whether the server does not know, or does not permit, what the statement asked for: managed services take functions
-/// away from ordinary roles. Says nothing about its health.
+/// Whether the server does not know, or does not permit, what the statement asked for. Managed services take functions
+/// away from ordinary roles. This says nothing about the health of the server.
 pub(crate) fn not_offered(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -182,8 +189,8 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
-/// Whether the error may be about one part of what a statement asked for, so that the others can be had: it is not offered, or it
-/// fails each time (a file that cannot be read, an internal error).
+/// Whether the error may be about only one part of what a statement asked for. The server does not offer that part, or
+/// it fails each time (a file that cannot be read, an internal error). The other parts may still be answered.
 pub(crate) fn about_a_part(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -191,13 +198,13 @@ pub(crate) fn about_a_part(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "0A" | "22" | "38" | "39" | "42" | "55" | "58" | "P0" | "XX")
 }
 
-/// Whether a function was asked that a standby does not answer.
+/// Whether the statement called a function that works only on a primary.
 pub(crate) fn for_primaries_only(error: &Error) -> bool {
     reports(error, &[SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
 }
 
-/// Whether the server refused the role or its password. Not all ways to authenticate have the code of a wrong password:
-/// PAM, by which RDS takes its tokens, has the more general one.
+/// Whether the server refused the role or its password. Some methods of authentication report a more general code than
+/// that of a wrong password. PAM, which RDS uses for its tokens, is one of them.
 pub(crate) fn not_let_in(error: &Error) -> bool {
     let codes = [SqlState::INVALID_PASSWORD, SqlState::INVALID_AUTHORIZATION_SPECIFICATION];
     error.code().is_some_and(|code| codes.contains(code))

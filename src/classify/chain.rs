@@ -1,4 +1,4 @@
-//! The causes of an error: which links its source chain has, where a database error is among them, and all in one line.
+//! Walks along the causes of an error: finds the database error among them, and writes all of them in one line.
 
 use std::error::Error as StdError;
 use std::fmt::Write as _;
@@ -11,7 +11,7 @@ use tokio_postgres::error::DbError;
 use super::driver::Kind;
 use super::encryption;
 
-/// A source chain longer than this is a loop, or nobody's.
+/// The most links of a source chain that are looked at. A longer chain is most likely a loop.
 const LINKS: usize = 16;
 
 /// The error and its causes, from the outside in.
@@ -23,10 +23,10 @@ pub(super) fn io_error(error: &Error) -> Option<&io::Error> {
     links(error).find_map(|link| link.downcast_ref())
 }
 
-/// A link of a source chain that is of the database.
+/// A database error in a source chain.
 pub(super) enum Found<'a> {
     Driver(&'a Error),
-    /// What the server said, alone: whoever wraps the driver's error transparently shows no more of it.
+    /// The server's report alone. An error that wraps the driver's error transparently shows only this as its source.
     Report(&'a DbError),
 }
 
@@ -36,7 +36,8 @@ impl<'a> Found<'a> {
     }
 }
 
-/// A link that is a database error, or a wrapper that hides one: `source` of these three skips what they hold.
+/// The database error that a link is, or that a wrapper hides. The `source` of these three wrappers skips the error
+/// that they hold.
 fn database_error<'a>(link: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
     if let Some(boxed) = link.downcast_ref::<Box<Error>>() {
         return Some(boxed);
@@ -50,10 +51,11 @@ fn database_error<'a>(link: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
     link.downcast_ref()
 }
 
-/// The error in one line: what the driver says, the SQLSTATE and message of the server, and the causes.
+/// Writes the error in one line: the driver's text, or the SQLSTATE and message of the server, and then the causes.
 ///
-/// `Display` of the driver's error stops at "db error". DETAIL and HINT are left out, as they quote rows, and so is
-/// whatever a connection string was misread as, which may be a part of its password.
+/// `Display` of the driver's error says only "db error". DETAIL and HINT are left out, because they quote rows. The
+/// unknown option of a connection string is left out as well, because it may be a part of a password that was not
+/// escaped.
 pub(crate) fn explain(error: &Error) -> String {
     let mut line = match Kind::of(error) {
         Kind::Db(db) => {

@@ -1,4 +1,5 @@
-//! Errors that the driver or the operating system finds, and no server reports: lost sockets, malformed bytes, settings.
+//! The errors that the driver or the operating system finds and no server reports: lost sockets, malformed bytes, wrong
+//! settings.
 
 use std::error::Error as StdError;
 use std::io;
@@ -9,7 +10,8 @@ use tokio_postgres::error::DbError;
 use super::Verdict;
 use super::chain::{io_error, links};
 
-/// The driver's kind of error, which is private there: read from the texts of its `Display`, each pinned by a test.
+/// The driver's kind of error. The driver keeps it private, so it is read from the text of `Display`. A test pins each
+/// text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind<'a> {
     Db(&'a DbError),
@@ -23,7 +25,7 @@ pub(super) enum Kind<'a> {
     Timeout,
     UnexpectedMessage,
     Parse,
-    /// Conversions, wrong numbers of rows, columns, parameters.
+    /// Failed conversions, and wrong numbers of rows, columns or parameters.
     Usage,
 }
 
@@ -50,12 +52,13 @@ impl<'a> Kind<'a> {
     }
 }
 
-/// The verdict on what is not a report of the server: found by the driver or the operating system.
+/// The verdict on an error that no server reported, but the driver or the operating system found.
 pub(super) fn of_driver(error: &Error, kind: Kind<'_>) -> Verdict {
     match kind {
         Kind::Closed | Kind::Timeout => Verdict::ConnectionLost,
-        // The codec's own complaints about malformed bytes are io errors while a session opens; the system's have a
-        // number. A message cut short has the same kind as a socket cut short, so it counts as that.
+        // While a session opens, the codec reports malformed bytes as io errors, and only io errors of the system have
+        // an OS error number. A message that was cut short has the same kind as a socket that was cut short, so it
+        // counts as a lost connection.
         Kind::Io => match io_error(error) {
             Some(cause) if certificate_alert(&cause.to_string()) => Verdict::ConnectionLost,
             Some(cause)
@@ -66,16 +69,16 @@ pub(super) fn of_driver(error: &Error, kind: Kind<'_>) -> Verdict {
             }
             _ => Verdict::ConnectionLost,
         },
-        // Refused, unreachable, timed out, no address: a server may be there next time.
+        // Refused, unreachable, timed out, or no address. A server may answer there next time.
         Kind::Connect => match io_error(error).map(ToString::to_string).as_deref() {
-            // How the driver says that `target_session_attrs` was not met.
+            // The driver reports in these words that `target_session_attrs` was not met.
             Some("database does not allow writes") => Verdict::ReadOnly,
             Some("database is not read only") => Verdict::NotNow,
             _ => Verdict::ConnectionLost,
         },
         Kind::Tls if links(error).any(cut_short) => Verdict::ConnectionLost,
         Kind::Tls | Kind::Authentication | Kind::Config | Kind::ConnectionString => Verdict::Refused,
-        // The driver files two mistakes of the caller's here.
+        // The driver also reports two mistakes of the caller under this kind.
         Kind::Parse
             if io_error(error).is_some_and(|cause| {
                 matches!(cause.to_string().as_str(), "string contains embedded null" | "value too large to transmit")
@@ -88,11 +91,11 @@ pub(super) fn of_driver(error: &Error, kind: Kind<'_>) -> Verdict {
     }
 }
 
-/// Whether the peer ended an open connection without a word that makes sense.
+/// Whether the peer ended an open connection without a message that makes sense.
 pub(crate) fn hung_up(error: &Error) -> bool {
     match Kind::of(error) {
         Kind::Closed => true,
-        // The second is of the codec: what came before the end was no whole message.
+        // The codec reports the second one when the bytes before the end were not a whole message.
         Kind::Io => io_error(error).is_some_and(|cause| {
             matches!(cause.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
                 || cause.to_string() == "bytes remaining on stream"
@@ -101,7 +104,7 @@ pub(crate) fn hung_up(error: &Error) -> bool {
     }
 }
 
-/// A name for an error without an SQLSTATE, of a handful: for telemetry.
+/// A short name for an error without an SQLSTATE, for telemetry. There are only a few of these names.
 pub(crate) fn without_code(error: &Error) -> &'static str {
     match Kind::of(error) {
         Kind::Closed | Kind::Io => match of_driver(error, Kind::of(error)) {
@@ -119,12 +122,12 @@ pub(crate) fn without_code(error: &Error) -> &'static str {
             _ => "protocol",
         },
         Kind::Usage => "usage",
-        // It has one.
+        // An error of the database has an SQLSTATE, so nobody asks for its name.
         Kind::Db(_) => "database",
     }
 }
 
-/// Whether a handshake failed for want of a peer and not for what the peer said.
+/// Whether a handshake failed because the connection was lost, and not because of what the peer said.
 pub(super) fn cut_short(link: &(dyn StdError + 'static)) -> bool {
     let by_kind = link.downcast_ref::<io::Error>().is_some_and(|cause| {
         matches!(
@@ -139,11 +142,11 @@ pub(super) fn cut_short(link: &(dyn StdError + 'static)) -> bool {
                 | io::ErrorKind::NetworkUnreachable
         )
     });
-    // OpenSSL has an end of file without an io error.
+    // OpenSSL reports an end of file without an io error.
     by_kind || link.to_string().to_ascii_lowercase().contains("unexpected eof")
 }
 
-/// Whether the text is a TLS alert about our certificate, or the lack of one, in the words of rustls or OpenSSL.
+/// Whether the text is a TLS alert that our certificate is missing or not accepted, in the words of rustls or OpenSSL.
 pub(super) fn certificate_alert(text: &str) -> bool {
     let text = text.to_ascii_lowercase();
     text.contains("alert")

@@ -1,15 +1,16 @@
-//! Reads what went wrong with TLS from the line that [`explain`](super::explain) made of an error: what to do depends on it.
+//! Reads what went wrong with TLS from the line that [`explain`](super::explain) makes of an error, because the advice
+//! to the user depends on it.
 //!
-//! By words: connectors of all TLS libraries end in the same driver error, and none of their types is known here. The words
-//! of rustls are pinned by `tests/it/tls.rs`.
+//! It goes by words. The connectors of all TLS libraries end in the same driver error, and their own error types are
+//! not known here. `tests/it/tls.rs` pins the words of rustls.
 
-/// Why encryption, or the want of it, kept a session from being opened.
+/// Why encryption, or the lack of it, kept a session from being opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum TlsTrouble {
     Certificate(BadCertificate),
-    /// TLS is required here, and the server has none.
+    /// The client requires TLS, and the server does not offer it.
     NotOffered,
-    /// The server takes nothing but TLS.
+    /// The server requires TLS, and the client did not use it.
     Wanted,
 }
 
@@ -20,11 +21,11 @@ pub(crate) enum BadCertificate {
     NotYetValid,
     WrongName,
     UnknownAuthority,
-    /// Anything else: of an old version, of an authority used as a server's, revoked.
+    /// Anything else. For example, the certificate has an old version, belongs to an authority, or is revoked.
     Unusable,
 }
 
-/// What the line says about TLS, if anything.
+/// What the line says about TLS, if it says anything about it.
 pub(crate) fn tls_trouble(line: &str) -> Option<TlsTrouble> {
     if line.starts_with("FATAL 28000") && (line.ends_with("no encryption") || line.ends_with("SSL off"))
         || line.contains("08P01: SSL required")
@@ -39,7 +40,7 @@ pub(crate) fn tls_trouble(line: &str) -> Option<TlsTrouble> {
 }
 
 fn bad_certificate(told: &str) -> Option<BadCertificate> {
-    // Of rustls, of OpenSSL, and of postgres-openssl.
+    // These are the words of rustls, OpenSSL and postgres-openssl.
     if !["invalid peer certificate", "certificate verify failed", "cert verification failed"]
         .iter()
         .any(|start| told.contains(start))
@@ -53,7 +54,7 @@ fn bad_certificate(told: &str) -> Option<BadCertificate> {
         BadCertificate::NotYetValid
     } else if says(&["not valid for name", "notvalidforname", "hostname mismatch", "ip address mismatch"]) {
         BadCertificate::WrongName
-    // A new authority with the old one's name looks like a bad signature.
+    // A new authority with the name of the old one looks like a bad signature.
     } else if says(&[
         "unknownissuer",
         "badsignature",
@@ -68,8 +69,8 @@ fn bad_certificate(told: &str) -> Option<BadCertificate> {
     })
 }
 
-/// rustls counts a certificate's time in seconds since 1970, and adds the present: neither is for people, and with the
-/// second, no two lines would be alike.
+/// Writes the time of a certificate as a date. rustls writes it in seconds since 1970 and adds the present time. People
+/// cannot read the former, and the latter would make every line of the log different.
 pub(super) fn dated(text: &str) -> Option<String> {
     let (head, rest) = text.split_once(": verification time ")?;
     let (_, rest) = rest.split_once(" (UNIX), but certificate is ")?;

@@ -1,4 +1,5 @@
-//! Why a server ends a session by itself: whether the same work would be ended again, by which setting, and what to do.
+//! Why a server ends a session by itself: whether it would end the same work again, which setting is behind it, and
+//! what the user can do.
 
 use tokio_postgres::error::{DbError, SqlState};
 
@@ -7,32 +8,32 @@ use super::{Level, Verdict, class, of_report};
 /// Whether running the work again on a new session would end in the same way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Recurs {
-    /// The work itself, or a setting that it meets, is the reason.
+    /// The session would end again: the work itself, or a setting that limits it, is the reason.
     Always,
-    /// Nobody knows. Once more tells.
+    /// It is not known. Running the work once more shows it.
     Perhaps,
-    /// A failover, a restart or an administrator.
+    /// It would not: a failover, a restart or an administrator ended the session.
     No,
 }
 
-/// A report that ends its session.
+/// Whether the report ends its session.
 pub(crate) fn ends_session(db: &DbError) -> bool {
     Level::of(db) == Level::Ends
 }
 
-/// A warning that comes before a session ends without another word: of the crash of another backend, of an immediate
-/// shutdown.
+/// Whether the notice is a warning after which the session ends without another report. Servers send it when another
+/// backend has crashed and before an immediate shutdown.
 pub(crate) fn announces_end(notice: &DbError) -> bool {
     matches!(*notice.code(), SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN)
 }
 
-/// The verdict on a transaction whose session was ended with this report while nothing of the driver's was under way on it,
-/// or with a report that its statement has met.
+/// The verdict on a transaction whose session ended with this report. The report may have come while the session was
+/// idle, or as the answer to a statement.
 pub(crate) fn verdict_of_end(db: &DbError) -> Verdict {
     match (recurs(db), of_report(db, Level::Ends)) {
         (_, refused @ Verdict::Refused) => refused,
         (Recurs::Always, _) => Verdict::Application,
-        // A FATAL one is a standby's recovery conflict.
+        // At FATAL, a conflict with the recovery of a standby ended the session.
         (_, Verdict::Application | Verdict::Aborted | Verdict::Conflict) => Verdict::ConnectionLost,
         (_, verdict) => verdict,
     }
@@ -46,11 +47,11 @@ pub(crate) fn recurs(db: &DbError) -> Recurs {
     match db.code().code() {
         "25P03" | "25P04" | "57P05" | "57P04" => Recurs::Always,
         "57P01" | "57P02" | "57P03" | "53300" => Recurs::No,
-        // The server itself lost track of the protocol: of what this session sent.
+        // The server itself lost track of the protocol, because of what this session sent.
         "08P01" if db.routine().is_some() => Recurs::Perhaps,
         _ => match class(db) {
             "08" | "40" => Recurs::No,
-            // What the work asked for, or may not do.
+            // The work asked for something that is wrong or not allowed.
             "0A" | "22" | "25" | "26" | "28" | "34" | "3D" | "3F" | "42" | "44" | "54" | "55" | "F0" | "P0" => {
                 Recurs::Always
             }
@@ -59,7 +60,7 @@ pub(crate) fn recurs(db: &DbError) -> Recurs {
     }
 }
 
-/// The setting behind the end of a session, where there is one, and what to do about it.
+/// The setting that ended a session, if it was a setting, and what to do about it.
 pub(crate) fn advice(db: &DbError) -> (Option<&'static str>, &'static str) {
     if let Some(limit) = pooler_limit(db) {
         return limit;
@@ -67,17 +68,18 @@ pub(crate) fn advice(db: &DbError) -> (Option<&'static str>, &'static str) {
     match db.code().code() {
         "25P03" => (
             Some("idle_in_transaction_session_timeout"),
-            "the transaction was idle between two statements for longer than it allows: do what takes long before or after \
-             the transaction, or raise it (SET LOCAL, ALTER ROLE … SET)",
+            "the transaction was idle between two statements for longer than it allows: do what takes long before or \
+             after the transaction, or raise it (SET LOCAL, ALTER ROLE … SET)",
         ),
         "25P04" => (
             Some("transaction_timeout"),
-            "the transaction took longer than it allows: make it shorter, split it, or raise it (SET LOCAL, ALTER ROLE … SET)",
+            "the transaction took longer than it allows: make it shorter, split it, or raise the setting (SET LOCAL, \
+             ALTER ROLE … SET)",
         ),
         "57P05" => (
             Some("idle_session_timeout"),
-            "the session was idle outside of a transaction for longer than it allows: use it sooner, raise it, or set the \
-             pool's idle_timeout below it",
+            "the session was idle outside of a transaction for longer than it allows: use the session sooner, raise \
+             the setting, or set the pool's idle_timeout below it",
         ),
         "57P04" => (None, "the database was dropped: check where the connection string leads"),
         "57P01" => {
@@ -97,7 +99,8 @@ pub(crate) fn advice(db: &DbError) -> (Option<&'static str>, &'static str) {
     }
 }
 
-/// `PgBouncer` has one SQLSTATE for everything that ends a session, and its limits have names.
+/// The limit of `PgBouncer` that ended a session, and what to do about it. `PgBouncer` reports one SQLSTATE for
+/// everything that ends a session, so the limit is known only by its name in the message.
 fn pooler_limit(db: &DbError) -> Option<(Option<&'static str>, &'static str)> {
     if db.routine().is_some() {
         return None;
@@ -110,8 +113,8 @@ fn pooler_limit(db: &DbError) -> Option<(Option<&'static str>, &'static str)> {
         }
         "idle_transaction_timeout" => named(
             "idle_transaction_timeout",
-            "the pooler's limit for pauses between two statements of a transaction: do what takes long before or after the \
-             transaction, or raise the limit",
+            "the pooler's limit for pauses between two statements of a transaction: do what takes long before or after \
+             the transaction, or raise the limit",
         ),
         "transaction_timeout" => {
             named("transaction_timeout", "the pooler's limit for one transaction: make it shorter, or raise the limit")

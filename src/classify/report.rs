@@ -1,17 +1,17 @@
-//! What a server or a proxy reports: the table of SQLSTATEs.
+//! The table of SQLSTATEs: what a report of a server or a proxy means.
 
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
 use super::{Verdict, stale_report};
 
-/// What a report says about its session.
+/// What a report says about the session that it came on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Level {
     /// The session goes on.
     Error,
-    /// FATAL and PANIC: it ends.
+    /// The session ends: FATAL or PANIC.
     Ends,
-    /// Translated, and without the plain copy that servers send since 9.6.
+    /// The severity is translated, and the untranslated copy that servers send since 9.6 is missing.
     Unknown,
 }
 
@@ -20,7 +20,7 @@ impl Level {
         match db.parsed_severity() {
             Some(Severity::Fatal | Severity::Panic) => Self::Ends,
             Some(_) => Self::Error,
-            // Poolers send the one field only, and never translate it.
+            // Poolers send only the field that may be translated, and never translate it.
             None => match db.severity() {
                 "FATAL" | "PANIC" => Self::Ends,
                 "ERROR" => Self::Error,
@@ -30,64 +30,68 @@ impl Level {
     }
 }
 
-/// The table of SQLSTATEs. Rows hold at any level unless they say otherwise.
+/// The table of SQLSTATEs. A row holds at any level unless it names one.
 #[expect(clippy::match_same_arms, reason = "one row per code, with its own reason")]
 pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
     let ends = level == Level::Ends;
     match *db.code() {
-        // The session goes on, its prepared statements do not.
+        // The session goes on, but its prepared statements cannot be used any more.
         _ if !ends && stale_report(db).is_some() => Verdict::Stale,
 
-        // Shutting down, starting up, in recovery, a standby that is not consistent yet.
+        // The server shuts down, starts up or recovers, or is a standby that is not consistent yet.
         SqlState::CANNOT_CONNECT_NOW => Verdict::NotNow,
-        // No slot left, for all or for this role or database.
+        // No connection slot is free, either in all or for this role or database.
         SqlState::TOO_MANY_CONNECTIONS => Verdict::Full,
 
-        // An INSERT on a standby or under `default_transaction_read_only`, or in the user's own READ ONLY transaction.
+        // A write on a standby, under `default_transaction_read_only`, or in a transaction that the user made READ
+        // ONLY.
         SqlState::READ_ONLY_SQL_TRANSACTION => Verdict::ReadOnly,
-        // BEGIN READ WRITE, BEGIN ISOLATION LEVEL SERIALIZABLE on a standby.
+        // BEGIN READ WRITE or BEGIN ISOLATION LEVEL SERIALIZABLE on a standby.
         SqlState::FEATURE_NOT_SUPPORTED if hot_standby(db) => Verdict::ReadOnly,
-        // Whatever needs a transaction id there and does not ask about recovery first, such as pg_logical_emit_message.
+        // A function that needs a transaction id on a standby and does not check for recovery first, such as
+        // pg_logical_emit_message.
         SqlState::INTERNAL_ERROR if db.routine() == Some("GetNewTransactionId") => Verdict::ReadOnly,
-        // Otherwise, while the session ends: start-up parameters or a protocol version the peer does not take.
+        // With the end of the session, it is about start-up parameters or a protocol version that the peer does not
+        // take.
         SqlState::FEATURE_NOT_SUPPORTED if ends => Verdict::Refused,
 
-        // The connection to a second phase was lost; a middle man's or a foreign server's word.
+        // A proxy or a foreign server lost the connection and does not know how the transaction ended.
         SqlState::TRANSACTION_RESOLUTION_UNKNOWN => Verdict::OutcomeUnknown,
-        // Named for this by the standard; CockroachDB sends it for an ambiguous commit.
+        // The SQL standard has this code for an unknown completion. CockroachDB sends it for an ambiguous commit.
         SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN => Verdict::OutcomeUnknown,
 
-        // pg_terminate_backend, fast shutdown; at ERROR, the same that met a parallel worker of this session.
+        // pg_terminate_backend or a fast shutdown. At ERROR, the same happened to a parallel worker of this session.
         SqlState::ADMIN_SHUTDOWN => Verdict::ConnectionLost,
-        // Another backend crashed, and the server restarts all.
+        // Another backend crashed, so the server restarts all of them.
         SqlState::CRASH_SHUTDOWN => Verdict::ConnectionLost,
-        // The session was idle for too long for the server's taste; the next one will do.
+        // The session was idle for longer than the server allows. A new session works.
         SqlState::IDLE_SESSION_TIMEOUT => Verdict::ConnectionLost,
-        // The database was dropped under the session.
+        // The database of the session was dropped.
         SqlState::DATABASE_DROPPED if ends => Verdict::Refused,
 
-        // A statement that breaks the protocol, such as a wrong number of parameters.
+        // The statement breaks the protocol, for example by a wrong number of parameters.
         SqlState::PROTOCOL_VIOLATION if !ends => Verdict::Application,
-        // A pooler whose mode knows no transactions: the next one would end the same way.
+        // The mode of the pooler allows no transactions, so the next one would end in the same way.
         SqlState::PROTOCOL_VIOLATION if db.message() == "transaction blocks not allowed in statement pooling mode" => {
             Verdict::Refused
         }
-        // Wrong password, no such role, no line in pg_hba.conf.
+        // The password is wrong, the role does not exist, or pg_hba.conf has no line for it.
         SqlState::INVALID_PASSWORD | SqlState::INVALID_AUTHORIZATION_SPECIFICATION if ends => Verdict::Refused,
-        // No such database. At ERROR it is a DROP DATABASE's complaint.
+        // The database does not exist. At ERROR, it is the answer to a DROP DATABASE.
         SqlState::INVALID_CATALOG_NAME if ends => Verdict::Refused,
 
-        // Rolled back for another transaction's sake, the session lives. A FATAL one is a standby's recovery conflict.
+        // The transaction was rolled back in favour of another one, and the session goes on. At FATAL, the recovery of
+        // a standby was in conflict with the session and ended it.
         SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED if !ends => Verdict::Conflict,
         SqlState::IN_FAILED_SQL_TRANSACTION => Verdict::Aborted,
 
-        // FATAL, but the closure took too long between two statements, and would again.
+        // It is FATAL, but the closure paused for too long between two statements and would do so again.
         SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => Verdict::Application,
         _ => match (class(db), level) {
-            // `transaction_timeout` (17 and later), of which the driver has no name: as the row above.
+            // `transaction_timeout` (17 and later) is like the row above. The driver has no name for its code.
             _ if db.code().code() == "25P04" => Verdict::Application,
-            // At ERROR with a routine: postgres_fdw or dblink lost *their* server, this session lives. Without one, a
-            // proxy lost the server behind it. PgBouncer has FATAL 08P01 for everything that befalls it.
+            // At ERROR with a routine, postgres_fdw or dblink lost *their* server, and this session goes on. Without a
+            // routine, a proxy lost the server behind it. PgBouncer reports FATAL 08P01 for every trouble of its own.
             ("08", Level::Error) if db.routine().is_some() => Verdict::Application,
             ("08", _) => Verdict::ConnectionLost,
             (_, Level::Ends) => Verdict::ConnectionLost,
@@ -101,12 +105,12 @@ pub(super) fn class(db: &DbError) -> &str {
     db.code().code().get(..2).unwrap_or_default()
 }
 
-/// Whether a "feature not supported" is a standby's refusal of a transaction mode.
+/// Whether a "feature not supported" means that a standby refuses a transaction mode.
 ///
-/// The message may be translated; then the routine tells. Both are raised by hooks of a parameter
-/// (`check_transaction_read_only`, `check_XactIsoLevel` in src/backend/commands/variable.c), on whose behalf guc.c
-/// reports (seen on 15), and no other hook of these types has this SQLSTATE. The second also comes from
-/// src/backend/storage/lmgr/predicate.c.
+/// The message may be translated, so the routine counts as well. Check hooks of two parameters raise both errors
+/// (`check_transaction_read_only` and `check_XactIsoLevel` in src/backend/commands/variable.c), and guc.c reports them
+/// under its own routine (seen on 15). No other check hook of these types has this SQLSTATE. The second error also
+/// comes from src/backend/storage/lmgr/predicate.c.
 pub(super) fn hot_standby(db: &DbError) -> bool {
     matches!(
         db.message(),
@@ -124,7 +128,8 @@ pub(super) fn hot_standby(db: &DbError) -> bool {
     )
 }
 
-/// `PgBouncer`'s refusals of a login for good. They come under 08P01 like its passing troubles: only the text tells.
+/// Whether `PgBouncer` refuses a login for good. It reports passing troubles under the same code, 08P01, so only the
+/// text tells them apart.
 pub(super) fn pooler_refuses(message: &str) -> bool {
     const REFUSALS: [&str; 9] = [
         "auth failed",
