@@ -21,8 +21,8 @@ impl SplitMix64 {
         z ^ (z >> 31)
     }
 
-    /// A duration between zero and `limit`, both included, each equally likely. A limit of more than 584 years counts as
-    /// 584 years.
+    /// A duration between zero and `limit`, both included, each equally likely. A limit of more than 584 years counts
+    /// as 584 years.
     pub(crate) fn up_to(&mut self, limit: Duration) -> Duration {
         let nanos = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         let scaled = ((u128::from(nanos) + 1) * u128::from(self.next())) >> 64;

@@ -1,9 +1,13 @@
-//! Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts, the budget.
-//! Knows nothing of whether a re-run is safe, and of clocks: the time is an argument. It names the public error for
-//! the user's hooks alone, and looks into none.
-//! Invariants: a delay never reaches beyond the deadline; no setting and no length of an outage panics or overflows;
-//! the budget grants at most `burst + per_second × t + ratio × successes` re-runs without a wait in any time `t`.
-//! Tests: at the end of this file, by property.
+//! Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts and the budget.
+//!
+//! This module does not know whether a re-run is safe, and it reads no clock: the time is an argument. It names the
+//! public error only for the user's hooks, and decides nothing by it. `retry/policy.rs` has the settings,
+//! `retry/backoff.rs` the schedules, `retry/budget.rs` the bound of a whole pool, and `retry/hooks.rs` what the user
+//! adds.
+//!
+//! Invariants: a delay never reaches beyond the deadline. No setting and no length of an outage causes a panic or an
+//! overflow. In any time `t`, the budget grants at most `burst + per_second × t + ratio × successes` re-runs without a
+//! wait. Tests: `retry/tests.rs`, by property.
 
 mod backoff;
 mod budget;
@@ -22,18 +26,18 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The longest wait and the most distant deadline, about thirty years. Longer settings count as this one, because points
-/// in time and the timers of some platforms overflow beyond it.
+/// The longest wait and the most distant deadline, about thirty years. Longer settings count as this one, because
+/// points in time and the timers of some platforms overflow beyond it.
 pub(crate) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// One call under a [`RetryPolicy`]: which attempt it is at, and until when it may go on.
+/// One call under a [`RetryPolicy`]: which attempt it makes now, and how long it may go on.
 pub(crate) struct Retries {
     schedule: Box<dyn Backoff>,
     began: Instant,
     deadline: Instant,
     attempt: u32,
     attempts: Option<u32>,
-    /// When the attempt under way failed, if that was noticed before it was known what it had come to.
+    /// When the current attempt failed, if its failure was noticed before its outcome was known.
     failed_at: Option<Instant>,
 }
 
@@ -43,27 +47,28 @@ impl Retries {
         self.deadline
     }
 
-    /// The attempt under way; the first is 1.
+    /// The number of the current attempt. The first is 1.
     pub(crate) fn attempt(&self) -> u32 {
         self.attempt
     }
 
-    /// The attempt under way failed at this moment; its delay is counted from here, whenever [`Self::next`] is asked.
+    /// Notes that the current attempt failed at this moment. Its delay is counted from here, even if [`Self::next`] is
+    /// asked later.
     pub(crate) fn failed(&mut self, at: Instant) {
         self.failed_at = Some(at);
     }
 
-    /// The attempt under way has failed, at `now` unless [`Self::failed`] said when: how long to wait before the next, or why
-    /// there is none.
+    /// Says how long to wait before the next attempt, or why there is none. The current attempt has failed at `now`,
+    /// unless [`Self::failed`] gave an earlier moment.
     ///
-    /// A token taken from `budget` stays taken on `Ok`, and is given back on `Err`.
+    /// On `Ok` one token of `budget` is used up. On `Err` no token is used up.
     pub(crate) fn next(&mut self, now: Instant, budget: &RetryBudget) -> Result<Duration, GiveUp> {
         if self.attempts.is_some_and(|limit| self.attempt >= limit) {
             return Err(GiveUp::Attempts(self.attempt));
         }
         let passed = self.failed_at.take().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let delay = self.schedule.next_delay().ok_or(GiveUp::Schedule)?.saturating_sub(passed);
-        // An attempt that starts at the deadline has no time left, so `>=`.
+        // `>=`, because an attempt that starts at the deadline has no time left.
         let left = self.deadline.saturating_duration_since(now);
         if delay >= left {
             return Err(GiveUp::Deadline);
@@ -91,15 +96,15 @@ impl fmt::Debug for Retries {
 /// Why a call is not run again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum GiveUp {
-    /// The policy's number of attempts (this many) is used up.
+    /// The number of attempts that the policy allows (this many) is used up.
     Attempts(u32),
     /// The next delay would reach the deadline.
     Deadline,
     /// The user's schedule ended.
     Schedule,
-    /// The pool's budget has no re-run to give before the deadline.
+    /// The budget of the pool grants no re-run before the deadline.
     Budget,
-    /// The user's hook said stop.
+    /// The user's hook stopped the call.
     Hook,
 }
 

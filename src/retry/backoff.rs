@@ -1,4 +1,4 @@
-//! Schedules of delays.
+//! The schedules of delays between the attempts of one call.
 
 use std::time::Duration;
 
@@ -6,10 +6,11 @@ use crate::random::SplitMix64;
 
 /// A schedule of delays: how long to wait before each re-run of one call.
 ///
-/// A schedule only says *how long*. Whether a re-run is safe is decided before it is asked, and the deadline and the
-/// number of attempts of the [`RetryPolicy`] hold whatever it says: it can stop a call, and it cannot prolong one.
+/// A schedule only says *how long*. Whether a re-run is safe is decided before the schedule is asked. The deadline and
+/// the number of attempts of the [`RetryPolicy`](crate::RetryPolicy) hold in any case, so a schedule can stop a call
+/// but cannot prolong it.
 ///
-/// Every iterator of [`Duration`]s is a schedule, those of the `backon` crate among them.
+/// Every iterator of [`Duration`]s is a schedule. Those of the `backon` crate are such iterators.
 ///
 /// ```
 /// use std::time::Duration;
@@ -32,7 +33,8 @@ use crate::random::SplitMix64;
 pub trait Backoff: Send {
     /// The wait before the next re-run; `None` ends the call with the error of its last attempt.
     ///
-    /// Asked once per failed attempt, on one call's own schedule, so the state in `self` is that call's alone.
+    /// It is asked once after each failed attempt. Each call has a schedule of its own, so the state in `self` belongs
+    /// to one call.
     fn next_delay(&mut self) -> Option<Duration>;
 }
 
@@ -42,9 +44,10 @@ impl<I: Iterator<Item = Duration> + Send> Backoff for I {
     }
 }
 
-/// Delays that grow by a factor up to a limit, and never end: the schedule a [`RetryPolicy`] uses by itself.
+/// Delays that grow by a factor up to a limit and never end. It is the default schedule of a
+/// [`RetryPolicy`](crate::RetryPolicy).
 ///
-/// Named here for those who build a schedule of their own on top of it, as an iterator:
+/// It is public for schedules that are built on top of it, as an iterator:
 ///
 /// ```
 /// use std::time::Duration;
@@ -70,18 +73,20 @@ pub struct Exponential {
 }
 
 impl Exponential {
-    /// `initial`, then each delay `factor` times the one before, none longer than `max`; no jitter.
+    /// Starts with `initial`. Each further delay is `factor` times the one before, and none is longer than `max`. There
+    /// is no jitter.
     ///
-    /// A factor below 1 (or no number at all) counts as 1: every delay is `initial`.
+    /// A factor below 1, or one that is not a number, counts as 1, so that every delay is `initial`.
     #[must_use]
     pub fn new(initial: Duration, factor: f64, max: Duration) -> Self {
         Self { next: initial.min(max), factor: factor.max(1.0), max, jitter: None }
     }
 
-    /// Makes each delay a random one between zero and what it would have been ("full jitter"), drawn from `seed`.
+    /// Draws each delay at random, between zero and the delay without jitter ("full jitter"). `seed` starts the random
+    /// numbers.
     ///
-    /// After an outage many calls wait at once; with jitter they come back spread out and not in waves. That needs
-    /// another seed for each of them: the same seed gives the same delays.
+    /// After an outage many calls wait at the same time. With jitter they come back spread out and not in waves. Each
+    /// call needs a seed of its own for that, because the same seed gives the same delays.
     #[must_use]
     pub fn jitter(mut self, seed: u64) -> Self {
         self.jitter = Some(SplitMix64::new(seed));
@@ -94,7 +99,7 @@ impl Iterator for Exponential {
 
     fn next(&mut self) -> Option<Duration> {
         let delay = self.next;
-        // Out of range means "longer than any limit", however the multiplication came to that.
+        // A product that is out of range is longer than any limit, so the limit counts.
         self.next = Duration::try_from_secs_f64(delay.as_secs_f64() * self.factor).unwrap_or(self.max).min(self.max);
         Some(match &mut self.jitter {
             Some(generator) => generator.up_to(delay),

@@ -1,4 +1,4 @@
-//! The bound on the re-runs of all calls of a pool together.
+//! The bound on the re-runs of all calls of one pool together.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -9,15 +9,15 @@ use crate::sync::lock;
 
 /// A bound on the re-runs of all calls of one pool together, so that an outage does not multiply the load.
 ///
-/// It is a bucket of tokens. A re-run takes one; `per_second` of them flow back, a call that succeeds puts back a
-/// fraction of one ([`ratio`](Self::ratio)), and it holds `burst` at most. When it is empty a re-run is not refused
-/// but waits for its turn; only a call whose turn would come after its deadline ends, with its last error. First runs
-/// take no token, so a healthy pool never notices the budget.
+/// It is a bucket of tokens that holds at most `burst` of them. A re-run takes one token. `per_second` tokens flow back
+/// each second, and a call that succeeds puts back a fraction of one ([`ratio`](Self::ratio)). When the bucket is
+/// empty, a re-run is not refused but waits for its turn. A call ends with its last error only if its turn would come
+/// after its deadline. First runs take no token, so the budget does not affect a healthy pool.
 ///
-/// Clones share one bucket: give the same budget to several pools to bound them together.
+/// Clones share one bucket. Give the same budget to several pools to bound them together.
 ///
-/// Default: 200 at once, then 500 per second. With these, 2,000 calls that fail in the same instant all run again
-/// within four seconds.
+/// The default is 200 re-runs at once and then 500 per second. With it, 2,000 calls that fail in the same instant all
+/// run again within four seconds.
 ///
 /// ```
 /// use tokio_postgres_failover::RetryBudget;
@@ -29,7 +29,7 @@ use crate::sync::lock;
 #[derive(Clone, Debug)]
 pub struct RetryBudget {
     ratio: f64,
-    /// `None` has no limit.
+    /// `None` means that there is no limit.
     bucket: Option<Arc<Mutex<Bucket>>>,
 }
 
@@ -37,9 +37,9 @@ pub struct RetryBudget {
 struct Bucket {
     burst: f64,
     per_second: f64,
-    /// Below zero by as many as are promised to calls that wait.
+    /// How many tokens are free. A negative number counts the tokens that are promised to waiting calls.
     tokens: f64,
-    /// Up to when the flow of tokens is counted in.
+    /// The moment up to which the flow of tokens is included in `tokens`.
     counted_to: Option<Instant>,
 }
 
@@ -50,9 +50,9 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// A full bucket of `burst` tokens, into which `per_second` of them flow back.
+    /// A full bucket of `burst` tokens, into which `per_second` tokens flow back each second.
     ///
-    /// With `per_second` zero, re-runs beyond `burst` are earned by successes alone.
+    /// If `per_second` is zero, only successful calls pay for re-runs beyond `burst`.
     #[must_use]
     pub fn new(burst: u32, per_second: u32) -> Self {
         let burst = f64::from(burst);
@@ -67,22 +67,23 @@ impl RetryBudget {
         }
     }
 
-    /// Every re-run is granted at once: only each call's own delays hold it back.
+    /// Grants every re-run immediately. Only the delays of each call hold it back.
     #[must_use]
     pub fn unlimited() -> Self {
         Self { ratio: 0.0, bucket: None }
     }
 
-    /// Tokens put back by a call that succeeds. Default: 0.2, so that a fifth of the traffic may be re-runs.
+    /// How many tokens a successful call puts back. Default: 0.2, so that re-runs may be a fifth of the traffic.
     ///
-    /// A negative value or one that is no number counts as 0.
+    /// A value that is negative or not a number counts as 0.
     #[must_use]
     pub fn ratio(mut self, ratio: f64) -> Self {
         self.ratio = ratio.max(0.0);
         self
     }
 
-    /// Takes a token for a re-run at `now`, one yet to come if need be, and tells how long until it is there.
+    /// Takes a token for a re-run at `now`, and returns how long the caller has to wait for it. If the bucket is empty,
+    /// it takes a token that will flow in later.
     pub(crate) fn withdraw(&self, now: Instant) -> Duration {
         let Some(mut bucket) = self.lock() else {
             return Duration::ZERO;
@@ -90,24 +91,24 @@ impl RetryBudget {
         let before = bucket.counted_to.unwrap_or(now);
         let flowed = now.saturating_duration_since(before).as_secs_f64() * bucket.per_second;
         bucket.add(flowed);
-        // Calls read the clock before they get here, so an earlier `now` may come later.
+        // Calls read the clock before they lock the bucket, so `now` may be earlier than that of the call before.
         bucket.counted_to = Some(before.max(now));
         bucket.tokens -= 1.0;
         if bucket.tokens >= 0.0 {
             return Duration::ZERO;
         }
-        // Nothing flows in: no number of seconds is enough.
+        // If nothing flows in, no number of seconds is enough.
         Duration::try_from_secs_f64(-bucket.tokens / bucket.per_second).unwrap_or(Duration::MAX)
     }
 
-    /// A call succeeded.
+    /// Puts back the share of a call that succeeded.
     pub(crate) fn deposit(&self) {
         if let Some(mut bucket) = self.lock() {
             bucket.add(self.ratio);
         }
     }
 
-    /// Gives back a token of [`withdraw`](Self::withdraw) that is not used after all.
+    /// Gives back a token of [`withdraw`](Self::withdraw) that was not used in the end.
     pub(crate) fn refund(&self) {
         if let Some(mut bucket) = self.lock() {
             bucket.add(1.0);

@@ -1,7 +1,7 @@
-//! Decides nothing: lets a schedule of the `backoff` crate stand where a [`Backoff`] does.
-//! Knows nothing of that crate's own retry loop, clock or error type, none of which is used.
-//! Invariants: the policy's deadline and attempts hold as for any other schedule.
-//! Tests: at the end of this file.
+//! Lets a policy take its delays from a schedule of the `backoff` crate.
+//!
+//! It decides nothing, and does not use that crate's own retry loop, clock or error type. Invariant: the deadline and
+//! the attempts of the policy hold as for any other schedule. Tests: at the end of this file.
 
 use std::time::Duration;
 
@@ -16,18 +16,20 @@ impl<B: backoff::backoff::Backoff + Send> Backoff for Adapter<B> {
 }
 
 impl RetryPolicy {
-    /// Takes the delays from a schedule of the `backoff` crate; `make` is called once for each call. Feature `backoff`.
+    /// Takes the delays from a schedule of the `backoff` crate. `make` runs once for each call. Feature `backoff`.
     ///
-    /// `backoff` is unmaintained ([RUSTSEC-2025-0012](https://rustsec.org/advisories/RUSTSEC-2025-0012)) and so is
-    /// its dependency `instant` ([RUSTSEC-2024-0384](https://rustsec.org/advisories/RUSTSEC-2024-0384)); no fixed
-    /// version exists, and `cargo deny` reports both by default. The method is for those whose schedules are built on
-    /// it already. In new code use the policy's own settings, which cover what `ExponentialBackoff` does, or
+    /// `backoff` is unmaintained ([RUSTSEC-2025-0012](https://rustsec.org/advisories/RUSTSEC-2025-0012)), and so is its
+    /// dependency `instant` ([RUSTSEC-2024-0384](https://rustsec.org/advisories/RUSTSEC-2024-0384)). No fixed version
+    /// exists, and `cargo deny` reports both by default. This method is for users whose schedules are built on that
+    /// crate already. In new code use the policy's own settings, which cover what `ExponentialBackoff` does, or
     /// [`schedule`](Self::schedule) with an iterator of delays, such as those of the maintained `backon` crate.
     ///
-    /// Takes any of them, those of your own and a `Box<dyn Backoff + Send>` too, and resets it first, as that crate's loop
-    /// does. Like `schedule`, it replaces every setting but [`deadline`](Self::deadline) and [`attempts`](Self::attempts).
-    /// `ExponentialBackoff` has a limit of its own besides, `max_elapsed_time`: 15 minutes unless you change it, and
-    /// measured on the system's clock, which a paused clock of tokio does not stop.
+    /// It takes any schedule of that crate, including your own types and a `Box<dyn Backoff + Send>`. It resets the
+    /// schedule first, as that crate's own loop does. Like `schedule`, it replaces every setting except
+    /// [`deadline`](Self::deadline) and [`attempts`](Self::attempts).
+    ///
+    /// `ExponentialBackoff` also has a limit of its own, `max_elapsed_time`, which is 15 minutes unless you change it.
+    /// It is measured on the system's clock, which a paused clock of tokio does not stop.
     ///
     /// ```
     /// use std::time::Duration;
@@ -46,7 +48,7 @@ impl RetryPolicy {
     {
         self.schedule(move || {
             let mut schedule = make();
-            // As that crate's own loop does: what was made earlier, or is a clone, starts anew with this call.
+            // That crate's own loop does the same. A schedule that was used before, or is a clone, starts anew.
             schedule.reset();
             Adapter(schedule)
         })

@@ -1,5 +1,6 @@
-//! What a user adds to a policy: a word of its own on errors, and a hook that sees each retry.
-//! Decides nothing: the table in `transaction/decide.rs` says where a user's word counts.
+//! What a user adds to a policy: a verdict of its own on errors, and a hook that sees each retry.
+//!
+//! This module decides nothing. The table in `transaction/decide.rs` says where the user's verdict counts.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -14,7 +15,7 @@ use crate::error::{CommitOutcome, Error};
 type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
 type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
 
-/// One pointer, as each call's future carries its policy.
+/// It is one pointer in size, because the future of each call carries its policy.
 #[derive(Clone, Default)]
 pub(super) struct Hooks(Option<Arc<Given>>);
 
@@ -58,7 +59,7 @@ pub struct Retry<'a> {
 }
 
 impl<'a> Retry<'a> {
-    /// `at`: the call, with the next attempt granted already.
+    /// `at` is the call, to which the next attempt is granted already.
     pub(crate) fn new(at: &Retries, cause: &'a Error, delay: Duration, outcome: CommitOutcome) -> Self {
         Self { attempt: at.attempt().saturating_sub(1), cause, delay, elapsed: at.began.elapsed(), outcome }
     }
@@ -75,8 +76,8 @@ impl<'a> Retry<'a> {
         self.cause
     }
 
-    /// How long is waited before the next attempt, which then still has to get a connection. The time that it took to settle a
-    /// commit is taken off.
+    /// How long the call waits before the next attempt, which then still has to get a connection. The time that
+    /// settling a commit took is subtracted already.
     #[must_use]
     pub fn delay(&self) -> Duration {
         self.delay
@@ -88,8 +89,8 @@ impl<'a> Retry<'a> {
         self.elapsed
     }
 
-    /// May an attempt so far have been committed? [`CommitOutcome::Unknown`] is seen with
-    /// [`Guarantee::AtLeastOnce`](crate::Guarantee::AtLeastOnce) only, as no other work is run again then.
+    /// Whether an attempt so far may have been committed. It is [`CommitOutcome::Unknown`] only with
+    /// [`Guarantee::AtLeastOnce`](crate::Guarantee::AtLeastOnce), because no other work runs again in that case.
     #[must_use]
     pub fn commit_outcome(&self) -> CommitOutcome {
         self.outcome
@@ -97,20 +98,21 @@ impl<'a> Retry<'a> {
 }
 
 impl RetryPolicy {
-    /// Your own word on database errors: `Some(true)` runs the transaction again, `Some(false)` returns the error, `None`
-    /// leaves it to the built-in table. Default: none. Replaces the one set before.
+    /// Your own verdict on database errors. `Some(true)` runs the transaction again, `Some(false)` returns the error,
+    /// and `None` leaves it to the built-in table. Default: no verdict. It replaces one that was set before.
     ///
-    /// It is asked about what the server reported (an SQLSTATE and all that came with it) in an attempt which is known
-    /// **not** to have been committed: COMMIT was not sent yet, or the transaction was proved to be rolled back. So it
-    /// cannot make a write happen twice, whatever it says. It is not asked about lost connections that came without a
-    /// report, about a COMMIT without an answer, and about what a closure's own error says of *another* call of a pool.
-    /// Deadline, attempts and budget hold for what it lets run again.
+    /// The function is asked about what the server reported (an SQLSTATE and all that came with it) in an attempt that
+    /// is known **not** to have been committed: COMMIT was not sent yet, or the transaction was proved to be rolled
+    /// back. So it cannot make a write happen twice, whatever it returns.
     ///
-    /// It does not change what the pool thinks of the server: a 25006 that is returned still makes the pool look for
-    /// the primary.
+    /// It is not asked in three cases: a connection was lost without a report, a COMMIT got no answer, or the closure's
+    /// own error is about *another* call of a pool. Deadline, attempts and budget also hold for what it lets run again.
     ///
-    /// It is called within the call's future, with no lock held and no transaction open; it must not block. A panic in it
-    /// goes to the caller, and leaves nothing behind.
+    /// It does not change what the pool thinks of the server. A 25006 that is returned to the caller still makes the
+    /// pool look for the primary.
+    ///
+    /// It runs within the future of the call, while no lock is held and no transaction is open. It must not block. A
+    /// panic in it reaches the caller and leaves nothing behind.
     ///
     /// ```
     /// use tokio_postgres::error::SqlState;
@@ -133,14 +135,15 @@ impl RetryPolicy {
         self
     }
 
-    /// Sees each retry before its delay: which attempt failed, why, and how long is waited. It may stop the call, which
-    /// then ends with [`Error::Exhausted`] and the attempt's error in it. Default: none. Replaces the one set before.
+    /// A hook that sees each retry before its delay: which attempt failed, why, and how long the call waits. The hook
+    /// can stop the call, which then ends with [`Error::Exhausted`] and the error of the attempt in it. Default: no
+    /// hook. It replaces one that was set before.
     ///
-    /// For counting, for logs, and for what a policy cannot know, such as a shutdown under way. Waits for a primary
-    /// within an attempt are no retries: [`Pool::subscribe`](crate::Pool::subscribe) follows those.
+    /// It is for counters, for logs, and for what a policy cannot know, such as a shutdown that has begun. An attempt
+    /// that waits for a primary is not a retry. [`Pool::subscribe`](crate::Pool::subscribe) reports such searches.
     ///
-    /// It is called within the call's future, with no lock held and no transaction open; it must not block. A panic in it
-    /// goes to the caller, and leaves nothing behind.
+    /// It runs within the future of the call, while no lock is held and no transaction is open. It must not block. A
+    /// panic in it reaches the caller and leaves nothing behind.
     ///
     /// ```
     /// use std::ops::ControlFlow;
@@ -162,12 +165,12 @@ impl RetryPolicy {
         self
     }
 
-    /// The user's word on an error.
+    /// The user's verdict on an error.
     pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
         self.hooks.classify().and_then(|classify| classify(error))
     }
 
-    /// Does the user's hook let this retry happen? If not, its token goes back.
+    /// Whether the user's hook lets this retry happen. If it does not, the token of the retry goes back to `budget`.
     pub(crate) fn allows(&self, retry: &Retry<'_>, budget: &RetryBudget) -> bool {
         let allowed = self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue());
         if !allowed {

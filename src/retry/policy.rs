@@ -13,20 +13,21 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 
 /// How long one call goes on, how often it is run, and how long it waits in between.
 ///
-/// It governs *willingness* only. Whether a piece of work may be run again at all (did the commit land?) is never up
-/// to a policy, so none can make a write happen twice. The policy of a call, given by
-/// [`TransactionBuilder::retry`](crate::TransactionBuilder::retry), replaces that of the pool as a whole;
-/// [`Pool::retry_policy`](crate::Pool::retry_policy) has the pool's, to start from.
+/// A policy only says whether the caller *wants* a re-run. It never decides whether the work may run again at all (did
+/// the commit land?), so no policy can make a write happen twice.
 ///
-/// Three presets say what they are for; change what you like in them:
+/// [`TransactionBuilder::retry`](crate::TransactionBuilder::retry) gives a call a policy of its own, which replaces all
+/// of the pool's policy. Start from [`Pool::retry_policy`](crate::Pool::retry_policy) to change only a part of it.
+///
+/// There are three presets. Each can be changed further:
 ///
 /// | preset | for | deadline | attempt | delays | in an outage |
 /// |---|---|---|---|---|---|
-/// | [`interactive`](Self::interactive) | somebody waits for the answer | 5 s | 5 s | 10 ms … 250 ms | rides short ones out, tells of long ones |
-/// | [`batch`](Self::batch) | nobody does | 10 min | no limit | 100 ms … 10 s | sits it out, and leaves the new primary to others |
-/// | [`none`](Self::none) | your own loop | 30 s | no limit | – | the first failure comes back |
+/// | [`interactive`](Self::interactive) | somebody waits | 5 s | 5 s | 10 ms … 250 ms | waits if it is short |
+/// | [`batch`](Self::batch) | nobody does | 10 min | no limit | 100 ms … 10 s | waits for its end |
+/// | [`none`](Self::none) | your own loop | 30 s | no limit | – | returns the first failure |
 ///
-/// What [`new`](Self::new) sets:
+/// [`new`](Self::new) sets these defaults:
 ///
 /// | setting | default |
 /// |---|---|
@@ -39,7 +40,7 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 /// | [`attempt_timeout`](Self::attempt_timeout) | no limit |
 /// | [`classify`](Self::classify), [`on_retry`](Self::on_retry) | none |
 ///
-/// Values that make no sense together are refused when the pool is built.
+/// The pool refuses values that make no sense together when it is built.
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,9 +48,9 @@ type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 ///
 /// // A web request, with three seconds instead of five.
 /// let web = RetryPolicy::interactive().deadline(Duration::from_secs(3));
-/// // A nightly job that sits out an hour.
+/// // A nightly job that waits for an hour.
 /// let batch = RetryPolicy::batch().deadline(Duration::from_secs(3600));
-/// // No re-runs: the first error comes back.
+/// // No re-runs: the call returns its first error.
 /// let once = RetryPolicy::none();
 /// # let _ = (web, batch, once);
 /// ```
@@ -110,21 +111,21 @@ impl RetryPolicy {
         }
     }
 
-    /// For work that somebody waits for: five seconds for everything, no attempt longer than five seconds, and short
-    /// delays, so that a call goes on within a quarter of a second of the end of an outage.
+    /// For work that somebody waits for. A call takes five seconds in all, and no attempt takes longer than that. The
+    /// delays are short, so that a call goes on within a quarter of a second after the end of an outage.
     ///
-    /// A failover that takes longer is told as an error while the user is still there to see it. An attempt that begins
-    /// in the last moment may still take its five seconds, and a COMMIT without an answer is looked into for five more.
-    /// [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is for `get`, and for what a transaction waits
-    /// while all connections are in use; it is a setting of its own.
+    /// If a failover takes longer, the caller gets an error while the user still waits for it. An attempt that begins
+    /// in the last moment may still take its five seconds, and a COMMIT without an answer is investigated for five
+    /// more. [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout) is a separate setting. It limits
+    /// `get`, and the wait of a transaction while all connections are in use.
     #[must_use]
     pub fn interactive() -> Self {
         let limit = Duration::from_secs(5);
         Self::new().deadline(limit).attempt_timeout(limit).max_delay(Duration::from_millis(250))
     }
 
-    /// For work that nobody waits for: ten minutes, longer than the failovers of all set-ups that the README names, and
-    /// long delays, so that a server which was just promoted serves the users first.
+    /// For work that nobody waits for. The deadline of ten minutes is longer than the failovers of all set-ups that the
+    /// README names. The delays are long, so that a server that was just promoted serves the users first.
     #[must_use]
     pub fn batch() -> Self {
         Self::new()
@@ -133,7 +134,8 @@ impl RetryPolicy {
             .max_delay(Duration::from_secs(10))
     }
 
-    /// One attempt and no re-run. The [`deadline`](Self::deadline) still bounds that attempt's wait for a connection.
+    /// One attempt and no re-run. The [`deadline`](Self::deadline) still limits how long that attempt waits for a
+    /// connection.
     #[must_use]
     pub fn none() -> Self {
         Self::new().attempts(1)
@@ -142,8 +144,8 @@ impl RetryPolicy {
     /// Upper bound of the wait before the first re-run. Default: 10 ms.
     ///
     /// A failover takes from tens of milliseconds to a minute. A small value costs a few attempts in vain, each of
-    /// which waits for the primary anyhow; a large one is waited in full even where one lost connection was all that
-    /// happened. Zero stays zero whatever the [`factor`](Self::factor): each re-run follows at once.
+    /// which waits for the primary anyhow. A large value delays a call even if it only lost one connection. Zero stays
+    /// zero for any [`factor`](Self::factor), so each re-run follows immediately.
     #[must_use]
     pub fn initial_delay(mut self, initial_delay: Duration) -> Self {
         self.initial_delay = initial_delay;
@@ -152,8 +154,7 @@ impl RetryPolicy {
 
     /// By how much each delay exceeds the one before. Default: 2. Must be finite and at least 1.
     ///
-    /// The larger, the sooner a long outage is met with [`max_delay`](Self::max_delay) between attempts; 1 keeps the
-    /// delay as it is.
+    /// A larger factor reaches [`max_delay`](Self::max_delay) sooner. With 1, all delays are the same.
     #[must_use]
     pub fn factor(mut self, factor: f64) -> Self {
         self.factor = factor;
@@ -162,7 +163,7 @@ impl RetryPolicy {
 
     /// Upper bound of every wait. Default: 1 s. Must not be below [`initial_delay`](Self::initial_delay).
     ///
-    /// It is also about how much later than the server a waiting call notices the end of an outage.
+    /// A waiting call notices the end of an outage at most about this much later than it happens.
     #[must_use]
     pub fn max_delay(mut self, max_delay: Duration) -> Self {
         self.max_delay = max_delay;
@@ -171,16 +172,17 @@ impl RetryPolicy {
 
     /// Whether each wait is drawn at random between zero and its upper bound. Default: `true`.
     ///
-    /// Without it, calls that failed together come back together, and meet a promoted server as one wave.
+    /// Without jitter, calls that failed together come back together, and load a promoted server all at once.
     #[must_use]
     pub fn jitter(mut self, jitter: bool) -> Self {
         self.jitter = jitter;
         self
     }
 
-    /// Draws the jitter from `seed`, the same for every call. Default: another one for each call.
+    /// Draws the jitter of every call from this `seed`. Default: each call has a seed of its own.
     ///
-    /// For tests that must see the same delays again. In a service it would undo what jitter is for.
+    /// It is for tests that must see the same delays again. In a service it would make all calls wait for the same
+    /// time, which is what jitter prevents.
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = Some(seed);
@@ -189,8 +191,9 @@ impl RetryPolicy {
 
     /// How long one call may take in all: waits for a connection, attempts, delays. Default: 30 s. Must not be zero.
     ///
-    /// When the next wait would reach it, the call ends at once with its last error. Set it above the time a failover
-    /// takes in your set-up to ride failovers out, below it to hear of them. More than 30 years count as 30 years.
+    /// If the next wait would reach the deadline, the call ends at once with its last error. Set it above the time that
+    /// a failover takes in your set-up if calls shall survive failovers, and below that time if they shall fail. More
+    /// than 30 years count as 30 years.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -199,17 +202,17 @@ impl RetryPolicy {
 
     /// How often the work is run at most, the first run included. Default: no limit but the deadline. Must not be 0.
     ///
-    /// A limit bounds what a call that fails for its own reasons costs. For an outage the deadline is the better
-    /// bound: ten attempts may be over long before a standby is promoted.
+    /// This limits the cost of a call that fails for reasons of its own. The deadline is the better limit for an
+    /// outage, because ten attempts may be over long before a standby is promoted.
     #[must_use]
     pub fn attempts(mut self, attempts: u32) -> Self {
         self.attempts = Some(attempts);
         self
     }
 
-    /// Takes the delays from a schedule of your own; `make` is called once for each call. Default: [`Exponential`].
+    /// Takes the delays from a schedule of your own. `make` runs once for each call. Default: [`Exponential`].
     ///
-    /// It replaces `initial_delay`, `factor`, `max_delay`, `jitter` and `seed`; `deadline` and `attempts` still hold.
+    /// It replaces `initial_delay`, `factor`, `max_delay`, `jitter` and `seed`. `deadline` and `attempts` still hold.
     ///
     /// ```
     /// use std::time::Duration;
@@ -229,10 +232,11 @@ impl RetryPolicy {
 
     /// How long one attempt may take from its BEGIN to its COMMIT. Default: no limit.
     ///
-    /// An attempt that takes longer ends with [`Error::TimedOut`](crate::Error::TimedOut): the server is told to stop what it
-    /// runs, the connection is closed, locks are freed, nothing is committed, and it is not run again. COMMIT itself is
-    /// not cut off, as that would make its outcome unknown. For a limit on each statement set PostgreSQL's own
-    /// `statement_timeout`, as in `options=-c statement_timeout=5s` of the connection string.
+    /// An attempt that takes longer ends with [`Error::TimedOut`](crate::Error::TimedOut). The pool tells the server to
+    /// stop what it runs and closes the connection, which frees the locks. Nothing is committed, and the work is not
+    /// run again. COMMIT itself is not cut off, because that would make its outcome unknown. To limit each statement,
+    /// set PostgreSQL's own `statement_timeout`, for example by `options=-c statement_timeout=5s` in the connection
+    /// string.
     ///
     /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays committed, and
     /// the error does not say so. Leave COMMIT to the pool.
@@ -267,7 +271,7 @@ impl RetryPolicy {
         self.attempts
     }
 
-    /// Whether the settings make sense together; if not, what to change.
+    /// Checks whether the settings make sense together. The error says what to change.
     pub(crate) fn validate(&self) -> Result<(), String> {
         if self.deadline.is_zero() {
             return Err("the retry deadline is zero, so no call could ever succeed".into());
@@ -290,7 +294,8 @@ impl RetryPolicy {
         Ok(())
     }
 
-    /// Starts one call at `now`. `seed` must differ from call to call; a seed of the policy's own goes before it.
+    /// Starts one call at `now`. `seed` must differ from call to call. A seed that the policy has set is used instead
+    /// of it.
     pub(crate) fn start(&self, now: Instant, seed: u64) -> Retries {
         let schedule = if let Some(make) = &self.schedule {
             make()
