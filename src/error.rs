@@ -1,6 +1,6 @@
-//! The public errors, composed of what the layers below say.
+//! The public errors, which are made of what the layers below report.
 //!
-//! Invariants: an error that says "not committed" is true; every error says what happened and what to do; a time-out
+//! Invariants: an error that says "not committed" is true. Every error says what happened and what to do. A time-out
 //! never hides its cause. Tests: `tests/it/errors.rs`.
 
 mod build;
@@ -30,7 +30,7 @@ type Source = Box<dyn StdError + Send + Sync + 'static>;
 
 /// What a pool or a transaction can fail with.
 ///
-/// Ask [`Error::commit_outcome`] for the one thing that matters after a write: whether it may have landed.
+/// After a write, the important question is whether it may have been committed. [`Error::commit_outcome`] answers it.
 ///
 /// ```
 /// use tokio_postgres_failover::{CommitOutcome, Error};
@@ -38,79 +38,82 @@ type Source = Box<dyn StdError + Send + Sync + 'static>;
 /// fn advice(error: &Error) -> &'static str {
 ///     match error {
 ///         Error::Unavailable(_) => "no primary in time: answer 503 and try later",
-///         Error::Refused(_) | Error::Closed => "nothing that waiting would mend",
-///         _ if error.commit_outcome() == CommitOutcome::Unknown => "look whether the work is there before repeating it",
+///         Error::Refused(_) | Error::Closed => "waiting does not help",
+///         _ if error.commit_outcome() == CommitOutcome::Unknown => "check for the work before you repeat it",
 ///         _ => "the transaction was rolled back",
 ///     }
 /// }
-/// # assert_eq!(advice(&Error::Closed), "nothing that waiting would mend");
+/// # assert_eq!(advice(&Error::Closed), "waiting does not help");
 /// ```
 ///
-/// Its `Debug` is its text, as that is what `unwrap` and a `main` that returns it show.
+/// Its `Debug` shows the same text as its `Display`, because `unwrap` and a `main` that returns it print `Debug`.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// No connection to a verified primary was to be had before the deadline. Each candidate and what it said is listed.
+    /// There was no connection to a verified primary before the deadline. The error lists each candidate and its
+    /// answer.
     #[error(transparent)]
     Unavailable(Box<Unavailable>),
-    /// The servers refuse the credentials, the database or the kind of TLS, are no PostgreSQL, or belong to several clusters;
-    /// waiting would not help.
+    /// The servers refuse the credentials, the database or the kind of TLS, are not PostgreSQL, or belong to several
+    /// clusters. Waiting would not help.
     #[error(transparent)]
     Refused(Box<Refused>),
     /// The pool was closed.
     #[error("the pool is closed; make a new one, or close it after the last user is done")]
     Closed,
-    /// The tokio runtime that the pool was built on has ended, and with it the task that follows the primary and every
-    /// session. Typical of a pool in a `static` that several `#[tokio::test]`s share: each of them has a runtime of its own.
+    /// The tokio runtime that the pool was built on has ended. The task that follows the primary and every session
+    /// ended with it. This is typical of a pool in a `static` that several `#[tokio::test]`s share, because each of
+    /// them has a runtime of its own.
     #[error(
-        "the tokio runtime that the pool was built on has ended, and the pool with it; build the pool on a runtime that \
-         outlives its users: one pool for each #[tokio::test], or one runtime for all"
+        "the tokio runtime that the pool was built on has ended, and the pool with it; build the pool on a runtime \
+         that outlives its users: one pool for each #[tokio::test], or one runtime for all"
     )]
     RuntimeEnded,
-    /// The connections of a [wrapped](crate::Pool::wrap) pool have drivers of their own, which tell this crate of no
-    /// notification.
+    /// A [wrapped](crate::Pool::wrap) pool cannot listen. Its connections have drivers of their own, which do not pass
+    /// notifications to this crate.
     #[error("a wrapped pool cannot listen; use one made by `Pool::builder` for that")]
     Wrapped,
-    /// The database answered with an error, or the connection was lost on the way.
+    /// The database answered with an error, or the connection was lost.
     #[error("{}", explain(.0))]
     Database(#[from] tokio_postgres::Error),
-    /// The connection was lost between COMMIT and its answer, and the outcome could not be settled: the transaction may or
-    /// may not have been committed.
+    /// The connection was lost between COMMIT and its answer, and the pool could not find out the outcome. The
+    /// transaction may or may not have been committed.
     #[error(transparent)]
     CommitUnknown(Box<CommitUnknown>),
-    /// The transaction did not begin, as the ledger of [`Guarantee::Ledger`](crate::Guarantee::Ledger) cannot be written.
+    /// The transaction did not begin, because the ledger of [`Guarantee::Ledger`](crate::Guarantee::Ledger) cannot be
+    /// written.
     #[error(
-        "the ledger cannot be written: {}; create it with `Ledger::install` or sql/ledger.sql, and grant SELECT, INSERT, \
-         UPDATE and DELETE on it",
+        "the ledger cannot be written: {}; create it with `Ledger::install` or sql/ledger.sql, and grant SELECT, \
+         INSERT, UPDATE and DELETE on it",
         explain(.0)
     )]
     Ledger(#[source] tokio_postgres::Error),
     /// The closure returned `Ok`, but the transaction was rolled back.
     #[error(transparent)]
     RolledBack(RolledBack),
-    /// The closure ended its transaction itself, with `COMMIT`, `ROLLBACK` or the like: the pool cannot tell what of its work
-    /// is stored. It was not run again.
+    /// The closure ended its transaction itself, for example with `COMMIT` or `ROLLBACK`. The pool cannot tell which
+    /// part of its work is stored, and did not run it again.
     #[error(transparent)]
     EndedInside(Box<EndedInside>),
-    /// The work was run again until the retry policy said stop. Nothing was committed, unless the source says otherwise.
+    /// The work ran again until the retry policy stopped it. Nothing was committed, unless the source says otherwise.
     #[error(transparent)]
     Exhausted(Box<Exhausted>),
-    /// The attempt took longer than [`RetryPolicy::attempt_timeout`](crate::RetryPolicy::attempt_timeout) allows. The server
-    /// was told to stop, and the transaction is rolled back.
+    /// The attempt took longer than [`RetryPolicy::attempt_timeout`](crate::RetryPolicy::attempt_timeout) allows. The
+    /// pool told the server to stop, and the transaction is rolled back.
     #[error(
-        "the transaction took longer than {after:?} and was rolled back; make its statements faster, split it, or raise \
-         the policy's attempt_timeout"
+        "the transaction took longer than {after:?} and was rolled back; make its statements faster, split it, or \
+         raise the policy's attempt_timeout"
     )]
     TimedOut {
         /// The limit.
         after: Duration,
     },
-    /// The server ended the session within the transaction, which was rolled back. Its reason would come again (a time limit
-    /// for idle transactions, say), so the work was run once. In [`Exhausted::last_error`] and [`Retry::cause`](crate::Retry::cause)
-    /// it is also the reason of an attempt that was run again.
+    /// The server ended the session within the transaction, which was rolled back. The same would happen again (for
+    /// example by a time limit for idle transactions), so the work ran only once. In [`Exhausted::last_error`] and
+    /// [`Retry::cause`](crate::Retry::cause) it can also be the reason of an attempt that was run again.
     #[error(transparent)]
     SessionEnded(Box<SessionEnded>),
-    /// The closure gave up with an error of its own (see [`Error::abort`]); the transaction was rolled back.
+    /// The closure failed with an error of its own (see [`Error::abort`]), and the transaction was rolled back.
     #[error(transparent)]
     Aborted(Source),
 }
@@ -119,19 +122,19 @@ pub enum Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CommitOutcome {
-    /// It was not, and never will be.
+    /// It was not committed and never will be.
     NotCommitted,
-    /// It may or may not have been.
+    /// It may or may not have been committed.
     Unknown,
 }
 
 impl Error {
-    /// Ends a transaction's closure with an error of the application's own: the transaction is rolled back, and the error
-    /// comes back as [`Error::Aborted`]. Takes any error, a `String`, an `anyhow::Error` or a `Box<dyn Error>`.
+    /// Ends a transaction's closure with an error of the application. The transaction is rolled back, and the caller
+    /// gets the error as [`Error::Aborted`]. It takes any error, a `String`, an `anyhow::Error` or a `Box<dyn Error>`.
     ///
-    /// The work is not run again, unless something befell its transaction that running again mends, whatever the error says
-    /// of it: its session has ended, its server has aborted it with a conflict, or the error's source chain holds a database
-    /// error that a failover causes.
+    /// The work does not run again, except in three cases in which another run helps: the session has ended, the server
+    /// has aborted the transaction with a conflict, or the error's source chain holds a database error that a failover
+    /// causes.
     ///
     /// ```
     /// use tokio_postgres_failover::Error;
@@ -145,14 +148,15 @@ impl Error {
     /// assert_eq!(error.downcast::<SoldOut>().unwrap(), SoldOut);
     /// ```
     ///
-    /// An `anyhow::Error` or an `eyre::Report` hides the type of what it was made of when it becomes a boxed error, as it does
-    /// here, unless a context was added: hand it to [`Error::abort_report`], and [`Error::downcast_ref`] finds it.
+    /// An `anyhow::Error` or an `eyre::Report` becomes a boxed error here, which hides the type of the error within
+    /// unless a context was added. Use [`Error::abort_report`] for those, so that [`Error::downcast_ref`] finds that
+    /// error.
     pub fn abort(error: impl Into<Source>) -> Self {
         Self::Aborted(error.into())
     }
 
-    /// As [`Error::abort`], for an `anyhow::Error`, an `eyre::Report` or whatever else shows the error within by `AsRef`:
-    /// keeps its type, so that [`Error::downcast_ref`] finds it.
+    /// The same as [`Error::abort`], for an `anyhow::Error`, an `eyre::Report` or any other type that shows the error
+    /// within by `AsRef`. It keeps the type of that error, so that [`Error::downcast_ref`] finds it.
     ///
     /// ```
     /// use tokio_postgres_failover::Error;
@@ -175,7 +179,7 @@ impl Error {
         Self::Aborted(Box::new(ended::Report(report)))
     }
 
-    /// The closure's own error, or a link of its source chain, if that is an `E`.
+    /// The closure's own error, or an error in its source chain, if one of them is an `E`.
     #[must_use]
     pub fn downcast_ref<E: StdError + 'static>(&self) -> Option<&E> {
         match self {
@@ -187,8 +191,8 @@ impl Error {
         }
     }
 
-    /// The closure's own error, if it is an `E`; else the error itself. What only a link of the source chain holds cannot be
-    /// taken out of it: see [`Error::downcast_ref`].
+    /// The closure's own error if it is an `E`, and this error unchanged if it is not. An `E` within a source chain
+    /// cannot be moved out of it. Use [`Error::downcast_ref`] for that.
     pub fn downcast<E: StdError + 'static>(self) -> Result<E, Self> {
         match self {
             Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
@@ -203,7 +207,7 @@ impl Error {
         }
     }
 
-    /// Can an `E` be taken out of it?
+    /// Whether an `E` can be moved out of it.
     fn is_own<E: StdError + 'static>(&self) -> bool {
         match self {
             Self::Aborted(source) => source.is::<E>(),
@@ -213,7 +217,7 @@ impl Error {
         }
     }
 
-    /// May the work have been committed? Meant for the errors of `transaction`, `idempotent` and `read`.
+    /// Whether the work may have been committed. It is meant for the errors of `transaction`, `idempotent` and `read`.
     #[must_use]
     pub fn commit_outcome(&self) -> CommitOutcome {
         match self {
@@ -223,7 +227,7 @@ impl Error {
         }
     }
 
-    /// The SQLSTATE of the database error in it, if there is one.
+    /// The SQLSTATE of the database error within this error, if there is one.
     ///
     /// ```
     /// # use tokio_postgres_failover::Error;
@@ -246,7 +250,7 @@ impl Error {
 }
 
 impl Error {
-    /// A name for what failed, of a handful: for telemetry.
+    /// A short name for what failed, for telemetry. There are only a few of these names.
     pub(crate) fn kind(&self) -> &'static str {
         match self {
             Self::Unavailable(_) => "unavailable",
@@ -283,7 +287,7 @@ impl fmt::Debug for Error {
             Self::TimedOut { .. } => write!(f, "TimedOut: {self}"),
             Self::SessionEnded(_) => write!(f, "SessionEnded: {self}"),
             Self::Wrapped => write!(f, "Wrapped: {self}"),
-            // The caller's own may say more so than as text.
+            // The `Debug` of the caller's own error may say more than its text.
             Self::Aborted(source) => write!(f, "Aborted: {source:?}"),
         }
     }

@@ -1,4 +1,4 @@
-//! Configurations that no pool can be built from.
+//! The error of a configuration that no pool can be built from.
 
 use std::fmt;
 
@@ -6,26 +6,28 @@ use crate::classify::explain;
 
 /// A configuration that no pool can be built from.
 ///
-/// Its `Debug` is its text, as for [`Error`].
+/// Its `Debug` shows the same text as its `Display`, as for [`Error`](super::Error).
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// The connection string does not parse. Holds the driver's words, without anything that may be a piece of a password.
+    /// The connection string cannot be parsed. Holds the driver's text, without anything that may be a part of a
+    /// password.
     #[error(
-        "{}; expected postgres://user:password@host:port/database?option=value or `host=… user=…`, with tokio-postgres' \
-         options, and with `?`, `@`, `/`, `#` and `%` in a password written as %3F, %40, %2F, %23 and %25",
+        "{}; expected postgres://user:password@host:port/database?option=value or `host=… user=…`, with \
+         tokio-postgres' options, and with `?`, `@`, `/`, `#` and `%` in a password written as %3F, %40, %2F, %23 and \
+         %25",
         .0
     )]
     Url(String),
-    /// Nothing to connect to.
+    /// There is no host to connect to.
     #[error("no host: name at least one server or DNS name, as in postgres://app@my-pg.internal/app")]
     NoHost,
-    /// A value that cannot be used.
+    /// A value cannot be used.
     #[error("{option}: {problem}")]
     Invalid {
-        /// The option of the connection string or the builder's method.
+        /// The option of the connection string, or the method of the builder.
         option: &'static str,
-        /// What is wrong, and what to do.
+        /// What is wrong and what to do.
         problem: String,
     },
     /// The system's resolver configuration cannot be read.
@@ -49,7 +51,7 @@ impl fmt::Debug for BuildError {
 }
 
 impl BuildError {
-    /// `hint`: what to change.
+    /// `hint` says what to change.
     pub(crate) fn url(error: &tokio_postgres::Error, hint: Option<String>) -> Self {
         let what = explain(error);
         Self::Url(hint.map_or(what.clone(), |hint| format!("{what}: {hint}")))

@@ -1,4 +1,4 @@
-//! A session that its server ended, and a report of `anyhow` or `eyre` within an error of this crate.
+//! The error of a session that its server ended, and the wrapper for a report of `anyhow` or `eyre`.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -20,19 +20,21 @@ impl SessionEnded {
         Self { report, source }
     }
 
-    /// The server's last words: SQLSTATE, message and all that came with them.
+    /// The last report of the server: SQLSTATE, message and all that came with them.
     #[must_use]
     pub fn report(&self) -> &DbError {
         &self.report
     }
 
-    /// The server's setting that ended the session, where it was one, such as `idle_in_transaction_session_timeout`.
+    /// The setting of the server that ended the session, such as `idle_in_transaction_session_timeout`. `None` if no
+    /// setting was the reason.
     #[must_use]
     pub fn setting(&self) -> Option<&'static str> {
         advice(&self.report).0
     }
 
-    /// What the attempt failed with thereupon: mostly that the connection is closed, or what the closure made of that.
+    /// The error that the attempt failed with as a result. Mostly it says that the connection is closed, or it is what
+    /// the closure made of that.
     #[must_use]
     pub fn last_error(&self) -> &Error {
         &self.source
@@ -65,7 +67,8 @@ impl StdError for SessionEnded {
     }
 }
 
-/// A report whose conversion into a boxed error would hide what it is about. Shows that as its source instead.
+/// A report of `anyhow` or `eyre`. Its conversion into a boxed error would hide the error within, so this wrapper shows
+/// that error as its source.
 pub(super) struct Report<R>(pub(super) R);
 
 impl<R: fmt::Debug> fmt::Debug for Report<R> {

@@ -1,4 +1,4 @@
-//! A server that refuses the pool for good, and what to do about it.
+//! The error of a server that refuses the pool for good, and the advice on it.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::fmt;
 use crate::classify::{BadCertificate, TlsTrouble, tls_trouble};
 use crate::topology::{Endpoint, FailureKind, ProbeFailure};
 
-/// [`Error::Refused`]: a server that answered and will go on refusing.
+/// [`Error::Refused`](super::Error::Refused): a server answered, and it will refuse the pool again.
 #[derive(Debug)]
 pub struct Refused {
     endpoint: Option<Endpoint>,
@@ -31,8 +31,8 @@ impl fmt::Display for Refused {
         if self.failure.kind == FailureKind::SeveralClusters {
             return write!(
                 f,
-                "{}; say which one is meant by `PoolBuilder::system_identifier` or `Pool::accept_cluster`, or have the name \
-                 lead to that one alone",
+                "{}; name the right cluster by `PoolBuilder::system_identifier` or `Pool::accept_cluster`, or make the \
+                 name lead to that cluster alone",
                 self.failure
             );
         }
@@ -55,23 +55,28 @@ impl fmt::Display for Refused {
 fn advice_on_tls(trouble: TlsTrouble) -> &'static str {
     match trouble {
         TlsTrouble::Certificate(BadCertificate::Expired) => "renew it on the server, or set this machine's clock",
-        TlsTrouble::Certificate(BadCertificate::NotYetValid) => "set the clocks of both machines, or wait until it is",
+        TlsTrouble::Certificate(BadCertificate::NotYetValid) => {
+            "set the clocks of both machines, or wait until it \
+                                                                 becomes valid"
+        }
         TlsTrouble::Certificate(BadCertificate::WrongName) => {
-            "connect by a name that it holds as a subjectAltName, have it issued for this one too, or check no name with \
-             sslmode=verify-ca"
+            "connect by a name that the certificate has as a subjectAltName, have it issued for this name too, or \
+             check no name with sslmode=verify-ca"
         }
         TlsTrouble::Certificate(BadCertificate::UnknownAuthority) => {
-            "if it is the right server, trust the authority that signed it: sslrootcert=<file with its certificate>"
+            "if this is the right server, trust the authority that signed the certificate: sslrootcert=<file with the \
+             authority's certificate>"
         }
         TlsTrouble::Certificate(BadCertificate::Unusable) => {
-            "have one issued for servers: X.509 version 3, with the server's name, not an authority's own"
+            "have a certificate issued for the server: X.509 version 3, with the server's name, and not that of an \
+             authority"
         }
         TlsTrouble::NotOffered => {
             "set `ssl = on` on the server, or a weaker sslmode than `require` in the connection string"
         }
         TlsTrouble::Wanted => {
-            "nobody may log in so without TLS: set sslmode=verify-full, or `require`, if the server offers TLS, or allow it in \
-             pg_hba.conf"
+            "the server does not let this user log in without TLS: set sslmode=verify-full or `require` if the server \
+             offers TLS, or allow logins without it in pg_hba.conf"
         }
     }
 }

@@ -1,50 +1,54 @@
-//! Transactions that did not end by the COMMIT of the pool, and calls that were not run again.
+//! The errors of transactions that the pool did not commit, and of calls that ran too often.
 
 use std::error::Error as StdError;
 use std::fmt;
 
 use super::{CommitOutcome, Error};
 
-/// [`Error::RolledBack`]: why a closure's `Ok` was not committed.
+/// [`Error::RolledBack`]: why a transaction was not committed although its closure returned `Ok`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RolledBack {
-    /// A statement had failed and the closure went on: PostgreSQL turns such a COMMIT into a ROLLBACK.
+    /// A statement failed and the closure went on. PostgreSQL turns the COMMIT of such a transaction into a ROLLBACK.
     #[error(
         "the transaction was rolled back: a statement in it failed and the closure returned Ok; pass the statement's \
          error on with `?`, or put the statement into a savepoint"
     )]
     FailedInside,
-    /// The primary on which it was committed was lost before a standby had it, and its successor does not know it.
+    /// The transaction was committed on a primary that was lost before a standby had received it, and the new primary
+    /// does not know the transaction.
     #[error(
         "the transaction was lost with the primary that it was committed on, before a standby had it; run it again"
     )]
     LostWithPrimary,
-    /// BEGIN reached another server than the one that the connection was verified with: a proxy in between has moved on.
+    /// BEGIN reached another server than the one that the connection was verified with, because a proxy switched
+    /// servers.
     #[error(
         "nothing was done: the connection leads to another server than the one that was verified, as a proxy moved on"
     )]
     OtherServer,
-    /// The pooled connection had a transaction open already: whoever had it before began one by hand and left it.
+    /// The pooled connection already had an open transaction. An earlier user of it began one by hand and did not end
+    /// it.
     #[error(
-        "nothing was done: the connection came with a transaction that someone had left open; end what you begin by hand \
-         before giving a connection back"
+        "nothing was done: the connection came with a transaction that someone had left open; end a transaction that \
+         you begin by hand before you give the connection back"
     )]
     StrangeSession,
     /// A [`Transaction`](crate::Transaction) handle was still alive after its closure had returned.
     #[error(
-        "the transaction was rolled back: its handle was kept beyond the closure; end every task \
-         that uses it before the closure returns"
+        "the transaction was rolled back: its handle was kept beyond the closure; end every task that uses it before \
+         the closure returns"
     )]
     HandleKept,
-    /// A stream of rows or a COPY that the closure had begun was still open after it had returned, and the session with it.
+    /// The closure began a stream of rows or a COPY that was still open after it had returned, so the session was still
+    /// busy.
     ///
     /// The pool sees the streams that the methods of [`Transaction`](crate::Transaction) and
     /// [`Savepoint`](crate::Savepoint) return. It does not see a stream that a helper began on the driver's own
     /// `&tokio_postgres::Client`. COMMIT waits for such a stream as long as it is kept.
     #[error(
-        "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was kept beyond it; read \
-         streams to their end or drop them, and finish a CopyInSink, before the closure returns"
+        "the transaction was rolled back: a stream of rows or a COPY that its closure had begun was still open after \
+         it; read streams to their end or drop them, and finish a CopyInSink, before the closure returns"
     )]
     StreamKept,
 }
@@ -62,18 +66,19 @@ pub struct EndedInside {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ending {
-    /// It committed: `COMMIT`, `END`, or either of them `AND CHAIN`.
+    /// It committed, with `COMMIT` or `END`, or either of them with `AND CHAIN`.
     Committed,
-    /// It rolled back: `ROLLBACK`, `ABORT`, or either of them `AND CHAIN`.
+    /// It rolled back, with `ROLLBACK` or `ABORT`, or either of them with `AND CHAIN`.
     RolledBack,
-    /// `PREPARE TRANSACTION`: it is stored, holds its locks, and waits for `COMMIT PREPARED` or `ROLLBACK PREPARED`.
+    /// It ran `PREPARE TRANSACTION`. The transaction is stored, holds its locks, and waits for `COMMIT PREPARED` or
+    /// `ROLLBACK PREPARED`.
     Prepared,
-    /// The transaction has left no mark by which the server could tell: see [`Guarantee`](crate::Guarantee).
+    /// The server cannot tell, because the transaction had left no marker there. See [`Guarantee`](crate::Guarantee).
     Unknown,
 }
 
 impl EndedInside {
-    /// `source`: what the closure failed with afterwards, if it failed.
+    /// `source` is the error that the closure returned afterwards, if it failed.
     pub(crate) fn error(ending: Ending, source: Option<Error>) -> Error {
         Error::EndedInside(Box::new(Self { ending, source }))
     }
@@ -84,7 +89,7 @@ impl EndedInside {
         self.ending
     }
 
-    /// What the closure failed with afterwards, if it failed.
+    /// The error that the closure returned afterwards, if it failed.
     #[must_use]
     pub fn failure(&self) -> Option<&Error> {
         self.source.as_ref()

@@ -1,4 +1,4 @@
-//! No connection in time: why, and what each candidate said.
+//! The error of a caller that got no connection in time: the reason, and what each candidate said.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::cluster::Diagnosis;
 use crate::topology::{Answer, CandidateReport, ProbeFailure, Refusal};
 
-/// So many candidates are listed in an error's text; `candidates()` has all.
+/// The most candidates that the text of an error lists. `candidates()` returns all of them.
 const LISTED: usize = 32;
 
 /// Why there was no connection in time.
@@ -16,21 +16,21 @@ const LISTED: usize = 32;
 pub enum UnavailableReason {
     /// No candidate is a writable primary.
     NoPrimary,
-    /// The only primary is fenced: it is up, and set read-only.
+    /// The only primary is fenced. It runs, and it is set to read-only.
     Fenced,
-    /// A primary answers, and it belongs to another cluster than the one that this pool was connected to before.
+    /// A primary answers, but it belongs to another cluster than the one that this pool was connected to before.
     OtherCluster,
-    /// A primary answers, and it is an old one: the timeline of its cluster has gone on without it.
+    /// A primary answers, but it is an old one. Its cluster has gone on without it, on a newer timeline.
     OldPrimary,
-    /// No address is known: DNS gave none.
+    /// No address is known, because DNS gave none.
     Dns,
-    /// A primary is known, and opening a session to it failed each time.
+    /// A primary is known, but every try to open a session to it failed.
     NoSession,
-    /// A primary is known, and every connection of the pool is in use.
+    /// A primary is known, but every connection of the pool is in use.
     PoolExhausted,
 }
 
-/// [`Error::Unavailable`]: what was tried, and what each candidate said.
+/// [`Error::Unavailable`](super::Error::Unavailable): what the pool tried, and what each candidate said.
 #[derive(Debug)]
 pub struct Unavailable {
     reason: UnavailableReason,
@@ -43,13 +43,13 @@ pub struct Unavailable {
 #[derive(Debug)]
 pub(crate) enum Obstacle {
     NoPrimary,
-    /// The primary is known; how the last try to open a session failed, if one has ended.
+    /// The primary is known, but it took no session. Holds how the last try failed, if one has ended.
     NoSession(Option<ProbeFailure>),
-    /// The primary is known, and all connections are in use.
+    /// The primary is known, but all connections are in use.
     NoneFree {
         max_size: usize,
     },
-    /// All connections are held by the transactions that the call is made within.
+    /// The transactions that the call runs in hold all connections.
     HeldByCaller {
         max_size: usize,
     },
@@ -97,13 +97,13 @@ impl Unavailable {
         &self.diagnosis.candidates
     }
 
-    /// What DNS failed with, if it did.
+    /// The failure of DNS, if there was one.
     #[must_use]
     pub fn dns_failure(&self) -> Option<&str> {
         self.diagnosis.dns.as_deref()
     }
 
-    /// The cluster that answers in the place of the pool's own.
+    /// The system identifier of the cluster that answers instead of the pool's own, for the advice in the text.
     fn claimed(&self) -> String {
         let claimed = self.candidates().iter().find_map(|candidate| match &candidate.answer {
             Some(Answer::Refused(report, Refusal::OtherCluster { .. } | Refusal::Zombie { .. })) => {
@@ -143,16 +143,17 @@ impl fmt::Display for Unavailable {
             )?,
             UnavailableReason::OtherCluster => write!(
                 f,
-                "what answers belongs to another cluster, and this pool's own primary did not come back within \
-                 {waited:.1?}; check where the name points, or if it is to be followed (an upgrade, a restore, a switch to a \
-                 copy), call `Pool::accept_cluster({})`, or set `PoolBuilder::accept_new_cluster_after`",
+                "the server that answers belongs to another cluster, and this pool's own primary did not come back \
+                 within {waited:.1?}; check where the name points, or if the pool shall follow it (after an upgrade, a \
+                 restore or a switch to a copy), call `Pool::accept_cluster({})` or set \
+                 `PoolBuilder::accept_new_cluster_after`",
                 self.claimed()
             )?,
             UnavailableReason::OldPrimary => write!(
                 f,
-                "what answers is an old primary, and the newer one did not come back within {waited:.1?}; start that one, or \
-                 if the database was restored on purpose, call `Pool::accept_cluster({})`, or set \
-                 `PoolBuilder::accept_new_cluster_after`",
+                "the server that answers is an old primary, and the newer one did not come back within {waited:.1?}; \
+                 start the newer one, or if the database was restored on purpose, call `Pool::accept_cluster({})` or \
+                 set `PoolBuilder::accept_new_cluster_after`",
                 self.claimed()
             )?,
             UnavailableReason::Dns => {
@@ -166,16 +167,16 @@ impl fmt::Display for Unavailable {
             UnavailableReason::PoolExhausted if matches!(self.obstacle, Obstacle::HeldByCaller { .. }) => {
                 return write!(
                     f,
-                    "no connection can be had: max_size is {}, and the transactions that this call is made within hold all \
-                     of them; use their handles, make the call after them, or raise max_size",
+                    "no connection can be had: max_size is {}, and the transactions that this call is made within hold \
+                     all of them; use their handles, make the call after them, or raise max_size",
                     self.max_size()
                 );
             }
             UnavailableReason::PoolExhausted => {
                 return write!(
                     f,
-                    "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, or \
-                     wait longer (checkout_timeout)",
+                    "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, \
+                     or wait longer (checkout_timeout)",
                     self.max_size()
                 );
             }

@@ -1,4 +1,4 @@
-//! A COMMIT whose outcome could not be settled.
+//! The error of a COMMIT whose outcome the pool could not find out.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -6,7 +6,8 @@ use std::fmt;
 use crate::classify::explain;
 use crate::commit::Unsettled;
 
-/// [`Error::CommitUnknown`]: COMMIT was sent, and whether it will last is not known.
+/// [`Error::CommitUnknown`](super::Error::CommitUnknown): COMMIT was sent, and it is not known whether the transaction
+/// is committed for good.
 #[derive(Debug)]
 pub struct CommitUnknown {
     pub(super) doubt: Doubt,
@@ -16,29 +17,30 @@ pub struct CommitUnknown {
 /// What came instead of an answer to COMMIT.
 #[derive(Debug)]
 pub(super) enum Doubt {
-    /// The end of the connection.
+    /// The connection was lost.
     Lost(InDoubt),
-    /// The server was left before it answered.
+    /// The pool left the server before it answered.
     Evicted,
-    /// The warning that the wait for a standby was cancelled.
+    /// A warning came that the wait for a standby was cancelled.
     NotReplicated,
-    /// An earlier run of the work was not answered, and who said that it was not committed is no primary any more.
+    /// An earlier run of the work got no answer. A server that is no longer the primary said that it was not committed.
     Earlier,
 }
 
 impl CommitUnknown {
-    /// `lost`: what came instead of an answer; `None` where the server gave up waiting for a standby.
+    /// `lost` is the error that came instead of an answer. It is `None` if the server stopped waiting for a standby.
     pub(crate) fn new(lost: Option<tokio_postgres::Error>, reason: Unsettled) -> Self {
         let doubt = lost.map_or(Doubt::NotReplicated, |lost| Doubt::Lost(InDoubt(lost)));
         Self { doubt, reason }
     }
 
-    /// The primary was left before it answered, and the connection did not end with it.
+    /// The pool left the primary before it answered, and the connection had not ended by itself.
     pub(crate) fn evicted(reason: Unsettled) -> Self {
         Self { doubt: Doubt::Evicted, reason }
     }
 
-    /// An earlier run of the work was not in the history of the primary that was asked then, and no later one says so.
+    /// An earlier run of the work was not in the history of the primary that was asked then. No later primary confirms
+    /// it.
     pub(crate) fn earlier(reason: Unsettled) -> Self {
         Self { doubt: Doubt::Earlier, reason }
     }
@@ -47,7 +49,7 @@ impl CommitUnknown {
         Self { reason, ..self }
     }
 
-    /// Why the outcome could not be settled.
+    /// Why the pool could not find out the outcome.
     #[must_use]
     pub fn reason(&self) -> Unsettled {
         self.reason
@@ -59,7 +61,8 @@ impl fmt::Display for CommitUnknown {
         match &self.doubt {
             Doubt::Lost(source) => write!(
                 f,
-                "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been committed",
+                "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been \
+                 committed",
                 explain(&source.0)
             )?,
             Doubt::Evicted => f.write_str(
@@ -96,8 +99,8 @@ impl StdError for CommitUnknown {
     }
 }
 
-/// A link of the source chain that no wrapper skips: whoever walks the chain of an application's error has to meet the
-/// doubt before the lost connection, which taken alone would be a reason to run again.
+/// A link of the source chain that no wrapper skips. Code that walks the chain of an application's error has to find
+/// the doubt before the lost connection, because a lost connection alone would be a reason to run the work again.
 #[derive(Debug, thiserror::Error)]
 #[error("the outcome of a commit is not known")]
 pub(crate) struct InDoubt(#[source] pub(super) tokio_postgres::Error);

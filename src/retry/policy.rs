@@ -238,8 +238,8 @@ impl RetryPolicy {
     /// set PostgreSQL's own `statement_timeout`, for example by `options=-c statement_timeout=5s` in the connection
     /// string.
     ///
-    /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays committed, and
-    /// the error does not say so. Leave COMMIT to the pool.
+    /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays
+    /// committed, and the error does not say so. Leave COMMIT to the pool.
     ///
     /// ```
     /// use std::time::Duration;
