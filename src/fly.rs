@@ -1,22 +1,22 @@
-//! The names and ports of a Postgres app on Fly.io, as its private DNS has them.
+//! The names and ports of a Postgres app on Fly.io, as they are in its private DNS.
 //!
-//! Decides which name to ask for; asks nobody. Facts of <https://fly.io/docs/networking/private-networking/> and of the
-//! image `flyio/postgres-flex`.
+//! This module decides which name to ask for, and asks nobody. Sources:
+//! <https://fly.io/docs/networking/private-networking/> and the image `flyio/postgres-flex`.
 
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 
-/// Where a Postgres app of Fly.io is found in the private network: a name of its `.internal` DNS, and one of two ports.
+/// The address of a Postgres app in the private network of Fly.io: a name of its `.internal` DNS and one of two ports.
 ///
-/// It prints as `host:port`, ready for a connection string. docs/dns.md has which name and port go together.
+/// It prints as `host:port`, ready for a connection string. docs/dns.md says which name and port go together.
 ///
 /// ```
 /// use tokio_postgres_failover::Fly;
 ///
-/// // All members, each asked by this pool itself: the usual choice.
+/// // All members, which the pool asks itself. This is the usual choice.
 /// assert_eq!(Fly::app("my-pg").direct().to_string(), "my-pg.internal:5433");
 /// assert_eq!(Fly::app("my-pg").region("ams").direct().to_string(), "ams.my-pg.internal:5433");
-/// // What `fly pg attach` writes: the HAProxy of one of the nearest members, which leads to the primary.
+/// // What `fly pg attach` writes. The HAProxy of one of the nearest members leads to the primary.
 /// assert_eq!(Fly::app("my-pg").nearest(2).to_string(), "top2.nearest.of.my-pg.internal:5432");
 /// ```
 ///
@@ -47,37 +47,37 @@ enum Which {
 }
 
 impl Fly {
-    /// The name server of the private network, as every machine on Fly.io reaches it. Over `WireGuard` it is `::3` of the
-    /// organization's own network, such as `fdaa:0:18::3`.
+    /// The name server of the private network, at the address that every machine on Fly.io reaches. Over `WireGuard` it
+    /// is `::3` of the organization's own network, such as `fdaa:0:18::3`.
     pub const NAME_SERVER: SocketAddr =
         SocketAddr::V6(SocketAddrV6::new(Ipv6Addr::new(0xfdaa, 0, 0, 0, 0, 0, 0, 3), 53, 0, 0));
-    /// HAProxy, on every member: it leads to the member that it believes to be the primary.
+    /// The port of HAProxy, which runs on every member. It leads to the member that it believes to be the primary.
     pub const HAPROXY: u16 = 5432;
-    /// The member's own PostgreSQL.
+    /// The port of the member's own PostgreSQL.
     pub const DIRECT: u16 = 5433;
 
-    /// All started machines of the app: `<app>.internal`. Port 5432 unless [`Fly::direct`].
+    /// All started machines of the app: `<app>.internal`. The port is 5432 unless [`Fly::direct`] is called.
     pub fn app(name: impl Into<String>) -> Self {
         Self { app: name.into(), which: Which::All, port: Self::HAPROXY }
     }
 
-    /// Those in one region alone: `<region>.<app>.internal`.
+    /// Only the machines in one region: `<region>.<app>.internal`.
     pub fn region(self, region: impl Into<String>) -> Self {
         Self { which: Which::Region(region.into()), ..self }
     }
 
-    /// The `count` nearest alone: `top<count>.nearest.of.<app>.internal`. The primary need not be among them, so leave the
-    /// port at 5432.
+    /// Only the `count` nearest machines: `top<count>.nearest.of.<app>.internal`. The primary need not be one of them,
+    /// so leave the port at 5432.
     pub fn nearest(self, count: u8) -> Self {
         Self { which: Which::Nearest(count), ..self }
     }
 
-    /// One machine: `<id>.vm.<app>.internal`. The address behind it may change, the id does not.
+    /// Only one machine: `<id>.vm.<app>.internal`. Its address may change, but its id does not.
     pub fn machine(self, id: impl Into<String>) -> Self {
         Self { which: Which::Machine(id.into()), ..self }
     }
 
-    /// Port 5433: each server itself, so that this pool sees for itself which one is the primary.
+    /// Connects to port 5433, which is each server itself, so that the pool finds out itself which one is the primary.
     pub fn direct(self) -> Self {
         Self { port: Self::DIRECT, ..self }
     }
@@ -100,7 +100,7 @@ impl Fly {
         self.port
     }
 
-    /// The name whose TXT record lists the app's machines and their regions: `vms.<app>.internal`. Ask for it with
+    /// The name whose TXT record lists the machines of the app and their regions: `vms.<app>.internal`. Ask for it with
     /// [`HickoryResolver::text`](crate::HickoryResolver::text), and read the answer with [`FlyMachine::read`].
     #[must_use]
     pub fn machines(&self) -> String {
@@ -124,13 +124,13 @@ pub struct FlyMachine {
     pub region: String,
 }
 
-/// A TXT record that is no list of machines.
+/// The error of a TXT record that is not a list of machines.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a list of machines: {0:?}; expected `<id> <region>,<id> <region>`, as vms.<app>.internal has it")]
 pub struct BadMachines(String);
 
 impl FlyMachine {
-    /// Reads one TXT record of [`Fly::machines`]: pairs of id and region, with commas between.
+    /// Reads one TXT record of [`Fly::machines`], which has pairs of id and region, separated by commas.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,9 +1,11 @@
-//! What a host name means right now.
+//! Finds the addresses that a host name has right now.
 //!
-//! Decides which words there are for the addresses of a name, and which of two failures is the one to report.
-//! Knows nothing of DNS servers, sockets and clocks: those are behind [`Resolve`], of which `resolve/hickory.rs` is
-//! the one that asks DNS. Nothing here or there keeps an answer: an address is only a candidate that a probe has yet
-//! to confirm, and the address that was right a second ago is the wrong one after a failover.
+//! This module has the trait [`Resolve`] and knows nothing of DNS servers, sockets and clocks. `resolve/hickory.rs` is
+//! the implementation that asks DNS, `resolve/fixed.rs` the one whose addresses are given. `resolve/addresses.rs`
+//! merges the answers of two address families, and `resolve/error.rs` decides which of two failures is reported.
+//!
+//! Invariant: no answer is kept. An address that was right a second ago may be wrong after a failover, so an address is
+//! only a candidate, which a probe has to confirm. Tests: `resolve/tests.rs`, `tests/it/resolve.rs`.
 
 mod addresses;
 mod error;
@@ -21,17 +23,17 @@ pub(crate) use system::is_scoped;
 use std::pin::Pin;
 use std::sync::Arc;
 
-/// A boxed future that can be sent to another thread, as [`Resolve`] returns it.
+/// The boxed future that [`Resolve`] returns. It can be sent to another thread.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Finds the addresses of a host name.
 ///
-/// The pool asks at each search for the primary and at each patrol, so an implementation is free of two duties: it
-/// needs no cache, and **must not have one** (a cached address is how a client stays on a dead primary), and it need
-/// not check whether a server answers at an address. It should give up by itself after a second or two; the pool goes
-/// on with the servers it has seen before, and reports the failure.
+/// The pool asks at each search for the primary and at each patrol. An implementation needs no cache and **must not
+/// have one**, because a client with a cached address stays on a dead primary. It also need not check whether a server
+/// answers at an address. It should give up by itself after a second or two. The pool then goes on with the servers
+/// that it has seen before, and reports the failure.
 ///
-/// [`HickoryResolver`] asks DNS and is the default; [`FixedResolver`] is for addresses that are known beforehand.
+/// [`HickoryResolver`] asks DNS and is the default. [`FixedResolver`] is for addresses that are known beforehand.
 ///
 /// # Examples
 /// Members of a cluster from a service registry:
@@ -63,14 +65,14 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// }
 /// ```
 pub trait Resolve: Send + Sync + 'static {
-    /// The addresses of `host`, as they are now.
+    /// Finds the addresses that `host` has now.
     ///
-    /// `host` is what the connection string says: a name, with or without a trailing dot, or an IP address, which
-    /// stands for itself. An `Ok` without an address counts as [`ResolveError::NoAddresses`].
+    /// `host` is taken from the connection string. It is a name, with or without a trailing dot, or an IP address,
+    /// whose only address is itself. An `Ok` without an address counts as [`ResolveError::NoAddresses`].
     fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, Result<Addresses, ResolveError>>;
 }
 
-/// One resolver for many pools, or one that a test goes on steering.
+/// Several pools can share one resolver in this way, or a test can keep control over the resolver of its pool.
 impl<R: Resolve + ?Sized> Resolve for Arc<R> {
     fn resolve<'a>(&'a self, host: &'a str) -> BoxFuture<'a, Result<Addresses, ResolveError>> {
         (**self).resolve(host)

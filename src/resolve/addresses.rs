@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::ResolveError;
 
-/// The addresses of one name: each of them once, in the order in which they were given.
+/// The addresses of one name, without duplicates, in the order in which they were given.
 ///
 /// # Examples
 /// ```
@@ -23,7 +23,7 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// These addresses, without the ones that occur again.
+    /// Makes a list of these addresses, and leaves out duplicates.
     ///
     /// # Examples
     /// ```
@@ -38,7 +38,7 @@ impl Addresses {
         Self { addresses: addresses.into_iter().filter(|address| seen.insert(*address)).collect(), partial: None }
     }
 
-    /// The same addresses, with the note that this part of the question failed.
+    /// Adds the note that a part of the question failed with this error.
     ///
     /// # Examples
     /// ```
@@ -54,10 +54,10 @@ impl Addresses {
         self
     }
 
-    /// What failed while these addresses were found: there may be more of them.
+    /// The failure of a part of the question. If there is one, the name may have more addresses than these.
     ///
-    /// Set when one address family (A, AAAA) was answered and the other was not. An answer that there is no address of
-    /// a family is no failure.
+    /// It is set when there was an answer for one address family (A or AAAA) and none for the other. An answer that a
+    /// family has no addresses is not a failure.
     ///
     /// # Examples
     /// ```
@@ -106,16 +106,16 @@ impl Addresses {
         self.addresses.is_empty()
     }
 
-    /// The address that `host` stands for when it is one itself: there is nothing to resolve then.
+    /// The address that `host` is, if it is an IP address and not a name. There is nothing to resolve then.
     pub(crate) fn literal(host: &str) -> Option<Self> {
         host.parse().ok().map(|address: IpAddr| Self::new([address]))
     }
 
-    /// One answer from those of the two address families, each of them asked on its own.
+    /// Merges the answers of the two address families, which are asked separately.
     ///
-    /// A family that has no addresses takes nothing away from the other one. A family that failed is not forgotten
-    /// because the other answered; and when there are no addresses at all, a failure is reported before an answer
-    /// that says "none": the name may well have addresses that nobody could tell.
+    /// If one family has no addresses, those of the other one are the answer. If one family failed, the result holds
+    /// that failure beside the addresses of the other one. If there are no addresses at all, a failure is reported
+    /// rather than an answer that says "none", because the name may have addresses that nobody could tell.
     pub(crate) fn merge(
         one: Result<Self, ResolveError>,
         other: Result<Self, ResolveError>,

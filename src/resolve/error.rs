@@ -21,19 +21,19 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum ResolveError {
-    /// There is no such name; DNS calls it NXDOMAIN.
+    /// There is no such name. DNS calls this NXDOMAIN.
     #[non_exhaustive]
     NotFound {
         /// The host that was asked for.
         name: String,
     },
-    /// The name exists, and has no address.
+    /// The name exists but has no address.
     #[non_exhaustive]
     NoAddresses {
         /// The host that was asked for.
         name: String,
     },
-    /// The name server answered that it could not, or would not, say.
+    /// The name server answered that it could not, or would not, answer the question.
     #[non_exhaustive]
     ServerFailure {
         /// The host that was asked for.
@@ -46,7 +46,7 @@ pub enum ResolveError {
     TimedOut {
         /// The host that was asked for.
         name: String,
-        /// How long an answer was waited for.
+        /// How long the resolver waited for an answer.
         after: Duration,
     },
     /// There is no name server to ask.
@@ -63,7 +63,7 @@ pub enum ResolveError {
         /// What is wrong with it.
         source: Arc<dyn Error + Send + Sync>,
     },
-    /// Anything else, among it the failures of a resolver of your own: see [`ResolveError::custom`].
+    /// Anything else, including the failures of your own resolver. See [`ResolveError::custom`].
     #[non_exhaustive]
     Other {
         /// The host that was asked for.
@@ -74,7 +74,7 @@ pub enum ResolveError {
 }
 
 impl ResolveError {
-    /// The failure of a resolver of your own.
+    /// Makes the error of your own resolver.
     ///
     /// # Examples
     /// ```
@@ -93,7 +93,7 @@ impl ResolveError {
         Self::Other { name: name.into(), source: Arc::from(source.into()) }
     }
 
-    /// The host that was asked for; for [`ResolveError::NoConfiguration`], the file.
+    /// The host that was asked for. For [`ResolveError::NoConfiguration`] it is the file.
     ///
     /// # Examples
     /// ```
@@ -113,18 +113,19 @@ impl ResolveError {
         }
     }
 
-    /// Whether somebody who should know has said that there is no address. All else leaves the question open.
+    /// Whether this is an answer, which says that there is no address. Every other error leaves the question open.
     pub(crate) fn is_answer(&self) -> bool {
         self.weight() <= 1
     }
 
-    /// The one of two failures that says more about what to repair; this one when they weigh the same.
+    /// Returns the failure that says more about what to repair, or `self` if both say the same.
     pub(crate) fn or_more_telling(self, other: Self) -> Self {
         if other.weight() > self.weight() { other } else { self }
     }
 
-    /// "No such name" says least: a name with an address of the other family, or one further down the search list, is
-    /// not touched by it. A server that speaks up about its trouble says more than one that is silent.
+    /// How much a failure says about what to repair. "No such name" says least, because it does not rule out an address
+    /// of the other family, or another name of the search list. A server that reports its trouble says more than one
+    /// that is silent.
     pub(super) fn weight(&self) -> u8 {
         match self {
             Self::NotFound { .. } => 0,
@@ -174,7 +175,7 @@ impl fmt::Display for ResolveError {
     }
 }
 
-// By hand, since a derived `source` would hand out the `Arc` itself, which no downcast sees through.
+// This is not derived, because a derived `source` returns the `Arc` itself, and a downcast does not look into it.
 impl Error for ResolveError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         match self {

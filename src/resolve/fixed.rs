@@ -5,10 +5,10 @@ use std::net::IpAddr;
 
 use super::{Addresses, BoxFuture, Resolve, ResolveError};
 
-/// Knows the addresses of some names beforehand and asks nobody.
+/// A resolver that knows the addresses of some names beforehand and asks nobody.
 ///
-/// For clusters whose members have fixed addresses, and for tests. Names are compared as DNS does: upper and lower case
-/// are the same, and so is a trailing dot. A name that was not given is [`ResolveError::NotFound`].
+/// It is for clusters whose members have fixed addresses, and for tests. It compares names as DNS does: upper and lower
+/// case are the same, and a trailing dot makes no difference. A name that was not given is [`ResolveError::NotFound`].
 ///
 /// # Examples
 /// ```
@@ -25,7 +25,7 @@ pub struct FixedResolver {
 }
 
 impl FixedResolver {
-    /// These names with these addresses. A name that is given twice has the addresses of both.
+    /// Makes a resolver of these names and their addresses. A name that is given twice has the addresses of both.
     ///
     /// # Examples
     /// ```

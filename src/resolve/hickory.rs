@@ -1,13 +1,15 @@
-//! Asks DNS, by way of hickory.
+//! Asks DNS by means of the `hickory-resolver` crate.
 //!
-//! Decides nothing: it fetches both address families and lets `resolve.rs` merge them. Knows nothing of servers and
-//! pools. No answer outlives its question, and neither does anything else that could make the next answer an old one:
-//! hickory's client is built anew for each question (some ten microseconds). One that is shared lets a question join
-//! an equal one that is still on its way (its `NameServerPool::active_requests`, with or without a cache), so that a
-//! question asked after a failover could get an answer to one asked before. It also would stretch its retransmissions
-//! to the slowness it has seen, just when packets get lost.
+//! This module decides nothing. It asks for both address families, and [`Addresses::merge`] makes one answer of them.
+//! It knows nothing of servers and pools.
 //!
-//! Tests in `tests/resolve.rs`; below, those that need a file in the place of `/etc/resolv.conf`.
+//! Invariant: nothing outlives its question, neither an answer nor any state that could make the next answer an old
+//! one. So hickory's client is built anew for each question, which takes some ten microseconds. A shared client lets a
+//! question join an equal one that is still under way (its `NameServerPool::active_requests`, with or without a cache).
+//! A question that is asked after a failover could then get the answer to one that was asked before. A shared client
+//! would also slow down its retransmissions after slow answers, which is just when packets get lost.
+//!
+//! Tests: `tests/it/resolve.rs`, and `resolve/hickory/tests.rs` for those that need their own `/etc/resolv.conf`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
@@ -27,31 +29,31 @@ use super::setup::{Files, Setup, Source, System};
 use super::system::Hosts;
 use super::{Addresses, BoxFuture, Resolve, ResolveError};
 
-/// How often a question is put before it counts as unanswered.
+/// How often a question is sent before it counts as unanswered.
 const ATTEMPTS: u32 = 2;
 
-/// hickory adds the time-out to the clock, and the sum must not overflow.
+/// The longest time-out. hickory adds the time-out to the clock, and the sum must not overflow.
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// How long the slower address family is waited for once the other one has brought addresses. There are name servers
-/// that drop AAAA queries; without this, each question of theirs would take until the time-out.
+/// How long to wait for the second address family after the first one has given addresses. Some name servers drop AAAA
+/// queries. Without this limit, each question to them would last until the time-out.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// Asks DNS for the addresses of a name, anew each time.
+/// A resolver that asks DNS anew for each question.
 ///
-/// - Nothing is cached, neither addresses nor failures, whatever their time to live says.
-/// - A and AAAA records are asked for apart and at the same time, and merged, IPv4 first. When one kind is answered
-///   with addresses, the other one is waited for 100 ms at most; when it fails, what was found is returned, and
-///   [`Addresses::partial`] has the failure. When neither brings addresses, the more telling failure is
-///   reported: a SERVFAIL or a time-out before a "no such name".
-/// - A truncated answer is asked for again by TCP; CNAME records are followed.
-/// - An IP address stands for itself. Nothing is sent.
+/// - It caches neither addresses nor failures, whatever their time to live says.
+/// - It asks for A and AAAA records separately and at the same time, and merges the answers, IPv4 first. When one kind
+///   has given addresses, it waits for the other one for 100 ms at most. If that one fails, the result holds what was
+///   found, and [`Addresses::partial`] has the failure. If neither gives addresses, the failure that says more is
+///   reported: a SERVFAIL or a time-out rather than a "no such name".
+/// - It asks again by TCP after a truncated answer, and follows CNAME records.
+/// - An IP address is its own answer. Nothing is sent for it.
 ///
 /// # Search lists
 /// A name without a trailing dot is tried with the search domains of `/etc/resolv.conf`, as all programs do. In
-/// Kubernetes (`ndots:5`, three or more search domains) that means that `my-pg.internal` is asked for as
-/// `my-pg.internal.<namespace>.svc.cluster.local` and so on before it is asked for as it stands. Write the host as
-/// `my-pg.internal.`, with a dot at its end, to have it asked at once, and only so.
+/// Kubernetes (`ndots:5`, three or more search domains) the resolver first asks for
+/// `my-pg.internal.<namespace>.svc.cluster.local` and so on, and only then for `my-pg.internal`. Write the host as
+/// `my-pg.internal.`, with a dot at its end, so that it asks only for that name.
 ///
 /// # Examples
 /// ```
@@ -70,12 +72,13 @@ pub struct HickoryResolver {
 }
 
 impl HickoryResolver {
-    /// Asks as the system is configured to: by `/etc/hosts` and the name servers, search domains, `ndots` and `edns0`
-    /// of `/etc/resolv.conf`. Its `timeout` and `attempts` are not used, see [`HickoryResolver::timeout`].
+    /// A resolver that asks as the system is configured. It uses `/etc/hosts`, and the name servers, search domains,
+    /// `ndots` and `edns0` of `/etc/resolv.conf`. It does not use that file's `timeout` and `attempts`: see
+    /// [`HickoryResolver::timeout`].
     ///
-    /// When one of the files has changed, it is read again before the next question; while the new version cannot be
-    /// used, the last one that could stays in force. As in the C library, a name in `/etc/hosts` is not asked for in
-    /// DNS. On Windows and macOS the name servers are those of the system settings.
+    /// When one of the files has changed, it is read again before the next question. While the new version cannot be
+    /// used, the last usable one stays in force. As in the C library, a name in `/etc/hosts` is not asked for in DNS.
+    /// On Windows and macOS the name servers come from the settings of the system.
     ///
     /// # Examples
     /// ```no_run
@@ -91,8 +94,8 @@ impl HickoryResolver {
         Self::from_files(Files { resolv_conf: "/etc/resolv.conf".into(), hosts: "/etc/hosts".into() })
     }
 
-    /// Asks these name servers, by UDP and TCP on the port given, and reads no file. Each name is asked for as it is:
-    /// there are no search domains.
+    /// A resolver that asks these name servers, by UDP and TCP on the given port, and reads no file. It has no search
+    /// domains, so it asks for each name as it is.
     ///
     /// # Examples
     /// ```
@@ -116,11 +119,12 @@ impl HickoryResolver {
         })))
     }
 
-    /// How long one attempt may take. Default: 1 s. There are two attempts, so a name that nobody answers for fails
-    /// after twice this time.
+    /// How long one attempt may take. Default: 1 s. There are two attempts, so a name without an answer fails after
+    /// twice this time.
     ///
-    /// A search for the primary goes on with the servers seen before while DNS is silent, so a longer time costs a
-    /// running pool little; raise it when name servers are far away. More than an hour is an hour.
+    /// While DNS is silent, a search for the primary goes on with the servers that the pool has seen before, so a
+    /// longer time costs a running pool little. Raise it when the name servers are far away. More than an hour counts
+    /// as an hour.
     ///
     /// # Examples
     /// ```
@@ -135,8 +139,8 @@ impl HickoryResolver {
         self
     }
 
-    /// The TXT records of `name`, each with its strings joined, as the name servers have them now. Asked for as it is,
-    /// without a search list. The pool itself asks for none.
+    /// Asks for the TXT records of `name`, and joins the strings of each. It asks for the name as it is, without a
+    /// search list. The pool itself asks for no TXT records.
     ///
     /// # Errors
     /// As [`Resolve::resolve`]: no such name, no TXT record, a failing or silent name server.
@@ -177,7 +181,7 @@ impl HickoryResolver {
         if let Some(itself) = Addresses::literal(host) {
             return Ok(itself);
         }
-        // Relaxed, as only that takes an underscore, which no host name has and many a service name.
+        // Only the relaxed syntax allows an underscore, which host names do not have but names of services often do.
         let name = Name::from_str_relaxed(host).map_err(|error| ResolveError::custom(host, error))?;
         let setup = self.setup.current();
         if let Some(addresses) = setup.hosts.addresses(host) {
@@ -192,7 +196,7 @@ impl HickoryResolver {
         for name in setup.candidates(&name) {
             match self.both_families(&client, host, &name).await {
                 Ok(addresses) => return Ok(addresses),
-                // As in the C library: who is silent about one name would be silent about the others.
+                // As in the C library, a silence ends the search list, because the other names would meet it as well.
                 Err(silence @ ResolveError::TimedOut { .. }) => return Err(reported.or_more_telling(silence)),
                 Err(error) => reported = reported.or_more_telling(error),
             }
@@ -206,25 +210,25 @@ impl HickoryResolver {
         let options = builder.options_mut();
         options.cache_size = 0;
         options.timeout = self.timeout;
-        // hickory counts the repeats.
+        // hickory counts only the repetitions.
         options.attempts = ATTEMPTS as usize - 1;
         options.edns0 = setup.edns0;
-        // `Setup::hosts` was looked into already; hickory looks up the first name of a search list only.
+        // `look_up` has read `Setup::hosts` already, and hickory would look up only the first name of a search list.
         options.use_hosts_file = ResolveHosts::Never;
         builder.build()
     }
 
-    /// `host` is what errors name; `name` is what is asked.
+    /// Asks for `name`. Errors name `host`.
     async fn both_families(&self, client: &TokioResolver, host: &str, name: &Name) -> Result<Addresses, ResolveError> {
         let started = Instant::now();
         let silent = |_| failure(host, NetError::Timeout, started.elapsed());
         let family = async |record_type| {
-            // hickory's own time-out starts again when it turns to TCP.
+            // hickory's own time-out starts again when it changes to TCP, so this one limits both together.
             let found = timeout(self.timeout * ATTEMPTS, one_family(client, name, record_type))
                 .await
                 .map_err(silent)?
                 .map_err(|error| failure(host, error, started.elapsed()))?;
-            // An alias that leads to nothing.
+            // The name is an alias that leads to no address.
             if found.is_empty() {
                 return Err(ResolveError::NoAddresses { name: host.to_owned() });
             }
@@ -238,7 +242,8 @@ impl HickoryResolver {
             slower.await
         };
         let mut merged = Addresses::merge(faster, slower)?;
-        // Who answered first is chance; a stable sort leaves each family in the order of its answer.
+        // Which family answers first is chance, so sort by family. The sort is stable and keeps the order within each
+        // one.
         merged.addresses.sort_by_key(IpAddr::is_ipv6);
         Ok(merged)
     }
@@ -252,7 +257,7 @@ impl Resolve for HickoryResolver {
 
 async fn one_family(client: &TokioResolver, name: &Name, record_type: RecordType) -> Result<Addresses, NetError> {
     let lookup = client.lookup(name.clone(), record_type).await?;
-    // The answer also holds the aliases that led there.
+    // The answer also holds the aliases that led to the addresses.
     let records = lookup.answers().iter();
     Ok(records
         .filter(|record| record.record_type() == record_type)
@@ -260,7 +265,7 @@ async fn one_family(client: &TokioResolver, name: &Name, record_type: RecordType
         .collect())
 }
 
-/// A TXT record is cut into strings of 255 bytes at most.
+/// Joins the strings of a TXT record, which are at most 255 bytes long each.
 fn joined(data: &RData) -> Option<String> {
     let RData::TXT(text) = data else {
         return None;
@@ -268,7 +273,7 @@ fn joined(data: &RData) -> Option<String> {
     Some(String::from_utf8_lossy(&text.txt_data.concat()).into_owned())
 }
 
-/// hickory's error in our words.
+/// Translates an error of hickory into one of this crate.
 fn failure(host: &str, error: NetError, after: Duration) -> ResolveError {
     let name = host.to_owned();
     match error {

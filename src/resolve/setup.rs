@@ -1,4 +1,5 @@
-//! Whom to ask and which names: given by the user, or by the files of the system, which are read again when they change.
+//! Which name servers to ask, and for which names. Either the user gives them, or the files of the system do, which are
+//! read again when they change.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -31,7 +32,7 @@ impl Source {
     }
 }
 
-/// Whom to ask, and what for.
+/// Which name servers to ask, and for which names.
 pub(super) struct Setup {
     pub(super) name_servers: Vec<NameServerConfig>,
     pub(super) search: Vec<Name>,
@@ -41,10 +42,10 @@ pub(super) struct Setup {
 }
 
 impl Setup {
-    /// `before`: what was read last.
+    /// Reads the files. `before` is what was read last.
     fn read(files: &Files, before: Option<&Self>) -> Result<Self, NetError> {
         let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
-        // A file that is gone or empty is about to be written: what it said last holds until then.
+        // A missing or empty file is probably about to be written, so what it said last stays in force until then.
         if let Some(before) = before.filter(|_| !files.tell_servers()) {
             let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
             return Ok(Self { name_servers, search, ndots: before.ndots, edns0: before.edns0, hosts });
@@ -60,10 +61,10 @@ impl Setup {
         if name.is_fqdn() {
             return vec![absolute];
         }
-        // A name that gets too long with its domain is none.
+        // A name that gets too long with its domain cannot exist, so it is left out.
         let searched = self.search.iter().filter_map(|domain| name.clone().append_domain(domain).ok());
         let mut names: Vec<Name> = searched.collect();
-        // As many dots as `ndots` means as many labels and one. `localhost` is not sent to any server (RFC 6761).
+        // A name with `ndots` dots has one label more than that. `localhost` is not sent to any server (RFC 6761).
         let first = usize::from(name.num_labels()) > self.ndots || name.is_localhost();
         names.insert(if first { 0 } else { names.len() }, absolute);
         names
@@ -84,7 +85,7 @@ impl fmt::Debug for Setup {
     }
 }
 
-/// The file's text, whatever bytes are in it; `None` where there is no such file.
+/// The text of the file, whatever bytes it holds. `None` if there is no such file.
 fn read_text(file: &Path) -> Result<Option<String>, NetError> {
     match fs::read(file) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
@@ -108,13 +109,13 @@ fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), 
 fn read_resolv_conf(_: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
     let (config, options) = hickory_resolver::system_conf::read_system_conf()?;
     let (domain, search, name_servers) = config.into_parts();
-    // The domain of the host's own name is what the search list is when there is none.
+    // Without a search list, the domain of the host's own name is searched.
     let search = if search.is_empty() { Vec::from_iter(domain) } else { search };
     let conf = ResolvConf { servers: Vec::new(), search, ndots: options.ndots, edns0: options.edns0 };
     Ok((name_servers, conf))
 }
 
-/// The system's setup, read again when its files have changed.
+/// The setup of the system, which is read again when its files have changed.
 pub(super) struct System {
     files: Files,
     last: Mutex<(Stamps, Arc<Setup>)>,
@@ -130,15 +131,15 @@ impl System {
         Ok(Self { files, last: Mutex::new((stamps, Arc::new(setup))) })
     }
 
-    /// Two calls of `stat`, and no more than that as long as nothing changed.
+    /// The current setup. It costs two calls of `stat` as long as no file has changed.
     fn current(&self) -> Arc<Setup> {
         let mut last = lock(&self.last);
-        // Taken before the files are read: what changes while they are is seen the next time.
+        // The stamps are taken before the files are read, so a change in between is noticed next time.
         let stamps = self.files.stamps();
         if last.0 != stamps {
             match Setup::read(&self.files, Some(&last.1)) {
                 Ok(setup) => *last = (stamps, Arc::new(setup)),
-                // The stamps stay as they are, so each question tries again: it may be half written.
+                // The file may be half written. The old stamps are kept, so that each question tries again.
                 Err(error) => tracing::warn!(
                     %error,
                     file = %self.files.resolv_conf.display(),
@@ -163,7 +164,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Does the file name a name server, where it is the one that counts?
+    /// Whether resolv.conf names a name server. It is always true on systems that do not use that file.
     #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
     fn tell_servers(&self) -> bool {
         let text = read_text(&self.resolv_conf).ok().flatten().unwrap_or_default();
@@ -180,14 +181,14 @@ impl Files {
     }
 }
 
-/// What tells one version of a file from the next; `None` when there is no such file.
+/// The stamps of resolv.conf and of the hosts file. `None` means that there is no such file.
 type Stamps = [Option<Stamp>; 2];
 
 #[derive(Debug, PartialEq, Eq)]
 struct Stamp {
     modified: Option<SystemTime>,
     len: u64,
-    /// Files are often replaced by renaming, sometimes by one of the same length within one tick of the clock.
+    /// Files are often replaced by renaming, and the new one may have the same length and the same time.
     inode: u64,
 }
 

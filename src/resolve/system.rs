@@ -1,7 +1,7 @@
-//! Reads `/etc/resolv.conf` and `/etc/hosts` as the C library (glibc) does: what makes no sense is skipped, and is no reason
-//! to read the rest otherwise.
+//! Reads `/etc/resolv.conf` and `/etc/hosts` as the C library (glibc) does. It skips what makes no sense and reads the
+//! rest as usual.
 //!
-//! Pure: text goes in. Sources: `__res_vinit` in glibc's `resolv/res_init.c`, and `hosts(5)`.
+//! This module is pure: text goes in. Sources: `__res_vinit` in glibc's `resolv/res_init.c`, and `hosts(5)`.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,11 +10,12 @@ use hickory_resolver::proto::rr::Name;
 
 use super::Addresses;
 
-/// glibc's `MAXNS`: of more name servers the first are asked.
+/// glibc's `MAXNS`. If there are more name servers, only the first ones are asked.
 const MAX_SERVERS: usize = 3;
 /// glibc's `RES_MAXNDOTS`.
 const MAX_NDOTS: usize = 15;
-/// More search domains than this are a mistake, and each costs every unknown name a question.
+/// The most search domains that are used. More are a mistake, and each of them costs one question for every unknown
+/// name.
 const MAX_SEARCH: usize = 32;
 
 /// What a `resolv.conf` says.
@@ -27,12 +28,12 @@ pub(super) struct ResolvConf {
 }
 
 impl ResolvConf {
-    /// `own_name`: of this host; its domain is what is searched where the file names none.
+    /// `own_name` is the name of this host. Its domain is searched if the file names no search domain.
     pub(super) fn parse(text: &str, own_name: &str) -> Self {
         let mut found = Self { servers: Vec::new(), search: Vec::new(), ndots: 1, edns0: false };
         let mut search: Option<Vec<&str>> = None;
         for line in text.lines() {
-            // A keyword begins its line; one that is indented is none, as in glibc.
+            // As in glibc, a keyword must begin its line, so an indented one is skipped.
             let Some((keyword, rest)) = line.split_once([' ', '\t']) else {
                 continue;
             };
@@ -41,7 +42,7 @@ impl ResolvConf {
                 "nameserver" if found.servers.len() < MAX_SERVERS => {
                     found.servers.extend(words.next().and_then(name_server));
                 }
-                // The last of them counts.
+                // The last line of these two kinds counts.
                 "domain" => search = Some(words.take(1).collect()),
                 "search" => search = Some(words.collect()),
                 "options" => words.for_each(|option| found.option(option)),
@@ -59,12 +60,12 @@ impl ResolvConf {
             self.edns0 = true;
         } else if let Some(dots) = option.strip_prefix("ndots:") {
             let digits: String = dots.chars().take_while(char::is_ascii_digit).collect();
-            // glibc reads no number as zero, and too large a one as the largest.
+            // glibc reads a missing number as zero, and a number that is too large as the largest one.
             self.ndots = if digits.is_empty() { 0 } else { digits.parse().unwrap_or(MAX_NDOTS).min(MAX_NDOTS) };
         }
     }
 
-    /// Without a name server, glibc asks the one on this host.
+    /// Adds the name server on this host if the file names none, as glibc does.
     pub(super) fn or_local(mut self) -> Self {
         if self.servers.is_empty() {
             self.servers.push(IpAddr::V4(Ipv4Addr::LOCALHOST));
@@ -74,7 +75,7 @@ impl ResolvConf {
 }
 
 fn name_server(word: &str) -> Option<IpAddr> {
-    // A comment may follow without a space.
+    // A comment may follow the address without a space.
     let word = word.split(['#', ';']).next().unwrap_or_default();
     word.parse().ok()
 }
@@ -85,11 +86,11 @@ fn domain(word: &str) -> Option<Name> {
     Some(name)
 }
 
-/// What a hosts file says: the addresses of each name, and whether one was left out.
+/// What a hosts file says: the addresses of each name, and the names whose address cannot be used.
 #[derive(Debug, Default)]
 pub(super) struct Hosts {
     names: HashMap<String, Vec<IpAddr>>,
-    /// Names with an address that needs an interface, as in `fe80::1%eth0`.
+    /// The names with an address that includes an interface, as in `fe80::1%eth0`.
     scoped: HashMap<String, String>,
 }
 
@@ -116,7 +117,7 @@ impl Hosts {
         self.names.get(&key(host)).map(|addresses| Addresses::new(addresses.iter().copied()))
     }
 
-    /// The address of a name that has none but one with an interface.
+    /// The address with an interface that the file gives for `host`, if it gives one.
     pub(super) fn scoped(&self, host: &str) -> Option<&str> {
         self.scoped.get(&key(host)).map(String::as_str)
     }
@@ -126,7 +127,7 @@ fn key(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
-/// An IPv6 address together with its interface, as in `fe80::1%eth0`.
+/// Whether the text is an IPv6 address together with its interface, as in `fe80::1%eth0`.
 pub(crate) fn is_scoped(text: &str) -> bool {
     text.split_once('%').is_some_and(|(address, scope)| !scope.is_empty() && address.parse::<Ipv6Addr>().is_ok())
 }
