@@ -1,11 +1,13 @@
-//! LISTEN that survives failovers, and says so when notifications may have been missed.
+//! A LISTEN that survives failovers, and tells its reader when notifications may have been missed.
 //!
-//! Decides what a reader gets, in which order, and what is dropped when it is slow: [`Backlog`], which is pure. One task
-//! per listener keeps a session of its own to the verified primary and subscribes again when it ends. Invariants: after
-//! the gap mark of a new subscription nothing is missing that was notified later; a backlog never grows beyond its
-//! capacity; a dropped listener leaves neither task nor session. Tests: at the end of this file, `tests/it/listen.rs`.
+//! `listen/backlog.rs` decides what a reader gets, in which order, and what is dropped when the reader is slow. One
+//! task per listener keeps a session of its own to the verified primary, and subscribes again when that session ends.
+//!
+//! Invariants: the reader gets every notification that comes after the gap mark of a new subscription. A dropped
+//! listener leaves neither a task nor a session. Tests: `tests/it/listen.rs`.
 
-use std::collections::VecDeque;
+mod backlog;
+
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,22 +30,23 @@ use crate::retry::Exponential;
 use crate::server::{Ear, rows};
 use crate::sync::lock;
 use crate::topology::{Suspicion, UNDISTURBED};
+use backlog::{Backlog, Entry};
 
-/// Notifications that wait for a reader. PostgreSQL's payloads are below 8,000 bytes, so this is 8 MB at the very worst.
-const CAPACITY: usize = 1024;
-/// Pauses between two tries to subscribe again, when it is not for want of a primary.
+/// The shortest and the longest pause between two tries to subscribe. A missing primary causes no such pause, because
+/// the search for it has pauses of its own.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(5));
-/// An idle session shows by this that it is still there and still subscribed, also to proxies that close idle ones.
+/// The SQL by which an idle session checks that it is alive and still subscribed. It also keeps proxies from closing
+/// the session as idle.
 fn check() -> String {
     format!("{UNDISTURBED} SELECT pg_listening_channels() ORDER BY 1")
 }
 
-/// The same, where the function is taken from the role: then what the session is subscribed to is not seen.
+/// The SQL that checks only whether the session is alive. It is for roles that may not call the function of [`check`].
 fn check_alive() -> String {
     format!("{UNDISTURBED} SHOW transaction_read_only")
 }
 
-/// What the server answers to [`check`]; `None` where it does not let this role ask.
+/// The channels that the session is subscribed to, or `None` if the server does not let this role ask.
 async fn subscribed_to(client: &tokio_postgres::Client) -> Result<Option<Channels>, tokio_postgres::Error> {
     match rows(client, &check()).await {
         Err(error) if not_offered(&error) => rows(client, &check_alive()).await.map(|_| None),
@@ -53,38 +56,40 @@ async fn subscribed_to(client: &tokio_postgres::Client) -> Result<Option<Channel
 
 type Channels = Vec<Vec<Option<String>>>;
 
-/// A session that listens is idle by its nature; from PostgreSQL 14 on a role's `idle_session_timeout` would end it again and
-/// again. Asked for apart: where it is refused, the subscription is in force all the same.
+/// Switches off the time limit for idle sessions. A session that listens is idle most of the time, so the
+/// `idle_session_timeout` of a role (PostgreSQL 14 and later) would end it again and again. It is a statement of its
+/// own, because the subscription shall be in force even if the server refuses this one.
 const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false) \
                      WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL";
-/// So many heart-beats lie between two checks.
+/// How many heart-beats lie between two checks of the subscription.
 const CHECK_EVERY: u32 = 10;
-/// Time for one answer: the subscription's, or the check's.
+/// How long to wait for the answer to a subscription or a check.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 impl Pool {
-    /// Subscribes to these channels, on a session of its own to the verified primary, and again after each failover.
+    /// Subscribes to these channels on a separate session to the verified primary, and again after each failover.
     ///
-    /// Returns when the subscription is in force: what is notified from then on is received. Waits for that at most for
-    /// the checkout timeout. Channel names are taken as they are, upper case and special characters included: `NOTIFY
-    /// Orders` folds its name to lower case and is heard on `orders`.
+    /// It returns when the subscription is in force. The listener receives what is notified from then on. It waits for
+    /// that at most for the checkout timeout. Channel names are taken as they are, including upper case and special
+    /// characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`.
     ///
-    /// PostgreSQL keeps no notification for a session that is not there. So when the session was lost, to a failover
-    /// or otherwise, the listener subscribes again by itself and says [`Message::MayHaveGap`]: read the state that the
-    /// notifications are about anew at that point. A primary that died without a word is noticed as by the pool: the
-    /// session ends as soon as a successor is proved, or after `dead_after`. The session itself is asked every tenth
-    /// heart-beat (10 s) whether it is still subscribed, which also keeps it alive behind proxies that close idle ones.
+    /// PostgreSQL keeps no notifications for a session that is not there. When the session is lost, by a failover or
+    /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. Read the state that the
+    /// notifications are about anew at that point. The pool notices a primary that died silently, and the session ends
+    /// as soon as a successor is proved, or after `dead_after`. Every tenth heart-beat (10 s) the listener asks the
+    /// server whether the session is still subscribed. This also keeps it alive behind proxies that close idle
+    /// sessions.
     ///
-    /// The session counts neither as one of `max_size` nor in [`Pool::status`]. Dropping the [`Listener`] closes it. A
+    /// The session counts neither towards `max_size` nor in [`Pool::status`]. Dropping the [`Listener`] closes it. A
     /// listener keeps the pool alive, like a [`Client`](crate::Client).
     ///
-    /// Does not work through a pooler in transaction mode (`PgBouncer`'s `pool_mode=transaction`), as the session that
-    /// listens is not the client's there: connect around it.
+    /// It does not work through a pooler in transaction mode (`PgBouncer`'s `pool_mode=transaction`), because the
+    /// session that listens does not stay with one client there. Connect directly to the server in that case.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where there was no primary in time, [`Error::Refused`] where the credentials are wrong,
-    /// [`Error::Database`] where the server does not take the names of the channels (an empty one), [`Error::Wrapped`] where
-    /// the pool is a [wrapped](Pool::wrap) one.
+    /// [`Error::Unavailable`] if there was no primary in time, [`Error::Refused`] if the credentials are wrong,
+    /// [`Error::Database`] if the server does not accept the name of a channel (an empty one), and [`Error::Wrapped`]
+    /// if the pool is a [wrapped](Pool::wrap) one.
     ///
     /// # Cancel safety
     /// A dropped future leaves nothing behind.
@@ -94,7 +99,7 @@ impl Pool {
     /// use tokio_postgres_failover::Message;
     ///
     /// let mut listener = pool.listen(["orders", "prices"]).await?;
-    /// // Subscribe first, read the state then: what changes in between is notified.
+    /// // Subscribe first and read the state after that, so that a change in between is notified.
     /// while let Some(message) = listener.recv().await {
     ///     match message {
     ///         Ok(Message::Notification(it)) => println!("{}: {}", it.channel(), it.payload()),
@@ -119,13 +124,14 @@ impl Pool {
         let began = Instant::now();
         let subscribing = subscribe(self, &sql, &inbox);
         let first = timeout(self.checkout_timeout(), subscribing).await.map_err(|_| self.unavailable(began))??;
-        // Where the pool runs: the caller's runtime may end before.
+        // The task runs on the runtime of the pool, because the caller's runtime may end earlier.
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }
 }
 
-/// `LISTEN` for each channel. In quotes, which are doubled within: the name is taken as it is.
+/// One `LISTEN` for each channel. The names are quoted, and quotes within are doubled, so that each name is taken as it
+/// is.
 fn subscription<I>(channels: I) -> String
 where
     I: IntoIterator,
@@ -137,26 +143,28 @@ where
     })
 }
 
-/// What a [`Listener`] receives. There will be no third: whoever handles it handles the gap.
+/// What a [`Listener`] receives. There will be no third variant, so that every `match` handles the gap.
 #[derive(Clone, Debug)]
 pub enum Message {
-    /// Somebody's NOTIFY: its channel, its payload, and the process id of the session that sent it.
+    /// A NOTIFY, with its channel, its payload and the process id of the session that sent it.
     Notification(Notification),
-    /// Notifications may be missing here: the session was lost and there is a new one, or the reader was too slow.
-    /// The subscription is in force: what changes from now on is notified, so the state read now is not missed.
+    /// Notifications may be missing here, because the session was lost and replaced or because the reader was too slow.
+    /// The subscription is in force again. If you read the state now, every later change of it is notified.
     MayHaveGap,
 }
 
 /// Notifications of some channels, across failovers, from [`Pool::listen`].
 ///
-/// Read it with [`Listener::recv`], or as a [`Stream`]. It ends, with `None`, when the pool is closed; where the runtime of
-/// the pool has ended, [`Error::RuntimeEnded`] comes before that. Any other `Err` ends nothing: it says that there has been no subscription for the checkout timeout, or that the servers refuse it, and
-/// why, each time anew; the listener goes on trying, and [`Message::MayHaveGap`] follows when it succeeds. Whoever has no
-/// use for late news drops the listener then.
+/// Read it with [`Listener::recv`] or as a [`Stream`]. It ends with `None` when the pool is closed. If the runtime of
+/// the pool has ended, [`Error::RuntimeEnded`] comes before that.
 ///
-/// Up to 1,024 notifications wait for a reader. For one that is slower the newer ones are dropped, and
-/// [`Message::MayHaveGap`] stands in their place, once; so a reader that stopped costs no more memory, and holds up
-/// neither the server nor the pool.
+/// Any other `Err` does not end it. Such an error says that there has been no subscription for the checkout timeout, or
+/// that the servers refuse it, and why. It is repeated as long as that lasts. The listener goes on trying, and returns
+/// [`Message::MayHaveGap`] when it succeeds. Drop the listener on an error if you have no use for late notifications.
+///
+/// Up to 1,024 notifications wait for a reader. If the reader is slower, the newer ones are dropped, and one
+/// [`Message::MayHaveGap`] takes their place. So a reader that has stopped costs no more memory, and holds up neither
+/// the server nor the pool.
 #[must_use = "a listener that is dropped has ended its subscription"]
 pub struct Listener {
     inbox: Arc<Inbox>,
@@ -164,10 +172,10 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// The next message; `None` when the pool was closed and all was read. Cancel-safe: nothing is lost.
+    /// The next message, or `None` when the pool is closed and everything was read. Cancel-safe: nothing is lost.
     ///
-    /// Waits without a limit, as nobody knows when somebody notifies; but not in silence: without a subscription there
-    /// is an `Err` after the checkout timeout.
+    /// It waits without a limit, because nobody knows when the next NOTIFY comes. But if there is no subscription, it
+    /// returns an `Err` after the checkout timeout.
     pub async fn recv(&mut self) -> Option<Result<Message, Error>> {
         poll_fn(|cx| self.inbox.poll(cx)).await
     }
@@ -208,7 +216,7 @@ impl Subscribed {
                 Ok(Ok(None)) => {}
                 Ok(Ok(channels)) if self.channels.is_none() || channels == self.channels => self.channels = channels,
                 Ok(Ok(_)) => {
-                    return "the server forgot it; a pooler in transaction mode cannot be listened through".into();
+                    return "the server forgot it; LISTEN does not work through a pooler in transaction mode".into();
                 }
                 Ok(Err(error)) => return explain(&error),
                 Err(_) => return format!("no answer within {ANSWER_WITHIN:?}"),
@@ -218,7 +226,7 @@ impl Subscribed {
     }
 }
 
-/// Keeps the subscription in force until the pool is closed, or the task ended.
+/// Keeps the subscription in force until the pool is closed or the task ends.
 async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, keeping: Keeping) {
     let inbox = &keeping.0;
     let pause = pool.heartbeat().saturating_mul(CHECK_EVERY);
@@ -237,7 +245,8 @@ async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, keeping: Keep
     }
 }
 
-/// However the task ends, also with its runtime before it has ever run, its reader does not wait for ever.
+/// Ends the inbox when the task ends, so that its reader does not wait forever. The task may end with its runtime
+/// before it has ever run.
 struct Keeping(Arc<Inbox>);
 
 impl Drop for Keeping {
@@ -246,7 +255,7 @@ impl Drop for Keeping {
     }
 }
 
-/// Subscribes again, however long it takes. Fails where the pool has ended.
+/// Subscribes again, however long it takes. It fails if the pool has ended.
 async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     loop {
@@ -262,13 +271,13 @@ async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed,
     }
 }
 
-/// Tries until a session is subscribed, or something is wrong that a failover would not explain.
+/// Tries until a session is subscribed, or until an error shows that a failover is not the reason.
 async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     loop {
         let aside = match pool.aside().await {
             Ok(aside) => aside,
-            // It has paused already.
+            // `aside` has waited already, so there is no pause here.
             Err(Error::Unavailable(_)) => continue,
             Err(error) => return Err(error),
         };
@@ -280,12 +289,12 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
             subscribed_to(aside.client()).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
-            // What was never in force could not be missed later either.
+            // The server forgot the subscription at once, so a listener on this session would receive nothing.
             Ok(Ok(Some(channels))) if channels.is_empty() && !sql.is_empty() => {
-                tracing::warn!("LISTEN had no effect: a pooler in transaction mode cannot be listened through");
+                tracing::warn!("LISTEN had no effect: it does not work through a pooler in transaction mode");
             }
             Ok(Ok(channels)) => return Ok(Subscribed { aside, ended, channels }),
-            // The server is well and does not want this: the name of a channel.
+            // The server is well but refuses the statement, for example because of the name of a channel.
             Ok(Err(error)) if matches!(classify(&error), Verdict::Application | Verdict::NotPostgres) => {
                 return Err(error.into());
             }
@@ -295,7 +304,7 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
     }
 }
 
-/// The ear of one session.
+/// Receives the notifications of one session, and notes its end.
 #[derive(Debug)]
 struct Hears {
     inbox: Arc<Inbox>,
@@ -312,7 +321,7 @@ impl Ear for Hears {
     }
 }
 
-/// What the task and the sessions put in, and the reader takes out.
+/// The task and the sessions put messages in, and the reader takes them out.
 #[derive(Debug, Default)]
 struct Inbox {
     backlog: Mutex<Backlog<Notification>>,
@@ -333,7 +342,7 @@ impl Inbox {
         self.update(|backlog| backlog.closed = true);
     }
 
-    /// Ends with this error, unless it has ended.
+    /// Ends with this error, unless it has ended already.
     fn end(&self, error: Error) {
         self.update(|backlog| {
             if !backlog.closed {
@@ -344,7 +353,7 @@ impl Inbox {
     }
 
     fn poll(&self, cx: &Context<'_>) -> Poll<Option<Result<Message, Error>>> {
-        // Registered first: what comes in between is seen, or wakes.
+        // The waker is registered first, so that a message in between is either seen below or wakes the reader.
         self.reader.register(cx.waker());
         let next = self.backlog().next();
         next.map(|item| match item {
@@ -356,65 +365,8 @@ impl Inbox {
     }
 }
 
-/// What waits for the reader, in order.
-#[derive(Debug)]
-struct Backlog<N> {
-    queue: VecDeque<Entry<N>>,
-    /// Why there is no subscription now, once there has been none for a while. Newer than all in the queue.
-    trouble: Option<Error>,
-    closed: bool,
-}
-
-#[derive(Debug, PartialEq)]
-enum Entry<N> {
-    Told(N),
-    Gap,
-}
-
-impl<N> Default for Backlog<N> {
-    fn default() -> Self {
-        Self { queue: VecDeque::new(), trouble: None, closed: false }
-    }
-}
-
-impl<N> Backlog<N> {
-    fn push(&mut self, notification: N) {
-        if self.queue.len() < CAPACITY {
-            self.queue.push_back(Entry::Told(notification));
-        } else {
-            self.gap();
-        }
-    }
-
-    /// One mark stands for all that is missing in its place.
-    fn gap(&mut self) {
-        if !matches!(self.queue.back(), Some(Entry::Gap)) {
-            self.queue.push_back(Entry::Gap);
-        }
-    }
-
-    /// There is a new subscription: what was wrong is not any more, and something may be missing.
-    fn subscribed(&mut self) {
-        self.trouble = None;
-        self.gap();
-    }
-
-    fn next(&mut self) -> Poll<Option<Result<Entry<N>, Error>>> {
-        if let Some(entry) = self.queue.pop_front() {
-            return Poll::Ready(Some(Ok(entry)));
-        }
-        match self.trouble.take() {
-            Some(error) => Poll::Ready(Some(Err(error))),
-            None if self.closed => Poll::Ready(None),
-            None => Poll::Pending,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -424,77 +376,5 @@ mod tests {
             concat!("LISTEN \"a\";", "LISTEN \"Für Elise\";", "LISTEN \"x\"\"; DROP TABLE t; --\";",)
         );
         assert_eq!(subscription::<[&str; 0]>([]), "");
-    }
-
-    #[derive(Clone, Copy, Debug)]
-    enum Step {
-        Notify(u16),
-        Resubscribe,
-        Trouble,
-        Read(u16),
-    }
-
-    fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let step = prop_oneof![
-            (0..600_u16).prop_map(Step::Notify),
-            Just(Step::Resubscribe),
-            Just(Step::Trouble),
-            (0..900_u16).prop_map(Step::Read),
-        ];
-        proptest::collection::vec(step, 1..30)
-    }
-
-    proptest! {
-        /// Notifications are numbered: whatever is missing between two that were read, a mark stands in its place.
-        #[test]
-        fn nothing_is_missing_without_a_mark(steps in steps()) {
-            let mut backlog = Backlog::default();
-            let (mut told, mut read, mut marked, mut resubscribed) = (0_u32, 0_u32, false, false);
-            let mut steps = steps;
-            steps.push(Step::Read(u16::MAX));
-            for step in steps {
-                match step {
-                    Step::Notify(count) => for _ in 0..count {
-                        told += 1;
-                        backlog.push(told);
-                    },
-                    Step::Resubscribe => {
-                        backlog.subscribed();
-                        prop_assert!(backlog.trouble.is_none());
-                        prop_assert!(matches!(backlog.queue.back(), Some(Entry::Gap)));
-                        resubscribed = true;
-                    }
-                    Step::Trouble => backlog.trouble = Some(Error::Closed),
-                    Step::Read(count) => for _ in 0..count {
-                        match backlog.next() {
-                            Poll::Ready(Some(Ok(Entry::Told(number)))) => {
-                                prop_assert!(number > read);
-                                prop_assert!(number == read + 1 || marked, "{read}, then {number}");
-                                (read, marked) = (number, false);
-                            }
-                            Poll::Ready(Some(Ok(Entry::Gap))) => {
-                                prop_assert!(!marked || resubscribed, "two marks in a row");
-                                marked = true;
-                            }
-                            Poll::Ready(Some(Err(_))) => prop_assert!(backlog.queue.is_empty()),
-                            Poll::Ready(None) => prop_assert!(false, "nobody closed it"),
-                            Poll::Pending => break,
-                        }
-                    },
-                }
-                // Marks alternate with notifications at least, so they cannot pile up either.
-                prop_assert!(backlog.queue.len() <= CAPACITY + 1, "{}", backlog.queue.len());
-            }
-            prop_assert!(read == told || marked, "{told} told, {read} read");
-        }
-    }
-
-    #[test]
-    fn a_closed_backlog_is_read_to_its_end() {
-        let mut backlog = Backlog::default();
-        backlog.push(1);
-        backlog.closed = true;
-        assert!(matches!(backlog.next(), Poll::Ready(Some(Ok(Entry::Told(1))))));
-        assert!(matches!(backlog.next(), Poll::Ready(None)));
     }
 }
