@@ -1,4 +1,5 @@
-//! The pages of `docs/`, so that they are where the documentation is, and their examples are tests.
+//! The pages of `docs/`. They are included here so that they are a part of the documentation and their examples are
+//! tests.
 //!
 //! | to | read |
 //! |---|---|
@@ -18,8 +19,9 @@
 //! | see what was measured | [figures] |
 //! | look up a word | [glossary] |
 //!
-//! For readers of the files themselves a page names its links at its end. Here `docs/links.md` names them before it, and of
-//! two definitions the first one counts. `tests/documents.rs` sees to it that no page is missing.
+//! Each page defines its links at its end, for readers of the files themselves. Here `docs/links.md` defines them
+//! before the page, because the first one of two definitions counts. `tests/documents.rs` checks that no page is
+//! missing.
 
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/comparison.md")]

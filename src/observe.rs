@@ -1,8 +1,9 @@
-//! Says what happens: each observation is one call, which makes its line in the log, its event and its figures.
+//! Reports what happens. Each observation is one call, which writes the line of the log, sends the event and updates
+//! the figures.
 //!
-//! Decides nothing; what is worth saying is decided where it happens. Invariants: a reader of events never holds up the
-//! pool; a figure's labels have few values, and no address or secret is one; without the feature `metrics` the figures
-//! cost nothing. Tests: `tests/it/watch.rs`, `tests/dashboard.rs`.
+//! This module decides nothing. The caller decides what is worth a report. Invariants: a reader of events never holds
+//! up the pool. The labels of a figure have few values, and none of them is an address or a secret. Without the feature
+//! `metrics` the figures cost nothing. Tests: `tests/it/watch.rs`, `tests/dashboard.rs`.
 
 mod event;
 #[cfg(feature = "metrics")]
@@ -28,22 +29,23 @@ use crate::sync::lock;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
 use meters::{Meters, Place, Stopwatch};
 
-/// Events that a reader may be behind; the older ones it then misses. More than a failover of a large pool makes.
+/// How many events a reader may be behind before it misses the oldest. A failover of a large pool makes fewer than
+/// this.
 const EVENTS: usize = 256;
 
-/// How a pool is named where it is observed.
+/// The names of a pool in its reports.
 #[derive(Clone, Debug)]
 pub(crate) struct Names {
-    /// Of the pool, in its figures.
+    /// The name of the pool, in its figures.
     pub(crate) pool: String,
-    /// Of the database, in its spans.
+    /// The name of the database, in its spans.
     pub(crate) database: String,
 }
 
-/// What one pool is observed by.
+/// Reports what happens to one pool.
 pub(crate) struct Observer {
     database: String,
-    /// Until the pool is closed.
+    /// `None` after the pool was closed.
     events: Mutex<Option<broadcast::Sender<Event>>>,
     meters: Meters,
 }
@@ -61,21 +63,22 @@ impl Observer {
 
     pub(crate) fn send(&self, event: Event) {
         if let Some(sender) = &*lock(&self.events) {
-            // Fails where nobody listens.
+            // This fails if nobody listens, which does not matter.
             let _ = sender.send(event);
         }
     }
 
-    /// Nothing is said from now on, and what the gauges show is taken back.
+    /// Ends all reports, and takes back what the gauges show of this pool.
     pub(crate) fn closed(&self) {
         *lock(&self.events) = None;
         self.meters.closed();
     }
 }
 
-/// The cluster's: the events come back, to be sent once the state that they tell of is published.
+/// What the cluster reports. These calls return their events. The cluster sends them after it has published the state
+/// that they are about.
 impl Observer {
-    /// A search begins; its span is left with [`Observer::primary_found`].
+    /// Reports that a search begins. The span of the search ends with [`Observer::primary_found`].
     pub(crate) fn search(&self) -> Span {
         self.meters.searching();
         tracing::info_span!(
@@ -135,7 +138,7 @@ impl Observer {
         Event::Evicted { generation, cause, connections, why }
     }
 
-    /// `said`: what each candidate said last, and what DNS failed with.
+    /// `said` returns what each candidate said last, and the failure of DNS.
     pub(crate) fn noticed(
         &self,
         notice: Notice,
@@ -176,7 +179,7 @@ impl Observer {
                 None
             }
             Notice::ClusterAccepted { before, accepted } => {
-                tracing::warn!(before, accepted, "another cluster is this pool's from now on");
+                tracing::warn!(before, accepted, "this pool belongs to another cluster from now on");
                 Some(Event::ClusterAccepted { before, accepted })
             }
         }
@@ -199,31 +202,31 @@ impl Observer {
     }
 }
 
-/// The pool's.
+/// What the pool reports.
 impl Observer {
     pub(crate) fn sized(&self, max: usize, min_idle: usize) {
         self.meters.sized(max, min_idle);
     }
 
-    /// A caller waits for a connection, until the returned guard ends.
+    /// Reports that a caller waits for a connection, until the returned guard is dropped.
     pub(crate) fn waits(&self) -> Waits<'_> {
         self.meters.waits();
         Waits { observer: self, since: Stopwatch::start() }
     }
 
-    /// A session was opened for the pool.
+    /// Reports that a session was opened for the pool.
     pub(crate) fn opened(&self, took: Duration) {
         self.meters.opened(took);
     }
 
-    /// One connection of a generation, for as long as its session lives.
+    /// Reports one connection of a generation, for as long as its session lives.
     pub(crate) fn connection(self: &Arc<Self>, open: &Tally, address: Address) -> Arc<Watched> {
         open.0.fetch_add(1, Ordering::Relaxed);
         Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new(), address })
     }
 }
 
-/// The transactions'.
+/// What transactions report.
 impl Observer {
     pub(crate) fn transaction(&self, mode: &dyn fmt::Debug) -> Span {
         tracing::info_span!(
@@ -241,7 +244,7 @@ impl Observer {
         )
     }
 
-    /// `transaction`: the span of the call, which carries the server of its last attempt.
+    /// `transaction` is the span of the call, in which the server of its last attempt is recorded.
     pub(crate) fn attempt(transaction: &Span, number: u32, generation: GenerationId, on: &Watched) -> Span {
         let address = &on.address;
         if !transaction.is_disabled() {
@@ -258,7 +261,7 @@ impl Observer {
         )
     }
 
-    /// `code`: the SQLSTATE, where the database answered with one; `kind`: what to call the error else.
+    /// `code` is the SQLSTATE, if the database answered with one. `kind` is the name of an error without a code.
     pub(crate) fn transaction_failed(transaction: &Span, code: Option<&str>, kind: &str) {
         if let Some(code) = code {
             transaction.record("db.response.status_code", code);
@@ -272,7 +275,7 @@ impl Observer {
         self.meters.rerun(verdict);
     }
 
-    /// A COMMIT without an answer: what became of it, as far as that can be told.
+    /// Reports what became of a COMMIT without an answer, as far as the pool could find out.
     pub(crate) fn settled(&self, generation: GenerationId, outcome: Settlement, took: Duration) {
         let (generation_number, elapsed_ms) = (generation.get(), milliseconds(took));
         if let Settlement::Unknown(why) = outcome {
@@ -289,13 +292,13 @@ impl Observer {
         self.send(Event::CommitSettled { generation, outcome, took });
     }
 
-    /// Nobody was asked.
+    /// Reports a COMMIT without an answer of which no server was asked.
     pub(crate) fn not_settled(&self, generation: GenerationId) {
         self.settled(generation, Settlement::Unknown(Unsettled::NoMarker), Duration::ZERO);
     }
 }
 
-/// A caller that waits for a connection. Dropped without a word, its call was given up.
+/// A caller that waits for a connection. If it is dropped without a call of `ended` or `timed_out`, the caller gave up.
 pub(crate) struct Waits<'a> {
     observer: &'a Observer,
     since: Stopwatch,
@@ -329,7 +332,7 @@ impl Tally {
     }
 }
 
-/// One connection: whether it is idle or in use, until its session has ended.
+/// One connection of which the gauges show whether it is idle or in use, until its session has ended.
 pub(crate) struct Watched {
     observer: Arc<Observer>,
     open: Tally,
@@ -338,7 +341,7 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// It is open, and nobody has had it yet.
+    /// Counts the open connection as idle, before anybody has had it.
     pub(crate) fn ready(&self) {
         self.place.idle(&self.observer.meters);
     }
@@ -370,7 +373,7 @@ impl Seat for Arc<Watched> {
 
 pub(crate) use meters::Stopwatch as Lent;
 
-/// OpenTelemetry has the port in a field of its own.
+/// The address without its port, because OpenTelemetry has a separate field for the port.
 struct Host<'a>(&'a Address);
 
 impl fmt::Display for Host<'_> {
@@ -384,7 +387,8 @@ impl fmt::Display for Host<'_> {
     }
 }
 
-/// A field without a value is left out: where a wrapped pool connects to, its manager knows alone.
+/// The port, or `None` for the connection of a wrapped pool, whose manager alone knows where it connects to. The field
+/// is left out then.
 fn port(address: &Address) -> Option<u16> {
     match address {
         Address::Tcp(address) => Some(address.port()),

@@ -1,7 +1,7 @@
-//! A ready-made TLS connector, by rustls: which authorities are trusted, what is checked, and what we show of ourselves.
+//! A ready-made TLS connector on rustls: which authorities it trusts, what it checks, and which certificate it shows.
 //!
-//! Knows nothing of pools. Files are read again when they change, at the next session: certificates are rotated while
-//! pools live. Types of rustls stay in here. Tests: `tests/it/tls.rs`.
+//! It knows nothing of pools. Certificates are rotated while pools live, so the next session reads files again that
+//! have changed. No type of rustls leaves this module. Tests: `tests/it/tls.rs`.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -24,12 +24,12 @@ use crate::sync::lock;
 
 /// What [`PoolBuilder::rustls`](crate::PoolBuilder::rustls) asks of the servers' certificates. Feature `rustls`.
 ///
-/// The same can be said in the connection string; see [`Pool::builder`](crate::Pool::builder). Where both speak, the
-/// stricter check counts.
+/// The connection string can say the same, see [`Pool::builder`](crate::Pool::builder). If both do, the stricter check
+/// counts.
 ///
-/// Files are read when the pool is built, and again, when they have changed, for the next session: a rotated certificate
-/// needs no new pool. A file that cannot be used then is told in the log, and what was read last goes on. What is given as
-/// bytes and the platform's authorities are read once.
+/// Files are read when the pool is built. If they have changed, the next session reads them again, so a rotated
+/// certificate needs no new pool. If a changed file cannot be used, the pool writes that to the log and goes on with
+/// what it read last. Bytes and the authorities of the platform are read once.
 ///
 /// ```no_run
 /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -46,12 +46,13 @@ use crate::sync::lock;
 pub struct Tls {
     verify: Verify,
     roots: Vec<Pem>,
-    /// The platform's authorities beside `roots`. Without any `roots`, they are taken anyway.
+    /// Whether to trust the platform's authorities in addition to `roots`. If `roots` is empty, they are trusted
+    /// anyway.
     platform: bool,
     client: Option<(Pem, Pem)>,
 }
 
-/// What is checked of a server's certificate.
+/// What is checked in a server's certificate. Each value also checks what the one before it does.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Verify {
     Nothing,
@@ -59,7 +60,7 @@ pub(crate) enum Verify {
     Name,
 }
 
-/// Certificates or a key, as text. `Debug` holds no key.
+/// Certificates or a key, as PEM text. `Debug` shows no key.
 #[derive(Clone)]
 enum Pem {
     File(PathBuf),
@@ -89,37 +90,38 @@ impl Tls {
         Self { verify, roots: Vec::new(), platform: false, client: None }
     }
 
-    /// As `sslmode=verify-full`: an authority that is trusted signed the certificate, and it is for the host's name in the
-    /// connection string (a subjectAltName; the common name does not count), whichever address is connected to.
+    /// The same as `sslmode=verify-full`. A trusted authority must have signed the certificate, and the certificate
+    /// must have the name of the host in the connection string as a subjectAltName, whichever address the pool connects
+    /// to. The common name does not count.
     ///
     /// The platform's authorities are trusted, unless others are given.
     pub fn verify_full() -> Self {
         Self::new(Verify::Name)
     }
 
-    /// As `sslmode=verify-ca`: an authority that is trusted signed the certificate, for whatever name.
+    /// The same as `sslmode=verify-ca`. A trusted authority must have signed the certificate, which may have any name.
     ///
-    /// [`PoolBuilder::build`](crate::PoolBuilder::build) fails unless the authority is given: those of the platform sign
-    /// for anybody.
+    /// [`PoolBuilder::build`](crate::PoolBuilder::build) fails unless the authority is given, because those of the
+    /// platform sign certificates for anybody.
     pub fn verify_ca() -> Self {
         Self::new(Verify::Authority)
     }
 
-    /// As `sslmode=require`: encrypted, and whoever answers is believed.
+    /// The same as `sslmode=require`. The connection is encrypted, but nothing shows who the server is.
     ///
-    /// Who can redirect the connection can read it. With `channel_binding=require` in the connection string the password's
-    /// proof is bound to the server's certificate, and a man in the middle is refused.
+    /// Anybody who can redirect the connection can read it. `channel_binding=require` in the connection string binds
+    /// the proof of the password to the server's certificate, so that a man in the middle is refused.
     pub fn unverified() -> Self {
         Self::new(Verify::Nothing)
     }
 
-    /// Trusts the authorities in this PEM file, instead of the platform's. Can be called for several files.
+    /// Trusts the authorities in this PEM file instead of the platform's. It can be called for several files.
     pub fn root_certificates_file(mut self, path: impl Into<PathBuf>) -> Self {
         self.roots.push(Pem::File(path.into()));
         self
     }
 
-    /// Trusts these authorities (PEM), instead of the platform's. Can be called several times.
+    /// Trusts these authorities (PEM) instead of the platform's. It can be called several times.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -137,26 +139,27 @@ impl Tls {
         self
     }
 
-    /// Trusts the platform's authorities beside the ones given. Without any given they are trusted anyway.
+    /// Trusts the platform's authorities in addition to the given ones. If none are given, the platform's are trusted
+    /// anyway.
     pub fn platform_roots(mut self) -> Self {
         self.platform = true;
         self
     }
 
-    /// Shows this certificate (with its intermediates) to servers that ask for one, as `sslcert` and `sslkey` do: PEM files,
-    /// the key without a passphrase.
+    /// Shows this certificate (with its intermediates) to servers that ask for one, as `sslcert` and `sslkey` do. Both
+    /// are PEM files, and the key has no passphrase.
     pub fn client_certificate_files(mut self, certificate: impl Into<PathBuf>, key: impl Into<PathBuf>) -> Self {
         self.client = Some((Pem::File(certificate.into()), Pem::File(key.into())));
         self
     }
 
-    /// [`Tls::client_certificate_files`] from PEM bytes.
+    /// The same as [`Tls::client_certificate_files`], from PEM bytes.
     pub fn client_certificate_pem(mut self, certificate: impl AsRef<[u8]>, key: impl AsRef<[u8]>) -> Self {
         self.client = Some((Pem::Bytes(certificate.as_ref().into()), Pem::Bytes(key.as_ref().into())));
         self
     }
 
-    /// Checks no less than this.
+    /// Raises the check to `verify`, unless it is stricter already.
     pub(crate) fn at_least(mut self, verify: Verify) -> Self {
         self.verify = self.verify.max(verify);
         self
@@ -170,11 +173,12 @@ impl Tls {
         self.client.is_some()
     }
 
-    /// `direct`: TLS from the first byte, for which servers want to know the protocol.
+    /// Makes the connector. `direct` means TLS from the first byte, for which servers require the name of the protocol
+    /// (ALPN).
     pub(crate) fn connector(self, direct: bool) -> Result<Connector, Unusable> {
         if self.verify == Verify::Authority && self.roots.is_empty() {
-            let problem = "`verify-ca` needs sslrootcert=<file>, as the platform's authorities sign for anybody; with them, use \
-                           `verify-full`";
+            let problem = "`verify-ca` needs sslrootcert=<file>, as the platform's authorities sign for anybody; with \
+                           them, use `verify-full`";
             return Err(Unusable::new("sslmode", problem));
         }
         let platform = if self.verify > Verify::Nothing && (self.platform || self.roots.is_empty()) {
@@ -192,7 +196,7 @@ impl Tls {
 /// Why no connector can be made.
 #[derive(Debug)]
 pub(crate) struct Unusable {
-    /// The option of the connection string that says the same.
+    /// The option of the connection string for the same setting.
     pub(crate) option: &'static str,
     pub(crate) problem: String,
 }
@@ -203,7 +207,7 @@ impl Unusable {
     }
 }
 
-/// Asked for each session, by all clones alike.
+/// The connector that each session asks. All clones share what was read.
 #[derive(Clone)]
 pub(crate) struct Connector(Arc<Shared>);
 
@@ -212,22 +216,22 @@ struct Shared {
     read: Mutex<Read>,
 }
 
-/// What a connector is made of, again and again.
+/// What a connector is made of. It is used again whenever the files change.
 struct Plan {
     tls: Tls,
     platform: Vec<CertificateDer<'static>>,
     direct: bool,
 }
 
-/// What the files held last.
+/// The connector that was made of the files when they were read last.
 struct Read {
     connector: MakeRustlsConnect,
     stamps: Vec<Option<Stamp>>,
-    /// Why the files cannot be used now, as it was told.
+    /// Why the files cannot be used now, as written to the log. It prevents a second line with the same text.
     complaint: Option<String>,
 }
 
-/// By what a file shows that it is another one. Kubernetes changes where a link leads; the link is followed.
+/// Tells one version of a file from another. It follows links, because Kubernetes changes where a link leads.
 #[derive(PartialEq, Eq)]
 struct Stamp {
     modified: SystemTime,
@@ -251,7 +255,7 @@ impl Stamp {
 impl Connector {
     fn current(&self) -> MakeRustlsConnect {
         let mut read = lock(&self.0.read);
-        // Before the contents: what changes in between is read again next time.
+        // The stamps are taken before the files are read, so a change in between is noticed next time.
         let stamps = self.0.plan.stamps();
         if stamps == read.stamps {
             return read.connector.clone();
@@ -261,7 +265,7 @@ impl Connector {
                 tracing::info!("the files of certificates have changed and were read again");
                 *read = Read { connector: MakeRustlsConnect::new(config), stamps, complaint: None };
             }
-            // It may be half written: tried again for the next session.
+            // The file may be half written. The next session tries again.
             Err(Unusable { option, problem }) if read.complaint.as_ref() != Some(&problem) => {
                 tracing::warn!("{option}: {problem}; the certificates read before are used");
                 read.complaint = Some(problem);
@@ -283,7 +287,7 @@ impl MakeTlsConnect<Socket> for Connector {
 }
 
 impl Plan {
-    /// Of each file. A missing one differs from itself once it is there.
+    /// The stamps of all files. A missing file has none, so that it counts as changed once it is there.
     fn stamps(&self) -> Vec<Option<Stamp>> {
         let client = self.tls.client.iter().flat_map(|(certificate, key)| [certificate, key]);
         let files = self.tls.roots.iter().chain(client).filter_map(|pem| match pem {
@@ -322,7 +326,7 @@ impl Plan {
                     .map_err(|error| Unusable::new("sslcert", format!("cannot be used with its key: {error}")))?
             }
         };
-        // Each session looks at the server's certificate as it is now.
+        // Without resumption, each session checks the certificate that the server has now.
         config.resumption = Resumption::disabled();
         if self.direct {
             config.alpn_protocols = vec![b"postgresql".to_vec()];
@@ -375,8 +379,8 @@ fn platform_roots() -> Result<Vec<CertificateDer<'static>>, Unusable> {
     if found.certs.is_empty() {
         let why: Vec<String> = found.errors.iter().map(|error| format!(" ({error})")).collect();
         let problem = format!(
-            "this machine has no certificates of authorities{}; install its package ca-certificates, or give the server's \
-             authority as sslrootcert=<file>",
+            "this machine has no certificates of authorities{}; install its package ca-certificates, or give the \
+             server's authority as sslrootcert=<file>",
             why.concat()
         );
         return Err(Unusable::new("sslrootcert", problem));
@@ -384,8 +388,8 @@ fn platform_roots() -> Result<Vec<CertificateDer<'static>>, Unusable> {
     Ok(found.certs)
 }
 
-/// Checks who signed a certificate, or not even that, and no name. In any case the server must hold the certificate's key:
-/// channel binding rests on that.
+/// Checks who signed a certificate if it has `roots`, and checks no name. The server must hold the key of the
+/// certificate in any case, because channel binding relies on that.
 #[derive(Debug)]
 struct Nameless {
     roots: Option<RootCertStore>,
@@ -431,7 +435,7 @@ impl ServerCertVerifier for Nameless {
     }
 }
 
-/// The page's examples compile.
+/// Makes tests of the examples in the page on TLS.
 #[cfg(doctest)]
 #[doc = include_str!("../docs/tls.md")]
 struct Page;

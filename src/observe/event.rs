@@ -1,4 +1,4 @@
-//! The words for what happens to a pool, and the stream of them.
+//! The events of a pool, and the stream of them.
 
 use std::fmt;
 use std::pin::Pin;
@@ -15,17 +15,18 @@ use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId
 
 /// Something that happened to a pool, from [`Pool::subscribe`](crate::Pool::subscribe).
 ///
-/// By the time an event about the primary arrives, [`Pool::status`](crate::Pool::status) shows it, or what came later.
+/// When an event about the primary arrives, [`Pool::status`](crate::Pool::status) already shows that state or a later
+/// one.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// There is no verified primary any more: checkouts wait, a search begins. Connections live on until
+    /// There is no verified primary any more. Checkouts wait, and a search begins. Open connections live on until
     /// [`Event::Evicted`].
     #[non_exhaustive]
     PrimaryLost {
-        /// Of the primary that was lost.
+        /// The generation of the primary that was lost.
         generation: GenerationId,
-        /// Where it was.
+        /// The address of the primary that was lost.
         endpoint: Endpoint,
         /// What was seen, in a few words.
         why: String,
@@ -33,45 +34,47 @@ pub enum Event {
     /// A primary was found and verified.
     #[non_exhaustive]
     PrimaryFound {
-        /// Its generation.
+        /// The generation of the primary.
         generation: GenerationId,
-        /// Where it is.
+        /// The address of the primary.
         endpoint: Endpoint,
         /// How long the search took.
         took: Duration,
-        /// It is the server that was lost, in the same life: its generation and its connections go on.
+        /// True if it is the server that was lost and it has not restarted. Its generation and its connections go on
+        /// then.
         same_server: bool,
     },
-    /// A generation ended: its connections are closed, also those in use.
+    /// A generation ended. Its connections are closed, including those in use.
     #[non_exhaustive]
     Evicted {
         /// The generation that ended.
         generation: GenerationId,
-        /// What proved that they are of no use.
+        /// What proved that its connections are of no use any more.
         cause: Eviction,
-        /// How many of them were still open.
+        /// How many of its connections were still open.
         connections: usize,
         /// The proof, in a few words.
         why: String,
     },
-    /// A search has lasted for two seconds. Once for each search.
+    /// A search has lasted for two seconds. It is reported once for each search.
     #[non_exhaustive]
     SearchSlow {
         /// How long it has lasted.
         lasted: Duration,
         /// What each candidate said last.
         candidates: Vec<CandidateReport>,
-        /// What DNS failed with when it was asked last, if it did.
+        /// The failure of the last question to DNS, if it failed.
         dns_failure: Option<String>,
     },
-    /// A primary refuses writes: `default_transaction_read_only` is on, which is how Fly and others fence one. Once for each
-    /// server, until the next generation begins.
+    /// A primary refuses writes, because `default_transaction_read_only` is on. Fly and others fence a primary in this
+    /// way. It is reported once for each server, until the next generation begins.
     #[non_exhaustive]
     Fenced {
         /// The server.
         address: Address,
     },
-    /// An old primary came back, writable, and was refused. Once for each server, until the next generation begins.
+    /// An old primary came back writable, and the pool refused it. It is reported once for each server, until the next
+    /// generation begins.
     #[non_exhaustive]
     ZombieRefused {
         /// The server.
@@ -81,35 +84,36 @@ pub enum Event {
         /// The newest timeline of the cluster.
         newest: u32,
     },
-    /// A server of another cluster answered at one of the addresses, and was refused. Once for each server, until the next
-    /// generation begins.
+    /// A server of another cluster answered at one of the addresses, and the pool refused it. It is reported once for
+    /// each server, until the next generation begins.
     #[non_exhaustive]
     StrangerRefused {
         /// The server.
         address: Address,
         /// The system identifier of this pool's cluster.
         expected: u64,
-        /// That of the server.
+        /// The system identifier of the server.
         found: u64,
     },
-    /// Another cluster is this pool's own from now on: by [`Pool::accept_cluster`](crate::Pool::accept_cluster),
-    /// [`Pool::forget_cluster`](crate::Pool::forget_cluster) or
+    /// The pool belongs to another cluster from now on. The reason is
+    /// [`Pool::accept_cluster`](crate::Pool::accept_cluster), [`Pool::forget_cluster`](crate::Pool::forget_cluster) or
     /// [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after).
     #[non_exhaustive]
     ClusterAccepted {
-        /// The system identifier of the cluster so far, if it was known.
+        /// The system identifier of the cluster until now, if it was known.
         before: Option<u64>,
-        /// That of the new one; `None` where the next search decides.
+        /// The system identifier of the new cluster. `None` if the next search decides it.
         accepted: Option<u64>,
     },
-    /// A second server is writable on the timeline of the primary, which stays in use: somebody has to look into it. Once
-    /// for each server, until the next generation begins.
+    /// A second server is writable on the timeline of the primary. The primary stays in use, and an operator has to
+    /// look into it. It is reported once for each server, until the next generation begins.
     #[non_exhaustive]
     SecondPrimary {
         /// The other server.
         address: Address,
     },
-    /// What became of a COMMIT whose answer was lost. Not of idempotent and read-only work, which runs again without asking.
+    /// What became of a COMMIT whose answer was lost. It is not reported for idempotent and read-only work, which runs
+    /// again without a question to the server.
     #[non_exhaustive]
     CommitSettled {
         /// The generation that the COMMIT was sent in.
@@ -119,7 +123,7 @@ pub enum Event {
         /// How long it took to find out.
         took: Duration,
     },
-    /// The reader was too slow: so many events were dropped before the next one.
+    /// The reader was too slow, and this many events were dropped before the next one.
     #[non_exhaustive]
     Missed {
         /// How many.
@@ -131,22 +135,22 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Settlement {
-    /// It was committed: the call returns `Ok`.
+    /// It was committed, so the call returns `Ok`.
     Committed,
-    /// It was not, and never will be: the work runs again.
+    /// It was not committed and never will be, so the work runs again.
     NotCommitted,
-    /// It cannot be told: the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
+    /// The pool could not find out, so the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     Unknown(Unsettled),
 }
 
-/// The events of a pool from the moment of [`Pool::subscribe`](crate::Pool::subscribe) on: a [`Stream`] that ends when the
-/// pool is closed.
+/// The events of a pool, beginning with the call of [`Pool::subscribe`](crate::Pool::subscribe). It is a [`Stream`]
+/// that ends when the pool is closed.
 ///
-/// It never holds up the pool: of a reader that falls behind, the oldest events are dropped (it may be 256 behind), and it
-/// is told of them by [`Event::Missed`].
+/// It never holds up the pool. A reader may be 256 events behind. If it falls further behind, the oldest events are
+/// dropped, and [`Event::Missed`] tells the reader how many.
 #[must_use = "events are lost unless they are read"]
 pub struct Events {
-    /// The receiver travels through the future and back.
+    /// The future takes the receiver, and returns it together with the next event.
     next: ReusableBoxFuture<'static, (Result<Event, RecvError>, Receiver<Event>)>,
 }
 
@@ -155,7 +159,7 @@ impl Events {
         Self { next: ReusableBoxFuture::new(receive(receiver)) }
     }
 
-    /// The next event; `None` once the pool is closed. Cancel-safe.
+    /// The next event, or `None` after the pool was closed. Cancel-safe.
     pub async fn next(&mut self) -> Option<Event> {
         std::future::poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
     }

@@ -1,7 +1,7 @@
-//! The figures, through the `metrics` facade: OpenTelemetry's names for the pools of database clients, and names in their
-//! manner for the failover. docs/metrics.md explains each.
+//! The figures of a pool, which go through the `metrics` facade. They have OpenTelemetry's names for the pools of
+//! database clients, and similar names for the failover. docs/metrics.md explains each.
 //!
-//! Each figure is looked up once, when the pool is built; from then on it costs a few atomic operations.
+//! Each figure is looked up once, when the pool is built. After that it costs a few atomic operations.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -80,9 +80,9 @@ pub(super) struct Meters {
     refused: RefusedServers,
     reruns: Reruns,
     settled: SettledCommits,
-    /// There is a verified primary.
+    /// Whether there is a verified primary.
     found: AtomicBool,
-    /// What the gauges of the sizes hold of this pool.
+    /// What this pool has added to the gauges of its sizes: `max` and `min_idle`.
     sizes: (AtomicUsize, AtomicUsize),
 }
 
@@ -173,7 +173,8 @@ impl Meters {
         }
     }
 
-    /// By steps, as all gauges here: so the figures of two pools of one name add up.
+    /// Changes the gauges by steps, as all gauges here are changed, so that the figures of two pools of one name add
+    /// up.
     pub(super) fn sized(&self, max: usize, min_idle: usize) {
         let before = (self.sizes.0.swap(max, Ordering::Relaxed), self.sizes.1.swap(min_idle, Ordering::Relaxed));
         for gauge in [&self.max, &self.idle_max] {
@@ -182,7 +183,8 @@ impl Meters {
         self.idle_min.increment(number(min_idle) - number(before.1));
     }
 
-    /// The gauges of connections and callers are taken back as those end.
+    /// Takes back what the gauges show of this pool. The gauges of connections and callers are not among them, because
+    /// each connection and each caller takes back its own when it ends.
     pub(super) fn closed(&self) {
         self.lost();
         self.sized(0, 0);
@@ -203,7 +205,7 @@ impl Meters {
         if !self.found.swap(true, Ordering::Relaxed) {
             self.primary.increment(1.0);
         }
-        // Exact for more primaries than any cluster will have.
+        // The number stays exact for more primaries than any cluster will have.
         self.generation.set(f64::from(u32::try_from(generation.get()).unwrap_or(u32::MAX)));
         self.search_duration.record(took);
     }
@@ -224,7 +226,7 @@ impl Meters {
             Refusal::Zombie { .. } => self.refused.zombie.increment(1),
             Refusal::Fenced => self.refused.fenced.increment(1),
             Refusal::OtherCluster { .. } => self.refused.other_cluster.increment(1),
-            // Standbys, and those of which nothing is said.
+            // These are standbys and others that are not reported.
             _ => {}
         }
     }
@@ -265,7 +267,7 @@ impl Meters {
             Verdict::ReadOnly => &self.reruns.read_only,
             Verdict::Conflict => &self.reruns.conflict,
             Verdict::Stale => &self.reruns.stale,
-            // The others are run again only where an idempotent COMMIT met them.
+            // The others run again only if they were the answer to the COMMIT of idempotent work.
             Verdict::OutcomeUnknown
             | Verdict::Aborted
             | Verdict::Refused
@@ -289,7 +291,7 @@ fn number(count: usize) -> f64 {
     f64::from(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
-/// Since a connection was lent.
+/// Measures the time from one moment, for example since a connection was handed out.
 #[derive(Clone, Copy)]
 pub(crate) struct Stopwatch(Instant);
 
@@ -304,7 +306,7 @@ const IDLE: u8 = 1;
 const USED: u8 = 2;
 const LEFT: u8 = 3;
 
-/// Where a connection is: in one of the two gauges, or, before its first loan and after its end, in none.
+/// The gauge that counts a connection: idle or used, or none before it is ready and after its end.
 pub(super) struct Place(AtomicU8);
 
 impl Place {
@@ -324,7 +326,8 @@ impl Place {
         self.moves(LEFT, meters);
     }
 
-    /// The end of the session and the end of the loan may come together, in either order: what has left stays away.
+    /// Moves the connection from one gauge to the other. Its session may end while it is given back, in either order,
+    /// so a connection that has left stays away.
     fn moves(&self, to: u8, meters: &Meters) {
         let stays = |from| (from != LEFT).then_some(to);
         let Ok(from) = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, stays) else {
