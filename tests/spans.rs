@@ -3,6 +3,8 @@
 //! This test has a process of its own. `tracing` decides once for the whole process whether a span is of interest, and asks
 //! only the thread that meets the span first. Beside other tests that thread often has no subscriber, and the span is lost.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
