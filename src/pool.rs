@@ -6,6 +6,7 @@
 
 mod builder;
 mod client;
+mod config;
 mod connection;
 mod dialer;
 mod dials;
@@ -13,6 +14,7 @@ mod hosts;
 mod idle;
 mod lacking;
 mod nested;
+mod options;
 mod security;
 mod settling;
 mod ssl;
@@ -22,8 +24,9 @@ mod trail;
 mod typo;
 mod wrap;
 
-pub use builder::{IntoConfig, PoolBuilder};
+pub use builder::PoolBuilder;
 pub use client::{CancelToken, Client, Detached};
+pub use config::IntoConfig;
 pub use connection::{Connection, Manager};
 pub(crate) use lacking::Check;
 pub(crate) use settling::{Settling, Witness};

@@ -1,123 +1,34 @@
 //! Turns a configuration into a pool, or says what is wrong with it.
 
-use std::collections::hash_map::RandomState;
 use std::error::Error as StdError;
 use std::fmt;
-use std::hash::BuildHasher;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::{self, QueueMode};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
-use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
+use super::config::{Configuration, IntoConfig, names, targets, template};
 use super::dialer::Dialer;
-use super::hosts::{Hosts, Target};
 use super::idle::{Idle, Keeper};
-use super::lacking::Lacking;
-use super::security::{NO_CONNECTOR, Security, make_opener};
-use super::ssl::{self, Ssl};
-use super::{Manager, Pool, Shared, Source, typo};
-use crate::cluster::{Cluster, Name, Setup};
+use super::options::{CallOptions, checked, not_zero, resolver, seed_or_random};
+use super::security::{Security, make_opener};
+use super::ssl::Ssl;
+use super::{Manager, Pool, Source};
+use crate::cluster::{Cluster, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
-use crate::observe::{Names, Observer};
-use crate::resolve::{HickoryResolver, Resolve};
+use crate::observe::Observer;
+use crate::resolve::Resolve;
 use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::server::{Ask, Open, Opener, Passwords};
 #[cfg(feature = "rustls")]
 use crate::tls::Tls;
-use crate::topology::{Address, Endpoint, Settings};
-
-/// Linux takes it in milliseconds, in 31 bits.
-const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
-/// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
-const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
-/// Probing an idle connection after five seconds, three times a second apart, notices a vanished host within eight.
-const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
-
-/// What [`Pool::builder`] takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
-pub trait IntoConfig: sealed::Sealed {
-    #[doc(hidden)]
-    fn into_configuration(self) -> Result<Configuration, BuildError>;
-}
-
-/// What the driver understands of a connection string, and what it does not.
-#[doc(hidden)]
-pub struct Configuration {
-    config: Config,
-    ssl: Ssl,
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for &str {}
-    impl Sealed for String {}
-    impl Sealed for &String {}
-    impl Sealed for tokio_postgres::Config {}
-}
-
-impl IntoConfig for &str {
-    fn into_configuration(self) -> Result<Configuration, BuildError> {
-        let (text, ssl) = ssl::split(self);
-        let config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
-        not_misread(self, &config, &ssl)?;
-        ssl.hosts.check_role()?;
-        if let Some((option, problem)) = ssl.refused {
-            return Err(BuildError::invalid(option, problem));
-        }
-        Ok(Configuration { config, ssl })
-    }
-}
-
-impl IntoConfig for String {
-    fn into_configuration(self) -> Result<Configuration, BuildError> {
-        self.as_str().into_configuration()
-    }
-}
-
-impl IntoConfig for &String {
-    fn into_configuration(self) -> Result<Configuration, BuildError> {
-        self.as_str().into_configuration()
-    }
-}
-
-impl IntoConfig for Config {
-    fn into_configuration(self) -> Result<Configuration, BuildError> {
-        Ok(Configuration { config: self, ssl: Ssl::default() })
-    }
-}
-
-/// Refuses what the driver reads, as libpq does, in a way that puts a piece of the password where it would be shown: into
-/// the name of a host, a database or a role. Nothing is quoted: it may be that piece.
-fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
-    let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
-    if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
-        // The driver ends the credentials at the first `@`, wherever it stands.
-        let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
-        let (user, _) = credentials.split_once(':').unwrap_or((credentials, ""));
-        if before_parameters.contains('@') || user.contains(['/', '?']) || credentials.contains("password=") {
-            let problem = "an `@` in a password, a name or a parameter must be written %40";
-            return Err(BuildError::invalid("connection string", problem));
-        }
-    }
-    let hosts = ssl.hosts.host.as_deref();
-    let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
-    let files = ssl.files().map(|(_, value)| value);
-    // In `host= password=…` the value of `host` is `password=…`.
-    if url.is_none()
-        && hosts.into_iter().chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
-    {
-        let problem = "has no value, and took the password for it; write '' for an empty value";
-        return Err(BuildError::invalid("the option before `password`", problem));
-    }
-    Ok(())
-}
+use crate::topology::Settings;
 
 /// Configures a [`Pool`]. By value; the setters do not fail, [`PoolBuilder::build`] does.
 ///
@@ -356,7 +267,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`] with the system's configuration.
+    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the system's configuration.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self
@@ -572,252 +483,5 @@ impl fmt::Debug for PoolBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The configuration is left out: in one that was misread, any part may be a piece of the password.
         f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
-    }
-}
-
-/// What holds for the calls of a pool, wherever its connections come from.
-#[derive(Clone)]
-pub(super) struct CallOptions {
-    pub(super) checkout_timeout: Duration,
-    pub(super) retry: RetryPolicy,
-    pub(super) budget: RetryBudget,
-    pub(super) guarantee: Guarantee,
-}
-
-impl Default for CallOptions {
-    fn default() -> Self {
-        Self {
-            checkout_timeout: Duration::from_secs(30),
-            retry: RetryPolicy::default(),
-            budget: RetryBudget::default(),
-            guarantee: Guarantee::default(),
-        }
-    }
-}
-
-impl CallOptions {
-    pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
-        let Self { checkout_timeout, retry, budget, guarantee } = self;
-        not_zero("checkout_timeout", checkout_timeout)?;
-        retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
-        Ok(Arc::new(Shared {
-            checkout_timeout: checkout_timeout.min(FAR),
-            heartbeat: settings.heartbeat.min(FAR),
-            retry,
-            budget,
-            guarantee,
-            searching: AtomicUsize::new(0),
-            lacking: Lacking::default(),
-            signature: Mutex::default(),
-            prune_at: Mutex::default(),
-        }))
-    }
-}
-
-/// The settings make sense and are within bounds, and there is a runtime to run by them.
-pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
-    Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
-    for (option, duration) in [
-        ("heartbeat_interval", &mut settings.heartbeat),
-        ("heartbeat_timeout", &mut settings.heartbeat_timeout),
-        ("patrol_interval", &mut settings.patrol),
-        ("poll_interval", &mut settings.poll.0),
-        ("poll_interval", &mut settings.poll.1),
-        ("probe_timeout", &mut settings.probe_timeout),
-        ("dead_after", &mut settings.dead_after),
-    ] {
-        not_zero(option, *duration)?;
-        *duration = FAR.min(*duration);
-    }
-    if let Some(silence) = &mut settings.accept_new_cluster_after {
-        not_zero("accept_new_cluster_after", *silence)?;
-        *silence = FAR.min(*silence);
-        if settings.system_identifier.is_some() {
-            let problem = "contradicts `system_identifier`, which names the only cluster; remove one of them";
-            return Err(BuildError::invalid("accept_new_cluster_after", problem));
-        }
-    }
-    if settings.poll.0 > settings.poll.1 {
-        return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
-    }
-    Ok(())
-}
-
-pub(super) fn seed_or_random(seed: Option<u64>) -> u64 {
-    seed.unwrap_or_else(|| RandomState::new().hash_one(0))
-}
-
-fn not_zero(option: &'static str, duration: Duration) -> Result<(), BuildError> {
-    if duration.is_zero() {
-        return Err(BuildError::invalid(option, "must be longer than zero"));
-    }
-    Ok(())
-}
-
-fn resolver(
-    own: Option<Arc<dyn Resolve>>,
-    servers: Vec<SocketAddr>,
-    unused: bool,
-) -> Result<Arc<dyn Resolve>, BuildError> {
-    if let Some(own) = own {
-        return Ok(own);
-    }
-    if !servers.is_empty() {
-        return Ok(Arc::new(HickoryResolver::with_name_servers(servers)));
-    }
-    if unused {
-        return Ok(Arc::new(crate::resolve::FixedResolver::new(Vec::<(String, Vec<IpAddr>)>::new())));
-    }
-    HickoryResolver::system().map(|resolver| Arc::new(resolver) as _).map_err(BuildError::Resolver)
-}
-
-/// What the configuration names: DNS names, and servers by address.
-struct Targets {
-    names: Vec<Name>,
-    addresses: Vec<Endpoint>,
-}
-
-fn targets(config: &Config, hosts: &Hosts) -> Result<Targets, BuildError> {
-    let mut targets = Targets { names: Vec::new(), addresses: Vec::new() };
-    for target in hosts.targets(config)? {
-        targets.add(target)?;
-    }
-    Ok(targets)
-}
-
-impl Targets {
-    fn add(&mut self, Target { host, address, port }: Target) -> Result<(), BuildError> {
-        let name = match &host {
-            #[cfg(unix)]
-            Some(Host::Unix(folder)) => {
-                self.addresses.push(Endpoint { host: None, address: Address::Unix(folder.clone(), port) });
-                return Ok(());
-            }
-            Some(Host::Tcp(name)) if name.trim().is_empty() => return Err(BuildError::NoHost),
-            Some(Host::Tcp(name)) => Some(name.as_str()),
-            None => None,
-        };
-        // A URL writes an IPv6 address in brackets; the driver strips them, a hand-made configuration may not.
-        let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
-        match (address.or(literal), name) {
-            (Some(ip), name) => {
-                let address = Address::Tcp(SocketAddr::new(ip, port));
-                self.addresses.push(Endpoint { host: name.map(Arc::from), address });
-            }
-            (None, Some(name)) => self.names.push(Name { host: Arc::from(name), port }),
-            (None, None) => return Err(BuildError::NoHost),
-        }
-        Ok(())
-    }
-}
-
-/// The configuration without its hosts; it has no setter that removes them.
-fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
-    if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
-        let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
-        return Err(BuildError::invalid("target_session_attrs", problem));
-    }
-    if config.get_load_balance_hosts() == LoadBalanceHosts::Random {
-        let problem = "random cannot be honoured: all servers are probed at once and the primary is used; remove it";
-        return Err(BuildError::invalid("load_balance_hosts", problem));
-    }
-    if config.get_ssl_mode() == SslMode::Require && !tls {
-        return Err(BuildError::invalid("sslmode", format!("TLS is asked for; {NO_CONNECTOR}")));
-    }
-    if config.get_channel_binding() == ChannelBinding::Require && config.get_ssl_mode() == SslMode::Disable {
-        return Err(BuildError::invalid("channel_binding", "`require` needs TLS, and sslmode=disable forbids it"));
-    }
-    if config.get_channel_binding() == ChannelBinding::Require && !tls {
-        return Err(BuildError::invalid("channel_binding", format!("`require` needs TLS; {NO_CONNECTOR}")));
-    }
-    if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
-        return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
-    }
-    let mut template = Config::new();
-    if let Some(user) = config.get_user() {
-        template.user(user);
-    }
-    if let Some(password) = config.get_password() {
-        template.password(password);
-    }
-    if let Some(dbname) = config.get_dbname() {
-        template.dbname(dbname);
-    }
-    if let Some(options) = config.get_options() {
-        template.options(options);
-    }
-    if let Some(timeout) = config.get_connect_timeout() {
-        template.connect_timeout(*timeout);
-    }
-    template
-        .application_name(config.get_application_name().unwrap_or("tokio-postgres-failover"))
-        .ssl_mode(config.get_ssl_mode())
-        .ssl_negotiation(config.get_ssl_negotiation())
-        .channel_binding(config.get_channel_binding())
-        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after.min(LONGEST_USER_TIMEOUT)));
-    keep_alive(config, &mut template);
-    Ok(template)
-}
-
-/// What the pool is called where it is observed. Without a database named, PostgreSQL takes the one of the user's name.
-fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
-    let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
-    let server = match (targets.names.first(), targets.addresses.first()) {
-        (Some(name), _) => format!("{}:{}", name.host, name.port),
-        (None, Some(endpoint)) => endpoint.address.to_string(),
-        (None, None) => String::new(),
-    };
-    Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
-}
-
-fn keep_alive(config: &Config, template: &mut Config) {
-    let idle = config.get_keepalives_idle();
-    template
-        .keepalives(config.get_keepalives())
-        .keepalives_idle(if idle == DRIVER_KEEPALIVES_IDLE { KEEPALIVES.0 } else { idle })
-        .keepalives_interval(config.get_keepalives_interval().unwrap_or(KEEPALIVES.1))
-        .keepalives_retries(config.get_keepalives_retries().unwrap_or(KEEPALIVES.2));
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn refused(text: &str) -> String {
-        let error = text.into_configuration().map(drop).expect_err(text).to_string();
-        assert!(!error.contains("s3cr3t"), "{error}");
-        error
-    }
-
-    /// Found by the fuzz target `password`, and reading on from there.
-    #[test]
-    fn a_password_that_is_read_as_something_else_is_refused_and_not_repeated() {
-        for text in [
-            "postgres://app:p@s3cr3t@my-pg.internal/app",
-            "postgres://app:p@s3cr3t/s3cr3t@my-pg.internal/app",
-            "postgresql://app:p@s3cr3t,s3cr3t@my-pg.internal/app",
-            "postgres://app:p@%2Fs3cr3t@my-pg.internal/app",
-            "postgres://my-pg.internal/app?password=p@s3cr3t",
-            "postgres://my-pg.internal:5432/app?password=p@s3cr3t",
-        ] {
-            assert!(refused(text).contains("must be written %40"), "{text}");
-        }
-        for option in ["host", "user", "dbname", "options", "application_name", "sslrootcert"] {
-            let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
-            assert!(refused(&text).contains("has no value"), "{text}");
-        }
-    }
-
-    #[test]
-    fn what_is_unambiguous_is_taken() {
-        for (text, dbname) in [
-            ("postgres://app:p%40s3cr3t@my-pg.internal/a%40b", "a@b"),
-            ("postgres://app:p/s?3@my-pg.internal/app", "app"),
-            ("postgres://app@my-pg.internal/app?application_name=a@b", "app"),
-            ("host=my-pg.internal dbname=a@b password=p@s", "a@b"),
-            ("host=my-pg.internal dbname=app application_name='' password=p", "app"),
-        ] {
-            assert_eq!(text.into_configuration().unwrap().config.get_dbname(), Some(dbname), "{text}");
-        }
     }
 }

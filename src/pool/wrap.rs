@@ -21,10 +21,10 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::{CancelToken, NoTls};
 use tokio_util::sync::CancellationToken;
 
-use super::builder::{CallOptions, checked, seed_or_random};
 use super::client::Loan;
 use super::connection::Facts;
 use super::dialer::Dialer;
+use super::options::{CallOptions, checked, seed_or_random};
 use super::trail::{Trail, Trails, clear_idle};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Generation, Setup};

@@ -1,0 +1,253 @@
+//! Reads a configuration: which servers it names, what each session begins with, and what of it cannot be honoured. No I/O.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::Config;
+use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
+
+use super::hosts::{Hosts, Target};
+use super::security::NO_CONNECTOR;
+use super::ssl::{self, Ssl};
+use super::typo;
+use crate::cluster::Name;
+use crate::error::BuildError;
+use crate::observe::Names;
+use crate::topology::{Address, Endpoint};
+
+/// Linux takes it in milliseconds, in 31 bits.
+const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
+/// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
+const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
+/// Probing an idle connection after five seconds, three times a second apart, notices a vanished host within eight.
+const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
+
+/// What [`Pool::builder`](crate::Pool::builder) takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
+pub trait IntoConfig: sealed::Sealed {
+    #[doc(hidden)]
+    fn into_configuration(self) -> Result<Configuration, BuildError>;
+}
+
+/// What the driver understands of a connection string, and what it does not.
+#[doc(hidden)]
+pub struct Configuration {
+    pub(super) config: Config,
+    pub(super) ssl: Ssl,
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for &str {}
+    impl Sealed for String {}
+    impl Sealed for &String {}
+    impl Sealed for tokio_postgres::Config {}
+}
+
+impl IntoConfig for &str {
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        let (text, ssl) = ssl::split(self);
+        let config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
+        not_misread(self, &config, &ssl)?;
+        ssl.hosts.check_role()?;
+        if let Some((option, problem)) = ssl.refused {
+            return Err(BuildError::invalid(option, problem));
+        }
+        Ok(Configuration { config, ssl })
+    }
+}
+
+impl IntoConfig for String {
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        self.as_str().into_configuration()
+    }
+}
+
+impl IntoConfig for &String {
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        self.as_str().into_configuration()
+    }
+}
+
+impl IntoConfig for Config {
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        Ok(Configuration { config: self, ssl: Ssl::default() })
+    }
+}
+
+/// Refuses what the driver reads, as libpq does, in a way that puts a piece of the password where it would be shown: into
+/// the name of a host, a database or a role. Nothing is quoted: it may be that piece.
+fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
+    let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
+        // The driver ends the credentials at the first `@`, wherever it stands.
+        let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
+        let (user, _) = credentials.split_once(':').unwrap_or((credentials, ""));
+        if before_parameters.contains('@') || user.contains(['/', '?']) || credentials.contains("password=") {
+            let problem = "an `@` in a password, a name or a parameter must be written %40";
+            return Err(BuildError::invalid("connection string", problem));
+        }
+    }
+    let hosts = ssl.hosts.host.as_deref();
+    let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
+    let files = ssl.files().map(|(_, value)| value);
+    // In `host= password=…` the value of `host` is `password=…`.
+    if url.is_none()
+        && hosts.into_iter().chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
+    {
+        let problem = "has no value, and took the password for it; write '' for an empty value";
+        return Err(BuildError::invalid("the option before `password`", problem));
+    }
+    Ok(())
+}
+
+/// What the configuration names: DNS names, and servers by address.
+pub(super) struct Targets {
+    pub(super) names: Vec<Name>,
+    pub(super) addresses: Vec<Endpoint>,
+}
+
+pub(super) fn targets(config: &Config, hosts: &Hosts) -> Result<Targets, BuildError> {
+    let mut targets = Targets { names: Vec::new(), addresses: Vec::new() };
+    for target in hosts.targets(config)? {
+        targets.add(target)?;
+    }
+    Ok(targets)
+}
+
+impl Targets {
+    fn add(&mut self, Target { host, address, port }: Target) -> Result<(), BuildError> {
+        let name = match &host {
+            #[cfg(unix)]
+            Some(Host::Unix(folder)) => {
+                self.addresses.push(Endpoint { host: None, address: Address::Unix(folder.clone(), port) });
+                return Ok(());
+            }
+            Some(Host::Tcp(name)) if name.trim().is_empty() => return Err(BuildError::NoHost),
+            Some(Host::Tcp(name)) => Some(name.as_str()),
+            None => None,
+        };
+        // A URL writes an IPv6 address in brackets; the driver strips them, a hand-made configuration may not.
+        let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
+        match (address.or(literal), name) {
+            (Some(ip), name) => {
+                let address = Address::Tcp(SocketAddr::new(ip, port));
+                self.addresses.push(Endpoint { host: name.map(Arc::from), address });
+            }
+            (None, Some(name)) => self.names.push(Name { host: Arc::from(name), port }),
+            (None, None) => return Err(BuildError::NoHost),
+        }
+        Ok(())
+    }
+}
+
+/// The configuration without its hosts; it has no setter that removes them.
+pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
+    if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
+        let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
+        return Err(BuildError::invalid("target_session_attrs", problem));
+    }
+    if config.get_load_balance_hosts() == LoadBalanceHosts::Random {
+        let problem = "random cannot be honoured: all servers are probed at once and the primary is used; remove it";
+        return Err(BuildError::invalid("load_balance_hosts", problem));
+    }
+    if config.get_ssl_mode() == SslMode::Require && !tls {
+        return Err(BuildError::invalid("sslmode", format!("TLS is asked for; {NO_CONNECTOR}")));
+    }
+    if config.get_channel_binding() == ChannelBinding::Require && config.get_ssl_mode() == SslMode::Disable {
+        return Err(BuildError::invalid("channel_binding", "`require` needs TLS, and sslmode=disable forbids it"));
+    }
+    if config.get_channel_binding() == ChannelBinding::Require && !tls {
+        return Err(BuildError::invalid("channel_binding", format!("`require` needs TLS; {NO_CONNECTOR}")));
+    }
+    if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
+        return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
+    }
+    let mut template = Config::new();
+    if let Some(user) = config.get_user() {
+        template.user(user);
+    }
+    if let Some(password) = config.get_password() {
+        template.password(password);
+    }
+    if let Some(dbname) = config.get_dbname() {
+        template.dbname(dbname);
+    }
+    if let Some(options) = config.get_options() {
+        template.options(options);
+    }
+    if let Some(timeout) = config.get_connect_timeout() {
+        template.connect_timeout(*timeout);
+    }
+    template
+        .application_name(config.get_application_name().unwrap_or("tokio-postgres-failover"))
+        .ssl_mode(config.get_ssl_mode())
+        .ssl_negotiation(config.get_ssl_negotiation())
+        .channel_binding(config.get_channel_binding())
+        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after.min(LONGEST_USER_TIMEOUT)));
+    keep_alive(config, &mut template);
+    Ok(template)
+}
+
+/// What the pool is called where it is observed. Without a database named, PostgreSQL takes the one of the user's name.
+pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
+    let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
+    let server = match (targets.names.first(), targets.addresses.first()) {
+        (Some(name), _) => format!("{}:{}", name.host, name.port),
+        (None, Some(endpoint)) => endpoint.address.to_string(),
+        (None, None) => String::new(),
+    };
+    Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
+}
+
+fn keep_alive(config: &Config, template: &mut Config) {
+    let idle = config.get_keepalives_idle();
+    template
+        .keepalives(config.get_keepalives())
+        .keepalives_idle(if idle == DRIVER_KEEPALIVES_IDLE { KEEPALIVES.0 } else { idle })
+        .keepalives_interval(config.get_keepalives_interval().unwrap_or(KEEPALIVES.1))
+        .keepalives_retries(config.get_keepalives_retries().unwrap_or(KEEPALIVES.2));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        let error = text.into_configuration().map(drop).expect_err(text).to_string();
+        assert!(!error.contains("s3cr3t"), "{error}");
+        error
+    }
+
+    /// Found by the fuzz target `password`, and reading on from there.
+    #[test]
+    fn a_password_that_is_read_as_something_else_is_refused_and_not_repeated() {
+        for text in [
+            "postgres://app:p@s3cr3t@my-pg.internal/app",
+            "postgres://app:p@s3cr3t/s3cr3t@my-pg.internal/app",
+            "postgresql://app:p@s3cr3t,s3cr3t@my-pg.internal/app",
+            "postgres://app:p@%2Fs3cr3t@my-pg.internal/app",
+            "postgres://my-pg.internal/app?password=p@s3cr3t",
+            "postgres://my-pg.internal:5432/app?password=p@s3cr3t",
+        ] {
+            assert!(refused(text).contains("must be written %40"), "{text}");
+        }
+        for option in ["host", "user", "dbname", "options", "application_name", "sslrootcert"] {
+            let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
+            assert!(refused(&text).contains("has no value"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_unambiguous_is_taken() {
+        for (text, dbname) in [
+            ("postgres://app:p%40s3cr3t@my-pg.internal/a%40b", "a@b"),
+            ("postgres://app:p/s?3@my-pg.internal/app", "app"),
+            ("postgres://app@my-pg.internal/app?application_name=a@b", "app"),
+            ("host=my-pg.internal dbname=a@b password=p@s", "a@b"),
+            ("host=my-pg.internal dbname=app application_name='' password=p", "app"),
+        ] {
+            assert_eq!(text.into_configuration().unwrap().config.get_dbname(), Some(dbname), "{text}");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! What both builders are told of a pool's calls, and how the values of options are checked, bounded
+//! and completed.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::Shared;
+use super::lacking::Lacking;
+use crate::commit::Guarantee;
+use crate::error::BuildError;
+use crate::resolve::{HickoryResolver, Resolve};
+use crate::retry::{FAR, RetryBudget, RetryPolicy};
+use crate::topology::Settings;
+
+/// What holds for the calls of a pool, wherever its connections come from.
+#[derive(Clone)]
+pub(super) struct CallOptions {
+    pub(super) checkout_timeout: Duration,
+    pub(super) retry: RetryPolicy,
+    pub(super) budget: RetryBudget,
+    pub(super) guarantee: Guarantee,
+}
+
+impl Default for CallOptions {
+    fn default() -> Self {
+        Self {
+            checkout_timeout: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
+            budget: RetryBudget::default(),
+            guarantee: Guarantee::default(),
+        }
+    }
+}
+
+impl CallOptions {
+    pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
+        let Self { checkout_timeout, retry, budget, guarantee } = self;
+        not_zero("checkout_timeout", checkout_timeout)?;
+        retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
+        Ok(Arc::new(Shared {
+            checkout_timeout: checkout_timeout.min(FAR),
+            heartbeat: settings.heartbeat.min(FAR),
+            retry,
+            budget,
+            guarantee,
+            searching: AtomicUsize::new(0),
+            lacking: Lacking::default(),
+            signature: Mutex::default(),
+            prune_at: Mutex::default(),
+        }))
+    }
+}
+
+/// The settings make sense and are within bounds, and there is a runtime to run by them.
+pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
+    Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
+    for (option, duration) in [
+        ("heartbeat_interval", &mut settings.heartbeat),
+        ("heartbeat_timeout", &mut settings.heartbeat_timeout),
+        ("patrol_interval", &mut settings.patrol),
+        ("poll_interval", &mut settings.poll.0),
+        ("poll_interval", &mut settings.poll.1),
+        ("probe_timeout", &mut settings.probe_timeout),
+        ("dead_after", &mut settings.dead_after),
+    ] {
+        not_zero(option, *duration)?;
+        *duration = FAR.min(*duration);
+    }
+    if let Some(silence) = &mut settings.accept_new_cluster_after {
+        not_zero("accept_new_cluster_after", *silence)?;
+        *silence = FAR.min(*silence);
+        if settings.system_identifier.is_some() {
+            let problem = "contradicts `system_identifier`, which names the only cluster; remove one of them";
+            return Err(BuildError::invalid("accept_new_cluster_after", problem));
+        }
+    }
+    if settings.poll.0 > settings.poll.1 {
+        return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
+    }
+    Ok(())
+}
+
+pub(super) fn seed_or_random(seed: Option<u64>) -> u64 {
+    seed.unwrap_or_else(|| RandomState::new().hash_one(0))
+}
+
+pub(super) fn not_zero(option: &'static str, duration: Duration) -> Result<(), BuildError> {
+    if duration.is_zero() {
+        return Err(BuildError::invalid(option, "must be longer than zero"));
+    }
+    Ok(())
+}
+
+pub(super) fn resolver(
+    own: Option<Arc<dyn Resolve>>,
+    servers: Vec<SocketAddr>,
+    unused: bool,
+) -> Result<Arc<dyn Resolve>, BuildError> {
+    if let Some(own) = own {
+        return Ok(own);
+    }
+    if !servers.is_empty() {
+        return Ok(Arc::new(HickoryResolver::with_name_servers(servers)));
+    }
+    if unused {
+        return Ok(Arc::new(crate::resolve::FixedResolver::new(Vec::<(String, Vec<IpAddr>)>::new())));
+    }
+    HickoryResolver::system().map(|resolver| Arc::new(resolver) as _).map_err(BuildError::Resolver)
+}
