@@ -1,0 +1,195 @@
+//! Histories, each told by hand: those that deceive a naive rule, and those that lie beyond what the rule assumes.
+
+use super::*;
+
+#[test]
+fn an_id_that_was_given_out_again_deceives_the_naive_rule_and_not_this_one() {
+    let mut world = world(2, &[Op::Write { on: 0, flush: true }, Op::Ship { to: 0, records: 9 }, Op::Begin { on: 0 }]);
+    let begun = world.clients()[0];
+    let ask = |world: &World, server: usize| {
+        let node = world.node(server);
+        (node.truth(begun.token), naive(&begun, node), settled(&begun, node, 1))
+    };
+    assert_eq!(begun.marker.xid, FIRST_XID + 1);
+    assert_eq!(ask(&world, 0), (Truth::Running, Settled::InProgress, Settled::InProgress));
+
+    world.apply(Op::Commit { client: 0, how: Commit::Flushed });
+    assert_eq!(ask(&world, 0), (Truth::Committed, Settled::Committed, Settled::Committed));
+
+    // The standby has not received it, and knows no such id.
+    world.apply(Op::Crash { on: 0, kept: 0 });
+    world.apply(Op::Promote { on: 0 });
+    assert_eq!(world.node(1).xact_status(begun.marker.xid), None, "in the future");
+    assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::NotCommitted, Settled::NotCommitted));
+
+    // The next writer is given the id.
+    world.apply(Op::Write { on: 0, flush: true });
+    assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::Committed, Settled::NotCommitted));
+}
+
+/// The first limit of the assumption: the second crash leaves nothing to see of the first. A pool that saw both counts them.
+#[test]
+fn two_crashes_of_a_backend_look_like_one() {
+    let crash = Op::BackendCrash { on: 0, kept: 0 };
+    let world = world(2, &[Op::Begin { on: 0 }, crash, Op::Write { on: 0, flush: true }, crash]);
+    let begun = world.clients()[0];
+    assert_eq!((world.since(&begun).recoveries, world.since(&begun).primaries), (2, 2));
+    assert_eq!(world.node(0).truth(begun.token), Truth::NeverHere);
+    assert_eq!(settled(&begun, world.node(0), 1), Settled::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled(&begun, world.node(0), 2), Settled::Unknown(Unsettled::SeveralFailovers));
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(0), 0), Settled::NotCommitted);
+}
+
+/// The second: two timelines of one number, of which the newer primary continues the other one.
+#[test]
+fn a_split_brain_from_before_cannot_be_told_from_the_own_history() {
+    let world = world(
+        4,
+        &[
+            // Servers 1 and 2 are promoted to timeline 2 each; 3 follows 1, the transaction runs on 2.
+            Op::Promote { on: 0 },
+            Op::Follow { on: 3, upstream: 1 },
+            Op::Promote { on: 0 },
+            Op::Begin { on: 2 },
+            Op::Write { on: 1, flush: true },
+            Op::Ship { to: 0, records: 9 },
+            Op::Promote { on: 0 },
+        ],
+    );
+    let begun = world.clients()[0];
+    assert_eq!((world.since(&begun).recoveries, begun.split_brain, world.newest()), (1, true, Some(3)));
+    assert_eq!(world.node(3).truth(begun.token), Truth::NeverHere);
+    assert_eq!(settled(&begun, world.node(3), 1), Settled::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(3), 0), Settled::NotCommitted);
+}
+
+/// The third: as before, and the newer primary does not even show that it was a standby, once it has completed a checkpoint.
+#[test]
+fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_streamed() {
+    let mut world = world(
+        3,
+        &[
+            Op::Write { on: 0, flush: true },
+            Op::Ship { to: 0, records: 9 },
+            Op::Promote { on: 1 },
+            Op::Begin { on: 1 },
+            Op::Crash { on: 2, kept: 0 },
+            // Server 1 does not know of timeline 2, is started again, and promoted before it asks for WAL.
+            Op::Stop { on: 1 },
+            Op::Start { on: 0 },
+            Op::Promote { on: 0 },
+        ],
+    );
+    let begun = world.clients()[0];
+    assert_eq!((world.since(&begun).recoveries, world.since(&begun).unfed, begun.split_brain), (1, 1, false));
+    assert_eq!(world.node(1).truth(begun.token), Truth::NeverHere);
+    assert_eq!(settled(&begun, world.node(1), 1), Settled::Unknown(Unsettled::OtherHistory), "it was just promoted");
+    world.apply(Op::Checkpoint { on: 1 });
+    assert_eq!(settled(&begun, world.node(1), 1), Settled::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), Settled::NotCommitted);
+}
+
+/// The fourth: a recovery in single-user mode shows by its two checkpoints, and to nobody once the primary that took over has
+/// completed another.
+#[test]
+fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
+    for switch in [true, false] {
+        let mut world = world(
+            2,
+            &[
+                Op::Write { on: 0, flush: true },
+                Op::Ship { to: 0, records: 9 },
+                Op::Begin { on: 0 },
+                Op::Crash { on: 0, kept: 0 },
+                Op::SingleUser { on: 0, switch },
+                // It is up as a standby, and the other one follows it.
+                Op::Lease { on: 0 },
+                Op::Ship { to: 1, records: 9 },
+                Op::Promote { on: 1 },
+                Op::Write { on: 0, flush: true },
+            ],
+        );
+        let begun = world.clients()[0];
+        assert_eq!((world.since(&begun).recoveries, world.since(&begun).unseen), (1, 1));
+        assert_eq!(world.node(1).truth(begun.token), Truth::NeverHere);
+        assert_eq!(settled(&begun, world.node(1), 1), Settled::Unknown(Unsettled::Restarted), "it shows");
+        world.apply(Op::Checkpoint { on: 1 });
+        assert_eq!(settled(&begun, world.node(1), 1), Settled::Committed, "somebody else's commit under the same id");
+        assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), Settled::NotCommitted);
+    }
+}
+
+/// From PostgreSQL 17 on `pg_rewind` may keep a segment of the timeline that it leaves. A server that is promoted later, to the
+/// number behind that timeline's, has a file of it and never continued it; so files count up to PostgreSQL 16 alone.
+#[test]
+fn a_file_that_pg_rewind_kept_would_deceive() {
+    // As in the history above, but server 3 followed the lost timeline, is rewound, and promoted.
+    let said = Now { primaries_since: 1, ..now(NEXT, Some(20), Some(20)) };
+    assert_eq!(locate(&marker(None), &said, &Proof::Files { followed: true }), Located::Here, "what a file would say");
+    assert_eq!(locate(&marker(None), &said, &Proof::Files { followed: false }), Located::Unclear(Unsettled::Unproven));
+    let mut world = archiving(
+        4,
+        true,
+        &[
+            Op::Write { on: 0, flush: true },
+            Op::Ship { to: 0, records: 9 },
+            Op::Ship { to: 2, records: 9 },
+            Op::Write { on: 0, flush: true },
+            Op::Write { on: 0, flush: true },
+            Op::Ship { to: 1, records: 9 },
+            Op::Promote { on: 0 },
+        ],
+    );
+    world.point(3, 1);
+    for op in [
+        Op::Begin { on: 1 },
+        Op::Commit { client: 0, how: Commit::Flushed },
+        Op::Ship { to: 1, records: 9 },
+        Op::Crash { on: 1, kept: 0 },
+        Op::Crash { on: 0, kept: 0 },
+        Op::Follow { on: 3, upstream: 2 },
+        Op::Ship { to: 1, records: 9 },
+        Op::Promote { on: 1 },
+    ] {
+        world.apply(op);
+    }
+    let begun = world.clients()[0];
+    let node = world.node(3);
+    assert_eq!((world.newest(), node.truth(begun.token)), (Some(3), Truth::NeverHere));
+    assert!(!node.shows_parent(&begun, Kind::Of(Evidence::Files)), "where the file is removed");
+    let unproven = Settled::Unknown(Unsettled::Unproven);
+    let answers = EACH.map(|kind| settled_by(kind, &begun, node, 1));
+    assert_eq!(answers, [unproven, unproven, unproven, Settled::NotCommitted]);
+    assert_eq!(by_number(&begun, node, 1), Settled::Committed, "what a file would say, of somebody else's commit");
+}
+
+/// A wrong `Ok`: server 1 lags and is promoted to timeline 2. Server 2 had received more, cannot follow, and is promoted to
+/// timeline 3 when server 1 dies, as it finds that 2 is taken: in the archive, or among the histories that it was sent. The
+/// transaction's id on timeline 2 was another's on timeline 1.
+#[test]
+fn a_standby_that_could_not_follow_deceives_the_rule_of_numbers_and_not_this_one() {
+    for archive in [true, false] {
+        let history = [
+            Op::Write { on: 0, flush: true },
+            Op::Ship { to: 0, records: 9 },
+            Op::Write { on: 0, flush: true },
+            Op::Write { on: 0, flush: true },
+            Op::Ship { to: 1, records: 9 },
+            Op::Crash { on: 0, kept: 0 },
+            Op::Promote { on: 0 },
+            Op::Begin { on: 0 },
+        ];
+        let mut world = archiving(3, archive, &history);
+        world.point(2, 1);
+        for op in [Op::Ship { to: 0, records: 9 }, Op::Crash { on: 0, kept: 0 }, Op::Promote { on: 0 }] {
+            world.apply(op);
+        }
+        let begun = world.clients()[0];
+        let node = world.node(2);
+        assert_eq!((world.newest(), node.truth(begun.token)), (Some(2), Truth::NeverHere));
+        assert_eq!(by_number(&begun, node, 1), Settled::Committed, "somebody else's commit, before the fork");
+        let unproven = Settled::Unknown(Unsettled::Unproven);
+        let answers = EACH.map(|evidence| settled_by(evidence, &begun, node, 1));
+        assert_eq!(answers, [unproven, unproven, unproven, Settled::NotCommitted]);
+    }
+}

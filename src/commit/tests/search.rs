@@ -1,0 +1,192 @@
+//! The rule, held against histories made by chance: what it may assume, and that no answer is wrong.
+
+use super::*;
+
+/// What the invariant assumes where the server does not show its log.
+fn is_assumed(world: &World, begun: &Begun) -> bool {
+    let since = world.since(begun);
+    since.recoveries + since.unseen <= 1 && world.since(begun).unfed == 0 && !begun.split_brain
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+
+    /// Even of a pool that has seen nothing of it, and whichever primary it asks, also one that others have left behind.
+    #[test]
+    fn after_one_crash_or_promotion_every_answer_is_true((servers, history) in histories()) {
+        ask_always(servers, &history, |world, begun, asked| {
+            if is_assumed(world, begun) {
+                for evidence in EACH {
+                    is_answered_truly(evidence, world, begun, asked, 0)?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+
+    /// The pool counts new primaries, each life of a server. One that misses none goes wrong by no number of them.
+    #[test]
+    fn of_any_number_of_failovers_seen_every_answer_is_true((servers, history) in histories()) {
+        ask_always(servers, &history, |world, begun, asked| {
+            if misses_nothing(world, begun, asked) {
+                for evidence in EACH {
+                    is_answered_truly(evidence, world, begun, asked, world.since(begun).primaries)?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+
+    /// Nothing is assumed: crashes that nobody saw, two servers on timelines of one number, any server that is asked. As long
+    /// as the mark's segment is there, nothing is left open either.
+    #[test]
+    fn a_server_that_shows_its_log_is_answered_truly_whatever_happened((servers, history) in histories()) {
+        ask_always(servers, &history, |world, begun, asked| {
+            if !world.node(asked).has_recycled(&begun.marker) {
+                let answer = is_answered_truly(Kind::Of(Evidence::Function), world, begun, asked, 0)?;
+                let open = matches!(answer, Settled::Unknown(why) if why != Unsettled::InProgress);
+                prop_assert!(!open, "{answer:?} of {begun:?} on server {asked}, {:?}", world.node(asked));
+            }
+            Ok(())
+        })?;
+    }
+
+    #[test]
+    fn one_failover_or_clean_restart_leaves_no_answer_open((servers, history) in histories()) {
+        ask_always(servers, &history, |world, begun, asked| {
+            let since = world.since(begun);
+            let restarted = since.clean_starts >= 1 && since.recoveries == 0;
+            let seen = since.unseen == 0 && (since.clean_starts == 0 || restarted);
+            let plain = seen && world.is_plain_failover(begun, asked);
+            if world.newest() == Some(asked) && is_assumed(world, begun) && plain {
+                let node = world.node(asked);
+                for evidence in EACH {
+                    let answer = settled_by(evidence, begun, node, since.primaries);
+                    let shown = node.shows_parent(begun, evidence);
+                    prop_assert!(
+                        !shown || !matches!(answer, Settled::Unknown(_)),
+                        "{answer:?} by {evidence:?} of {begun:?} on server {asked}, {node:?}"
+                    );
+                }
+            }
+            Ok(())
+        })?;
+    }
+
+    /// Held by a synchronous standby, or its COMMIT under way: whatever else happened, it is not given up.
+    #[test]
+    fn a_transaction_that_runs_is_in_progress((servers, history) in histories()) {
+        ask_always(servers, &history, |world, begun, asked| {
+            if world.node(asked).truth(begun.token) == Truth::Running {
+                for evidence in EACH {
+                    prop_assert_eq!(settled_by(evidence, begun, world.node(asked), 0), Settled::InProgress);
+                }
+            }
+            Ok(())
+        })?;
+    }
+}
+
+/// The pool asks the newest primary, and has seen each before it. No two servers were promoted to the marker's timeline, and
+/// none without having streamed. A recovery in single-user mode shows still.
+fn misses_nothing(world: &World, begun: &Begun, asked: usize) -> bool {
+    let one_history = world.since(begun).unfed == 0 && !world.is_split_brain(begun.marker.life.server.timeline);
+    let unseen = world.since(begun).unseen > 0 && !world.node(asked).shows_stop();
+    begun.on_newest && world.newest() == Some(asked) && one_history && !unseen
+}
+
+fn is_answered_truly(
+    evidence: Kind,
+    world: &World,
+    begun: &Begun,
+    asked: usize,
+    primaries_since: u64,
+) -> Result<Settled, TestCaseError> {
+    let (node, truth) = (world.node(asked), world.node(asked).truth(begun.token));
+    let answer = settled_by(evidence, begun, node, primaries_since);
+    prop_assert!(
+        is_true(answer, truth),
+        "{answer:?} by {evidence:?} of {begun:?}, but {truth:?} on server {asked}, {node:?}"
+    );
+    Ok(answer)
+}
+
+/// What a search found for one kind of evidence.
+#[derive(Debug, Default)]
+struct Found {
+    questions: u64,
+    wrong: u64,
+    committed: u64,
+    not_committed: u64,
+    in_progress: u64,
+    /// The log is not on the disk yet: the pool asks again.
+    not_yet: u64,
+    unknown: u64,
+}
+
+impl Found {
+    fn count(&mut self, answer: Settled, truth: Truth) {
+        self.questions += 1;
+        self.wrong += u64::from(!is_true(answer, truth));
+        *match answer {
+            Settled::Committed => &mut self.committed,
+            Settled::NotCommitted => &mut self.not_committed,
+            Settled::InProgress => &mut self.in_progress,
+            Settled::Unknown(Unsettled::InProgress) => &mut self.not_yet,
+            Settled::Unknown(_) => &mut self.unknown,
+        } += 1;
+    }
+
+    fn shown(&self, what: &str) -> String {
+        #[expect(clippy::cast_precision_loss, reason = "a share, printed with two decimals")]
+        let share = 100.0 * self.unknown as f64 / self.questions.max(1) as f64;
+        let Self { questions, wrong, committed, not_committed, .. } = self;
+        format!(
+            "{what}: questions={questions} wrong={wrong} committed={committed} not={not_committed} unknown={share:.2} %"
+        )
+    }
+}
+
+/// `HISTORIES=1000000` plays so many histories, and prints how many answers each kind of evidence leaves open.
+///
+/// The questions are those of a pool that asks the newest primary, has seen each before it, and asks in another life of the
+/// servers than the one that the transaction began in.
+#[test]
+fn a_search_finds_naive_rules_wrong_and_this_one_never() {
+    let seed = *b"one transaction, one outcome ...";
+    let histories_wanted = std::env::var("HISTORIES").map_or(2000, |wanted| wanted.parse().expect("a number"));
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    let mut runner = TestRunner::new_with_rng(ProptestConfig::default(), rng);
+    let (mut by_status, mut numbers, mut once) = (Found::default(), Found::default(), EACH.map(|_| Found::default()));
+    let mut often = EACH.map(|_| Found::default());
+    for _ in 0..histories_wanted {
+        let (servers, history) = histories().new_tree(&mut runner).expect("nothing is filtered").current();
+        ask_always(servers, &history, |world, begun, asked| {
+            let (node, since) = (world.node(asked), world.since(begun));
+            if since.recoveries == 0 || !misses_nothing(world, begun, asked) {
+                return Ok(());
+            }
+            let truth = node.truth(begun.token);
+            by_status.count(naive(begun, node), truth);
+            numbers.count(by_number(begun, node, since.primaries), truth);
+            let found = if since.recoveries == 1 { &mut once } else { &mut often };
+            for (evidence, found) in EACH.into_iter().zip(found) {
+                found.count(settled_by(evidence, begun, node, since.primaries), truth);
+            }
+            Ok(())
+        })
+        .expect("it only counts");
+    }
+    println!("{histories_wanted} histories, seed {seed:?}");
+    println!("{}", by_status.shown("pg_xact_status alone"));
+    println!("{}", numbers.shown("the next number is the child"));
+    for (times, found) in [("one crash or failover", &once), ("several", &often)] {
+        for (evidence, found) in EACH.into_iter().zip(found) {
+            println!("{}", found.shown(&format!("{times}, {evidence:?}")));
+            assert_eq!(found.wrong, 0, "{evidence:?} {found:?}, seed {seed:?}");
+            let each = [found.committed, found.not_committed];
+            assert!(each.iter().all(|count| *count > 0), "{evidence:?} {found:?}, seed {seed:?}");
+        }
+    }
+    assert!(by_status.wrong > 0 && numbers.wrong > 0, "{by_status:?} {numbers:?}, seed {seed:?}");
+}
