@@ -5,15 +5,18 @@
 //! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool.
 //! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
 
+mod attempt;
 mod decide;
 mod earlier;
 mod finish;
+mod marks;
 mod nested;
 mod run;
 mod session;
 mod settle;
 mod statements;
 mod streams;
+mod undo;
 mod verdict;
 
 use std::fmt;
@@ -32,7 +35,7 @@ use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use decide::Mode;
 use finish::OPEN;
-use run::{Begin, Marks};
+use marks::{Begin, Marks};
 
 impl<C: SessionClient> Pool<C> {
     /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a

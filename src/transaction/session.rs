@@ -2,8 +2,9 @@
 
 use tokio::time::timeout;
 
+use super::attempt::{Attempt, Failed};
 use super::decide::Mode;
-use super::run::{Attempt, Failed, ROLLBACK_WITHIN};
+use super::undo::ROLLBACK_WITHIN;
 use super::verdict::{Session, Word, judge, perhaps_stale};
 use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};

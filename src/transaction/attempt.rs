@@ -1,0 +1,370 @@
+//! One attempt on one connection: BEGIN, the closure, COMMIT, and how it ended.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+
+use super::Transaction;
+use super::decide::{Mode, Next, Stage, decide};
+use super::earlier::Earlier;
+use super::finish::{Answer, Known, Proof, Undone};
+use super::marks::{Begin, Marks};
+use super::nested;
+use super::settle::{Mark, Outcome, settle};
+use super::streams::is_free;
+use super::verdict::{Session, judge_begin};
+use crate::classify::{Verdict, classify, explain};
+use crate::commit::Unsettled;
+use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
+use crate::pool::{Check, Client, Pool};
+use crate::server::SessionClient;
+use crate::topology::Suspicion;
+
+/// How an attempt ended.
+pub(super) enum Ended<T> {
+    Committed(T),
+    Failed(Stage, Failed),
+    InDoubt(Unanswered<T>),
+    /// COMMIT was sent, and the primary's history does not have it.
+    Absent(Earlier<T>, Failed),
+    /// And nobody could tell.
+    Unknown(Error),
+}
+
+pub(super) struct Failed {
+    pub(super) verdict: Verdict,
+    pub(super) error: Error,
+    /// How the session was found, where the closure had failed.
+    pub(super) session: Session,
+}
+
+impl Failed {
+    pub(super) fn new(verdict: Verdict, error: impl Into<Error>) -> Self {
+        Self { verdict, error: error.into(), session: Session::Open }
+    }
+}
+
+/// COMMIT was sent, and nothing came back that tells what became of it.
+pub(super) struct Unanswered<T> {
+    value: T,
+    mark: Option<Mark>,
+    pub(super) failed: Failed,
+}
+
+impl<T> Unanswered<T> {
+    pub(super) async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
+        if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
+            return Ended::InDoubt(self);
+        }
+        let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
+        let Failed { verdict, error, .. } = failed;
+        // Boxed, as it is rare and large, and every waiting call would carry it.
+        match Box::pin(settle(pool, &mark, deadline)).await {
+            Ok((Outcome::Committed, _)) => Ended::Committed(value),
+            Ok((Outcome::NotCommitted, absent_from)) => {
+                let error = match error {
+                    Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
+                    error => error,
+                };
+                Ended::Absent(Earlier { mark, value, absent_from }, Failed::new(verdict, error))
+            }
+            Err(why) => Ended::Unknown(unknown(error, why)),
+        }
+    }
+}
+
+impl<T> Ended<T> {
+    fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
+        Self::Failed(Stage::Body, Failed::new(verdict, error))
+    }
+}
+
+/// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
+/// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
+pub(super) struct Held<C: SessionClient> {
+    client: Arc<Client<C>>,
+    pub(super) clean: bool,
+}
+
+impl<C: SessionClient> Held<C> {
+    pub(super) fn new(client: Client<C>) -> Self {
+        Self { client: Arc::new(client), clean: false }
+    }
+
+    fn client(&self) -> &Client<C> {
+        &self.client
+    }
+
+    pub(super) fn clean(&mut self, clean: bool) {
+        self.clean = clean;
+    }
+}
+
+impl<C: SessionClient> Drop for Held<C> {
+    fn drop(&mut self) {
+        if !self.clean {
+            self.client.poison();
+        }
+    }
+}
+
+/// One connection during one attempt.
+pub(super) struct Attempt<C: SessionClient> {
+    pub(super) held: Held<C>,
+    /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
+    pub(super) limit: Option<Duration>,
+    /// By what the transaction can be asked for, once it has begun.
+    pub(super) mark: OnceLock<Mark>,
+    /// The closure was run.
+    pub(super) begun: AtomicBool,
+    /// The session had prepared statements when the attempt began.
+    pub(super) statements: bool,
+    /// How COMMIT looks for the transaction.
+    pub(super) check: Check,
+}
+
+/// Why a body gave nothing to commit.
+enum Fault {
+    /// Something befell it before its closure ran, or from outside.
+    Met(Verdict, Error),
+    /// The closure failed.
+    Closure(Error),
+}
+
+impl<C: SessionClient> Attempt<C> {
+    /// `lost` gets the mark of an attempt whose session ended before COMMIT was sent.
+    pub(super) async fn run<T, F, Fut>(
+        mut self,
+        begin: &Begin,
+        mode: Mode,
+        work: &mut F,
+        lost: &mut Option<Mark>,
+    ) -> Ended<T>
+    where
+        F: FnMut(Transaction<C>) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        let ended = tokio::select! {
+            biased;
+            ended = self.body(begin, work) => Ok(ended),
+            cut = self.cut_off() => cut.map_or_else(
+                || {
+                    let (verdict, error) = evicted();
+                    Ok(Err(Fault::Met(verdict, error)))
+                },
+                Err,
+            ),
+        };
+        match ended {
+            Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
+            Ok(Err(fault)) => {
+                let failed = match fault {
+                    Fault::Met(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
+                    Fault::Closure(error) => self.closure_failed(mode, error).await,
+                };
+                if failed.verdict.is_loss() || self.client().is_closed() || self.client().is_evicted() {
+                    *lost = self.mark.take();
+                }
+                Ended::Failed(Stage::Body, failed)
+            }
+            Err(after) => {
+                self.pool().suspect(self.client().generation(), Suspicion::Connection);
+                Ended::before_commit(Verdict::Application, Error::TimedOut { after })
+            }
+        }
+    }
+
+    /// Waits for what ends a body before its time: the limit, or the eviction of its session.
+    async fn cut_off(&self) -> Option<Duration> {
+        let Some(limit) = self.limit else {
+            self.client().evicted().await;
+            return None;
+        };
+        timeout(limit, self.client().evicted()).await.is_err().then_some(limit)
+    }
+
+    /// BEGIN and the closure.
+    async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, Fault>
+    where
+        F: FnMut(Transaction<C>) -> Fut,
+        Fut: Future<Output = Result<T, Error>>,
+    {
+        self.client().notices().forget();
+        self.client().trail().forget();
+        let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
+        self.pool().heard(self.client().generation());
+        if self.client().notices().already_in_transaction() {
+            // Its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
+            let strange = Error::RolledBack(RolledBack::StrangeSession);
+            return Err(Fault::Met(Verdict::ConnectionLost, strange));
+        }
+        if let Some(mark) = mark {
+            // There is none yet: an attempt begins once.
+            let _ = self.mark.set(mark);
+        }
+        self.begun.store(true, Ordering::Relaxed);
+        self.client().trail().forget();
+        let trail = Arc::clone(self.client().trail());
+        let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
+        let done = poll_fn(|context| nested::poll_within(&trail, work.as_mut(), context)).await;
+        done.map_err(Fault::Closure)
+    }
+
+    async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Mark>) -> Ended<T> {
+        if self.is_shared() {
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
+        }
+        if self.client().has_streamed() && !is_free(self.client()).await {
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
+        }
+        if self.client().is_evicted() {
+            *lost = self.mark.take();
+            let (verdict, error) = evicted();
+            return Ended::before_commit(verdict, error);
+        }
+        // On a session that has ended nothing is sent: then the transaction is certainly not committed.
+        let never_sent = self.client().is_closed();
+        let known = self.known(mode);
+        let (sql, mark) = (known.commit(self.check), self.mark.take());
+        self.client().set_committing(true);
+        let answer = tokio::select! {
+            biased;
+            answer = Answer::to(self.client(), &sql) => answer,
+            () = self.client().evicted() => {
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
+                let failed = Failed::new(Verdict::ConnectionLost, error);
+                return Ended::InDoubt(Unanswered { value, mark, failed });
+            }
+        };
+        let proof = known.proof(self.check, &answer);
+        self.client().set_committing(proof == Proof::Nothing);
+        match (proof, answer.error) {
+            (Proof::Committed { answered }, _) => {
+                self.held.clean(answered);
+                if self.client().notices().not_replicated() {
+                    let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
+                    let failed = Failed::new(Verdict::OutcomeUnknown, error);
+                    return Ended::InDoubt(Unanswered { value, mark, failed });
+                }
+                if answered {
+                    self.prune(begin);
+                }
+                Ended::Committed(value)
+            }
+            (Proof::NotOurs { .. }, _) => {
+                let ending = self.ended_before(known).await;
+                Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
+            }
+            (_, None) => Ended::Committed(value),
+            (Proof::Unchecked, Some(error)) => {
+                self.pool().check_refused(self.check, &explain(&error));
+                self.undo(Some(known), None).await;
+                Ended::Failed(Stage::Refused, Failed::new(Verdict::Conflict, error))
+            }
+            (Proof::Refused { over }, Some(error)) => {
+                Ended::Failed(Stage::Refused, self.commit_refused(known, over, error).await)
+            }
+            (Proof::Nothing, Some(error)) => {
+                self.suspect();
+                if never_sent {
+                    *lost = mark;
+                    return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
+                }
+                let failed = Failed::new(classify(&error), error);
+                Ended::InDoubt(Unanswered { value, mark, failed })
+            }
+        }
+    }
+
+    /// `over`: the transaction is rolled back already.
+    async fn commit_refused(&mut self, known: Known, over: bool, error: tokio_postgres::Error) -> Failed {
+        self.suspect();
+        let verdict = classify(&error);
+        let undone = if over {
+            self.roll_back().await;
+            Undone::Here
+        } else {
+            self.undo(Some(known), None).await.0
+        };
+        let failed = match verdict {
+            Verdict::Aborted => self.failed_inside().await,
+            _ => Failed::new(verdict, error),
+        };
+        undone.explains(failed)
+    }
+
+    pub(super) fn known(&self, mode: Mode) -> Known {
+        match self.mark.get() {
+            Some(mark) => Known::ById(mark.backend.xid),
+            None if mode == Mode::Read => Known::ByShow,
+            None => Known::BySetting,
+        }
+    }
+
+    /// From time to time, once the caller's work is done, on the connection that did it: in a task, so that nobody waits.
+    /// The task ends with the session, and so with the pool.
+    fn prune(&self, begin: &Begin) {
+        let Marks::Ledger(ledger) = &begin.marks else {
+            return;
+        };
+        if !self.pool().prunes(ledger) {
+            return;
+        }
+        let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });
+        tokio::spawn(async move {
+            // Each statement commits by itself.
+            held.client().set_committing(true);
+            let pruned = tokio::select! {
+                biased;
+                pruned = ledger.prune_all(held.client()) => pruned,
+                () = held.client().evicted() => return,
+            };
+            held.clean(pruned.is_ok());
+            held.client().set_committing(pruned.is_err());
+            match pruned {
+                Ok(rows) => tracing::debug!(rows, "the ledger was pruned"),
+                Err(error) => tracing::warn!("the ledger could not be pruned: {}", explain(&error)),
+            }
+        });
+    }
+
+    /// A handle given to the closure is still alive.
+    pub(super) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.held.client) > 1
+    }
+
+    /// A session that ended makes its server suspect; other errors say nothing about it.
+    pub(super) fn suspect(&self) {
+        if self.client().is_closed() {
+            self.pool().suspect(self.client().generation(), Suspicion::Connection);
+        }
+    }
+
+    pub(super) fn client(&self) -> &Client<C> {
+        self.held.client()
+    }
+
+    pub(super) fn pool(&self) -> &Pool<C> {
+        self.client().pool()
+    }
+}
+
+pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
+    match error {
+        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
+        // It was not lost but left or not replicated, which is reason enough unless a settler found a better one.
+        Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
+            Error::CommitUnknown(Box::new(unknown.because(why)))
+        }
+        other => other,
+    }
+}
+
+/// The generation ended, and the session with it, although no driver of ours could say so.
+pub(super) fn evicted() -> (Verdict, Error) {
+    (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
+}

@@ -1,0 +1,158 @@
+//! What a transaction begins with: BEGIN and the mark in one message, by which the transaction can be asked for later.
+
+use std::sync::Arc;
+
+use super::attempt::Attempt;
+use super::finish::OPEN;
+use super::settle::{Mark, Settler};
+use crate::classify::{Verdict, classify, explain, not_offered};
+use crate::commit::ledger::{Entering, Ledger, entered};
+use crate::commit::wal::{self, Marked, Marking};
+use crate::commit::{Nonce, Signature};
+use crate::error::{Error, RolledBack};
+use crate::pool::{Check, Signing};
+use crate::server::SessionClient;
+use crate::topology::Suspicion;
+
+/// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be
+/// with the session, and not committed by the COMMIT that is to come. The warning about it is not enough: a role's
+/// `client_min_messages` may hide it, and the drivers of a wrapped pool are not ours. It has no effect on a clean session.
+const CLEAN: &str = "BEGIN; ROLLBACK";
+
+/// What a transaction begins with.
+pub(super) struct Begin {
+    pub(super) sql: String,
+    /// The same where no mark will tell the transaction from another.
+    pub(super) unmarked: String,
+    pub(super) marks: Marks,
+}
+
+/// What is written along with BEGIN.
+pub(super) enum Marks {
+    Nothing,
+    /// A mark that nobody asks for. It makes COMMIT wait for the synchronous standbys although the work may find itself
+    /// done, and write nothing.
+    Write,
+    Wal,
+    Ledger(Ledger),
+}
+
+impl<C: SessionClient> Attempt<C> {
+    /// BEGIN and the mark, in one message.
+    pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
+        let client = self.client();
+        let nonce = self.pool().next_nonce();
+        let signature =
+            if matches!(begin.marks, Marks::Wal) && self.can_be_marked() { self.signature().await? } else { None };
+        let answer = match &begin.marks {
+            Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
+            Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
+            Marks::Nothing | Marks::Wal | Marks::Write => {
+                client.batch_execute(&format!("{CLEAN}; {}", begin.unmarked)).await?;
+                return Ok(None);
+            }
+        };
+        let row = match answer {
+            Ok(row) => row,
+            // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
+            Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
+            Err(error) if matches!(begin.marks, Marks::Ledger(_)) => return Err(Error::Ledger(error)),
+            Err(error) => {
+                self.pool().set_unmarked(client.generation(), &explain(&error));
+                client.batch_execute("ROLLBACK").await?;
+                client.batch_execute(&begin.unmarked).await?;
+                return Ok(None);
+            }
+        };
+        let mark = |by, backend| {
+            let signature = signature.clone();
+            Mark { by, backend, generation: client.generation(), life: client.life(), signature }
+        };
+        let read = match (&begin.marks, client.life()) {
+            (Marks::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
+                Ok(Entering::As(entered, backend)) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
+                Ok(Entering::Elsewhere) => return Err(self.elsewhere()),
+                Ok(Entering::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+                Err(bad) => Err(bad),
+            },
+            (_, Some(life)) => match wal::marker(&life, nonce, &row) {
+                Ok(Marked::Elsewhere) => return Err(self.elsewhere()),
+                // A wrapped pool's session says so by no notice.
+                Ok(Marked::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+                Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
+                Ok(Marked::ReadOnly) => Ok(None),
+                Err(bad) => Err(bad),
+            },
+            (_, None) => Ok(None),
+        };
+        let mark = read.unwrap_or_else(|bad| {
+            self.pool().set_unmarked(client.generation(), &bad.to_string());
+            None
+        });
+        if mark.is_none() || self.check == Check::ByShow {
+            client.batch_execute(OPEN).await?;
+        }
+        Ok(mark)
+    }
+
+    /// A proxy has led the transaction to another server than the one that its session was verified with.
+    fn elsewhere(&self) -> Error {
+        self.pool().suspect(self.client().generation(), Suspicion::Connection);
+        Error::RolledBack(RolledBack::OtherServer)
+    }
+
+    /// What the timeline is signed with, by which a successor shows that it continues it. The first of all continues nothing
+    /// else. The first transaction of the pool on a primary signs; those that begin at the same time go without.
+    async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
+        let (client, pool) = (self.client(), self.pool());
+        let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
+        match pool.signature(client.generation()) {
+            Signing::Done(signature) => return Ok(signature),
+            Signing::Yours => {}
+        }
+        match wal::sign(client, &life, pool.next_seed()).await {
+            Ok(signature) => {
+                let signature = signature.map(Arc::new);
+                pool.set_signature(client.generation(), signature.clone());
+                Ok(signature)
+            }
+            Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
+                tracing::debug!("the timeline could not be signed: {}", explain(&error));
+                client.batch_execute("ROLLBACK").await?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
+        let client = self.client();
+        let marking = client.marking();
+        match wal::only_row(client, &marking.sql(begin, nonce)).await {
+            Ok(row) => {
+                if marking == Marking::New {
+                    client.set_marking(Marking::Prepared);
+                }
+                Ok(row)
+            }
+            Err(error) if marking.failed(&error) => {
+                client.set_marking(Marking::Plain);
+                client.batch_execute("ROLLBACK").await?;
+                wal::only_row(client, &Marking::Plain.sql(begin, nonce)).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn can_be_marked(&self) -> bool {
+        let (client, pool) = (self.client(), self.pool());
+        if pool.is_unmarked(client.generation()) {
+            return false;
+        }
+        if client.life().is_none() {
+            let why = "this role may not read the server's identity: its system identifier, start time and timeline";
+            pool.set_unmarked(client.generation(), why);
+        }
+        client.life().is_some()
+    }
+}

@@ -1,0 +1,127 @@
+//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its transaction itself.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::attempt::{Attempt, Failed};
+use super::decide::Mode;
+use super::finish::{Answer, Known, Undone, ending};
+use crate::classify::Verdict;
+use crate::error::{EndedInside, Ending};
+use crate::server::SessionClient;
+use crate::topology::{Suspicion, UNDISTURBED};
+
+/// Asks the session whether its server takes writes at all: a new transaction is read-only in recovery, or because new ones
+/// are. Needs no right.
+fn role() -> String {
+    format!("{UNDISTURBED} SHOW transaction_read_only")
+}
+/// A session that does not answer its ROLLBACK within this is closed instead.
+pub(super) const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
+
+impl<C: SessionClient> Attempt<C> {
+    /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
+    pub(super) async fn cleaned_up(&mut self, mode: Mode, failed: Failed) -> Failed {
+        self.suspect();
+        if self.is_shared() {
+            // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
+            // the session ends as it is, and all that was done in it with it.
+            return own_doing(failed, false);
+        }
+        if failed.verdict.is_loss() {
+            // Of a session that lives on behind a proxy. It leads to another one by now, which knows nothing of this work.
+            self.roll_back().await;
+            return failed;
+        }
+        let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then(role);
+        let known = self.begun.load(Ordering::Relaxed).then(|| self.known(mode));
+        let (undone, server_is_read_only) = self.undo(known, role.as_deref()).await;
+        undone.explains(own_doing(failed, server_is_read_only))
+    }
+
+    pub(super) async fn roll_back(&mut self) {
+        // One that is evicted is closed anyway, and its server may be frozen. Nor is it sent twice.
+        if !self.held.clean && !self.client().is_closed() && !self.client().is_evicted() {
+            let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
+            self.held.clean(matches!(rolled_back, Ok(Ok(()))));
+        }
+    }
+
+    /// Asks a session without a transaction: is this a standby, or a primary that is fenced? One that does not answer counts
+    /// as one of these.
+    pub(super) async fn server_is_read_only(&mut self) -> bool {
+        self.held.clean(false);
+        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &role())).await else {
+            return true;
+        };
+        let read_only = answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
+        if read_only {
+            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+        } else {
+            self.held.clean(answer.error.is_none());
+        }
+        read_only
+    }
+
+    /// Rolls back, and finds out whether the closure had done so before, or committed. `None`: it was not run.
+    ///
+    /// With `role`, also asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
+    /// had made itself read-only. One that does not answer counts as read-only.
+    pub(super) async fn undo(&mut self, known: Option<Known>, role: Option<&str>) -> (Undone, bool) {
+        // One that is evicted is closed anyway, and its server may be frozen.
+        if self.client().is_closed() || self.client().is_evicted() {
+            return (Undone::Unanswered, role.is_some());
+        }
+        let sql = Known::roll_back(known, role);
+        let Ok(mut answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
+            return (Undone::Unanswered, role.is_some());
+        };
+        let asked_status = answer.error.is_none() && known.is_some_and(|known| known.status().is_some());
+        let status = if asked_status { answer.values.pop().flatten() } else { None };
+        let undone = match (Known::undone(&answer, status.as_deref()), known) {
+            (Some(undone), _) => undone,
+            (None, None) => Undone::Unanswered,
+            (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
+        };
+        self.held.clean(answer.error.is_none() || answer.left_idle());
+        let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
+        if read_only {
+            self.held.clean(false);
+            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+        }
+        (undone, read_only)
+    }
+
+    /// How the closure has ended its transaction, once it is known that it did. Rolls back what it may have begun since.
+    pub(super) async fn ended_before(&mut self, known: Known) -> Ending {
+        let sql = known.status().map_or_else(|| "ROLLBACK".to_owned(), |status| format!("ROLLBACK; {status}"));
+        let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
+            return Ending::Unknown;
+        };
+        self.held.clean(answer.error.is_none());
+        ending(answer.values.first().and_then(Option::as_deref))
+    }
+}
+
+/// A transaction that had made itself read-only fails by its own doing.
+fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
+    match failed.verdict {
+        Verdict::ReadOnly if !server_is_read_only => Failed { verdict: Verdict::Application, ..failed },
+        _ => failed,
+    }
+}
+
+impl Undone {
+    /// The closure's own end of its transaction says more than the error that it met afterwards.
+    pub(super) fn explains(self, failed: Failed) -> Failed {
+        match self {
+            Self::Before(ending) => {
+                let error = EndedInside::error(ending, Some(failed.error));
+                Failed::new(Verdict::Application, error)
+            }
+            Self::Here | Self::Unanswered => failed,
+        }
+    }
+}
