@@ -4,7 +4,9 @@
 //! primary was found. Invariants: a checkout does no I/O on an idle connection; a new connection has answered the probe
 //! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
 
+mod aside;
 mod builder;
+mod checkout;
 mod client;
 mod config;
 mod connection;
@@ -17,56 +19,50 @@ mod nested;
 mod options;
 mod security;
 mod settling;
+mod shared;
 mod ssl;
 mod stale;
 mod statements;
+mod status;
 mod trail;
 mod typo;
 mod wrap;
 
+pub(crate) use aside::Aside;
 pub use builder::PoolBuilder;
 pub use client::{CancelToken, Client, Detached};
 pub use config::IntoConfig;
 pub use connection::{Connection, Manager};
 pub(crate) use lacking::Check;
 pub(crate) use settling::{Settling, Witness};
+pub(crate) use shared::Signing;
 pub(crate) use statements::{cached_statements, statements};
+pub use status::Status;
 pub(crate) use trail::Trail;
 pub use wrap::WrapBuilder;
 
-use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
-use std::future::poll_fn;
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::task::Poll;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use deadpool::managed::{self, Object, PoolError};
+use deadpool::managed;
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
-use crate::cluster::{Cluster, Generation, NoPrimary, Wanting};
-use crate::commit::ledger::Ledger;
-use crate::commit::{Guarantee, Life, Nonce, Signature};
-use crate::error::{BuildError, Error, Obstacle, Refused, Unavailable};
+use crate::cluster::Cluster;
+use crate::commit::Nonce;
+use crate::error::{BuildError, Error};
 use crate::observe::{Events, Observer};
-use crate::retry::{FAR, RetryBudget, RetryPolicy};
-use crate::server::{Ear, Notices, Session, SessionClient};
-use crate::sync::lock;
-use crate::topology::{Accept, CandidateReport, Evidence, GenerationId, State, Suspicion, View};
-use client::Loan;
+use crate::retry::{FAR, RetryPolicy};
+use crate::server::SessionClient;
+use crate::topology::{Accept, CandidateReport, GenerationId, State, Suspicion, View};
 use dialer::Dialer;
-use dials::AT_ONCE;
-use lacking::Lacking;
+use shared::Shared;
 use wrap::Wrapped;
-
-/// One new pool of so many prunes its ledger at once.
-const PRUNE_AT_ONCE: u64 = 64;
 
 /// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
 ///
@@ -95,22 +91,6 @@ pub struct Pool<C: SessionClient = ClientWrapper> {
 enum Source<C: SessionClient> {
     Own(managed::Pool<Manager<C>>),
     Wrapped(Arc<Wrapped<C>>),
-}
-
-struct Shared {
-    checkout_timeout: Duration,
-    heartbeat: Duration,
-    retry: RetryPolicy,
-    budget: RetryBudget,
-    guarantee: Guarantee,
-    /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
-    searching: AtomicUsize,
-    /// What transactions do without on the newest primary.
-    lacking: Lacking,
-    /// What the timeline of the newest primary is signed with. `None` within: somebody is about to sign, or it cannot be.
-    signature: Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>,
-    /// When each ledger is pruned next, by its name.
-    prune_at: Mutex<HashMap<String, Instant>>,
 }
 
 impl Pool {
@@ -168,7 +148,7 @@ impl<C: SessionClient> Pool<C> {
     ///   `tcp_user_timeout` in the manager's configuration. Other statements within a transaction of this pool's are ended.
     /// - No [`Pool::listen`]: the driver of each session, which hears notifications, is the manager's.
     /// - The server's notices are not seen: a COMMIT whose wait for a synchronous standby was cancelled by hand is not noticed.
-    ///   A transaction that somebody left open on a connection is noticed with [`Guarantee::ExactlyOnce`] alone.
+    ///   A transaction that somebody left open on a connection is noticed with [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) alone.
     /// - A statement that is given up is cancelled by a request without TLS, as `psql` before version 17 sends it; under
     ///   `sslmode=require` the driver sends none, and the statement runs on until the server notices that its client is gone.
     ///
@@ -409,125 +389,6 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().close();
     }
 
-    async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, None).await
-    }
-
-    /// A connection for a transaction. A primary is waited for until the deadline of its policy, which may be longer than
-    /// the checkout timeout so that the call lives through a failover; others who have all connections in use are waited
-    /// for no longer than by [`Pool::get`].
-    pub(crate) async fn get_for_transaction(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, Some(self.shared.checkout_timeout)).await
-    }
-
-    /// `in_use`: how long to wait while there is a primary and all connections are in use. Without one, until the deadline.
-    async fn get_by(&self, deadline: impl FnOnce() -> Instant, in_use: Option<Duration>) -> Result<Client<C>, Error> {
-        let waits = self.observer().waits();
-        let mut checkout = pin!(self.checkout());
-        // An idle connection is there at once: for it no clock is read and no timer is made.
-        if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
-            waits.ended(&checked_out);
-            return checked_out;
-        }
-        if self.is_held_by_caller() {
-            waits.timed_out();
-            let obstacle = Obstacle::HeldByCaller { max_size: self.source.status().max_size };
-            let unavailable = Unavailable::new(Duration::ZERO, self.cluster().diagnosis(), obstacle);
-            return Err(Error::Unavailable(Box::new(unavailable)));
-        }
-        let (began, deadline) = (Instant::now(), deadline());
-        let checkout = async {
-            match in_use {
-                Some(longest) if began + longest < deadline => self.free_within(longest, checkout).await,
-                _ => Some(checkout.await),
-            }
-        };
-        let Ok(Some(checked_out)) = timeout_at(deadline, checkout).await else {
-            waits.timed_out();
-            return Err(self.unavailable(began));
-        };
-        waits.ended(&checked_out);
-        checked_out
-    }
-
-    /// `None`: for so long there was one primary, and all connections to it were in use.
-    async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
-        loop {
-            let generation = tokio::select! {
-                biased;
-                checked_out = checkout.as_mut() => return Some(checked_out),
-                generation = self.cluster().primary() => generation,
-            };
-            // Why there is none, the checkout says as well.
-            let Ok(generation) = generation else { return Some(checkout.await) };
-            tokio::select! {
-                biased;
-                checked_out = checkout.as_mut() => return Some(checked_out),
-                () = self.cluster().left(generation.primary.id) => {}
-                () = sleep(longest) => {
-                    let managed::Status { size, max_size, .. } = self.source.status();
-                    if size >= max_size {
-                        return None;
-                    }
-                }
-            }
-        }
-    }
-
-    async fn checkout(&self) -> Result<Client<C>, Error> {
-        loop {
-            // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
-            if !self.cluster().has_primary() {
-                self.not_ended()?;
-                let _counted = Counted::new(&self.shared.searching);
-                if let Err(none) = Box::pin(self.cluster().primary()).await {
-                    // Whoever asks again at once, in a loop, must let the task run that might find something better.
-                    tokio::task::yield_now().await;
-                    return Err(none.into());
-                }
-            }
-            let inner = match &self.source {
-                Source::Own(inner) => inner,
-                Source::Wrapped(wrapped) => {
-                    let loan = Box::pin(wrapped.checkout(&self.dialer)).await?;
-                    return Ok(self.lend(loan));
-                }
-            };
-            match inner.get().await {
-                Ok(object) => {
-                    object.use_it();
-                    return Ok(self.lend(Loan::Own(object)));
-                }
-                // No session could be opened now. Another caller may have given one back meanwhile: look there first.
-                Err(PoolError::Backend(Error::Unavailable(_))) => {}
-                Err(PoolError::Backend(error)) => return Err(error),
-                // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
-                Err(_) => return Err(self.cluster().ended().into()),
-            }
-        }
-    }
-
-    /// A good connection comes back: it goes to whoever waits for one to be opened, and else to the idle ones.
-    fn give_back(&self, loan: Loan<C>) {
-        let Loan::Own(object) = loan else { return };
-        let dials = &self.dialer.dials;
-        if !dials.wanted() {
-            drop(object);
-        } else if object.may_be_handed_out(self.cluster()) {
-            return dials.hand(Object::take(object));
-        }
-        // Somebody may have begun to wait since.
-        if dials.wanted() {
-            dials.offer_idle();
-        }
-    }
-
-    fn lend(&self, loan: Loan<C>) -> Client<C> {
-        self.cluster().lend();
-        loan.activity().lend();
-        Client::new(loan, self.clone())
-    }
-
     /// The policy of the pool's transactions: a clone of it is where a call's own one starts from.
     ///
     /// ```no_run
@@ -542,84 +403,6 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.retry
     }
 
-    pub(crate) fn budget(&self) -> &RetryBudget {
-        &self.shared.budget
-    }
-
-    pub(crate) fn guarantee(&self) -> &Guarantee {
-        &self.shared.guarantee
-    }
-
-    /// Can the transactions of this primary not be marked?
-    pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
-        self.shared.lacking.is_unmarked(id)
-    }
-
-    /// What this primary's timeline is signed with, or the task to sign it, which one caller gets.
-    pub(crate) fn signature(&self, id: GenerationId) -> Signing {
-        let mut signature = lock(&self.shared.signature);
-        match &*signature {
-            Some((signed, by)) if *signed >= id => Signing::Done(by.clone().filter(|_| *signed == id)),
-            _ => {
-                *signature = Some((id, None));
-                Signing::Yours
-            }
-        }
-    }
-
-    pub(crate) fn set_signature(&self, id: GenerationId, by: Option<Arc<Signature>>) {
-        let mut signature = lock(&self.shared.signature);
-        if let Some((signed, held)) = &mut *signature
-            && *signed == id
-        {
-            *held = by;
-        }
-    }
-
-    /// Remembers that the transactions of this primary cannot be marked; says so the first time.
-    pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
-        self.shared.lacking.set_unmarked(id, why);
-    }
-
-    /// How a COMMIT looks for its transaction.
-    pub(crate) fn check(&self) -> Check {
-        self.shared.lacking.check()
-    }
-
-    pub(crate) fn check_refused(&self, refused: Check, why: &str) {
-        self.shared.lacking.check_refused(refused, why);
-    }
-
-    /// Is it this caller who prunes the ledger? One does, several times while a row is kept.
-    pub(crate) fn prunes(&self, ledger: &Ledger) -> bool {
-        let (now, pause) = (Instant::now(), ledger.kept_for() / 8);
-        let mut dates = lock(&self.shared.prune_at);
-        let date = dates.entry(ledger.path()).or_insert_with(|| {
-            // Pools that were started together do not prune together; and those that never live so long prune, too.
-            let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
-            if at_once { now } else { now + self.dialer.random_up_to(pause) }
-        });
-        let due = *date <= now;
-        if due {
-            *date = now + pause;
-        }
-        due
-    }
-
-    /// A new connection where a slot is free: nobody had it before, who may have left anything on it. Waits for a primary
-    /// without a limit of its own. Cancel-safe.
-    pub(crate) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
-        let Source::Own(inner) = &self.source else { return Ok(None) };
-        // Before there is a slot that others could use.
-        self.cluster().primary().await?;
-        match inner.timeout_get(&AT_ONCE).await {
-            Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
-            Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
-            Err(PoolError::Backend(error)) => Err(error),
-            Err(_) => Err(self.cluster().ended().into()),
-        }
-    }
-
     /// A session beside those of the pool. Waits for a primary without a limit of its own. Cancel-safe.
     pub(crate) async fn aside(&self) -> Result<Aside<C>, Error> {
         Aside::open(&self.dialer).await
@@ -628,16 +411,6 @@ impl<C: SessionClient> Pool<C> {
     /// Do its connections come from another pool?
     pub(crate) fn is_wrapped(&self) -> bool {
         matches!(self.source, Source::Wrapped(_))
-    }
-
-    /// How long a caller waits for a connection unless it says otherwise.
-    pub(crate) fn checkout_timeout(&self) -> Duration {
-        self.shared.checkout_timeout
-    }
-
-    /// How often the primary is asked.
-    pub(crate) fn heartbeat(&self) -> Duration {
-        self.shared.heartbeat
     }
 
     /// For as long as a commit is being settled.
@@ -686,16 +459,6 @@ impl<C: SessionClient> Pool<C> {
     pub(crate) fn runtime(&self) -> &Handle {
         self.dialer.dials.runtime()
     }
-
-    pub(crate) fn unavailable(&self, began: Instant) -> Error {
-        let managed::Status { size, max_size, .. } = self.source.status();
-        let obstacle = match self.cluster().current() {
-            None => Obstacle::NoPrimary,
-            Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
-            Some(generation) => Obstacle::NoSession(generation.trouble()),
-        };
-        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
-    }
 }
 
 impl<C: SessionClient> Clone for Pool<C> {
@@ -722,107 +485,8 @@ impl<C: SessionClient> Clone for Source<C> {
     }
 }
 
-/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
-pub(crate) struct Aside<C> {
-    session: Session<C>,
-    generation: Arc<Generation<C>>,
-    _wanting: Wanting,
-}
-
-impl<C: SessionClient> Aside<C> {
-    async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
-        let wanting = dialer.cluster.want();
-        let (session, generation) = dialer.session().await?;
-        Ok(Self { session, generation, _wanting: wanting })
-    }
-
-    pub(crate) fn client(&self) -> &tokio_postgres::Client {
-        &self.session.client
-    }
-
-    pub(crate) fn notices(&self) -> &Notices {
-        &self.session.notices
-    }
-
-    /// Gives each notification of the session to `ear`, and tells it when the session has ended. Once.
-    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
-        self.session.notices.hear(ear);
-    }
-
-    pub(crate) fn generation(&self) -> GenerationId {
-        self.generation.primary.id
-    }
-
-    pub(crate) fn life(&self) -> Option<Life> {
-        connection::life_in(&self.generation)
-    }
-
-    /// Waits until the session's generation has ended. Cancel-safe.
-    pub(crate) async fn evicted(&self) {
-        self.generation.scope.cancelled().await;
-    }
-}
-
-/// Who signs the timeline of a primary.
-pub(crate) enum Signing {
-    /// It is signed so, or not.
-    Done(Option<Arc<Signature>>),
-    Yours,
-}
-
-/// One more in a counter, for as long as it lives.
-struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    fn new(counter: &'a AtomicUsize) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl<C: SessionClient> fmt::Debug for Pool<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("status", &self.status()).finish_non_exhaustive()
-    }
-}
-
-/// What a pool is doing, from [`Pool::status`].
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Status {
-    /// The most connections that are handed out at the same time.
-    pub max_size: usize,
-    /// Connections that exist now.
-    pub size: usize,
-    /// Those of them that are idle.
-    pub available: usize,
-    /// Callers that wait for one.
-    pub waiting: usize,
-    /// Why [`Guarantee::ExactlyOnce`] is no more than [`Guarantee::AtMostOnce`] on this primary, if it is not: what the
-    /// server does not offer. Known from the first transaction on.
-    pub fallback: Option<String>,
-    /// What a commit in doubt is settled by on this primary, with [`Guarantee::ExactlyOnce`]. `None` while there is no
-    /// primary, and until its first heart-beat.
-    pub evidence: Option<Evidence>,
-    /// The primary, the generation, and the last change and why it happened.
-    pub view: View,
-}
-
-impl From<NoPrimary> for Error {
-    fn from(none: NoPrimary) -> Self {
-        match none {
-            NoPrimary::Closed => Self::Closed,
-            NoPrimary::RuntimeEnded => Self::RuntimeEnded,
-            NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
-            NoPrimary::UnknownName(waited, diagnosis) => {
-                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
-            }
-        }
     }
 }

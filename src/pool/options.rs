@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use super::Shared;
 use super::lacking::Lacking;
+use super::shared::Shared;
 use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::{Aside, Client, Counted, Pool};
+use super::checkout::Counted;
+use super::{Aside, Client, Pool};
 use crate::commit::Life;
 use crate::error::Error;
 use crate::server::{Notices, SessionClient};

@@ -1,0 +1,52 @@
+//! Sessions to the primary that no pool holds, for those who settle and for listeners.
+
+use std::sync::Arc;
+
+use super::connection;
+use super::dialer::Dialer;
+use crate::cluster::{Generation, Wanting};
+use crate::commit::Life;
+use crate::error::Error;
+use crate::server::{Ear, Notices, Session, SessionClient};
+use crate::topology::GenerationId;
+
+/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
+pub(crate) struct Aside<C> {
+    session: Session<C>,
+    generation: Arc<Generation<C>>,
+    _wanting: Wanting,
+}
+
+impl<C: SessionClient> Aside<C> {
+    pub(super) async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
+        let wanting = dialer.cluster.want();
+        let (session, generation) = dialer.session().await?;
+        Ok(Self { session, generation, _wanting: wanting })
+    }
+
+    pub(crate) fn client(&self) -> &tokio_postgres::Client {
+        &self.session.client
+    }
+
+    pub(crate) fn notices(&self) -> &Notices {
+        &self.session.notices
+    }
+
+    /// Gives each notification of the session to `ear`, and tells it when the session has ended. Once.
+    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
+        self.session.notices.hear(ear);
+    }
+
+    pub(crate) fn generation(&self) -> GenerationId {
+        self.generation.primary.id
+    }
+
+    pub(crate) fn life(&self) -> Option<Life> {
+        connection::life_in(&self.generation)
+    }
+
+    /// Waits until the session's generation has ended. Cancel-safe.
+    pub(crate) async fn evicted(&self) {
+        self.generation.scope.cancelled().await;
+    }
+}
