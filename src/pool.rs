@@ -15,6 +15,7 @@ mod dials;
 mod hosts;
 mod idle;
 mod lacking;
+mod lender;
 mod nested;
 mod options;
 mod security;

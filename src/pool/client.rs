@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
+use super::lender::FromElsewhere;
 use super::trail::Trail;
-use super::wrap::FromElsewhere;
 use crate::classify::ends_session;
 use crate::cluster::Wanting;
 use crate::commit::Life;

@@ -1,0 +1,181 @@
+//! The wrapped pool as what it gives: connections of its own, and sessions that its manager opens.
+
+use std::error::Error as StdError;
+use std::ops::DerefMut;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use deadpool::managed::{self, Object, ObjectId, PoolError};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio_postgres::{CancelToken, NoTls};
+use tokio_util::sync::CancellationToken;
+
+use super::trail::clear_idle;
+use crate::server::{Guarded, Open, Opened, Questions, Session, SessionClient, not_created, panicked};
+use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Question, ServerReport, Vigil};
+
+/// A connection of the wrapped pool.
+pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
+    fn id(&self) -> ObjectId;
+
+    /// Has it been used before, by whomever?
+    fn is_used(&self) -> bool;
+
+    /// Takes it out of its pool, whose slot is free then.
+    fn take(self: Box<Self>) -> C;
+
+    /// Closes it, and frees its slot.
+    fn discard(self: Box<Self>) {
+        drop(self.take());
+    }
+}
+
+impl<M> FromElsewhere<M::Type> for Object<M>
+where
+    M: managed::Manager,
+    M::Type: Send + Sync,
+{
+    fn id(&self) -> ObjectId {
+        Object::id(self)
+    }
+
+    fn is_used(&self) -> bool {
+        Object::metrics(self).recycle_count > 0
+    }
+
+    fn take(self: Box<Self>) -> M::Type {
+        Object::take(*self)
+    }
+}
+
+/// The wrapped pool, without its manager's type.
+pub(super) trait Lend<C>: Send + Sync {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<C>>, NotLent>>;
+
+    fn status(&self) -> managed::Status;
+
+    /// Closes what is idle, the first time that `id` is heard of: it leads to the primary before.
+    fn evict_for(&self, id: GenerationId);
+
+    /// Something was sent or received.
+    fn stir(&self);
+
+    /// Clears the prepared statements of what is idle.
+    fn clear_idle(&self);
+}
+
+/// Whose code has panicked.
+const MANAGER: &str = "the wrapped pool's manager";
+
+/// Why the wrapped pool gave no connection.
+pub(super) enum NotLent {
+    /// Its own time-out for waiting was shorter than this pool's.
+    NoneFree,
+    Closed,
+    Failed(ProbeFailure),
+}
+
+/// Opens sessions with the wrapped pool's manager.
+pub(super) struct Lender<M: managed::Manager> {
+    pub(super) existing: managed::Pool<M>,
+    pub(super) questions: Questions,
+    pub(super) stirs: AtomicU64,
+    /// The newest generation that idle connections were closed for. There was none before the first.
+    pub(super) evicted_for: AtomicU64,
+}
+
+impl<M> Open<M::Type> for Lender<M>
+where
+    M: managed::Manager + 'static,
+    M::Type: SessionClient,
+    M::Error: StdError + Send + Sync + 'static,
+{
+    fn open<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> BoxFuture<'a, Opened<M::Type>> {
+        Box::pin(async move {
+            // A panic in it costs this one session.
+            let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
+            let created = creating.await.map_err(|panic| panicked(MANAGER, &*panic))?.map_err(not_created)?;
+            let existing = self.existing.clone();
+            // The manager may keep a record of what it made, as deadpool-postgres' does.
+            let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
+            let session = Session { client, abort: None, scope, notices: Arc::default() };
+            let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
+            Ok((session, report))
+        })
+    }
+
+    fn ask<'a>(
+        &'a self,
+        address: &'a Address,
+        client: &'a tokio_postgres::Client,
+        vigil: Option<Vigil>,
+    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
+        Box::pin(self.questions.ask_after(vigil, address, client))
+    }
+
+    fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
+    }
+
+    fn drives(&self) -> bool {
+        false
+    }
+
+    /// Without TLS, which the server does not ask for in a cancel request; where the manager's `sslmode` is `require`, the
+    /// driver refuses to send it so.
+    fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
+        Box::pin(async move { token.cancel_query(NoTls).await })
+    }
+}
+
+impl<M> Lend<M::Type> for Lender<M>
+where
+    M: managed::Manager + 'static,
+    M::Type: SessionClient,
+    M::Error: StdError + Send + Sync + 'static,
+{
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<M::Type>>, NotLent>> {
+        Box::pin(async move {
+            // A panic in the manager, or in a hook of the wrapped pool, costs this one connection.
+            let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
+            let got = match getting.await {
+                Ok(got) => got,
+                Err(panic) => return Err(NotLent::Failed(panicked(MANAGER, &*panic))),
+            };
+            match got {
+                Ok(object) => Ok(Box::new(object) as Box<dyn FromElsewhere<M::Type>>),
+                Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
+                Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
+                Err(PoolError::Closed) => Err(NotLent::Closed),
+                Err(other) => Err(NotLent::Failed(ProbeFailure::new(FailureKind::Unreachable, other.to_string()))),
+            }
+        })
+    }
+
+    fn status(&self) -> managed::Status {
+        self.existing.status()
+    }
+
+    fn evict_for(&self, id: GenerationId) {
+        if self.evicted_for.fetch_max(id.get(), Ordering::AcqRel) >= id.get() {
+            return;
+        }
+        let evicted = self.existing.retain(|_, _| false).removed.len();
+        tracing::debug!(evicted, "idle connections of the wrapped pool closed");
+    }
+
+    fn stir(&self) {
+        self.stirs.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn clear_idle(&self) {
+        self.existing.retain(|client, _| clear_idle(client));
+    }
+}
