@@ -5,11 +5,15 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{RngAlgorithm, TestCaseError, TestCaseResult, TestRng, TestRunner};
 
 use super::*;
-use model::{Begun, Commit, FIRST_XID, Node, Op, Truth, World, lsn, op};
+use model::{Begun, World};
+use node::{FIRST_XID, Node, Truth, lsn};
+use op::{Commit, Op, op};
 
 mod calls;
 mod histories;
 mod model;
+mod node;
+mod op;
 mod rule;
 mod search;
 
