@@ -149,7 +149,8 @@ impl<C: SessionClient> Pool<C> {
     ///   `tcp_user_timeout` in the manager's configuration. Other statements within a transaction of this pool's are ended.
     /// - No [`Pool::listen`]: the driver of each session, which hears notifications, is the manager's.
     /// - The server's notices are not seen: a COMMIT whose wait for a synchronous standby was cancelled by hand is not noticed.
-    ///   A transaction that somebody left open on a connection is noticed with [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) alone.
+    ///   A transaction that somebody left open on a connection is noticed with
+    ///   [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) alone.
     /// - A statement that is given up is cancelled by a request without TLS, as `psql` before version 17 sends it; under
     ///   `sslmode=require` the driver sends none, and the statement runs on until the server notices that its client is gone.
     ///

@@ -267,7 +267,8 @@ impl PoolBuilder {
         self
     }
 
-    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the system's configuration.
+    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the system's
+    /// configuration.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self

@@ -1,4 +1,4 @@
-//! Reads a configuration: which servers it names, what each session begins with, and what of it cannot be honoured. No I/O.
+//! Reads a configuration: which servers it names, what each session begins with, and what cannot be honoured. No I/O.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

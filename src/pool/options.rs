@@ -1,5 +1,4 @@
-//! What both builders are told of a pool's calls, and how the values of options are checked, bounded
-//! and completed.
+//! What both builders are told of a pool's calls, and how the values of options are checked and bounded.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;

@@ -1,4 +1,5 @@
-//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its transaction itself.
+//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its
+//! transaction itself.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
