@@ -91,7 +91,7 @@ pub(super) struct Held<C: SessionClient> {
 }
 
 impl<C: SessionClient> Held<C> {
-    pub(super) fn new(client: Client<C>) -> Self {
+    fn new(client: Client<C>) -> Self {
         Self { client: Arc::new(client), clean: false }
     }
 
@@ -116,9 +116,9 @@ impl<C: SessionClient> Drop for Held<C> {
 pub(super) struct Attempt<C: SessionClient> {
     pub(super) held: Held<C>,
     /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
-    pub(super) limit: Option<Duration>,
+    limit: Option<Duration>,
     /// By what the transaction can be asked for, once it has begun.
-    pub(super) mark: OnceLock<Mark>,
+    mark: OnceLock<Mark>,
     /// The closure was run.
     pub(super) begun: AtomicBool,
     /// The session had prepared statements when the attempt began.
@@ -136,6 +136,17 @@ enum Fault {
 }
 
 impl<C: SessionClient> Attempt<C> {
+    pub(super) fn new(client: Client<C>, limit: Option<Duration>) -> Self {
+        Self {
+            statements: client.trail().has_statements(),
+            check: client.pool().check(),
+            held: Held::new(client),
+            limit,
+            mark: OnceLock::new(),
+            begun: AtomicBool::new(false),
+        }
+    }
+
     /// `lost` gets the mark of an attempt whose session ended before COMMIT was sent.
     pub(super) async fn run<T, F, Fut>(
         mut self,

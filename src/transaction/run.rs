@@ -1,13 +1,10 @@
 //! The loop: attempt, decide, wait, again. Carries out what `decide` says.
 
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
-
 use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
-use super::attempt::{Attempt, Ended, Failed, Held, evicted, unknown};
+use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{Lost, committed_inside, find, shows_primary, unless_denied};
 use super::marks::Marks;
@@ -80,14 +77,7 @@ where
             client.trail().heal(Cure::Clear);
         }
         let span = Observer::attempt(span, number, generation, client.watched());
-        let attempt = Attempt {
-            statements: client.trail().has_statements(),
-            held: Held::new(client),
-            limit: options.retry.attempt_limit(),
-            mark: OnceLock::new(),
-            begun: AtomicBool::new(false),
-            check: options.pool.check(),
-        };
+        let attempt = Attempt::new(client, options.retry.attempt_limit());
         let ended = async {
             match attempt.run(&begin, mode, &mut work, &mut mark).await {
                 Ended::InDoubt(in_doubt) => {
