@@ -9,6 +9,7 @@ mod candidate;
 mod identity;
 mod lives;
 mod names;
+mod pace;
 mod parts;
 mod refusals;
 mod report;
@@ -24,6 +25,7 @@ pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
+pub(crate) use pace::Settings;
 pub(crate) use parts::Refused;
 pub use parts::{Part, Parts};
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
@@ -41,81 +43,12 @@ use tokio::time::Instant;
 use crate::random::SplitMix64;
 
 use lives::Beside;
+use pace::{
+    FIRST_GRACE, FULL_PAUSE, GRACE, LONG_SEARCH, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE,
+};
 
 /// So many candidates are probed at the same time; more of them take turns.
 const MAX_MEMBERS: usize = 64;
-/// A member that DNS no longer names, and that does not answer, is forgotten after this long.
-const REMEMBER: Duration = Duration::from_secs(600);
-/// How long the first writable server of a search waits for the others to object, at least and at most.
-const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
-/// The same in the first search of all, which knows no timeline to tell an old primary by.
-const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// A primary that leaves a question open for three times as long as its last answer took, within these bounds, makes the
-/// pool uneasy.
-const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_millis(250));
-/// Then the others are asked at this pace, so that a successor is seen although the primary is not given up yet.
-const UNEASY_PACE: Duration = Duration::from_millis(100);
-/// While connections are in use, a primary of which nothing was heard for this part of the heart-beat's interval is asked.
-const QUIET: u32 = 20;
-/// Shortest pause between two looks at whether anything was heard.
-const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
-/// A search that takes longer is worth a line in the log, with what each candidate said.
-const LONG_SEARCH: Duration = Duration::from_secs(2);
-/// DNS is asked no more often than this while searching.
-const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// A vigil looks so many times in the pause between two questions …
-const LOOKS: u32 = 10;
-/// … and lasts so long, at least and at most.
-const VIGIL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
-/// Up to so many candidates that do not answer are each asked as often as one would be; up to twice as many, half as often.
-const CROWD: usize = 8;
-/// Shortest and longest pause before a server that had no slot for a session is asked for one again.
-const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// In a search, a session to a standby is asked for no longer than this before a new one is.
-const RENEWED_AFTER: Duration = Duration::from_secs(1);
-
-/// The times that rule a topology.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    /// Shortest and longest pause between two probes of one server while searching.
-    pub(crate) poll: (Duration, Duration),
-    /// Pause between two questions to the primary.
-    pub(crate) heartbeat: Duration,
-    /// A primary that leaves a question unanswered for so long is searched for.
-    pub(crate) heartbeat_timeout: Duration,
-    /// Pause between two looks at DNS and the other members while there is a primary.
-    pub(crate) patrol: Duration,
-    /// Time for one probe while searching.
-    pub(crate) probe_timeout: Duration,
-    /// A silent primary's connections are given up after this, even without a successor.
-    pub(crate) dead_after: Duration,
-    /// Keep a session to each standby while there is a primary.
-    pub(crate) warm_standbys: bool,
-    /// Each new session to a candidate may lead to another server: somebody else decides where.
-    pub(crate) roaming: bool,
-    /// The cluster that this pool belongs to, where the user says so.
-    pub(crate) system_identifier: Option<u64>,
-    /// What else answers as a primary is followed when no server of this cluster did for so long.
-    pub(crate) accept_new_cluster_after: Option<Duration>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            poll: (Duration::from_millis(10), Duration::from_millis(250)),
-            heartbeat: Duration::from_secs(1),
-            heartbeat_timeout: Duration::from_secs(2),
-            patrol: Duration::from_secs(5),
-            probe_timeout: Duration::from_secs(3),
-            dead_after: Duration::from_secs(20),
-            warm_standbys: true,
-            roaming: false,
-            system_identifier: None,
-            accept_new_cluster_after: None,
-        }
-    }
-}
-
 /// One primary and its connections.
 #[derive(Clone, Debug)]
 pub(crate) struct Primary {
@@ -548,33 +481,6 @@ impl Topology {
         std::mem::take(&mut self.actions)
     }
 
-    /// The next moment at which [`Self::poll`] may have something to do without an input.
-    pub(crate) fn wake_at(&self) -> Option<Instant> {
-        let (current, log_in_at) = (self.primary_address(), self.log_in_at());
-        let probes =
-            self.members.values().filter(|member| !member.asking).map(|member| {
-                if member.must_log_in(current.as_ref()) { member.due.max(log_in_at) } else { member.due }
-            });
-        let timers = match &self.phase {
-            Phase::Searching(search) => [
-                search.judge_at,
-                self.follow_at().filter(|at| *at > self.polled_at),
-                search.pick.as_ref().map(|pick| pick.decide_at),
-                search.suspended.as_ref().map(|suspended| self.gives_up_at(suspended)),
-                (!search.told).then(|| search.since + LONG_SEARCH),
-            ],
-            Phase::Known { .. } => [
-                self.uneasy_at().filter(|at| *at > self.polled_at),
-                (self.pulse.in_use || self.pulse.moved).then(|| self.polled_at + self.listen_interval()),
-                None,
-                None,
-                None,
-            ],
-        };
-        let beside = self.beside.due.filter(|_| !self.beside.asking);
-        probes.chain(self.names_due()).chain(beside).chain(timers.into_iter().flatten()).min()
-    }
-
     /// A probe ended.
     pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
         let Some(member) = self.members.get(&probed.address) else {
@@ -751,14 +657,6 @@ impl Topology {
         !self.settings.roaming && self.members.get(address).is_some_and(Member::is_standby)
     }
 
-    /// How a session to a standby is asked in this search. Not where the next session may lead elsewhere.
-    fn vigil(&self, now: Instant) -> Option<Vigil> {
-        let Phase::Searching(search) = &self.phase else { return None };
-        let pause = self.poll_pause(now.duration_since(search.since));
-        let step = (pause / LOOKS).max(Duration::from_millis(1));
-        (!self.settings.roaming).then_some(Vigil { lasts: pause.clamp(VIGIL.0, VIGIL.1), step })
-    }
-
     pub(crate) fn view(&self) -> View {
         let state = match &self.phase {
             Phase::Searching(_) if self.is_asleep() => State::Asleep,
@@ -790,18 +688,6 @@ impl Topology {
         {
             self.judge_refusals(now);
         }
-    }
-
-    /// Whose turn it is among those who refused the last log-in: of all of them one at a time is tried, the one that has
-    /// waited for longest.
-    fn next_log_in(&self, now: Instant) -> Option<Address> {
-        if self.log_in_at() > now {
-            return None;
-        }
-        let current = self.primary_address();
-        let due = |member: &&Member| !member.asking && member.due <= now && member.must_log_in(current.as_ref());
-        let next = self.members.values().filter(due).min_by_key(|member| member.asked_at)?;
-        Some(next.endpoint.address.clone())
     }
 
     fn primary_address(&self) -> Option<Address> {
@@ -1096,52 +982,6 @@ impl Topology {
         }
     }
 
-    /// When the primary's silence begins to tell; `None` while no question to it is open.
-    fn uneasy_at(&self) -> Option<Instant> {
-        let Phase::Known { primary, .. } = &self.phase else {
-            return None;
-        };
-        let member = self.members.get(&primary.endpoint.address).filter(|member| member.asking)?;
-        let patience = member.took.map_or(UNEASY.1, |took| (took * 3).clamp(UNEASY.0, UNEASY.1));
-        member.asked_at.map(|asked| asked + patience)
-    }
-
-    /// Work is under way and nothing is heard: a silent server, or a long statement. Ask at once, and where that is how the
-    /// work goes on, less and less often.
-    fn ask_if_quiet(&mut self, now: Instant) {
-        let Phase::Known { primary, .. } = &self.phase else {
-            return;
-        };
-        let (least, most) = (self.settings.heartbeat / QUIET, self.settings.heartbeat);
-        let Some(member) = self.members.get_mut(&primary.endpoint.address).filter(|_| self.pulse.in_use) else {
-            return;
-        };
-        if member.asking {
-            return;
-        }
-        if member.due <= now {
-            // It is asked anyway: the silence did not come before.
-            self.quiet_pause = (self.quiet_pause / 2).max(least);
-        } else if now >= self.moved_at + least && member.asked_at.is_none_or(|asked| now >= asked + self.quiet_pause) {
-            member.due = now;
-            self.quiet_pause = (self.quiet_pause * 2).min(most);
-        }
-    }
-
-    fn listen_interval(&self) -> Duration {
-        (self.settings.heartbeat / QUIET / 2).max(LISTEN_INTERVAL)
-    }
-
-    fn hurry_if_uneasy(&mut self, now: Instant) {
-        if self.uneasy_at().is_none_or(|at| at > now) {
-            return;
-        }
-        for member in self.members.values_mut() {
-            member.hurry(now, UNEASY_PACE);
-        }
-        self.hurry_names(now + UNEASY_PACE);
-    }
-
     fn tell_of_a_long_search(&mut self, now: Instant) {
         if let Phase::Searching(search) = &mut self.phase
             && !search.told
@@ -1254,57 +1094,6 @@ impl Topology {
             self.schedule(now, &address);
         }
         self.pace_names(now + self.settings.patrol);
-    }
-
-    /// When to ask a server again.
-    fn schedule(&mut self, now: Instant, address: &Address) {
-        let jitter = self.random.near_one();
-        let began = self.changed.at == now;
-        let pause = match &self.phase {
-            Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
-                Some(member) if member.prompt => return,
-                // The session that proved the server was given away. Its successor is opened before the pool has taken
-                // what may be the server's last slots.
-                _ if began => self.settings.heartbeat / 10,
-                _ => self.settings.heartbeat,
-            },
-            // Never later than the interval that was promised.
-            Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // A vigil takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
-            // have answered.
-            Phase::Searching(search) if self.is_standby(address) => {
-                let pause = self.poll_pause(now.duration_since(search.since));
-                match self.members.get(address) {
-                    Some(member) if member.vigil.is_some() => pause.mul_f64(jitter),
-                    Some(Member { asked_at: Some(asked_at), .. }) => now.duration_since(*asked_at) + pause / LOOKS,
-                    _ => pause,
-                }
-            }
-            Phase::Searching(search) => {
-                let refused = self.members.get(address).is_some_and(|member| {
-                    matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
-                });
-                // Many dead addresses are not worth a new session each a hundred times a second.
-                let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);
-                let pause = self.poll_pause(now.duration_since(search.since));
-                let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
-                let full = self.members.get(address).and_then(Member::full_pause).unwrap_or_default();
-                if refused {
-                    self.refused_pause(now.duration_since(search.since))
-                } else {
-                    pause.max(full).mul_f64(jitter)
-                }
-            }
-        };
-        let Some(member) = self.members.get_mut(address) else {
-            return;
-        };
-        member.due = now.max(member.asked_at.unwrap_or(now) + pause);
-    }
-
-    /// One per cent of the time already lost: a short outage is found at once, a long one is not polled to death.
-    fn poll_pause(&self, lost_for: Duration) -> Duration {
-        (lost_for / 100).clamp(self.settings.poll.0, self.settings.poll.1)
     }
 
     fn notice(&mut self, probed: &Probed, answer: &Answer) {
