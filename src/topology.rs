@@ -10,6 +10,7 @@ mod candidate;
 mod identity;
 mod lives;
 mod names;
+mod notice;
 mod pace;
 mod parts;
 mod refusals;
@@ -27,6 +28,7 @@ pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
+pub(crate) use notice::Notice;
 pub(crate) use pace::Settings;
 pub(crate) use parts::Refused;
 pub use parts::{Part, Parts};
@@ -45,6 +47,7 @@ use tokio::time::Instant;
 use crate::random::SplitMix64;
 
 use lives::Beside;
+use notice::Topic;
 use pace::{
     FIRST_GRACE, FULL_PAUSE, GRACE, LONG_SEARCH, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE,
 };
@@ -92,41 +95,6 @@ fn writable(report: &ServerReport) -> Result<(), Refusal> {
         Role::Standby => Err(Refusal::Standby),
         Role::Fenced => Err(Refusal::Fenced),
         Role::Promoting => Err(Refusal::Promoting),
-    }
-}
-
-/// What an operator wants to know.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Notice {
-    /// A writable server was refused.
-    Refused(Address, Refusal),
-    /// Two servers of one timeline are writable; the one in use stays.
-    TwoPrimaries(Address),
-    /// The server keeps this from the pool's role.
-    Withheld(Address, Parts),
-    /// There are more addresses than are probed at the same time.
-    TooManyCandidates(usize),
-    /// Another cluster is the pool's own from now on, by the user's word; `None`: whichever is found.
-    ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
-    /// There has been no primary for so long.
-    StillSearching(Duration),
-}
-
-/// What is said once, whatever numbers come with it: a stranger may make up new ones for ever.
-type Topic = (&'static str, Option<Address>, Option<std::mem::Discriminant<Refusal>>);
-
-impl Notice {
-    fn topic(&self) -> Topic {
-        match self {
-            Self::Refused(address, refusal) => {
-                ("refused", Some(address.clone()), Some(std::mem::discriminant(refusal)))
-            }
-            Self::TwoPrimaries(address) => ("second", Some(address.clone()), None),
-            Self::Withheld(address, _) => ("withheld", Some(address.clone()), None),
-            Self::TooManyCandidates(_) => ("crowd", None, None),
-            Self::ClusterAccepted { .. } => ("accepted", None, None),
-            Self::StillSearching(_) => ("slow", None, None),
-        }
     }
 }
 
@@ -907,16 +875,6 @@ impl Topology {
         }
     }
 
-    fn tell_of_a_long_search(&mut self, now: Instant) {
-        if let Phase::Searching(search) = &mut self.phase
-            && !search.told
-            && now >= search.since + LONG_SEARCH
-        {
-            search.told = true;
-            self.actions.push(Action::Notice(Notice::StillSearching(now.duration_since(search.since))));
-        }
-    }
-
     fn give_up_silent(&mut self, now: Instant) {
         let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
             return;
@@ -1019,26 +977,6 @@ impl Topology {
             self.schedule(now, &address);
         }
         self.pace_names(now + self.settings.patrol);
-    }
-
-    fn notice(&mut self, probed: &Probed, answer: &Answer) {
-        match answer {
-            Answer::Refused(_, Refusal::Standby | Refusal::Promoting | Refusal::AnotherServer) | Answer::Failed(_) => {}
-            Answer::Refused(_, refusal) => self.say(Notice::Refused(probed.address.clone(), *refusal)),
-            Answer::Primary(report) => self.notice_withheld(probed, report),
-        }
-    }
-
-    fn say(&mut self, notice: Notice) {
-        if self.noticed.insert(notice.topic()) {
-            self.actions.push(Action::Notice(notice));
-        }
-    }
-
-    /// What was said of servers that are no candidates any more would be said again, if they came back.
-    fn forget_notices(&mut self) {
-        let members = &self.members;
-        self.noticed.retain(|topic| topic.1.as_ref().is_none_or(|address| members.contains_key(address)));
     }
 }
 
