@@ -18,6 +18,7 @@ mod refusals;
 mod report;
 #[cfg(test)]
 mod scenarios;
+mod search;
 mod sleep;
 #[cfg(test)]
 mod tests;
@@ -53,6 +54,7 @@ use notice::Topic;
 use pace::{
     FIRST_GRACE, FULL_PAUSE, GRACE, LONG_SEARCH, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE,
 };
+use search::{Doubt, Search, Suspended};
 
 /// One primary and its connections.
 #[derive(Clone, Debug)]
@@ -102,47 +104,6 @@ fn writable(report: &ServerReport) -> Result<(), Refusal> {
 enum Phase {
     Searching(Search),
     Known { primary: Primary, answered_at: Instant },
-}
-
-struct Search {
-    since: Instant,
-    suspended: Option<Suspended>,
-    /// The best writable server so far, while others may still object.
-    pick: Option<Pick>,
-    /// What callers are told, as waiting is no use.
-    refused: Option<ProbeFailure>,
-    refused_as_of: Option<Instant>,
-    /// When waiting will turn out to be no use, if nothing changes.
-    judge_at: Option<Instant>,
-    /// An operator was told that it takes long.
-    told: bool,
-}
-
-impl Search {
-    fn new(since: Instant) -> Self {
-        Self { since, suspended: None, pick: None, refused: None, refused_as_of: None, judge_at: None, told: false }
-    }
-}
-
-struct Suspended {
-    primary: Primary,
-    answered_at: Instant,
-    silent: bool,
-}
-
-/// What a primary is suspended for.
-#[derive(Clone, Copy)]
-struct Doubt {
-    /// It did not answer; otherwise, what was seen of it casts doubt on its role.
-    silent: bool,
-    /// The session that is kept to it may be open.
-    kept_open: bool,
-}
-
-struct Pick {
-    address: Address,
-    report: ServerReport,
-    decide_at: Instant,
 }
 
 pub(crate) struct Topology {
@@ -392,25 +353,6 @@ impl Topology {
             && self.is_standby(&probed.address)
     }
 
-    /// Somebody who uses generation `id` doubts its primary.
-    pub(crate) fn suspected(&mut self, now: Instant, id: GenerationId, suspicion: Suspicion) {
-        let Phase::Known { primary, .. } = &self.phase else {
-            return;
-        };
-        if primary.id != id {
-            return;
-        }
-        let address = primary.endpoint.address.clone();
-        self.doubt(now, &address);
-        if matches!(suspicion, Suspicion::ReadOnly) {
-            self.suspend(
-                now,
-                "a session on the primary has turned read-only",
-                Doubt { silent: false, kept_open: true },
-            );
-        }
-    }
-
     /// What the sessions in use did since the last look. Call before each [`Self::poll`].
     pub(crate) fn pulse(&mut self, now: Instant, pulse: Pulse) {
         if pulse.in_use && !self.pulse.in_use {
@@ -454,14 +396,6 @@ impl Topology {
 
     pub(crate) fn revision(&self) -> u64 {
         self.revision
-    }
-
-    fn judge_if_due(&mut self, now: Instant) {
-        if let Phase::Searching(Search { judge_at: Some(at), .. }) = &self.phase
-            && *at <= now
-        {
-            self.judge_refusals(now);
-        }
     }
 
     fn primary_address(&self) -> Option<Address> {
@@ -564,168 +498,6 @@ impl Topology {
         }
     }
 
-    fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
-        let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
-            || self.names_outstanding();
-        let newest = self.newest_if_awake();
-        let Phase::Searching(search) = &mut self.phase else {
-            return;
-        };
-        let confirmed = search.pick.take_if(|pick| pick.address == *address).map(|pick| pick.decide_at);
-        if let Some(suspended) = &mut search.suspended {
-            let same_address = suspended.primary.endpoint.address == *address;
-            match answer {
-                // It was only silent for a while, and has no slot for a question now: they may all be this pool's own.
-                Answer::Failed(failure) if same_address && suspended.silent && failure.kind == FailureKind::Full => {
-                    let report = suspended.primary.report.clone();
-                    self.resume(now, address, &report);
-                    return;
-                }
-                Answer::Refused(report, refusal) if suspended.primary.is(address, report) => {
-                    suspended.answered_at = now;
-                    if let Some(cause) = refusal.proof() {
-                        let (id, why) = (suspended.primary.id, format!("{}: {refusal}", suspended.primary.endpoint));
-                        self.end_suspended(id, cause, &why);
-                    }
-                }
-                // It is not silent, whatever else it is.
-                Answer::Failed(failure) if same_address && failure.kind.is_an_answer() => suspended.answered_at = now,
-                _ => {}
-            }
-        }
-        let Phase::Searching(search) = &mut self.phase else {
-            return;
-        };
-        let Answer::Primary(report) = answer else {
-            self.judge_refusals(now);
-            self.decide_pick(now);
-            return;
-        };
-        // Where it cannot be read who answers, an address that may lead anywhere does not say either that it is the same.
-        let anybody = self.settings.roaming && report.started_at.is_none();
-        if !anybody && search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
-            self.resume(now, address, report);
-            return;
-        }
-        // A timeline that nobody had before is a promotion: no other server can object.
-        let identified = self.system_identifier.is_some() == report.system_identifier.is_some();
-        let promoted = identified && newest.is_some() && report.timeline > newest;
-        let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
-        if better {
-            let grace = if newest.is_none() { FIRST_GRACE } else { GRACE };
-            let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(grace.0, grace.1) };
-            let earlier = confirmed.or(search.pick.as_ref().map(|pick| pick.decide_at));
-            let decide_at = earlier.map_or(now + wait, |at| at.min(now + wait));
-            search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
-        }
-        self.judge_refusals(now);
-        self.decide_pick(now);
-    }
-
-    /// Has this member said anything since the search began?
-    fn answered(&self, member: &Member) -> bool {
-        match &self.phase {
-            Phase::Searching(search) => member.answered(search),
-            Phase::Known { .. } => true,
-        }
-    }
-
-    fn decide_pick(&mut self, now: Instant) {
-        let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {
-            return;
-        };
-        let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();
-        if pick.decide_at > now && !all_answered {
-            return;
-        }
-        let (address, report) = (pick.address.clone(), pick.report.clone());
-        if self.conflict(now).is_some() {
-            if let Phase::Searching(search) = &mut self.phase {
-                search.pick = None;
-            }
-            return self.judge_refusals(now);
-        }
-        self.adopt(now, &address, report, "verified as the primary");
-    }
-
-    fn set_refused(&mut self, now: Instant, failure: Option<ProbeFailure>) {
-        let Phase::Searching(search) = &mut self.phase else {
-            return;
-        };
-        if search.refused == failure {
-            return;
-        }
-        if let Some(failure) = &failure {
-            self.changed = Change { at: now, why: failure.message.clone() };
-        }
-        search.refused = failure;
-        self.revision += 1;
-    }
-
-    fn suspend(&mut self, now: Instant, why: &str, doubt: Doubt) {
-        let Phase::Known { primary, answered_at } = &self.phase else {
-            return;
-        };
-        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent: doubt.silent };
-        self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
-        self.changed = Change { at: now, why: why.to_owned() };
-        self.revision += 1;
-        self.actions.push(Action::Suspend { why: why.to_owned() });
-        for member in self.members.values_mut() {
-            member.hurry(now, self.settings.poll.0);
-        }
-        self.hurry_names(now);
-        // The session that is kept may answer yet.
-        self.beside.due = doubt.kept_open.then_some(now);
-    }
-
-    fn end_suspended(&mut self, id: GenerationId, cause: Eviction, why: &str) {
-        let Phase::Searching(search) = &mut self.phase else {
-            return;
-        };
-        if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.id == id) {
-            search.suspended = None;
-            self.actions.push(Action::End { id, cause, why: why.to_owned(), lost: false });
-        }
-    }
-
-    fn give_up_silent(&mut self, now: Instant) {
-        let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
-            return;
-        };
-        let gives_up_at = self.gives_up_at(suspended);
-        if now >= gives_up_at {
-            let silent = self.settings.dead_after + now.duration_since(gives_up_at);
-            let id = suspended.primary.id;
-            self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
-        }
-    }
-
-    /// When a suspended primary counts as dead, unless something is heard of it before.
-    fn gives_up_at(&self, suspended: &Suspended) -> Instant {
-        let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
-        heard_at + self.settings.dead_after
-    }
-
-    fn resume(&mut self, now: Instant, address: &Address, report: &ServerReport) {
-        let Phase::Searching(search) = &mut self.phase else {
-            return;
-        };
-        let Some(Suspended { mut primary, .. }) = search.suspended.take() else {
-            return;
-        };
-        let lost_for = now.duration_since(search.since);
-        if let Some(member) = self.members.get(address) {
-            primary.endpoint = member.endpoint.clone();
-        }
-        self.note_told(now, report);
-        // The timeline that it came from shows until its first checkpoint, and it is in the same life.
-        let ancestor = primary.report.checkpointed.filter(|older| Some(*older) < report.timeline);
-        primary.report = ServerReport { checkpointed: ancestor.or(report.checkpointed), ..report.clone() };
-        self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
-        self.known(now, primary, "the same server answers as the primary again");
-    }
-
     fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
             // A member that is needed is not forgotten; if it were, waiting for it would not end.
@@ -796,9 +568,4 @@ impl Topology {
 
 fn same_start(one: &ServerReport, other: &ServerReport) -> bool {
     one.started_at.is_some() && one.started_at == other.started_at
-}
-
-/// Among writable servers: one that tells who it is, then the newest timeline, then the most WAL.
-fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
-    (report.system_identifier.is_some(), report.timeline, report.wal)
 }
