@@ -14,6 +14,7 @@ mod names;
 mod notice;
 mod pace;
 mod parts;
+mod primary;
 mod refusals;
 mod report;
 #[cfg(test)]
@@ -34,6 +35,7 @@ pub(crate) use notice::Notice;
 pub(crate) use pace::Settings;
 pub(crate) use parts::Refused;
 pub use parts::{Part, Parts};
+pub(crate) use primary::Primary;
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{
     CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,
@@ -55,50 +57,6 @@ use pace::{
     FIRST_GRACE, FULL_PAUSE, GRACE, LONG_SEARCH, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE,
 };
 use search::{Doubt, Search, Suspended};
-
-/// One primary and its connections.
-#[derive(Clone, Debug)]
-pub(crate) struct Primary {
-    pub(crate) id: GenerationId,
-    pub(crate) endpoint: Endpoint,
-    pub(crate) report: ServerReport,
-}
-
-impl Primary {
-    /// May a session that answers with `report` serve in this generation?
-    pub(crate) fn admits(&self, report: &ServerReport) -> Result<(), Refusal> {
-        if let (Some(expected), Some(found)) = (self.report.system_identifier, report.system_identifier)
-            && expected != found
-        {
-            return Err(Refusal::OtherCluster { expected, found });
-        }
-        writable(report)?;
-        if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
-    }
-
-    /// Is the server that answers so at `address` this one, and in the same life: neither started again nor recovered from a
-    /// crash since? Where the start time cannot be read, the address has to do.
-    fn is(&self, address: &Address, report: &ServerReport) -> bool {
-        let mine = &self.report;
-        if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
-            return false;
-        }
-        let same_replay = untold::same_replay(mine, report);
-        match (mine.started_at, report.started_at) {
-            (Some(started), Some(theirs)) => started == theirs && same_replay,
-            _ => self.endpoint.address == *address && same_replay,
-        }
-    }
-}
-
-fn writable(report: &ServerReport) -> Result<(), Refusal> {
-    match report.role() {
-        Role::Primary => Ok(()),
-        Role::Standby => Err(Refusal::Standby),
-        Role::Fenced => Err(Refusal::Fenced),
-        Role::Promoting => Err(Refusal::Promoting),
-    }
-}
 
 #[expect(clippy::large_enum_variant, reason = "there is one")]
 enum Phase {
@@ -372,17 +330,6 @@ impl Topology {
         self.settings.roaming
     }
 
-    /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
-    /// is kept, and not this one.
-    pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
-        let primary = match &self.phase {
-            Phase::Known { primary, .. } => Some(primary),
-            Phase::Searching(search) => search.suspended.as_ref().map(|suspended| &suspended.primary),
-        };
-        let strays = |primary: &Primary| primary.endpoint.address == *address && !primary.is(address, report);
-        primary.is_some_and(strays) && self.admissible(address, report, false).is_err()
-    }
-
     pub(crate) fn view(&self) -> View {
         let state = match &self.phase {
             Phase::Searching(_) if self.is_asleep() => State::Asleep,
@@ -413,159 +360,4 @@ impl Topology {
             }
         }
     }
-
-    /// Could a server that says this be the primary of the cluster? `kept`: it said so on a session that was open before.
-    fn admissible(&self, address: &Address, report: &ServerReport, kept: bool) -> Result<(), Refusal> {
-        if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier)
-            && expected != found
-        {
-            return Err(Refusal::OtherCluster { expected, found });
-        }
-        writable(report)?;
-        if self.system_identifier.is_some() && report.system_identifier.is_none() {
-            self.may_be_unidentified(address, report)?;
-        }
-        match (report.timeline, self.newest_timeline) {
-            (Some(timeline), Some(newest)) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
-            (None, Some(newest)) => self.may_have_no_timeline((address, kept), report, newest),
-            _ => Ok(()),
-        }
-    }
-
-    fn primary_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
-        let Phase::Known { primary, answered_at } = &mut self.phase else {
-            return;
-        };
-        match answer {
-            Answer::Primary(report) if primary.is(&probed.address, report) => {
-                *answered_at = now;
-                self.own_primary_at = now;
-                // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
-                if report.fence_pending && !probed.fresh {
-                    self.beside.hurry(now, self.settings.poll.0);
-                }
-                self.learn(now, probed, report);
-            }
-            Answer::Primary(report) => {
-                self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
-            }
-            // A new session does not have to lead to the same server, or does not tell whether it does: the one that is kept will.
-            Answer::Refused(report, refusal)
-                if probed.fresh
-                    && (probed.still_open || self.pulse.open > 0)
-                    && (refusal.is_untold() || !primary.is(&probed.address, report)) =>
-            {
-                let pause = if probed.still_open { Duration::ZERO } else { self.settings.heartbeat / QUIET };
-                self.ask_now(now, &probed.address, pause);
-            }
-            Answer::Refused(report, refusal) => {
-                // Another server behind the address (a proxy's choice) proves nothing about the one in use.
-                let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
-                let id = primary.id;
-                let why = format!("{}: {refusal}", primary.endpoint);
-                self.suspend(now, &why, Doubt { silent: false, kept_open: probed.still_open });
-                if let Some(cause) = proof {
-                    self.end_suspended(id, cause, &why);
-                }
-            }
-            Answer::Failed(failure) => self.primary_failed(now, probed, failure),
-        }
-    }
-
-    fn member_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
-        match &self.phase {
-            Phase::Known { primary, .. } => {
-                let Answer::Primary(report) = answer else {
-                    return;
-                };
-                if primary.is(address, report) {
-                    return self.reach_at(now, address);
-                }
-                if same_start(report, &primary.report) {
-                    // One server by two addresses, or what it said in an earlier life.
-                    return;
-                }
-                let newer = report.timeline > primary.report.timeline && primary.report.timeline.is_some();
-                if newer && identity::comparable(report, &primary.report) {
-                    self.adopt(now, address, report.clone(), "a server on a newer timeline is writable");
-                } else if self.is_better_known(primary, report) {
-                    self.adopt(now, address, report.clone(), "a server that tells its cluster is writable");
-                } else {
-                    self.say(Notice::TwoPrimaries(address.clone()));
-                }
-            }
-            Phase::Searching(_) => self.candidate_answered(now, address, answer, took),
-        }
-    }
-
-    fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
-        let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
-            // A member that is needed is not forgotten; if it were, waiting for it would not end.
-            if let Phase::Searching(search) = &mut self.phase {
-                search.pick = None;
-            }
-            return;
-        };
-        let (lost_for, old) = match &self.phase {
-            Phase::Searching(search) => {
-                let old = search.suspended.as_ref().map(|suspended| (suspended.primary.id, false));
-                ((self.generation.0 > 0).then(|| now.duration_since(search.since)), old)
-            }
-            Phase::Known { primary, .. } => (None, Some((primary.id, true))),
-        };
-        if let Some((id, lost)) = old {
-            let why = format!("{endpoint} is the primary now");
-            self.actions.push(Action::End { id, cause: Eviction::Replaced, why, lost });
-        }
-        self.generation.0 += 1 + std::mem::take(&mut self.crossings);
-        self.new_sessions_succeed();
-        self.note_told(now, &report);
-        self.rested();
-        // Until the first primary was found there was no cluster to belong to.
-        for member in self.members.values_mut() {
-            let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };
-            member.verified |= said.system_identifier.is_some() && said.system_identifier == self.system_identifier;
-        }
-        // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
-        self.noticed.retain(|topic| !matches!(topic.0, "refused" | "second"));
-        let primary = Primary { id: self.generation, endpoint, report };
-        let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {
-            Some(Answer::Primary(said))
-                if said.timeline == primary.report.timeline
-                    && !primary.is(other, said)
-                    && !same_start(said, &primary.report) =>
-            {
-                Some(Notice::TwoPrimaries(other.clone()))
-            }
-            _ => None,
-        });
-        for notice in rivals.collect::<Vec<_>>() {
-            self.say(notice);
-        }
-        self.actions.push(Action::Begin { primary: primary.clone(), lost_for });
-        self.known(now, primary, why);
-    }
-
-    fn known(&mut self, now: Instant, primary: Primary, why: &str) {
-        let current = primary.endpoint.address.clone();
-        self.changed = Change { at: now, why: why.to_owned() };
-        self.revision += 1;
-        self.phase = Phase::Known { primary, answered_at: now };
-        self.own_primary_at = now;
-        self.beside.due = None;
-        self.quiet_pause = self.settings.heartbeat / QUIET;
-        if let Some(member) = self.members.get_mut(&current) {
-            member.verified = true;
-            member.fresh = false;
-        }
-        let addresses: Vec<Address> = self.members.keys().cloned().collect();
-        for address in addresses {
-            self.schedule(now, &address);
-        }
-        self.pace_names(now + self.settings.patrol);
-    }
-}
-
-fn same_start(one: &ServerReport, other: &ServerReport) -> bool {
-    one.started_at.is_some() && one.started_at == other.started_at
 }

@@ -107,7 +107,9 @@ impl Topology {
             return;
         };
         let in_sight = |member: &super::Member| match &member.answer {
-            Some(Answer::Primary(report) | Answer::Refused(report, _)) => !super::same_start(report, &primary.report),
+            Some(Answer::Primary(report) | Answer::Refused(report, _)) => {
+                !super::primary::same_start(report, &primary.report)
+            }
             _ => false,
         };
         let current = &primary.endpoint.address;
