@@ -1,0 +1,176 @@
+//! The count of what is under way, by the messages that pass.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn message(letter: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();
+    [&[letter][..], &length, body].concat()
+}
+
+fn ready(state: u8) -> Vec<u8> {
+    message(b'Z', &[state])
+}
+
+fn logged_in() -> Counter {
+    let mut counter = Counter::new(false);
+    counter.sent(&[0, 0, 0, 8, 0, 3, 0, 0]);
+    assert_eq!(counter.flags(), REQUEST);
+    counter.received(&message(b'R', &[0, 0, 0, 3]));
+    counter.sent(&message(b'p', b"secret\0"));
+    counter.received(&[message(b'R', &[0; 4]), ready(b'I')].concat());
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+    counter
+}
+
+fn extended() -> Vec<u8> {
+    [message(b'B', b"b"), message(b'E', b"e"), message(b'S', b"")].concat()
+}
+
+#[test]
+fn a_request_is_under_way_until_its_end() {
+    let mut counter = logged_in();
+    counter.sent(&extended());
+    assert_eq!(counter.flags(), REQUEST);
+    assert!(!counter.received(&message(b'D', &[0; 100])));
+    counter.drained();
+    assert_eq!(counter.flags(), REQUEST);
+    assert!(counter.received(&ready(b'I')));
+    assert_eq!(counter.flags(), STALLED, "the answer is not taken yet");
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+}
+
+#[test]
+fn two_requests_need_two_answers() {
+    let mut counter = logged_in();
+    counter.sent(&[message(b'Q', b"SELECT 1\0"), extended()].concat());
+    counter.received(&ready(b'I'));
+    counter.drained();
+    assert_eq!(counter.flags(), REQUEST);
+    counter.received(&ready(b'I'));
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+}
+
+#[test]
+fn what_the_driver_sends_by_itself_makes_nobody_busy() {
+    let mut counter = logged_in();
+    counter.sent(&[message(b'C', b"Ss1\0"), message(b'S', b"")].concat());
+    assert_eq!(counter.flags(), 0, "a statement is closed");
+    counter.sent(&message(b'Q', b"BEGIN\0"));
+    counter.received(&[ready(b'I'), ready(b'T')].concat());
+    counter.drained();
+    assert_eq!(counter.flags(), TRANSACTION);
+    counter.sent(&message(b'Q', ROLLBACK));
+    assert_eq!(counter.flags(), 0, "a dropped transaction is rolled back");
+    counter.received(&ready(b'I'));
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+    counter.sent(&message(b'Q', b"ROLLBACK TO a\0"));
+    assert_eq!(counter.flags(), REQUEST);
+}
+
+#[test]
+fn an_open_or_failed_transaction_is_seen() {
+    for state in *b"TE" {
+        let mut counter = logged_in();
+        counter.sent(&message(b'Q', b"BEGIN; SELECT 1\0"));
+        counter.received(&ready(state));
+        counter.drained();
+        assert_eq!(counter.flags(), TRANSACTION);
+    }
+}
+
+#[test]
+fn a_failed_request_before_a_rollback_ends_by_itself() {
+    let mut counter = logged_in();
+    counter.sent(&message(b'Q', b"BEGIN\0"));
+    counter.received(&ready(b'T'));
+    counter.sent(&message(b'Q', b"SELECT 1/0\0"));
+    counter.received(&message(b'E', b"\0"));
+    counter.drained();
+    assert_eq!(counter.flags(), FAILED | TRANSACTION);
+    counter.sent(&message(b'Q', ROLLBACK));
+    assert_eq!(counter.flags(), 0);
+    counter.received(&[ready(b'E'), ready(b'I')].concat());
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+    // The one behind it does not.
+    counter.sent(&[extended(), extended(), message(b'Q', ROLLBACK)].concat());
+    counter.received(&message(b'E', b"\0"));
+    counter.drained();
+    assert_eq!(counter.flags(), REQUEST);
+}
+
+/// `BEGIN; SELECT 1/0`: the end alone tells that a transaction is open.
+#[test]
+fn a_failed_request_has_failed_until_its_end() {
+    let mut counter = logged_in();
+    counter.sent(&message(b'Q', b"BEGIN; SELECT 1/0\0"));
+    counter.received(&message(b'E', b"\0"));
+    counter.drained();
+    assert_eq!(counter.flags(), FAILED);
+    counter.received(&ready(b'E'));
+    counter.drained();
+    assert_eq!(counter.flags(), TRANSACTION);
+}
+
+#[test]
+fn a_copy_ends_with_its_data() {
+    let mut counter = logged_in();
+    counter.sent(&extended());
+    counter.received(&message(b'G', &[0, 0, 0]));
+    counter.drained();
+    assert_eq!(counter.flags(), COPYING);
+    counter.sent(&message(b'd', b"1\n"));
+    assert_eq!(counter.flags(), REQUEST | COPYING);
+    counter.sent(&[message(b'c', b""), message(b'S', b"")].concat());
+    counter.received(&[message(b'C', b"COPY 1\0"), ready(b'I')].concat());
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+    // One that fails at once: both Syncs are answered.
+    counter.sent(&extended());
+    counter.received(&[message(b'E', b"\0"), ready(b'I')].concat());
+    counter.sent(&[message(b'f', b"\0"), message(b'S', b"")].concat());
+    counter.received(&ready(b'I'));
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+}
+
+#[test]
+fn what_the_network_does_not_take_is_under_way() {
+    let mut counter = logged_in();
+    counter.blocked();
+    assert_eq!(counter.flags(), BLOCKED);
+    counter.sent(b"Q\0");
+    assert_eq!(counter.flags(), REQUEST, "in the midst of a message");
+}
+
+#[test]
+fn the_answer_to_the_question_for_tls_has_no_header() {
+    let mut counter = Counter::new(true);
+    counter.sent(&[0, 0, 0, 8, 4, 210, 22, 47]);
+    counter.received(b"N");
+    counter.sent(&[0, 0, 0, 8, 0, 3, 0, 0]);
+    counter.received(&[message(b'R', &[0; 4]), ready(b'I')].concat());
+    counter.drained();
+    assert_eq!(counter.flags(), 0);
+}
+
+proptest! {
+    /// However the bytes are cut, the outcome is the same; and no bytes make it panic.
+    #[test]
+    fn cuts_change_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..400), cut in 1..50_usize) {
+        let (mut whole, mut pieces) = (Counter::new(false), Counter::new(false));
+        whole.sent(&bytes);
+        whole.received(&bytes);
+        bytes.chunks(cut).for_each(|piece| pieces.sent(piece));
+        bytes.chunks(cut).for_each(|piece| { pieces.received(piece); });
+        if !bytes.is_empty() {
+            prop_assert_eq!(whole.flags(), pieces.flags());
+        }
+    }
+}
