@@ -88,6 +88,8 @@ where
                 ended => ended,
             }
         };
+        // The primary that has just said that it does not have this attempt.
+        let mut absent_from = None;
         let (stage, failed) = match ended.instrument(span).await {
             Ended::Committed(value) => {
                 pool.budget().deposit();
@@ -95,6 +97,7 @@ where
             }
             Ended::Failed(stage, failed) => (stage, failed),
             Ended::Absent(attempt, failed) => {
+                absent_from = Some(attempt.absent_from);
                 earlier.push(attempt);
                 (Stage::Refused, failed)
             }
@@ -111,7 +114,8 @@ where
         };
         let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
         let error = with_reason(error, verdict, session);
-        let ended = |error| unless_denied(&earlier, |id| id == generation && shows_primary(verdict), error);
+        let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
+        let ended = |error| unless_denied(&earlier, denies, error);
         match decide(mode, stage, verdict, users) {
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
