@@ -486,10 +486,14 @@ impl Questions {
             let error = match rows(client, &question.sql(refused)).await {
                 Err(error) if about_a_part(&error) => error,
                 answer => {
-                    if answer.is_ok() && refused != known {
-                        self.parts.note(address, refused);
+                    let report = read(question, refused, answer);
+                    match &report {
+                        Ok(_) if refused != known => self.parts.note(address, refused),
+                        // What was left out may be what is missing: the whole question is asked next.
+                        Err(_) => self.parts.forget(address),
+                        Ok(_) => {}
                     }
-                    return read(question, refused, answer);
+                    return report;
                 }
             };
             tracing::debug!("a part of the question is refused: {}", explain(&error));

@@ -33,6 +33,10 @@ impl Withheld {
         }
     }
 
+    pub(super) fn forget(&self, address: &Address) {
+        self.held().remove(address);
+    }
+
     fn held(&self) -> MutexGuard<'_, HashMap<Address, (Instant, Refused)>> {
         lock(&self.0)
     }
