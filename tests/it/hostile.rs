@@ -340,6 +340,13 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     let patient = builder(&addr).heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE);
     let pool = patient.checkout_timeout(DEADLINE).build().unwrap();
     let held = pool.get().await.unwrap();
+    // What a new session says is no word of the primary's while `held` is open. The heart-beat's session is new, too, until it
+    // has been asked twice.
+    eventually("the heart-beat has a session", PATIENCE, async || script.accepted() >= 2).await;
+    for beat in ["first", "second"] {
+        let sent = script.sent();
+        eventually(beat, PATIENCE, async || script.sent() > sent).await;
+    }
     for (name, reply, word) in nonsense() {
         script.answer(probed(reply));
         eventually(name, PATIENCE, async || matches!(pool.status().view.state, State::Searching { .. })).await;
@@ -532,8 +539,10 @@ async fn endure(pool: &Pool, script: &Script, seed: u64, answer: fn(&str) -> Rep
 }
 
 fn of_garbage(script: &Script) -> Pool {
-    let builder = builder(&script.addr().to_string()).checkout_timeout(Duration::from_millis(50));
-    builder.probe_timeout(Duration::from_millis(20)).heartbeat_timeout(Duration::from_millis(20)).build().unwrap()
+    let builder = builder(&script.addr().to_string()).checkout_timeout(Duration::from_millis(150));
+    // A part that is refused is looked for within this.
+    let limit = Duration::from_millis(75);
+    builder.probe_timeout(limit).heartbeat_timeout(limit).build().unwrap()
 }
 
 /// A server that tells its role alone has no identity that a changed byte could turn into another one: once it is

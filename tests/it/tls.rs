@@ -135,7 +135,7 @@ async fn t3_a_bad_certificate_is_refused_at_once() {
     let (authority, other) = (Authority::new(), Authority::new());
     let expired = ["certificate expired: not valid after 2020-01-01 00:00 UTC", "renew it on the server"];
     let wrong_name = ["not valid for name \"pg.internal\"", "db.example", "subjectAltName", "sslmode=verify-ca"];
-    let unknown = ["invalid peer certificate", "trust the authority that signed it", "sslrootcert=<file"];
+    let unknown = ["invalid peer certificate", "trust the authority that signed the certificate", "sslrootcert=<file"];
     let rows: [(_, &[&str]); 3] = [
         (authority.issue_expired(&[NAME]), &expired),
         (authority.issue(&["db.example", "*.pg.internal"]), &wrong_name),
@@ -171,7 +171,7 @@ fn own_connector(authority: &Authority) -> MakeRustlsConnect {
 #[tokio::test]
 async fn t3_a_certificate_that_the_platform_does_not_know() {
     let cluster = with_tls(&Authority::new()).start().await;
-    let words = ["UnknownIssuer", "trust the authority that signed it"];
+    let words = ["UnknownIssuer", "trust the authority that signed the certificate"];
     refused(&pool(&cluster, "sslmode=verify-full"), &words).await;
     refused(&pool(&cluster, "sslmode=verify-full&sslrootcert=system"), &words).await;
     refused(&builder(&cluster, "").rustls(Tls::verify_full().platform_roots()).build().unwrap(), &words).await;
@@ -242,7 +242,7 @@ async fn t5_each_sslmode() {
     let misnamed = Cluster::builder().nodes(1).tls(&authority.issue(&["db.example"])).start().await;
     for mode in ["require", "verify-ca"] {
         works_encrypted(&trusting(&misnamed, mode, &authority)).await;
-        refused(&trusting(&misnamed, mode, &other), &["trust the authority that signed it"]).await;
+        refused(&trusting(&misnamed, mode, &other), &["trust the authority that signed the certificate"]).await;
     }
     let by_ca = Tls::verify_ca().root_certificates_pem(authority.pem());
     works_encrypted(&builder(&misnamed, "").rustls(by_ca.clone()).build().unwrap()).await;
@@ -327,7 +327,7 @@ async fn t7_another_authority_signs_while_the_pool_lives() {
         Err(error) => matches!(error, Error::Refused(_)),
     })
     .await;
-    refused(&late, &["invalid peer certificate", "trust the authority that signed it"]).await;
+    refused(&late, &["invalid peer certificate", "trust the authority that signed the certificate"]).await;
     early_ones.push(early.get().await.unwrap());
     // Half a file is no reason to lose what was known before.
     let whole = new.pem();
