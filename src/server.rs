@@ -17,14 +17,13 @@ pub(crate) use password::{Ask, Passwords};
 pub(crate) use wire::wall_clock;
 
 use std::any::Any;
-use std::collections::HashMap;
 use std::fmt;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
@@ -33,7 +32,6 @@ use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
 use futures_util::{FutureExt, TryStreamExt};
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
@@ -67,12 +65,6 @@ const STRANGER_AFTER: Duration = Duration::from_secs(1);
 const MOST_ROWS: usize = 64;
 const MOST_COUNTED: usize = 10_000;
 const LONGEST_VALUE: usize = 64 * 1024;
-
-/// So many servers that refused something are remembered.
-const MOST_REFUSALS: usize = 256;
-
-/// What a server refused is asked for again after this: the right may have been granted since.
-const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// Whose code has panicked: what opens a session is the driver and the connector, and the driver knows no panic.
 const CONNECTOR: &str = "the TLS connector";
@@ -444,32 +436,9 @@ where
 #[derive(Default)]
 pub(crate) struct Questions {
     /// What servers do not let this role read.
-    parts: Withheld,
+    parts: Withheld<Refused>,
     /// Servers that did not let this role wait for a promotion.
-    vigil: Refusals,
-}
-
-/// Who refused something lately, and is not asked for it.
-#[derive(Default)]
-struct Refusals(Mutex<HashMap<Address, Instant>>);
-
-impl Refusals {
-    fn hold(&self, address: &Address) -> bool {
-        self.since().get(address).is_some_and(|since| since.elapsed() <= REFUSED_FOR)
-    }
-
-    fn note(&self, address: &Address) {
-        let mut since = self.since();
-        since.retain(|_, since| since.elapsed() <= REFUSED_FOR);
-        // One that is forgotten is asked once more than need be.
-        if since.len() < MOST_REFUSALS {
-            since.insert(address.clone(), Instant::now());
-        }
-    }
-
-    fn since(&self) -> MutexGuard<'_, HashMap<Address, Instant>> {
-        lock(&self.0)
-    }
+    vigil: Withheld<()>,
 }
 
 impl Questions {
@@ -480,7 +449,7 @@ impl Questions {
         client: &Client,
         question: Question,
     ) -> Result<ServerReport, ProbeFailure> {
-        let known = self.parts.of(address);
+        let known = self.parts.of(address).unwrap_or_default();
         let mut refused = known;
         for last in [false, false, true] {
             let error = match rows(client, &question.sql(refused)).await {
@@ -488,7 +457,7 @@ impl Questions {
                 answer => {
                     let report = read(question, refused, answer);
                     match &report {
-                        Ok(_) if refused != known => self.parts.note(address, refused),
+                        Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
                         // What was left out may be what is missing: the whole question is asked next.
                         Err(_) => self.parts.forget(address),
                         Ok(_) => {}
@@ -516,11 +485,11 @@ impl Questions {
         client: &Client,
     ) -> Result<ServerReport, ProbeFailure> {
         let waiting = async {
-            let Some(vigil) = vigil.filter(|_| !self.vigil.hold(address)) else { return };
+            let Some(vigil) = vigil.filter(|_| self.vigil.of(address).is_none()) else { return };
             let Err(error) = rows(client, &wait_for_promotion(vigil)).await else { return };
             tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
             if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
-                self.vigil.note(address);
+                self.vigil.note(address, (), |(), ()| ());
             }
         };
         let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));

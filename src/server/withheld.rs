@@ -2,34 +2,46 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
-use super::{MOST_REFUSALS, REFUSED_FOR, rows};
+use super::rows;
 use crate::classify::{about_a_part, explain, for_primaries_only};
 use crate::sync::lock;
 use crate::topology::{Address, Question, Refused};
 
-/// What servers do not let this role ask for.
-#[derive(Default)]
-pub(super) struct Withheld(Mutex<HashMap<Address, (Instant, Refused)>>);
+/// So many servers that refused something are remembered.
+const MOST_REFUSALS: usize = 256;
+/// What a server refused is asked for again after this: the right may have been granted since.
+const REFUSED_FOR: Duration = Duration::from_secs(60);
 
-impl Withheld {
-    /// What this server refused lately, and is not asked for.
-    pub(super) fn of(&self, address: &Address) -> Refused {
+/// What servers refused lately, and are not asked for.
+pub(super) struct Withheld<T>(Mutex<HashMap<Address, (Instant, T)>>);
+
+impl<T> Default for Withheld<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Copy> Withheld<T> {
+    /// What this server refused lately. `None`: nothing.
+    pub(super) fn of(&self, address: &Address) -> Option<T> {
         let held = self.held();
-        held.get(address).filter(|(since, _)| is_recent(*since)).map_or(Refused::default(), |(_, refused)| *refused)
+        held.get(address).filter(|(since, _)| is_recent(*since)).map(|(_, refused)| *refused)
     }
 
-    pub(super) fn note(&self, address: &Address, refused: Refused) {
+    /// Remembers it, `and` what the server refused before.
+    pub(super) fn note(&self, address: &Address, refused: T, and: impl Fn(T, T) -> T) {
         let mut held = self.held();
         held.retain(|_, (since, _)| is_recent(*since));
         // One that is forgotten is asked once more than need be.
         if held.len() < MOST_REFUSALS || held.contains_key(address) {
             let (_, all) = held.entry(address.clone()).or_insert_with(|| (Instant::now(), refused));
-            *all = all.and(refused);
+            *all = and(*all, refused);
         }
     }
 
@@ -37,7 +49,7 @@ impl Withheld {
         self.held().remove(address);
     }
 
-    fn held(&self) -> MutexGuard<'_, HashMap<Address, (Instant, Refused)>> {
+    fn held(&self) -> MutexGuard<'_, HashMap<Address, (Instant, T)>> {
         lock(&self.0)
     }
 }
