@@ -420,12 +420,12 @@ impl<C: SessionClient> Pool<C> {
         Settling::new(self)
     }
 
-    /// A seed for one call's jitter.
     /// A word for one transaction's mark.
     pub(crate) fn next_nonce(&self) -> Nonce {
         self.dialer.next_nonce()
     }
 
+    /// A seed for one call's jitter.
     pub(crate) fn next_seed(&self) -> u64 {
         self.dialer.next_seed()
     }
