@@ -5,45 +5,22 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
-use std::io::{self, Write};
+mod collected;
+
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use collected::Collected;
 use testbed::{Cluster, Node};
 use tokio_postgres_failover::{Error, Pool};
-use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Collects what `tracing` writes.
-#[derive(Clone, Default)]
-struct Collected(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Collected {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl<'a> MakeWriter<'a> for Collected {
-    type Writer = Self;
-
-    fn make_writer(&'a self) -> Self {
-        self.clone()
-    }
-}
-
 impl Collected {
     /// What was written at the end of each span of this name.
     fn closed(&self, span: &str) -> Vec<String> {
-        let text = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
+        let text = self.text();
         let begins = format!("{span}{{");
         text.lines().filter(|line| line.contains(&begins) && line.contains(": close ")).map(str::to_owned).collect()
     }
@@ -55,9 +32,9 @@ impl Collected {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(PATIENCE, closed).await.unwrap_or_else(|_| {
-            panic!("no span {span} has ended: {}", String::from_utf8_lossy(&self.0.lock().unwrap()))
-        });
+        tokio::time::timeout(PATIENCE, closed)
+            .await
+            .unwrap_or_else(|_| panic!("no span {span} has ended: {}", self.text()));
     }
 }
 
