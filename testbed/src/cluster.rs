@@ -27,6 +27,7 @@ use tokio_postgres::{Client, Config, NoTls};
 use crate::block::Block;
 use crate::certificate::{Authority, Certificate};
 use crate::dns::Dns;
+use crate::limit;
 use crate::process::{self, Reaper};
 use crate::server::{self, Server};
 use crate::wait::until;
@@ -192,6 +193,7 @@ impl Cluster {
     }
 
     async fn launch(choices: ClusterBuilder) -> Self {
+        limit::begin();
         let ClusterBuilder { nodes, synchronous, foreign, archive, settings, hba, password, certificate, clients } =
             choices;
         let (server, template) = ended(spawn_blocking(move || {

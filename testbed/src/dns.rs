@@ -92,6 +92,7 @@ impl Dns {
     /// # Panics
     /// When the address cannot be bound.
     pub async fn start(addr: SocketAddr) -> Self {
+        crate::limit::begin();
         let (udp, tcp) = bind(addr).await;
         let addr = udp.local_addr().unwrap_or_else(|error| panic!("a bound UDP socket has no address: {error}"));
         let book = Arc::new(Book::default());

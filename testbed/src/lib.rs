@@ -33,6 +33,7 @@ mod frames;
 mod haproxy;
 mod history;
 mod impostor;
+mod limit;
 mod path;
 mod pgbouncer;
 mod pooler;

@@ -151,6 +151,7 @@ impl Script {
 
     /// Listens on `addr` and answers each simple query by `answer`, which gets the whole text: also several statements.
     pub async fn start(addr: SocketAddr, answer: impl Fn(&str) -> Reply + Send + Sync + 'static) -> Self {
+        crate::limit::begin();
         let listener = TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("script on {addr}: {error}"));
         let addr = listener.local_addr().expect("a bound socket");
         let stage = Arc::new(Stage {

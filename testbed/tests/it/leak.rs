@@ -47,14 +47,29 @@ async fn a_dropped_cluster_leaves_nothing() {
     assert!(!folder.exists());
 }
 
+/// This program once more, for the test that hangs with a cluster.
+fn victim_of(name: &str, value: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "leak::victim", "--ignored", "--nocapture"]).env(VICTIM, "yes").env(name, value);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[tokio::test]
+async fn a_test_that_hangs_is_named_and_ended() {
+    let ended = victim_of("TESTBED_LIMIT", "1").output().unwrap();
+    let (told, why) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    assert_eq!(ended.status.code(), Some(101), "{told}{why}");
+    assert!(told.contains("\ntest leak::victim ... FAILED\n"), "{told}");
+    assert!(why.contains("leak::victim hangs"), "{why}");
+    let folder = told.lines().find_map(|line| Some(PathBuf::from(line.split_once("folder=")?.1))).unwrap();
+    eventually("the folder is gone", Duration::from_secs(10), async || !folder.exists()).await;
+    assert_eq!(processes(&folder), 0);
+}
+
 #[tokio::test]
 async fn a_killed_test_leaves_nothing() {
-    let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "leak::victim", "--ignored", "--nocapture"])
-        .env(VICTIM, "yes")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut victim = victim_of("TESTBED_LIMIT", "300").spawn().unwrap();
     let lines = BufReader::new(victim.stdout.take().unwrap()).lines();
     let folder =
         lines.map_while(Result::ok).find_map(|line| Some(PathBuf::from(line.split_once("folder=")?.1))).unwrap();
@@ -69,7 +84,7 @@ async fn a_killed_test_leaves_nothing() {
 }
 
 #[tokio::test]
-#[ignore = "it is run, and killed, by `a_killed_test_leaves_nothing`"]
+#[ignore = "it is run, and ended, by other tests of this file"]
 async fn victim() {
     if std::env::var_os(VICTIM).is_none() {
         return;
