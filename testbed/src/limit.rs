@@ -17,6 +17,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// The tests that have begun something of the test bed and have not ended.
 static RUNNING: Mutex<Vec<(ThreadId, String, Instant)>> = Mutex::new(Vec::new());
 
+/// The thread that looks is started once.
+static WATCH: Once = Once::new();
+
 thread_local! {
     static THIS: RefCell<Option<Entry>> = const { RefCell::new(None) };
 }
@@ -42,7 +45,6 @@ pub(crate) fn begin() {
             running.push((thread.id(), name.to_owned(), Instant::now()));
         }
     });
-    static WATCH: Once = Once::new();
     WATCH.call_once(|| drop(thread::Builder::new().name("testbed-limit".to_owned()).spawn(watch)));
 }
 
@@ -65,5 +67,6 @@ fn watch() {
 fn threads() -> String {
     let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
     let read = |task: &fs::DirEntry, file| fs::read_to_string(task.path().join(file)).unwrap_or_default();
-    tasks.map(|task| format!("  {}: {}\n", read(&task, "comm").trim(), read(&task, "wchan").trim())).collect()
+    let lines = tasks.map(|task| format!("  {}: {}", read(&task, "comm").trim(), read(&task, "wchan").trim()));
+    lines.collect::<Vec<_>>().join("\n")
 }

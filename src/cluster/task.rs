@@ -1,0 +1,437 @@
+//! The task that owns the [`Topology`]: carries out its actions, and puts the answers into it.
+//!
+//! Decides nothing. Tests: `tests/it/`.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
+
+use super::work::{self, Asks, Event};
+use super::{Diagnosis, Generation, Name, Setup, Shared, Signals, Snapshot};
+use crate::observe::{self, Observer, Tally};
+use crate::resolve::Resolve;
+use crate::server::{Open, Session, SessionClient};
+use crate::sync::lock;
+use crate::topology::{
+    Action, Address, Change, GenerationId, NameAnswer, Primary, Probed, Pulse, State, Topology, View,
+};
+
+/// The task goes on after a panic, and does not spin where one follows on the other.
+const AFTER_A_PANIC: Duration = Duration::from_millis(100);
+
+pub(super) struct Task<C: SessionClient> {
+    topology: Topology,
+    revision: u64,
+    refused_as_of: Option<Instant>,
+    names: Vec<Name>,
+    resolver: Arc<dyn Resolve>,
+    opener: Arc<dyn Open<C>>,
+    gate: usize,
+    root: CancellationToken,
+    shared: Arc<Shared>,
+    /// Sessions kept for the next question to their server.
+    sessions: HashMap<Address, Session<C>>,
+    /// Servers whose kept session is being asked.
+    under_way: HashSet<Address>,
+    work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
+    /// The newest generation until it ends; published only while `live`.
+    generation: Option<Arc<Generation<C>>>,
+    live: bool,
+    /// Scopes to end once the newer state is published.
+    ended: Vec<CancellationToken>,
+    /// Events to send once the state that they tell of is published.
+    news: Vec<observe::Event>,
+    snapshot: watch::Sender<Arc<Snapshot<C>>>,
+    view: watch::Sender<View>,
+    observer: Arc<Observer>,
+    search: Option<Span>,
+    searching_since: Instant,
+    /// The opener's count of stirs at the last look, and the answers that callers told of.
+    stirs: u64,
+    heard: u64,
+    sleep_after: Option<Duration>,
+    /// Somebody needed a primary then.
+    used_at: Instant,
+}
+
+impl<C: SessionClient> Task<C> {
+    /// The task, which does not run yet, and what it publishes.
+    pub(super) fn new(
+        setup: Setup<C>,
+        shared: Arc<Shared>,
+        root: CancellationToken,
+    ) -> (Self, watch::Receiver<View>, watch::Receiver<Arc<Snapshot<C>>>) {
+        let now = Instant::now();
+        let topology = Topology::new(setup.settings, setup.configured, setup.names.len(), setup.seed, now);
+        let first = topology.view();
+        let (view, views) = watch::channel(first.clone());
+        let (snapshot, snapshots) =
+            watch::channel(Arc::new(Snapshot { view: first, generation: None, refused_as_of: None }));
+        let task = Self {
+            revision: topology.revision(),
+            refused_as_of: None,
+            topology,
+            names: setup.names,
+            resolver: setup.resolver,
+            opener: setup.opener,
+            gate: setup.gate,
+            root,
+            shared,
+            sessions: HashMap::new(),
+            under_way: HashSet::new(),
+            work: FuturesUnordered::new(),
+            generation: None,
+            live: false,
+            ended: Vec::new(),
+            news: Vec::new(),
+            snapshot,
+            view,
+            search: Some(setup.observer.search()),
+            observer: setup.observer,
+            searching_since: now,
+            stirs: 0,
+            heard: 0,
+            sleep_after: setup.sleep_after,
+            used_at: now,
+        };
+        (task, views, snapshots)
+    }
+
+    pub(super) async fn run(mut self) {
+        // What a program plugs in may panic here: a subscriber of `tracing`, a recorder of `metrics`. That costs one step.
+        loop {
+            match AssertUnwindSafe(self.step()).catch_unwind().await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) => sleep(AFTER_A_PANIC).await,
+            }
+        }
+    }
+
+    /// Returns whether there is a next step.
+    async fn step(&mut self) -> bool {
+        {
+            let now = Instant::now();
+            let pulse = self.feel();
+            if !self.is_awake(now, pulse) {
+                self.publish();
+                tokio::select! {
+                    biased;
+                    () = self.root.cancelled() => return false,
+                    () = self.shared.wake.notified() => return true,
+                }
+            }
+            self.topology.pulse(now, pulse);
+            for action in self.topology.poll(now) {
+                self.act(action);
+            }
+            let topology = &self.topology;
+            self.sessions.retain(|address, _| topology.keeps(address));
+            self.publish();
+            let bedtime = self.sleep_after.map(|after| self.used_at + after);
+            let wake_at = self.topology.wake_at().into_iter().chain(bedtime).min();
+            tokio::select! {
+                biased;
+                () = self.root.cancelled() => return false,
+                Some(event) = self.work.next() => self.happened(event),
+                () = self.shared.wake.notified() => self.signalled(),
+                () = sleep_until(wake_at.unwrap_or_else(Instant::now)), if wake_at.is_some() => {}
+            }
+        }
+        true
+    }
+
+    /// Does anybody need a primary, or has lately? Falls asleep and wakes up.
+    fn is_awake(&mut self, now: Instant, pulse: Pulse) -> bool {
+        let Some(after) = self.sleep_after else { return true };
+        let lent = self.shared.lent.swap(false, Ordering::SeqCst);
+        let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
+        if self.shared.asleep.load(Ordering::SeqCst) {
+            // What was asked for before the sleep is of no interest any more.
+            *lock(&self.shared.signals) = Signals::default();
+            if !wanted() {
+                return false;
+            }
+            self.shared.asleep.store(false, Ordering::SeqCst);
+            (self.used_at, self.searching_since) = (now, now);
+            self.search = Some(self.observer.search());
+            self.topology.wake(now);
+            return true;
+        }
+        if pulse.in_use || pulse.moved || lent || wanted() {
+            self.used_at = now;
+            return true;
+        }
+        if now < self.used_at + after {
+            return true;
+        }
+        self.shared.asleep.store(true, Ordering::SeqCst);
+        if wanted() {
+            self.shared.asleep.store(false, Ordering::SeqCst);
+            return true;
+        }
+        self.fall_asleep(now, after);
+        false
+    }
+
+    /// Closes everything, and forgets what is under way.
+    fn fall_asleep(&mut self, now: Instant, after: Duration) {
+        self.topology.sleep(now, &format!("asleep: nobody asked for a connection for {after:?}"));
+        for action in self.topology.lie_down() {
+            self.act(action);
+        }
+        (self.live, self.search) = (false, None);
+        self.sessions.clear();
+        self.under_way.clear();
+        self.work.clear();
+    }
+
+    /// What the sessions did since the last look.
+    fn feel(&mut self) -> Pulse {
+        let stirs = self.opener.stirs();
+        let moved = std::mem::replace(&mut self.stirs, stirs) != stirs;
+        self.shared.listening.store(moved, Ordering::SeqCst);
+        let in_use = self.shared.in_use.load(Ordering::SeqCst) > 0;
+        if in_use {
+            self.shared.listening.store(true, Ordering::SeqCst);
+        }
+        // Where the sessions are driven elsewhere, nobody tells when they end.
+        let generation = self.generation.as_ref().filter(|_| self.opener.drives());
+        let open = generation.map_or(0, |generation| generation.open.count());
+        let heard = self.shared.heard.load(Ordering::Relaxed);
+        let received = std::mem::replace(&mut self.heard, heard) != heard;
+        Pulse { in_use, moved, received, open }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Resolve(index) => {
+                if let Some(name) = self.names.get(index).cloned() {
+                    let looked_up = work::look_up(index, name, Arc::clone(&self.resolver));
+                    self.work.push(Box::pin(looked_up.instrument(self.span())));
+                }
+            }
+            Action::Probe { endpoint, fresh, beside, vigil, within, opened_within } => {
+                let kept = if fresh { None } else { self.kept(&endpoint.address) };
+                let within = if kept.is_some() { within } else { opened_within };
+                if kept.is_some() {
+                    self.under_way.insert(endpoint.address.clone());
+                }
+                let (opener, scope) = (Arc::clone(&self.opener), self.root.child_token());
+                let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, vigil, within }, scope);
+                self.work.push(Box::pin(asked.instrument(self.span())));
+            }
+            Action::Suspend { why } => self.lost(why),
+            Action::Resume { primary, lost_for } => {
+                if let Some(generation) = &self.generation {
+                    *lock(&generation.endpoint) = primary.endpoint.clone();
+                }
+                self.found(&primary, lost_for, true);
+            }
+            Action::Learned { report } => {
+                if let Some(generation) = self.generation.as_ref().filter(|_| report.is_identified()) {
+                    // What is known of one life does not change.
+                    let _ = generation.learned.set(report);
+                }
+            }
+            Action::Move { endpoint } => {
+                tracing::info!("new sessions to the primary go to {endpoint}");
+                if let Some(generation) = &self.generation {
+                    *lock(&generation.endpoint) = endpoint;
+                }
+            }
+            Action::End { id, cause, why, lost } => {
+                if lost {
+                    self.lost(why.clone());
+                }
+                self.shared.ended.fetch_max(id.get(), Ordering::AcqRel);
+                if let Some(generation) = self.generation.take() {
+                    self.news.push(self.observer.evicted(id, cause, generation.open.count(), why));
+                    self.ended.push(generation.scope.clone());
+                }
+            }
+            Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
+            Action::Notice(notice) => {
+                let topology = &self.topology;
+                let said = || (topology.candidates(), topology.dns_failure());
+                self.news.extend(self.observer.noticed(notice, said));
+            }
+        }
+    }
+
+    fn lost(&mut self, why: String) {
+        self.live = false;
+        self.search = Some(self.observer.search());
+        self.searching_since = Instant::now();
+        if let Some(generation) = &self.generation {
+            self.news.push(self.observer.primary_lost(generation.primary.id, generation.endpoint(), why));
+        }
+    }
+
+    fn found(&mut self, primary: &Primary, took: Duration, same_server: bool) {
+        self.live = true;
+        let search = self.search.take();
+        self.news.push(self.observer.primary_found(search.as_ref(), primary, took, same_server));
+    }
+
+    fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
+        let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
+        self.found(&primary, took, false);
+        self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
+        // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
+        let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
+        // A pooler may lead the older generation's session to the new primary: that one ends with its generation.
+        let ends = |scope: &CancellationToken| scope.is_cancelled() || self.ended.contains(scope);
+        let spare = spare.filter(|session| !ends(&session.scope));
+        let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
+        self.generation = Some(Arc::new(Generation {
+            endpoint: Mutex::new(primary.endpoint.clone()),
+            primary,
+            learned: Arc::default(),
+            began: Instant::now(),
+            scope,
+            gate: Semaphore::new(self.gate),
+            open: Tally::default(),
+            spare: Mutex::new(spare),
+            trouble: Mutex::default(),
+        }));
+    }
+
+    /// The session that is kept for questions to this server, if it is open. The one that proved the primary and that nobody
+    /// has taken is as good: an idle pool has one session.
+    fn kept(&mut self, address: &Address) -> Option<Session<C>> {
+        let kept = self.sessions.remove(address).filter(|session| !session.client.is_closed());
+        kept.or_else(|| {
+            let generation =
+                self.generation.as_ref().filter(|generation| self.live && generation.endpoint().address == *address);
+            generation.and_then(|generation| generation.take_spare())
+        })
+    }
+
+    fn happened(&mut self, event: Event<C>) {
+        let now = Instant::now();
+        match event {
+            Event::Resolved { name, answer } => {
+                if let NameAnswer::Unknown(failure) | NameAnswer::Failed(failure) = &answer {
+                    tracing::debug!("{failure}");
+                }
+                self.topology.resolved(now, name, answer);
+            }
+            Event::Opened { endpoint, beside, fresh, result } => {
+                let address = endpoint.address;
+                let still_open = self.is_open(&address);
+                let result = result.map(|(session, report)| {
+                    if !self.topology.strayed(&address, &report) {
+                        self.sessions.insert(address.clone(), session);
+                    }
+                    report
+                });
+                self.topology.probed(now, &Probed { address, result, fresh, still_open, beside });
+            }
+            Event::Asked { endpoint, session, beside, result } => {
+                let address = endpoint.address;
+                self.under_way.remove(&address);
+                // A question that was not answered in time may be answered yet: on the primary's session, that is a sign.
+                let good = !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address));
+                // One that was opened meanwhile is newer.
+                if good && !self.is_open(&address) {
+                    self.sessions.insert(address.clone(), session);
+                }
+                let still_open = self.is_open(&address);
+                self.topology.probed(now, &Probed { address, result, fresh: false, still_open, beside });
+            }
+        }
+        *lock(&self.shared.diagnosis) = Diagnosis {
+            candidates: self.topology.candidates(),
+            dns: self.topology.dns_failure(),
+            waiting: self.topology.waiting(),
+        };
+    }
+
+    /// Is a session to this server open that questions may be asked on, or is one being asked?
+    fn is_open(&self, address: &Address) -> bool {
+        self.under_way.contains(address)
+            || self.sessions.get(address).is_some_and(|session| !session.client.is_closed())
+    }
+
+    fn signalled(&mut self) {
+        let signals = std::mem::take(&mut *lock(&self.shared.signals));
+        let now = Instant::now();
+        if let Some((id, suspicion)) = signals.suspicion {
+            tracing::debug!(generation = id.get(), ?suspicion, "primary suspected");
+            self.topology.suspected(now, id, suspicion);
+        }
+        if let Some(accepted) = signals.accept {
+            self.topology.accept(now, accepted);
+        }
+        if signals.log_in_refused {
+            self.topology.log_in_refused(now);
+        }
+        if signals.demand {
+            self.topology.demanded(now);
+        }
+    }
+
+    /// Publishes first; tells of it and ends the older generation afterwards: whoever hears of a change or loses a connection
+    /// finds the newer state.
+    fn publish(&mut self) {
+        *lock(&self.shared.log_in_at) = Some(self.topology.log_in_at());
+        let refused_as_of = std::mem::replace(&mut self.refused_as_of, self.topology.refused_as_of());
+        if self.revision != self.topology.revision() {
+            self.revision = self.topology.revision();
+            self.send(self.topology.view());
+        } else if refused_as_of != self.refused_as_of {
+            // The same again, told to a newer question: of interest to those who wait, and to nobody else.
+            self.send_snapshot(self.topology.view());
+        }
+        for event in self.news.drain(..) {
+            self.observer.send(event);
+        }
+        for scope in self.ended.drain(..) {
+            scope.cancel();
+        }
+    }
+
+    fn send(&self, view: View) {
+        // The view first: whoever was given a connection finds its primary in the status.
+        self.view.send_replace(view.clone());
+        self.send_snapshot(view);
+    }
+
+    fn send_snapshot(&self, view: View) {
+        let generation = self.generation.clone().filter(|_| self.live);
+        let current = generation.as_ref().map_or_else(GenerationId::default, |generation| generation.primary.id);
+        // Before the snapshot: whoever that wakes finds the same in here.
+        self.shared.current.store(current.get(), Ordering::Release);
+        self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
+    }
+
+    fn span(&self) -> Span {
+        self.search.clone().unwrap_or_else(Span::none)
+    }
+}
+
+/// However the task ends (closed, a panic in a user's connector, the end of its runtime), nothing is handed out afterwards.
+impl<C: SessionClient> Drop for Task<C> {
+    fn drop(&mut self) {
+        self.live = false;
+        let told = self.root.is_cancelled();
+        self.shared.runtime_ended.store(!told, Ordering::Release);
+        let why = if told { "the pool was closed" } else { "the tokio runtime that the pool was built on has ended" };
+        let changed = Change { at: Instant::now(), why: why.to_owned() };
+        self.send(View { state: State::Closed, changed, ..self.topology.view() });
+        self.observer.closed();
+        self.shared.closed.store(true, Ordering::Release);
+        self.root.cancel();
+    }
+}

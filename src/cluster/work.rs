@@ -1,0 +1,85 @@
+//! What the cluster's task waits for: a look-up of a name, or the answer of a server.
+//!
+//! Decides nothing, and holds nothing of the task's but what each piece of work is given.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::Name;
+use crate::resolve::{Addresses, Resolve, ResolveError};
+use crate::server::{Open, Opened, Session, SessionClient};
+use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, Question, ServerReport, Vigil};
+
+/// A look-up that takes longer is given up; the resolver's own limit is shorter.
+const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
+
+/// What came of a piece of work.
+pub(super) enum Event<C> {
+    Resolved { name: usize, answer: NameAnswer },
+    Opened { endpoint: Endpoint, beside: bool, fresh: bool, result: Opened<C> },
+    Asked { endpoint: Endpoint, session: Session<C>, beside: bool, result: Result<ServerReport, ProbeFailure> },
+}
+
+/// How one server is asked.
+#[derive(Clone, Copy)]
+pub(super) struct Asks {
+    pub(super) fresh: bool,
+    pub(super) beside: bool,
+    pub(super) vigil: Option<Vigil>,
+    pub(super) within: Duration,
+}
+
+/// Asks the resolver for the addresses of a name of the configuration, which is the one with this index.
+pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> Event<C> {
+    let answer = match addresses_of(&*resolver, &name.host).await {
+        Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
+        Ok(addresses) => NameAnswer::Addresses {
+            partial: addresses.partial().map(ToString::to_string),
+            endpoints: name.endpoints(&addresses),
+        },
+        Err(error) if error.is_answer() => NameAnswer::Unknown(error.to_string()),
+        Err(error) => NameAnswer::Failed(error.to_string()),
+    };
+    Event::Resolved { name: index, answer }
+}
+
+/// The resolver may be the user's own: it may take too long, and a panic in it costs this one answer.
+async fn addresses_of(resolver: &dyn Resolve, host: &str) -> Result<Addresses, ResolveError> {
+    let answer = AssertUnwindSafe(async { resolver.resolve(host).await }).catch_unwind();
+    match timeout(RESOLVE_WITHIN, answer).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err(ResolveError::custom(host, "the resolver panicked")),
+        Err(_) => Err(ResolveError::custom(host, format!("the resolver gave no answer within {RESOLVE_WITHIN:?}"))),
+    }
+}
+
+/// Asks a server on the session that is kept for it, or on a new one, which ends with `scope`.
+pub(super) async fn ask<C: SessionClient>(
+    opener: Arc<dyn Open<C>>,
+    endpoint: Endpoint,
+    kept: Option<Session<C>>,
+    Asks { fresh, beside, vigil, within }: Asks,
+    scope: CancellationToken,
+) -> Event<C> {
+    let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
+    match kept {
+        Some(session) => {
+            let answer = timeout(within, opener.ask(&endpoint.address, &session.client, vigil)).await;
+            let result = answer.unwrap_or_else(|_| Err(silent()));
+            Event::Asked { endpoint, session, beside, result }
+        }
+        None if beside && !fresh => {
+            let result = Err(ProbeFailure::new(FailureKind::Unreachable, "no session is open"));
+            Event::Opened { endpoint, beside, fresh, result }
+        }
+        None => {
+            let answer = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
+            Event::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(|_| Err(silent())) }
+        }
+    }
+}
