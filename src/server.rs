@@ -6,48 +6,41 @@
 
 mod activity;
 mod end;
+mod notices;
 mod password;
+mod question;
+mod session;
 mod stranger;
 mod wire;
 mod withheld;
 
 pub(crate) use activity::Activity;
 pub(crate) use end::End;
+pub(crate) use notices::{Ear, Notices, Seat};
 pub(crate) use password::{Ask, Passwords};
+pub(crate) use question::{Questions, rows};
+pub use session::SessionClient;
+pub(crate) use session::{Guarded, Session};
 pub(crate) use wire::wall_clock;
 
 use std::any::Any;
-use std::fmt;
-use std::future::poll_fn;
-use std::ops::{Deref, DerefMut};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use futures_util::task::AtomicWaker;
-use futures_util::{FutureExt, TryStreamExt};
-use tokio::task::AbortHandle;
 use tokio_postgres::config::SslMode;
-use tokio_postgres::error::{DbError, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{CancelToken, Client, Config, Error, Notification, SimpleQueryMessage, Socket};
+use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 use tokio_util::sync::CancellationToken;
 
-use withheld::Withheld;
-
-use crate::classify::{
-    Verdict, about_a_part, classify, explain, hung_up, links, not_let_in, not_offered, verdict_of_open,
-};
-use crate::sync::lock;
-use crate::topology::{
-    Address, BadReport, Endpoint, FailureKind, ProbeFailure, Question, Refused, ServerReport, Vigil, shortened,
-    wait_for_promotion,
-};
+use crate::classify::{Verdict, explain, hung_up, links, not_let_in, verdict_of_open};
+use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, Question, ServerReport, Vigil};
+use session::{Driver, drive};
 
 /// Said of what hung up before any session was ever opened.
 const HUNG_UP: &str = "; it hung up first: a proxy without a server behind it, or not PostgreSQL";
@@ -61,131 +54,8 @@ const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), 
 /// A server that has not let a first session in after so long is looked at: it may be none.
 const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
-/// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
-const MOST_ROWS: usize = 64;
-const MOST_COUNTED: usize = 10_000;
-const LONGEST_VALUE: usize = 64 * 1024;
-
 /// Whose code has panicked: what opens a session is the driver and the connector, and the driver knows no panic.
 const CONNECTOR: &str = "the TLS connector";
-
-type Driver = BoxFuture<'static, Result<(), Error>>;
-
-/// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
-pub(crate) trait Seat: Send {
-    /// `lost`: the server or the network ended it, and not this side.
-    fn left(&self, lost: bool);
-}
-
-/// Who is told of the end of a session.
-#[derive(Default)]
-enum Seated {
-    #[default]
-    Nobody,
-    Somebody(Box<dyn Seat>),
-    /// It has ended.
-    Left,
-}
-
-impl fmt::Debug for Seated {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Seated")
-    }
-}
-
-/// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
-/// driver task notes it before it hands that answer on.
-#[derive(Debug, Default)]
-pub(crate) struct Notices {
-    already_in_transaction: AtomicBool,
-    not_replicated: AtomicBool,
-    /// The session is one of the pool's, whose traffic shows that the server is there.
-    pooled: AtomicBool,
-    /// Grows whenever something is sent or received on the session, where its driver is this crate's; 0 where it is not.
-    stirs: AtomicU64,
-    seated: Mutex<Seated>,
-    /// Who hears the session's notifications, if anybody does.
-    ear: OnceLock<Arc<dyn Ear>>,
-    end: End,
-    /// What is under way on the session, where its driver is this crate's.
-    pub(crate) activity: Arc<Activity>,
-}
-
-/// Hears what one session is notified of. Called by its driver task: must not wait.
-pub(crate) trait Ear: fmt::Debug + Send + Sync {
-    /// A NOTIFY on one of the session's channels.
-    fn notified(&self, notification: Notification);
-    /// The session has ended: nothing will come any more.
-    fn ended(&self);
-}
-
-impl Notices {
-    fn note(&self, notice: &DbError) {
-        tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned()));
-        self.end.noticed(notice);
-        if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
-            self.already_in_transaction.store(true, Ordering::Release);
-        }
-        // Its message is translated and its code is that of all warnings; the routine (`syncrep.c`) is neither.
-        if notice.routine() == Some("SyncRepWaitForLSN") {
-            self.not_replicated.store(true, Ordering::Release);
-        }
-    }
-
-    /// From now on the session's traffic counts, and `seat` is told of its end.
-    pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
-        self.pooled.store(true, Ordering::Relaxed);
-        let mut seated = lock(&self.seated);
-        match *seated {
-            Seated::Left => seat.left(false),
-            _ => *seated = Seated::Somebody(seat),
-        }
-    }
-
-    /// The session has ended; whoever says so first is right about the reason.
-    fn left(&self, lost: bool) {
-        let seated = std::mem::replace(&mut *lock(&self.seated), Seated::Left);
-        if let Seated::Somebody(seat) = seated {
-            seat.left(lost);
-        }
-    }
-
-    /// `ear` hears from now on. The first stays: a session has one.
-    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
-        let _ = self.ear.set(ear);
-    }
-
-    /// What was said before is of no interest to what comes now.
-    pub(crate) fn forget(&self) {
-        self.already_in_transaction.store(false, Ordering::Release);
-        self.not_replicated.store(false, Ordering::Release);
-    }
-
-    /// Another number than before, if something was sent or received meanwhile on this session.
-    pub(crate) fn stirs(&self) -> u64 {
-        self.stirs.load(Ordering::Relaxed)
-    }
-
-    /// Is it seen what the session sends and receives?
-    pub(crate) fn are_driven(&self) -> bool {
-        self.stirs() > 0
-    }
-
-    /// What the server said when it ended the session.
-    pub(crate) fn end(&self) -> &End {
-        &self.end
-    }
-
-    /// A BEGIN met a transaction that was open already.
-    pub(crate) fn already_in_transaction(&self) -> bool {
-        self.already_in_transaction.load(Ordering::Acquire)
-    }
-
-    /// A COMMIT gave up waiting for a synchronous standby.
-    pub(crate) fn not_replicated(&self) -> bool {
-        self.not_replicated.load(Ordering::Acquire)
-    }
-}
 
 /// Hides the type of the TLS connector.
 trait Dial: Send + Sync {
@@ -210,12 +80,6 @@ where
         Box::pin(wire::cancel(config, self.0.clone(), token))
     }
 }
-
-/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool pool
-/// makes. Implemented for everything that derefs to a [`tokio_postgres::Client`].
-pub trait SessionClient: DerefMut<Target = Client> + Send + Sync + 'static {}
-
-impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {}
 
 /// Opens sessions, and asks what is at the other end. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
@@ -429,260 +293,6 @@ where
             Ok(Err(error)) => return tracing::debug!("a cancel request failed: {}", explain(&error)),
             Err(_) => return tracing::debug!("a cancel request was not taken within {CANCEL_WITHIN:?}"),
         }
-    }
-}
-
-/// Asks servers what they are.
-#[derive(Default)]
-pub(crate) struct Questions {
-    /// What servers do not let this role read.
-    parts: Withheld<Refused>,
-    /// Servers that did not let this role wait for a promotion.
-    vigil: Withheld<()>,
-}
-
-impl Questions {
-    /// One round trip, unless something of the question is refused: then that is looked for, and left out for a while.
-    pub(crate) async fn ask(
-        &self,
-        address: &Address,
-        client: &Client,
-        question: Question,
-    ) -> Result<ServerReport, ProbeFailure> {
-        let known = self.parts.of(address).unwrap_or_default();
-        let mut refused = known;
-        for last in [false, false, true] {
-            let error = match rows(client, &question.sql(refused)).await {
-                Err(error) if about_a_part(&error) => error,
-                answer => {
-                    let report = read(question, refused, answer);
-                    match &report {
-                        Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
-                        // What was left out may be what is missing: the whole question is asked next.
-                        Err(_) => self.parts.forget(address),
-                        Ok(_) => {}
-                    }
-                    return report;
-                }
-            };
-            tracing::debug!("a part of the question is refused: {}", explain(&error));
-            refused = refused.and(withheld::look_for(client, question, refused).await);
-            if last {
-                // What can be had without any right. Not remembered, as nobody knows what else is in the way.
-                refused = refused.and(Refused::ALL);
-            }
-        }
-        read(question, refused, rows(client, &question.sql(refused)).await)
-    }
-
-    /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
-    /// one that began on a standby stays read-only. Where the server refuses to wait, by its rights or by a
-    /// `statement_timeout`, it is answered at once.
-    pub(crate) async fn ask_after(
-        &self,
-        vigil: Option<Vigil>,
-        address: &Address,
-        client: &Client,
-    ) -> Result<ServerReport, ProbeFailure> {
-        let waiting = async {
-            let Some(vigil) = vigil.filter(|_| self.vigil.of(address).is_none()) else { return };
-            let Err(error) = rows(client, &wait_for_promotion(vigil)).await else { return };
-            tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
-            if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
-                self.vigil.note(address, (), |(), ()| ());
-            }
-        };
-        let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));
-        report
-    }
-}
-
-/// One open session. Dropping it closes the socket.
-pub(crate) struct Session<C = ClientWrapper> {
-    pub(crate) client: Guarded<C>,
-    /// Ends the driver from outside, although somebody still holds the client; where the driver is this crate's.
-    pub(crate) abort: Option<AbortHandle>,
-    /// All sessions of this scope end with it, where their drivers are this crate's.
-    pub(crate) scope: CancellationToken,
-    pub(crate) notices: Arc<Notices>,
-}
-
-type Farewell<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
-
-/// A client, and what is to be done when it is dropped.
-pub(crate) struct Guarded<C> {
-    client: C,
-    farewell: Option<Farewell<C>>,
-}
-
-impl<C> Guarded<C> {
-    fn new(client: C) -> Self {
-        Self { client, farewell: None }
-    }
-
-    pub(crate) fn with_farewell(client: C, farewell: impl FnOnce(&mut C) + Send + Sync + 'static) -> Self {
-        Self { client, farewell: Some(Box::new(farewell)) }
-    }
-}
-
-impl<C> Drop for Guarded<C> {
-    fn drop(&mut self) {
-        if let Some(farewell) = self.farewell.take() {
-            // Somebody else's code, and this may run in the task of the cluster.
-            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| farewell(&mut self.client)));
-        }
-    }
-}
-
-impl<C> Deref for Guarded<C> {
-    type Target = C;
-
-    fn deref(&self) -> &C {
-        &self.client
-    }
-}
-
-impl<C> DerefMut for Guarded<C> {
-    fn deref_mut(&mut self) -> &mut C {
-        &mut self.client
-    }
-}
-
-/// However a driver ends, also by being aborted.
-struct AtTheEnd(Arc<Notices>);
-
-impl Drop for AtTheEnd {
-    fn drop(&mut self) {
-        self.0.end.over();
-        self.0.left(false);
-        self.0.activity.end();
-        if let Some(ear) = self.0.ear.get() {
-            ear.ended();
-        }
-    }
-}
-
-/// `cancelling` is spawned where the session turns out to be busy although it was given back.
-async fn drive(
-    mut driver: Driver,
-    scope: CancellationToken,
-    notices: Arc<Notices>,
-    stirs: Arc<AtomicU64>,
-    cancelling: impl Future<Output = ()> + Send + 'static,
-) {
-    let at_the_end = AtTheEnd(Arc::clone(&notices));
-    notices.end.driven();
-    let activity = &notices.activity;
-    let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
-    let waker = Waker::from(Arc::clone(&bell));
-    let counted = Waker::from(Arc::new(Counted { activity: Arc::clone(activity), bell: Arc::clone(&bell) }));
-    let mut left = pin!(scope.cancelled());
-    let mut busy = false;
-    // But for the bell, the driver is woken by what is to be sent and by what was received, and by nothing else.
-    let ended = poll_fn(|context| {
-        bell.driver.register(context.waker());
-        if bell.rung.swap(false, Ordering::AcqRel) && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
-            return Poll::Ready(Ok(()));
-        }
-        notices.stirs.fetch_add(1, Ordering::Relaxed);
-        if notices.pooled.load(Ordering::Relaxed) {
-            stirs.fetch_add(1, Ordering::Relaxed);
-        }
-        let woken = activity.before_poll();
-        let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
-        busy = activity.polled(woken) && polled.is_pending();
-        if busy { Poll::Ready(Ok(())) } else { polled }
-    });
-    if let Err(error) = ended.await {
-        tracing::debug!("a session ended: {}", explain(&error));
-        at_the_end.0.end.ended_with(&error);
-        at_the_end.0.left(true);
-    }
-    if busy {
-        tracing::debug!("a connection was given back with something under way: cancelled and closed");
-        tokio::spawn(cancelling);
-    }
-}
-
-/// Counts what wakes the driver: a request that was made, or something that was received.
-struct Counted {
-    activity: Arc<Activity>,
-    bell: Arc<Bell>,
-}
-
-impl Wake for Counted {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.activity.wake();
-        self.bell.driver.wake();
-    }
-}
-
-/// Rings when the scope of a session ends. All sessions of a generation share the scope and its locks, so a driver looks
-/// there when the bell has rung, and not whenever something is sent or received.
-struct Bell {
-    rung: AtomicBool,
-    driver: AtomicWaker,
-}
-
-impl Wake for Bell {
-    fn wake(self: Arc<Self>) {
-        self.rung.store(true, Ordering::Release);
-        self.driver.wake();
-    }
-}
-
-/// The rows of the answer, as far as anybody reads them. A value that is no text is not the same as NULL, which says that
-/// something is not told.
-pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
-    let mut messages = pin!(client.simple_query_raw(sql).await?);
-    let mut rows = Vec::new();
-    while let Some(message) = messages.try_next().await? {
-        // What follows is dropped as it comes.
-        let SimpleQueryMessage::Row(row) = message else {
-            continue;
-        };
-        if rows.len() >= MOST_ROWS {
-            // Counted, as far as that is cheap, and not kept.
-            if rows.len() < MOST_COUNTED {
-                rows.push(Vec::new());
-            }
-        } else {
-            let value = |index| row.try_get(index).map_or_else(|_| Some('\u{FFFD}'.to_string()), text);
-            rows.push((0..row.len().min(MOST_ROWS)).map(value).collect());
-        }
-    }
-    Ok(rows)
-}
-
-fn text(value: Option<&str>) -> Option<String> {
-    value.map(|text| text.get(..LONGEST_VALUE).unwrap_or(text).to_owned())
-}
-
-fn read(
-    question: Question,
-    refused: Refused,
-    answer: Result<Vec<Vec<Option<String>>>, Error>,
-) -> Result<ServerReport, ProbeFailure> {
-    let nonsense =
-        |bad: BadReport| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad));
-    question.read(refused, &answer.map_err(no_report)?).map_err(nonsense)
-}
-
-/// A question on an open session brought an error.
-fn no_report(error: Error) -> ProbeFailure {
-    let spoke = error.as_db_error().is_some();
-    match classify(&error) {
-        // The session goes on, and with it the server.
-        verdict @ (Verdict::Application | Verdict::Aborted | Verdict::Conflict | Verdict::ReadOnly) if spoke => {
-            let mut failure = failure(verdict, error);
-            failure.kind = FailureKind::Errored;
-            failure
-        }
-        verdict => failure(verdict, error),
     }
 }
 

@@ -72,11 +72,7 @@ where
         while let Some(message) = poll_fn(|cx| connection.poll_message(cx)).await {
             match message? {
                 AsyncMessage::Notice(notice) => notices.note(&notice),
-                AsyncMessage::Notification(notification) => {
-                    if let Some(ear) = notices.ear.get() {
-                        ear.notified(notification);
-                    }
-                }
+                AsyncMessage::Notification(notification) => notices.notified(notification),
                 _ => {}
             }
         }

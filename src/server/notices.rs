@@ -1,0 +1,155 @@
+//! What a server says in one session beside its answers, and who is told of it.
+//!
+//! Decides nothing. The session's driver writes, whoever uses the connection reads.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use tokio_postgres::Notification;
+use tokio_postgres::error::{DbError, SqlState};
+
+use super::{Activity, End};
+use crate::sync::lock;
+use crate::topology::shortened;
+
+/// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
+pub(crate) trait Seat: Send {
+    /// `lost`: the server or the network ended it, and not this side.
+    fn left(&self, lost: bool);
+}
+
+/// Who is told of the end of a session.
+#[derive(Default)]
+enum Seated {
+    #[default]
+    Nobody,
+    Somebody(Box<dyn Seat>),
+    /// It has ended.
+    Left,
+}
+
+impl fmt::Debug for Seated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seated")
+    }
+}
+
+/// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
+/// driver task notes it before it hands that answer on.
+#[derive(Debug, Default)]
+pub(crate) struct Notices {
+    already_in_transaction: AtomicBool,
+    not_replicated: AtomicBool,
+    /// The session is one of the pool's, whose traffic shows that the server is there.
+    pooled: AtomicBool,
+    /// Grows whenever something is sent or received on the session, where its driver is this crate's; 0 where it is not.
+    stirs: AtomicU64,
+    seated: Mutex<Seated>,
+    /// Who hears the session's notifications, if anybody does.
+    ear: OnceLock<Arc<dyn Ear>>,
+    end: End,
+    /// What is under way on the session, where its driver is this crate's.
+    pub(crate) activity: Arc<Activity>,
+}
+
+/// Hears what one session is notified of. Called by its driver task: must not wait.
+pub(crate) trait Ear: fmt::Debug + Send + Sync {
+    /// A NOTIFY on one of the session's channels.
+    fn notified(&self, notification: Notification);
+    /// The session has ended: nothing will come any more.
+    fn ended(&self);
+}
+
+impl Notices {
+    pub(super) fn note(&self, notice: &DbError) {
+        tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned()));
+        self.end.noticed(notice);
+        if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
+            self.already_in_transaction.store(true, Ordering::Release);
+        }
+        // Its message is translated and its code is that of all warnings; the routine (`syncrep.c`) is neither.
+        if notice.routine() == Some("SyncRepWaitForLSN") {
+            self.not_replicated.store(true, Ordering::Release);
+        }
+    }
+
+    /// From now on the session's traffic counts, and `seat` is told of its end.
+    pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
+        self.pooled.store(true, Ordering::Relaxed);
+        let mut seated = lock(&self.seated);
+        match *seated {
+            Seated::Left => seat.left(false),
+            _ => *seated = Seated::Somebody(seat),
+        }
+    }
+
+    /// The session has ended; whoever says so first is right about the reason.
+    pub(super) fn left(&self, lost: bool) {
+        let seated = std::mem::replace(&mut *lock(&self.seated), Seated::Left);
+        if let Seated::Somebody(seat) = seated {
+            seat.left(lost);
+        }
+    }
+
+    /// The driver's task is at work, because something is sent or received. `pool` counts for all sessions of the pool.
+    pub(super) fn stirred(&self, pool: &AtomicU64) {
+        self.stirs.fetch_add(1, Ordering::Relaxed);
+        if self.pooled.load(Ordering::Relaxed) {
+            pool.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The driver's task ends: whoever waits for that is told.
+    pub(super) fn over(&self) {
+        self.end.over();
+        self.left(false);
+        self.activity.end();
+        if let Some(ear) = self.ear.get() {
+            ear.ended();
+        }
+    }
+
+    /// The server notifies the session of something on one of its channels.
+    pub(super) fn notified(&self, notification: Notification) {
+        if let Some(ear) = self.ear.get() {
+            ear.notified(notification);
+        }
+    }
+
+    /// `ear` hears from now on. The first stays: a session has one.
+    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
+        let _ = self.ear.set(ear);
+    }
+
+    /// What was said before is of no interest to what comes now.
+    pub(crate) fn forget(&self) {
+        self.already_in_transaction.store(false, Ordering::Release);
+        self.not_replicated.store(false, Ordering::Release);
+    }
+
+    /// Another number than before, if something was sent or received meanwhile on this session.
+    pub(crate) fn stirs(&self) -> u64 {
+        self.stirs.load(Ordering::Relaxed)
+    }
+
+    /// Is it seen what the session sends and receives?
+    pub(crate) fn are_driven(&self) -> bool {
+        self.stirs() > 0
+    }
+
+    /// What the server said when it ended the session.
+    pub(crate) fn end(&self) -> &End {
+        &self.end
+    }
+
+    /// A BEGIN met a transaction that was open already.
+    pub(crate) fn already_in_transaction(&self) -> bool {
+        self.already_in_transaction.load(Ordering::Acquire)
+    }
+
+    /// A COMMIT gave up waiting for a synchronous standby.
+    pub(crate) fn not_replicated(&self) -> bool {
+        self.not_replicated.load(Ordering::Acquire)
+    }
+}

@@ -1,0 +1,136 @@
+//! Asks a server what it is, and reads its answer, of which each part may be missing.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures_util::TryStreamExt;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Error, SimpleQueryMessage};
+
+use super::failure;
+use super::withheld::{self, Withheld};
+use crate::classify::{Verdict, about_a_part, classify, explain, not_offered};
+use crate::topology::{
+    Address, BadReport, FailureKind, ProbeFailure, Question, Refused, ServerReport, Vigil, wait_for_promotion,
+};
+
+/// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
+const MOST_ROWS: usize = 64;
+const MOST_COUNTED: usize = 10_000;
+const LONGEST_VALUE: usize = 64 * 1024;
+
+/// Asks servers what they are.
+#[derive(Default)]
+pub(crate) struct Questions {
+    /// What servers do not let this role read.
+    parts: Withheld<Refused>,
+    /// Servers that did not let this role wait for a promotion.
+    vigil: Withheld<()>,
+}
+
+impl Questions {
+    /// One round trip, unless something of the question is refused: then that is looked for, and left out for a while.
+    pub(crate) async fn ask(
+        &self,
+        address: &Address,
+        client: &Client,
+        question: Question,
+    ) -> Result<ServerReport, ProbeFailure> {
+        let known = self.parts.of(address).unwrap_or_default();
+        let mut refused = known;
+        for last in [false, false, true] {
+            let error = match rows(client, &question.sql(refused)).await {
+                Err(error) if about_a_part(&error) => error,
+                answer => {
+                    let report = read(question, refused, answer);
+                    match &report {
+                        Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
+                        // What was left out may be what is missing: the whole question is asked next.
+                        Err(_) => self.parts.forget(address),
+                        Ok(_) => {}
+                    }
+                    return report;
+                }
+            };
+            tracing::debug!("a part of the question is refused: {}", explain(&error));
+            refused = refused.and(withheld::look_for(client, question, refused).await);
+            if last {
+                // What can be had without any right. Not remembered, as nobody knows what else is in the way.
+                refused = refused.and(Refused::ALL);
+            }
+        }
+        read(question, refused, rows(client, &question.sql(refused)).await)
+    }
+
+    /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
+    /// one that began on a standby stays read-only. Where the server refuses to wait, by its rights or by a
+    /// `statement_timeout`, it is answered at once.
+    pub(crate) async fn ask_after(
+        &self,
+        vigil: Option<Vigil>,
+        address: &Address,
+        client: &Client,
+    ) -> Result<ServerReport, ProbeFailure> {
+        let waiting = async {
+            let Some(vigil) = vigil.filter(|_| self.vigil.of(address).is_none()) else { return };
+            let Err(error) = rows(client, &wait_for_promotion(vigil)).await else { return };
+            tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
+            if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
+                self.vigil.note(address, (), |(), ()| ());
+            }
+        };
+        let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));
+        report
+    }
+}
+
+/// The rows of the answer, as far as anybody reads them. A value that is no text is not the same as NULL, which says that
+/// something is not told.
+pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
+    let mut messages = pin!(client.simple_query_raw(sql).await?);
+    let mut rows = Vec::new();
+    while let Some(message) = messages.try_next().await? {
+        // What follows is dropped as it comes.
+        let SimpleQueryMessage::Row(row) = message else {
+            continue;
+        };
+        if rows.len() >= MOST_ROWS {
+            // Counted, as far as that is cheap, and not kept.
+            if rows.len() < MOST_COUNTED {
+                rows.push(Vec::new());
+            }
+        } else {
+            let value = |index| row.try_get(index).map_or_else(|_| Some('\u{FFFD}'.to_string()), text);
+            rows.push((0..row.len().min(MOST_ROWS)).map(value).collect());
+        }
+    }
+    Ok(rows)
+}
+
+fn text(value: Option<&str>) -> Option<String> {
+    value.map(|text| text.get(..LONGEST_VALUE).unwrap_or(text).to_owned())
+}
+
+fn read(
+    question: Question,
+    refused: Refused,
+    answer: Result<Vec<Vec<Option<String>>>, Error>,
+) -> Result<ServerReport, ProbeFailure> {
+    let nonsense =
+        |bad: BadReport| ProbeFailure::new(FailureKind::NotPostgres, bad.to_string()).caused_by(Arc::new(bad));
+    question.read(refused, &answer.map_err(no_report)?).map_err(nonsense)
+}
+
+/// A question on an open session brought an error.
+fn no_report(error: Error) -> ProbeFailure {
+    let spoke = error.as_db_error().is_some();
+    match classify(&error) {
+        // The session goes on, and with it the server.
+        verdict @ (Verdict::Application | Verdict::Aborted | Verdict::Conflict | Verdict::ReadOnly) if spoke => {
+            let mut failure = failure(verdict, error);
+            failure.kind = FailureKind::Errored;
+            failure
+        }
+        verdict => failure(verdict, error),
+    }
+}

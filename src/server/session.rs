@@ -1,0 +1,158 @@
+//! One open session, and the task that drives it until its scope ends.
+
+use std::future::poll_fn;
+use std::ops::{Deref, DerefMut};
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use deadpool_postgres::ClientWrapper;
+use futures_util::future::BoxFuture;
+use futures_util::task::AtomicWaker;
+use tokio::task::AbortHandle;
+use tokio_postgres::{Client, Error};
+use tokio_util::sync::CancellationToken;
+
+use super::{Activity, Notices};
+use crate::classify::explain;
+
+/// Reads and writes the socket of one session, until that ends.
+pub(super) type Driver = BoxFuture<'static, Result<(), Error>>;
+
+/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool pool
+/// makes. Implemented for everything that derefs to a [`tokio_postgres::Client`].
+pub trait SessionClient: DerefMut<Target = Client> + Send + Sync + 'static {}
+
+impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {}
+
+/// One open session. Dropping it closes the socket.
+pub(crate) struct Session<C = ClientWrapper> {
+    pub(crate) client: Guarded<C>,
+    /// Ends the driver from outside, although somebody still holds the client; where the driver is this crate's.
+    pub(crate) abort: Option<AbortHandle>,
+    /// All sessions of this scope end with it, where their drivers are this crate's.
+    pub(crate) scope: CancellationToken,
+    pub(crate) notices: Arc<Notices>,
+}
+
+type Farewell<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
+
+/// A client, and what is to be done when it is dropped.
+pub(crate) struct Guarded<C> {
+    client: C,
+    farewell: Option<Farewell<C>>,
+}
+
+impl<C> Guarded<C> {
+    pub(super) fn new(client: C) -> Self {
+        Self { client, farewell: None }
+    }
+
+    pub(crate) fn with_farewell(client: C, farewell: impl FnOnce(&mut C) + Send + Sync + 'static) -> Self {
+        Self { client, farewell: Some(Box::new(farewell)) }
+    }
+}
+
+impl<C> Drop for Guarded<C> {
+    fn drop(&mut self) {
+        if let Some(farewell) = self.farewell.take() {
+            // Somebody else's code, and this may run in the task of the cluster.
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| farewell(&mut self.client)));
+        }
+    }
+}
+
+impl<C> Deref for Guarded<C> {
+    type Target = C;
+
+    fn deref(&self) -> &C {
+        &self.client
+    }
+}
+
+impl<C> DerefMut for Guarded<C> {
+    fn deref_mut(&mut self) -> &mut C {
+        &mut self.client
+    }
+}
+
+/// However a driver ends, also by being aborted.
+struct AtTheEnd(Arc<Notices>);
+
+impl Drop for AtTheEnd {
+    fn drop(&mut self) {
+        self.0.over();
+    }
+}
+
+/// `cancelling` is spawned where the session turns out to be busy although it was given back.
+pub(super) async fn drive(
+    mut driver: Driver,
+    scope: CancellationToken,
+    notices: Arc<Notices>,
+    stirs: Arc<AtomicU64>,
+    cancelling: impl Future<Output = ()> + Send + 'static,
+) {
+    let at_the_end = AtTheEnd(Arc::clone(&notices));
+    notices.end().driven();
+    let activity = &notices.activity;
+    let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
+    let waker = Waker::from(Arc::clone(&bell));
+    let counted = Waker::from(Arc::new(Counted { activity: Arc::clone(activity), bell: Arc::clone(&bell) }));
+    let mut left = pin!(scope.cancelled());
+    let mut busy = false;
+    // But for the bell, the driver is woken by what is to be sent and by what was received, and by nothing else.
+    let ended = poll_fn(|context| {
+        bell.driver.register(context.waker());
+        if bell.rung.swap(false, Ordering::AcqRel) && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        notices.stirred(&stirs);
+        let woken = activity.before_poll();
+        let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
+        busy = activity.polled(woken) && polled.is_pending();
+        if busy { Poll::Ready(Ok(())) } else { polled }
+    });
+    if let Err(error) = ended.await {
+        tracing::debug!("a session ended: {}", explain(&error));
+        at_the_end.0.end().ended_with(&error);
+        at_the_end.0.left(true);
+    }
+    if busy {
+        tracing::debug!("a connection was given back with something under way: cancelled and closed");
+        tokio::spawn(cancelling);
+    }
+}
+
+/// Counts what wakes the driver: a request that was made, or something that was received.
+struct Counted {
+    activity: Arc<Activity>,
+    bell: Arc<Bell>,
+}
+
+impl Wake for Counted {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.activity.wake();
+        self.bell.driver.wake();
+    }
+}
+
+/// Rings when the scope of a session ends. All sessions of a generation share the scope and its locks, so a driver looks
+/// there when the bell has rung, and not whenever something is sent or received.
+struct Bell {
+    rung: AtomicBool,
+    driver: AtomicWaker,
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.rung.store(true, Ordering::Release);
+        self.driver.wake();
+    }
+}
