@@ -3,7 +3,7 @@
 //! Knows nothing of sockets, tasks, DNS or clocks: answers and the time come in as values, [`Action`]s go out.
 //! Invariants: the published timeline never goes back; generation numbers only grow; a signal from an older generation
 //! changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes, `dead_after`).
-//! Tests: `topology/tests.rs`.
+//! Tests: `topology/tests/`.
 
 mod action;
 mod candidate;
