@@ -295,7 +295,7 @@ impl<C: SessionClient> Cluster<C> {
 
     /// A connection is given on loan: from now on the task notices when its server falls silent.
     pub(crate) fn lend(&self) {
-        // All orderings are the strongest, as they are in `Task::feel` in task.rs: either the task sees the loan, or it is woken.
+        // All orderings are the strongest, as they are in `Task::sample_traffic` in task.rs: either the task sees the loan, or it is woken.
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
         // It listens already, mostly, and to read is cheaper than to write what others read.
         if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {

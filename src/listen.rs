@@ -25,9 +25,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, not_offered};
 use crate::error::Error;
-use crate::pool::{Aside, Pool};
+use crate::pool::{Pool, SideSession};
 use crate::retry::Exponential;
-use crate::server::{Ear, rows};
+use crate::server::{NotificationSink, rows};
 use crate::sync::lock;
 use crate::topology::{Suspicion, UNDISTURBED};
 use backlog::{Backlog, Entry};
@@ -203,7 +203,7 @@ impl fmt::Debug for Listener {
 
 /// A session that is subscribed.
 struct Subscribed {
-    aside: Aside<ClientWrapper>,
+    side_session: SideSession<ClientWrapper>,
     ended: CancellationToken,
     channels: Option<Channels>,
 }
@@ -212,7 +212,7 @@ impl Subscribed {
     /// Returns why the subscription is not in force any more.
     async fn lost(&mut self, pause: Duration) -> String {
         while timeout(pause, self.ended.cancelled()).await.is_err() {
-            match timeout(ANSWER_WITHIN, subscribed_to(self.aside.client())).await {
+            match timeout(ANSWER_WITHIN, subscribed_to(self.side_session.client())).await {
                 Ok(Ok(None)) => {}
                 Ok(Ok(channels)) if self.channels.is_none() || channels == self.channels => self.channels = channels,
                 Ok(Ok(_)) => {
@@ -232,15 +232,15 @@ async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, keeping: Keep
     let pause = pool.heartbeat().saturating_mul(CHECK_EVERY);
     loop {
         let why = subscribed.lost(pause).await;
-        tracing::debug!(generation = subscribed.aside.generation().get(), why, "a subscription was lost");
-        pool.suspect(subscribed.aside.generation(), Suspicion::Connection);
+        tracing::debug!(generation = subscribed.side_session.generation().get(), why, "a subscription was lost");
+        pool.suspect(subscribed.side_session.generation(), Suspicion::Connection);
         drop(subscribed);
         match again(&pool, &sql, inbox).await {
             Ok(next) => subscribed = next,
             Err(Error::Closed) => return inbox.close(),
             Err(ended) => return inbox.end(ended),
         }
-        tracing::debug!(generation = subscribed.aside.generation().get(), "subscribed again");
+        tracing::debug!(generation = subscribed.side_session.generation().get(), "subscribed again");
         inbox.update(Backlog::subscribed);
     }
 }
@@ -275,30 +275,31 @@ async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed,
 async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     loop {
-        let aside = match pool.aside().await {
-            Ok(aside) => aside,
-            // `aside` has waited already, so there is no pause here.
+        let side_session = match pool.side_session().await {
+            Ok(side_session) => side_session,
+            // `side_session` has waited already, so there is no pause here.
             Err(Error::Unavailable(_)) => continue,
             Err(error) => return Err(error),
         };
         let ended = CancellationToken::new();
-        aside.hear(Arc::new(Hears { inbox: Arc::clone(inbox), ended: ended.clone() }));
+        side_session.deliver_to(Arc::new(InboxSink { inbox: Arc::clone(inbox), ended: ended.clone() }));
         let subscribing = async {
-            let (_, listening) = tokio::join!(biased; rows(aside.client(), STAY), aside.client().batch_execute(sql));
+            let (_, listening) =
+                tokio::join!(biased; rows(side_session.client(), STAY), side_session.client().batch_execute(sql));
             listening?;
-            subscribed_to(aside.client()).await
+            subscribed_to(side_session.client()).await
         };
         match timeout(ANSWER_WITHIN, subscribing).await {
             // The server forgot the subscription at once, so a listener on this session would receive nothing.
             Ok(Ok(Some(channels))) if channels.is_empty() && !sql.is_empty() => {
                 tracing::warn!("LISTEN had no effect: it does not work through a pooler in transaction mode");
             }
-            Ok(Ok(channels)) => return Ok(Subscribed { aside, ended, channels }),
+            Ok(Ok(channels)) => return Ok(Subscribed { side_session, ended, channels }),
             // The server is well but refuses the statement, for example because of the name of a channel.
             Ok(Err(error)) if matches!(classify(&error), Verdict::Application | Verdict::NotPostgres) => {
                 return Err(error.into());
             }
-            _ => pool.suspect(aside.generation(), Suspicion::Connection),
+            _ => pool.suspect(side_session.generation(), Suspicion::Connection),
         }
         sleep(pauses.next().unwrap_or(PAUSE.1)).await;
     }
@@ -306,12 +307,12 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
 
 /// Receives the notifications of one session, and notes its end.
 #[derive(Debug)]
-struct Hears {
+struct InboxSink {
     inbox: Arc<Inbox>,
     ended: CancellationToken,
 }
 
-impl Ear for Hears {
+impl NotificationSink for InboxSink {
     fn notified(&self, notification: Notification) {
         self.inbox.update(|backlog| backlog.push(notification));
     }

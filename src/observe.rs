@@ -24,7 +24,7 @@ use tracing::{Span, field};
 
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
-use crate::server::Seat;
+use crate::server::SessionEndListener;
 use crate::sync::lock;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
 use meters::{Meters, Place, Stopwatch};
@@ -361,8 +361,8 @@ impl Watched {
     }
 }
 
-impl Seat for Arc<Watched> {
-    fn left(&self, lost: bool) {
+impl SessionEndListener for Arc<Watched> {
+    fn session_ended(&self, lost: bool) {
         self.open.0.fetch_sub(1, Ordering::Relaxed);
         self.place.left(&self.observer.meters);
         if lost {

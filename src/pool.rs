@@ -4,7 +4,6 @@
 //! primary was found. Invariants: a checkout does no I/O on an idle connection; a new connection has answered the probe
 //! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
 
-mod aside;
 mod builder;
 mod checkout;
 mod client;
@@ -21,6 +20,7 @@ mod options;
 mod security;
 mod settling;
 mod shared;
+mod side_session;
 mod ssl;
 mod stale;
 mod statements;
@@ -29,14 +29,14 @@ mod trail;
 mod typo;
 mod wrap;
 
-pub(crate) use aside::Aside;
 pub use builder::PoolBuilder;
 pub use client::{CancelToken, Client, Detached};
 pub use config::IntoConfig;
 pub use connection::{Connection, Manager};
 pub(crate) use lacking::Check;
-pub(crate) use settling::{Settling, Witness};
+pub(crate) use settling::{SettleSession, Settling};
 pub(crate) use shared::Signing;
+pub(crate) use side_session::SideSession;
 pub(crate) use statements::{cached_statements, statements};
 pub use status::Status;
 pub(crate) use trail::Trail;
@@ -406,8 +406,8 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// A session beside those of the pool. Waits for a primary without a limit of its own. Cancel-safe.
-    pub(crate) async fn aside(&self) -> Result<Aside<C>, Error> {
-        Aside::open(&self.dialer).await
+    pub(crate) async fn side_session(&self) -> Result<SideSession<C>, Error> {
+        SideSession::open(&self.dialer).await
     }
 
     /// Do its connections come from another pool?

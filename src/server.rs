@@ -16,7 +16,7 @@ mod withheld;
 
 pub(crate) use activity::Activity;
 pub(crate) use end::End;
-pub(crate) use notices::{Ear, Notices, Seat};
+pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use password::{Ask, Passwords};
 pub(crate) use question::{Questions, rows};
 pub use session::SessionClient;
@@ -39,7 +39,7 @@ use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, explain, hung_up, links, not_let_in, verdict_of_open};
-use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, Question, ServerReport, Vigil};
+use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
 use session::{Driver, drive};
 
 /// Said of what hung up before any session was ever opened.
@@ -91,16 +91,16 @@ pub(crate) trait Open<C>: Send + Sync {
         scope: CancellationToken,
     ) -> BoxFuture<'a, Opened<C>>;
 
-    /// Asks a session that was opened earlier what its server is, at the end of the vigil if there is one: one round trip.
+    /// Asks a session that was opened earlier what its server is, at the end of the promotion wait if there is one: one round trip.
     fn ask<'a>(
         &'a self,
         address: &'a Address,
         client: &'a Client,
-        vigil: Option<Vigil>,
+        promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
 
     /// Another number than before, if something was sent or received meanwhile on any session of the pool.
-    fn stirs(&self) -> u64;
+    fn traffic(&self) -> u64;
 
     /// Are the pool's sessions driven here, so that the end of each is noticed at once?
     fn drives(&self) -> bool;
@@ -118,7 +118,7 @@ pub(crate) struct Opener {
     /// Where the template holds no password because each session has its own.
     passwords: Option<Passwords>,
     /// Grows whenever something is sent or received on any session of the pool.
-    stirs: Arc<AtomicU64>,
+    traffic: Arc<AtomicU64>,
     questions: Questions,
     /// A session was opened once: what answers here is PostgreSQL.
     worked: AtomicBool,
@@ -137,7 +137,7 @@ impl Opener {
             template,
             dial: Arc::new(Tls(tls)),
             passwords: None,
-            stirs: Arc::default(),
+            traffic: Arc::default(),
             questions: Questions::default(),
             worked: AtomicBool::new(false),
         }
@@ -248,7 +248,7 @@ impl Open<ClientWrapper> for Opener {
             self.worked.store(true, Ordering::Relaxed);
             let (token, dial, config) = (client.cancel_token(), Arc::clone(&self.dial), self.config_for(endpoint));
             let cancelling = cancel(move || dial.cancel(config.clone(), token.clone()));
-            let driving = drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.stirs), cancelling);
+            let driving = drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.traffic), cancelling);
             let task = tokio::spawn(driving);
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
@@ -262,13 +262,13 @@ impl Open<ClientWrapper> for Opener {
         &'a self,
         address: &'a Address,
         client: &'a Client,
-        vigil: Option<Vigil>,
+        promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask_after(vigil, address, client))
+        Box::pin(self.questions.ask_after(promotion_wait, address, client))
     }
 
-    fn stirs(&self) -> u64 {
-        self.stirs.load(Ordering::Relaxed)
+    fn traffic(&self) -> u64 {
+        self.traffic.load(Ordering::Relaxed)
     }
 
     fn drives(&self) -> bool {

@@ -26,7 +26,7 @@ mod tests;
 mod untold;
 mod view;
 
-pub(crate) use action::{Action, Probed, Pulse, Suspicion, Vigil};
+pub(crate) use action::{Action, Probed, PromotionWait, Suspicion, TrafficSample};
 pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
 pub(crate) use identity::Accept;
@@ -89,7 +89,7 @@ pub(crate) struct Topology {
     sleep: sleep::Sleep,
     changed: Change,
     polled_at: Instant,
-    pulse: Pulse,
+    traffic: TrafficSample,
     moved_at: Instant,
     /// When something was last received on a session of the pool; where that can be told.
     received_at: Option<Instant>,
@@ -130,7 +130,7 @@ impl Topology {
             sleep: sleep::Sleep::default(),
             changed: Change { at: now, why: "started".to_owned() },
             polled_at: now,
-            pulse: Pulse::default(),
+            traffic: TrafficSample::default(),
             moved_at: now,
             received_at: None,
             lent_at: now,
@@ -164,7 +164,7 @@ impl Topology {
         self.patrol_alone(now);
         self.ask_beside(now);
         let (current, suspended) = (self.primary_address(), self.suspended_address());
-        let vigil = self.vigil(now);
+        let promotion_wait = self.promotion_wait(now);
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
             Phase::Known { .. } => None,
@@ -200,10 +200,11 @@ impl Topology {
                 || search.is_some_and(|search| member.outlived(search, now));
             // The first question of a search is how things stand.
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
-            member.vigil = vigil.filter(|_| waits).map(|vigil| member.spares(vigil));
-            let (endpoint, vigil) = (member.endpoint.clone(), member.vigil);
-            let within = within + vigil.map_or(Duration::ZERO, |vigil| vigil.lasts);
-            self.actions.push(Action::Probe { endpoint, fresh, beside: false, vigil, within, opened_within });
+            member.promotion_wait =
+                promotion_wait.filter(|_| waits).map(|promotion_wait| member.spares(promotion_wait));
+            let (endpoint, promotion_wait) = (member.endpoint.clone(), member.promotion_wait);
+            let within = within + promotion_wait.map_or(Duration::ZERO, |promotion_wait| promotion_wait.lasts);
+            self.actions.push(Action::Probe { endpoint, fresh, beside: false, promotion_wait, within, opened_within });
         }
         std::mem::take(&mut self.actions)
     }
@@ -215,7 +216,7 @@ impl Topology {
         };
         let took = match probed.beside {
             true => self.beside.answered(now),
-            false if member.vigil.is_some() => member.took,
+            false if member.promotion_wait.is_some() => member.took,
             false => member.asked_at.map(|at| now.duration_since(at)),
         };
         let current = self.primary_address().as_ref() == Some(&probed.address);
@@ -312,15 +313,15 @@ impl Topology {
     }
 
     /// What the sessions in use did since the last look. Call before each [`Self::poll`].
-    pub(crate) fn pulse(&mut self, now: Instant, pulse: Pulse) {
-        if pulse.in_use && !self.pulse.in_use {
+    pub(crate) fn traffic(&mut self, now: Instant, traffic: TrafficSample) {
+        if traffic.in_use && !self.traffic.in_use {
             self.lent_at = now;
         }
-        self.pulse = pulse;
-        if pulse.moved {
+        self.traffic = traffic;
+        if traffic.moved {
             self.moved_at = now;
         }
-        if pulse.received {
+        if traffic.received {
             self.received_at = Some(now);
         }
     }

@@ -23,7 +23,7 @@ use crate::resolve::Resolve;
 use crate::server::{Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
-    Action, Address, Change, GenerationId, NameAnswer, Primary, Probed, Pulse, State, Topology, View,
+    Action, Address, Change, GenerationId, NameAnswer, Primary, Probed, State, Topology, TrafficSample, View,
 };
 
 /// The task goes on after a panic, and does not spin where one follows on the other.
@@ -56,8 +56,8 @@ pub(super) struct Task<C: SessionClient> {
     observer: Arc<Observer>,
     search: Option<Span>,
     searching_since: Instant,
-    /// The opener's count of stirs at the last look, and the answers that callers told of.
-    stirs: u64,
+    /// The opener's count of traffic at the last look, and the answers that callers told of.
+    traffic: u64,
     heard: u64,
     sleep_after: Option<Duration>,
     /// Somebody needed a primary then.
@@ -99,7 +99,7 @@ impl<C: SessionClient> Task<C> {
             search: Some(setup.observer.search()),
             observer: setup.observer,
             searching_since: now,
-            stirs: 0,
+            traffic: 0,
             heard: 0,
             sleep_after: setup.sleep_after,
             used_at: now,
@@ -122,8 +122,8 @@ impl<C: SessionClient> Task<C> {
     async fn step(&mut self) -> bool {
         {
             let now = Instant::now();
-            let pulse = self.feel();
-            if !self.is_awake(now, pulse) {
+            let traffic = self.sample_traffic();
+            if !self.is_awake(now, traffic) {
                 self.publish();
                 tokio::select! {
                     biased;
@@ -131,7 +131,7 @@ impl<C: SessionClient> Task<C> {
                     () = self.shared.wake.notified() => return true,
                 }
             }
-            self.topology.pulse(now, pulse);
+            self.topology.traffic(now, traffic);
             for action in self.topology.poll(now) {
                 self.act(action);
             }
@@ -152,7 +152,7 @@ impl<C: SessionClient> Task<C> {
     }
 
     /// Does anybody need a primary, or has lately? Falls asleep and wakes up.
-    fn is_awake(&mut self, now: Instant, pulse: Pulse) -> bool {
+    fn is_awake(&mut self, now: Instant, traffic: TrafficSample) -> bool {
         let Some(after) = self.sleep_after else { return true };
         let lent = self.shared.lent.swap(false, Ordering::SeqCst);
         let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
@@ -168,7 +168,7 @@ impl<C: SessionClient> Task<C> {
             self.topology.wake(now);
             return true;
         }
-        if pulse.in_use || pulse.moved || lent || wanted() {
+        if traffic.in_use || traffic.moved || lent || wanted() {
             self.used_at = now;
             return true;
         }
@@ -197,9 +197,9 @@ impl<C: SessionClient> Task<C> {
     }
 
     /// What the sessions did since the last look.
-    fn feel(&mut self) -> Pulse {
-        let stirs = self.opener.stirs();
-        let moved = std::mem::replace(&mut self.stirs, stirs) != stirs;
+    fn sample_traffic(&mut self) -> TrafficSample {
+        let traffic = self.opener.traffic();
+        let moved = std::mem::replace(&mut self.traffic, traffic) != traffic;
         self.shared.listening.store(moved, Ordering::SeqCst);
         let in_use = self.shared.in_use.load(Ordering::SeqCst) > 0;
         if in_use {
@@ -210,7 +210,7 @@ impl<C: SessionClient> Task<C> {
         let open = generation.map_or(0, |generation| generation.open.count());
         let heard = self.shared.heard.load(Ordering::Relaxed);
         let received = std::mem::replace(&mut self.heard, heard) != heard;
-        Pulse { in_use, moved, received, open }
+        TrafficSample { in_use, moved, received, open }
     }
 
     fn act(&mut self, action: Action) {
@@ -221,14 +221,14 @@ impl<C: SessionClient> Task<C> {
                     self.work.push(Box::pin(looked_up.instrument(self.span())));
                 }
             }
-            Action::Probe { endpoint, fresh, beside, vigil, within, opened_within } => {
+            Action::Probe { endpoint, fresh, beside, promotion_wait, within, opened_within } => {
                 let kept = if fresh { None } else { self.kept(&endpoint.address) };
                 let within = if kept.is_some() { within } else { opened_within };
                 if kept.is_some() {
                     self.under_way.insert(endpoint.address.clone());
                 }
                 let (opener, scope) = (Arc::clone(&self.opener), self.root.child_token());
-                let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, vigil, within }, scope);
+                let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, promotion_wait, within }, scope);
                 self.work.push(Box::pin(asked.instrument(self.span())));
             }
             Action::Suspend { why } => self.lost(why),

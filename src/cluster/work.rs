@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::Name;
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
-use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, Question, ServerReport, Vigil};
+use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
 
 /// A look-up that takes longer is given up; the resolver's own limit is shorter.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ pub(super) enum Event<C> {
 pub(super) struct Asks {
     pub(super) fresh: bool,
     pub(super) beside: bool,
-    pub(super) vigil: Option<Vigil>,
+    pub(super) promotion_wait: Option<PromotionWait>,
     pub(super) within: Duration,
 }
 
@@ -63,13 +63,13 @@ pub(super) async fn ask<C: SessionClient>(
     opener: Arc<dyn Open<C>>,
     endpoint: Endpoint,
     kept: Option<Session<C>>,
-    Asks { fresh, beside, vigil, within }: Asks,
+    Asks { fresh, beside, promotion_wait, within }: Asks,
     scope: CancellationToken,
 ) -> Event<C> {
     let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
     match kept {
         Some(session) => {
-            let answer = timeout(within, opener.ask(&endpoint.address, &session.client, vigil)).await;
+            let answer = timeout(within, opener.ask(&endpoint.address, &session.client, promotion_wait)).await;
             let result = answer.unwrap_or_else(|_| Err(silent()));
             Event::Asked { endpoint, session, beside, result }
         }

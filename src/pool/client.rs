@@ -15,14 +15,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
-use super::lender::FromElsewhere;
+use super::lender::WrappedObject;
 use super::trail::Trail;
 use crate::classify::ends_session;
 use crate::cluster::Wanting;
 use crate::commit::Life;
 use crate::commit::wal::Marking;
 use crate::observe::{Lent, Watched};
-use crate::server::{Activity, Notices, Seat, SessionClient};
+use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
@@ -65,7 +65,7 @@ pub(super) enum Loan<C: SessionClient> {
     /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it. Watched while
     /// it is on loan: what becomes of it in its own pool nobody tells.
     Lent {
-        object: Box<dyn FromElsewhere<C>>,
+        object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
         watched: Arc<Watched>,
         scope: CancellationToken,
@@ -183,7 +183,7 @@ impl<C: SessionClient> Client<C> {
                     Own::Ours(connection)
                 }
                 Loan::Lent { object, watched, .. } => {
-                    watched.left(false);
+                    watched.session_ended(false);
                     Own::Theirs(object.take())
                 }
             }
@@ -365,7 +365,7 @@ impl<C: SessionClient> Drop for Client<C> {
         self.pool.cluster().returned();
         loan.watched().given_back(&self.lent);
         if let Loan::Lent { watched, .. } = &loan {
-            watched.left(false);
+            watched.session_ended(false);
         }
         let closed = self.pool.cluster().is_closed();
         let busy = loan.activity().is_busy();

@@ -14,10 +14,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::trail::clear_idle;
 use crate::server::{Guarded, Open, Opened, Questions, Session, SessionClient, not_created, panicked};
-use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Question, ServerReport, Vigil};
+use crate::topology::{
+    Address, Endpoint, FailureKind, GenerationId, ProbeFailure, PromotionWait, Question, ServerReport,
+};
 
 /// A connection of the wrapped pool.
-pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
+pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     fn id(&self) -> ObjectId;
 
     /// Has it been used before, by whomever?
@@ -32,7 +34,7 @@ pub(super) trait FromElsewhere<C>: DerefMut<Target = C> + Send + Sync {
     }
 }
 
-impl<M> FromElsewhere<M::Type> for Object<M>
+impl<M> WrappedObject<M::Type> for Object<M>
 where
     M: managed::Manager,
     M::Type: Send + Sync,
@@ -52,7 +54,7 @@ where
 
 /// The wrapped pool, without its manager's type.
 pub(super) trait Lend<C>: Send + Sync {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<C>>, NotLent>>;
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<C>>, NotLent>>;
 
     fn status(&self) -> managed::Status;
 
@@ -60,7 +62,7 @@ pub(super) trait Lend<C>: Send + Sync {
     fn evict_for(&self, id: GenerationId);
 
     /// Something was sent or received.
-    fn stir(&self);
+    fn count_traffic(&self);
 
     /// Clears the prepared statements of what is idle.
     fn clear_idle(&self);
@@ -81,7 +83,7 @@ pub(super) enum NotLent {
 pub(super) struct Lender<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
     pub(super) questions: Questions,
-    pub(super) stirs: AtomicU64,
+    pub(super) traffic: AtomicU64,
     /// The newest generation that idle connections were closed for. There was none before the first.
     pub(super) evicted_for: AtomicU64,
 }
@@ -104,7 +106,7 @@ where
             let created = creating.await.map_err(|panic| panicked(MANAGER, &*panic))?.map_err(not_created)?;
             let existing = self.existing.clone();
             // The manager may keep a record of what it made, as deadpool-postgres' does.
-            let client = Guarded::with_farewell(created, move |client| existing.manager().detach(client));
+            let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
             let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
@@ -115,13 +117,13 @@ where
         &'a self,
         address: &'a Address,
         client: &'a tokio_postgres::Client,
-        vigil: Option<Vigil>,
+        promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask_after(vigil, address, client))
+        Box::pin(self.questions.ask_after(promotion_wait, address, client))
     }
 
-    fn stirs(&self) -> u64 {
-        self.stirs.load(Ordering::Relaxed)
+    fn traffic(&self) -> u64 {
+        self.traffic.load(Ordering::Relaxed)
     }
 
     fn drives(&self) -> bool {
@@ -141,7 +143,7 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn FromElsewhere<M::Type>>, NotLent>> {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<M::Type>>, NotLent>> {
         Box::pin(async move {
             // A panic in the manager, or in a hook of the wrapped pool, costs this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
@@ -150,7 +152,7 @@ where
                 Err(panic) => return Err(NotLent::Failed(panicked(MANAGER, &*panic))),
             };
             match got {
-                Ok(object) => Ok(Box::new(object) as Box<dyn FromElsewhere<M::Type>>),
+                Ok(object) => Ok(Box::new(object) as Box<dyn WrappedObject<M::Type>>),
                 Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
                 Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
                 Err(PoolError::Closed) => Err(NotLent::Closed),
@@ -171,8 +173,8 @@ where
         tracing::debug!(evicted, "idle connections of the wrapped pool closed");
     }
 
-    fn stir(&self) {
-        self.stirs.fetch_add(1, Ordering::Relaxed);
+    fn count_traffic(&self) {
+        self.traffic.fetch_add(1, Ordering::Relaxed);
     }
 
     fn clear_idle(&self) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::checkout::Counted;
-use super::{Aside, Client, Pool};
+use super::{Client, Pool, SideSession};
 use crate::commit::Life;
 use crate::error::Error;
 use crate::server::{Notices, SessionClient};
@@ -26,7 +26,7 @@ pub(super) struct Settlers<C> {
     /// Those of them that hold, or are about to take, a connection of the pool's.
     pooled: AtomicUsize,
     /// Sessions for the next, while there is one.
-    idle: Mutex<Vec<Aside<C>>>,
+    idle: Mutex<Vec<SideSession<C>>>,
 }
 
 impl<C> Default for Settlers<C> {
@@ -51,19 +51,19 @@ impl<'a, C: SessionClient> Settling<'a, C> {
 
     /// A session to the current primary, and the right to ask on it. Waits for both without a limit of its own.
     /// Cancel-safe.
-    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, Witness<'a, C>), Error> {
+    pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, SettleSession<'a, C>), Error> {
         if let Some(lent) = self.lent().await? {
-            return Ok((None, Witness::Pooled(lent)));
+            return Ok((None, SettleSession::Pooled(lent)));
         }
         // Never closed, so waiting for it cannot fail.
         let permit = self.settlers.permits.acquire().await.ok();
         while let Some(kept) = self.take() {
             if self.pool.cluster().is_current(kept.generation()) && !kept.client().is_closed() {
                 kept.notices().forget();
-                return Ok((permit, Witness::Beside(kept)));
+                return Ok((permit, SettleSession::Beside(kept)));
             }
         }
-        Ok((permit, Witness::Beside(self.pool.aside().await?)))
+        Ok((permit, SettleSession::Beside(self.pool.side_session().await?)))
     }
 
     /// Half of the pool is left to those who only read: the confirmation of a commit may wait for a standby for long.
@@ -82,14 +82,14 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     }
 
     /// Keeps a session without a transaction for whoever needs it next.
-    pub(crate) fn keep(&self, witness: Witness<'_, C>) {
+    pub(crate) fn keep(&self, witness: SettleSession<'_, C>) {
         match witness {
-            Witness::Pooled(mut lent) => lent.clean = true,
-            Witness::Beside(aside) => lock(&self.settlers.idle).push(aside),
+            SettleSession::Pooled(mut lent) => lent.clean = true,
+            SettleSession::Beside(side_session) => lock(&self.settlers.idle).push(side_session),
         }
     }
 
-    fn take(&self) -> Option<Aside<C>> {
+    fn take(&self) -> Option<SideSession<C>> {
         lock(&self.settlers.idle).pop()
     }
 }
@@ -105,9 +105,9 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
 
 /// The session that a settler asks on. Dropping it ends it, and what was begun on it is rolled back; [`Settling::keep`] does
 /// not.
-pub(crate) enum Witness<'a, C: SessionClient> {
+pub(crate) enum SettleSession<'a, C: SessionClient> {
     Pooled(Lent<'a, C>),
-    Beside(Aside<C>),
+    Beside(SideSession<C>),
 }
 
 pub(crate) struct Lent<'a, C: SessionClient> {
@@ -124,11 +124,11 @@ impl<C: SessionClient> Drop for Lent<'_, C> {
     }
 }
 
-impl<C: SessionClient> Witness<'_, C> {
+impl<C: SessionClient> SettleSession<'_, C> {
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         match self {
             Self::Pooled(lent) => &lent.client,
-            Self::Beside(aside) => aside.client(),
+            Self::Beside(side_session) => side_session.client(),
         }
     }
 
@@ -142,21 +142,21 @@ impl<C: SessionClient> Witness<'_, C> {
     pub(crate) fn notices(&self) -> &Notices {
         match self {
             Self::Pooled(lent) => lent.client.notices(),
-            Self::Beside(aside) => aside.notices(),
+            Self::Beside(side_session) => side_session.notices(),
         }
     }
 
     pub(crate) fn generation(&self) -> GenerationId {
         match self {
             Self::Pooled(lent) => lent.client.generation(),
-            Self::Beside(aside) => aside.generation(),
+            Self::Beside(side_session) => side_session.generation(),
         }
     }
 
     pub(crate) fn life(&self) -> Option<Life> {
         match self {
             Self::Pooled(lent) => lent.client.life(),
-            Self::Beside(aside) => aside.life(),
+            Self::Beside(side_session) => side_session.life(),
         }
     }
 
@@ -164,7 +164,7 @@ impl<C: SessionClient> Witness<'_, C> {
     pub(crate) async fn evicted(&self) {
         match self {
             Self::Pooled(lent) => lent.client.evicted().await,
-            Self::Beside(aside) => aside.evicted().await,
+            Self::Beside(side_session) => side_session.evicted().await,
         }
     }
 }

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 use super::client::Loan;
 use super::connection::Facts;
 use super::dialer::Dialer;
-use super::lender::{FromElsewhere, Lend, Lender, NotLent};
+use super::lender::{Lend, Lender, NotLent, WrappedObject};
 use super::options::{CallOptions, checked, seed_or_random};
 use super::trail::{Trail, Trails};
 use super::{Pool, Source};
@@ -33,7 +33,7 @@ use crate::sync::lock;
 use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Refusal, Settings, Suspicion, View};
 
 /// A connection with a question under way. Dropping it closes the connection: one that was not answered does not go back.
-struct Asked<C>(Option<Box<dyn FromElsewhere<C>>>);
+struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
 
 impl<C> Drop for Asked<C> {
     fn drop(&mut self) {
@@ -108,7 +108,7 @@ impl<C: SessionClient> Wrapped<C> {
         &self,
         dialer: &Dialer<C>,
         generation: &Generation<C>,
-        object: Box<dyn FromElsewhere<C>>,
+        object: Box<dyn WrappedObject<C>>,
     ) -> Result<Loan<C>, Option<ProbeFailure>> {
         let (id, scope) = (generation.primary.id, generation.scope.clone());
         let lend = |object, facts| {
@@ -162,7 +162,7 @@ impl<C: SessionClient> Wrapped<C> {
     }
 
     fn known(&self, object: ObjectId, id: GenerationId) -> Option<Arc<Facts>> {
-        self.lender.stir();
+        self.lender.count_traffic();
         lock(&self.known).get(&object).filter(|facts| facts.generation == id).cloned()
     }
 
@@ -293,7 +293,7 @@ where
         let lender = Arc::new(Lender {
             existing: self.existing,
             questions: Questions::default(),
-            stirs: AtomicU64::new(0),
+            traffic: AtomicU64::new(0),
             evicted_for: AtomicU64::new(1),
         });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };

@@ -14,24 +14,24 @@ use crate::sync::lock;
 use crate::topology::shortened;
 
 /// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
-pub(crate) trait Seat: Send {
+pub(crate) trait SessionEndListener: Send {
     /// `lost`: the server or the network ended it, and not this side.
-    fn left(&self, lost: bool);
+    fn session_ended(&self, lost: bool);
 }
 
 /// Who is told of the end of a session.
 #[derive(Default)]
-enum Seated {
+enum EndListener {
     #[default]
     Nobody,
-    Somebody(Box<dyn Seat>),
+    Somebody(Box<dyn SessionEndListener>),
     /// It has ended.
     Left,
 }
 
-impl fmt::Debug for Seated {
+impl fmt::Debug for EndListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Seated")
+        f.write_str("EndListener")
     }
 }
 
@@ -44,17 +44,17 @@ pub(crate) struct Notices {
     /// The session is one of the pool's, whose traffic shows that the server is there.
     pooled: AtomicBool,
     /// Grows whenever something is sent or received on the session, where its driver is this crate's; 0 where it is not.
-    stirs: AtomicU64,
-    seated: Mutex<Seated>,
+    traffic: AtomicU64,
+    end_listener: Mutex<EndListener>,
     /// Who hears the session's notifications, if anybody does.
-    ear: OnceLock<Arc<dyn Ear>>,
+    sink: OnceLock<Arc<dyn NotificationSink>>,
     end: End,
     /// What is under way on the session, where its driver is this crate's.
     pub(crate) activity: Arc<Activity>,
 }
 
 /// Hears what one session is notified of. Called by its driver task: must not wait.
-pub(crate) trait Ear: fmt::Debug + Send + Sync {
+pub(crate) trait NotificationSink: fmt::Debug + Send + Sync {
     /// A NOTIFY on one of the session's channels.
     fn notified(&self, notification: Notification);
     /// The session has ended: nothing will come any more.
@@ -74,27 +74,27 @@ impl Notices {
         }
     }
 
-    /// From now on the session's traffic counts, and `seat` is told of its end.
-    pub(crate) fn pool(&self, seat: Box<dyn Seat>) {
+    /// From now on the session's traffic counts, and `listener` is told of its end.
+    pub(crate) fn pool(&self, listener: Box<dyn SessionEndListener>) {
         self.pooled.store(true, Ordering::Relaxed);
-        let mut seated = lock(&self.seated);
-        match *seated {
-            Seated::Left => seat.left(false),
-            _ => *seated = Seated::Somebody(seat),
+        let mut end_listener = lock(&self.end_listener);
+        match *end_listener {
+            EndListener::Left => listener.session_ended(false),
+            _ => *end_listener = EndListener::Somebody(listener),
         }
     }
 
     /// The session has ended; whoever says so first is right about the reason.
-    pub(super) fn left(&self, lost: bool) {
-        let seated = std::mem::replace(&mut *lock(&self.seated), Seated::Left);
-        if let Seated::Somebody(seat) = seated {
-            seat.left(lost);
+    pub(super) fn ended(&self, lost: bool) {
+        let end_listener = std::mem::replace(&mut *lock(&self.end_listener), EndListener::Left);
+        if let EndListener::Somebody(listener) = end_listener {
+            listener.session_ended(lost);
         }
     }
 
     /// The driver's task is at work, because something is sent or received. `pool` counts for all sessions of the pool.
-    pub(super) fn stirred(&self, pool: &AtomicU64) {
-        self.stirs.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn count_traffic(&self, pool: &AtomicU64) {
+        self.traffic.fetch_add(1, Ordering::Relaxed);
         if self.pooled.load(Ordering::Relaxed) {
             pool.fetch_add(1, Ordering::Relaxed);
         }
@@ -103,23 +103,23 @@ impl Notices {
     /// The driver's task ends: whoever waits for that is told.
     pub(super) fn over(&self) {
         self.end.over();
-        self.left(false);
+        self.ended(false);
         self.activity.end();
-        if let Some(ear) = self.ear.get() {
-            ear.ended();
+        if let Some(sink) = self.sink.get() {
+            sink.ended();
         }
     }
 
     /// The server notifies the session of something on one of its channels.
     pub(super) fn notified(&self, notification: Notification) {
-        if let Some(ear) = self.ear.get() {
-            ear.notified(notification);
+        if let Some(sink) = self.sink.get() {
+            sink.notified(notification);
         }
     }
 
-    /// `ear` hears from now on. The first stays: a session has one.
-    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
-        let _ = self.ear.set(ear);
+    /// `sink` hears from now on. The first stays: a session has one.
+    pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
+        let _ = self.sink.set(sink);
     }
 
     /// What was said before is of no interest to what comes now.
@@ -129,13 +129,13 @@ impl Notices {
     }
 
     /// Another number than before, if something was sent or received meanwhile on this session.
-    pub(crate) fn stirs(&self) -> u64 {
-        self.stirs.load(Ordering::Relaxed)
+    pub(crate) fn traffic(&self) -> u64 {
+        self.traffic.load(Ordering::Relaxed)
     }
 
     /// Is it seen what the session sends and receives?
     pub(crate) fn are_driven(&self) -> bool {
-        self.stirs() > 0
+        self.traffic() > 0
     }
 
     /// What the server said when it ended the session.

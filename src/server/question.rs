@@ -11,7 +11,7 @@ use super::failure;
 use super::withheld::{self, Withheld};
 use crate::classify::{Verdict, about_a_part, classify, explain, not_offered};
 use crate::topology::{
-    Address, BadReport, FailureKind, ProbeFailure, Question, Refused, ServerReport, Vigil, wait_for_promotion,
+    Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
 };
 
 /// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
@@ -25,7 +25,7 @@ pub(crate) struct Questions {
     /// What servers do not let this role read.
     parts: Withheld<Refused>,
     /// Servers that did not let this role wait for a promotion.
-    vigil: Withheld<()>,
+    promotion_wait: Withheld<()>,
 }
 
 impl Questions {
@@ -62,21 +62,23 @@ impl Questions {
         read(question, refused, rows(client, &question.sql(refused)).await)
     }
 
-    /// On a session that was opened earlier. The question is sent together with the vigil, and in a transaction of its own:
+    /// On a session that was opened earlier. The question is sent together with the promotion wait, and in a transaction of its own:
     /// one that began on a standby stays read-only. Where the server refuses to wait, by its rights or by a
     /// `statement_timeout`, it is answered at once.
     pub(crate) async fn ask_after(
         &self,
-        vigil: Option<Vigil>,
+        promotion_wait: Option<PromotionWait>,
         address: &Address,
         client: &Client,
     ) -> Result<ServerReport, ProbeFailure> {
         let waiting = async {
-            let Some(vigil) = vigil.filter(|_| self.vigil.of(address).is_none()) else { return };
-            let Err(error) = rows(client, &wait_for_promotion(vigil)).await else { return };
+            let Some(promotion_wait) = promotion_wait.filter(|_| self.promotion_wait.of(address).is_none()) else {
+                return;
+            };
+            let Err(error) = rows(client, &wait_for_promotion(promotion_wait)).await else { return };
             tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
             if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
-                self.vigil.note(address, (), |(), ()| ());
+                self.promotion_wait.note(address, (), |(), ()| ());
             }
         };
         let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));

@@ -37,29 +37,29 @@ pub(crate) struct Session<C = ClientWrapper> {
     pub(crate) notices: Arc<Notices>,
 }
 
-type Farewell<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
+type OnDrop<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
 
 /// A client, and what is to be done when it is dropped.
 pub(crate) struct Guarded<C> {
     client: C,
-    farewell: Option<Farewell<C>>,
+    on_drop: Option<OnDrop<C>>,
 }
 
 impl<C> Guarded<C> {
     pub(super) fn new(client: C) -> Self {
-        Self { client, farewell: None }
+        Self { client, on_drop: None }
     }
 
-    pub(crate) fn with_farewell(client: C, farewell: impl FnOnce(&mut C) + Send + Sync + 'static) -> Self {
-        Self { client, farewell: Some(Box::new(farewell)) }
+    pub(crate) fn with_on_drop(client: C, on_drop: impl FnOnce(&mut C) + Send + Sync + 'static) -> Self {
+        Self { client, on_drop: Some(Box::new(on_drop)) }
     }
 }
 
 impl<C> Drop for Guarded<C> {
     fn drop(&mut self) {
-        if let Some(farewell) = self.farewell.take() {
+        if let Some(on_drop) = self.on_drop.take() {
             // Somebody else's code, and this may run in the task of the cluster.
-            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| farewell(&mut self.client)));
+            let _ = std::panic::catch_unwind(AssertUnwindSafe(|| on_drop(&mut self.client)));
         }
     }
 }
@@ -92,24 +92,27 @@ pub(super) async fn drive(
     mut driver: Driver,
     scope: CancellationToken,
     notices: Arc<Notices>,
-    stirs: Arc<AtomicU64>,
+    traffic: Arc<AtomicU64>,
     cancelling: impl Future<Output = ()> + Send + 'static,
 ) {
     let at_the_end = AtTheEnd(Arc::clone(&notices));
     notices.end().driven();
     let activity = &notices.activity;
-    let bell = Arc::new(Bell { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
-    let waker = Waker::from(Arc::clone(&bell));
-    let counted = Waker::from(Arc::new(Counted { activity: Arc::clone(activity), bell: Arc::clone(&bell) }));
+    let scope_waker = Arc::new(ScopeWaker { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
+    let waker = Waker::from(Arc::clone(&scope_waker));
+    let counted =
+        Waker::from(Arc::new(Counted { activity: Arc::clone(activity), scope_waker: Arc::clone(&scope_waker) }));
     let mut left = pin!(scope.cancelled());
     let mut busy = false;
-    // But for the bell, the driver is woken by what is to be sent and by what was received, and by nothing else.
+    // But for the waker of the scope, the driver is woken by what is to be sent and by what was received, and by nothing else.
     let ended = poll_fn(|context| {
-        bell.driver.register(context.waker());
-        if bell.rung.swap(false, Ordering::AcqRel) && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+        scope_waker.driver.register(context.waker());
+        if scope_waker.rung.swap(false, Ordering::AcqRel)
+            && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
+        {
             return Poll::Ready(Ok(()));
         }
-        notices.stirred(&stirs);
+        notices.count_traffic(&traffic);
         let woken = activity.before_poll();
         let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
         busy = activity.polled(woken) && polled.is_pending();
@@ -118,7 +121,7 @@ pub(super) async fn drive(
     if let Err(error) = ended.await {
         tracing::debug!("a session ended: {}", explain(&error));
         at_the_end.0.end().ended_with(&error);
-        at_the_end.0.left(true);
+        at_the_end.0.ended(true);
     }
     if busy {
         tracing::debug!("a connection was given back with something under way: cancelled and closed");
@@ -129,7 +132,7 @@ pub(super) async fn drive(
 /// Counts what wakes the driver: a request that was made, or something that was received.
 struct Counted {
     activity: Arc<Activity>,
-    bell: Arc<Bell>,
+    scope_waker: Arc<ScopeWaker>,
 }
 
 impl Wake for Counted {
@@ -139,18 +142,18 @@ impl Wake for Counted {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.activity.wake();
-        self.bell.driver.wake();
+        self.scope_waker.driver.wake();
     }
 }
 
 /// Rings when the scope of a session ends. All sessions of a generation share the scope and its locks, so a driver looks
-/// there when the bell has rung, and not whenever something is sent or received.
-struct Bell {
+/// there when that waker was woken, and not whenever something is sent or received.
+struct ScopeWaker {
     rung: AtomicBool,
     driver: AtomicWaker,
 }
 
-impl Wake for Bell {
+impl Wake for ScopeWaker {
     fn wake(self: Arc<Self>) {
         self.rung.store(true, Ordering::Release);
         self.driver.wake();

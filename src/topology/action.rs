@@ -15,7 +15,7 @@ pub(crate) enum Suspicion {
 
 /// What the sessions of the pool were doing since the last look.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Pulse {
+pub(crate) struct TrafficSample {
     /// Somebody has a connection on loan, and perhaps waits for an answer on it.
     pub(crate) in_use: bool,
     /// Something was sent or received.
@@ -44,14 +44,14 @@ pub(crate) struct Probed {
 pub(crate) enum Action {
     /// Ask for the addresses behind this configured name.
     Resolve(usize),
-    /// Ask this server, on a new session if `fresh`, and by a vigil before if there is an open one.
+    /// Ask this server, on a new session if `fresh`, and by a promotion wait before if there is an open one.
     Probe {
         endpoint: Endpoint,
         fresh: bool,
         /// Beside a question that may be under way to the same server; if not `fresh`, on a session that is open or not at all.
         beside: bool,
-        vigil: Option<Vigil>,
-        /// Time for the answer on a session that is open, the vigil included.
+        promotion_wait: Option<PromotionWait>,
+        /// Time for the answer on a session that is open, the promotion wait included.
         within: Duration,
         /// Time for opening a session and for the answer.
         opened_within: Duration,
@@ -74,7 +74,7 @@ pub(crate) enum Action {
 
 /// The server itself waits for the end of its recovery, so that a promotion is told the moment it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Vigil {
+pub(crate) struct PromotionWait {
     /// It ends after this in any case.
     pub(crate) lasts: Duration,
     /// Pause between two looks.

@@ -143,7 +143,7 @@ impl Topology {
         }
         let within = self.settings.heartbeat_timeout;
         let opened_within = self.settings.probe_timeout + within;
-        self.actions.push(Action::Probe { endpoint, fresh, beside: true, vigil: None, within, opened_within });
+        self.actions.push(Action::Probe { endpoint, fresh, beside: true, promotion_wait: None, within, opened_within });
     }
 
     /// When something was last received on any session of the pool to the primary.
@@ -154,7 +154,7 @@ impl Topology {
     /// A caller waits on a session of the pool, and nothing has stirred for as long as a heart-beat may take.
     fn is_mute(&self, now: Instant) -> bool {
         let heard_at = self.moved_at.max(self.lent_at);
-        self.pulse.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
+        self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
     /// A question to the primary that is known brought no report.
@@ -168,7 +168,7 @@ impl Topology {
             kind: failure.kind,
             fresh: probed.fresh,
             kept_open: probed.still_open,
-            pooled_open: self.pulse.open > 0,
+            pooled_open: self.traffic.open > 0,
             received: self.heard_since(asked_at),
             mute: self.is_mute(now),
         };

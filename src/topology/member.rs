@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, FailureKind, Origin, Parts, Phase, RENEWED_AFTER, Refusal,
-    Search, ServerReport, Topology, Vigil,
+    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, FailureKind, Origin, Parts, Phase, PromotionWait,
+    RENEWED_AFTER, Refusal, Search, ServerReport, Topology,
 };
 
 /// So many candidates are probed at the same time; more of them take turns.
@@ -20,7 +20,7 @@ pub(super) struct Member {
     pub(super) due: Instant,
     pub(super) asking: bool,
     /// The one that the last question came with.
-    pub(super) vigil: Option<Vigil>,
+    pub(super) promotion_wait: Option<PromotionWait>,
     pub(super) asked_at: Option<Instant>,
     pub(super) answered_at: Option<Instant>,
     /// When it reported last.
@@ -58,9 +58,9 @@ impl Member {
     }
 
     /// A server that takes long to answer has other pools that wait, too: it looks less often.
-    pub(super) fn spares(&self, vigil: Vigil) -> Vigil {
-        let step = vigil.step.max(self.took.unwrap_or_default() / 2).min(vigil.lasts);
-        Vigil { step, ..vigil }
+    pub(super) fn spares(&self, promotion_wait: PromotionWait) -> PromotionWait {
+        let step = promotion_wait.step.max(self.took.unwrap_or_default() / 2).min(promotion_wait.lasts);
+        PromotionWait { step, ..promotion_wait }
     }
 
     /// Has it said in this search what it is?
@@ -140,7 +140,7 @@ impl Topology {
             origin,
             due: now,
             asking: false,
-            vigil: None,
+            promotion_wait: None,
             asked_at: None,
             answered_at: None,
             heard_at: None,

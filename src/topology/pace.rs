@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Address, Answer, FailureKind, Member, Phase, Topology, Vigil};
+use super::{Address, Answer, FailureKind, Member, Phase, PromotionWait, Topology};
 
 /// A member that DNS no longer names, and that does not answer, is forgotten after this long.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
@@ -27,10 +27,10 @@ const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
 pub(super) const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// DNS is asked no more often than this while searching.
 pub(super) const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// A vigil looks so many times in the pause between two questions …
+/// How often a promotion wait looks in the pause between two questions.
 const LOOKS: u32 = 10;
-/// … and lasts so long, at least and at most.
-const VIGIL: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+/// How long a promotion wait lasts, at least and at most.
+const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
 /// Up to so many candidates that do not answer are each asked as often as one would be; up to twice as many, half as often.
 const CROWD: usize = 8;
 /// Shortest and longest pause before a server that had no slot for a session is asked for one again.
@@ -98,7 +98,7 @@ impl Topology {
             ],
             Phase::Known { .. } => [
                 self.uneasy_at().filter(|at| *at > self.polled_at),
-                (self.pulse.in_use || self.pulse.moved).then(|| self.polled_at + self.listen_interval()),
+                (self.traffic.in_use || self.traffic.moved).then(|| self.polled_at + self.listen_interval()),
                 None,
                 None,
                 None,
@@ -109,11 +109,12 @@ impl Topology {
     }
 
     /// How a session to a standby is asked in this search. Not where the next session may lead elsewhere.
-    pub(super) fn vigil(&self, now: Instant) -> Option<Vigil> {
+    pub(super) fn promotion_wait(&self, now: Instant) -> Option<PromotionWait> {
         let Phase::Searching(search) = &self.phase else { return None };
         let pause = self.poll_pause(now.duration_since(search.since));
         let step = (pause / LOOKS).max(Duration::from_millis(1));
-        (!self.settings.roaming).then_some(Vigil { lasts: pause.clamp(VIGIL.0, VIGIL.1), step })
+        (!self.settings.roaming)
+            .then_some(PromotionWait { lasts: pause.clamp(PROMOTION_WAIT.0, PROMOTION_WAIT.1), step })
     }
 
     /// Whose turn it is among those who refused the last log-in: of all of them one at a time is tried, the one that has
@@ -145,7 +146,7 @@ impl Topology {
             return;
         };
         let (least, most) = (self.settings.heartbeat / QUIET, self.settings.heartbeat);
-        let Some(member) = self.members.get_mut(&primary.endpoint.address).filter(|_| self.pulse.in_use) else {
+        let Some(member) = self.members.get_mut(&primary.endpoint.address).filter(|_| self.traffic.in_use) else {
             return;
         };
         if member.asking {
@@ -188,12 +189,12 @@ impl Topology {
             },
             // Never later than the interval that was promised.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // A vigil takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
+            // A promotion wait takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
             // have answered.
             Phase::Searching(search) if self.is_standby(address) => {
                 let pause = self.poll_pause(now.duration_since(search.since));
                 match self.members.get(address) {
-                    Some(member) if member.vigil.is_some() => pause.mul_f64(jitter),
+                    Some(member) if member.promotion_wait.is_some() => pause.mul_f64(jitter),
                     Some(Member { asked_at: Some(asked_at), .. }) => now.duration_since(*asked_at) + pause / LOOKS,
                     _ => pause,
                 }

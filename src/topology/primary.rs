@@ -107,7 +107,7 @@ impl Topology {
             // A new session does not have to lead to the same server, or does not tell whether it does: the one that is kept will.
             Answer::Refused(report, refusal)
                 if probed.fresh
-                    && (probed.still_open || self.pulse.open > 0)
+                    && (probed.still_open || self.traffic.open > 0)
                     && (refusal.is_untold() || !primary.is(&probed.address, report)) =>
             {
                 let pause = if probed.still_open { Duration::ZERO } else { self.settings.heartbeat / QUIET };

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::Vigil;
+use super::PromotionWait;
 use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 
 /// Which of the questions. A session that was just opened has no catalogue in its cache, and pays dearly for each function,
@@ -109,10 +109,10 @@ pub(crate) const EVIDENCE: &str = "\
          WHEN has_function_privilege('pg_ls_waldir()', 'execute') THEN 'files' \
          ELSE 'none' END";
 
-/// Ends when the server is no standby any more, or the vigil is over. No row is of interest.
-pub(crate) fn wait_for_promotion(vigil: Vigil) -> String {
-    let step = vigil.step.max(Duration::from_millis(1));
-    let steps = vigil.lasts.as_micros().div_ceil(step.as_micros());
+/// Ends when the server is no standby any more, or the promotion wait is over. No row is of interest.
+pub(crate) fn wait_for_promotion(promotion_wait: PromotionWait) -> String {
+    let step = promotion_wait.step.max(Duration::from_millis(1));
+    let steps = promotion_wait.lasts.as_micros().div_ceil(step.as_micros());
     format!(
         "{UNDISTURBED} \
          SELECT FROM generate_series(1, {steps}) \

@@ -54,7 +54,7 @@ impl Topology {
             member.asking = false;
             member.prompt = false;
             member.fresh = true;
-            member.vigil = None;
+            member.promotion_wait = None;
             member.opened_at = None;
             member.due = now;
         }

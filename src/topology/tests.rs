@@ -143,7 +143,7 @@ impl Bench {
         let until = self.now + duration;
         while self.now < until {
             self.now += ms(25);
-            self.topology.pulse(self.now, Pulse { in_use: true, moved: heard, received: heard, open: 1 });
+            self.topology.traffic(self.now, TrafficSample { in_use: true, moved: heard, received: heard, open: 1 });
             self.poll();
         }
     }
@@ -198,12 +198,12 @@ impl Bench {
     }
 
     /// How long each question to it is answered late on purpose.
-    fn vigils(&self, n: u8) -> Vec<Option<Vigil>> {
-        let vigil = |action: &Action| match action {
-            Action::Probe { endpoint, vigil, .. } if endpoint.address == address(n) => Some(*vigil),
+    fn promotion_waits(&self, n: u8) -> Vec<Option<PromotionWait>> {
+        let promotion_wait = |action: &Action| match action {
+            Action::Probe { endpoint, promotion_wait, .. } if endpoint.address == address(n) => Some(*promotion_wait),
             _ => None,
         };
-        self.log.iter().filter_map(vigil).collect()
+        self.log.iter().filter_map(promotion_wait).collect()
     }
 
     fn asked_freshly(&self, n: u8) -> bool {

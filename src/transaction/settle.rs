@@ -16,7 +16,7 @@ use crate::commit::{
 };
 use crate::error::Error;
 use crate::observe::Settlement;
-use crate::pool::{Client, Pool, Settling, Witness};
+use crate::pool::{Client, Pool, SettleSession, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -42,7 +42,7 @@ pub(super) struct Mark {
 
 impl Mark {
     /// Does this session lead to the server that the transaction ran on, in the same life?
-    fn is_of<C: SessionClient>(&self, witness: &Witness<'_, C>) -> bool {
+    fn is_of<C: SessionClient>(&self, witness: &SettleSession<'_, C>) -> bool {
         match (&self.life, witness.life()) {
             (Some(then), Some(now)) => then.is(&now),
             _ => self.generation == witness.generation(),
@@ -131,7 +131,7 @@ async fn round<C: SessionClient>(
 /// And whether the session is fit for another question.
 async fn ask<C: SessionClient>(
     settling: &Settling<'_, C>,
-    witness: &Witness<'_, C>,
+    witness: &SettleSession<'_, C>,
     mark: &Mark,
     began: Instant,
     reason: &mut Unsettled,
@@ -171,7 +171,7 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 }
 
 /// Ends the settler's transaction too; the session is fit for another one then.
-async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark, late: bool) -> bool {
+async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
     if !mark.is_of(witness) {
         return false;
     }
@@ -184,7 +184,7 @@ async fn ends_abandoned<C: SessionClient>(witness: &Witness<'_, C>, mark: &Mark,
 
 /// `Ok(None)`: it was not answered by the server that the session was verified with.
 async fn question<C: SessionClient>(
-    witness: &Witness<'_, C>,
+    witness: &SettleSession<'_, C>,
     mark: &Mark,
 ) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
     let client = witness.client();
@@ -232,7 +232,7 @@ fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
 /// Waits until the synchronous standbys have what was found: a successor must not say otherwise. And whether the session is
 /// fit for another question.
 async fn confirmed<C: SessionClient>(
-    witness: &Witness<'_, C>,
+    witness: &SettleSession<'_, C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,

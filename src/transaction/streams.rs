@@ -22,7 +22,7 @@ pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
     let mut answer = pin!(client.driver().batch_execute(""));
     let silent = if client.notices().are_driven() { SILENT } else { UNSEEN };
     loop {
-        let before = client.notices().stirs();
+        let before = client.notices().traffic();
         let waited = tokio::select! {
             biased;
             waited = timeout(silent, answer.as_mut()) => waited,
@@ -31,7 +31,7 @@ pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
         if waited.is_ok() {
             return true;
         }
-        if client.notices().stirs() == before {
+        if client.notices().traffic() == before {
             return false;
         }
     }

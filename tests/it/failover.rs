@@ -45,7 +45,7 @@ async fn kill_with_all_members_in_dns() {
 }
 
 /// Sessions of the pool's search in which this server waits for the end of its recovery.
-async fn vigils(cluster: &Cluster, node: Node) -> i64 {
+async fn promotion_waits(cluster: &Cluster, node: Node) -> i64 {
     let sql = "SELECT count(*) FROM pg_stat_activity
                 WHERE application_name = 'tokio-postgres-failover' AND wait_event = 'PgSleep'";
     cluster.direct(node).await.query_one(sql, &[]).await.unwrap().get(0)
@@ -58,12 +58,13 @@ async fn a_standby_looks_by_itself_whether_it_was_promoted() {
     let pool = by_name(&cluster).build().unwrap();
     pool.connect().await.unwrap();
     let standby = cluster.most_advanced_standby().await;
-    eventually("the first search is over", PROMPT, async || vigils(&cluster, standby).await == 0).await;
+    eventually("the first search is over", PROMPT, async || promotion_waits(&cluster, standby).await == 0).await;
     cluster.kill(cluster.primary()).await;
-    eventually("the standby keeps a vigil", PROMPT, async || vigils(&cluster, standby).await == 1).await;
+    eventually("the standby waits for its promotion", PROMPT, async || promotion_waits(&cluster, standby).await == 1)
+        .await;
     cluster.promote(standby).await;
     pool.connect().await.unwrap();
-    eventually("no vigil goes on", PROMPT, async || vigils(&cluster, standby).await == 0).await;
+    eventually("the wait has ended", PROMPT, async || promotion_waits(&cluster, standby).await == 0).await;
 }
 
 /// R1, where the role may not call `pg_sleep`.

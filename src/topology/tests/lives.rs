@@ -55,7 +55,7 @@ struct Stage {
     silent: bool,
     /// What comes of a new session.
     new: Option<FailureKind>,
-    pulse: Pulse,
+    traffic: TrafficSample,
     /// Server 2 was promoted.
     promoted: bool,
     /// What is under way: when it ends, and how it was asked.
@@ -69,13 +69,13 @@ impl Stage {
         let mut bench = Bench::new(2);
         bench.report(2, standby(2));
         bench.report(1, primary(1, 1));
-        let pulse = Pulse { open: 1, ..Pulse::default() };
+        let traffic = TrafficSample { open: 1, ..TrafficSample::default() };
         Self {
             bench,
             kept: true,
             silent: false,
             new: None,
-            pulse,
+            traffic,
             promoted: false,
             asked: Vec::new(),
             suspended_at: None,
@@ -98,7 +98,7 @@ impl Stage {
 
     /// As the task does before each poll.
     fn look(&mut self) {
-        self.bench.topology.pulse(self.bench.now, self.pulse);
+        self.bench.topology.traffic(self.bench.now, self.traffic);
         self.bench.poll();
         for action in std::mem::take(&mut self.bench.log) {
             match action {
@@ -166,7 +166,9 @@ impl Stage {
         match *noise {
             Noise::New(kind) => self.new = kind,
             Noise::Suspect => self.bench.topology.suspected(self.bench.now, GenerationId(1), Suspicion::Connection),
-            Noise::Use { in_use, received } => self.pulse = Pulse { in_use, received, moved: received, ..self.pulse },
+            Noise::Use { in_use, received } => {
+                self.traffic = TrafficSample { in_use, received, moved: received, ..self.traffic }
+            }
             Noise::Wait(milliseconds) => self.run(ms(milliseconds)),
         }
     }
@@ -197,7 +199,7 @@ proptest! {
         held_up in any::<bool>(),
     ) {
         let mut stage = Stage::new();
-        stage.pulse = Pulse { in_use: true, received: true, moved: true, open: 1 };
+        stage.traffic = TrafficSample { in_use: true, received: true, moved: true, open: 1 };
         stage.new = Some(kind);
         // Its question is held up, or its session gone.
         (stage.kept, stage.silent) = (held_up, held_up);
@@ -227,7 +229,7 @@ proptest! {
             stage.run(ms(1));
         }
         let died = stage.bench.now;
-        stage.pulse = Pulse { in_use, received: false, moved: false, open: usize::from(!closes) };
+        stage.traffic = TrafficSample { in_use, received: false, moved: false, open: usize::from(!closes) };
         if closes {
             (stage.kept, stage.new) = (false, Some(if kind == FailureKind::Full { FailureKind::Unreachable } else { kind }));
         } else {

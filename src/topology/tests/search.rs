@@ -128,21 +128,24 @@ fn the_server_of_an_open_session_waits_for_its_promotion() {
         assert!(bench.topology.keeps(&address(2)), "it survives the promotion");
         // How things stand, before anything is waited for.
         bench.wait(ms(1));
-        assert_eq!(bench.vigils(2), [None]);
+        assert_eq!(bench.promotion_waits(2), [None]);
         bench.answer(2, Ok(standby(2)), false, true);
         bench.wait(ms(2));
         for _ in 0..4 {
             bench.wait(ms(50));
             bench.answer(2, Ok(standby(2)), false, true);
         }
-        let vigil = Some(Vigil { lasts: ms(50), step: ms(2) });
-        assert_eq!(bench.vigils(2), [None, vigil, vigil, vigil, vigil, vigil]);
+        let promotion_wait = Some(PromotionWait { lasts: ms(50), step: ms(2) });
+        assert_eq!(
+            bench.promotion_waits(2),
+            [None, promotion_wait, promotion_wait, promotion_wait, promotion_wait, promotion_wait]
+        );
         assert!(bench.asked(1) <= 7, "a new session each, asked {} times", bench.asked(1));
     }
 }
 
 #[test]
-fn a_long_search_has_a_vigil_that_looks_less_often() {
+fn a_long_search_has_a_promotion_wait_that_looks_less_often() {
     let mut bench = Bench::searching();
     bench.answer(2, Ok(standby(2)), false, true);
     for _ in 0..120 {
@@ -151,11 +154,11 @@ fn a_long_search_has_a_vigil_that_looks_less_often() {
         bench.answer(2, Ok(standby(2)), true, true);
     }
     for _ in 0..20 {
-        if bench.vigils(2).is_empty() {
+        if bench.promotion_waits(2).is_empty() {
             bench.wait(ms(25));
         }
     }
-    assert_eq!(bench.vigils(2), [Some(Vigil { lasts: ms(250), step: ms(25) })]);
+    assert_eq!(bench.promotion_waits(2), [Some(PromotionWait { lasts: ms(250), step: ms(25) })]);
 }
 
 #[test]
@@ -192,7 +195,7 @@ fn a_standby_that_refuses_to_wait_is_asked_with_a_pause() {
 
 /// What it takes on purpose says nothing of how soon the server answers.
 #[test]
-fn a_vigil_is_not_held_against_the_server() {
+fn a_promotion_wait_is_not_held_against_the_server() {
     let mut bench = Bench::searching();
     bench.wait(ms(1));
     bench.answer(2, Ok(standby(2)), false, true);

@@ -7,17 +7,17 @@ use super::dialer::Dialer;
 use crate::cluster::{Generation, Wanting};
 use crate::commit::Life;
 use crate::error::Error;
-use crate::server::{Ear, Notices, Session, SessionClient};
+use crate::server::{Notices, NotificationSink, Session, SessionClient};
 use crate::topology::GenerationId;
 
 /// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
-pub(crate) struct Aside<C> {
+pub(crate) struct SideSession<C> {
     session: Session<C>,
     generation: Arc<Generation<C>>,
     _wanting: Wanting,
 }
 
-impl<C: SessionClient> Aside<C> {
+impl<C: SessionClient> SideSession<C> {
     pub(super) async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
         let wanting = dialer.cluster.want();
         let (session, generation) = dialer.session().await?;
@@ -32,9 +32,9 @@ impl<C: SessionClient> Aside<C> {
         &self.session.notices
     }
 
-    /// Gives each notification of the session to `ear`, and tells it when the session has ended. Once.
-    pub(crate) fn hear(&self, ear: Arc<dyn Ear>) {
-        self.session.notices.hear(ear);
+    /// Gives each notification of the session to `sink`, and tells it when the session has ended. Once.
+    pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
+        self.session.notices.deliver_to(sink);
     }
 
     pub(crate) fn generation(&self) -> GenerationId {
