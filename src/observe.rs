@@ -27,7 +27,7 @@ use crate::commit::Unsettled;
 use crate::server::SessionEndListener;
 use crate::sync::lock;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
-use meters::{Meters, Place, Stopwatch};
+use meters::{Meters, Place};
 
 /// How many events a reader may be behind before it misses the oldest. A failover of a large pool makes fewer than
 /// this.
@@ -371,7 +371,7 @@ impl SessionEndListener for Arc<Watched> {
     }
 }
 
-pub(crate) use meters::Stopwatch as Lent;
+pub(crate) use meters::Stopwatch;
 
 /// The address without its port, because OpenTelemetry has a separate field for the port.
 struct Host<'a>(&'a Address);

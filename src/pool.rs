@@ -14,7 +14,6 @@ mod dials;
 mod hosts;
 mod idle;
 mod lacking;
-mod lender;
 mod nested;
 mod options;
 mod security;
@@ -28,6 +27,7 @@ mod status;
 mod trail;
 mod typo;
 mod wrap;
+mod wrapped_pool;
 
 pub use builder::PoolBuilder;
 pub use client::{CancelToken, Client, Detached};

@@ -63,9 +63,9 @@ trait Dial: Send + Sync {
     fn cancel(&self, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
 }
 
-struct Tls<T>(T);
+struct TlsDial<T>(T);
 
-impl<T> Dial for Tls<T>
+impl<T> Dial for TlsDial<T>
 where
     T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
     T::Stream: Send,
@@ -135,7 +135,7 @@ impl Opener {
     {
         Self {
             template,
-            dial: Arc::new(Tls(tls)),
+            dial: Arc::new(TlsDial(tls)),
             passwords: None,
             traffic: Arc::default(),
             questions: Questions::default(),

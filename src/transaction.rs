@@ -35,7 +35,7 @@ use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use decide::Mode;
 use finish::OPEN;
-use marks::{Begin, Marks};
+use marks::{Begin, MarkWith};
 
 impl<C: SessionClient> Pool<C> {
     /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a
@@ -225,10 +225,10 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
 
     fn begin(&self) -> Begin {
         let marks = match &self.guarantee {
-            _ if self.read_only => Marks::Nothing,
-            Guarantee::ExactlyOnce => Marks::Wal,
-            Guarantee::Ledger(ledger) => Marks::Ledger(ledger.clone()),
-            Guarantee::AtMostOnce | Guarantee::AtLeastOnce => Marks::Nothing,
+            _ if self.read_only => MarkWith::Nothing,
+            Guarantee::ExactlyOnce => MarkWith::Wal,
+            Guarantee::Ledger(ledger) => MarkWith::Ledger(ledger.clone()),
+            Guarantee::AtMostOnce | Guarantee::AtLeastOnce => MarkWith::Nothing,
         };
         let mut sql = "BEGIN".to_owned();
         if let Some(level) = self.isolation_level {

@@ -46,7 +46,7 @@ const PREPARED: &str = "tokio_postgres_failover_mark_5";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Marking {
+pub(crate) enum MarkStatement {
     /// The statement is not prepared yet.
     #[default]
     New,
@@ -55,7 +55,7 @@ pub(crate) enum Marking {
     Plain,
 }
 
-impl Marking {
+impl MarkStatement {
     /// BEGIN and the mark, in one message.
     pub(crate) fn sql(self, begin: &str, nonce: Nonce) -> String {
         match self {
@@ -105,7 +105,7 @@ pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
 
 /// What the mark's answer says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Marked {
+pub(crate) enum MarkAnswer {
     By(Marker, Backend),
     /// The transaction cannot write: it leaves no mark, and needs none.
     ReadOnly,
@@ -115,20 +115,20 @@ pub(crate) enum Marked {
     Joined,
 }
 
-pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<Marked, BadReport> {
+pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
     if text(row, 5) == Some("f") {
-        return Ok(Marked::Joined);
+        return Ok(MarkAnswer::Joined);
     }
     if row.len() > 1 && text(row, 0).is_none() {
-        return Ok(Marked::ReadOnly);
+        return Ok(MarkAnswer::ReadOnly);
     }
     let xid = field(row, 0, "a transaction id")?;
     let lsn = field(row, 1, "an LSN")?;
     let backend = Backend { pid: field(row, 3, "a process id")?, xid };
     if !is_of(life, row, 4, 2)? {
-        return Ok(Marked::Elsewhere);
+        return Ok(MarkAnswer::Elsewhere);
     }
-    Ok(Marked::By(Marker { life: *life, xid, lsn, nonce }, backend))
+    Ok(MarkAnswer::By(Marker { life: *life, xid, lsn, nonce }, backend))
 }
 
 /// Is the answer of this life of a server? It has the start time and the end of the last replay in these columns.

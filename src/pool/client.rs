@@ -15,13 +15,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
-use super::lender::WrappedObject;
 use super::trail::Trail;
+use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
 use crate::cluster::Wanting;
 use crate::commit::Life;
-use crate::commit::wal::Marking;
-use crate::observe::{Lent, Watched};
+use crate::commit::wal::MarkStatement;
+use crate::observe::{Stopwatch, Watched};
 use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
 use crate::sync::lock;
 use crate::topology::GenerationId;
@@ -52,7 +52,7 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     loan: Option<Loan<C>>,
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
-    lent: Lent,
+    on_loan: Stopwatch,
     /// Something was asked for whose answer may be kept from coming.
     streamed: AtomicBool,
     /// It was given back with something under way, and waits for the end of that.
@@ -64,7 +64,7 @@ pub(super) enum Loan<C: SessionClient> {
     Own(Object<Manager<C>>),
     /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it. Watched while
     /// it is on loan: what becomes of it in its own pool nobody tells.
-    Lent {
+    Wrapped {
         object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
         watched: Arc<Watched>,
@@ -76,28 +76,28 @@ impl<C: SessionClient> Loan<C> {
     fn facts(&self) -> &Facts {
         match self {
             Self::Own(object) => object.facts(),
-            Self::Lent { facts, .. } => facts,
+            Self::Wrapped { facts, .. } => facts,
         }
     }
 
     fn watched(&self) -> &Watched {
         match self {
             Self::Own(object) => object.watched(),
-            Self::Lent { watched, .. } => watched,
+            Self::Wrapped { watched, .. } => watched,
         }
     }
 
     fn client(&self) -> &C {
         match self {
             Self::Own(object) => object,
-            Self::Lent { object, .. } => object,
+            Self::Wrapped { object, .. } => object,
         }
     }
 
     fn client_mut(&mut self) -> &mut C {
         match self {
             Self::Own(object) => object,
-            Self::Lent { object, .. } => object,
+            Self::Wrapped { object, .. } => object,
         }
     }
 
@@ -109,7 +109,7 @@ impl<C: SessionClient> Loan<C> {
         if self.activity().is_condemned() {
             return false;
         }
-        let ended = matches!(self, Self::Lent { scope, .. } if scope.is_cancelled());
+        let ended = matches!(self, Self::Wrapped { scope, .. } if scope.is_cancelled());
         !ended && !self.client().is_closed() && !self.facts().is_unfit()
     }
 
@@ -117,7 +117,7 @@ impl<C: SessionClient> Loan<C> {
     fn discard(self) {
         match self {
             Self::Own(object) => drop(Object::take(object)),
-            Self::Lent { object, .. } => object.discard(),
+            Self::Wrapped { object, .. } => object.discard(),
         }
     }
 }
@@ -127,7 +127,7 @@ impl<C: SessionClient> Client<C> {
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
         loan.facts().trail.freshen(loan.client());
         let streamed = AtomicBool::new(false);
-        Self { lent: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false }
+        Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false }
     }
 
     /// The generation that the connection belongs to.
@@ -175,14 +175,14 @@ impl<C: SessionClient> Client<C> {
         let wanting = self.pool.cluster().want();
         let session = self.loan.take().map(|loan| {
             self.pool.cluster().returned();
-            loan.watched().given_back(&self.lent);
+            loan.watched().given_back(&self.on_loan);
             match loan {
                 Loan::Own(object) => {
                     let mut connection = Object::take(object);
                     connection.leave_the_pool();
                     Own::Ours(connection)
                 }
-                Loan::Lent { object, watched, .. } => {
+                Loan::Wrapped { object, watched, .. } => {
                     watched.session_ended(false);
                     Own::Theirs(object.take())
                 }
@@ -243,12 +243,12 @@ impl<C: SessionClient> Client<C> {
     pub(crate) async fn evicted(&self) {
         match self.loan() {
             Loan::Own(_) => pending().await,
-            Loan::Lent { scope, .. } => scope.cancelled().await,
+            Loan::Wrapped { scope, .. } => scope.cancelled().await,
         }
     }
 
     pub(crate) fn is_evicted(&self) -> bool {
-        matches!(self.loan(), Loan::Lent { scope, .. } if scope.is_cancelled())
+        matches!(self.loan(), Loan::Wrapped { scope, .. } if scope.is_cancelled())
     }
 
     pub(crate) fn pool(&self) -> &Pool<C> {
@@ -265,11 +265,11 @@ impl<C: SessionClient> Client<C> {
     }
 
     /// How its session marks transactions.
-    pub(crate) fn marking(&self) -> Marking {
+    pub(crate) fn marking(&self) -> MarkStatement {
         self.facts().marking()
     }
 
-    pub(crate) fn set_marking(&self, marking: Marking) {
+    pub(crate) fn set_marking(&self, marking: MarkStatement) {
         *lock(&self.facts().marking) = marking;
     }
 
@@ -328,7 +328,7 @@ impl<C: SessionClient> Client<C> {
         let activity = Arc::clone(&loan.facts().notices.activity);
         let streamed = AtomicBool::new(false);
         let pool = self.pool.clone();
-        let draining = Self { loan: Some(loan), pool, lent: self.lent, streamed, draining: true };
+        let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true };
         self.pool.runtime().spawn(async move {
             // Whatever comes of it is seen when the connection is dropped.
             let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
@@ -363,8 +363,8 @@ impl<C: SessionClient> Drop for Client<C> {
         let Some(loan) = self.loan.take() else { return };
         let Some(loan) = self.drain(loan) else { return };
         self.pool.cluster().returned();
-        loan.watched().given_back(&self.lent);
-        if let Loan::Lent { watched, .. } = &loan {
+        loan.watched().given_back(&self.on_loan);
+        if let Loan::Wrapped { watched, .. } = &loan {
             watched.session_ended(false);
         }
         let closed = self.pool.cluster().is_closed();

@@ -15,7 +15,7 @@ use super::dialer::Dialer;
 use super::dials::Berth;
 use super::trail::Trail;
 use crate::cluster::{Cluster, Generation};
-use crate::commit::wal::Marking;
+use crate::commit::wal::MarkStatement;
 use crate::commit::{Life, Server};
 use crate::error::Error;
 use crate::observe::{Observer, Watched};
@@ -33,7 +33,7 @@ pub(super) struct Facts {
     /// What the server told later.
     learned: Arc<OnceLock<ServerReport>>,
     /// How it marks transactions.
-    pub(super) marking: Mutex<Marking>,
+    pub(super) marking: Mutex<MarkStatement>,
     pub(super) notices: Arc<Notices>,
     pub(super) poisoned: AtomicBool,
     /// A COMMIT was sent, and not answered yet.
@@ -62,7 +62,7 @@ impl Facts {
         self.life.or_else(|| self.learned.get().and_then(life))
     }
 
-    pub(super) fn marking(&self) -> Marking {
+    pub(super) fn marking(&self) -> MarkStatement {
         *lock(&self.marking)
     }
 
@@ -99,10 +99,10 @@ fn life(report: &ServerReport) -> Option<Life> {
 /// One pooled connection: what a deadpool pool of this [`Manager`] holds.
 pub struct Connection<C = ClientWrapper> {
     /// Boxed: a checkout moves it a dozen times.
-    held: Box<Held<C>>,
+    inner: Box<Inner<C>>,
 }
 
-struct Held<C> {
+struct Inner<C> {
     client: Guarded<C>,
     abort: Option<AbortHandle>,
     facts: Facts,
@@ -125,7 +125,7 @@ impl<C: SessionClient> Connection<C> {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
         let trail = Arc::new(Trail::of(&*session.client));
-        let held = Held {
+        let inner = Inner {
             watched,
             expires: Instant::now() + lifetime,
             client: session.client,
@@ -134,26 +134,26 @@ impl<C: SessionClient> Connection<C> {
             used: AtomicBool::new(false),
             berth: Some(berth),
         };
-        Self { held: Box::new(held) }
+        Self { inner: Box::new(inner) }
     }
 
     pub(super) fn facts(&self) -> &Facts {
-        &self.held.facts
+        &self.inner.facts
     }
 
     pub(super) fn watched(&self) -> &Watched {
-        &self.held.watched
+        &self.inner.watched
     }
 
     pub(super) fn usable(&self) -> bool {
-        let facts = &self.held.facts;
-        !self.held.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
+        let facts = &self.inner.facts;
+        !self.inner.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
     }
 
     /// Waits until the driver has seen all that was asked of it, and for the end of a request that has failed. Returns whether
     /// nothing is under way.
     pub(super) async fn idle(&self) -> bool {
-        let activity = &self.held.facts.notices.activity;
+        let activity = &self.inner.facts.notices.activity;
         // A timer costs more than the answer, which is known most of the time.
         if let Some(idle) = activity.is_idle() {
             return idle;
@@ -163,33 +163,33 @@ impl<C: SessionClient> Connection<C> {
 
     /// It does not count as one of the pool's any more.
     pub(super) fn leave_the_pool(&mut self) {
-        self.held.berth = None;
+        self.inner.berth = None;
     }
 
     pub(super) fn abort(&self) {
-        if let Some(driver) = &self.held.abort {
+        if let Some(driver) = &self.inner.abort {
             driver.abort();
         }
     }
 
     pub(super) fn expired(&self) -> bool {
-        Instant::now() >= self.held.expires
+        Instant::now() >= self.inner.expires
     }
 
     /// It is a good connection of the current generation.
     pub(super) fn may_be_handed_out(&self, cluster: &Cluster<C>) -> bool {
-        self.usable() && !self.expired() && cluster.is_current(self.held.facts.generation)
+        self.usable() && !self.expired() && cluster.is_current(self.inner.facts.generation)
     }
 
     /// Nobody will be given it any more.
     pub(super) fn stale(&self, cluster: &Cluster<C>) -> bool {
-        !self.usable() || self.expired() || cluster.has_ended(self.held.facts.generation)
+        !self.usable() || self.expired() || cluster.has_ended(self.inner.facts.generation)
     }
 
     /// Notes that somebody has it. Returns whether nobody had it before.
     pub(super) fn use_it(&self) -> bool {
         // To read is cheaper than to write, and it is true mostly.
-        !self.held.used.load(Ordering::Relaxed) && !self.held.used.swap(true, Ordering::Relaxed)
+        !self.inner.used.load(Ordering::Relaxed) && !self.inner.used.swap(true, Ordering::Relaxed)
     }
 }
 
@@ -197,19 +197,19 @@ impl<C> Deref for Connection<C> {
     type Target = C;
 
     fn deref(&self) -> &C {
-        &self.held.client
+        &self.inner.client
     }
 }
 
 impl<C> DerefMut for Connection<C> {
     fn deref_mut(&mut self) -> &mut C {
-        &mut self.held.client
+        &mut self.inner.client
     }
 }
 
 impl<C> fmt::Debug for Connection<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("generation", &self.held.facts.generation).finish_non_exhaustive()
+        f.debug_struct("Connection").field("generation", &self.inner.facts.generation).finish_non_exhaustive()
     }
 }
 
@@ -258,13 +258,13 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         }
         if !connection.idle().await {
             // Those of this crate's own pool are seen to when they are given back.
-            self.dialer.cancel_running(&connection.held.client, connection.facts());
+            self.dialer.cancel_running(&connection.inner.client, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
         }
         if !self.dialer.is_alive(connection).await {
             return Err(RecycleError::message("its server has not answered"));
         }
-        let (cluster, id) = (&self.dialer.cluster, connection.held.facts.generation);
+        let (cluster, id) = (&self.dialer.cluster, connection.inner.facts.generation);
         if cluster.is_current(id) {
             return Ok(());
         }

@@ -67,13 +67,13 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     }
 
     /// Half of the pool is left to those who only read: the confirmation of a commit may wait for a standby for long.
-    async fn lent(&self) -> Result<Option<Lent<'a, C>>, Error> {
+    async fn lent(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
         let counted = Counted::new(&self.settlers.pooled);
         if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
             return Ok(None);
         }
         let client = self.pool.get_new().await?;
-        Ok(client.map(|client| Lent { client, clean: false, _counted: counted }))
+        Ok(client.map(|client| PooledSession { client, clean: false, _counted: counted }))
     }
 
     /// The primary of this generation is to be verified anew.
@@ -106,17 +106,17 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
 /// The session that a settler asks on. Dropping it ends it, and what was begun on it is rolled back; [`Settling::keep`] does
 /// not.
 pub(crate) enum SettleSession<'a, C: SessionClient> {
-    Pooled(Lent<'a, C>),
+    Pooled(PooledSession<'a, C>),
     Beside(SideSession<C>),
 }
 
-pub(crate) struct Lent<'a, C: SessionClient> {
+pub(crate) struct PooledSession<'a, C: SessionClient> {
     client: Client<C>,
     clean: bool,
     _counted: Counted<'a>,
 }
 
-impl<C: SessionClient> Drop for Lent<'_, C> {
+impl<C: SessionClient> Drop for PooledSession<'_, C> {
     fn drop(&mut self) {
         if !self.clean {
             self.client.poison();

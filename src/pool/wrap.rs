@@ -18,9 +18,9 @@ use tokio::time::{Instant, timeout};
 use super::client::Loan;
 use super::connection::Facts;
 use super::dialer::Dialer;
-use super::lender::{Lend, Lender, NotLent, WrappedObject};
 use super::options::{CallOptions, checked, seed_or_random};
 use super::trail::{Trail, Trails};
+use super::wrapped_pool::{ExistingPool, NoObject, WrappedObject, WrappedPool};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Generation, Setup};
 use crate::commit::Guarantee;
@@ -45,7 +45,7 @@ impl<C> Drop for Asked<C> {
 
 /// What [`Pool::get`] does with a wrapped pool.
 pub(super) struct Wrapped<C> {
-    lender: Arc<dyn Lend<C>>,
+    existing: Arc<dyn WrappedPool<C>>,
     /// The connections whose server has proved to be the primary of the newest generation.
     known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
     trails: Trails,
@@ -53,12 +53,12 @@ pub(super) struct Wrapped<C> {
 
 impl<C: SessionClient> Wrapped<C> {
     pub(super) fn status(&self) -> managed::Status {
-        self.lender.status()
+        self.existing.status()
     }
 
     pub(super) fn clear_statement_caches(&self) {
         self.trails.clear();
-        self.lender.clear_idle();
+        self.existing.clear_idle();
     }
 
     pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
@@ -67,7 +67,7 @@ impl<C: SessionClient> Wrapped<C> {
             // Before there is a slot that others could use.
             let generation = dialer.cluster.primary().await?;
             let id = generation.primary.id;
-            self.lender.evict_for(id);
+            self.existing.evict_for(id);
             // The manager will have to connect.
             let connects = self.status().available == 0;
             let _turn = if connects { dialer.turn(&generation, began).await? } else { None };
@@ -75,7 +75,7 @@ impl<C: SessionClient> Wrapped<C> {
             let object = tokio::select! {
                 biased;
                 () = dialer.cluster.scope().cancelled() => return Err(dialer.cluster.ended().into()),
-                object = self.lender.get() => object,
+                object = self.existing.get() => object,
                 // Connecting to a server that has been left may hang for longer than anybody would wait.
                 () = dialer.cluster.left(id) => continue,
             };
@@ -88,9 +88,9 @@ impl<C: SessionClient> Wrapped<C> {
                     Err(Some(failure)) => failure,
                     Err(None) => continue,
                 },
-                Err(NotLent::Failed(failure)) => failure,
-                Err(NotLent::Closed) => return Err(dialer.cluster.ended().into()),
-                Err(NotLent::NoneFree) => {
+                Err(NoObject::Failed(failure)) => failure,
+                Err(NoObject::Closed) => return Err(dialer.cluster.ended().into()),
+                Err(NoObject::NoneFree) => {
                     let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
                     let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
                     return Err(Error::Unavailable(Box::new(unavailable)));
@@ -113,7 +113,7 @@ impl<C: SessionClient> Wrapped<C> {
         let (id, scope) = (generation.primary.id, generation.scope.clone());
         let lend = |object, facts| {
             let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
-            Ok(Loan::Lent { object, facts, watched, scope })
+            Ok(Loan::Wrapped { object, facts, watched, scope })
         };
         // The manager's `recycle` may let everything pass.
         if object.is_used() && object.is_closed() {
@@ -162,7 +162,7 @@ impl<C: SessionClient> Wrapped<C> {
     }
 
     fn known(&self, object: ObjectId, id: GenerationId) -> Option<Arc<Facts>> {
-        self.lender.count_traffic();
+        self.existing.count_traffic();
         lock(&self.known).get(&object).filter(|facts| facts.generation == id).cloned()
     }
 
@@ -290,7 +290,7 @@ where
         let shared = self.calls.shared(&self.settings)?;
         let seed = seed_or_random(self.seed);
         let open_timeout = self.settings.probe_timeout;
-        let lender = Arc::new(Lender {
+        let existing = Arc::new(ExistingPool {
             existing: self.existing,
             questions: Questions::default(),
             traffic: AtomicU64::new(0),
@@ -298,36 +298,36 @@ where
         });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));
-        observer.sized(lender.status().max_size, 0);
+        observer.sized(existing.status().max_size, 0);
         let cluster = Cluster::start(Setup {
             settings: self.settings,
             names: Vec::new(),
             configured: vec![Endpoint { host: None, address: Address::Wrapped }],
             resolver: Arc::new(FixedResolver::default()),
-            opener: Arc::clone(&lender) as Arc<dyn Open<M::Type>>,
+            opener: Arc::clone(&existing) as Arc<dyn Open<M::Type>>,
             gate: 1,
             seed,
             observer,
             // What is open belongs to the wrapped pool.
             sleep_after: None,
         });
-        tokio::spawn(evict(Arc::clone(&lender) as Arc<dyn Lend<M::Type>>, cluster.watch()));
+        tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<M::Type>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped {
-            lender: Arc::clone(&lender) as _,
+            existing: Arc::clone(&existing) as _,
             known: Mutex::default(),
             trails: Trails::default(),
         }));
-        let dialer = Arc::new(Dialer::new(cluster, lender, open_timeout, seed, Handle::current()));
+        let dialer = Arc::new(Dialer::new(cluster, existing, open_timeout, seed, Handle::current()));
         Ok(Pool { source, dialer, shared })
     }
 }
 
 /// Closes what is idle in the wrapped pool whenever a generation has ended, also where nobody asks for a connection. Ends
 /// with the cluster's task.
-async fn evict<C>(lender: Arc<dyn Lend<C>>, mut views: watch::Receiver<View>) {
+async fn evict<C>(existing: Arc<dyn WrappedPool<C>>, mut views: watch::Receiver<View>) {
     while views.changed().await.is_ok() {
         let id = views.borrow_and_update().generation;
-        lender.evict_for(id);
+        existing.evict_for(id);
     }
 }
 

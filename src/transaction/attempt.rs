@@ -12,7 +12,7 @@ use super::Transaction;
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::Earlier;
 use super::finish::{Answer, Known, Proof, Undone};
-use super::marks::{Begin, Marks};
+use super::marks::{Begin, MarkWith};
 use super::nested;
 use super::settle::{Mark, Outcome, settle};
 use super::streams::is_free;
@@ -85,12 +85,12 @@ impl<T> Ended<T> {
 
 /// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
 /// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
-pub(super) struct Held<C: SessionClient> {
+pub(super) struct DirtyGuard<C: SessionClient> {
     client: Arc<Client<C>>,
     pub(super) clean: bool,
 }
 
-impl<C: SessionClient> Held<C> {
+impl<C: SessionClient> DirtyGuard<C> {
     fn new(client: Client<C>) -> Self {
         Self { client: Arc::new(client), clean: false }
     }
@@ -104,7 +104,7 @@ impl<C: SessionClient> Held<C> {
     }
 }
 
-impl<C: SessionClient> Drop for Held<C> {
+impl<C: SessionClient> Drop for DirtyGuard<C> {
     fn drop(&mut self) {
         if !self.clean {
             self.client.poison();
@@ -114,7 +114,7 @@ impl<C: SessionClient> Drop for Held<C> {
 
 /// One connection during one attempt.
 pub(super) struct Attempt<C: SessionClient> {
-    pub(super) held: Held<C>,
+    pub(super) held: DirtyGuard<C>,
     /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
     limit: Option<Duration>,
     /// By what the transaction can be asked for, once it has begun.
@@ -140,7 +140,7 @@ impl<C: SessionClient> Attempt<C> {
         Self {
             statements: client.trail().has_statements(),
             check: client.pool().check(),
-            held: Held::new(client),
+            held: DirtyGuard::new(client),
             limit,
             mark: OnceLock::new(),
             begun: AtomicBool::new(false),
@@ -319,13 +319,13 @@ impl<C: SessionClient> Attempt<C> {
     /// From time to time, once the caller's work is done, on the connection that did it: in a task, so that nobody waits.
     /// The task ends with the session, and so with the pool.
     fn prune(&self, begin: &Begin) {
-        let Marks::Ledger(ledger) = &begin.marks else {
+        let MarkWith::Ledger(ledger) = &begin.marks else {
             return;
         };
         if !self.pool().prunes(ledger) {
             return;
         }
-        let (ledger, mut held) = (ledger.clone(), Held { client: Arc::clone(&self.held.client), clean: false });
+        let (ledger, mut held) = (ledger.clone(), DirtyGuard { client: Arc::clone(&self.held.client), clean: false });
         tokio::spawn(async move {
             // Each statement commits by itself.
             held.client().set_committing(true);

@@ -7,7 +7,7 @@ use super::finish::OPEN;
 use super::settle::{Mark, Settler};
 use crate::classify::{Verdict, classify, explain, not_offered};
 use crate::commit::ledger::{Entering, Ledger, entered};
-use crate::commit::wal::{self, Marked, Marking};
+use crate::commit::wal::{self, MarkAnswer, MarkStatement};
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::pool::{Check, Signing};
@@ -24,11 +24,11 @@ pub(super) struct Begin {
     pub(super) sql: String,
     /// The same where no mark will tell the transaction from another.
     pub(super) unmarked: String,
-    pub(super) marks: Marks,
+    pub(super) marks: MarkWith,
 }
 
 /// What is written along with BEGIN.
-pub(super) enum Marks {
+pub(super) enum MarkWith {
     Nothing,
     /// A mark that nobody asks for. It makes COMMIT wait for the synchronous standbys although the work may find itself
     /// done, and write nothing.
@@ -43,11 +43,11 @@ impl<C: SessionClient> Attempt<C> {
         let client = self.client();
         let nonce = self.pool().next_nonce();
         let signature =
-            if matches!(begin.marks, Marks::Wal) && self.can_be_marked() { self.signature().await? } else { None };
+            if matches!(begin.marks, MarkWith::Wal) && self.can_be_marked() { self.signature().await? } else { None };
         let answer = match &begin.marks {
-            Marks::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
-            Marks::Wal | Marks::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
-            Marks::Nothing | Marks::Wal | Marks::Write => {
+            MarkWith::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
+            MarkWith::Wal | MarkWith::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
+            MarkWith::Nothing | MarkWith::Wal | MarkWith::Write => {
                 client.batch_execute(&format!("{CLEAN}; {}", begin.unmarked)).await?;
                 return Ok(None);
             }
@@ -56,7 +56,7 @@ impl<C: SessionClient> Attempt<C> {
             Ok(row) => row,
             // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
-            Err(error) if matches!(begin.marks, Marks::Ledger(_)) => return Err(Error::Ledger(error)),
+            Err(error) if matches!(begin.marks, MarkWith::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
                 self.pool().set_unmarked(client.generation(), &explain(&error));
                 client.batch_execute("ROLLBACK").await?;
@@ -69,18 +69,18 @@ impl<C: SessionClient> Attempt<C> {
             Mark { by, backend, generation: client.generation(), life: client.life(), signature }
         };
         let read = match (&begin.marks, client.life()) {
-            (Marks::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
+            (MarkWith::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
                 Ok(Entering::As(entered, backend)) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
                 Ok(Entering::Elsewhere) => return Err(self.elsewhere()),
                 Ok(Entering::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Err(bad) => Err(bad),
             },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
-                Ok(Marked::Elsewhere) => return Err(self.elsewhere()),
+                Ok(MarkAnswer::Elsewhere) => return Err(self.elsewhere()),
                 // A wrapped pool's session says so by no notice.
-                Ok(Marked::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
-                Ok(Marked::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
-                Ok(Marked::ReadOnly) => Ok(None),
+                Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
+                Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
+                Ok(MarkAnswer::ReadOnly) => Ok(None),
                 Err(bad) => Err(bad),
             },
             (_, None) => Ok(None),
@@ -130,15 +130,15 @@ impl<C: SessionClient> Attempt<C> {
         let marking = client.marking();
         match wal::only_row(client, &marking.sql(begin, nonce)).await {
             Ok(row) => {
-                if marking == Marking::New {
-                    client.set_marking(Marking::Prepared);
+                if marking == MarkStatement::New {
+                    client.set_marking(MarkStatement::Prepared);
                 }
                 Ok(row)
             }
             Err(error) if marking.failed(&error) => {
-                client.set_marking(Marking::Plain);
+                client.set_marking(MarkStatement::Plain);
                 client.batch_execute("ROLLBACK").await?;
-                wal::only_row(client, &Marking::Plain.sql(begin, nonce)).await
+                wal::only_row(client, &MarkStatement::Plain.sql(begin, nonce)).await
             }
             Err(error) => Err(error),
         }

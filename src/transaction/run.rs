@@ -7,7 +7,7 @@ use tracing::{Instrument, Span};
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{Lost, committed_inside, find, shows_primary, unless_denied};
-use super::marks::Marks;
+use super::marks::MarkWith;
 use super::nested::Inner;
 use super::verdict::{Bounds, Session, Word, with_reason};
 use super::{Transaction, TransactionBuilder};
@@ -126,7 +126,7 @@ where
         }
         if stage == Stage::InDoubt && mode != Mode::Read {
             doubt = true;
-            begin.marks = Marks::Write;
+            begin.marks = MarkWith::Write;
         }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {

@@ -18,7 +18,9 @@ const MARKED: [Option<&str>; 6] = [Some("728"), Some("0/30162E0"), None, Some("4
 
 #[test]
 fn a_marker_is_read() {
-    let Marked::By(marker, backend) = marker(&life(), NONCE, &row(&MARKED)).unwrap() else { panic!("it is a mark") };
+    let MarkAnswer::By(marker, backend) = marker(&life(), NONCE, &row(&MARKED)).unwrap() else {
+        panic!("it is a mark")
+    };
     assert_eq!((marker.xid, marker.lsn.to_string(), marker.life), (728, "0/30162E0".to_owned(), life()));
     assert_eq!(backend, Backend { pid: 42, xid: 728 });
 }
@@ -28,7 +30,7 @@ fn a_marker_of_another_life_is_none() {
     for (index, other) in [(2, Some("0/1")), (4, Some("6"))] {
         let mut columns = MARKED;
         columns[index] = other;
-        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::Elsewhere, "column {index}");
+        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Elsewhere, "column {index}");
     }
 }
 
@@ -36,7 +38,7 @@ fn a_marker_of_another_life_is_none() {
 fn a_transaction_that_cannot_write_has_none() {
     let mut columns = MARKED;
     (columns[0], columns[1]) = (None, None);
-    assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::ReadOnly);
+    assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::ReadOnly);
 }
 
 #[test]
@@ -44,7 +46,7 @@ fn a_transaction_that_was_open_before_has_none_of_its_own() {
     for written in [MARKED[0], None] {
         let mut columns = MARKED;
         (columns[0], columns[5]) = (written, Some("f"));
-        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), Marked::Joined);
+        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Joined);
     }
 }
 
@@ -75,7 +77,7 @@ fn what_a_server_says_of_an_id_is_read() {
 #[test]
 fn a_nonce_is_what_the_function_takes() {
     assert_eq!(NONCE.to_string(), "00000000000000000000000000000bee");
-    assert!(Marking::Prepared.sql("BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')"));
+    assert!(MarkStatement::Prepared.sql("BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')"));
 }
 
 #[test]

@@ -53,8 +53,8 @@ where
 }
 
 /// The wrapped pool, without its manager's type.
-pub(super) trait Lend<C>: Send + Sync {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<C>>, NotLent>>;
+pub(super) trait WrappedPool<C>: Send + Sync {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<C>>, NoObject>>;
 
     fn status(&self) -> managed::Status;
 
@@ -72,7 +72,7 @@ pub(super) trait Lend<C>: Send + Sync {
 const MANAGER: &str = "the wrapped pool's manager";
 
 /// Why the wrapped pool gave no connection.
-pub(super) enum NotLent {
+pub(super) enum NoObject {
     /// Its own time-out for waiting was shorter than this pool's.
     NoneFree,
     Closed,
@@ -80,7 +80,7 @@ pub(super) enum NotLent {
 }
 
 /// Opens sessions with the wrapped pool's manager.
-pub(super) struct Lender<M: managed::Manager> {
+pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
     pub(super) questions: Questions,
     pub(super) traffic: AtomicU64,
@@ -88,7 +88,7 @@ pub(super) struct Lender<M: managed::Manager> {
     pub(super) evicted_for: AtomicU64,
 }
 
-impl<M> Open<M::Type> for Lender<M>
+impl<M> Open<M::Type> for ExistingPool<M>
 where
     M: managed::Manager + 'static,
     M::Type: SessionClient,
@@ -137,26 +137,26 @@ where
     }
 }
 
-impl<M> Lend<M::Type> for Lender<M>
+impl<M> WrappedPool<M::Type> for ExistingPool<M>
 where
     M: managed::Manager + 'static,
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<M::Type>>, NotLent>> {
+    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<M::Type>>, NoObject>> {
         Box::pin(async move {
             // A panic in the manager, or in a hook of the wrapped pool, costs this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
             let got = match getting.await {
                 Ok(got) => got,
-                Err(panic) => return Err(NotLent::Failed(panicked(MANAGER, &*panic))),
+                Err(panic) => return Err(NoObject::Failed(panicked(MANAGER, &*panic))),
             };
             match got {
                 Ok(object) => Ok(Box::new(object) as Box<dyn WrappedObject<M::Type>>),
-                Err(PoolError::Backend(error)) => Err(NotLent::Failed(not_created(error))),
-                Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NotLent::NoneFree),
-                Err(PoolError::Closed) => Err(NotLent::Closed),
-                Err(other) => Err(NotLent::Failed(ProbeFailure::new(FailureKind::Unreachable, other.to_string()))),
+                Err(PoolError::Backend(error)) => Err(NoObject::Failed(not_created(error))),
+                Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NoObject::NoneFree),
+                Err(PoolError::Closed) => Err(NoObject::Closed),
+                Err(other) => Err(NoObject::Failed(ProbeFailure::new(FailureKind::Unreachable, other.to_string()))),
             }
         })
     }
