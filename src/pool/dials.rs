@@ -6,6 +6,7 @@
 //! given up goes on to the next one; callers are served in the order in which they came. Tests: `tests/it/impatient.rs`.
 
 use std::collections::VecDeque;
+use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
@@ -91,6 +92,11 @@ impl<C: SessionClient> Dials<C> {
     pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize) {
         self.max_size.store(max_size, Ordering::Relaxed);
         let _ = self.pool.set(pool);
+    }
+
+    /// The manager serves a pool that somebody else has made and keeps: nobody told how large it is.
+    fn is_pool_built_by_hand(&self) -> bool {
+        self.pool.get().is_none()
     }
 
     /// Does anybody wait for a connection that is being opened? One load, of what nobody writes on the quiet path.
@@ -249,7 +255,7 @@ impl<C: SessionClient> Dialer<C> {
                 Ok(connection) => return Ok(connection),
                 Err(place) => place,
             };
-            self.balance(0);
+            self.dial_for_waiters(&generation, 0);
             // One that was given back just before this caller stood in the queue.
             if let Some(connection) = self.dials.take_idle()
                 && connection.idle().await
@@ -262,12 +268,27 @@ impl<C: SessionClient> Dialer<C> {
                     // It may have been given back with something under way that its driver has not seen yet.
                     Ok(Ok(connection)) if connection.idle().await => return Ok(connection),
                     Ok(Ok(_)) => {}
+                    // The pool of this crate asks again, for as long as its caller waits.
+                    Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
                     // Nobody drops a waiter without an answer, but for the pool itself.
                     Err(_) => return Err(self.cluster.ended().into()),
                 },
                 () = self.cluster.left(generation.primary.id) => {}
+                () = self.keep_dialing(&generation) => {}
             }
+        }
+    }
+
+    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before does. The
+    /// pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it. Never returns.
+    async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
+        if !self.dials.is_pool_built_by_hand() {
+            return pending().await;
+        }
+        loop {
+            self.dials.changed().await;
+            self.dial_for_waiters(generation, 0);
         }
     }
 
@@ -282,7 +303,7 @@ impl<C: SessionClient> Dialer<C> {
             stale.push(ready);
         }
         // In a pool built by hand, whose size nobody tells, there is room where the waiters outnumber the dials.
-        let spoken_for = book.dialing > book.waiters.len() && self.dials.pool.get().is_none();
+        let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
         if !spoken_for
             && self.dials.has_room(&book)
             && let Some(session) = generation.take_spare()
@@ -301,12 +322,19 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Starts the dials that the waiters need, and `more`, for which nobody waits yet.
     pub(super) fn balance(self: &Arc<Self>, more: usize) {
-        let Some(generation) = self.cluster.current() else { return };
+        if let Some(generation) = self.cluster.current() {
+            self.dial_for_waiters(&generation, more);
+        }
+    }
+
+    /// As [`Self::balance`], to the primary of this generation. A waiter names the one that it waits for: were it suspended at
+    /// this moment and resumed at the next, nobody would dial.
+    fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, more: usize) {
         let mut book = self.dials.book();
         while book.dialing + book.ready.len() < book.waiters.len() + more && self.dials.has_room(&book) {
             book.dialing += 1;
             let dialing = Dialing(Arc::clone(&self.dials));
-            let dial = dial(Arc::downgrade(self), Arc::clone(&generation), dialing);
+            let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
             // A task that is dropped at once, as its runtime has ended, takes the lock.
             drop(book);
             drop(self.dials.runtime.spawn(dial));

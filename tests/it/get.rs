@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use testbed::{Cluster, Node, eventually};
+use tokio::time::timeout;
 use tokio_postgres_failover::deadpool::managed::{Hook, HookError};
 use tokio_postgres_failover::{
     Addresses, BoxFuture, Client, Connection, FixedResolver, Manager, Pool, PoolBuilder, Resolve, ResolveError, State,
@@ -309,6 +310,32 @@ async fn the_manager_serves_in_a_pool_built_by_hand() {
     let timeline: String =
         next.query_one("SELECT substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)", &[]).await.unwrap().get(0);
     assert_eq!(timeline, "00000002");
+}
+
+/// Callers that have begun to wait at the dead primary are served by the next one, however their first dial ended.
+#[tokio::test]
+async fn a_pool_built_by_hand_dials_the_next_primary_after_a_dial_in_vain() {
+    for silent in [true, false] {
+        let cluster = Cluster::builder().nodes(2).asynchronous().start().await;
+        let manager = Pool::builder(cluster.url_hosts()).unwrap().build_manager().unwrap();
+        let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(3).build().unwrap();
+        let _held = pool.get().await.unwrap();
+        if silent {
+            cluster.freeze(Node(0));
+        } else {
+            cluster.kill(Node(0)).await;
+        }
+        let wait = || {
+            let pool = pool.clone();
+            tokio::spawn(async move { pool.get().await })
+        };
+        let waiting = [wait(), wait()];
+        cluster.promote(Node(1)).await;
+        for waits in waiting {
+            let next = timeout(PATIENCE, waits).await.expect("nobody dials for it").unwrap().unwrap();
+            next.batch_execute("SELECT 1").await.unwrap();
+        }
+    }
 }
 
 /// With hooks of the user's own: one for each new connection, one for each that is handed out again.
