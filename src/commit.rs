@@ -3,22 +3,20 @@
 //!
 //! Invariant: [`Settled::Committed`] and [`Settled::NotCommitted`] are true. With [`Proof::Function`] this needs no
 //! assumption about failovers; without it, a crash that loses the mark must be one that the pool saw. What cannot be told is
-//! [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in [`wal`] and [`ledger`]. Tests: `commit/tests.rs`, with
+//! [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in `settle`. Tests: `commit/tests.rs`, with
 //! a model of servers that crash, lose WAL and reuse transaction ids.
 
 mod ancestry;
-mod evidence;
-pub(crate) mod ledger;
+mod ledger;
 #[cfg(test)]
 mod tests;
-pub(crate) mod wal;
 
 use std::fmt;
 use std::time::Duration;
 
 use crate::topology::{Evidence, Lsn};
 pub(crate) use ancestry::Ancestry;
-use ledger::Ledger;
+pub use ledger::Ledger;
 
 /// What holds for the work of a transaction when the connection is lost between COMMIT and its answer.
 ///

@@ -13,6 +13,7 @@ mod topology;
 
 // Level 1: I/O. Fetches what the decisions need; decides nothing.
 mod server;
+mod settle;
 #[cfg(feature = "rustls")]
 mod tls;
 
@@ -41,8 +42,7 @@ pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-pub use commit::ledger::Ledger;
-pub use commit::{Guarantee, Unsettled};
+pub use commit::{Guarantee, Ledger, Unsettled};
 pub use error::{
     BuildError, CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, Refused, RolledBack, SessionEnded,
     Unavailable, UnavailableReason,

@@ -17,8 +17,6 @@ mod parts;
 mod primary;
 mod refusals;
 mod report;
-#[cfg(test)]
-mod scenarios;
 mod search;
 mod sleep;
 #[cfg(test)]

@@ -20,9 +20,9 @@ use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
 use crate::cluster::Wanting;
 use crate::commit::Life;
-use crate::commit::wal::MarkStatement;
 use crate::observe::{Stopwatch, Watched};
 use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
+use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 

@@ -15,11 +15,11 @@ use super::dialer::Dialer;
 use super::dials::Berth;
 use super::trail::Trail;
 use crate::cluster::{Cluster, Generation};
-use crate::commit::wal::MarkStatement;
 use crate::commit::{Life, Server};
 use crate::error::Error;
 use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Notices, Session, SessionClient};
+use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::{Endpoint, GenerationId, ServerReport};
 

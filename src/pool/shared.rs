@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::Pool;
 use super::lacking::{Check, Lacking};
-use crate::commit::ledger::Ledger;
+use crate::commit::Ledger;
 use crate::commit::{Guarantee, Signature};
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::SessionClient;

@@ -9,6 +9,7 @@ mod clusters;
 mod held;
 mod lives;
 mod roaming;
+mod scenarios;
 mod search;
 mod told;
 mod untold;

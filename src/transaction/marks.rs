@@ -6,12 +6,13 @@ use super::attempt::Attempt;
 use super::finish::OPEN;
 use super::settle::{Mark, Settler};
 use crate::classify::{Verdict, classify, explain, not_offered};
-use crate::commit::ledger::{Entering, Ledger, entered};
-use crate::commit::wal::{self, MarkAnswer, MarkStatement};
+use crate::commit::Ledger;
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::pool::{Check, Signing};
 use crate::server::SessionClient;
+use crate::settle::ledger::{Entering, entered};
+use crate::settle::wal::{self, MarkAnswer, MarkStatement};
 use crate::topology::Suspicion;
 
 /// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be

@@ -9,8 +9,7 @@ use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::classify::{explain, not_offered};
-use crate::commit::ledger::{Entered, Ledger};
-use crate::commit::wal::{self, Backend, Said};
+use crate::commit::Ledger;
 use crate::commit::{
     self, Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof,
 };
@@ -19,6 +18,8 @@ use crate::observe::Settlement;
 use crate::pool::{Client, Pool, SettleSession, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
+use crate::settle::ledger::Entered;
+use crate::settle::wal::{self, Backend, Said};
 use crate::topology::GenerationId;
 
 /// A doubt that comes up at the end of a call's time is still looked into for so long: a wrong "unknown" costs its caller

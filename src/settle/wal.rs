@@ -10,8 +10,8 @@ use futures_util::future::join_all;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
-use super::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::classify::{explain, not_offered};
+use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::rows;
 use crate::topology::{
     BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, TIMELINE, UNDISTURBED,

@@ -1,0 +1,6 @@
+//! Writes what a transaction leaves behind at BEGIN, and asks a server what it says of it: by the write-ahead log or by a
+//! table. Decides nothing; the rule is [`commit`](crate::commit). Tests: `tests/it/settle.rs`.
+
+mod evidence;
+pub(crate) mod ledger;
+pub(crate) mod wal;

@@ -1,0 +1,260 @@
+//! Settling by a table of the user's database: each transaction writes a row with BEGIN, and whoever has to know whether
+//! it was committed inserts the same id. Decides nothing. Tests: `tests/it/settle.rs`.
+
+use std::time::Duration;
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Error, SimpleQueryMessage};
+
+use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, is_of, only_row, text};
+use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
+use crate::topology::{BadReport, STARTED_AT};
+
+/// The documented file; its names are those of [`Ledger::default`].
+const DDL: &str = include_str!("../../sql/ledger.sql");
+
+/// A settler does not stand in the way of others for longer than this at a time.
+const LOCK_TIMEOUT: &str = "250ms";
+/// One pruning removes no more rows than this, so that it stays a short transaction.
+const PRUNED_AT_ONCE: u32 = 10_000;
+/// In microseconds since 1970.
+const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
+/// The life of the server that answers: a proxy may have led the transaction to another one than its session was verified with.
+const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
+/// Goes before the pool's own pruning, in the same message: it competes with that of other pools, and a
+/// `statement_timeout` that ends each one would let the ledger grow for ever.
+const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
+
+impl Ledger {
+    /// The statements that [`Ledger::install`] runs.
+    #[must_use]
+    pub fn ddl(&self) -> String {
+        // A longer name would be cut, and might then be that of the table.
+        let stem: String = self.table().chars().take(14).collect();
+        DDL.replace("\"ledger_until\"", &quoted(&format!("{stem}_until")))
+            .replace("\"failover\".\"ledger\"", &self.path())
+            .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {}", quoted(self.schema())))
+    }
+
+    /// Creates schema, table and index unless they are there, all or none of them. Needs the right to do so; several may call
+    /// it at once. Cancel-safe.
+    ///
+    /// `client` is a connection to the primary, as [`Pool::get`](crate::Pool::get) gives.
+    pub async fn install(&self, client: &Client) -> Result<(), Error> {
+        client.batch_execute(&self.ddl()).await
+    }
+
+    /// Removes rows that were kept for long enough, ten thousand at most; tells how many. The pool does this by
+    /// itself from time to time, so call it only to catch up. Cancel-safe.
+    pub async fn prune(&self, client: &Client) -> Result<u64, Error> {
+        self.prune_once(client, "").await
+    }
+
+    /// Each name is qualified, here and elsewhere: a trigger of the user's may need the role's `search_path`.
+    async fn prune_once(&self, client: &Client, first: &str) -> Result<u64, Error> {
+        let table = self.path();
+        let sql = format!(
+            "{first}DELETE FROM {table} WHERE id OPERATOR(pg_catalog.=) ANY (\
+                SELECT id FROM {table} WHERE until OPERATOR(pg_catalog.<) pg_catalog.now() \
+                 LIMIT {PRUNED_AT_ONCE} FOR UPDATE SKIP LOCKED)"
+        );
+        let messages = client.simple_query(&sql).await?;
+        Ok(messages
+            .iter()
+            .map(|message| if let SimpleQueryMessage::CommandComplete(rows) = message { *rows } else { 0 })
+            .sum())
+    }
+
+    /// Removes all rows that are due.
+    pub(crate) async fn prune_all(&self, client: &Client) -> Result<u64, Error> {
+        let mut all = 0;
+        loop {
+            let rows = self.prune_once(client, UNHURRIED).await?;
+            all += rows;
+            if rows < u64::from(PRUNED_AT_ONCE) {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// To be sent with BEGIN. The id is the server's, from its own strong source of randomness.
+    pub(crate) fn enter(&self) -> String {
+        format!(
+            "INSERT INTO {} (until) VALUES ({}) \
+               RETURNING id, pg_catalog.pg_backend_pid(), pg_catalog.pg_current_xact_id(), {NOW}, {BEGUN_HERE}, \
+                         {}, {}",
+            self.path(),
+            self.until(),
+            WHO[0],
+            WHO[1]
+        )
+    }
+
+    /// Begins a settler's transaction, and tries to insert the id. Waits while its transaction is in progress, and then says
+    /// so; the settler's own is over then. `Ok(None)`: the server is not the one that the session was `verified` with.
+    pub(crate) async fn ask(
+        &self,
+        client: &Client,
+        verified: Option<Life>,
+        entered: &Entered,
+    ) -> Result<Option<Settled>, Option<Error>> {
+        // The update that changes nothing makes a conflict write WAL, too: so COMMIT waits until a synchronous standby has
+        // what was found.
+        let sql = format!(
+            "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
+             INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
+                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}, id, \
+                     (SELECT c.relpersistence FROM pg_catalog.pg_class c \
+                       WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid), {}, {}",
+            self.path(),
+            entered.id,
+            self.until(),
+            WHO[0],
+            WHO[1]
+        );
+        let row = match only_row(client, &sql).await {
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Some(Settled::InProgress)),
+            row => row?,
+        };
+        if !is_verified(verified.as_ref(), &row, 4).map_err(|_| None)? {
+            return Ok(None);
+        }
+        // A trigger may have given the row another id, or the table may be one that a crash empties: it proves nothing.
+        if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
+            return Err(None);
+        }
+        let entry = match text(&row, 0) {
+            Some("t") => Entry::Fence,
+            Some("f") => Entry::Own,
+            _ => return Err(None),
+        };
+        let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
+        // A clock that went back makes a row no older.
+        let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
+        Ok(Some(settle_entry(entry, Duration::from_micros(age), self.kept_for())))
+    }
+
+    /// Is the transaction's own row there? Changes nothing. `None`: the server is not the one that the session was `verified`
+    /// with.
+    pub(crate) async fn has(
+        &self,
+        client: &Client,
+        verified: Option<Life>,
+        entered: &Entered,
+    ) -> Result<Option<bool>, Error> {
+        let [started_at, replayed] = WHO;
+        let sql = format!(
+            "BEGIN; SELECT EXISTS (SELECT FROM {} WHERE id = '{}' AND NOT fence), {started_at}, {replayed}",
+            self.path(),
+            entered.id
+        );
+        let row = only_row(client, &sql).await?;
+        Ok(is_verified(verified.as_ref(), &row, 1).unwrap_or(false).then(|| text(&row, 0) == Some("t")))
+    }
+
+    /// Ends a settler's transaction: its COMMIT waits for the synchronous standbys, as it has written. The server tells by a
+    /// notice when an administrator cancelled the wait.
+    pub(crate) async fn confirm(&self, client: &Client) -> Result<(), Error> {
+        client.batch_execute("SET LOCAL client_min_messages = warning; COMMIT").await
+    }
+
+    fn until(&self) -> String {
+        format!("pg_catalog.now() OPERATOR(pg_catalog.+) interval '{} seconds'", self.kept_for().as_secs())
+    }
+
+    pub(crate) fn path(&self) -> String {
+        format!("{}.{}", quoted(self.schema()), quoted(self.table()))
+    }
+}
+
+/// A transaction's row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entered {
+    id: String,
+    /// In microseconds since 1970, by the server's clock.
+    begun: i64,
+}
+
+/// Has the server that answers, with [`WHO`] from this column on, the life that it was verified in, as far as that is known?
+fn is_verified(verified: Option<&Life>, row: &Row, who: usize) -> Result<bool, BadReport> {
+    verified.map_or(Ok(true), |life| is_of(life, row, who, who + 1))
+}
+
+/// What the answer to [`Ledger::enter`] says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Entering {
+    As(Entered, Backend),
+    /// This is not the life that the session was verified in.
+    Elsewhere,
+    /// The transaction was open before: its COMMIT would be another's, too.
+    Joined,
+}
+
+/// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it.
+pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, BadReport> {
+    if text(row, 4) == Some("f") {
+        return Ok(Entering::Joined);
+    }
+    if !is_verified(verified, row, 5)? {
+        return Ok(Entering::Elsewhere);
+    }
+    let id = text(row, 0).unwrap_or("NULL");
+    // It goes into a statement as it is.
+    if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
+        return Err(BadReport::new("a UUID", id));
+    }
+    let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
+    Ok(Entering::As(Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
+}
+
+/// As an identifier of SQL.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commit::Server;
+
+    #[test]
+    fn the_shipped_file_is_what_is_installed() {
+        assert_eq!(Ledger::default().ddl(), DDL);
+    }
+
+    #[test]
+    fn other_names_replace_each_name() {
+        let ddl = Ledger::named("my schema", "a\"b").ddl();
+        let code: Vec<&str> = ddl.lines().filter(|line| !line.starts_with("--")).collect();
+        let code = code.join("\n");
+        assert!(code.contains(r#"CREATE SCHEMA IF NOT EXISTS "my schema""#), "{code}");
+        let long = Ledger::named("failover", &"t".repeat(63)).ddl();
+        assert!(long.contains(r#""tttttttttttttt_until" ON"#), "{long}");
+        assert!(code.contains(r#"CREATE TABLE IF NOT EXISTS "my schema"."a""b""#), "{code}");
+        assert!(code.contains(r#""a""b_until" ON "my schema"."a""b""#), "{code}");
+        assert!(!code.contains("\"failover\"") && !code.contains("\"ledger"), "{code}");
+    }
+
+    #[test]
+    fn only_a_uuid_is_an_id() {
+        let server = Server { system_identifier: 1, timeline: 1, started_at: 5_000_000 };
+        let life = Life { server, replayed: None, stats_reset: None, ancestor: None };
+        let of = |columns: [&str; 6]| {
+            columns.map(|text| Some(text.to_owned())).into_iter().chain([None]).collect::<Vec<Option<String>>>()
+        };
+        let row = |id: &str| of([id, "1", "2", "3", "t", "5"]);
+        let entered = |row: &Row| entered(Some(&life), row);
+        let id = "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e11";
+        let expected = Entered { id: id.to_owned(), begun: 3 };
+        assert_eq!(entered(&row(id)).unwrap(), Entering::As(expected, Backend { pid: 1, xid: 2 }));
+        assert_eq!(entered(&of([id, "1", "2", "3", "f", "5"])).unwrap(), Entering::Joined);
+        assert_eq!(entered(&of([id, "1", "2", "3", "t", "6"])).unwrap(), Entering::Elsewhere, "it was started again");
+        assert!(
+            super::entered(None, &of([id, "1", "2", "3", "t", "6"])).is_ok(),
+            "nobody knows which life it should be"
+        );
+        for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
+            assert!(entered(&row(bad)).is_err(), "{bad}");
+        }
+    }
+}
