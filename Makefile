@@ -8,7 +8,7 @@ help: ## Show this list
 setup: ## Install the server programs that the tests need, if they are missing
 	@sh scripts/setup.sh
 
-demo: setup ## Kill a primary under load: this pool beside a plain one (RUNS=20, DNS=moves|all|hosts)
+demo: setup ## A primary fails under load in three ways: this pool beside a plain one (FAULT=kill|freeze|demotion, RUNS=20, DNS=moves|all|hosts)
 	cargo run --release --quiet --example failover
 
 picture: demo ## Renew the picture in the README from a run of the demo

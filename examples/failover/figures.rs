@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 use testbed::Spread;
 
+use crate::fault::Fault;
 use crate::load::Writer;
 use crate::scenario::{Outcome, Run};
 use crate::{PACE, Settings, WRITERS};
@@ -13,7 +14,8 @@ use crate::{PACE, Settings, WRITERS};
 /// What happened when.
 pub(crate) struct Timeline {
     pub(crate) start: Instant,
-    pub(crate) killed: Instant,
+    /// When the primary failed.
+    pub(crate) struck: Instant,
     /// When the new primary had answered the first direct write.
     pub(crate) accepted: Instant,
     /// When this pool had verified the new primary.
@@ -61,7 +63,7 @@ impl Figures {
             |then: Instant| first_success.map(|first| (timeline.accepted + first).saturating_duration_since(then));
         Self {
             acknowledged: acknowledged().count(),
-            errors: writers.iter().map(|writer| writer.errors.len()).sum(),
+            errors: writers.iter().map(|writer| writer.errors_until(timeline.end).count()).sum(),
             duplicates: stored.values().map(|count| usize::try_from(count - 1).unwrap_or(0)).sum(),
             lost: acknowledged().filter(|(id, _)| !stored.contains_key(id)).count(),
             longest_gap: writers.iter().map(|writer| longest_gap(timeline, writer)).max().unwrap_or_default(),
@@ -127,9 +129,9 @@ pub(crate) fn change(runs: &[Run]) -> [(&'static str, Spread); 2] {
     ]
 }
 
-/// The file's content: the figures of the last run, which is the one in the picture, and the spread over all.
-pub(crate) fn json(settings: Settings, runs: &[Run]) -> Value {
-    let mut all = json!({
+/// The file's content: the conditions, and what each failure came to.
+pub(crate) fn json(settings: Settings, all: &[(Fault, Vec<Run>)]) -> Value {
+    let mut file = json!({
         "conditions": {
             "dns": settings.naming.name(),
             "detection_ms": number(Some(milliseconds(settings.detection))),
@@ -137,6 +139,15 @@ pub(crate) fn json(settings: Settings, runs: &[Run]) -> Value {
             "pace_ms": number(Some(milliseconds(PACE))),
         },
     });
+    for (fault, runs) in all {
+        file[fault.name()] = of_fault(runs);
+    }
+    file
+}
+
+/// The figures of the last run, which is the one in the picture, and the spread over all.
+fn of_fault(runs: &[Run]) -> Value {
+    let mut all = json!({});
     if let Some(last) = runs.last() {
         all["pool"] = object(last.pool.figures.named().into_iter().map(|(name, value)| (name, number(value))));
         all["plain"] = object(last.plain.figures.named().into_iter().map(|(name, value)| (name, number(value))));

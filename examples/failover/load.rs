@@ -79,6 +79,13 @@ pub(crate) struct Writer {
     pub(crate) errors: Vec<(Instant, String)>,
 }
 
+impl Writer {
+    /// What comes when the load has ended is of its end.
+    pub(crate) fn errors_until(&self, end: Instant) -> impl Iterator<Item = &(Instant, String)> {
+        self.errors.iter().filter(move |(at, _)| *at <= end)
+    }
+}
+
 /// A running set of writers.
 pub(crate) struct Load {
     pub(crate) progress: Arc<Progress>,
@@ -106,9 +113,14 @@ impl Load {
         Self { progress, stop, writers }
     }
 
-    /// Lets the writers end their calls, and returns what each of them lived through.
-    pub(crate) async fn stop(self) -> Result<Vec<Writer>, Box<dyn std::error::Error>> {
+    /// The writers begin no further write.
+    pub(crate) fn end(&self) {
         self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the writers have ended their calls, and returns what each of them lived through.
+    pub(crate) async fn stop(self) -> Result<Vec<Writer>, Box<dyn std::error::Error>> {
+        self.end();
         let mut lived = Vec::new();
         for writer in self.writers {
             lived.push(timeout(PATIENCE, writer).await.map_err(|_| "a write never ended")??);

@@ -1,13 +1,16 @@
-//! The demo: a primary is killed while this pool and a plain deadpool-postgres pool write to the same cluster.
+//! The demo: a primary fails in three ways while this pool and a plain deadpool-postgres pool write to the same cluster.
 //!
 //! `make demo`, or `cargo run --release --example failover`. It starts its own servers. Environment:
-//! - `RUNS=20` repeats the failover on fresh clusters and shows median, minimum and maximum of each figure.
+//! - `FAULT=kill`: `kill -9`; `FAULT=freeze`: the host stops without a word; `FAULT=demotion`: the primary is made read-only
+//!   in place. Unless told, all three, one after the other.
+//! - `RUNS=20` repeats each failover on fresh clusters and shows median, minimum and maximum of each figure.
 //! - `DNS=moves` (default): the name leads to the primary alone and moves 200 ms after the promotion; `DNS=all`: it lists
 //!   all members all the time; `DNS=hosts`: the connection string names the three hosts, and there is no DNS.
 //! - `DETECT_MS=1000`: how long the cluster's manager takes to notice that the primary is dead.
 //!
 //! The exit code is not zero when this pool lost a write, stored one twice, or let an error through.
 
+mod fault;
 mod figures;
 mod load;
 mod picture;
@@ -20,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use fault::Fault;
 use scenario::Run;
 use screen::Screen;
 
@@ -60,6 +64,8 @@ impl Naming {
 /// What the environment asks for.
 #[derive(Clone, Copy, Debug)]
 struct Settings {
+    /// `None`: all, one after the other.
+    fault: Option<Fault>,
     runs: usize,
     naming: Naming,
     detection: Duration,
@@ -73,11 +79,15 @@ impl Settings {
             Ok("hosts") => Naming::Hosts,
             Ok(other) => return Err(format!("DNS={other}: say moves, all or hosts").into()),
         };
+        let fault = match std::env::var("FAULT").as_deref() {
+            Err(_) | Ok("") => None,
+            Ok(name) => Some(Fault::named(name).ok_or_else(|| format!("FAULT={name}: say kill, freeze or demotion"))?),
+        };
         let runs = usize::try_from(number("RUNS", 1)?)?;
         if runs == 0 {
             return Err("RUNS=0: there is nothing to run; say 1 or more".into());
         }
-        Ok(Self { runs, naming, detection: Duration::from_millis(number("DETECT_MS", 1000)?) })
+        Ok(Self { fault, runs, naming, detection: Duration::from_millis(number("DETECT_MS", 1000)?) })
     }
 }
 
@@ -115,31 +125,33 @@ async fn demo() -> Result<Vec<String>, Box<dyn Error>> {
     let screen = Screen::new(settings.runs);
     screen.say(&format!(
         "{WRITERS} writers each through this pool and through plain deadpool-postgres, one write every {PACE:?};\n\
-         {}; a manager that detects a dead primary within {:?}",
+         {}; a manager that notices within {:?}",
         settings.naming.explained(),
         settings.detection
     ));
-    let mut runs: Vec<Run> = Vec::new();
+    let mut all: Vec<(Fault, Vec<Run>)> = Vec::new();
     let mut faults = Vec::new();
-    for number in 1..=settings.runs {
-        let run = scenario::run(settings, &screen).await?;
-        let of_this_run = run.pool.figures.faults();
-        faults.extend(of_this_run.into_iter().map(|fault| format!("run {number} of {}: {fault}", settings.runs)));
-        faults.extend(run.pool.messages.iter().map(|message| format!("run {number}: a caller got: {message}")));
-        if settings.runs > 1 {
-            screen.summary(number, &run);
+    for fault in Fault::ALL.into_iter().filter(|fault| settings.fault.is_none_or(|only| only == *fault)) {
+        screen.say(&format!("\n{}", fault.explained()));
+        let mut runs = Vec::new();
+        for number in 1..=settings.runs {
+            let run = scenario::run(settings, fault, &screen).await?;
+            let who = format!("{}, run {number} of {}", fault.name(), settings.runs);
+            faults.extend(run.pool.figures.faults().into_iter().map(|fault| format!("{who}: {fault}")));
+            faults.extend(run.pool.messages.iter().map(|message| format!("{who}: a caller got: {message}")));
+            if settings.runs > 1 {
+                screen.summary(number, &run);
+            }
+            runs.push(run);
         }
-        runs.push(run);
+        screen.table(&runs);
+        all.push((fault, runs));
     }
-    let Some(last) = runs.last() else {
-        return Err("no run was made".into());
-    };
-    screen.table(&runs);
     let folder = target().join("demo");
     std::fs::create_dir_all(&folder)?;
     let (picture, data) = (folder.join("failover.svg"), folder.join("failover.json"));
-    std::fs::write(&picture, picture::draw(last))?;
-    std::fs::write(&data, format!("{:#}\n", figures::json(settings, &runs)))?;
+    std::fs::write(&picture, picture::draw(&all))?;
+    std::fs::write(&data, format!("{:#}\n", figures::json(settings, &all)))?;
     screen.say(&format!("\n{}\n{}", picture.display(), data.display()));
     Ok(faults)
 }

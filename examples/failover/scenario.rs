@@ -1,4 +1,4 @@
-//! One failover: a cluster, two loads, a kill, a promotion, and what came of it.
+//! One failover: a cluster, two loads, a fault, a promotion, and what came of it.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -7,6 +7,7 @@ use testbed::Cluster;
 use tokio::time::{sleep, sleep_until};
 use tokio_postgres_failover::{Pool, deadpool_postgres};
 
+use crate::fault::Fault;
 use crate::figures::{Figures, Timeline};
 use crate::load::{Load, Side, Writer};
 use crate::screen::Screen;
@@ -15,7 +16,7 @@ use crate::{Naming, Settings, WRITERS, plain};
 /// From the promotion to the change of DNS.
 const DNS_LAG: Duration = Duration::from_millis(200);
 /// A side that does not write again within this time after the promotion never does.
-const GIVE_UP: Duration = Duration::from_secs(15);
+const GIVE_UP: Duration = Duration::from_secs(10);
 /// The bins of the timeline.
 pub(crate) const BIN: Duration = Duration::from_millis(50);
 
@@ -31,16 +32,17 @@ pub(crate) struct Outcome {
 
 /// What one failover came to.
 pub(crate) struct Run {
+    pub(crate) fault: Fault,
     pub(crate) naming: Naming,
     pub(crate) timeline: Timeline,
     pub(crate) pool: Outcome,
     pub(crate) plain: Outcome,
 }
 
-pub(crate) async fn run(settings: Settings, screen: &Screen) -> Result<Run, Box<dyn Error>> {
+pub(crate) async fn run(settings: Settings, fault: Fault, screen: &Screen) -> Result<Run, Box<dyn Error>> {
     // One run has time for a calm look before and after; many runs need only the failover.
     let (before, whole) = match settings.runs {
-        1 => (Duration::from_secs(4), Duration::from_secs(12)),
+        1 => (Duration::from_secs(3), Duration::from_secs(10)),
         _ => (Duration::from_millis(1500), Duration::ZERO),
     };
     let cluster = Cluster::start().await;
@@ -55,11 +57,11 @@ pub(crate) async fn run(settings: Settings, screen: &Screen) -> Result<Run, Box<
 
     let old = cluster.primary();
     sleep_until((start + before).into()).await;
-    let killed = Instant::now();
-    cluster.kill(old).await;
-    screen.event(start, &format!("kill -9: the primary {} is dead", cluster.socket_addr(old)));
+    let struck = Instant::now();
+    fault.strike(&cluster, old).await;
+    screen.event(start, &format!("{}: {}", fault.name(), cluster.socket_addr(old)));
 
-    sleep_until((killed + settings.detection).into()).await;
+    sleep_until((struck + settings.detection).into()).await;
     let new = cluster.most_advanced_standby().await;
     let promotion = cluster.promote_timed(new).await;
     screen.event(start, &format!("{} was promoted in {:.0?}", cluster.socket_addr(new), promotion.took));
@@ -80,15 +82,18 @@ pub(crate) async fn run(settings: Settings, screen: &Screen) -> Result<Run, Box<
 
     let end = Instant::now();
     let [first, second] = loads;
+    first.end();
+    second.end();
+    fault.over(&cluster, old).await;
     let (lived, lived_plain) = (first.stop().await?, second.stop().await?);
     drop(live);
     let accepted = promotion.accepted_at;
     // The last change of the pool's state: it holds since the new primary was verified.
     let verified = failover.status().view.changed.at.into_std();
-    let timeline = Timeline { start, killed, accepted, verified, promotion: promotion.took, named, end };
+    let timeline = Timeline { start, struck, accepted, verified, promotion: promotion.took, named, end };
     let pool = outcome(&cluster, &sides[0], &timeline, &lived).await?;
     let plain = outcome(&cluster, &sides[1], &timeline, &lived_plain).await?;
-    Ok(Run { naming: settings.naming, timeline, pool, plain })
+    Ok(Run { fault, naming: settings.naming, timeline, pool, plain })
 }
 
 fn contestants(cluster: &Cluster, naming: Naming) -> Result<(Pool, deadpool_postgres::Pool), Box<dyn Error>> {
@@ -126,8 +131,11 @@ async fn outcome(
     let client = cluster.direct(cluster.primary()).await;
     let rows = client.query(&format!("SELECT id, count(*) FROM {} GROUP BY id", side.table()), &[]).await?;
     let stored = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
-    let mut messages: Vec<String> =
-        writers.iter().flat_map(|writer| writer.errors.iter().map(|(_, message)| message.clone())).collect();
+    let mut messages: Vec<String> = writers
+        .iter()
+        .flat_map(|writer| writer.errors_until(timeline.end))
+        .map(|(_, message)| message.clone())
+        .collect();
     messages.sort_unstable();
     messages.dedup();
     Ok(Outcome {

@@ -90,9 +90,12 @@ impl Screen {
     /// One line for one of many runs.
     pub(crate) fn summary(&self, number: usize, run: &Run) {
         let (pool, plain) = (&run.pool.figures, &run.plain.figures);
-        let ms = |duration: Option<Duration>| shown(duration.map(milliseconds));
+        let ms = |duration: Option<Duration>| {
+            let unit = if duration.is_some() { " ms" } else { "" };
+            shown(duration.map(milliseconds)) + unit
+        };
         self.say(&format!(
-            "run {number:2}: this pool {} errors, first write after {} ms, all after {} ms | plain {} errors, {} ms, {} ms",
+            "run {number:2}: this pool {} errors, first write after {}, all after {} | plain {} errors, {}, {}",
             pool.errors,
             ms(pool.first_success),
             ms(pool.all_writers),
@@ -119,7 +122,7 @@ impl Screen {
     }
 
     fn cell(&self, name: &str, spread: Spread) -> String {
-        let unit = if name.ends_with("_ms") { " ms" } else { "" };
+        let unit = if name.ends_with("_ms") && spread.median.is_some() { " ms" } else { "" };
         let median = shown(spread.median);
         if self.many {
             format!("{median} ({} – {}){unit}", shown(spread.min), shown(spread.max))
