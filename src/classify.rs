@@ -189,6 +189,13 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether the error is about a prepared statement, and not about what that asks for: it is gone, or it is there already.
+/// A proxy may give each transaction another session, and `DEALLOCATE ALL` takes every statement away.
+pub(crate) fn not_prepared(error: &Error) -> bool {
+    let codes = [SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT];
+    error.code().is_some_and(|code| codes.contains(code))
+}
+
 /// Whether the error may be about only one part of what a statement asked for. The server does not offer that part, or
 /// it fails each time (a file that cannot be read, an internal error). The other parts may still be answered.
 pub(crate) fn about_a_part(error: &Error) -> bool {

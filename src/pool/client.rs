@@ -273,6 +273,15 @@ impl<C: SessionClient> Client<C> {
         *lock(&self.facts().marking) = marking;
     }
 
+    /// The statement by which a COMMIT looks for its transaction is prepared in its session.
+    pub(crate) fn check_is_prepared(&self) -> bool {
+        self.facts().check_prepared.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_check_prepared(&self, prepared: bool) {
+        self.facts().check_prepared.store(prepared, Ordering::Relaxed);
+    }
+
     pub(crate) fn notices(&self) -> &Notices {
         &self.facts().notices
     }

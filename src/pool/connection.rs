@@ -34,6 +34,8 @@ pub(super) struct Facts {
     learned: Arc<OnceLock<ServerReport>>,
     /// How it marks transactions.
     pub(super) marking: Mutex<MarkStatement>,
+    /// The statement by which a COMMIT looks for its transaction is prepared.
+    pub(super) check_prepared: AtomicBool,
     pub(super) notices: Arc<Notices>,
     pub(super) poisoned: AtomicBool,
     /// A COMMIT was sent, and not answered yet.
@@ -50,6 +52,7 @@ impl Facts {
             life: life(&generation.primary.report),
             learned: Arc::clone(&generation.learned),
             marking: Mutex::default(),
+            check_prepared: AtomicBool::new(false),
             notices,
             poisoned: AtomicBool::new(false),
             committing: AtomicBool::new(false),

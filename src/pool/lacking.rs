@@ -14,7 +14,10 @@ const REFUSED_FOR: Duration = Duration::from_secs(60);
 /// By which functions the message of a COMMIT looks for the pool's own transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Check {
+    /// As a statement of the session's: to run it costs the server a quarter of what planning it does.
     #[default]
+    Prepared,
+    /// The same, not prepared.
     Full,
     /// The nearest other functions do the same.
     Other,
@@ -25,7 +28,11 @@ pub(crate) enum Check {
 impl Check {
     /// What to do with when this was refused.
     fn weaker(self) -> Self {
-        if self == Self::Full { Self::Other } else { Self::ByShow }
+        match self {
+            Self::Prepared => Self::Full,
+            Self::Full => Self::Other,
+            Self::Other | Self::ByShow => Self::ByShow,
+        }
     }
 }
 
@@ -49,6 +56,8 @@ struct Weakened {
     check: Check,
     since: Option<Instant>,
     said: bool,
+    /// What is prepared does not last: a proxy gives each transaction another session, or a closure deallocates it.
+    unprepared: bool,
 }
 
 impl Lacking {
@@ -76,9 +85,15 @@ impl Lacking {
     pub(super) fn check(&self) -> Check {
         let mut weakened = lock(&self.check);
         if weakened.since.is_some_and(|since| since.elapsed() >= REFUSED_FOR) {
-            (weakened.check, weakened.since) = (Check::Full, None);
+            (weakened.check, weakened.since) = (Check::default(), None);
         }
-        weakened.check
+        let strongest = if weakened.unprepared { Check::Full } else { Check::Prepared };
+        weakened.check.max(strongest)
+    }
+
+    /// COMMIT was not reached, as its prepared check was gone. Each such attempt has to run again, so none is prepared any more.
+    pub(super) fn check_is_gone(&self) {
+        lock(&self.check).unprepared = true;
     }
 
     /// COMMIT was not reached, as its check is refused. Says so the first time.
@@ -104,7 +119,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_refused_is_tried_again_after_a_while() {
         let lacking = Lacking::default();
-        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Full));
+        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Prepared));
         lacking.set_unmarked(ONE, "no right");
         lacking.check_refused(Check::Full, "no right");
         lacking.check_refused(Check::Full, "two transactions met it");
@@ -113,7 +128,10 @@ mod tests {
         lacking.check_refused(Check::Other, "no right");
         assert_eq!(lacking.check(), Check::ByShow);
         tokio::time::advance(REFUSED_FOR).await;
-        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Full));
+        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Prepared));
+        lacking.check_is_gone();
+        tokio::time::advance(REFUSED_FOR).await;
+        assert_eq!(lacking.check(), Check::Full);
         assert_eq!(lacking.why_unmarked(ONE), None);
     }
 }

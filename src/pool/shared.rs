@@ -80,6 +80,11 @@ impl<C: SessionClient> Pool<C> {
         self.shared.lacking.check()
     }
 
+    /// The prepared statement by which a COMMIT looked for its transaction is gone.
+    pub(crate) fn check_is_gone(&self) {
+        self.shared.lacking.check_is_gone();
+    }
+
     pub(crate) fn check_refused(&self, refused: Check, why: &str) {
         self.shared.lacking.check_refused(refused, why);
     }

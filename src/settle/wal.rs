@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
-use crate::classify::{explain, not_offered};
+use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::rows;
 use crate::topology::{
@@ -70,8 +70,7 @@ impl MarkStatement {
 
     /// Is the error about the prepared statement, and not about what it asks for?
     pub(crate) fn failed(self, error: &Error) -> bool {
-        let codes = [SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT];
-        self != Self::Plain && error.code().is_some_and(|code| codes.contains(code))
+        self != Self::Plain && not_prepared(error)
     }
 }
 

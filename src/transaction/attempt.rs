@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout};
 use super::Transaction;
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::Earlier;
-use super::finish::{Answer, Known, Proof, Undone};
+use super::finish::{Answer, Known, Look, Proof, Undone};
 use super::marks::{Begin, MarkWith};
 use super::nested;
 use super::settle::{Mark, Outcome, settle};
@@ -22,6 +22,7 @@ use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::SessionClient;
+use crate::settle::wal::MarkStatement;
 use crate::topology::Suspicion;
 
 /// How an attempt ended.
@@ -240,7 +241,8 @@ impl<C: SessionClient> Attempt<C> {
         // On a session that has ended nothing is sent: then the transaction is certainly not committed.
         let never_sent = self.client().is_closed();
         let known = self.known(mode);
-        let (sql, mark) = (known.commit(self.check), self.mark.take());
+        let look = self.look(known);
+        let (sql, mark) = (known.commit(look), self.mark.take());
         self.client().set_committing(true);
         let answer = tokio::select! {
             biased;
@@ -251,7 +253,10 @@ impl<C: SessionClient> Attempt<C> {
                 return Ended::InDoubt(Unanswered { value, mark, failed });
             }
         };
-        let proof = known.proof(self.check, &answer);
+        let proof = known.proof(look, &answer);
+        if look == Look::Prepare && answer.completed > 1 {
+            self.client().set_check_prepared(true);
+        }
         self.client().set_committing(proof == Proof::Nothing);
         match (proof, answer.error) {
             (Proof::Committed { answered }, _) => {
@@ -273,8 +278,11 @@ impl<C: SessionClient> Attempt<C> {
             (_, None) => Ended::Committed(value),
             (Proof::Unchecked, Some(error)) => {
                 self.pool().check_refused(self.check, &explain(&error));
-                self.undo(Some(known), None).await;
-                Ended::Failed(Stage::Refused, Failed::new(Verdict::Conflict, error))
+                Ended::Failed(Stage::Refused, self.not_checked(known, error).await)
+            }
+            (Proof::Unprepared, Some(error)) => {
+                self.pool().check_is_gone();
+                Ended::Failed(Stage::Refused, self.not_checked(known, error).await)
             }
             (Proof::Refused { over }, Some(error)) => {
                 Ended::Failed(Stage::Refused, self.commit_refused(known, over, error).await)
@@ -289,6 +297,22 @@ impl<C: SessionClient> Attempt<C> {
                 Ended::InDoubt(Unanswered { value, mark, failed })
             }
         }
+    }
+
+    /// A session that has kept the mark's statement keeps this one, too.
+    fn look(&self, known: Known) -> Look {
+        let keeps = self.client().marking() == MarkStatement::Prepared;
+        match (known, self.check) {
+            (Known::ById(_), Check::Prepared) if keeps && self.client().check_is_prepared() => Look::Execute,
+            (Known::ById(_), Check::Prepared) if keeps => Look::Prepare,
+            (_, check) => Look::Plain(check.max(Check::Full)),
+        }
+    }
+
+    /// COMMIT was not reached. The work runs again, unless the closure had ended its transaction itself.
+    async fn not_checked(&mut self, known: Known, error: tokio_postgres::Error) -> Failed {
+        let (undone, _) = self.undo(Some(known), None).await;
+        undone.explains(Failed::new(Verdict::Conflict, error))
     }
 
     /// `over`: the transaction is rolled back already.

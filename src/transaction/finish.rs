@@ -11,15 +11,43 @@ use std::pin::pin;
 use futures_util::StreamExt;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use crate::classify::{commit_refused, no_transaction, not_offered, not_ours};
+use crate::classify::{commit_refused, no_transaction, not_offered, not_ours, not_prepared};
 use crate::error::Ending;
 use crate::pool::Check;
 
 /// Set by BEGIN for one transaction: its end, however it comes about, takes the value away.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
 
-/// How many statements COMMIT's message has. Its own is the last.
-const STATEMENTS: usize = 3;
+/// Looks for the transaction by its id. Another number for another text: behind a proxy, versions of this crate may share a
+/// session.
+const PREPARED: &str = "tokio_postgres_failover_check_1";
+
+/// How COMMIT's message looks for its transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// By the session's prepared statement, which this message prepares.
+    Prepare,
+    /// By the session's prepared statement.
+    Execute,
+    /// By what this check lets it call.
+    Plain(Check),
+}
+
+impl Look {
+    /// How many statements the message has. COMMIT is the last.
+    fn statements(self) -> usize {
+        if self == Self::Prepare { 4 } else { 3 }
+    }
+
+    fn is_prepared(self) -> bool {
+        matches!(self, Self::Prepare | Self::Execute)
+    }
+
+    /// Is the answer's row looked at, and not insisted on?
+    fn is_shown(self) -> bool {
+        self == Self::Plain(Check::ByShow)
+    }
+}
 
 /// By what a transaction is known again when it is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +67,28 @@ impl Known {
     ///
     /// The first statement fails in a failed transaction (25P02). It also lets the warning through by which the server says
     /// that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
-    pub(super) fn commit(self, check: Check) -> String {
+    pub(super) fn commit(self, look: Look) -> String {
+        let looks = match (self, look) {
+            (Self::ById(xid), Look::Execute) => format!("EXECUTE {PREPARED} ('{xid}')"),
+            (Self::ById(xid), Look::Prepare) => {
+                let insists = insists("pg_current_xact_id_if_assigned()", "$1");
+                format!("PREPARE {PREPARED} (pg_catalog.xid8) AS {insists}; EXECUTE {PREPARED} ('{xid}')")
+            }
+            (_, Look::Execute | Look::Prepare) => self.looks(Check::Full),
+            (_, Look::Plain(check)) => self.looks(check),
+        };
+        format!("SET LOCAL client_min_messages = warning; {looks}; COMMIT")
+    }
+
+    fn looks(self, check: Check) -> String {
         let own = match (self, check) {
             (Self::ByShow, _) | (_, Check::ByShow) => None,
-            (Self::ById(xid), Check::Full) => Some(("pg_current_xact_id_if_assigned()", xid.to_string())),
+            (Self::ById(xid), Check::Prepared | Check::Full) => {
+                Some(("pg_current_xact_id_if_assigned()", xid.to_string()))
+            }
             // The mark has called it. It gives another transaction an id that is not this one.
             (Self::ById(xid), Check::Other) => Some(("pg_current_xact_id()", xid.to_string())),
-            (Self::BySetting, Check::Full) => {
+            (Self::BySetting, Check::Prepared | Check::Full) => {
                 Some(("current_setting('tokio_postgres_failover.transaction', true)", "off".to_owned()))
             }
             // Fails where nobody has ever set it.
@@ -53,16 +96,10 @@ impl Known {
                 Some(("current_setting('tokio_postgres_failover.transaction')", "off".to_owned()))
             }
         };
-        let look = own.map_or_else(
+        own.map_or_else(
             || "SHOW tokio_postgres_failover.transaction".to_owned(),
-            |(asked, expected)| {
-                format!(
-                    "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{asked} \
-                     OPERATOR(pg_catalog.=) '{expected}', false)::pg_catalog.int4 IS NULL"
-                )
-            },
-        );
-        format!("SET LOCAL client_min_messages = warning; {look}; COMMIT")
+            |(asked, expected)| insists(asked, &format!("'{expected}'")),
+        )
     }
 
     /// ROLLBACK, and with `role` that question. Where no transaction is open although the closure was run, it has ended that,
@@ -83,6 +120,14 @@ impl Known {
             Self::BySetting | Self::ByShow => None,
         }
     }
+}
+
+/// Fails with a division by zero unless the function returns this.
+fn insists(function: &str, expected: &str) -> String {
+    format!(
+        "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{function} \
+         OPERATOR(pg_catalog.=) {expected}, false)::pg_catalog.int4 IS NULL"
+    )
 }
 
 /// What came back for a message of several statements.
@@ -146,24 +191,31 @@ pub(super) enum Proof {
     },
     /// The server does not let this role look for the transaction, and so did not come to COMMIT.
     Unchecked,
+    /// The prepared statement that looks for the transaction was not there, so the server did not come to COMMIT.
+    Unprepared,
     Nothing,
 }
 
 impl Known {
     /// What does this answer to [`Known::commit`] prove?
-    pub(super) fn proof(self, check: Check, answer: &Answer) -> Proof {
-        let before = STATEMENTS - 1;
+    pub(super) fn proof(self, look: Look, answer: &Answer) -> Proof {
+        let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
-        let insisted = self != Self::ByShow && check != Check::ByShow;
+        let insisted = self != Self::ByShow && !look.is_shown();
+        // What comes to an end before COMMIT does, after the first.
+        let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if ours => Proof::Committed { answered: true },
             None => Proof::NotOurs { committed: true },
             // The server has said that it committed; what befell the session after that changes nothing.
-            Some(_) if answer.completed >= STATEMENTS && ours => Proof::Committed { answered: false },
-            Some(_) if answer.completed >= STATEMENTS => Proof::NotOurs { committed: true },
+            Some(_) if answer.completed >= statements && ours => Proof::Committed { answered: false },
+            Some(_) if answer.completed >= statements => Proof::NotOurs { committed: true },
             Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
-            Some(error) if answer.completed == before - 1 && insisted && not_offered(error) => Proof::Unchecked,
+            Some(error) if looked.contains(&answer.completed) && look.is_prepared() && not_prepared(error) => {
+                Proof::Unprepared
+            }
+            Some(error) if looked.contains(&answer.completed) && insisted && not_offered(error) => Proof::Unchecked,
             Some(error) if commit_refused(error) => Proof::Refused { over: answer.completed >= before },
             Some(_) => Proof::Nothing,
         }

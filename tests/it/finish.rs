@@ -339,6 +339,42 @@ async fn a_closure_that_ends_its_transaction_and_fails_is_not_run_again() {
     }
 }
 
+/// COMMIT looks for its transaction by a statement that the session has prepared. Where the closure takes that away, or the
+/// role may not call what it asks for, nothing is lost, doubled or untrue.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_check_of_commit_every_answer_is_true() {
+    let revoke = "REVOKE EXECUTE ON FUNCTION pg_catalog.pg_current_xact_id_if_assigned() FROM PUBLIC";
+    for (deallocates, revoked) in [("; DEALLOCATE ALL", false), ("; DEALLOCATE ALL", true), ("", true)] {
+        let cluster = started(single()).await;
+        let admin = cluster.direct(Node(0)).await;
+        if revoked {
+            admin.batch_execute(revoke).await.unwrap();
+        }
+        for kind in KINDS {
+            for guarantee in guarantees().into_iter().flatten() {
+                for (ends, expected) in [("", "Ok"), ("; COMMIT", "EndedInside"), ("; COMMIT; BEGIN", "EndedInside")] {
+                    let what = format!("{kind:?} {guarantee:?} {deallocates}{ends}, revoked: {revoked}");
+                    let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+                    // The second call finds a session that was used, and what the first has learned.
+                    for nth in 0..2 {
+                        let runs = Runs::default();
+                        let work = call(&pool, Some(&guarantee)).run(async |tx| {
+                            runs.begin();
+                            let insert = format!("INSERT INTO entries VALUES (1){deallocates}{ends}");
+                            Ok(tx.batch_execute(&insert).await?)
+                        });
+                        let result = work.await.map_or_else(|error| name(&error), |()| "Ok".to_owned());
+                        assert_eq!((&*result, stored(&cluster).await), (expected, vec![1]), "{what}");
+                        let most = if expected == "Ok" && nth == 0 { 4 } else { 1 };
+                        assert!(runs.count() <= most, "{what}: {} runs", runs.count());
+                        admin.batch_execute("TRUNCATE entries").await.unwrap();
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// A closure that goes on in a failed transaction of its own is not told "rolled back" alone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_transaction_behind_a_commit_of_the_closures_own_is_told_apart() {
