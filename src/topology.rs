@@ -1,9 +1,10 @@
-//! Decides which server is the primary, when a generation begins and ends, and whom to ask next.
+//! Decides which server is the primary, when a generation begins and ends, and which server to ask next.
 //!
-//! Knows nothing of sockets, tasks, DNS or clocks: answers and the time come in as values, [`Action`]s go out.
+//! This module knows nothing of sockets, tasks, DNS or clocks: answers and the time come in as values, [`Action`]s go
+//! out.
 //! Invariants: the published timeline never goes back; generation numbers only grow; a signal from an older generation
 //! changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes, `dead_after`).
-//! Tests: `topology/tests/`.
+//! The tests are in `topology/tests/`.
 
 mod action;
 mod candidate;
@@ -71,33 +72,33 @@ pub(crate) struct Topology {
     crossings: u64,
     system_identifier: Option<u64>,
     newest_timeline: Option<u32>,
-    /// Since when that is known.
+    /// When the newest timeline was found.
     newest_at: Instant,
-    /// What the primary does not tell, or did not when it was lost.
+    /// The parts that the primary withholds, or withheld when it was lost.
     untold: Parts,
-    /// When a server of this cluster was seen as its primary last.
+    /// When a server of this cluster last answered as its primary.
     own_primary_at: Instant,
-    /// A server of this cluster has let this role in.
+    /// Whether a server of this cluster has ever accepted this role's credentials.
     let_in: bool,
-    /// Of log-ins that will most likely be refused.
+    /// Limits how often log-ins are tried that will most likely be refused.
     log_ins: refusals::Pace,
     names: Vec<names::Name>,
-    /// Servers that wait for their turn, as there are more than are asked at the same time.
+    /// Candidates beyond the limit of concurrent probes, which wait for their turn.
     spare: VecDeque<(Endpoint, Origin)>,
     sleep: sleep::Sleep,
     changed: Change,
     polled_at: Instant,
     traffic: TrafficSample,
     moved_at: Instant,
-    /// When something was last received on a session of the pool; where that can be told.
+    /// When something was last received on a session of the pool. `None` if that cannot be observed.
     received_at: Option<Instant>,
-    /// Since when connections have been on loan.
+    /// When connections came to be on loan, after none had been.
     lent_at: Instant,
-    /// The question beside the first one.
+    /// The second question to the primary, which runs beside the first one.
     beside: Beside,
-    /// How long after a question the next one is asked because of silence.
+    /// How long after a question a silent primary is asked the next one.
     quiet_pause: Duration,
-    /// When a new session was opened last to see where it leads.
+    /// When a new session was last opened to see which server it reaches.
     patrolled_at: Instant,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
@@ -108,7 +109,7 @@ pub(crate) struct Topology {
 }
 
 impl Topology {
-    /// A topology that searches. `names`: how many there are to resolve.
+    /// Creates a topology that searches. `names` is the number of names to resolve.
     pub(crate) fn new(settings: Settings, configured: Vec<Endpoint>, names: usize, seed: u64, now: Instant) -> Self {
         let mut topology = Self {
             quiet_pause: settings.heartbeat / QUIET,
@@ -146,7 +147,7 @@ impl Topology {
         topology
     }
 
-    /// What is to be done now. Call after each input and at [`Self::wake_at`].
+    /// Returns what is to be done now. Call it after each input and at [`Self::wake_at`].
     pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
         self.polled_at = now;
         self.follow_successor(now);
@@ -182,7 +183,7 @@ impl Topology {
                 self.patrolled_at = now;
                 member.fresh = true;
             }
-            // Time to open a session and time to answer a question are two things.
+            // Opening a session and answering a question have separate time limits.
             let (within, opened_within) = if current.as_ref() == Some(address) {
                 let within = self.settings.heartbeat_timeout;
                 (within, self.settings.probe_timeout + within)
@@ -192,11 +193,12 @@ impl Topology {
             member.asking = true;
             member.prompt = false;
             member.asked_at = Some(now);
-            // The session that is kept to the suspended primary is asked beside.
+            // The kept session to the suspended primary is asked by the question beside, so this one opens a new
+            // session.
             let fresh = std::mem::take(&mut member.fresh)
                 || suspended.as_ref() == Some(address)
                 || search.is_some_and(|search| member.outlived(search, now));
-            // The first question of a search is how things stand.
+            // In a new search, ask plainly first; only then wait for the promotion.
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
             member.promotion_wait =
                 promotion_wait.filter(|_| waits).map(|promotion_wait| member.spares(promotion_wait));
@@ -207,7 +209,7 @@ impl Topology {
         std::mem::take(&mut self.actions)
     }
 
-    /// A probe ended.
+    /// Handles the result of a probe.
     pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
         let Some(member) = self.members.get(&probed.address) else {
             return;
@@ -220,7 +222,7 @@ impl Topology {
         let current = self.primary_address().as_ref() == Some(&probed.address);
         let result = probed.result.as_ref().map(|report| self.completed(probed, report));
         let answer = match &result {
-            // A session that was open before does not feel the fence; the next probe comes on a new one.
+            // An open session does not notice the fence, so the next probe opens a new one.
             Ok(report) if report.fence_pending && !probed.fresh && !current && !report.in_recovery => {
                 Answer::Refused(report.clone(), Refusal::Fenced)
             }
@@ -271,7 +273,7 @@ impl Topology {
                 member.heard_at = Some(now);
                 member.report = Some(report.clone());
             }
-            // A session that cannot be had beside one that answers is no answer of the server's.
+            // If the primary answers on its kept session, failing to open a second session is not the server's answer.
             if !(current && probed.beside && probed.result.is_err()) {
                 member.answer = Some(answer.clone());
             }
@@ -290,17 +292,17 @@ impl Topology {
         }
     }
 
-    /// The session that was kept has answered beside the first question, or failed to.
+    /// The kept session answered the question beside the first one, or failed to.
     fn kept_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
         match (&self.phase, answer) {
             (Phase::Searching(_), _) => self.suspended_answered(now, probed, answer),
-            // The search that it was asked in is over.
+            // The search in which the question was asked is over.
             (Phase::Known { .. }, _) => {}
         }
     }
 
-    /// The session to a standby was to be renewed, and the server has no slot or no time for a new one. The one that is open
-    /// will see its promotion all the same, and may be the only one that does.
+    /// Returns whether the session to a standby should have been renewed, but the server has no slot or no time for a
+    /// new one. The open session will see the promotion all the same, and may be the only one that does.
     fn is_vain_renewal(&self, probed: &Probed) -> bool {
         let busy = |failure: &ProbeFailure| matches!(failure.kind, FailureKind::Full | FailureKind::TimedOut);
         matches!(self.phase, Phase::Searching(_))
@@ -310,7 +312,7 @@ impl Topology {
             && self.is_standby(&probed.address)
     }
 
-    /// What the sessions in use did since the last look. Call before each [`Self::poll`].
+    /// Takes in what the sessions in use did since the last call. Call it before each [`Self::poll`].
     pub(crate) fn traffic(&mut self, now: Instant, traffic: TrafficSample) {
         if traffic.in_use && !self.traffic.in_use {
             self.lent_at = now;
@@ -324,7 +326,7 @@ impl Topology {
         }
     }
 
-    /// May each new session lead to another server?
+    /// Returns whether each new session may reach another server.
     pub(crate) fn roams(&self) -> bool {
         self.settings.roaming
     }

@@ -1,4 +1,4 @@
-//! The words for a server that may be the primary: where it is, why it is asked, what it said.
+//! The types that describe a candidate: where it is, why it is asked, what it answered.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::{Eviction, Part, ServerReport};
 
-/// In characters.
+/// The longest kept message, in characters.
 const LONGEST_MESSAGE: usize = 500;
 
 /// The socket address of a server, or the path of its Unix socket.
@@ -26,7 +26,7 @@ pub enum Address {
 }
 
 impl Address {
-    /// Does its text hold this name already, being the same address?
+    /// Returns whether the address is itself this host name, so that its text already shows the name.
     fn is_named(&self, host: &str) -> bool {
         matches!(self, Self::Tcp(address) if host.trim_matches(['[', ']']).parse() == Ok(address.ip()))
     }
@@ -43,13 +43,13 @@ impl fmt::Display for Address {
     }
 }
 
-/// Where one server can be reached, and the name it was reached by.
+/// Where a server can be reached, and the host name that led there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Endpoint {
-    /// The name from the configuration: what TLS certificates are checked against.
+    /// The host name from the configuration, which TLS certificates are checked against.
     pub host: Option<Arc<str>>,
-    /// The address that is connected to.
+    /// The address to connect to.
     pub address: Address,
 }
 
@@ -66,42 +66,44 @@ impl fmt::Display for Endpoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Origin {
-    /// The newest DNS answer holds it.
+    /// The newest DNS answer contains it.
     Resolved,
     /// The configuration names the address itself.
     Configured,
-    /// DNS named it before and the server there proved to be a member of this cluster.
+    /// An earlier DNS answer contained it, and the server there proved to be a member of this cluster.
     Remembered,
 }
 
-/// What kind of failure a probe met.
+/// The kind of failure of a probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FailureKind {
-    /// Refused, reset or closed before the server had answered.
+    /// The connection was refused, reset or closed before the server answered.
     Unreachable,
-    /// Nothing came within the probe's time.
+    /// No answer came within the probe's time limit.
     TimedOut,
-    /// No session can be had now, and may be later: the server starts up or shuts down, or the
-    /// [password provider](crate::PoolBuilder::password_provider) gave no password, or one that has just been changed.
+    /// No session is available now, but one may be later: the server is starting up or shutting down, or the
+    /// [password provider](crate::PoolBuilder::password_provider) gave no password, or a password that was just
+    /// changed.
     NotNow,
-    /// The server is up, and all its slots for sessions are taken.
+    /// The server is up, but all its connection slots are taken.
     Full,
-    /// The server refuses these credentials, this database or this kind of TLS: asking again does not help.
+    /// The server refuses these credentials, this database or this kind of TLS. Asking again does not help.
     Refused,
     /// What answered is not PostgreSQL, or its answer makes no sense.
     NotPostgres,
-    /// Servers of several clusters answer, and it is not known which of them is meant; or all that answer belong to
-    /// another cluster than the [one that is meant](crate::PoolBuilder::system_identifier).
+    /// Servers of several clusters answer, and it is not known which cluster is meant. Or all servers that answer
+    /// belong to another cluster than the [configured one](crate::PoolBuilder::system_identifier).
     SeveralClusters,
-    /// No name server knows the name, or an address for it.
+    /// No name server knows the name, or knows an address for it.
     UnknownName,
-    /// The server answered the question with an error: it is up, and does not say what it is.
+    /// The server answered the probe with an error: it is up, but does not say what it is.
     Errored,
 }
 
 impl FailureKind {
-    /// The server itself spoke, or was not asked for want of a password: not silence, in either case.
+    /// Returns whether the failure is not silence: the server itself answered, or it was not asked for lack of a
+    /// password.
     pub(super) fn is_an_answer(self) -> bool {
         matches!(self, Self::NotNow | Self::Full | Self::Refused | Self::Errored)
     }
@@ -114,7 +116,7 @@ impl FailureKind {
 pub struct ProbeFailure {
     /// The kind of failure.
     pub kind: FailureKind,
-    /// What was seen, in one line.
+    /// What happened, in one line.
     pub message: String,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
@@ -129,7 +131,7 @@ impl ProbeFailure {
     }
 }
 
-/// What a stranger says is kept, and copied into logs and errors, for no longer than this.
+/// Shortens what an unknown server said, which is kept and copied into logs and errors.
 pub(crate) fn shortened(mut message: String) -> String {
     if let Some((end, _)) = message.char_indices().nth(LONGEST_MESSAGE) {
         message.truncate(end);
@@ -138,7 +140,7 @@ pub(crate) fn shortened(mut message: String) -> String {
     message
 }
 
-/// Equal when they say the same.
+/// Failures are equal if their kind and message are.
 impl PartialEq for ProbeFailure {
     fn eq(&self, other: &Self) -> bool {
         self.kind == other.kind && self.message == other.message
@@ -153,7 +155,7 @@ impl Eq for ProbeFailure {}
 pub enum Refusal {
     /// It is a standby.
     Standby,
-    /// It is not in recovery, but new transactions are read-only: how Fly and others fence a primary.
+    /// It is not in recovery, but new transactions are read-only. Fly and others fence a primary in this way.
     Fenced,
     /// It was being promoted while it answered.
     Promoting,
@@ -171,24 +173,25 @@ pub enum Refusal {
         /// The newest timeline seen.
         newest: u32,
     },
-    /// It does not tell its system identifier, and the cluster that this pool knows has one.
+    /// It withholds its system identifier, while the cluster that this pool knows has one.
     Unidentified,
-    /// It does not tell its timeline, and this pool knows one: it may be an old primary that came back.
+    /// It withholds its timeline, while this pool knows one: it may be an old primary that came back.
     NoTimeline {
         /// The newest timeline seen.
         newest: u32,
     },
-    /// It is a primary, but not the one of this generation.
+    /// It is a primary, but not the primary of this generation.
     AnotherServer,
 }
 
 impl Refusal {
-    /// It is refused for what it does not tell.
+    /// Returns whether it is refused because it withholds something.
     pub(super) fn is_untold(self) -> bool {
         matches!(self, Self::Unidentified | Self::NoTimeline { .. })
     }
 
-    /// The server itself refuses writes; the others say that it cannot be told who it is, or that it is not the one.
+    /// Returns the reason to evict if the server itself refuses writes. The other refusals only say that its identity
+    /// is unknown, or that it is another server.
     pub(super) fn proof(self) -> Option<Eviction> {
         match self {
             Self::Standby => Some(Eviction::Demoted),
@@ -225,13 +228,13 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What a candidate said when it was last asked.
+/// What a candidate answered when it was last asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Answer {
-    /// It reported, and would be the primary.
+    /// It reported, and qualifies as the primary.
     Primary(ServerReport),
-    /// It reported, and is not used.
+    /// It reported, and is not used as the primary.
     Refused(ServerReport, Refusal),
     /// It did not report.
     Failed(ProbeFailure),
@@ -247,7 +250,7 @@ impl fmt::Display for Answer {
     }
 }
 
-/// One candidate and what it said last.
+/// One candidate and its last answer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CandidateReport {

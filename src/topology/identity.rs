@@ -1,6 +1,6 @@
-//! Which cluster this is: never guessed, and changed by the user's word alone.
+//! Decides which cluster is the pool's own. The cluster is never guessed, and only the user can change it.
 //!
-//! Timelines are compared within one cluster only: those of two system identifiers have nothing to do with each other.
+//! Timelines are compared within one cluster only: those of two system identifiers are unrelated.
 
 use std::collections::BTreeSet;
 
@@ -9,30 +9,31 @@ use super::{
     Role, Search, ServerReport, Topology,
 };
 
-/// A server that said in the first search to which cluster it belongs, and then falls silent, is remembered for so long: its
-/// silence does not make the other cluster the right one.
+/// A server that named its cluster in the first search and then falls silent is remembered for this long: its silence
+/// does not make the other cluster the right one.
 const REMEMBER_RIVAL: Duration = Duration::from_secs(30);
 
-/// So many servers are named in the error about two clusters.
+/// The most servers that the error about two clusters names.
 const NAMED: usize = 8;
 
-/// Which cluster is to be taken for the pool's own from now on.
+/// Which cluster the pool is to belong to from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Accept {
-    /// This one, as it is now: on an older timeline, too.
+    /// This cluster in its present state, even if that is an older timeline.
     Cluster(u64),
-    /// The one that the next search finds, as if it were the first.
+    /// Whichever cluster the next search finds, as if it were the first search.
     Any,
 }
 
-/// Do both belong to the same cluster, as far as they tell? Two that do not tell count as one: there is nothing to tell them
-/// apart by.
+/// Returns whether both reports are of the same cluster. Two servers that withhold their identifier count as one
+/// cluster, as nothing tells them apart.
 pub(super) fn comparable(one: &ServerReport, other: &ServerReport) -> bool {
     one.system_identifier == other.system_identifier
 }
 
 impl Topology {
-    /// Servers of several clusters answer, one of them is writable, and none of the clusters is known to be the pool's own.
+    /// Returns the failure to report if servers of several clusters answer, one of them is writable, and it is not
+    /// known which of the clusters is the pool's own.
     pub(super) fn conflict(&self, now: Instant) -> Option<ProbeFailure> {
         if self.system_identifier.is_some() || !matches!(self.phase, Phase::Searching(_)) {
             return None;
@@ -42,7 +43,7 @@ impl Topology {
         let writable = |report: &ServerReport| report.role() == Role::Primary;
         let primaries = || told.iter().filter(|(_, report)| writable(report));
         let identified: BTreeSet<u64> = told.iter().filter_map(|(_, report)| report.system_identifier).collect();
-        // One that does not tell where it belongs may be of either.
+        // A server that withholds its cluster may belong to either.
         let unclear = primaries().any(|(_, report)| report.system_identifier.is_none())
             && primaries().any(|(_, report)| report.system_identifier.is_some());
         if primaries().next().is_none() || (identified.len() < 2 && !unclear) {
@@ -54,7 +55,7 @@ impl Topology {
         Some(ProbeFailure::new(FailureKind::SeveralClusters, message))
     }
 
-    /// The user says which cluster is the pool's own from now on.
+    /// The user names the cluster that is the pool's own from now on.
     pub(crate) fn accept(&mut self, now: Instant, accepted: Accept) {
         let why = match accepted {
             Accept::Cluster(system_identifier) => {
@@ -81,7 +82,8 @@ impl Topology {
             self.newest_timeline = primary.report.timeline;
             return;
         }
-        // What was begun on another cluster is in doubt for good: no later primary is the next one after it.
+        // A commit begun on another cluster stays in doubt for ever, as no later primary continues that cluster's
+        // history.
         self.crossings += u64::from(self.generation.0 > 0);
         let ended = match &mut self.phase {
             Phase::Known { primary, .. } => Some((primary.id, true)),
@@ -109,8 +111,8 @@ impl Topology {
         self.hurry_names(now);
     }
 
-    /// Follows the user's policy: a cluster of which no server has answered as its primary for so long has been replaced by
-    /// the one that answers in its place.
+    /// Follows the user's policy (`accept_new_cluster_after`): if no server of the pool's cluster has answered as its
+    /// primary for that long, the cluster has been replaced by the one that answers in its place.
     pub(super) fn follow_successor(&mut self, now: Instant) {
         if self.follow_at().is_none_or(|at| at > now) {
             return;
@@ -125,14 +127,14 @@ impl Topology {
         self.accept_because(now, Accept::Cluster(*successor), &why);
     }
 
-    /// When somebody else may be followed, if somebody else answers.
+    /// When another cluster may be followed, if one answers.
     pub(super) fn follow_at(&self) -> Option<Instant> {
         let after = self.settings.accept_new_cluster_after.filter(|_| self.generation.0 > 0)?;
         self.claimants().next()?;
         Some(self.own_primary_at + after)
     }
 
-    /// Writable servers that are refused for where they come from.
+    /// Writable servers that are refused because of the cluster they belong to.
     fn claimants(&self) -> impl Iterator<Item = &ServerReport> {
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
@@ -149,13 +151,13 @@ impl Topology {
 }
 
 impl Member {
-    /// What it reported last, if that is not too long ago.
+    /// Its last report, if it is recent.
     fn recent_report(&self, now: Instant) -> Option<&ServerReport> {
         let recent = self.heard_at.is_some_and(|at| now.duration_since(at) < REMEMBER_RIVAL);
         self.report.as_ref().filter(|_| recent)
     }
 
-    /// It is asked anew: what it said was judged by what is no longer so.
+    /// Forgets its answer, so that it is asked anew: the answer was judged by rules that no longer hold.
     fn forget_word(&mut self) {
         self.answer = None;
         self.report = None;

@@ -1,11 +1,11 @@
-//! Whether the primary lives, as far as its sessions show, and the question that runs beside the heart-beat.
+//! Decides whether the primary lives, as far as its sessions show, and asks a second question beside the heartbeat.
 //!
-//! The rules, which `topology/tests/lives.rs` holds as tables and properties:
+//! `topology/tests/lives.rs` checks these rules with tables and properties:
 //!
-//! - An answer on any open session of the generation proves that the server lives; so does anything that is received there.
-//! - A session that cannot be opened says nothing of a server while an older session to it is open: that one is asked.
-//! - An error in place of a report is an answer. What the server is stays what it said last.
-//! - A question that is left open is silence only if nothing was received meanwhile.
+//! - An answer on any open session of the generation proves that the server lives; so does anything received there.
+//! - A session that cannot be opened proves nothing about a server while an older session is open: ask that one.
+//! - An error in place of a report is an answer. The server's role stays what it reported last.
+//! - An unanswered question is silence only if nothing was received meanwhile.
 
 use std::time::Duration;
 
@@ -15,26 +15,26 @@ use super::{
     Action, Address, Answer, Change, Doubt, FailureKind, Phase, ProbeFailure, Probed, Search, Suspended, Topology,
 };
 
-/// The longest pause between two checks of new sessions while those fail.
+/// The longest pause between two attempts to open a new session while these attempts fail.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// A second question to the primary, under way at the same time as the first, on another session.
+/// A second question to the primary, which runs at the same time as the first, on another session.
 ///
-/// While the primary is known, the first question goes over the session that is kept, and this one opens a new session: a
-/// server that takes no new session goes on being asked. In a search it is the other way round: candidates are asked on new
-/// sessions, and this one goes over the session that was kept to the suspended primary.
+/// While the primary is known, the first question uses the kept session, and this one opens a new session. So a server
+/// that accepts no new sessions is still asked. In a search it is the other way round: candidates are asked on new
+/// sessions, and this question uses the kept session to the suspended primary.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
     /// When to ask; `None` while there is no reason to.
     pub(super) due: Option<Instant>,
     pub(super) asking: bool,
     asked_at: Option<Instant>,
-    /// New sessions that failed in a row.
+    /// How many new sessions failed in a row.
     failures: u32,
 }
 
 impl Beside {
-    /// Asks as soon as may be. The more new sessions have failed in a row, the longer is the pause between two.
+    /// Asks as soon as possible. The pause between two questions doubles with each new session that fails in a row.
     pub(super) fn hurry(&mut self, now: Instant, pause: Duration) {
         let pause = pause.saturating_mul(1 << self.failures.min(10)).min(LONGEST_PAUSE.max(pause));
         let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
@@ -45,51 +45,51 @@ impl Beside {
         *self = Self { due: None, asking: true, asked_at: Some(now), ..*self };
     }
 
-    /// Returns how long the answer took.
+    /// Notes that the question ended, and returns how long it took.
     pub(super) fn answered(&mut self, now: Instant) -> Option<Duration> {
         self.asking = false;
         self.asked_at.map(|asked| now.duration_since(asked))
     }
 }
 
-/// What a question without a report says of a primary that is known.
+/// What a question without a report shows about a known primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Finding {
-    /// It lives, and what it is stays what it said last.
+    /// It lives, and its role stays what it reported last.
     Lives,
-    /// The session of the question had ended: that says nothing yet.
+    /// The session of the question ended, which proves nothing yet.
     SessionEnded,
-    /// New sessions cannot be had. Older ones are open, and tell more.
+    /// New sessions fail, but older ones are open and show more.
     NewSessionsFail,
     /// Nothing shows that it lives.
     Gone,
 }
 
-/// What is known when a question failed.
+/// What is known at the time when a question failed.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Sighting {
     pub(super) kind: FailureKind,
-    /// It was to be asked on a new session.
+    /// The question was to open a new session.
     pub(super) fresh: bool,
-    /// The session that is kept for the heart-beat is open, or under way with a question of its own.
+    /// The session kept for the heartbeat is open, or is busy with a question of its own.
     pub(super) kept_open: bool,
     /// Sessions of the pool to this primary are open.
     pub(super) pooled_open: bool,
-    /// Something was received on one of those since the question was asked.
+    /// Something was received on one of the pool's sessions since the question was asked.
     pub(super) received: bool,
-    /// Somebody waits for an answer on one of those, and nothing has come for as long as a heart-beat may take.
+    /// A user waits for an answer on one of the pool's sessions, and nothing has come for `heartbeat_timeout`.
     pub(super) mute: bool,
 }
 
 impl Sighting {
     pub(super) fn finding(self) -> Finding {
         match (self.fresh, self.kind) {
-            // The server itself spoke. Its slots may all be this pool's own: to make the callers wait for a free one would be
-            // to wait for themselves.
+            // The server itself answered. All its slots may be taken by this pool: if the callers waited for a free
+            // slot, they would wait for themselves.
             (_, FailureKind::Full) | (false, FailureKind::Errored) => Finding::Lives,
             (false, FailureKind::TimedOut) if self.received => Finding::Lives,
-            // An administrator may have ended the session (57P01), or a proxy.
+            // An administrator (57P01) or a proxy may have ended the session.
             (false, FailureKind::Unreachable | FailureKind::NotNow) => Finding::SessionEnded,
             (true, _) if self.kept_open => Finding::NewSessionsFail,
             (true, _) if self.pooled_open && !self.mute => Finding::NewSessionsFail,
@@ -99,9 +99,9 @@ impl Sighting {
 }
 
 impl Topology {
-    /// Where no other server is in sight, a successor shows itself at the primary's own address or not at all: there may be a
-    /// proxy. The session that is kept would never see it, so each patrol opens a new one; also where nothing else shows what new
-    /// sessions get.
+    /// Opens a new session with each patrol if no other server is in sight. A successor then appears at the primary's
+    /// own address or not at all, as there may be a proxy, and the kept session would never see it. The same is done if
+    /// nothing else shows which settings new sessions get.
     pub(super) fn patrol_alone(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -115,14 +115,14 @@ impl Topology {
         let current = &primary.endpoint.address;
         let alone = !self.members.iter().any(|(address, member)| address != current && in_sight(member));
         let due = now >= self.patrolled_at + self.settings.patrol.mul_f64(0.9);
-        // What opens sessions by another pool's manager has a patrol of its own.
+        // A roaming pool, which opens sessions by another pool's manager, has a patrol of its own.
         if (alone || self.must_look_anew()) && due && !self.settings.roaming {
             self.patrolled_at = now;
             self.beside.hurry(now, self.settings.poll.0);
         }
     }
 
-    /// The question beside the first one, if it is time for it.
+    /// Asks the question beside the first one if it is due.
     pub(super) fn ask_beside(&mut self, now: Instant) {
         if self.beside.asking || self.beside.due.is_none_or(|due| due > now) {
             return;
@@ -138,7 +138,7 @@ impl Topology {
         let endpoint = primary.endpoint.clone();
         self.beside.begin(now);
         if let Some(member) = self.members.get_mut(&endpoint.address).filter(|member| fresh && !member.asking) {
-            // No second new session follows at once.
+            // Keeps the first question from opening another new session right away.
             member.asked_at = Some(now);
         }
         let within = self.settings.heartbeat_timeout;
@@ -146,18 +146,18 @@ impl Topology {
         self.actions.push(Action::Probe { endpoint, fresh, beside: true, promotion_wait: None, within, opened_within });
     }
 
-    /// When something was last received on any session of the pool to the primary.
+    /// Returns whether anything was received on the pool's sessions to the primary after `asked_at`.
     pub(super) fn heard_since(&self, asked_at: Option<Instant>) -> bool {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
 
-    /// A caller waits on a session of the pool, and nothing has stirred for as long as a heart-beat may take.
+    /// A caller waits on a session of the pool, and nothing was sent or received for `heartbeat_timeout`.
     fn is_mute(&self, now: Instant) -> bool {
         let heard_at = self.moved_at.max(self.lent_at);
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
-    /// A question to the primary that is known brought no report.
+    /// Handles a question to the known primary that brought no report.
     pub(super) fn primary_failed(&mut self, now: Instant, probed: &Probed, failure: &ProbeFailure) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -173,7 +173,8 @@ impl Topology {
             mute: self.is_mute(now),
         };
         let why = format!("{}: {failure}", primary.endpoint);
-        // Its connections are not ended for a silence that is none, as where the password provider is away.
+        // An answer is not silence, so its connections must not end for silence, for instance while the password
+        // provider fails.
         if failure.kind.is_an_answer() {
             self.primary_lives(now);
         }
@@ -196,18 +197,18 @@ impl Topology {
         }
     }
 
-    /// Asks the primary before the usual time, on the session that is kept, or on a new one if there is none.
+    /// Asks the primary before the usual time, on the kept session, or on a new one if there is none.
     pub(super) fn ask_now(&mut self, now: Instant, address: &Address, pause: Duration) {
         let Some(member) = self.members.get_mut(address).filter(|member| !member.asking) else {
             return;
         };
         let due = member.asked_at.map_or(now, |asked| now.max(asked + pause));
-        // What is due already was put off on purpose only if nobody was in a hurry.
+        // An earlier due time counts only if the question was already urgent; otherwise it was put off on purpose.
         member.due = if member.prompt { due.min(member.due) } else { due };
         member.prompt = true;
     }
 
-    /// The session that is kept says whether the server lives, and the others whether they know a successor.
+    /// Asks the kept session whether the server lives, and the other servers whether one is the successor.
     fn new_sessions_fail(&mut self, now: Instant, probed: &Probed) {
         let first = self.beside.failures == 0;
         self.beside.failures = self.beside.failures.saturating_add(1);
@@ -224,7 +225,8 @@ impl Topology {
         }
     }
 
-    /// New sessions fail, the one for the question hangs as well, and nothing comes on those that are open.
+    /// Gives up the primary if new sessions fail, the heartbeat's session hangs too, and the open sessions receive
+    /// nothing.
     pub(super) fn give_up_mute(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -238,17 +240,17 @@ impl Topology {
         }
     }
 
-    /// Somebody could not have a session, or lost one.
+    /// A caller could not open a session, or lost one.
     pub(super) fn doubt(&mut self, now: Instant, address: &Address) {
         let full = self.members.get(address).and_then(super::Member::full_pause).unwrap_or_default();
         self.beside.hurry(now, self.settings.poll.0.max(full));
-        // New sessions fail, and say nothing: has the server died meanwhile?
+        // That new sessions fail proves nothing, so ask the kept session whether the server has died meanwhile.
         if self.beside.failures > 0 {
             self.ask_now(now, address, self.settings.heartbeat / super::QUIET);
         }
     }
 
-    /// The primary answers at another address as well: where it takes no session at its own any more, it is reached there.
+    /// The primary answers at another address as well. If it accepts no more sessions at its own, use the other one.
     pub(super) fn reach_at(&mut self, now: Instant, address: &Address) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
             return;
@@ -273,7 +275,7 @@ impl Topology {
         self.beside.failures = 0;
     }
 
-    /// The session that was kept to the suspended primary has answered, or failed to.
+    /// The kept session to the suspended primary answered, or failed to.
     pub(super) fn suspended_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
         let pause = self.settings.poll.1;
         let main = self.members.get(&probed.address).map(|member| member.answer.clone());
@@ -306,8 +308,8 @@ impl Topology {
         };
         *answered_at = now;
         self.untold = self.untold.and(report.withheld);
-        // A session that was open before does not feel what new ones are denied. Where its role is in doubt, a new session has
-        // the word, unless none can be had.
+        // An older session does not notice settings that apply to new ones. While the server's role is in doubt, only a
+        // new session can clear it, unless none can be opened.
         let new_sessions_fail = matches!(main, Some(Some(Answer::Failed(_))))
             && self.members.get(&probed.address).is_some_and(|member| member.answered_at.is_some_and(|at| at >= since));
         if (*silent || new_sessions_fail) && !report.fence_pending {

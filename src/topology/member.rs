@@ -1,4 +1,4 @@
-//! What is known of each candidate, and which candidates there are: whom to add, and whom to forget for one that is new.
+//! What is known of each candidate, and which candidates there are: which to add, and which to forget for a new one.
 
 use std::time::Duration;
 
@@ -9,39 +9,39 @@ use super::{
     RENEWED_AFTER, Refusal, Search, ServerReport, Topology,
 };
 
-/// So many candidates are probed at the same time; more of them take turns.
+/// The most candidates that are probed at the same time. If there are more, they take turns.
 pub(super) const MAX_MEMBERS: usize = 64;
 
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Member {
     pub(super) endpoint: Endpoint,
     pub(super) origin: Origin,
-    /// When to ask next; a probe that is under way is waited for first.
+    /// When to ask next. A probe that is under way must end first.
     pub(super) due: Instant,
     pub(super) asking: bool,
-    /// The one that the last question came with.
+    /// The promotion wait that the last question began with.
     pub(super) promotion_wait: Option<PromotionWait>,
     pub(super) asked_at: Option<Instant>,
     pub(super) answered_at: Option<Instant>,
-    /// When it reported last.
+    /// When its last report came.
     pub(super) heard_at: Option<Instant>,
     pub(super) answer: Option<Answer>,
-    /// The question that was answered last was asked then.
+    /// When the last answered question was asked.
     pub(super) told_at: Option<Instant>,
-    /// What it reported last, at `heard_at`.
+    /// Its last report, which came at `heard_at`.
     pub(super) report: Option<ServerReport>,
-    /// What it keeps back, as far as an operator was told.
+    /// The parts it withholds that an operator has already been told about.
     pub(super) kept_back: Parts,
-    /// So many times in a row it had no slot for a session.
+    /// How many times in a row it had no free connection slot.
     pub(super) full: u32,
     pub(super) took: Option<Duration>,
-    /// The next probe needs a session of its own.
+    /// The next probe must open a new session.
     pub(super) fresh: bool,
-    /// The next question is not put off to the usual time.
+    /// The next question must not be postponed to the usual time.
     pub(super) prompt: bool,
-    /// When the session opened that was asked last.
+    /// When the session that was asked last was opened.
     pub(super) opened_at: Option<Instant>,
-    /// Has proved to belong to this cluster.
+    /// It has proved to belong to this cluster.
     pub(super) verified: bool,
     pub(super) named_at: Instant,
 }
@@ -51,46 +51,47 @@ impl Member {
         matches!(&self.answer, Some(Answer::Failed(failure)) if !failure.kind.is_an_answer())
     }
 
-    /// A session to a standby survives its promotion and is then the first one of the new primary. One that was opened under
-    /// a fence stays read-only after the fence is lifted, so it does not count.
+    /// Returns whether its session can be kept for the promotion: a session to a standby survives the promotion and
+    /// becomes the first one of the new primary. A session opened under a fence stays read-only after the fence is
+    /// lifted, so it does not count.
     pub(super) fn is_standby(&self) -> bool {
         matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
     }
 
-    /// A server that takes long to answer has other pools that wait, too: it looks less often.
+    /// Adapts the wait to the server: a slow server is probably polled by many pools, so check it less often.
     pub(super) fn spares(&self, promotion_wait: PromotionWait) -> PromotionWait {
         let step = promotion_wait.step.max(self.took.unwrap_or_default() / 2).min(promotion_wait.lasts);
         PromotionWait { step, ..promotion_wait }
     }
 
-    /// Has it said in this search what it is?
+    /// Returns whether it answered in this search.
     pub(super) fn answered(&self, search: &Search) -> bool {
         self.answered_at.is_some_and(|at| at >= search.since)
     }
 
-    /// Its session, which is kept for its promotion, has told for long enough that it is on a standby: the address may be a
-    /// proxy's, which leads a new session elsewhere.
+    /// Returns whether its kept session has long enough reported a standby: the address may be a proxy's, which leads a
+    /// new session to another server.
     ///
-    /// Counted from the search's begin: a session that was kept for it is asked, however old it is.
+    /// The time counts from the start of the search, so a kept session is asked first, however old it is.
     pub(super) fn outlived(&self, search: &Search, now: Instant) -> bool {
         matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
             && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
     }
 
-    /// The next question to it is a log-in that will most likely be refused, as the last one was.
+    /// Returns whether the next question to it is a log-in that will most likely be refused, as the last one was.
     pub(super) fn must_log_in(&self, current: Option<&Address>) -> bool {
         let held = current == Some(&self.endpoint.address) && !self.fresh;
         let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused);
         refused && !held
     }
 
-    /// How long a server that had no slot for a session is left alone.
+    /// How long to leave a server alone that had no free connection slot.
     pub(super) fn full_pause(&self) -> Option<Duration> {
         let doublings = self.full.checked_sub(1)?.min(16);
         Some((FULL_PAUSE.0 * 2_u32.pow(doublings)).min(FULL_PAUSE.1))
     }
 
-    /// Ask as soon as may be, which is `pause` after the last question.
+    /// Asks as soon as possible, but not before `pause` has passed since the last question.
     pub(super) fn hurry(&mut self, now: Instant, pause: Duration) {
         let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
         self.due = self.due.min(earliest);
@@ -112,8 +113,8 @@ impl Topology {
         !self.settings.roaming && self.members.get(address).is_some_and(Member::is_standby)
     }
 
-    /// Members that are not forgotten, whatever DNS says: the primary, the one that is searched for, the one that is about to
-    /// be believed.
+    /// Members that are not forgotten, whatever DNS says: the primary, the suspended one, and the one about to be
+    /// believed.
     pub(super) fn needed(&self) -> Vec<Address> {
         match &self.phase {
             Phase::Known { primary, .. } => vec![primary.endpoint.address.clone()],
@@ -160,8 +161,9 @@ impl Topology {
         self.members.insert(endpoint.address, member);
     }
 
-    /// Makes room: of the members that this moment's answer does not name, the one that was named longest ago goes. One that
-    /// proved to belong to the cluster may be the next primary: a mistake in DNS pushes out half of those at most.
+    /// Makes room for a new member by forgetting the one that was named longest ago, among those that the newest DNS
+    /// answer does not name. A verified member may be the next primary, so a mistake in DNS pushes out at most half of
+    /// those.
     fn forget_one(&mut self, now: Instant) -> bool {
         let needed = self.needed();
         let crowded = self.members.values().filter(|member| member.verified).count() > MAX_MEMBERS / 2;
@@ -179,13 +181,13 @@ impl Topology {
         oldest.is_some_and(|address| self.members.remove(&address).is_some())
     }
 
-    /// Is this the server whose connections are in use, or were until it was suspended? Its session is kept although a
-    /// question on it failed.
+    /// Returns whether this is the server of the current or suspended generation. Its session is kept even if a
+    /// question on it fails.
     pub(crate) fn holds(&self, address: &Address) -> bool {
         self.primary_address().as_ref() == Some(address) || self.suspended_address().as_ref() == Some(address)
     }
 
-    /// Should an open session to this server be kept for the next question?
+    /// Returns whether an open session to this server should be kept for the next question.
     pub(crate) fn keeps(&self, address: &Address) -> bool {
         match &self.phase {
             Phase::Known { primary, .. } => {

@@ -1,7 +1,7 @@
 //! What DNS says of each configured name.
 //!
-//! Each name is an input of its own: one that fails or is silent holds back neither the addresses of the others nor their
-//! being forgotten.
+//! Each name is an independent input. If one look-up fails or is silent, the addresses of the other names are still
+//! added and forgotten as usual.
 
 use std::collections::HashSet;
 
@@ -10,17 +10,17 @@ use super::{
     Topology, shortened,
 };
 
-/// Of one name so many addresses are taken; more of them are a mistake.
+/// The most addresses taken from one name; more of them are a mistake.
 const MAX_ADDRESSES: usize = 256;
 
-/// What a look-up of one name brought.
+/// The result of looking up one name.
 #[derive(Clone, Debug)]
 pub(crate) enum NameAnswer {
-    /// Its addresses. `partial`: what failed meanwhile, as there may be more.
+    /// The addresses of the name. `partial`: a part of the look-up failed for this reason, so there may be more.
     Addresses { endpoints: Vec<Endpoint>, partial: Option<String> },
-    /// Somebody who should know says that there is no such name, or that it has no address.
+    /// An authority on the name says that it does not exist, or has no address.
     Unknown(String),
-    /// Nobody could tell.
+    /// No name server could tell.
     Failed(String),
 }
 
@@ -28,13 +28,13 @@ pub(crate) enum NameAnswer {
 pub(super) struct Name {
     /// When to ask; `None` while a look-up is under way.
     due: Option<Instant>,
-    /// When the question was sent that was answered last, and that is under way.
+    /// When the question was sent that was last answered; `asked_at` is when the one under way was sent.
     pub(super) told_at: Option<Instant>,
     asked_at: Option<Instant>,
     /// The addresses of the last answer that had any.
     addresses: HashSet<Address>,
     failure: Option<String>,
-    /// The last answer said that there is no such name.
+    /// The last answer said that the name does not exist.
     pub(super) unknown: bool,
 }
 
@@ -43,7 +43,7 @@ impl Name {
         Self { due: Some(now), told_at: None, asked_at: None, addresses: HashSet::new(), failure: None, unknown: false }
     }
 
-    /// As if it had never been asked, but for the addresses that it had.
+    /// Resets the name as if it had never been asked, but keeps its addresses.
     pub(super) fn ask_anew(&mut self, now: Instant) {
         (self.due, self.told_at, self.asked_at) = (Some(now), None, None);
     }
@@ -52,14 +52,14 @@ impl Name {
         self.failure.as_deref()
     }
 
-    /// Has a look-up ended, whatever it brought?
+    /// Returns whether a look-up has ended, with any result.
     pub(super) fn answered(&self) -> bool {
         self.told_at.is_some()
     }
 }
 
 impl Topology {
-    /// The look-up of one name ended.
+    /// Handles the result of looking up one name.
     pub(crate) fn resolved(&mut self, now: Instant, name: usize, answer: NameAnswer) {
         let pause = self.resolve_pause(now);
         let Some(asked) = self.names.get_mut(name) else {
@@ -73,7 +73,7 @@ impl Topology {
                 asked.failure = partial.map(shortened);
                 endpoints
             }
-            // It says nothing about the members: they stay what they were.
+            // The result says nothing about the known members, so they stay.
             NameAnswer::Unknown(why) | NameAnswer::Failed(why) => {
                 asked.failure = Some(shortened(why));
                 return self.judge_refusals(now);
@@ -81,7 +81,8 @@ impl Topology {
         };
         endpoints.truncate(MAX_ADDRESSES);
         asked.addresses = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
-        // First of all: a server that this answer names makes no room for another one that it names.
+        // Do this first, so that no server named by this answer is forgotten to make room for another one that it
+        // names.
         for endpoint in &endpoints {
             if let Some(member) = self.members.get_mut(&endpoint.address) {
                 member.named_at = now;
@@ -94,7 +95,7 @@ impl Topology {
         self.judge_refusals(now);
     }
 
-    /// What a name has led to is forgotten when it leads elsewhere, unless it is needed or has proved to be a member lately.
+    /// Forgets the addresses that no name leads to any more, unless they are needed or recently proved to be members.
     fn forget_unnamed(&mut self, now: Instant) {
         let (needed, names) = (self.needed(), &self.names);
         let leads_to = |address: &Address| names.iter().any(|name| name.addresses.contains(address));
@@ -125,7 +126,7 @@ impl Topology {
         self.names.iter().filter_map(|name| name.due).min()
     }
 
-    /// Asks for each name by then at the latest, where no look-up is under way.
+    /// Asks for each name at `by` at the latest, unless a look-up is under way.
     pub(super) fn hurry_names(&mut self, by: Instant) {
         for name in &mut self.names {
             name.due = name.due.map(|due| due.min(by));
@@ -150,12 +151,13 @@ impl Topology {
         (!failures.is_empty()).then(|| failures.join("; "))
     }
 
-    /// Could a name that has not been answered yet lead to another primary? In the first search, which knows no timeline.
+    /// Returns whether a name without an answer could still lead to another primary. Only the first search, which knows
+    /// no timeline, waits for that.
     pub(super) fn names_outstanding(&self) -> bool {
         self.newest_timeline.is_none() && self.names.iter().any(|name| !name.answered())
     }
 
-    /// There is no room to ask this server now: it waits for its turn.
+    /// Queues a server for which there is no room now.
     pub(super) fn wait_for_room(&mut self, endpoint: Endpoint, origin: Origin) {
         self.say(Notice::TooManyCandidates(MAX_MEMBERS));
         let waits = self.spare.iter().any(|(other, _)| other.address == endpoint.address);
@@ -164,8 +166,8 @@ impl Topology {
         }
     }
 
-    /// Servers that would be asked again make room for those that wait for their turn. Those that proved to belong to the
-    /// cluster stay: one of them is the next primary.
+    /// Lets queued servers take the place of members that would only be asked again. Members that proved to belong to
+    /// the cluster stay: one of them is the next primary.
     pub(super) fn take_turns(&mut self, now: Instant) {
         if self.spare.is_empty() {
             return;
@@ -193,7 +195,7 @@ impl Topology {
         self.forget_notices();
     }
 
-    /// How many addresses wait for their turn.
+    /// The number of addresses that wait for their turn.
     pub(crate) fn waiting(&self) -> usize {
         self.spare.len()
     }

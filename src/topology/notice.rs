@@ -1,4 +1,4 @@
-//! What an operator is told, each thing once.
+//! The notices for an operator; each is given once.
 
 use std::time::Duration;
 
@@ -6,24 +6,24 @@ use tokio::time::Instant;
 
 use super::{Action, Address, Answer, LONG_SEARCH, Parts, Phase, Probed, Refusal, Topology};
 
-/// What an operator wants to know.
+/// A notice for an operator.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Notice {
     /// A writable server was refused.
     Refused(Address, Refusal),
     /// Two servers of one timeline are writable; the one in use stays.
     TwoPrimaries(Address),
-    /// The server keeps this from the pool's role.
+    /// The server withholds these parts from the pool's role.
     Withheld(Address, Parts),
     /// There are more addresses than are probed at the same time.
     TooManyCandidates(usize),
-    /// Another cluster is the pool's own from now on, by the user's word; `None`: whichever is found.
+    /// By the user's word, another cluster is the pool's own from now on. `None`: whichever cluster is found.
     ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
-    /// There has been no primary for so long.
+    /// There has been no primary for this long.
     StillSearching(Duration),
 }
 
-/// What is said once, whatever numbers come with it: a stranger may make up new ones for ever.
+/// What makes two notices the same one, apart from their numbers: a strange server could send new numbers for ever.
 pub(super) type Topic = (&'static str, Option<Address>, Option<std::mem::Discriminant<Refusal>>);
 
 impl Notice {
@@ -66,7 +66,7 @@ impl Topology {
         }
     }
 
-    /// What was said of servers that are no candidates any more would be said again, if they came back.
+    /// Forgets what was said of servers that are no longer candidates, so that it is said again if they come back.
     pub(super) fn forget_notices(&mut self) {
         let members = &self.members;
         self.noticed.retain(|topic| topic.1.as_ref().is_none_or(|address| members.contains_key(address)));

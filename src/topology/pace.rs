@@ -1,6 +1,6 @@
-//! How often each server is asked, and when the topology has something to do next.
+//! Decides how often each server is asked, and when the topology next has something to do.
 //!
-//! The pauses follow from how long there has been no primary, with some jitter so that many pools do not ask in step.
+//! The pauses grow with the time without a primary. Jitter keeps many pools from asking in step.
 
 use std::time::Duration;
 
@@ -8,58 +8,61 @@ use tokio::time::Instant;
 
 use super::{Address, Answer, FailureKind, Member, Phase, PromotionWait, Topology};
 
-/// A member that DNS no longer names, and that does not answer, is forgotten after this long.
+/// How long a member is remembered that DNS no longer names and that does not answer.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
-/// How long the first writable server of a search waits for the others to object, at least and at most.
+/// Shortest and longest time that the first writable server of a search waits for other servers to object.
 pub(super) const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
-/// The same in the first search of all, which knows no timeline to tell an old primary by.
+/// The same in the very first search, which knows no timeline to recognise an old primary by.
 pub(super) const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// A primary that leaves a question open for three times as long as its last answer took, within these bounds, makes the
-/// pool uneasy.
+/// Shortest and longest time without an answer before the pool becomes uneasy about the primary. Within these bounds it
+/// is three times as long as the last answer took.
 const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_millis(250));
-/// Then the others are asked at this pace, so that a successor is seen although the primary is not given up yet.
+/// Pace of asking the other servers while the pool is uneasy, so that a successor is seen before the primary is given
+/// up.
 pub(super) const UNEASY_PACE: Duration = Duration::from_millis(100);
-/// While connections are in use, a primary of which nothing was heard for this part of the heart-beat's interval is asked.
+/// While connections are in use, a primary that is silent for this fraction of the heartbeat's interval is asked.
 pub(super) const QUIET: u32 = 20;
-/// Shortest pause between two looks at whether anything was heard.
+/// Shortest pause between two samples of the sessions' traffic.
 const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
-/// A search that takes longer is worth a line in the log, with what each candidate said.
+/// A search that takes longer than this is logged, with each candidate's last answer.
 pub(super) const LONG_SEARCH: Duration = Duration::from_secs(2);
-/// DNS is asked no more often than this while searching.
+/// Shortest pause between two DNS queries for a name while searching.
 pub(super) const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
-/// How often a promotion wait looks in the pause between two questions.
+/// Checks per polling pause while a standby waits for its own promotion.
 const LOOKS: u32 = 10;
-/// How long a promotion wait lasts, at least and at most.
+/// Shortest and longest such wait.
 const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
-/// Up to so many candidates that do not answer are each asked as often as one would be; up to twice as many, half as often.
+/// Candidates that do not answer are each asked at the full pace up to this number. Up to twice as many are asked half
+/// as often, and so on.
 const CROWD: usize = 8;
-/// Shortest and longest pause before a server that had no slot for a session is asked for one again.
+/// Shortest and longest pause before asking a server again that had no free connection slot.
 pub(super) const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// In a search, a session to a standby is asked for no longer than this before a new one is.
+/// In a search, a standby's open session is asked for at most this long before a new one is opened.
 pub(super) const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
-/// The times that rule a topology.
+/// The settings of a topology, mostly times.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     /// Shortest and longest pause between two probes of one server while searching.
     pub(crate) poll: (Duration, Duration),
-    /// Pause between two questions to the primary.
+    /// Pause between two heartbeats, which are questions to the primary.
     pub(crate) heartbeat: Duration,
-    /// A primary that leaves a question unanswered for so long is searched for.
+    /// A primary that leaves a question unanswered for this long is suspended, and the search begins.
     pub(crate) heartbeat_timeout: Duration,
-    /// Pause between two looks at DNS and the other members while there is a primary.
+    /// Pause between two checks of DNS and of the other members while there is a primary.
     pub(crate) patrol: Duration,
-    /// Time for one probe while searching.
+    /// Time limit for one probe while searching.
     pub(crate) probe_timeout: Duration,
-    /// A silent primary's connections are given up after this, even without a successor.
+    /// The connections of a silent primary are closed after this time, even without a successor.
     pub(crate) dead_after: Duration,
-    /// Keep a session to each standby while there is a primary.
+    /// Whether to keep a session to each standby while there is a primary.
     pub(crate) warm_standbys: bool,
-    /// Each new session to a candidate may lead to another server: somebody else decides where.
+    /// Each new session to a candidate may reach another server, because something else chooses the server.
     pub(crate) roaming: bool,
-    /// The cluster that this pool belongs to, where the user says so.
+    /// The system identifier of the pool's cluster, if the user set it.
     pub(crate) system_identifier: Option<u64>,
-    /// What else answers as a primary is followed when no server of this cluster did for so long.
+    /// If no server of this cluster has answered as its primary for this long, a primary of another cluster is
+    /// followed.
     pub(crate) accept_new_cluster_after: Option<Duration>,
 }
 
@@ -81,7 +84,7 @@ impl Default for Settings {
 }
 
 impl Topology {
-    /// The next moment at which [`Self::poll`] may have something to do without an input.
+    /// The next moment at which [`Self::poll`] may have something to do without new input.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
         let (current, log_in_at) = (self.primary_address(), self.log_in_at());
         let probes =
@@ -108,7 +111,7 @@ impl Topology {
         probes.chain(self.names_due()).chain(beside).chain(timers.into_iter().flatten()).min()
     }
 
-    /// How a session to a standby is asked in this search. Not where the next session may lead elsewhere.
+    /// How to wait for a standby's promotion in this search. `None` if the next session may reach another server.
     pub(super) fn promotion_wait(&self, now: Instant) -> Option<PromotionWait> {
         let Phase::Searching(search) = &self.phase else { return None };
         let pause = self.poll_pause(now.duration_since(search.since));
@@ -117,8 +120,8 @@ impl Topology {
             .then_some(PromotionWait { lasts: pause.clamp(PROMOTION_WAIT.0, PROMOTION_WAIT.1), step })
     }
 
-    /// Whose turn it is among those who refused the last log-in: of all of them one at a time is tried, the one that has
-    /// waited for longest.
+    /// Which server may try the next log-in, among those that refused the last one. Only one of them is tried at a
+    /// time, and the one that has waited longest comes first.
     pub(super) fn next_log_in(&self, now: Instant) -> Option<Address> {
         if self.log_in_at() > now {
             return None;
@@ -129,7 +132,7 @@ impl Topology {
         Some(next.endpoint.address.clone())
     }
 
-    /// When the primary's silence begins to tell; `None` while no question to it is open.
+    /// When the primary's silence makes the pool uneasy; `None` while no question to it is open.
     fn uneasy_at(&self) -> Option<Instant> {
         let Phase::Known { primary, .. } = &self.phase else {
             return None;
@@ -139,8 +142,9 @@ impl Topology {
         member.asked_at.map(|asked| asked + patience)
     }
 
-    /// Work is under way and nothing is heard: a silent server, or a long statement. Ask at once, and where that is how the
-    /// work goes on, less and less often.
+    /// Asks a primary that is silent while work is under way: it may be dead, or it runs a long statement. The first
+    /// question comes at once; if the silence turns out to be normal for this work, the next ones come less and less
+    /// often.
     pub(super) fn ask_if_quiet(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -153,7 +157,7 @@ impl Topology {
             return;
         }
         if member.due <= now {
-            // It is asked anyway: the silence did not come before.
+            // The heartbeat is due anyway, so no silence has triggered this question.
             self.quiet_pause = (self.quiet_pause / 2).max(least);
         } else if now >= self.moved_at + least && member.asked_at.is_none_or(|asked| now >= asked + self.quiet_pause) {
             member.due = now;
@@ -175,22 +179,22 @@ impl Topology {
         self.hurry_names(now + UNEASY_PACE);
     }
 
-    /// When to ask a server again.
+    /// Decides when to ask a server again.
     pub(super) fn schedule(&mut self, now: Instant, address: &Address) {
         let jitter = self.random.near_one();
         let began = self.changed.at == now;
         let pause = match &self.phase {
             Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
                 Some(member) if member.prompt => return,
-                // The session that proved the server was given away. Its successor is opened before the pool has taken
-                // what may be the server's last slots.
+                // The session that proved the server was given to the pool. Open its successor soon, before the pool's
+                // sessions take what may be the server's last slots.
                 _ if began => self.settings.heartbeat / 10,
                 _ => self.settings.heartbeat,
             },
-            // Never later than the interval that was promised.
+            // Never later than the configured interval.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // A promotion wait takes the pause itself, unless it is refused. The first begins after a moment, in which the primary may
-            // have answered.
+            // A promotion wait takes up the pause itself, unless it is refused. The first wait begins after a short
+            // moment, in which the primary may have answered.
             Phase::Searching(search) if self.is_standby(address) => {
                 let pause = self.poll_pause(now.duration_since(search.since));
                 match self.members.get(address) {
@@ -203,7 +207,7 @@ impl Topology {
                 let refused = self.members.get(address).is_some_and(|member| {
                     matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
                 });
-                // Many dead addresses are not worth a new session each a hundred times a second.
+                // Do not open a new session to each of many dead addresses a hundred times a second.
                 let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);
                 let pause = self.poll_pause(now.duration_since(search.since));
                 let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
@@ -221,7 +225,7 @@ impl Topology {
         member.due = now.max(member.asked_at.unwrap_or(now) + pause);
     }
 
-    /// One per cent of the time already lost: a short outage is found at once, a long one is not polled to death.
+    /// One per cent of the time without a primary: a short outage is found at once, a long one causes little load.
     pub(super) fn poll_pause(&self, lost_for: Duration) -> Duration {
         (lost_for / 100).clamp(self.settings.poll.0, self.settings.poll.1)
     }

@@ -1,8 +1,10 @@
-//! The parts of what a server says of itself, each of which it may keep from this pool's role, and how to find out which.
+//! The parts of a server's report, each of which the server may withhold from the pool's role, and how to find out
+//! which.
 //!
-//! A managed service, a proxy or a careful administrator takes functions and views of the catalogue away. Then each part is
-//! asked for alone; the question is asked again without those that are refused, in one message and one transaction as
-//! ever, as parts that were told apart from each other may be of two servers, or of one before and after its promotion.
+//! A managed service, a proxy or a careful administrator may revoke functions and views of the catalogue. The pool then
+//! asks for each part alone to find out which are refused, and repeats the question without those. The question stays
+//! one message and one transaction: parts read apart from each other may come from two servers, or from before and
+//! after a promotion.
 
 use std::fmt;
 
@@ -11,7 +13,7 @@ use super::report::{
 };
 use super::{BadReport, ServerReport};
 
-/// One thing that a server tells of itself, and may keep from the role that asks.
+/// One part of a server's report, which the server may withhold from the role that asks.
 ///
 /// ```
 /// use tokio_postgres_failover::Part;
@@ -23,27 +25,27 @@ use super::{BadReport, ServerReport};
 #[non_exhaustive]
 #[repr(u8)]
 pub enum Part {
-    /// Whether a new session would be read-only: without it, a fence by `ALTER DATABASE` is noticed by new sessions alone,
-    /// of which one is opened with each patrol.
+    /// Whether a new session would be read-only. Without it, only new sessions notice a fence by `ALTER DATABASE`; each
+    /// patrol opens one.
     Fence,
-    /// The system identifier: without it, another cluster cannot be told from this one, and commits in doubt are not
-    /// settled by the write-ahead log.
+    /// The system identifier. Without it, another cluster cannot be told from this one, and the write-ahead log does
+    /// not settle commits in doubt.
     Identity,
-    /// The start time: without it, a server is known again by its address alone, and commits in doubt are not settled by the
-    /// write-ahead log.
+    /// The start time. Without it, a server is recognised by its address alone, and the write-ahead log does not settle
+    /// commits in doubt.
     StartTime,
-    /// The timeline: without it, an old primary that comes back writable cannot be told from the new one, and commits in doubt
-    /// are not settled by the write-ahead log.
+    /// The timeline. Without it, an old primary that comes back writable cannot be told from the new one, and the
+    /// write-ahead log does not settle commits in doubt.
     Timeline,
-    /// The end of the write-ahead log, by which two servers of one timeline are compared.
+    /// The end of the write-ahead log, by which two servers on one timeline are compared.
     Position,
-    /// Where replay ended: without it, the crash of one backend is noticed by the sessions alone that it ends.
+    /// Where replay ended. Without it, the crash of one backend is noticed only by the sessions that it ends.
     Replay,
-    /// When the statistics were reset: without it, fewer commits in doubt are settled.
+    /// When the statistics were reset. Without it, fewer commits in doubt are settled.
     Statistics,
-    /// The timeline of the last checkpoint: without it, fewer commits in doubt are settled.
+    /// The timeline of the last checkpoint. Without it, fewer commits in doubt are settled.
     Checkpoint,
-    /// What settles a commit in doubt: without it, the least is assumed.
+    /// Which evidence can settle a commit in doubt. Without it, the weakest kind is assumed.
     Evidence,
 }
 
@@ -60,7 +62,7 @@ impl Part {
         Self::Evidence,
     ];
 
-    /// What lets a role see it. `…` stands for the role.
+    /// The grant that lets a role read this part. `…` stands for the role.
     #[must_use]
     pub fn grant(self) -> &'static str {
         match self {
@@ -93,7 +95,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// What a server keeps from the pool's role: a set of [`Part`]s. Prints them, separated by commas.
+/// The [`Part`]s that a server withholds from the pool's role. `Display` prints them, separated by commas.
 ///
 /// ```
 /// use tokio_postgres_failover::{Part, Parts};
@@ -106,19 +108,19 @@ impl fmt::Display for Part {
 pub struct Parts(u16);
 
 impl Parts {
-    /// Is this one of them?
+    /// Returns whether the set contains this part.
     #[must_use]
     pub fn contains(self, part: Part) -> bool {
         self.0 & (1 << part as u16) != 0
     }
 
-    /// Is nothing kept back?
+    /// Returns whether the server withholds nothing.
     #[must_use]
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// Each of them.
+    /// Iterates over the parts.
     pub fn iter(self) -> impl Iterator<Item = Part> {
         Part::EACH.into_iter().filter(move |part| self.contains(*part))
     }
@@ -151,16 +153,16 @@ impl fmt::Display for Parts {
     }
 }
 
-/// What one message asks for, and may be refused.
+/// An element of the question that a server may refuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Piece {
     Told(Part),
-    /// `pg_is_in_recovery()`; otherwise the setting `in_hot_standby` tells, from PostgreSQL 14 on.
+    /// `pg_is_in_recovery()`. If refused, the setting `in_hot_standby` replaces it, from PostgreSQL 14 on.
     Recovery,
-    /// `current_setting()`; otherwise `SHOW` tells, which needs no right.
+    /// `current_setting()`. If refused, `SHOW` replaces it, which needs no privilege.
     Settings,
     InHotStandby,
-    /// `SET LOCAL jit`, which what only looks like PostgreSQL does not know.
+    /// `SET LOCAL jit`, which servers that only imitate PostgreSQL do not know.
     Jit,
 }
 
@@ -175,7 +177,8 @@ impl Piece {
         }
     }
 
-    /// Asks for this alone. Never guarded: a standby that answers "recovery is in progress" does not refuse it.
+    /// Returns SQL that asks for this piece alone. It has no guard for recovery: a standby that answers "recovery is in
+    /// progress" does not refuse the piece.
     pub(crate) fn alone(self) -> String {
         let asked = match self {
             Self::Told(Part::Fence) => format!("SELECT {FENCE}"),
@@ -196,12 +199,12 @@ impl Piece {
     }
 }
 
-/// What a server does not let this role ask for.
+/// The pieces that a server refuses to this role.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Refused(u16);
 
 impl Refused {
-    /// No more is asked for than `SHOW` tells.
+    /// All pieces but `SHOW in_hot_standby`: only `SHOW` is left to ask with.
     pub(crate) const ALL: Self = Self(u16::MAX ^ 1 << 14);
 
     pub(crate) fn holds(self, piece: Piece) -> bool {
@@ -224,7 +227,7 @@ impl FromIterator<Piece> for Refused {
 }
 
 impl Question {
-    /// The parts that it asks for.
+    /// The parts that the question asks for.
     pub(super) fn parts(self) -> Parts {
         let part = |part: &Part| match part {
             Part::Identity | Part::StartTime | Part::Replay => true,
@@ -234,7 +237,7 @@ impl Question {
         Part::EACH.into_iter().filter(part).collect()
     }
 
-    /// All that may be refused of it.
+    /// The pieces of the question that a server may refuse.
     pub(crate) fn pieces(self) -> impl Iterator<Item = Piece> {
         let others = [Piece::Recovery, Piece::Settings, Piece::InHotStandby, Piece::Jit];
         self.parts().iter().map(Piece::Told).chain(others)
@@ -256,7 +259,8 @@ impl Question {
         tells(0, shown.in_recovery);
         tells(1, shown.settings);
         tells(2, shown.settings);
-        // Before PostgreSQL 14 no setting tells. A new transaction is read-only because the default is, or in recovery.
+        // Before PostgreSQL 14 no setting tells. A new transaction is read-only either by its default or because of
+        // recovery.
         if refused.holds(Piece::Recovery)
             && !shown.in_recovery
             && let [in_recovery, Some(read_only), Some(default), ..] = &mut row[..]
@@ -268,7 +272,7 @@ impl Question {
     }
 }
 
-/// What `SHOW` tells before the question proper, in the same transaction.
+/// The values that `SHOW` reads before the question proper, in the same transaction.
 #[derive(Clone, Copy, Debug)]
 struct Shown {
     in_recovery: bool,
@@ -286,7 +290,7 @@ impl Shown {
     }
 }
 
-/// Goes before a question: as [`UNDISTURBED`](super::UNDISTURBED), and what `SHOW` tells.
+/// Precedes a question: [`UNDISTURBED`](super::UNDISTURBED), then the values that `SHOW` reads.
 pub(super) fn preface(refused: Refused) -> String {
     let shown = Shown::instead_of(refused);
     let mut sql = undisturbed(refused);
@@ -299,7 +303,7 @@ pub(super) fn preface(refused: Refused) -> String {
     sql
 }
 
-/// As [`UNDISTURBED`](super::UNDISTURBED), without what is refused of it.
+/// [`UNDISTURBED`](super::UNDISTURBED) without its refused statements.
 fn undisturbed(refused: Refused) -> String {
     if refused.holds(Piece::Jit) {
         return super::UNDISTURBED.replace(" SET LOCAL jit = off;", "");
@@ -307,11 +311,11 @@ fn undisturbed(refused: Refused) -> String {
     super::UNDISTURBED.to_owned()
 }
 
-/// Is the server in recovery? For what must not be asked for then.
+/// A condition that guards what must not be asked during recovery.
 pub(super) fn in_recovery(refused: Refused) -> &'static str {
     match (refused.holds(Piece::Recovery), refused.holds(Piece::Settings)) {
         (false, _) => IN_RECOVERY,
-        // True on a fenced primary as well, which is refused whatever else it tells.
+        // This is also true on a fenced primary, which is refused whatever else it reports.
         (true, false) => "current_setting('transaction_read_only') = 'on'",
         (true, true) => "(SELECT setting FROM pg_settings WHERE name = 'transaction_read_only') = 'on'",
     }
@@ -387,7 +391,7 @@ mod tests {
             (&[settings], &["on", "on"], [Some("f"), None, None], Role::Fenced),
             (&[recovery, settings], &["on", "on", "off"], [None; 3], Role::Standby),
             (&[recovery, settings], &["off", "off", "off"], [None; 3], Role::Primary),
-            // PostgreSQL 13 has no in_hot_standby.
+            // PostgreSQL 13 has no `in_hot_standby`.
             (&[recovery, old], &[], [None, Some("on"), Some("off")], Role::Standby),
             (&[recovery, old], &[], [None, Some("on"), Some("on")], Role::Fenced),
             (&[recovery, old], &[], [None, Some("off"), Some("off")], Role::Primary),
@@ -400,7 +404,7 @@ mod tests {
                 assert_eq!((read.role(), read.withheld), (role, Parts::default()), "{pieces:?} {shown:?}");
             }
         }
-        // Half an answer is none.
+        // An incomplete answer counts as none.
         let nothing = rows(&[], [None; 3]);
         assert!(Question::Again.read(refused(&[recovery, settings, old]), &nothing).is_err());
         assert!(Question::Again.read(refused(&[recovery, old]), &nothing).is_err());

@@ -1,4 +1,4 @@
-//! Who may be the primary, what its answers and those of the others mean while there is one, and how a generation begins.
+//! Decides who may be the primary, what answers mean while there is one, and how a generation begins.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::{
     Role, ServerReport, Topology, identity, untold,
 };
 
-/// One primary and its connections.
+/// A primary, as one generation knows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Primary {
     pub(crate) id: GenerationId,
@@ -18,7 +18,7 @@ pub(crate) struct Primary {
 }
 
 impl Primary {
-    /// May a session that answers with `report` serve in this generation?
+    /// Checks whether a session that answers with `report` may serve in this generation.
     pub(crate) fn admits(&self, report: &ServerReport) -> Result<(), Refusal> {
         if let (Some(expected), Some(found)) = (self.report.system_identifier, report.system_identifier)
             && expected != found
@@ -29,8 +29,8 @@ impl Primary {
         if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
     }
 
-    /// Is the server that answers so at `address` this one, and in the same life: neither started again nor recovered from a
-    /// crash since? Where the start time cannot be read, the address has to do.
+    /// Returns whether the server that answers with `report` at `address` is this one in the same life, that is,
+    /// neither restarted nor recovered from a crash since. If the start time cannot be read, the address decides.
     pub(super) fn is(&self, address: &Address, report: &ServerReport) -> bool {
         let mine = &self.report;
         if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
@@ -58,7 +58,8 @@ pub(super) fn same_start(one: &ServerReport, other: &ServerReport) -> bool {
 }
 
 impl Topology {
-    /// Could a server that says this be the primary of the cluster? `kept`: it said so on a session that was open before.
+    /// Checks whether a server with this report can be the cluster's primary. `kept`: the report came on an older
+    /// session.
     pub(super) fn admissible(&self, address: &Address, report: &ServerReport, kept: bool) -> Result<(), Refusal> {
         if let (Some(expected), Some(found)) = (self.system_identifier, report.system_identifier)
             && expected != found
@@ -76,8 +77,8 @@ impl Topology {
         }
     }
 
-    /// Did a new session lead somewhere else, and nowhere better, than where the primary is? Then the session to the primary
-    /// is kept, and not this one.
+    /// Returns whether a new session reached another server than the primary, and no better one. Then the session to
+    /// the primary is kept, and this one is closed.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
         let primary = match &self.phase {
             Phase::Known { primary, .. } => Some(primary),
@@ -95,7 +96,8 @@ impl Topology {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
                 self.own_primary_at = now;
-                // An open session does not feel `ALTER DATABASE … SET default_transaction_read_only`: ask a new one.
+                // An open session does not notice `ALTER DATABASE … SET default_transaction_read_only`, so ask on a new
+                // one.
                 if report.fence_pending && !probed.fresh {
                     self.beside.hurry(now, self.settings.poll.0);
                 }
@@ -104,7 +106,8 @@ impl Topology {
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
-            // A new session does not have to lead to the same server, or does not tell whether it does: the one that is kept will.
+            // A new session may reach another server, or not tell which one it reached. The kept session will tell
+            // about the primary.
             Answer::Refused(report, refusal)
                 if probed.fresh
                     && (probed.still_open || self.traffic.open > 0)
@@ -114,7 +117,7 @@ impl Topology {
                 self.ask_now(now, &probed.address, pause);
             }
             Answer::Refused(report, refusal) => {
-                // Another server behind the address (a proxy's choice) proves nothing about the one in use.
+                // Another server behind the same address, which a proxy chose, proves nothing about the primary.
                 let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
@@ -137,7 +140,7 @@ impl Topology {
                     return self.reach_at(now, address);
                 }
                 if same_start(report, &primary.report) {
-                    // One server by two addresses, or what it said in an earlier life.
+                    // It is the same server at a second address, or a report from an earlier life.
                     return;
                 }
                 let newer = report.timeline > primary.report.timeline && primary.report.timeline.is_some();
@@ -155,7 +158,7 @@ impl Topology {
 
     pub(super) fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
-            // A member that is needed is not forgotten; if it were, waiting for it would not end.
+            // A needed member is never forgotten. If it were, waiting for it would never end.
             if let Phase::Searching(search) = &mut self.phase {
                 search.pick = None;
             }
@@ -176,12 +179,12 @@ impl Topology {
         self.new_sessions_succeed();
         self.note_told(now, &report);
         self.rested();
-        // Until the first primary was found there was no cluster to belong to.
+        // Before the first primary was found, no member could be verified, as the pool's cluster was unknown.
         for member in self.members.values_mut() {
             let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };
             member.verified |= said.system_identifier.is_some() && said.system_identifier == self.system_identifier;
         }
-        // What was once refused as a zombie may, on a later timeline, be refused again: say it again.
+        // A server that was refused as a zombie may be refused again on a later timeline. Then say it again.
         self.noticed.retain(|topic| !matches!(topic.0, "refused" | "second"));
         let primary = Primary { id: self.generation, endpoint, report };
         let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {

@@ -1,40 +1,40 @@
-//! When waiting is no use: every candidate says what no waiting mends, and the callers are told at once.
+//! Decides when waiting does not help: every candidate gives a permanent reason, and the callers are told at once.
 
 use super::{Answer, Duration, FailureKind, Instant, Phase, ProbeFailure, Refusal, Topology};
 
-/// A name that nobody knows, and servers of the wrong cluster, are told to callers when the search has lasted for so long: a
-/// name may be registered, and an address moved, at the same time as the program starts.
+/// Unknown names and servers of the wrong cluster are reported to callers only after the search has lasted this long: a
+/// name may be registered, or an address moved, at the same time as the program starts.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// Credentials that this cluster has accepted before are waited for: their role or their line in `pg_hba.conf` may come after
-/// the promotion. After so long in which every server refuses them, callers are told at once.
+/// Refused credentials that this cluster has accepted before are reported to callers only after every server has
+/// refused them for this long, as the role, or its line in `pg_hba.conf`, may come after the promotion.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
-/// Log-ins that will be refused are tried at this pace, one server after the other …
+/// Pause between log-ins that will most likely be refused. They are tried on one server after the other.
 pub(super) const LOG_IN_INTERVAL: Duration = Duration::from_secs(1);
-/// … and less often where nobody waits for it, up to this.
+/// Longest such pause; it grows to this while no caller waits.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 
-/// One candidate or one name, as far as it matters here.
+/// What one candidate or one name contributes to the decision.
 #[derive(Clone, Debug)]
 pub(super) enum Word {
-    /// Waiting may mend it.
+    /// Waiting may help.
     Open,
-    /// It neither refuses nor gives hope.
+    /// It is silent: it neither refuses nor gives hope.
     Silent,
-    /// It said so to a question of this time.
+    /// It gave a permanent failure, in answer to a question sent at this time.
     Hopeless(ProbeFailure, Instant),
 }
 
-/// What callers are told.
+/// What callers are told when waiting does not help.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hopeless {
     pub(super) failure: ProbeFailure,
-    /// When the question was sent whose answer says so.
+    /// When the question was sent that this failure answers.
     pub(super) as_of: Instant,
-    /// Callers are told when the search has lasted for so long.
+    /// Callers are told when the search has lasted this long.
     pub(super) after: Duration,
 }
 
-/// `let_in`: a server of this cluster has let this role in before.
+/// Decides from all candidates and names. `let_in`: a server of this cluster has accepted this role before.
 pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<Hopeless> {
     let mut told: [Option<(ProbeFailure, Instant)>; 4] = [None, None, None, None];
     let mut after = Duration::ZERO;
@@ -56,13 +56,14 @@ pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<H
         let newest = told[rank].take().filter(|(_, newest)| *newest >= at);
         told[rank] = newest.or(Some((failure, at)));
     }
-    // One of each kind that was asked anew speaks for its kind: the credentials are the same everywhere.
+    // One newly asked server per kind of failure is enough, as the credentials are the same everywhere.
     let as_of = told.iter().flatten().map(|(_, at)| *at).min()?;
     let (failure, _) = told.into_iter().flatten().next()?;
     Some(Hopeless { failure, as_of, after })
 }
 
-/// Tries that will most likely be refused: on average one for each interval, and two in a row at first and after a pause.
+/// Limits log-ins that will most likely be refused to one per interval on average, and allows two in a row at first and
+/// after a pause.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     free_at: Instant,
@@ -79,7 +80,7 @@ impl Pace {
 }
 
 impl Topology {
-    /// Where everybody who answers refuses us, waiting is no use.
+    /// Ends the waiting of callers if every server that answers refuses the pool.
     pub(super) fn judge_refusals(&mut self, now: Instant) {
         let Phase::Searching(search) = &self.phase else {
             return;
@@ -99,7 +100,7 @@ impl Topology {
         self.set_refused(now, told.map(|told| told.failure));
     }
 
-    /// When the oldest of the questions was sent that were answered last: the name may have led elsewhere since.
+    /// When the oldest question with a current answer was sent: its name may lead elsewhere by now.
     fn oldest_answer(&self, now: Instant) -> Instant {
         let members = self.members.values().filter_map(|member| member.told_at);
         members.chain(self.names.iter().filter_map(|name| name.told_at)).min().unwrap_or(now)
@@ -123,14 +124,14 @@ impl Topology {
             (Some(at), true, Some(why)) => {
                 Some(Word::Hopeless(ProbeFailure::new(FailureKind::UnknownName, why.to_owned()), at))
             }
-            // It has led to servers, which speak for themselves.
+            // The name has led to servers, which count on their own.
             (Some(_), _, None) => None,
             _ => Some(Word::Open),
         });
         members.chain(names)
     }
 
-    /// When the question was sent whose answer says that waiting is no use.
+    /// When the question was sent whose answer shows that waiting does not help.
     pub(crate) fn refused_as_of(&self) -> Option<Instant> {
         match &self.phase {
             Phase::Searching(search) => search.refused_as_of,
@@ -138,7 +139,7 @@ impl Topology {
         }
     }
 
-    /// Somebody waits although every server refuses the credentials: ask again now.
+    /// A caller waits although every server refuses the credentials, so ask again now.
     pub(crate) fn demanded(&mut self, now: Instant) {
         if self.refused_as_of().is_none() {
             return;
@@ -149,17 +150,17 @@ impl Topology {
         self.hurry_names(now);
     }
 
-    /// A log-in was refused to somebody else of this pool.
+    /// Something else in this pool had a log-in refused.
     pub(crate) fn log_in_refused(&mut self, now: Instant) {
         self.log_ins.spend(now);
     }
 
-    /// From when on a log-in that will most likely be refused may be tried.
+    /// The earliest time for the next log-in that will most likely be refused.
     pub(crate) fn log_in_at(&self) -> Instant {
         self.log_ins.free_at
     }
 
-    /// How long after a refused log-in the next one is tried where nobody waits for it.
+    /// Pause between a refused log-in and the next one while no caller waits.
     pub(super) fn refused_pause(&self, lost_for: Duration) -> Duration {
         if self.let_in { LOG_IN_INTERVAL } else { (lost_for / 16).clamp(LOG_IN_INTERVAL, LONGEST_INTERVAL) }
     }
@@ -182,7 +183,7 @@ mod tests {
         ]
     }
 
-    /// As [`Topology::words`] reads it.
+    /// The word that [`Topology::words`] makes of a failure of this kind.
     fn word(kind: FailureKind, at: Instant) -> Word {
         match kind {
             FailureKind::Unreachable => Word::Silent,
@@ -191,7 +192,7 @@ mod tests {
         }
     }
 
-    /// After how many seconds of the search callers are told, and what; each kind beside each.
+    /// For each pair of failure kinds: after how many seconds of the search callers are told, and which failure.
     #[test]
     fn each_kind_of_failure_beside_each() {
         use FailureKind::{Full, NotNow, NotPostgres, Refused, SeveralClusters, TimedOut, UnknownName, Unreachable};

@@ -1,4 +1,4 @@
-//! What a server says of itself when it is asked: the question, and how its answer is read.
+//! What a server reports about itself: the SQL of the question, and how its answer is read.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,22 +7,23 @@ use std::time::Duration;
 use super::PromotionWait;
 use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 
-/// Which of the questions. A session that was just opened has no catalogue in its cache, and pays dearly for each function,
-/// operator and view that it needs: it is asked for no more than somebody reads.
+/// The questions that the pool asks. A newly opened session has an empty catalogue cache, so each function, operator
+/// and view in a question is expensive. Each question therefore asks only for what is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Question {
-    /// What is this server? On a session made for the question, which shows by its own settings what new ones get.
+    /// Which server is this? Asked on a session opened for the question, whose own settings show what new sessions get.
     Candidate,
-    /// The same on an older session, which has to look that up ([`FENCE`]).
+    /// The same on an older session, which must look up what new sessions get ([`FENCE`]).
     Again,
-    /// Does this new session lead to the server that is known to be the primary, in the same life?
+    /// Does this new session reach the known primary, in the same life?
     Identity,
 }
 
 impl Question {
-    /// One round trip that tells a server's role and identity, without what is `refused`. On a stock server an ordinary role
-    /// may call every function in it. The timeline is the first eight digits of the current WAL file's name, as
-    /// `pg_control_checkpoint()` still shows the old one for a while after a promotion.
+    /// Returns SQL that reads a server's role and identity in one round trip, without the `refused` parts. On an
+    /// unmodified server, an ordinary role may call every function in it. The timeline is the first eight digits of the
+    /// current WAL file's name, because `pg_control_checkpoint()` still shows the old timeline for a while after a
+    /// promotion.
     pub(crate) fn sql(self, refused: Refused) -> String {
         let (preface, recovering) = (preface(refused), in_recovery(refused));
         let told = |piece: Piece, sql: &str| if refused.holds(piece) { "NULL".to_owned() } else { sql.to_owned() };
@@ -51,11 +52,11 @@ impl Question {
     }
 }
 
-/// Goes before a question, in the same message, and is over with it: the statements of one message are one transaction. What
-/// the role, the database, the connection string or the session sets does not change what the question means: its names
-/// are PostgreSQL's own, whatever else has them; a standby answers although `default_transaction_isolation` is
-/// `serializable`, which it does not offer; no `statement_timeout` cuts it off, as the pool has limits of its own; and it is not
-/// compiled, which takes longer than to answer it.
+/// Precedes a question in the same message. Its effect ends with the question, as the statements of one message are one
+/// transaction. It keeps settings of the role, the database, the connection string or the session from changing the
+/// question: names always mean PostgreSQL's own objects, even if others have the same names; a standby answers even if
+/// `default_transaction_isolation` is `serializable`, which a standby does not support; no `statement_timeout` cancels
+/// the question, as the pool has time limits of its own; and JIT is off, as compiling takes longer than answering.
 pub(crate) const UNDISTURBED: &str = "\
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED; \
     SET LOCAL search_path = pg_catalog, pg_temp; \
@@ -65,12 +66,12 @@ pub(crate) const UNDISTURBED: &str = "\
 pub(super) const IN_RECOVERY: &str = "pg_is_in_recovery()";
 pub(super) const WRITTEN: &str = "pg_current_wal_insert_lsn()";
 pub(super) const REPLAYED: &str = "pg_last_wal_replay_lsn()";
-/// The first eight digits are the timeline.
+/// The first eight digits of this name are the timeline.
 pub(crate) const TIMELINE: &str = "pg_walfile_name(pg_current_wal_insert_lsn())";
 
-/// What a new session would be given by `ALTER DATABASE` and `ALTER ROLE … SET default_transaction_read_only`, in the order
-/// in which PostgreSQL applies them (`process_settings` in `postinit.c`). As it was written; it is not cast to a boolean, as
-/// the database may hold a cast of text of its own.
+/// The value of `default_transaction_read_only` that `ALTER DATABASE` and `ALTER ROLE … SET` give to a new session, in
+/// the order in which PostgreSQL applies them (`process_settings` in `postinit.c`). The text is returned as the
+/// administrator wrote it. It is not cast to a boolean, as the database may define a cast from text of its own.
 pub(super) const FENCE: &str = "\
     (SELECT split_part(c, '=', 2) \
        FROM pg_db_role_setting s, unnest(s.setconfig) c \
@@ -79,27 +80,27 @@ pub(super) const FENCE: &str = "\
         AND s.setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user)) \
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
-/// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13 it is a floating-point number, of which
-/// `extra_float_digits` would say how much is shown; as a number it has fifteen digits, always the same. The name is qualified,
-/// as a mark is asked for under the user's `search_path`.
+/// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13, `extract` returns a floating-point
+/// number, whose digits depend on `extra_float_digits`. Cast to numeric it always has fifteen digits. The names are
+/// qualified, as a mark asks for this under the user's `search_path`.
 pub(crate) const STARTED_AT: &str =
     "pg_catalog.round(extract(epoch FROM pg_catalog.pg_postmaster_start_time())::numeric, 6)";
 
-/// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15 asking that reads a file, and
-/// the answer says less.
+/// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15, asking for it reads a
+/// file, and the answer says less.
 pub(crate) const STATS_RESET: &str = "\
     CASE WHEN pg_catalog.current_setting('server_version_num') OPERATOR(pg_catalog.>=) '150000' \
          THEN (SELECT extract(epoch FROM stats_reset)::numeric FROM pg_catalog.pg_stat_bgwriter) END";
 
-/// The timeline of the last checkpoint. After a promotion it is an older one until the first checkpoint of the new timeline
-/// is complete, and a server that recovers from a crash completes one before it takes work: so an older timeline shows
-/// that the server was promoted, has not crashed since, and had followed that timeline (`CreateEndOfRecoveryRecord` and
-/// `PerformRecoveryXLogAction` in `xlog.c`). On a standby it says nothing.
+/// The timeline of the last checkpoint. After a promotion this is an older timeline until the first checkpoint of the
+/// new one is complete, and a server that recovers from a crash completes a checkpoint before it accepts work. So an
+/// older timeline shows that the server was promoted, has not crashed since, and had followed that timeline
+/// (`CreateEndOfRecoveryRecord` and `PerformRecoveryXLogAction` in `xlog.c`). On a standby it says nothing.
 pub(crate) const CHECKPOINTED: &str = "(SELECT timeline_id FROM pg_control_checkpoint())";
 
-/// What this role can read about the history of the server's log: see [`Evidence`]. The catalogue is asked for the
-/// function, as a name that is not there or not allowed would be an error. It has to be a superuser's: anybody may create a
-/// schema of this name, who may create any.
+/// What this role can read about the history of the server's WAL: see [`Evidence`]. The function is looked up in the
+/// catalogue, as calling a missing or forbidden function is an error. A superuser must own it, because any role that
+/// may create schemas could create one of this name.
 pub(crate) const EVIDENCE: &str = "\
     CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n, pg_roles r \
                        WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
@@ -109,7 +110,7 @@ pub(crate) const EVIDENCE: &str = "\
          WHEN has_function_privilege('pg_ls_waldir()', 'execute') THEN 'files' \
          ELSE 'none' END";
 
-/// Ends when the server is no standby any more, or the promotion wait is over. No row is of interest.
+/// Ends when the server is no longer a standby, or the promotion wait is over. The returned rows do not matter.
 pub(crate) fn wait_for_promotion(promotion_wait: PromotionWait) -> String {
     let step = promotion_wait.step.max(Duration::from_millis(1));
     let steps = promotion_wait.lasts.as_micros().div_ceil(step.as_micros());
@@ -141,7 +142,7 @@ impl FromStr for Lsn {
         let (high, low) = text.split_once('/').ok_or_else(bad)?;
         let half = |digits: &str| {
             let plain = digits.len() <= 8 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-            // An empty half is refused by `from_str_radix`.
+            // `from_str_radix` rejects an empty half.
             plain.then(|| u32::from_str_radix(digits, 16).ok()).flatten()
         };
         let (high, low) = (half(high).ok_or_else(bad)?, half(low).ok_or_else(bad)?);
@@ -155,7 +156,7 @@ impl fmt::Display for Lsn {
     }
 }
 
-/// An answer to the probe that makes no sense.
+/// An answer to the probe that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the server's answer to the probe makes no sense: expected {expected}, got `{got}`")]
 pub struct BadReport {
@@ -165,14 +166,15 @@ pub struct BadReport {
 
 impl BadReport {
     pub(crate) fn new(expected: &'static str, got: &str) -> Self {
-        // What a stranger sends is copied into logs neither at any length nor with line breaks and escape sequences.
+        // Limits the length, and escapes line breaks and escape sequences, because this text of an unknown server goes
+        // into logs.
         Self { expected, got: got.chars().take(64).flat_map(char::escape_debug).collect() }
     }
 }
 
 /// What a server lets the pool read about the history of its write-ahead log, by which a commit in doubt is settled.
 ///
-/// Each kind has all that the ones below it have. docs/exactly-once.md tells what each settles.
+/// Each kind includes the ones below it. docs/exactly-once.md explains what each kind settles.
 ///
 /// ```
 /// use tokio_postgres_failover::Evidence;
@@ -182,15 +184,16 @@ impl BadReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Evidence {
-    /// What every role may read: the position at which replay ended and the timeline of the last checkpoint. It settles
-    /// after one crash or promotion, if the pool asks before the new primary has completed a checkpoint, or if the cluster
-    /// had never failed over before.
+    /// What every role may read: the position at which replay ended, and the timeline of the last checkpoint. This
+    /// settles a commit after one crash or promotion if the pool asks before the new primary has completed a
+    /// checkpoint, or if the cluster has never failed over before.
     Checkpoint,
-    /// `pg_ls_waldir()`, which members of `pg_monitor` may call: the names of the files in `pg_wal` show that a timeline
-    /// was followed. It settles after one crash or promotion.
+    /// `pg_ls_waldir()`, which members of `pg_monitor` may call: the names of the files in `pg_wal` show that a
+    /// timeline was followed. This settles a commit after one crash or promotion.
     Files,
-    /// `failover.wal_history` of `sql/history.sql`, which a superuser creates once: it shows the ancestors of the timeline,
-    /// and whether the transaction's mark is in the log. It settles after any number of crashes and promotions.
+    /// `failover.wal_history` of `sql/history.sql`, which a superuser creates once: it shows the ancestors of the
+    /// timeline, and whether the transaction's mark is in the WAL. This settles a commit after any number of crashes
+    /// and promotions.
     Function,
 }
 
@@ -204,11 +207,11 @@ pub enum Role {
     Standby,
     /// Not in recovery, but new transactions are read-only by default: fenced.
     Fenced,
-    /// Not in recovery, but the statement that asked began when it was: the promotion is a moment old.
+    /// Not in recovery, but the statement that asked began during recovery: the server has just been promoted.
     Promoting,
 }
 
-/// What a server said of itself.
+/// What a server reported about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[expect(clippy::struct_excessive_bools, reason = "four settings of the server, as it told them")]
@@ -219,28 +222,28 @@ pub struct ServerReport {
     pub read_only: bool,
     /// `default_transaction_read_only` in the session that asked.
     pub default_read_only: bool,
-    /// A new session would get `default_transaction_read_only = on`, by `ALTER DATABASE` or `ALTER ROLE`.
+    /// Whether a new session would get `default_transaction_read_only = on` by `ALTER DATABASE` or `ALTER ROLE`.
     pub fence_pending: bool,
-    /// Equal on all servers of one cluster. `None` where the role may not read it.
+    /// The system identifier, equal on all servers of one cluster. `None` if the role may not read it.
     pub system_identifier: Option<u64>,
     /// When the server was started, in microseconds since 1970.
     pub started_at: Option<i64>,
-    /// The timeline that a primary writes; it grows with each promotion. `None` on a standby.
+    /// The timeline that a primary writes, which grows with each promotion. `None` on a standby.
     pub timeline: Option<u32>,
-    /// A primary's end of WAL; a standby's end of replay.
+    /// A primary's end of WAL, or a standby's end of replay.
     pub wal: Option<Lsn>,
-    /// Where a primary's last replay ended, by which its lives differ: the crash of one backend, which every session dies of,
-    /// moves it and leaves the start time as it was. `None` after a clean start, and on a standby.
+    /// Where a primary's last replay ended, which distinguishes its lives: the crash of one backend, which ends every
+    /// session, changes it but not the start time. `None` after a clean start, and on a standby.
     pub replayed: Option<Lsn>,
-    /// When the server's statistics were reset, in microseconds since 1970: by hand, or by a crash, which they do not survive.
-    /// Told by PostgreSQL 15 and newer.
+    /// When the server's statistics were reset, in microseconds since 1970. A reset is made by hand, or by a crash,
+    /// which statistics do not survive. Only PostgreSQL 15 and newer tell it.
     pub stats_reset: Option<i64>,
-    /// The timeline of a primary's last checkpoint: older than [`timeline`](Self::timeline) for a while after a promotion.
-    /// `None` on a standby.
+    /// The timeline of a primary's last checkpoint, which is older than [`timeline`](Self::timeline) for a while after
+    /// a promotion. `None` on a standby.
     pub checkpointed: Option<u32>,
-    /// What settles a commit in doubt on this server. `None` where it was not asked yet.
+    /// What settles a commit in doubt on this server. `None` if it has not been asked yet.
     pub evidence: Option<Evidence>,
-    /// What the server keeps from this role. Some of it may be known all the same, from before it was kept back.
+    /// The parts that the server withholds from this role. Some may still be known from before they were withheld.
     pub withheld: Parts,
 }
 
@@ -256,12 +259,12 @@ impl ServerReport {
         }
     }
 
-    /// Does it tell which server it is of, and in which life?
+    /// Returns whether the report tells the cluster, the start time and the timeline.
     pub(crate) fn is_identified(&self) -> bool {
         self.system_identifier.is_some() && self.started_at.is_some() && self.timeline.is_some()
     }
 
-    /// The timeline in the name of a WAL file.
+    /// Reads the timeline from the name of a WAL file.
     pub(crate) fn timeline_of(wal_file: &str) -> Result<u32, BadReport> {
         let bad = || BadReport::new("the name of a WAL file", wal_file);
         if wal_file.len() != 24 || !wal_file.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -271,7 +274,7 @@ impl ServerReport {
         u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
-    /// Reads the row of a [`Question`]. Of columns that it lacks, nothing is known.
+    /// Reads the answer to a [`Question`]. Missing columns stay unknown.
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {
@@ -290,7 +293,8 @@ impl ServerReport {
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
             stats_reset: column(9).map(|text| microseconds(text, "a time")).transpose()?,
-            // These two decide nothing here, so a server that tells them in another way is no stranger for that.
+            // These two columns decide nothing here, so a server that reports them in an unknown form is still
+            // accepted.
             checkpointed: column(10).and_then(|text| text.parse().ok()),
             evidence: column(11).and_then(|text| evidence(text).ok()),
             withheld: Parts::default(),
@@ -316,7 +320,7 @@ fn boolean(text: &str) -> Option<bool> {
     }
 }
 
-/// Reads a boolean setting as an administrator wrote it: `parse_bool_with_len` in `bool.c`.
+/// Reads a boolean setting in any form that an administrator may write: `parse_bool_with_len` in `bool.c`.
 fn setting(text: &str) -> Result<bool, BadReport> {
     let written = text.to_ascii_lowercase();
     let shortens = |word: &str, at_least: usize| written.len() >= at_least && word.starts_with(&written);
@@ -333,10 +337,10 @@ fn number<T: FromStr>(text: &str, expected: &'static str) -> Result<T, BadReport
     text.parse().map_err(|_| BadReport::new(expected, text))
 }
 
-/// Microseconds since 1970, of seconds with up to six decimals as `extract(epoch FROM …)` prints them.
+/// Converts seconds since 1970 with up to six decimals, as `extract(epoch FROM …)` prints them, to microseconds.
 pub(crate) fn microseconds(text: &str, expected: &'static str) -> Result<i64, BadReport> {
     let bad = || BadReport::new(expected, text);
-    // The clock may have been wrong when the server was started.
+    // The time is negative if the clock was wrong when the server was started.
     let (sign, magnitude) = text.strip_prefix('-').map_or((1, text), |magnitude| (-1, magnitude));
     let (seconds, decimals) = magnitude.split_once('.').unwrap_or((magnitude, "0"));
     let plain = |digits: &str| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -349,7 +353,7 @@ pub(crate) fn microseconds(text: &str, expected: &'static str) -> Result<i64, Ba
     Ok(sign * micros)
 }
 
-/// PostgreSQL keeps 64 unsigned bits and shows them as a signed bigint.
+/// PostgreSQL stores 64 unsigned bits and prints them as a signed bigint.
 fn system_identifier(text: &str) -> Result<u64, BadReport> {
     number::<i64>(text, "a system identifier").map(i64::cast_unsigned)
 }
@@ -394,7 +398,7 @@ mod tests {
     fn times_are_read_to_the_microsecond() {
         for (text, read) in [
             ("1764000000.123456", 1_764_000_000_123_456),
-            // Up to PostgreSQL 13 it is a floating-point number.
+            // Up to PostgreSQL 13, the value is a floating-point number.
             ("1764000000.12", 1_764_000_000_120_000),
             ("1764000000", 1_764_000_000_000_000),
             ("-1.500000", -1_500_000),
@@ -484,7 +488,7 @@ mod tests {
         assert!(error.len() < 200, "{error}");
     }
 
-    /// Found by the fuzz target `lsn`: an answer with a line break wrote a line of its own into the log.
+    /// The fuzz target `lsn` found this: an answer with a line break could write a line of its own into the log.
     #[test]
     fn a_bad_report_stays_in_one_line() {
         let error = "0/0\n2026-01-01 INFO primary found\u{1b}[31m".parse::<Lsn>().unwrap_err().to_string();

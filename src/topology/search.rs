@@ -1,5 +1,5 @@
-//! The search for a primary: when it begins, which writable server is believed, and when the primary that was lost is
-//! resumed or given up.
+//! The search for a primary: when it begins, which writable server is accepted, and when the lost primary is resumed or
+//! given up.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ pub(super) struct Search {
     pub(super) suspended: Option<Suspended>,
     /// The best writable server so far, while others may still object.
     pub(super) pick: Option<Pick>,
-    /// What callers are told, as waiting is no use.
+    /// What callers are told when waiting does not help.
     pub(super) refused: Option<ProbeFailure>,
     pub(super) refused_as_of: Option<Instant>,
-    /// When waiting will turn out to be no use, if nothing changes.
+    /// When it will be decided that waiting does not help, if nothing changes.
     pub(super) judge_at: Option<Instant>,
-    /// An operator was told that it takes long.
+    /// An operator was told that the search takes long.
     pub(super) told: bool,
 }
 
@@ -36,12 +36,12 @@ pub(super) struct Suspended {
     pub(super) silent: bool,
 }
 
-/// What a primary is suspended for.
+/// Why a primary is suspended.
 #[derive(Clone, Copy)]
 pub(super) struct Doubt {
-    /// It did not answer; otherwise, what was seen of it casts doubt on its role.
+    /// It did not answer. Otherwise, what it answered casts doubt on its role.
     pub(super) silent: bool,
-    /// The session that is kept to it may be open.
+    /// The kept session to it may be open.
     pub(super) kept_open: bool,
 }
 
@@ -51,13 +51,13 @@ pub(super) struct Pick {
     pub(super) decide_at: Instant,
 }
 
-/// Among writable servers: one that tells who it is, then the newest timeline, then the most WAL.
+/// Ranks writable servers: a server that tells its cluster comes first, then the newest timeline, then the most WAL.
 pub(super) fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
     (report.system_identifier.is_some(), report.timeline, report.wal)
 }
 
 impl Topology {
-    /// Somebody who uses generation `id` doubts its primary.
+    /// A user of generation `id` doubts its primary.
     pub(crate) fn suspected(&mut self, now: Instant, id: GenerationId, suspicion: Suspicion) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -89,7 +89,7 @@ impl Topology {
             member.hurry(now, self.settings.poll.0);
         }
         self.hurry_names(now);
-        // The session that is kept may answer yet.
+        // The kept session may still get an answer.
         self.beside.due = doubt.kept_open.then_some(now);
     }
 
@@ -115,7 +115,7 @@ impl Topology {
         }
     }
 
-    /// When a suspended primary counts as dead, unless something is heard of it before.
+    /// When a suspended primary counts as dead, unless it is heard before.
     pub(super) fn gives_up_at(&self, suspended: &Suspended) -> Instant {
         let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
         heard_at + self.settings.dead_after
@@ -132,7 +132,8 @@ impl Topology {
         if let Some(suspended) = &mut search.suspended {
             let same_address = suspended.primary.endpoint.address == *address;
             match answer {
-                // It was only silent for a while, and has no slot for a question now: they may all be this pool's own.
+                // It was only silent for a while. Now it has no slot for a question, perhaps because this pool's
+                // sessions use them all.
                 Answer::Failed(failure) if same_address && suspended.silent && failure.kind == FailureKind::Full => {
                     let report = suspended.primary.report.clone();
                     self.resume(now, address, &report);
@@ -145,7 +146,7 @@ impl Topology {
                         self.end_suspended(id, cause, &why);
                     }
                 }
-                // It is not silent, whatever else it is.
+                // Whatever it is, it is not silent.
                 Answer::Failed(failure) if same_address && failure.kind.is_an_answer() => suspended.answered_at = now,
                 _ => {}
             }
@@ -158,13 +159,14 @@ impl Topology {
             self.decide_pick(now);
             return;
         };
-        // Where it cannot be read who answers, an address that may lead anywhere does not say either that it is the same.
+        // On a roaming pool, the address alone does not show that it is the same server, so the start time must be
+        // readable.
         let anybody = self.settings.roaming && report.started_at.is_none();
         if !anybody && search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
             self.resume(now, address, report);
             return;
         }
-        // A timeline that nobody had before is a promotion: no other server can object.
+        // A timeline newer than any known one is a promotion, so no other server can object.
         let identified = self.system_identifier.is_some() == report.system_identifier.is_some();
         let promoted = identified && newest.is_some() && report.timeline > newest;
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
@@ -179,7 +181,7 @@ impl Topology {
         self.decide_pick(now);
     }
 
-    /// Has this member said anything since the search began?
+    /// Returns whether this member has answered since the search began.
     pub(super) fn answered(&self, member: &Member) -> bool {
         match &self.phase {
             Phase::Searching(search) => member.answered(search),
@@ -217,7 +219,8 @@ impl Topology {
             primary.endpoint = member.endpoint.clone();
         }
         self.note_told(now, report);
-        // The timeline that it came from shows until its first checkpoint, and it is in the same life.
+        // Its earlier timeline is visible only until its first checkpoint. It is in the same life, so keep that
+        // timeline.
         let ancestor = primary.report.checkpointed.filter(|older| Some(*older) < report.timeline);
         primary.report = ServerReport { checkpointed: ancestor.or(report.checkpointed), ..report.clone() };
         self.actions.push(Action::Resume { primary: primary.clone(), lost_for });

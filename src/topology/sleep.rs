@@ -1,4 +1,4 @@
-//! A topology of which nobody has asked anything for long: it ends its generation, and asks nobody anything until it is woken.
+//! A topology that has not been used for long: it ends its generation, and asks no server until it is woken.
 
 use tokio::time::Instant;
 
@@ -6,19 +6,19 @@ use super::lives::Beside;
 use super::view::Eviction;
 use super::{Action, Change, Phase, Search, Topology};
 
-/// Whether anybody needs to know who the primary is.
+/// Whether the pool is in use, so that it must know the primary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Sleep {
     #[default]
     Awake,
     Asleep,
-    /// What was known before the sleep is old: a timeline that was the newest then may be an old primary's now.
+    /// What was known before the sleep is outdated: the newest timeline known then may now be an old primary's.
     Woken,
 }
 
 impl Topology {
-    /// Forgets who the primary is, and ends its generation: by the time that it is asked for again there may be another one.
-    /// Until [`Topology::wake`] it must not be polled.
+    /// Forgets the primary and ends its generation, as there may be another primary by the time it is needed again.
+    /// Do not poll the topology until [`Topology::wake`].
     pub(crate) fn sleep(&mut self, now: Instant, why: &str) {
         let id = match &self.phase {
             Phase::Known { primary, .. } => Some(primary.id),
@@ -32,12 +32,12 @@ impl Topology {
         self.search_anew(now, Sleep::Asleep, why);
     }
 
-    /// What is to be done for the sleep.
+    /// Returns the actions that the sleep requires.
     pub(crate) fn lie_down(&mut self) -> Vec<Action> {
         std::mem::take(&mut self.actions)
     }
 
-    /// Searches, as in the first search of all: every server may object before one is believed.
+    /// Searches as in the very first search: every server may object before one is accepted.
     pub(crate) fn wake(&mut self, now: Instant) {
         self.search_anew(now, Sleep::Woken, "woken by a caller");
         self.names.iter_mut().for_each(|name| name.ask_anew(now));
@@ -48,7 +48,7 @@ impl Topology {
         self.phase = Phase::Searching(Search::new(now));
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
-        // Whatever was under way is forgotten: nobody will tell how it ended.
+        // Forgets all questions under way, as their ends will not be reported.
         self.beside = Beside::default();
         for member in self.members.values_mut() {
             member.asking = false;
@@ -64,12 +64,12 @@ impl Topology {
         self.sleep == Sleep::Asleep
     }
 
-    /// The newest timeline, where no other server can have gone beyond it unnoticed.
+    /// The newest timeline, if no other server can have passed it unnoticed during a sleep.
     pub(super) fn newest_if_awake(&self) -> Option<u32> {
         self.newest_timeline.filter(|_| self.sleep == Sleep::Awake)
     }
 
-    /// A primary was found.
+    /// A primary was found, so what is known is up to date again.
     pub(super) fn rested(&mut self) {
         self.sleep = Sleep::Awake;
     }

@@ -1,4 +1,5 @@
-//! The topology under a virtual clock. Here is the bench that feeds it by hand; the tests are in files by their subject.
+//! Tests the topology under a virtual clock. This file has the bench that feeds it by hand; each subject has a file of
+//! tests.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -66,7 +67,7 @@ fn failure(kind: FailureKind) -> ProbeFailure {
     ProbeFailure::new(kind, format!("{kind:?}"))
 }
 
-/// A topology, its clock, and all that it asked for.
+/// A topology, its clock, and all actions that it asked for.
 struct Bench {
     topology: Topology,
     now: Instant,
@@ -86,7 +87,7 @@ impl Bench {
         bench
     }
 
-    /// One address that somebody else leads to one server or another: at first to server 1, the primary of timeline 1.
+    /// One address behind which something else chooses the server: at first server 1, the primary of timeline 1.
     fn roaming() -> Self {
         let mut bench = Self::with(Settings { roaming: true, ..settings() }, 1);
         bench.report(1, primary(1, 1));
@@ -94,7 +95,7 @@ impl Bench {
         bench
     }
 
-    /// The last question was asked on a new session.
+    /// Returns whether the last question was to use a new session.
     fn asked_fresh(&self) -> Option<bool> {
         self.log.iter().rev().find_map(|action| match action {
             Action::Probe { fresh, .. } => Some(*fresh),
@@ -115,7 +116,7 @@ impl Bench {
         bench
     }
 
-    /// The primary of [`Self::settled`] cannot be reached any more.
+    /// The primary of [`Self::settled`] is no longer reachable.
     fn searching() -> Self {
         let mut bench = Self::settled();
         bench.suspect(1);
@@ -139,7 +140,7 @@ impl Bench {
         self.poll();
     }
 
-    /// A connection is in use, and something is heard on it or not.
+    /// A connection is in use for this long; `heard` says whether anything is received on it.
     fn work(&mut self, duration: Duration, heard: bool) {
         let until = self.now + duration;
         while self.now < until {
@@ -198,7 +199,7 @@ impl Bench {
         self.log.iter().filter(asks).count()
     }
 
-    /// How long each question to it is answered late on purpose.
+    /// The promotion wait of each question to server `n`.
     fn promotion_waits(&self, n: u8) -> Vec<Option<PromotionWait>> {
         let promotion_wait = |action: &Action| match action {
             Action::Probe { endpoint, promotion_wait, .. } if endpoint.address == address(n) => Some(*promotion_wait),

@@ -1,25 +1,28 @@
-//! What a server does not tell, and what stands in for it.
+//! What a server withholds, and what stands in for it.
 //!
-//! A part that is kept back costs what it would tell, and nothing else. The rules, which `topology/tests/untold.rs` holds:
+//! A withheld part costs only what it would tell. `topology/tests/untold.rs` checks these rules:
 //!
-//! - What a server told before stays true of it. A session that is kept leads to the same server in the same life; so does a new
-//!   one where the start time is the same.
-//! - Where the cluster is known, a server that does not tell its own is nobody: unless the primary itself had stopped telling,
-//!   and this address has proved before to belong to the cluster. One that tells goes before it.
-//! - Where a timeline is known, a server that does not tell its own is an old primary: unless it was seen to be promoted since,
-//!   its last checkpoint is not older, or the primary itself had stopped telling.
+//! - What a server told before stays true of it. A kept session reaches the same server in the same life; so does a new
+//!   session if the start time is the same.
+//! - If the pool's cluster is known, a server that withholds its cluster is refused, unless the primary itself had
+//!   withheld
+//!   it and this address has proved before to belong to the cluster. A server that tells its cluster is preferred.
+//! - If a timeline is known, a server that withholds its timeline counts as an old primary, unless it was seen to be
+//!   promoted
+//!   since, its last checkpoint is not on an older timeline, or the primary itself had withheld it.
 
 use super::{
     Action, Address, Instant, Notice, Part, Parts, Phase, Primary, Probed, Question, Refusal, ServerReport, Topology,
 };
 
-/// What the pool does without, in the end: what was kept back by the question before, and is not by this one, is told again.
+/// The parts that remain withheld: those that this question did not ask for stay as before, the others follow the
+/// report.
 fn kept_back(before: Parts, probed: &Probed, report: &ServerReport) -> Parts {
     let asked = if probed.fresh { Question::Candidate } else { Question::Again }.parts();
     before.without(asked).and(report.withheld)
 }
 
-/// Are both the words of one server since it was started? `kept`: they came over one session.
+/// Returns whether both reports are of one server in the same life. `kept`: they came over one session.
 fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool {
     match (before.started_at, report.started_at) {
         (Some(then), Some(now)) => then == now,
@@ -27,7 +30,7 @@ fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool
     }
 }
 
-/// Does a primary's replay end where it did, as far as both tell?
+/// Returns whether a primary's replay ended at the same position in both reports, if both tell it.
 pub(super) fn same_replay(before: &ServerReport, report: &ServerReport) -> bool {
     let told = |report: &ServerReport| !report.in_recovery && !report.withheld.contains(Part::Replay);
     !told(before) || !told(report) || before.replayed == report.replayed
@@ -39,8 +42,8 @@ fn fill<T: Copy>(known: &mut Option<T>, told: Option<T>) -> bool {
     gained
 }
 
-/// Adds to the report what it keeps back and the same server told before. A part that is missing for no reason is nonsense, and
-/// stays missing.
+/// Fills withheld parts of the report with what the same server told before. A part that is missing without being
+/// withheld is an error of the server, and stays missing.
 fn complete(report: &mut ServerReport, before: &ServerReport, kept: bool) {
     if !same_server(before, report, kept) {
         return;
@@ -71,7 +74,7 @@ impl Topology {
         }
     }
 
-    /// The report, and what the same server told before and does not tell any more.
+    /// Returns the report, with the parts that the same server told before and now withholds.
     pub(super) fn completed(&self, probed: &Probed, report: &ServerReport) -> ServerReport {
         let mut report = report.clone();
         let primary = self.primary_in_use();
@@ -85,19 +88,20 @@ impl Topology {
         report
     }
 
-    /// Does the server keep this back, as the primary did, and has its address proved to belong to the cluster?
+    /// Returns whether a server may withhold this part: the primary did as well, and its address proved to belong to
+    /// the cluster.
     fn may_keep_back(&self, address: &Address, report: &ServerReport, part: Part) -> bool {
         report.withheld.contains(part)
             && self.untold.contains(part)
             && self.members.get(address).is_some_and(|member| member.verified)
     }
 
-    /// May a writable server do without telling its cluster, where that is known?
+    /// Checks whether a writable server may withhold its cluster although the pool's cluster is known.
     pub(super) fn may_be_unidentified(&self, address: &Address, report: &ServerReport) -> Result<(), Refusal> {
         if self.may_keep_back(address, report, Part::Identity) { Ok(()) } else { Err(Refusal::Unidentified) }
     }
 
-    /// May a writable server do without telling its timeline, where a newest one is known?
+    /// Checks whether a writable server may withhold its timeline although a newest timeline is known.
     pub(super) fn may_have_no_timeline(
         &self,
         probed: (&Address, bool),
@@ -107,7 +111,7 @@ impl Topology {
         let (address, kept) = probed;
         match report.checkpointed {
             _ if self.saw_promotion(address, report, kept) => Ok(()),
-            // No timeline is older than the one of its last checkpoint.
+            // A server's timeline is never older than that of its last checkpoint.
             Some(timeline) if timeline < newest => Err(Refusal::Zombie { timeline, newest }),
             Some(_) => Ok(()),
             None if self.may_keep_back(address, report, Part::Timeline) => Ok(()),
@@ -115,7 +119,8 @@ impl Topology {
         }
     }
 
-    /// It was a standby since the newest timeline was found, and is a primary in the same life: so its own is newer.
+    /// Returns whether it was a standby after the newest timeline was found, and is a primary in the same life. If so,
+    /// its timeline is newer.
     fn saw_promotion(&self, address: &Address, report: &ServerReport, kept: bool) -> bool {
         self.members.get(address).is_some_and(|member| {
             let since = member.heard_at.is_some_and(|at| at >= self.newest_at);
@@ -124,7 +129,7 @@ impl Topology {
         })
     }
 
-    /// The primary has answered, and may tell more than before, or less.
+    /// The primary answered, and may tell more or less than before.
     pub(super) fn learn(&mut self, now: Instant, probed: &Probed, report: &ServerReport) {
         let Phase::Known { primary, .. } = &mut self.phase else {
             return;
@@ -158,7 +163,7 @@ impl Topology {
         self.note_told(now, &told);
     }
 
-    /// What the primary tells of its cluster, and what it does not.
+    /// Notes what the primary tells about its cluster, and what it withholds.
     pub(super) fn note_told(&mut self, now: Instant, report: &ServerReport) {
         self.untold = report.withheld;
         if self.system_identifier.is_none() {
@@ -170,7 +175,7 @@ impl Topology {
         }
     }
 
-    /// An operator is told once what a primary keeps back, and again if it is more.
+    /// Tells an operator once what a primary withholds, and again when it withholds more.
     pub(super) fn notice_withheld(&mut self, probed: &Probed, report: &ServerReport) {
         let Some(member) = self.members.get_mut(&probed.address) else {
             return;
@@ -183,7 +188,7 @@ impl Topology {
         }
     }
 
-    /// Does a server that tells its cluster take the place of a primary that does not?
+    /// Returns whether this server, which tells its cluster, replaces a primary that does not.
     pub(super) fn is_better_known(&self, primary: &Primary, report: &ServerReport) -> bool {
         primary.report.system_identifier.is_none()
             && self.system_identifier.is_some()
@@ -191,7 +196,7 @@ impl Topology {
             && report.timeline >= primary.report.timeline
     }
 
-    /// Only a new session shows whether new ones are read-only, where that cannot be looked up.
+    /// Returns whether only new sessions show if new sessions are read-only, because that cannot be looked up.
     pub(super) fn must_look_anew(&self) -> bool {
         matches!(&self.phase, Phase::Known { primary, .. } if primary.report.withheld.contains(Part::Fence))
     }

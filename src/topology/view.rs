@@ -1,4 +1,4 @@
-//! The words for what a pool knows of its cluster, as it is published.
+//! What a pool publishes about its cluster.
 
 use std::fmt;
 
@@ -42,8 +42,8 @@ pub struct View {
 pub enum State {
     /// No verified primary: checkouts wait.
     Searching {
-        /// Set where every candidate says what no waiting mends: it refuses the credentials, is not PostgreSQL, belongs to
-        /// another of several clusters, or its name is unknown.
+        /// Set if every candidate gives a reason that waiting does not cure: it refuses the credentials, is not
+        /// PostgreSQL, belongs to another of several clusters, or its name is unknown.
         refused: Option<ProbeFailure>,
     },
     /// A verified primary.
@@ -53,8 +53,8 @@ pub enum State {
         /// What it said when it was verified.
         report: ServerReport,
     },
-    /// Nobody has asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after): nothing is open, and nothing
-    /// asked. The next caller wakes the pool.
+    /// No caller has asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after): no session is open,
+    /// and no server is asked. The next caller wakes the pool.
     Asleep,
     /// The pool was closed.
     Closed,
@@ -74,7 +74,7 @@ pub struct Change {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Eviction {
-    /// Another server proved to be the primary, or the same one in its next life.
+    /// Another server proved to be the primary, or the same server did in a new life.
     Replaced,
     /// Its server is a standby now.
     Demoted,
@@ -82,7 +82,7 @@ pub enum Eviction {
     Fenced,
     /// Its server was silent for [`dead_after`](crate::PoolBuilder::dead_after).
     Silent,
-    /// Nobody asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after).
+    /// No caller asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after).
     Asleep,
 }
 
