@@ -1,10 +1,11 @@
-//! The one task that owns a [`Topology`](crate::topology::Topology): it resolves, probes, heart-beats and publishes what
-//! came of it. Here is its handle; `task.rs` is the task itself, and `work.rs` is what the task waits for.
+//! The task that owns a [`Topology`](crate::topology::Topology): it resolves names, probes servers, sends heartbeats
+//! and publishes the result. This file has its handle, `task.rs` the task itself, and `work.rs` what the task waits
+//! for.
 //!
-//! Decides nothing: each answer goes into the topology, each action that comes out is carried out. Knows nothing of
-//! pools and transactions; they read the published [`Snapshot`] and may cast suspicion. Invariants: a snapshot with the
-//! newer generation is published before the older generation's scope ends; no lock is held across an await; the task
-//! and all that it started end when the last [`Cluster`] is dropped. Tests: `tests/it/`.
+//! The task decides nothing: it puts each answer into the topology and carries out each action that comes out. It knows
+//! nothing of pools and transactions; they read the published [`Snapshot`] and may report a suspicion. Invariants: a
+//! snapshot with the newer generation is published before the older generation's scope ends; no lock is held across an
+//! await; the task and all that it started end when the last [`Cluster`] is dropped. The tests are in `tests/it/`.
 
 mod task;
 mod work;
@@ -49,31 +50,31 @@ pub(crate) struct Setup<C> {
     pub(crate) configured: Vec<Endpoint>,
     pub(crate) resolver: Arc<dyn Resolve>,
     pub(crate) opener: Arc<dyn Open<C>>,
-    /// How many sessions of one generation may be opened at the same time.
+    /// The most sessions of one generation that may be opening at the same time.
     pub(crate) gate: usize,
     pub(crate) seed: u64,
     pub(crate) observer: Arc<Observer>,
-    /// Without a caller for so long, nothing is open and nothing asked.
+    /// The task falls asleep after this time without a caller: it closes all sessions and asks no server.
     pub(crate) sleep_after: Option<Duration>,
 }
 
-/// One primary as the pool uses it: the plain data and what hangs on it.
+/// A primary as the pool uses it: the plain data, and what belongs to the generation at run time.
 pub(crate) struct Generation<C> {
     pub(crate) primary: Primary,
-    /// What its server tells of itself since it may be known by that: not when the generation began.
+    /// The server's report, if it could be fully identified only after the generation began.
     pub(crate) learned: Arc<OnceLock<ServerReport>>,
     pub(crate) began: Instant,
-    /// Where new sessions go: the primary's address, until the same server was found again at another one.
+    /// Where new sessions connect: the primary's address, or the address at which the same server was found later.
     endpoint: Mutex<Endpoint>,
-    /// Every session of the generation ends with it.
+    /// Every session of the generation ends with this scope.
     pub(crate) scope: CancellationToken,
-    /// New sessions pass here, so that a server that was just promoted meets a trickle.
+    /// Limits how many sessions open at a time, so that a newly promoted server is not flooded.
     pub(crate) gate: Semaphore,
     /// The pool's connections of this generation.
     pub(crate) open: Tally,
-    /// The session that proved the server to be the primary, until somebody takes it.
+    /// The session that proved the server to be the primary, until it is taken.
     spare: Mutex<Option<Session<C>>>,
-    /// Why the last session could not be opened, and how many in a row could not.
+    /// Why the last session could not be opened, and how many failed in a row.
     trouble: Mutex<(Option<ProbeFailure>, u32)>,
 }
 
@@ -90,7 +91,7 @@ impl<C: SessionClient> Generation<C> {
         *lock(&self.trouble) = (None, 0);
     }
 
-    /// Returns how many tries had failed in a row before this one.
+    /// Notes a failure to open a session, and returns how many tries had failed in a row before it.
     pub(crate) fn not_opened(&self, failure: ProbeFailure) -> u32 {
         let mut trouble = lock(&self.trouble);
         let failures = trouble.1;
@@ -103,32 +104,32 @@ impl<C: SessionClient> Generation<C> {
     }
 }
 
-/// What the task publishes: the view, and the generation that connections may be handed out of.
+/// What the task publishes: the view, and the generation whose connections may be handed out.
 pub(crate) struct Snapshot<C> {
     pub(crate) view: View,
     /// Set exactly while the view's state is [`State::Primary`].
     pub(crate) generation: Option<Arc<Generation<C>>>,
-    /// When the question was sent whose answer says that waiting is no use, where the view says so.
+    /// When the question was sent whose answer shows that waiting does not help, if the view says so.
     refused_as_of: Option<Instant>,
 }
 
-/// What the candidates said last, for whoever has to explain a failure.
+/// The candidates' last answers, which explain a failure.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Diagnosis {
     pub(crate) candidates: Vec<CandidateReport>,
     pub(crate) dns: Option<String>,
-    /// Servers that are not asked now, as there are more than are asked at the same time.
+    /// The number of servers that are not asked now, because only a limited number is asked at the same time.
     pub(crate) waiting: usize,
 }
 
-/// Why there is no primary to be had, now or ever.
+/// Why there is no primary, now or ever.
 #[derive(Debug)]
 pub(crate) enum NoPrimary {
     Closed,
-    /// The runtime of the cluster's task has ended, and the task with it.
+    /// The runtime of the cluster's task has ended, and so has the task.
     RuntimeEnded,
     Refused(Option<Endpoint>, ProbeFailure),
-    /// Nobody knows an address.
+    /// No name server knows an address.
     UnknownName(Duration, Diagnosis),
 }
 
@@ -146,32 +147,32 @@ struct Shared {
     signals: Mutex<Signals>,
     wake: Notify,
     diagnosis: Mutex<Diagnosis>,
-    /// From when on a log-in that will most likely be refused may be tried.
+    /// The earliest time for the next log-in that will most likely be refused.
     log_in_at: Mutex<Option<Instant>>,
-    /// The number of the snapshot's generation, 0 without one. Every checkout reads it, and a lock that many share, be it
-    /// for reading, costs more than the rest of a checkout.
+    /// The number of the snapshot's generation; 0 without one. Every checkout reads it. A lock shared by many, even a
+    /// read lock, would cost more than the rest of a checkout.
     current: AtomicU64,
     closed: AtomicBool,
-    /// The task ended without being told to.
+    /// The task ended without being closed.
     runtime_ended: AtomicBool,
     /// Connections on loan.
     in_use: AtomicUsize,
-    /// Answers of the newest generation's server, as callers told of them.
+    /// The number of answers from the newest generation's server that callers reported.
     heard: AtomicU64,
     /// The number of the newest generation.
     newest: AtomicU64,
-    /// The number of the newest generation that has ended, 0 before.
+    /// The number of the newest generation that has ended; 0 before the first end.
     ended: AtomicU64,
-    /// The task looks often enough to notice when they fall silent.
+    /// The task samples the traffic often enough to notice when the sessions on loan fall silent.
     listening: AtomicBool,
-    /// A connection was lent after a silence.
+    /// A connection was lent after a quiet time.
     lent: AtomicBool,
-    /// Callers and sessions that need a primary, beside the connections on loan.
+    /// The number of callers and sessions that need a primary, besides the connections on loan.
     wanting: AtomicUsize,
     asleep: AtomicBool,
 }
 
-/// Somebody needs a primary for as long as this lives: the task does not fall asleep.
+/// The task does not fall asleep while this exists: something needs a primary.
 pub(crate) struct Wanting(Arc<Shared>);
 
 impl Drop for Wanting {
@@ -201,9 +202,9 @@ impl<C: SessionClient> Cluster<C> {
         Self { snapshot, view, shared, observer, _end: root.clone().drop_guard(), root }
     }
 
-    /// Somebody needs a primary: wakes the task, and keeps it awake.
+    /// Registers the need for a primary: wakes the task, and keeps it awake.
     pub(crate) fn want(&self) -> Wanting {
-        // Either the task sees this before it falls asleep, or this sees it asleep.
+        // Either the task sees this count before it falls asleep, or this call sees that it is asleep.
         self.shared.wanting.fetch_add(1, Ordering::SeqCst);
         if self.shared.asleep.load(Ordering::SeqCst) {
             self.shared.wake.notify_one();
@@ -211,7 +212,7 @@ impl<C: SessionClient> Cluster<C> {
         Wanting(Arc::clone(&self.shared))
     }
 
-    /// The current generation, waiting for one. Cancel-safe.
+    /// Returns the current generation, and waits for one if need be. Cancel-safe.
     pub(crate) async fn primary(&self) -> Result<Arc<Generation<C>>, NoPrimary> {
         if let Some(generation) = self.current() {
             return Ok(generation);
@@ -219,7 +220,7 @@ impl<C: SessionClient> Cluster<C> {
         let _wanting = self.want();
         let mut snapshot = self.snapshot.clone();
         let began = Instant::now();
-        // What was said before this call may be so no longer: it is asked anew first.
+        // An answer from before this call may be outdated, so candidates are asked again first.
         let mut old_word = snapshot.borrow().refused_as_of.is_some();
         loop {
             {
@@ -249,12 +250,12 @@ impl<C: SessionClient> Cluster<C> {
         }
     }
 
-    /// The current generation, if there is one now.
+    /// The current generation, if there is one.
     pub(crate) fn current(&self) -> Option<Arc<Generation<C>>> {
         self.snapshot.borrow().generation.clone()
     }
 
-    /// Is there a current generation now?
+    /// Returns whether there is a current generation.
     pub(crate) fn has_primary(&self) -> bool {
         self.shared.current.load(Ordering::Acquire) != GenerationId::default().get()
     }
@@ -263,7 +264,8 @@ impl<C: SessionClient> Cluster<C> {
         self.has_primary() && self.shared.current.load(Ordering::Acquire) == id.get()
     }
 
-    /// Has generation `id` ended for good? Its sessions may be closing still. Whoever sees a view sees this as well.
+    /// Returns whether generation `id` has ended for good, although its sessions may still be closing. Anything
+    /// published in a view is already visible here.
     pub(crate) fn has_ended(&self, id: GenerationId) -> bool {
         self.shared.ended.load(Ordering::Acquire) >= id.get()
     }
@@ -273,11 +275,11 @@ impl<C: SessionClient> Cluster<C> {
         let current = |snapshot: &Arc<Snapshot<C>>| {
             snapshot.generation.as_ref().is_some_and(|generation| generation.primary.id == id)
         };
-        // An error means that the task has ended, and no generation is current any more.
+        // An error means that the task has ended, so no generation is current any more.
         let _ = self.snapshot.clone().wait_for(|snapshot| !current(snapshot)).await;
     }
 
-    /// Casts doubt on the primary of generation `id`; the task looks into it. Never waits.
+    /// Reports a doubt about the primary of generation `id`, which the task will check. Never waits.
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         {
             let mut signals = lock(&self.shared.signals);
@@ -293,11 +295,12 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.wake.notify_one();
     }
 
-    /// A connection is given on loan: from now on the task notices when its server falls silent.
+    /// A connection goes on loan: from now on the task notices when its server falls silent.
     pub(crate) fn lend(&self) {
-        // All orderings are the strongest, as they are in `Task::sample_traffic` in task.rs: either the task sees the loan, or it is woken.
+        // All orderings here and in `Task::sample_traffic` (task.rs) are `SeqCst`, so that either the task sees the
+        // loan or it is woken.
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
-        // It listens already, mostly, and to read is cheaper than to write what others read.
+        // The task is mostly listening already, and a read is cheaper than a write to what others read.
         if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {
             self.shared.lent.store(true, Ordering::SeqCst);
             self.shared.wake.notify_one();
@@ -309,8 +312,8 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// The server of generation `id` has answered on one of its sessions: it lives. The driver does not tell what is received
-    /// and what is sent, so those who wait for an answer do.
+    /// The server of generation `id` answered on one of its sessions, so it lives. The driver does not distinguish
+    /// received from sent messages, so callers that wait for an answer report it.
     pub(crate) fn heard(&self, id: GenerationId) {
         if self.shared.newest.load(Ordering::Relaxed) == id.get() {
             self.shared.heard.fetch_add(1, Ordering::Relaxed);
@@ -337,7 +340,7 @@ impl<C: SessionClient> Cluster<C> {
         lock(&self.shared.diagnosis).clone()
     }
 
-    /// Who failed so.
+    /// The candidate that failed with this failure.
     fn endpoint_of(&self, failure: &ProbeFailure) -> Option<Endpoint> {
         let diagnosis = lock(&self.shared.diagnosis);
         let said =
@@ -345,7 +348,7 @@ impl<C: SessionClient> Cluster<C> {
         diagnosis.candidates.iter().find(said).map(|candidate| candidate.endpoint.clone())
     }
 
-    /// Why the cluster's task has ended, once it has.
+    /// Why the cluster's task ended. Only valid after its end.
     pub(crate) fn ended(&self) -> NoPrimary {
         if self.shared.runtime_ended.load(Ordering::Acquire) { NoPrimary::RuntimeEnded } else { NoPrimary::Closed }
     }
@@ -354,7 +357,7 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    /// Ends with the cluster: for work that must not outlive it.
+    /// A scope that ends with the cluster, for work that must not outlive it.
     pub(crate) fn scope(&self) -> &CancellationToken {
         &self.root
     }
@@ -370,19 +373,19 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.wake.notify_one();
     }
 
-    /// Tells which cluster is the pool's own from now on.
+    /// Sets which cluster is the pool's own from now on.
     pub(crate) fn accept(&self, accepted: Accept) {
         lock(&self.shared.signals).accept = Some(accepted);
         self.shared.wake.notify_one();
     }
 
-    /// A log-in was refused: all of this pool count, whoever tried.
+    /// Reports a refused log-in. All log-ins of the pool count, whichever part of it tried.
     pub(crate) fn log_in_refused(&self) {
         lock(&self.shared.signals).log_in_refused = true;
         self.shared.wake.notify_one();
     }
 
-    /// From when on a log-in that will most likely be refused may be tried.
+    /// The earliest time for the next log-in that will most likely be refused.
     pub(crate) fn log_in_at(&self) -> Option<Instant> {
         *lock(&self.shared.log_in_at)
     }

@@ -1,6 +1,6 @@
-//! The task that owns the [`Topology`]: carries out its actions, and puts the answers into it.
+//! The task that owns the [`Topology`]: it carries out the topology's actions, and feeds the answers to it.
 //!
-//! Decides nothing. Tests: `tests/it/`.
+//! It decides nothing. The tests are in `tests/it/`.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -26,7 +26,7 @@ use crate::topology::{
     Action, Address, Change, GenerationId, NameAnswer, Primary, Probed, State, Topology, TrafficSample, View,
 };
 
-/// The task goes on after a panic, and does not spin where one follows on the other.
+/// The pause after a panic: the task goes on, but must not spin if one panic follows another.
 const AFTER_A_PANIC: Duration = Duration::from_millis(100);
 
 pub(super) struct Task<C: SessionClient> {
@@ -47,25 +47,25 @@ pub(super) struct Task<C: SessionClient> {
     /// The newest generation until it ends; published only while `live`.
     generation: Option<Arc<Generation<C>>>,
     live: bool,
-    /// Scopes to end once the newer state is published.
+    /// Scopes to cancel once the newer state is published.
     ended: Vec<CancellationToken>,
-    /// Events to send once the state that they tell of is published.
+    /// Events to send once the state that they report is published.
     news: Vec<observe::Event>,
     snapshot: watch::Sender<Arc<Snapshot<C>>>,
     view: watch::Sender<View>,
     observer: Arc<Observer>,
     search: Option<Span>,
     searching_since: Instant,
-    /// The opener's count of traffic at the last look, and the answers that callers told of.
+    /// The opener's traffic count at the last sample; `heard` is the same for the answers that callers reported.
     traffic: u64,
     heard: u64,
     sleep_after: Option<Duration>,
-    /// Somebody needed a primary then.
+    /// When a primary was last needed.
     used_at: Instant,
 }
 
 impl<C: SessionClient> Task<C> {
-    /// The task, which does not run yet, and what it publishes.
+    /// Creates the task, which does not run yet, with the receivers of what it publishes.
     pub(super) fn new(
         setup: Setup<C>,
         shared: Arc<Shared>,
@@ -108,7 +108,7 @@ impl<C: SessionClient> Task<C> {
     }
 
     pub(super) async fn run(mut self) {
-        // What a program plugs in may panic here: a subscriber of `tracing`, a recorder of `metrics`. That costs one step.
+        // User code called here may panic: a `tracing` subscriber or a `metrics` recorder. A panic costs only one step.
         loop {
             match AssertUnwindSafe(self.step()).catch_unwind().await {
                 Ok(true) => {}
@@ -118,7 +118,7 @@ impl<C: SessionClient> Task<C> {
         }
     }
 
-    /// Returns whether there is a next step.
+    /// Runs one step, and returns whether there is a next one.
     async fn step(&mut self) -> bool {
         {
             let now = Instant::now();
@@ -151,13 +151,14 @@ impl<C: SessionClient> Task<C> {
         true
     }
 
-    /// Does anybody need a primary, or has lately? Falls asleep and wakes up.
+    /// Falls asleep or wakes up, depending on whether a primary is or was recently needed. Returns whether the task is
+    /// awake.
     fn is_awake(&mut self, now: Instant, traffic: TrafficSample) -> bool {
         let Some(after) = self.sleep_after else { return true };
         let lent = self.shared.lent.swap(false, Ordering::SeqCst);
         let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
-            // What was asked for before the sleep is of no interest any more.
+            // Signals from before the sleep no longer matter.
             *lock(&self.shared.signals) = Signals::default();
             if !wanted() {
                 return false;
@@ -184,7 +185,7 @@ impl<C: SessionClient> Task<C> {
         false
     }
 
-    /// Closes everything, and forgets what is under way.
+    /// Closes all sessions, and forgets the work under way.
     fn fall_asleep(&mut self, now: Instant, after: Duration) {
         self.topology.sleep(now, &format!("asleep: nobody asked for a connection for {after:?}"));
         for action in self.topology.lie_down() {
@@ -196,7 +197,7 @@ impl<C: SessionClient> Task<C> {
         self.work.clear();
     }
 
-    /// What the sessions did since the last look.
+    /// Samples what the sessions did since the last call.
     fn sample_traffic(&mut self) -> TrafficSample {
         let traffic = self.opener.traffic();
         let moved = std::mem::replace(&mut self.traffic, traffic) != traffic;
@@ -205,7 +206,7 @@ impl<C: SessionClient> Task<C> {
         if in_use {
             self.shared.listening.store(true, Ordering::SeqCst);
         }
-        // Where the sessions are driven elsewhere, nobody tells when they end.
+        // If the sessions' drivers are not this crate's, their ends go unnoticed, so they are not counted.
         let generation = self.generation.as_ref().filter(|_| self.opener.drives());
         let open = generation.map_or(0, |generation| generation.open.count());
         let heard = self.shared.heard.load(Ordering::Relaxed);
@@ -240,7 +241,7 @@ impl<C: SessionClient> Task<C> {
             }
             Action::Learned { report } => {
                 if let Some(generation) = self.generation.as_ref().filter(|_| report.is_identified()) {
-                    // What is known of one life does not change.
+                    // What identifies a server in one life does not change.
                     let _ = generation.learned.set(report);
                 }
             }
@@ -288,9 +289,11 @@ impl<C: SessionClient> Task<C> {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
         self.found(&primary, took, false);
         self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
-        // Where the next session may lead elsewhere, the heart-beat keeps the one that is known to lead to the primary.
+        // If the next session may reach another server, keep the session that is known to reach the primary for the
+        // heartbeat.
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
-        // A pooler may lead the older generation's session to the new primary: that one ends with its generation.
+        // A pooler may connect the older generation's session to the new primary. That session ends with its own
+        // generation.
         let ends = |scope: &CancellationToken| scope.is_cancelled() || self.ended.contains(scope);
         let spare = spare.filter(|session| !ends(&session.scope));
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
@@ -307,8 +310,8 @@ impl<C: SessionClient> Task<C> {
         }));
     }
 
-    /// The session that is kept for questions to this server, if it is open. The one that proved the primary and that nobody
-    /// has taken is as good: an idle pool has one session.
+    /// Takes the session kept for questions to this server, if it is open. The session that proved the primary serves
+    /// as well if it has not been taken, so that an idle pool needs only one session.
     fn kept(&mut self, address: &Address) -> Option<Session<C>> {
         let kept = self.sessions.remove(address).filter(|session| !session.client.is_closed());
         kept.or_else(|| {
@@ -341,9 +344,10 @@ impl<C: SessionClient> Task<C> {
             Event::Asked { endpoint, session, beside, result } => {
                 let address = endpoint.address;
                 self.under_way.remove(&address);
-                // A question that was not answered in time may be answered yet: on the primary's session, that is a sign.
+                // A question without an answer in time may still be answered. On the primary's session, that would show
+                // that it lives.
                 let good = !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address));
-                // One that was opened meanwhile is newer.
+                // If another session was opened meanwhile, it is newer.
                 if good && !self.is_open(&address) {
                     self.sessions.insert(address.clone(), session);
                 }
@@ -358,7 +362,7 @@ impl<C: SessionClient> Task<C> {
         };
     }
 
-    /// Is a session to this server open that questions may be asked on, or is one being asked?
+    /// Returns whether a session for questions to this server is open, or is being asked.
     fn is_open(&self, address: &Address) -> bool {
         self.under_way.contains(address)
             || self.sessions.get(address).is_some_and(|session| !session.client.is_closed())
@@ -382,8 +386,8 @@ impl<C: SessionClient> Task<C> {
         }
     }
 
-    /// Publishes first; tells of it and ends the older generation afterwards: whoever hears of a change or loses a connection
-    /// finds the newer state.
+    /// Publishes the state, and only then sends events and ends the older generation. So whoever receives an event or
+    /// loses a connection finds the newer state.
     fn publish(&mut self) {
         *lock(&self.shared.log_in_at) = Some(self.topology.log_in_at());
         let refused_as_of = std::mem::replace(&mut self.refused_as_of, self.topology.refused_as_of());
@@ -391,7 +395,7 @@ impl<C: SessionClient> Task<C> {
             self.revision = self.topology.revision();
             self.send(self.topology.view());
         } else if refused_as_of != self.refused_as_of {
-            // The same again, told to a newer question: of interest to those who wait, and to nobody else.
+            // The view is unchanged, but it answers a newer question, which only waiting callers need to know.
             self.send_snapshot(self.topology.view());
         }
         for event in self.news.drain(..) {
@@ -403,7 +407,7 @@ impl<C: SessionClient> Task<C> {
     }
 
     fn send(&self, view: View) {
-        // The view first: whoever was given a connection finds its primary in the status.
+        // Publish the view first, so that a caller with a connection finds its primary in the pool's status.
         self.view.send_replace(view.clone());
         self.send_snapshot(view);
     }
@@ -411,7 +415,7 @@ impl<C: SessionClient> Task<C> {
     fn send_snapshot(&self, view: View) {
         let generation = self.generation.clone().filter(|_| self.live);
         let current = generation.as_ref().map_or_else(GenerationId::default, |generation| generation.primary.id);
-        // Before the snapshot: whoever that wakes finds the same in here.
+        // Store this before the snapshot, so that callers woken by the snapshot read the same value here.
         self.shared.current.store(current.get(), Ordering::Release);
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
     }
@@ -421,7 +425,8 @@ impl<C: SessionClient> Task<C> {
     }
 }
 
-/// However the task ends (closed, a panic in a user's connector, the end of its runtime), nothing is handed out afterwards.
+/// However the task ends (closed, a panic in a user's connector, the end of its runtime), no connection is handed out
+/// afterwards.
 impl<C: SessionClient> Drop for Task<C> {
     fn drop(&mut self) {
         self.live = false;

@@ -1,6 +1,6 @@
-//! What the cluster's task waits for: a look-up of a name, or the answer of a server.
+//! What the cluster's task waits for: the look-up of a name, or the answer of a server.
 //!
-//! Decides nothing, and holds nothing of the task's but what each piece of work is given.
+//! It decides nothing, and each piece of work holds only what the task gives it.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -15,10 +15,10 @@ use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient};
 use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
 
-/// A look-up that takes longer is given up; the resolver's own limit is shorter.
+/// Time limit for a look-up; the resolver's own limit is shorter.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 
-/// What came of a piece of work.
+/// The result of a piece of work.
 pub(super) enum Event<C> {
     Resolved { name: usize, answer: NameAnswer },
     Opened { endpoint: Endpoint, beside: bool, fresh: bool, result: Opened<C> },
@@ -34,7 +34,7 @@ pub(super) struct Asks {
     pub(super) within: Duration,
 }
 
-/// Asks the resolver for the addresses of a name of the configuration, which is the one with this index.
+/// Asks the resolver for the addresses of the configured name with this index.
 pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> Event<C> {
     let answer = match addresses_of(&*resolver, &name.host).await {
         Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
@@ -48,7 +48,7 @@ pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resol
     Event::Resolved { name: index, answer }
 }
 
-/// The resolver may be the user's own: it may take too long, and a panic in it costs this one answer.
+/// The resolver may be user code: it may take too long, and its panic costs only this one answer.
 async fn addresses_of(resolver: &dyn Resolve, host: &str) -> Result<Addresses, ResolveError> {
     let answer = AssertUnwindSafe(async { resolver.resolve(host).await }).catch_unwind();
     match timeout(RESOLVE_WITHIN, answer).await {
@@ -58,7 +58,7 @@ async fn addresses_of(resolver: &dyn Resolve, host: &str) -> Result<Addresses, R
     }
 }
 
-/// Asks a server on the session that is kept for it, or on a new one, which ends with `scope`.
+/// Asks a server on its kept session, or on a new one, which ends with `scope`.
 pub(super) async fn ask<C: SessionClient>(
     opener: Arc<dyn Open<C>>,
     endpoint: Endpoint,
