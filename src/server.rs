@@ -1,8 +1,8 @@
-//! Opens one session to one server, asks it what it is, and drives it until its scope ends.
+//! Opens one session to one server, asks the server what it is, and drives the session until its scope ends.
 //!
-//! Decides nothing, and knows nothing of which server is wanted: it turns bytes into a [`ServerReport`] or a
-//! [`ProbeFailure`]. A session's driver task ends with the session, with its scope or with the socket, whichever is first.
-//! Tests: `tests/it/errors.rs`, and every test that fails over.
+//! This module decides nothing, and does not know which server is wanted: it turns bytes into a [`ServerReport`] or a
+//! [`ProbeFailure`]. A session's driver task ends with the session, its scope or the socket, whichever ends first.
+//! The tests are `tests/it/errors.rs`, and every test that fails over.
 
 mod activity;
 mod end;
@@ -42,19 +42,20 @@ use crate::classify::{Verdict, explain, hung_up, links, not_let_in, verdict_of_o
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
 use session::{Driver, drive};
 
-/// Said of what hung up before any session was ever opened.
+/// Appended to the failure of a peer that hung up before any session was ever opened.
 const HUNG_UP: &str = "; it hung up first: a proxy without a server behind it, or not PostgreSQL";
 
-/// A cancel request is a courtesy to the server; nobody waits for it longer than this.
+/// Time limit for a cancel request, which only relieves the server and is not worth a longer wait.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
-/// Pauses before the cancel requests for one session. Its statement is on the server long before the last of them.
+/// Pauses before the cancel requests for one session. Its statement reaches the server long before the last of them.
 const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
 
-/// A server that has not let a first session in after so long is looked at: it may be none.
+/// If the first session is not open after this time, the peer is examined: it may not be PostgreSQL.
 const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
-/// Whose code has panicked: what opens a session is the driver and the connector, and the driver knows no panic.
+/// The name of the code that panics are blamed on. Opening a session runs the driver and the connector, and the driver
+/// does not panic.
 const CONNECTOR: &str = "the TLS connector";
 
 /// Hides the type of the TLS connector.
@@ -81,9 +82,9 @@ where
     }
 }
 
-/// Opens sessions, and asks what is at the other end. Cancel-safe: dropping a future closes the session that it opens.
+/// Opens sessions and asks servers what they are. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
-    /// Opens a session, and asks this on it.
+    /// Opens a session and asks the question on it.
     fn open<'a>(
         &'a self,
         endpoint: &'a Endpoint,
@@ -91,7 +92,7 @@ pub(crate) trait Open<C>: Send + Sync {
         scope: CancellationToken,
     ) -> BoxFuture<'a, Opened<C>>;
 
-    /// Asks a session that was opened earlier what its server is, at the end of the promotion wait if there is one: one round trip.
+    /// Asks on an open session what its server is, after the promotion wait if there is one. Takes one round trip.
     fn ask<'a>(
         &'a self,
         address: &'a Address,
@@ -99,33 +100,33 @@ pub(crate) trait Open<C>: Send + Sync {
         promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
 
-    /// Another number than before, if something was sent or received meanwhile on any session of the pool.
+    /// A number that changes whenever something is sent or received on any session of the pool.
     fn traffic(&self) -> u64;
 
-    /// Are the pool's sessions driven here, so that the end of each is noticed at once?
+    /// Returns whether this crate drives the pool's sessions, and so notices the end of each at once.
     fn drives(&self) -> bool;
 
-    /// Asks the server at `endpoint`, once, to stop what the session of `token` runs.
+    /// Asks the server at `endpoint` once to cancel what the session of `token` runs.
     fn cancel(&self, endpoint: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
 }
 
 pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
 
-/// How this crate opens sessions: everything of the configuration but the address.
+/// This crate's way to open sessions. It holds the configuration except for the address.
 pub(crate) struct Opener {
     template: Config,
     dial: Arc<dyn Dial>,
-    /// Where the template holds no password because each session has its own.
+    /// The password provider, if there is one; the template then holds no password.
     passwords: Option<Passwords>,
-    /// Grows whenever something is sent or received on any session of the pool.
+    /// A counter that grows whenever something is sent or received on any session of the pool.
     traffic: Arc<AtomicU64>,
     questions: Questions,
-    /// A session was opened once: what answers here is PostgreSQL.
+    /// A session was opened once, so the peers of this pool are PostgreSQL.
     worked: AtomicBool,
 }
 
 impl Opener {
-    /// `template` carries no host; each session adds its own.
+    /// `template` must not contain a host; each session adds its own.
     pub(crate) fn new<T>(template: Config, tls: T) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
@@ -143,12 +144,12 @@ impl Opener {
         }
     }
 
-    /// Asks for the password of each session.
+    /// Sets the provider that is asked for the password of each session.
     pub(crate) fn with_passwords(self, passwords: Option<Passwords>) -> Self {
         Self { passwords, ..self }
     }
 
-    /// As [`Self::dial`]; and where no session was ever opened, looks whether it is a server at all.
+    /// Like [`Self::dial`], but while no session was ever opened, it also examines whether the peer is PostgreSQL.
     async fn dial_a_server(
         &self,
         endpoint: &Endpoint,
@@ -162,7 +163,7 @@ impl Opener {
         let dialled = tokio::time::timeout(STRANGER_AFTER, dialling.as_mut()).await.ok();
         let looked_at = stranger::what_answers(&endpoint.address);
         let (dialled, name) = match dialled {
-            // It answers slowly, or waits for more of what it does not understand.
+            // The peer answers slowly, or waits for more of a request that it does not understand.
             None => tokio::select! {
                 dialled = dialling.as_mut() => (Some(dialled), None),
                 name = looked_at => (None, name),
@@ -183,7 +184,7 @@ impl Opener {
         let Some(passwords) = &self.passwords else {
             return self.dial.dial(self.config_for(endpoint), notices).await.map_err(|error| self.not_opened(error));
         };
-        // Boxed: those who have no provider are spared the size of its future.
+        // Boxed, so that a pool without a provider does not carry the size of this future.
         let dialling = async {
             let password = passwords.next().await?;
             let mut config = self.config_for(endpoint);
@@ -201,7 +202,7 @@ impl Opener {
     }
 
     fn not_opened(&self, error: Error) -> ProbeFailure {
-        // A server that has worked may hang up, too: it was killed, or its machine.
+        // A server that has worked before may also hang up, if it or its machine was killed.
         let hung_up = hung_up(&error) && !self.worked.load(Ordering::Relaxed);
         let mut failure = failure(verdict_of_open(&error), error);
         if hung_up && failure.kind == FailureKind::Unreachable {
@@ -214,8 +215,8 @@ impl Opener {
         let mut config = self.template.clone();
         match &endpoint.address {
             Address::Tcp(address) => {
-                // A trailing dot makes a DNS name absolute; certificates are issued without it. Without any name, they are for
-                // the address.
+                // A trailing dot makes a DNS name absolute, but certificates are issued without it. Without a name, the
+                // certificate must be for the address.
                 match &endpoint.host {
                     Some(host) => config.host(host.trim_end_matches('.').trim_matches(['[', ']'])),
                     None => config.host(address.ip().to_string()),
@@ -226,7 +227,7 @@ impl Opener {
             Address::Unix(folder, port) => {
                 config.host_path(folder).port(*port).ssl_mode(SslMode::Disable);
             }
-            // No candidate of a pool that connects by itself.
+            // A pool that connects by itself has no such candidate.
             Address::Wrapped => {}
         }
         config
@@ -242,7 +243,7 @@ impl Open<ClientWrapper> for Opener {
     ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
-            // The TLS connector is the user's: a panic in it costs this one session.
+            // The TLS connector is user code: its panic costs only this one session.
             let dialling = AssertUnwindSafe(self.dial_a_server(endpoint, Arc::clone(&notices))).catch_unwind();
             let (client, driver) = dialling.await.unwrap_or_else(|panic| Err(panicked(CONNECTOR, &*panic)))?;
             self.worked.store(true, Ordering::Relaxed);
@@ -280,8 +281,8 @@ impl Open<ClientWrapper> for Opener {
     }
 }
 
-/// Sends a cancel request, and again after a moment, as one that overtakes the statement finds the session idle and is
-/// lost. Ends with the first that is not taken within two seconds.
+/// Sends a cancel request, and repeats it after a moment: a request that overtakes the statement finds the session idle
+/// and has no effect. Stops at the first request that the server does not accept within two seconds.
 pub(crate) async fn cancel<Fut>(request: impl Fn() -> Fut)
 where
     Fut: Future<Output = Result<(), Error>>,
@@ -296,7 +297,7 @@ where
     }
 }
 
-/// The manager of a wrapped pool could not make a session.
+/// Describes the failure of a wrapped pool's manager to create a session.
 pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E) -> ProbeFailure {
     let driver = links(&error).find_map(|link| link.downcast_ref::<Error>());
     let verdict = driver.map_or(Verdict::ConnectionLost, verdict_of_open);
@@ -304,7 +305,7 @@ pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E
     ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
 }
 
-/// Code that a program plugged in has panicked: that is the end of one try, and of nothing else.
+/// Turns a panic of user code into a failure, so that it ends only this one attempt.
 pub(crate) fn panicked(whose: &str, panic: &(dyn Any + Send)) -> ProbeFailure {
     let said = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     let message = said.map_or_else(|| format!("{whose} panicked"), |said| format!("{whose} panicked: {said}"));

@@ -1,53 +1,54 @@
-//! Whether a request is under way on a session, read from the bytes that pass: no message is sent for it.
+//! Determines from the bytes that pass whether a request is under way on a session, without sending a message.
 //!
-//! Counts requests (`Query` and `Sync`) on the way to the server and their ends (`ReadyForQuery`) on the way back, and keeps
-//! the last transaction state. What the driver sends by itself without anybody waiting does not make a session busy: closing
-//! a statement, and the ROLLBACK of a dropped transaction. Pure but for the atomics that publish the outcome. Tests:
-//! `activity/tests.rs`, `tests/it/busy.rs`.
+//! It counts requests (`Query` and `Sync`) on the way to the server and their ends (`ReadyForQuery`) on the way back,
+//! and keeps the last transaction state. Two messages that the driver sends by itself, and that no caller waits for, do
+//! not make a session busy: the closing of a statement, and the ROLLBACK of a dropped transaction. The module is pure
+//! except for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/busy.rs`.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
-/// A request is under way that somebody was interested in.
+/// A caller's request is under way.
 const REQUEST: u8 = 1;
-/// A transaction is open that nothing on its way will end.
+/// A transaction is open, and nothing has been sent that would end it.
 const TRANSACTION: u8 = 2;
-/// The server waits for the data of a COPY.
+/// The server waits for COPY data.
 const COPYING: u8 = 4;
-/// Not all that is to be sent was taken by the network.
+/// The network has not accepted all data that is to be sent.
 const BLOCKED: u8 = 8;
-/// The answer is not taken: somebody holds a stream of rows and reads no further.
+/// The answer is not being read: its receiver holds a stream of rows and does not read on.
 const STALLED: u8 = 16;
-/// The last request has failed, and its end is still to come. The server sends it at once; it tells whether a transaction is
-/// open.
+/// The last request has failed, but its `ReadyForQuery`, which tells whether a transaction is open, has not arrived.
+/// The server sends it at once.
 const FAILED: u8 = 32;
 
-/// What the driver's task publishes of one session, for whoever holds its connection.
+/// What the driver's task publishes about one session to the holder of its connection.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     flags: AtomicU8,
-    /// How often the driver's task was woken, and how many of these it has dealt with.
+    /// How often the driver's task was woken, and in `dealt_with`, how many of these wake-ups it has handled.
     woken: AtomicU64,
     dealt_with: AtomicU64,
-    /// The connection was given back, and nobody may have anything under way on it.
+    /// The connection was given back, so nothing may be under way on it.
     given_back: AtomicBool,
-    /// It was given back with something under way, as turned out afterwards.
+    /// The connection turned out to have been given back with something under way.
     condemned: AtomicBool,
-    /// The driver's task has dealt with all that woke it.
+    /// Notifies when the driver's task has handled all wake-ups.
     settled: Notify,
-    /// When the server has said something last, in milliseconds of the wall clock.
+    /// When the server last sent something, in milliseconds of the wall clock.
     heard_at: AtomicU64,
 }
 
 impl Activity {
-    /// Something is known to be under way, or a transaction to be open. Where the driver has not seen all requests yet, as
-    /// when a transaction has just been dropped and its ROLLBACK not been sent, nothing is known.
+    /// Returns whether a request is known to be under way, or a transaction to be open. While the driver has not seen
+    /// all requests, nothing is known, for instance when a transaction was dropped but its ROLLBACK is not sent yet.
     pub(crate) fn is_busy(&self) -> bool {
         self.flags.load(Ordering::Acquire) & !STALLED != 0 && self.is_settled()
     }
 
-    /// An open transaction will not end by itself, so there is nothing to wait for.
+    /// Returns whether a transaction is open and no request is under way, so that waiting would not end the
+    /// transaction.
     pub(crate) fn in_transaction(&self) -> bool {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
     }
@@ -56,13 +57,13 @@ impl Activity {
         self.condemned.load(Ordering::Acquire)
     }
 
-    /// The driver's task has seen all requests that were made.
+    /// Returns whether the driver's task has seen all requests.
     pub(crate) fn is_settled(&self) -> bool {
         self.woken.load(Ordering::SeqCst) == self.dealt_with.load(Ordering::SeqCst)
     }
 
-    /// Whether the session is idle. `None` while the driver's task has not seen all requests, or a request has failed whose
-    /// end is still to come.
+    /// Whether the session is idle. `None` while the driver's task has not seen all requests, or while the end of a
+    /// failed request has not arrived.
     pub(crate) fn is_idle(&self) -> Option<bool> {
         if !self.is_settled() {
             return None;
@@ -104,18 +105,18 @@ impl Activity {
         self.given_back.store(true, Ordering::SeqCst);
     }
 
-    /// The driver's task is woken.
+    /// Counts a wake-up of the driver's task.
     pub(super) fn wake(&self) {
         self.woken.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// To be called before the driver is polled; what it returns goes into [`Activity::polled`].
+    /// Call this before polling the driver, and pass the result to [`Activity::polled`].
     pub(super) fn before_poll(&self) -> u64 {
         self.woken.load(Ordering::SeqCst)
     }
 
-    /// The driver has dealt with all that woke it up to `woken`. Returns whether the connection was given back with
-    /// something under way.
+    /// The driver has handled all wake-ups up to `woken`. Returns whether the connection was given back with something
+    /// under way.
     pub(super) fn polled(&self, woken: u64) -> bool {
         self.dealt_with.store(woken, Ordering::SeqCst);
         self.settled.notify_waiters();
@@ -127,14 +128,14 @@ impl Activity {
         left_busy
     }
 
-    /// The session has ended; whoever waits finds out by its client.
+    /// The session has ended. Waiting tasks then learn this from their client.
     pub(super) fn end(&self) {
         self.condemned.store(true, Ordering::Release);
         self.dealt_with.store(self.woken.load(Ordering::SeqCst), Ordering::SeqCst);
         self.settled.notify_waiters();
     }
 
-    /// When the server has said something last, in milliseconds of the wall clock; 0 where nobody knows.
+    /// When the server last sent something, in milliseconds of the wall clock; 0 if unknown.
     pub(crate) fn heard_at(&self) -> u64 {
         self.heard_at.load(Ordering::Relaxed)
     }
@@ -148,21 +149,22 @@ impl Activity {
     }
 }
 
-/// Counts what passes in both directions.
+/// Counts the messages that pass in both directions.
 #[expect(clippy::struct_excessive_bools, reason = "they are independent, and each is one of the published flags")]
 #[derive(Debug)]
 pub(super) struct Counter {
     sent: Messages,
     received: Messages,
-    /// Requests that were sent, and those that were answered.
+    /// Requests that were sent; `answered` counts those that ended.
     requests: u64,
     answered: u64,
-    /// The last request that somebody was interested in, and the last ROLLBACK of the driver's own.
+    /// The number of the last request that a caller waits for; `last_rollback` is that of the driver's last own
+    /// ROLLBACK.
     last_request: u64,
     last_rollback: u64,
-    /// The request that is being sent does more than close a statement.
+    /// The request being sent does more than close a statement.
     begun: bool,
-    /// The request that is being answered has failed. Its end follows soon, and tells whether a transaction is open.
+    /// The request being answered has failed. Its end follows soon, and tells whether a transaction is open.
     failed: bool,
     transaction: bool,
     copying: bool,
@@ -171,14 +173,14 @@ pub(super) struct Counter {
 }
 
 impl Counter {
-    /// From the start of a session. `asks_for_tls`: a question for TLS goes before, and its answer of one byte.
+    /// Counts from the start of a session. `asks_for_tls`: a TLS request precedes it, and is answered with one byte.
     pub(super) fn new(asks_for_tls: bool) -> Self {
         let asks = u8::from(asks_for_tls);
         Self {
-            // The question and the start-up message have no type letter.
+            // The TLS request and the start-up message have no type letter.
             sent: Messages { untyped: asks + 1, ..Messages::default() },
             received: Messages { bare: asks, ..Messages::default() },
-            // The log-in ends like a request.
+            // The log-in ends with `ReadyForQuery`, like a request.
             requests: 1,
             answered: 0,
             last_request: 1,
@@ -196,7 +198,7 @@ impl Counter {
         self.blocked = false;
         let Self { sent, requests, last_request, last_rollback, begun, .. } = self;
         sent.feed(bytes, |letter, rollback| match letter {
-            // A statement is closed, a password given, the session ended.
+            // These close a statement, give a password, or end the session.
             b'C' | b'p' | b'X' => {}
             b'S' => {
                 *requests += 1;
@@ -213,7 +215,7 @@ impl Counter {
         });
     }
 
-    /// Nothing of it was taken.
+    /// The network accepted none of the data.
     pub(super) fn blocked(&mut self) {
         self.blocked = true;
     }
@@ -230,19 +232,19 @@ impl Counter {
                 *copying = false;
                 *transaction = in_transaction;
             }
-            // The server takes no notice of the Sync that went before the data.
+            // The server ignores the Sync that was sent before the COPY data.
             b'G' => {
                 *answered += 1;
                 *copying = true;
             }
-            // The driver hands an error on before the end of the request has come.
+            // The driver hands an error on before the end of the request has arrived.
             b'E' => *failed = true,
             _ => {}
         });
         *answered != before
     }
 
-    /// All that has come was taken.
+    /// The driver has read all received data.
     pub(super) fn drained(&mut self) {
         self.stalled = false;
     }
@@ -251,7 +253,7 @@ impl Counter {
         let sending = self.begun || self.sent.within();
         let failed = self.failed && self.last_request == self.answered + 1 && !sending;
         let under_way = sending || self.last_request > self.answered;
-        // What a failed request has left open is of no interest where a ROLLBACK follows.
+        // What a failed request leaves open does not matter if a ROLLBACK follows.
         let ending = failed && self.last_rollback < self.last_request;
         let open = self.transaction && self.last_rollback <= self.answered;
         [
@@ -268,32 +270,32 @@ impl Counter {
     }
 }
 
-/// The driver's own, when a transaction is dropped.
+/// The statement that the driver sends by itself when a transaction is dropped.
 const ROLLBACK: &[u8] = b"ROLLBACK\0";
 
-/// The messages of one direction, however they are cut.
+/// Splits the bytes of one direction into messages, however the bytes are divided into chunks.
 #[derive(Debug, Default)]
 struct Messages {
-    /// Bytes without a header that come first.
+    /// The number of leading bytes without a message header.
     bare: u8,
-    /// Messages without a type letter that come first.
+    /// The number of leading messages without a type letter.
     untyped: u8,
     header: [u8; 5],
     have: usize,
-    /// Of the body that is passing.
+    /// How many bytes of the current body are still to come.
     left: usize,
-    /// How much of the body is what was looked for.
+    /// How many bytes of the body match what is looked for.
     matched: Option<usize>,
 }
 
 impl Messages {
-    /// In the midst of a message.
+    /// Returns whether a message is incomplete.
     fn within(&self) -> bool {
         self.have > 0
     }
 
-    /// Tells of each message at its end: its letter, and of `Query` whether it is a ROLLBACK, of `ReadyForQuery` whether it is
-    /// within a transaction.
+    /// Reports each message at its end: its letter, and a flag. For `Query` the flag tells whether it is a ROLLBACK,
+    /// for `ReadyForQuery` whether a transaction is open.
     fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
@@ -334,7 +336,7 @@ impl Messages {
 
     fn look_at(&mut self, body: &[u8]) {
         self.matched = match (self.header[0], self.matched) {
-            // `T` and `E` are states of a transaction, `I` is none.
+            // `T` and `E` mean an open transaction, `I` means none.
             (b'Z', Some(at)) if body.first().is_some_and(|state| *state != b'I') => Some(at + 1),
             (b'Q', Some(at)) if ROLLBACK.get(at..).is_some_and(|rest| rest.starts_with(body)) => Some(at + body.len()),
             (b'Z', before) => before,

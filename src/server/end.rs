@@ -12,33 +12,33 @@ use tokio_util::sync::CancellationToken;
 use crate::classify::announces_end;
 use crate::sync::lock;
 
-/// The driver closes a session a moment before its task has noted why.
+/// How long to wait for the reason: the driver closes a session a moment before its task has noted why.
 const NOTED_WITHIN: Duration = Duration::from_secs(1);
 
-/// How a session ended, as far as its server said so while no statement was under way. The driver hands such a report to
-/// its own task alone; the next statement is told that the connection is closed.
+/// How a session ended, as its server reported while no statement was under way. The driver gives such a report only to
+/// the task that drives it; the next statement merely fails with "connection closed".
 #[derive(Debug, Default)]
 pub(crate) struct End {
     report: Mutex<Option<DbError>>,
-    /// A task of this crate's drives the session.
+    /// A task of this crate drives the session.
     driven: AtomicBool,
     over: CancellationToken,
 }
 
 impl End {
-    /// From now on somebody tells of the end.
+    /// Notes that a driver task runs, which will report the end.
     pub(super) fn driven(&self) {
         self.driven.store(true, Ordering::Release);
     }
 
-    /// The driver has ended with this error.
+    /// Notes that the driver ended with this error.
     pub(super) fn ended_with(&self, error: &Error) {
         if let Some(report) = error.as_db_error() {
             self.set(report);
         }
     }
 
-    /// A notice that may be the last that is heard.
+    /// Notes a notice that announces the end, as it may be the last message.
     pub(super) fn noticed(&self, notice: &DbError) {
         if announces_end(notice) {
             self.set(notice);
@@ -53,7 +53,7 @@ impl End {
         *lock(&self.report) = Some(report.clone());
     }
 
-    /// What the server said at the end of a session which is closed. Cancel-safe.
+    /// Returns what the server said at the end of a closed session. Cancel-safe.
     pub(crate) async fn last_words(&self) -> Option<DbError> {
         if self.driven.load(Ordering::Acquire) {
             let _ = timeout(NOTED_WITHIN, self.over.cancelled()).await;
@@ -61,7 +61,7 @@ impl End {
         self.report()
     }
 
-    /// What was noted so far.
+    /// What has been noted so far.
     pub(crate) fn report(&self) -> Option<DbError> {
         lock(&self.report).clone()
     }

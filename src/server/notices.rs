@@ -1,6 +1,6 @@
-//! What a server says in one session beside its answers, and who is told of it.
+//! What a server says in one session besides its answers, and who is told.
 //!
-//! Decides nothing. The session's driver writes, whoever uses the connection reads.
+//! This module decides nothing. The session's driver writes, and the user of the connection reads.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,19 +13,19 @@ use super::{Activity, End};
 use crate::sync::lock;
 use crate::topology::shortened;
 
-/// Told how a session of the pool ended, by the task that drove it: at once, whoever still holds the connection.
+/// Is told how a session of the pool ended. The driving task calls it at once, even while the connection is held.
 pub(crate) trait SessionEndListener: Send {
-    /// `lost`: the server or the network ended it, and not this side.
+    /// `lost`: the server or the network ended the session, not this side.
     fn session_ended(&self, lost: bool);
 }
 
-/// Who is told of the end of a session.
+/// The listener for the end of a session.
 #[derive(Default)]
 enum EndListener {
     #[default]
     Nobody,
     Somebody(Box<dyn SessionEndListener>),
-    /// It has ended.
+    /// The session has ended.
     Left,
 }
 
@@ -35,29 +35,29 @@ impl fmt::Debug for EndListener {
     }
 }
 
-/// What the server said beside its answers in one session. A notice comes before the answer that it belongs to, and the
-/// driver task notes it before it hands that answer on.
+/// What the server said in one session besides its answers. A notice precedes the answer that it belongs to, and the
+/// driver task notes it before it hands on that answer.
 #[derive(Debug, Default)]
 pub(crate) struct Notices {
     already_in_transaction: AtomicBool,
     not_replicated: AtomicBool,
-    /// The session is one of the pool's, whose traffic shows that the server is there.
+    /// The session belongs to the pool, so its traffic counts for the pool.
     pooled: AtomicBool,
-    /// Grows whenever something is sent or received on the session, where its driver is this crate's; 0 where it is not.
+    /// Grows whenever something is sent or received on the session. It stays 0 if the driver is not this crate's.
     traffic: AtomicU64,
     end_listener: Mutex<EndListener>,
-    /// Who hears the session's notifications, if anybody does.
+    /// The receiver of the session's notifications, if there is one.
     sink: OnceLock<Arc<dyn NotificationSink>>,
     end: End,
-    /// What is under way on the session, where its driver is this crate's.
+    /// What is under way on the session, if its driver is this crate's.
     pub(crate) activity: Arc<Activity>,
 }
 
-/// Hears what one session is notified of. Called by its driver task: must not wait.
+/// Receives the notifications of one session. The driver task calls it, so it must not wait.
 pub(crate) trait NotificationSink: fmt::Debug + Send + Sync {
     /// A NOTIFY on one of the session's channels.
     fn notified(&self, notification: Notification);
-    /// The session has ended: nothing will come any more.
+    /// The session has ended, and no more notifications follow.
     fn ended(&self);
 }
 
@@ -68,13 +68,13 @@ impl Notices {
         if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
             self.already_in_transaction.store(true, Ordering::Release);
         }
-        // Its message is translated and its code is that of all warnings; the routine (`syncrep.c`) is neither.
+        // The message is translated and the code is that of all warnings, so recognise it by the routine (`syncrep.c`).
         if notice.routine() == Some("SyncRepWaitForLSN") {
             self.not_replicated.store(true, Ordering::Release);
         }
     }
 
-    /// From now on the session's traffic counts, and `listener` is told of its end.
+    /// From now on the session's traffic counts for the pool, and `listener` is told of its end.
     pub(crate) fn pool(&self, listener: Box<dyn SessionEndListener>) {
         self.pooled.store(true, Ordering::Relaxed);
         let mut end_listener = lock(&self.end_listener);
@@ -84,7 +84,7 @@ impl Notices {
         }
     }
 
-    /// The session has ended; whoever says so first is right about the reason.
+    /// The session has ended. The first call counts, as it knows the reason.
     pub(super) fn ended(&self, lost: bool) {
         let end_listener = std::mem::replace(&mut *lock(&self.end_listener), EndListener::Left);
         if let EndListener::Somebody(listener) = end_listener {
@@ -92,7 +92,7 @@ impl Notices {
         }
     }
 
-    /// The driver's task is at work, because something is sent or received. `pool` counts for all sessions of the pool.
+    /// The driver's task runs because something is sent or received. `pool` counts for all sessions of the pool.
     pub(super) fn count_traffic(&self, pool: &AtomicU64) {
         self.traffic.fetch_add(1, Ordering::Relaxed);
         if self.pooled.load(Ordering::Relaxed) {
@@ -100,7 +100,7 @@ impl Notices {
         }
     }
 
-    /// The driver's task ends: whoever waits for that is told.
+    /// The driver's task ends. Wakes everything that waits for that.
     pub(super) fn over(&self) {
         self.end.over();
         self.ended(false);
@@ -110,30 +110,30 @@ impl Notices {
         }
     }
 
-    /// The server notifies the session of something on one of its channels.
+    /// The server sent a notification on one of the session's channels.
     pub(super) fn notified(&self, notification: Notification) {
         if let Some(sink) = self.sink.get() {
             sink.notified(notification);
         }
     }
 
-    /// `sink` hears from now on. The first stays: a session has one.
+    /// Sends notifications to `sink` from now on. A session has one sink, so the first one stays.
     pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
         let _ = self.sink.set(sink);
     }
 
-    /// What was said before is of no interest to what comes now.
+    /// Clears earlier notices, so that they are not attributed to the next statement.
     pub(crate) fn forget(&self) {
         self.already_in_transaction.store(false, Ordering::Release);
         self.not_replicated.store(false, Ordering::Release);
     }
 
-    /// Another number than before, if something was sent or received meanwhile on this session.
+    /// A number that changes whenever something is sent or received on this session.
     pub(crate) fn traffic(&self) -> u64 {
         self.traffic.load(Ordering::Relaxed)
     }
 
-    /// Is it seen what the session sends and receives?
+    /// Returns whether this crate sees what the session sends and receives.
     pub(crate) fn are_driven(&self) -> bool {
         self.traffic() > 0
     }
@@ -143,7 +143,7 @@ impl Notices {
         &self.end
     }
 
-    /// A BEGIN met a transaction that was open already.
+    /// A BEGIN found a transaction already open.
     pub(crate) fn already_in_transaction(&self) -> bool {
         self.already_in_transaction.load(Ordering::Acquire)
     }

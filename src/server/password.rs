@@ -1,8 +1,8 @@
 //! Asks the user's provider for the password of each new session.
 //!
-//! A provider that fails or is slow says nothing about the server, which was not asked: such a failure must be neither
-//! [`FailureKind::TimedOut`] nor [`FailureKind::Unreachable`], or connections that are well would be ended with it.
-//! Tests: `tests/it/rotation.rs`.
+//! A provider that fails or is slow says nothing about the server, which was not asked. So such a failure must be
+//! neither [`FailureKind::TimedOut`] nor [`FailureKind::Unreachable`], which would end working connections. The tests
+//! are in `tests/it/rotation.rs`.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -20,18 +20,19 @@ use crate::topology::{FailureKind, ProbeFailure};
 
 type Password = Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
 
-/// A link of the source chain behind which the provider's own error can be downcast; what [`ProbeFailure`] holds cannot.
+/// A link in the error's source chain, behind which the provider's own error can be downcast. This is not possible for
+/// the `Arc` that [`ProbeFailure`] holds.
 #[derive(Debug, thiserror::Error)]
 #[error("the password provider failed")]
 struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
 
-/// The user's function.
+/// The user's provider function.
 pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
 
-/// Neither a provider nor a server that said no is asked again earlier than after this.
+/// Shortest pause before the provider, or a server that refused a password, is asked again.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A provider of passwords, and whether one of them was ever the right one.
+/// A provider of passwords, and whether a server ever accepted one of them.
 pub(crate) struct Passwords {
     ask: Ask,
     within: Duration,
@@ -40,16 +41,16 @@ pub(crate) struct Passwords {
 }
 
 impl Passwords {
-    /// `open_within`: the shortest limit that the opening of a session is under. The provider has three quarters of it, so
-    /// that it is the provider that is found to be slow, and not the server.
+    /// `open_within` is the shortest time limit for opening a session. The provider gets three quarters of it, so that
+    /// a slow provider is reported as such and not as a slow server.
     pub(crate) fn new(ask: Ask, open_within: Duration) -> Self {
         Self { ask, within: open_within * 3 / 4, pause: PAUSE.min(open_within / 8), let_in: AtomicBool::new(false) }
     }
 
-    /// The password for one session. Cancel-safe as the user's future is.
+    /// Returns the password for one session. Cancel-safe if the user's future is.
     pub(super) async fn next(&self) -> Result<Vec<u8>, ProbeFailure> {
         let failed = |message: String| ProbeFailure::new(FailureKind::NotNow, message);
-        // A panic in it costs this one session.
+        // A panic of the provider costs only this one session.
         let asked = AssertUnwindSafe(async { (self.ask)().await }).catch_unwind();
         let Ok(answer) = timeout(self.within, asked).await else {
             return Err(failed(format!("the password provider gave no password within {:?}", self.within)));
@@ -66,12 +67,13 @@ impl Passwords {
         Err(failure)
     }
 
-    /// The server took a password of this provider's.
+    /// A server accepted a password of this provider.
     pub(super) fn accepted(&self) {
         self.let_in.store(true, Ordering::Relaxed);
     }
 
-    /// The server did not. Where an earlier one was right, it is being changed: the next one may be right again.
+    /// A server refused the password. If an earlier one was accepted, the password is being changed, and the next may
+    /// be right.
     pub(super) async fn refused(&self, mut failure: ProbeFailure) -> ProbeFailure {
         if self.let_in.load(Ordering::Relaxed) {
             failure.kind = FailureKind::NotNow;
@@ -82,7 +84,7 @@ impl Passwords {
     }
 }
 
-/// Whatever its `Display` does, and however long its chain of sources is.
+/// Formats the error with its sources in one line, even if `Display` panics or the chain is long.
 fn in_one_line(error: &(dyn Error + 'static)) -> String {
     std::panic::catch_unwind(AssertUnwindSafe(|| chain(error))).unwrap_or_else(|_| "its error panicked".to_owned())
 }

@@ -1,4 +1,4 @@
-//! Asks a server what it is, and reads its answer, of which each part may be missing.
+//! Asks a server what it is, and reads the answer, in which each part may be missing.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -14,7 +14,8 @@ use crate::topology::{
     Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
 };
 
-/// Of one answer so many rows are read, and so many bytes of each value: no question of this crate has a longer answer.
+/// The most rows kept and counted of one answer, and the most bytes kept of each value. No question of this crate has a
+/// longer answer.
 const MOST_ROWS: usize = 64;
 const MOST_COUNTED: usize = 10_000;
 const LONGEST_VALUE: usize = 64 * 1024;
@@ -22,14 +23,15 @@ const LONGEST_VALUE: usize = 64 * 1024;
 /// Asks servers what they are.
 #[derive(Default)]
 pub(crate) struct Questions {
-    /// What servers do not let this role read.
+    /// The parts that servers do not let this role read.
     parts: Withheld<Refused>,
-    /// Servers that did not let this role wait for a promotion.
+    /// The servers that did not let this role wait for a promotion.
     promotion_wait: Withheld<()>,
 }
 
 impl Questions {
-    /// One round trip, unless something of the question is refused: then that is looked for, and left out for a while.
+    /// Takes one round trip, unless a part of the question is refused. Then the refused parts are found out, and left
+    /// out for a while.
     pub(crate) async fn ask(
         &self,
         address: &Address,
@@ -45,7 +47,7 @@ impl Questions {
                     let report = read(question, refused, answer);
                     match &report {
                         Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
-                        // What was left out may be what is missing: the whole question is asked next.
+                        // The missing part may be one that was left out, so the next question asks for everything.
                         Err(_) => self.parts.forget(address),
                         Ok(_) => {}
                     }
@@ -55,16 +57,16 @@ impl Questions {
             tracing::debug!("a part of the question is refused: {}", explain(&error));
             refused = refused.and(withheld::look_for(client, question, refused).await);
             if last {
-                // What can be had without any right. Not remembered, as nobody knows what else is in the way.
+                // Ask only for what needs no privilege. This is not remembered, as the real obstacle is unknown.
                 refused = refused.and(Refused::ALL);
             }
         }
         read(question, refused, rows(client, &question.sql(refused)).await)
     }
 
-    /// On a session that was opened earlier. The question is sent together with the promotion wait, and in a transaction of its own:
-    /// one that began on a standby stays read-only. Where the server refuses to wait, by its rights or by a
-    /// `statement_timeout`, it is answered at once.
+    /// Asks on a session that was opened earlier. The question is sent together with the promotion wait, but in a
+    /// transaction of its own, as a transaction that began on a standby stays read-only. If the server refuses to wait,
+    /// because of a missing privilege or a `statement_timeout`, it is asked without the wait.
     pub(crate) async fn ask_after(
         &self,
         promotion_wait: Option<PromotionWait>,
@@ -86,18 +88,18 @@ impl Questions {
     }
 }
 
-/// The rows of the answer, as far as anybody reads them. A value that is no text is not the same as NULL, which says that
-/// something is not told.
+/// Returns the rows of the answer, within limits. A value that is not text becomes U+FFFD and not NULL, as NULL means
+/// that the server withholds something.
 pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
     let mut messages = pin!(client.simple_query_raw(sql).await?);
     let mut rows = Vec::new();
     while let Some(message) = messages.try_next().await? {
-        // What follows is dropped as it comes.
+        // Everything but rows is dropped as it arrives.
         let SimpleQueryMessage::Row(row) = message else {
             continue;
         };
         if rows.len() >= MOST_ROWS {
-            // Counted, as far as that is cheap, and not kept.
+            // Further rows are counted up to a limit, but not kept.
             if rows.len() < MOST_COUNTED {
                 rows.push(Vec::new());
             }
@@ -123,11 +125,11 @@ fn read(
     question.read(refused, &answer.map_err(no_report)?).map_err(nonsense)
 }
 
-/// A question on an open session brought an error.
+/// Describes the error of a question on an open session.
 fn no_report(error: Error) -> ProbeFailure {
     let spoke = error.as_db_error().is_some();
     match classify(&error) {
-        // The session goes on, and with it the server.
+        // The session is still usable, so the server lives.
         verdict @ (Verdict::Application | Verdict::Aborted | Verdict::Conflict | Verdict::ReadOnly) if spoke => {
             let mut failure = failure(verdict, error);
             failure.kind = FailureKind::Errored;

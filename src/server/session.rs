@@ -18,11 +18,11 @@ use tokio_util::sync::CancellationToken;
 use super::{Activity, Notices};
 use crate::classify::explain;
 
-/// Reads and writes the socket of one session, until that ends.
+/// Reads and writes the socket of one session until it ends.
 pub(super) type Driver = BoxFuture<'static, Result<(), Error>>;
 
-/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool pool
-/// makes. Implemented for everything that derefs to a [`tokio_postgres::Client`].
+/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool
+/// pool creates. Implemented for everything that derefs to a [`tokio_postgres::Client`].
 pub trait SessionClient: DerefMut<Target = Client> + Send + Sync + 'static {}
 
 impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {}
@@ -30,16 +30,16 @@ impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {
 /// One open session. Dropping it closes the socket.
 pub(crate) struct Session<C = ClientWrapper> {
     pub(crate) client: Guarded<C>,
-    /// Ends the driver from outside, although somebody still holds the client; where the driver is this crate's.
+    /// Ends the driver from outside although the client is still held, if the driver is this crate's.
     pub(crate) abort: Option<AbortHandle>,
-    /// All sessions of this scope end with it, where their drivers are this crate's.
+    /// All sessions of this scope end with it, if their drivers are this crate's.
     pub(crate) scope: CancellationToken,
     pub(crate) notices: Arc<Notices>,
 }
 
 type OnDrop<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
 
-/// A client, and what is to be done when it is dropped.
+/// A client, with what to do when it is dropped.
 pub(crate) struct Guarded<C> {
     client: C,
     on_drop: Option<OnDrop<C>>,
@@ -58,7 +58,7 @@ impl<C> Guarded<C> {
 impl<C> Drop for Guarded<C> {
     fn drop(&mut self) {
         if let Some(on_drop) = self.on_drop.take() {
-            // Somebody else's code, and this may run in the task of the cluster.
+            // This calls foreign code, perhaps in the cluster's task, so a panic must not spread.
             let _ = std::panic::catch_unwind(AssertUnwindSafe(|| on_drop(&mut self.client)));
         }
     }
@@ -78,7 +78,7 @@ impl<C> DerefMut for Guarded<C> {
     }
 }
 
-/// However a driver ends, also by being aborted.
+/// Runs the end of a session however its driver ends, even if it is aborted.
 struct AtTheEnd(Arc<Notices>);
 
 impl Drop for AtTheEnd {
@@ -87,7 +87,8 @@ impl Drop for AtTheEnd {
     }
 }
 
-/// `cancelling` is spawned where the session turns out to be busy although it was given back.
+/// Drives a session until its scope ends. Spawns `cancelling` if the connection was given back while the session is
+/// busy.
 pub(super) async fn drive(
     mut driver: Driver,
     scope: CancellationToken,
@@ -104,7 +105,7 @@ pub(super) async fn drive(
         Waker::from(Arc::new(Counted { activity: Arc::clone(activity), scope_waker: Arc::clone(&scope_waker) }));
     let mut left = pin!(scope.cancelled());
     let mut busy = false;
-    // But for the waker of the scope, the driver is woken by what is to be sent and by what was received, and by nothing else.
+    // Except for the scope's waker, only data to send and received data wake the driver.
     let ended = poll_fn(|context| {
         scope_waker.driver.register(context.waker());
         if scope_waker.rung.swap(false, Ordering::AcqRel)
@@ -129,7 +130,7 @@ pub(super) async fn drive(
     }
 }
 
-/// Counts what wakes the driver: a request that was made, or something that was received.
+/// Counts the driver's wake-ups: each stands for a new request, or for received data.
 struct Counted {
     activity: Arc<Activity>,
     scope_waker: Arc<ScopeWaker>,
@@ -146,8 +147,8 @@ impl Wake for Counted {
     }
 }
 
-/// Rings when the scope of a session ends. All sessions of a generation share the scope and its locks, so a driver looks
-/// there when that waker was woken, and not whenever something is sent or received.
+/// Tells a driver that the scope of its session has ended. All sessions of a generation share the scope and its locks,
+/// so a driver checks the scope only when this waker was woken, and not each time that something is sent or received.
 struct ScopeWaker {
     rung: AtomicBool,
     driver: AtomicWaker,

@@ -1,7 +1,7 @@
-//! Looks what answers at an address where no session could ever be opened.
+//! Examines what answers at an address where no session could ever be opened.
 //!
-//! PostgreSQL, and whatever speaks its protocol, answers a request for TLS with one byte, `S` or `N`. The driver cannot tell
-//! what else came: to it a web server's words are the begin of a very long message.
+//! PostgreSQL, and anything that speaks its protocol, answers a TLS request with one byte, `S` or `N`. The driver
+//! cannot recognise other answers: it would read a web server's text as the start of a very long message.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,15 +12,15 @@ use tokio::time::timeout;
 
 use crate::topology::Address;
 
-/// For each step; who answers, answers at once.
+/// Time limit for each step; a peer that answers does so at once.
 const WITHIN: Duration = Duration::from_millis(500);
-/// Whether more comes after the first byte.
+/// How long to wait for more data after the first byte.
 const MORE_WITHIN: Duration = Duration::from_millis(100);
-/// `SSLRequest`: its length, and the code that stands in the place of a protocol version.
+/// `SSLRequest`: its length, and the code in place of a protocol version.
 const TLS_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 const ALERT_OR_HANDSHAKE: [u8; 2] = [21, 22];
 
-/// What it is, if it answers and is not PostgreSQL.
+/// Names what answers, if it is known not to be PostgreSQL.
 pub(super) async fn what_answers(address: &Address) -> Option<&'static str> {
     let Address::Tcp(address) = address else {
         return None;
@@ -35,7 +35,7 @@ async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
     let first = if let Ok(read) = timeout(WITHIN, stream.read(&mut words)).await {
         read.ok()?
     } else {
-        // Some answer to whole lines alone; a server of PostgreSQL's would have answered.
+        // Some protocols only answer to whole lines. PostgreSQL would have answered by now.
         stream.write_all(b"\r\n\r\n").await.ok()?;
         timeout(WITHIN, stream.read(&mut words)).await.ok()?.ok()?
     };
@@ -47,12 +47,12 @@ async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
     Some(words)
 }
 
-/// `None`: it hung up without a word, or it may be PostgreSQL.
+/// `None`: the peer hung up without an answer, or may be PostgreSQL.
 fn named(words: &[u8]) -> Option<&'static str> {
     let starts = |start: &[u8]| words.starts_with(start);
     match words {
         [] | [b'S' | b'N'] | [b'E', 0, ..] => None,
-        // A proxy that takes nothing but TLS.
+        // This may be a proxy that accepts only TLS.
         [first, ..] if ALERT_OR_HANDSHAKE.contains(first) => None,
         _ if starts(b"HTTP/") => Some("HTTP"),
         _ if starts(b"SSH-") => Some("SSH"),

@@ -1,7 +1,8 @@
-//! Opens the driver's connections over streams that count what passes.
+//! Opens the driver's connections over streams that count messages.
 //!
-//! The driver's own `connect` fixes the type of the stream, so the socket is taken from it: its connector for TLS gets the
-//! socket as the driver has set it up, with all keep-alives and time-outs, and the session goes on by `connect_raw`.
+//! The driver's own `connect` fixes the type of the stream, so the socket is taken out of it: a connector passed as its
+//! TLS connector receives the socket that the driver has set up, with keep-alives and time-outs. `connect_raw` then
+//! continues the session.
 
 use std::any::TypeId;
 use std::future::{Ready, poll_fn, ready};
@@ -24,7 +25,7 @@ use crate::sync::lock;
 use super::activity::{Activity, Counter};
 use super::{Driver, Notices};
 
-/// Opens a session to the one address of `config`, whose traffic `notices` counts.
+/// Opens a session to the one address of `config`, and counts its traffic in `notices`.
 pub(super) async fn connect<T>(mut config: Config, tls: T, notices: Arc<Notices>) -> Result<(Client, Driver), Error>
 where
     T: MakeTlsConnect<Socket> + Send + 'static,
@@ -32,12 +33,12 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    // The driver knows of its own `NoTls` that it cannot encrypt, and cannot know it of a connector around that.
+    // The driver recognises that its own `NoTls` cannot encrypt, but not that a connector around it cannot either.
     if TypeId::of::<T::TlsConnect>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
         config.ssl_mode(SslMode::Disable);
     }
     let Some(plain) = open(&config).await? else {
-        // Where the socket could not be had, the driver says why, or serves uncounted.
+        // Without the socket, the driver either reports why, or opens a session that is not counted.
         let (client, connection) = config.connect(tls).await?;
         return Ok((client, drive(connection, notices)));
     };
@@ -49,7 +50,7 @@ where
     Ok((client, drive(connection, notices)))
 }
 
-/// Asks the server to stop what the session of `token` runs.
+/// Asks the server to cancel what the session of `token` runs.
 pub(super) async fn cancel<T>(mut config: Config, tls: T, token: CancelToken) -> Result<(), Error>
 where
     T: MakeTlsConnect<Socket> + Send + 'static,
@@ -88,7 +89,7 @@ fn host_of(config: &Config) -> Option<String> {
     })
 }
 
-/// The socket that the driver would use. `None`: only the driver can say why there is none.
+/// Opens the socket that the driver would use. `None`: only the driver can report why there is none.
 async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     #[cfg(unix)]
     if let Some(Host::Unix(folder)) = config.get_hosts().first() {
@@ -98,7 +99,7 @@ async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     }
     let thief = Thief(Arc::default());
     let mut asking = config.clone();
-    // With these the driver sends nothing before it asks the connector.
+    // With these settings the driver sends nothing before it calls the connector.
     asking.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
     let outcome = asking.connect(thief.clone()).await;
     let taken = lock(&thief.0).take();
@@ -109,7 +110,7 @@ async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     }
 }
 
-/// A connector that keeps the socket and connects nothing.
+/// A connector that only takes the socket, and connects nothing.
 #[derive(Clone)]
 struct Thief(Arc<Mutex<Option<Socket>>>);
 
@@ -134,7 +135,7 @@ impl TlsConnect<Socket> for Thief {
     }
 }
 
-/// A socket, whichever it is.
+/// A socket of either kind.
 enum Plain {
     Tcp(Socket),
     #[cfg(unix)]
@@ -177,14 +178,14 @@ impl AsyncWrite for Plain {
     }
 }
 
-/// A stream of the protocol's messages, in clear: below TLS, or without it.
+/// A stream of unencrypted protocol messages: above TLS, or without it.
 struct Wire<S> {
     stream: S,
     counter: Counter,
     activity: Arc<Activity>,
 }
 
-/// For how idle a connection is, a clock that goes on while the machine sleeps.
+/// The clock for a connection's idle time. It goes on while the machine sleeps.
 pub(crate) fn wall_clock() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -237,21 +238,21 @@ impl<S: TlsStream + Unpin> TlsStream for Wire<S> {
 
 type Unusable = Box<dyn std::error::Error + Send + Sync>;
 
-/// The user's connector, over a counted stream, and counted above TLS.
+/// The user's TLS connector over the plain socket; messages are counted above TLS.
 struct Secure<K> {
     connector: Result<K, Unusable>,
     activity: Arc<Activity>,
 }
 
 impl<K> Secure<K> {
-    /// Asks for the connector of one session, as the driver does: whether or not the server turns out to encrypt.
+    /// Creates the user's connector for one session. Like the driver, it does so whether or not the server encrypts.
     fn new<T>(mut tls: T, config: &mut Config, activity: Arc<Activity>) -> Self
     where
         T: MakeTlsConnect<Socket, TlsConnect = K>,
     {
         let connector = tls.make_tls_connect(host_of(config).as_deref().unwrap_or_default()).map_err(Into::into);
         if connector.is_err() {
-            // With these the driver comes to the error at once.
+            // With these settings the driver reports the error at once.
             config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
         }
         Self { connector, activity }
@@ -275,7 +276,7 @@ where
         };
         let socket = match wire.stream {
             Plain::Tcp(socket) => socket,
-            // The driver does not ask for TLS there.
+            // The driver does not use TLS on a Unix socket.
             #[cfg(unix)]
             Plain::Unix(_) => return Box::pin(ready(Err("a Unix socket has no TLS".into()))),
         };

@@ -1,4 +1,4 @@
-//! Finds out which part of a question a server refuses, and remembers it. Tests: `tests/it/revoked.rs`.
+//! Finds out which parts of a question a server refuses, and remembers them. The tests are in `tests/it/revoked.rs`.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};
@@ -13,12 +13,12 @@ use crate::classify::{about_a_part, explain, for_primaries_only};
 use crate::sync::lock;
 use crate::topology::{Address, Question, Refused};
 
-/// So many servers that refused something are remembered.
+/// The most servers whose refusals are remembered.
 const MOST_REFUSALS: usize = 256;
-/// What a server refused is asked for again after this: the right may have been granted since.
+/// How long a refused part is left out. Later it is asked for again, as the privilege may have been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
-/// What servers refused lately, and are not asked for.
+/// What servers refused recently, and are not asked for.
 pub(super) struct Withheld<T>(Mutex<HashMap<Address, (Instant, T)>>);
 
 impl<T> Default for Withheld<T> {
@@ -28,17 +28,17 @@ impl<T> Default for Withheld<T> {
 }
 
 impl<T: Copy> Withheld<T> {
-    /// What this server refused lately. `None`: nothing.
+    /// What this server refused recently. `None`: nothing.
     pub(super) fn of(&self, address: &Address) -> Option<T> {
         let held = self.held();
         held.get(address).filter(|(since, _)| is_recent(*since)).map(|(_, refused)| *refused)
     }
 
-    /// Remembers it, `and` what the server refused before.
+    /// Remembers a refusal. `and` joins it with what the server refused before.
     pub(super) fn note(&self, address: &Address, refused: T, and: impl Fn(T, T) -> T) {
         let mut held = self.held();
         held.retain(|_, (since, _)| is_recent(*since));
-        // One that is forgotten is asked once more than need be.
+        // If the map is full, the refusal is forgotten, which costs one more question.
         if held.len() < MOST_REFUSALS || held.contains_key(address) {
             let (_, all) = held.entry(address.clone()).or_insert_with(|| (Instant::now(), refused));
             *all = and(*all, refused);
@@ -58,7 +58,7 @@ fn is_recent(since: Instant) -> bool {
     since.elapsed() <= REFUSED_FOR
 }
 
-/// Asks for each piece of the question alone, all within about one round trip.
+/// Asks for each piece of the question alone. All of it takes about one round trip.
 pub(super) async fn look_for(client: &Client, question: Question, known: Refused) -> Refused {
     let asking = question.pieces().filter(|piece| !known.holds(*piece)).map(|piece| async move {
         let error = rows(client, &piece.alone()).await.err()?;
