@@ -1,10 +1,11 @@
-//! Decides whether a transaction whose COMMIT was not answered has been committed: what the transaction left behind at
-//! BEGIN, and what the primary says now → a [`Settled`]. Knows nothing of sessions, pools and time.
+//! Decides whether a transaction whose COMMIT was not answered has been committed. The input is what the transaction
+//! left behind at BEGIN and what the primary says now, the result is a [`Settled`]. Knows nothing of sessions, pools
+//! and time.
 //!
 //! Invariant: [`Settled::Committed`] and [`Settled::NotCommitted`] are true. With [`Proof::Function`] this needs no
-//! assumption about failovers; without it, a crash that loses the mark must be one that the pool saw. What cannot be told is
-//! [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in `settle`. Tests: `commit/tests.rs`, with
-//! a model of servers that crash, lose WAL and reuse transaction ids.
+//! assumption about failovers; without it, the pool must have seen each crash that loses the mark. If the outcome
+//! cannot be proved, the result is [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in `settle`. The
+//! tests are `commit/tests.rs`, with a model of servers that crash, lose WAL and reuse transaction ids.
 
 mod ancestry;
 mod ledger;
@@ -18,35 +19,38 @@ use crate::topology::{Evidence, Lsn};
 pub(crate) use ancestry::Ancestry;
 pub use ledger::Ledger;
 
-/// What holds for the work of a transaction when the connection is lost between COMMIT and its answer.
+/// What a call promises if the connection is lost between COMMIT and its answer.
 ///
-/// What happens before COMMIT is sent, or is refused, is not in doubt: it was not committed, and runs again under each of
-/// these.
+/// A failure before COMMIT is sent, or a refused COMMIT, leaves nothing in doubt: the work was not committed, and runs
+/// again under each of these guarantees.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Guarantee {
-    /// The new primary is asked whether the transaction is in its history, by a mark in the write-ahead log that the
-    /// transaction left there with BEGIN. It runs again if it is not. Needs no schema, and stock PostgreSQL 13 or newer; where
-    /// a server does not offer what is needed, this is [`AtMostOnce`](Self::AtMostOnce), and
-    /// [`Status::fallback`](crate::Status::fallback) says why.
+    /// The pool asks the new primary whether the transaction is in its history, and runs the work again if it is not.
+    /// The question relies on a mark that the transaction wrote to the write-ahead log with BEGIN. This needs no
+    /// schema, and unmodified PostgreSQL 13 or newer. If a server does not offer what is needed, the guarantee is
+    /// [`AtMostOnce`](Self::AtMostOnce), and [`Status::fallback`](crate::Status::fallback) says why.
     ///
-    /// How many crashes and failovers between BEGIN and the question it settles depends on what the role may read:
-    /// [`Status::evidence`](crate::Status::evidence). With the function of `sql/history.sql` any number; without it one. After
+    /// How many crashes and failovers between BEGIN and the question can be settled depends on what the role may read:
+    /// [`Status::evidence`](crate::Status::evidence). With the function of `sql/history.sql` it is any number; without
+    /// it, one. After more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     /// more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
-    /// As `ExactlyOnce`, settled by a table: exact under any number of failovers, and one row to write for each transaction.
+    /// Like `ExactlyOnce`, but settled by a table. It is exact under any number of failovers, and writes one row per
+    /// transaction.
     Ledger(Ledger),
-    /// The call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown): applied once or not at all.
+    /// The call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown): the work was applied once or not at
+    /// all.
     AtMostOnce,
-    /// The work is run again: it may have been applied more than once when the call returns.
+    /// The work is run again, so it may have been applied more than once when the call returns.
     AtLeastOnce,
 }
 
-/// In bytes, and generously: a checkpoint's record has some 120.
+/// The size of two checkpoint records in bytes, generously: one has some 120.
 const TWO_CHECKPOINTS: u64 = 512;
 
-/// A server since it was started.
+/// A server in one life, which begins with a start of its postmaster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Server {
     pub(crate) system_identifier: u64,
@@ -55,30 +59,30 @@ pub(crate) struct Server {
     pub(crate) started_at: i64,
 }
 
-/// A server as the pool has verified it: which one, and in which of its lives.
+/// A server as the pool has verified it, in one of its lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Life {
     pub(crate) server: Server,
-    /// Where replay ended, when it was promoted or recovered from a crash; `None` after a clean start. A crash of one backend
-    /// moves it, and nothing else that can be seen.
+    /// Where replay ended when it was promoted or recovered from a crash; `None` after a clean start. The crash of one
+    /// backend changes this, and nothing else that can be seen.
     pub(crate) replayed: Option<Lsn>,
-    /// When its statistics were reset, where that tells of crashes: from PostgreSQL 15 on they survive a clean restart and no
-    /// crash (`pgstat_discard_stats` in `xlog.c`).
+    /// When its statistics were reset, if that shows crashes: from PostgreSQL 15 on, statistics survive a clean restart
+    /// but no crash (`pgstat_discard_stats` in `xlog.c`).
     pub(crate) stats_reset: Option<i64>,
-    /// An older timeline of which this server's last checkpoint was, as long as it has completed none of its own timeline:
-    /// so it followed that one, was promoted, and has not crashed since.
+    /// The older timeline of this server's last checkpoint, until it completes a checkpoint on its own timeline. It
+    /// shows that the server followed that timeline, was promoted, and has not crashed since.
     pub(crate) ancestor: Option<u32>,
 }
 
 impl Life {
-    /// Statistics can be reset by hand.
+    /// Compares lives without the statistics, which can be reset by hand.
     pub(crate) fn is(&self, other: &Self) -> bool {
         self.server == other.server && self.replayed == other.replayed
     }
 }
 
-/// A word that no other transaction has in its mark. An id and a position are given out again when a crash has lost them;
-/// this is not.
+/// A number that only this transaction has in its mark. Ids and positions are given out again after a crash has lost
+/// them, but this number is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Nonce(pub(crate) u128);
 
@@ -88,19 +92,20 @@ impl fmt::Display for Nonce {
     }
 }
 
-/// Transactions without any effect that a pool makes when it first writes on a primary, committed and rolled back in a random
-/// pattern. Their ids, with just these outcomes, are in a history that continues the primary's, and by no chance in another.
+/// Transactions without effect that a pool makes when it first writes on a primary, committed and rolled back in a
+/// random pattern. A history that continues the primary's contains their ids with just these outcomes; another one does
+/// not, by any chance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Signature(pub(crate) Vec<(u64, bool)>);
 
-/// What a transaction left behind when it began.
+/// What a transaction leaves behind when it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
-    /// The server it began on, as it was then.
+    /// The server on which it began, in its life at that time.
     pub(crate) life: Life,
-    /// The transaction's id, of which there is one at a time in one history.
+    /// The transaction's id, which is unique within one history.
     pub(crate) xid: u64,
-    /// The end of a WAL record that carries the id and the nonce. The commit record, if there is one, lies behind it.
+    /// The end of a WAL record that carries the id and the nonce. The commit record, if there is one, comes after it.
     pub(crate) lsn: Lsn,
     pub(crate) nonce: Nonce,
 }
@@ -109,131 +114,132 @@ pub(crate) struct Marker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
     pub(crate) life: Life,
-    /// Up to where it received WAL as a standby, or replayed its own; `None` if it does not show that it was one since its
-    /// memory was set up last.
+    /// Up to where it received WAL as a standby, or replayed its own; `None` if nothing shows that it was a standby
+    /// since its memory was last set up.
     pub(crate) received: Option<Lsn>,
     /// Its last checkpoint, if that ended a shutdown or a recovery and the last replay ended right behind it.
     pub(crate) stopped: Option<Lsn>,
-    /// How many primaries the pool has seen since BEGIN, the same server after a restart included.
+    /// How many primaries the pool has seen since BEGIN. The same server after a restart counts again.
     pub(crate) primaries_since: u64,
 }
 
-/// What the primary shows of the history of its log beyond [`Now`], by its [`Evidence`].
+/// What the primary shows about the history of its WAL besides [`Now`], depending on its [`Evidence`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Proof {
-    /// No more than every role may read.
+    /// Only what every role may read.
     #[default]
     Nothing,
-    /// Whether a file in `pg_wal` is of the marker's timeline.
+    /// Whether a file in `pg_wal` belongs to the marker's timeline.
     Files { followed: bool },
-    /// Whether the transactions of the [`Signature`] have its outcomes.
+    /// Whether the transactions of the [`Signature`] have its outcomes here.
     Signature { borne: bool },
-    /// The ancestors of the timeline, and the log itself.
+    /// The ancestors of the timeline, and what is in the WAL itself.
     Function { ancestry: Ancestry, sighting: Sighting },
 }
 
-/// What is in the log where the marker was written.
+/// What is in the WAL where the marker was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sighting {
     /// The marker.
     Marker,
-    /// Something else; or the log does not reach so far.
+    /// Something else, or the WAL ends before that position.
     Other,
-    /// The log reaches so far, but is not on the disk yet.
+    /// The WAL reaches that position, but it is not on the disk yet.
     NotYet,
     /// The segment has been recycled.
     Recycled,
 }
 
-/// What the server's record of transactions has to do with the marker.
+/// Whether the server's record of transactions can tell about the marker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Located {
     /// The marker is in this server's history, so its id means this transaction: `pg_xact_status` decides.
     Here,
-    /// The marker is not in this server's history, and so the commit is not: the id may be somebody else's by now.
+    /// The marker is not in this server's history, and so neither is the commit. The id may belong to another
+    /// transaction now.
     Lost,
-    /// It can be told in a moment.
+    /// It can be decided in a moment.
     NotYet,
-    /// Neither can be shown.
+    /// Neither can be proved.
     Unclear(Unsettled),
 }
 
-/// What `pg_xact_status` says of an id that is known.
+/// What `pg_xact_status` says about an id that has been given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum XactStatus {
     InProgress,
     Committed,
     Aborted,
-    /// So old that the server has forgotten it.
+    /// The transaction is so old that the server has forgotten it.
     Forgotten,
 }
 
-/// What became of a transaction.
+/// The outcome of a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Settled {
     Committed,
-    /// It is not, and never will be.
+    /// It is not committed, and never will be.
     NotCommitted,
     /// Ask again.
     InProgress,
     Unknown(Unsettled),
 }
 
-/// Why the outcome of a COMMIT cannot be told.
+/// Why the outcome of a COMMIT is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsettled {
-    /// The call does not settle: its guarantee is [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce), or the server
-    /// lacks what settling needs, see [`Status::fallback`](crate::Status::fallback).
+    /// The call does not settle commits: its guarantee is [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce), or
+    /// the server lacks what settling needs, see [`Status::fallback`](crate::Status::fallback).
     #[error("the transaction left no mark to ask the server by")]
     NoMarker,
-    /// More than one crash or failover since BEGIN, and the server does not show its log: see
+    /// There was more than one crash or failover since BEGIN, and the server does not show its WAL: see
     /// [`Status::evidence`](crate::Status::evidence).
     #[error("there was more than one crash or failover since it began: sql/history.sql lets such outcomes be settled")]
     SeveralFailovers,
-    /// The primary does not show that its timeline continues the one of the transaction: see
+    /// The primary does not show that its timeline continues the transaction's: see
     /// [`Status::evidence`](crate::Status::evidence).
     #[error(
         "the primary does not show that its timeline continues the one that it began on: sql/history.sql or the role \
          pg_monitor lets the pool see it"
     )]
     Unproven,
-    /// The server was shut down and started since BEGIN, and does not show whether it had crashed before: PostgreSQL 14 and
-    /// older never do. Or it was promoted, and may have crashed or been restarted afterwards. See
+    /// The server was shut down and started since BEGIN, and does not show whether it had crashed before, which
+    /// PostgreSQL 14 and older never show. Or it was promoted, and may have crashed or been restarted afterwards. See
     /// [`Status::evidence`](crate::Status::evidence).
     #[error(
         "the server was restarted since it began, and no longer shows whether it had lost anything: sql/history.sql lets \
          such outcomes be settled"
     )]
     Restarted,
-    /// The primary's timeline has the number of the transaction's, or a lower one, and is another.
+    /// The primary's timeline has the same number as the transaction's, or a lower one, but is a different timeline.
     #[error("the primary's timeline is not a continuation of the one that it began on")]
     OtherHistory,
     /// The primary belongs to another cluster.
     #[error("the primary belongs to another cluster than the one that it began on")]
     OtherCluster,
-    /// The server has forgotten so old a transaction.
+    /// The transaction is so old that the server has forgotten it.
     #[error("the server has forgotten so old a transaction")]
     Forgotten,
-    /// Until the deadline the server was still committing it, perhaps waiting for a synchronous standby.
+    /// The server was still committing it at the deadline, perhaps because it waited for a synchronous standby.
     #[error("it was still in progress at the deadline: look whether COMMIT waits for a synchronous standby")]
     InProgress,
-    /// What the primary says of it was not confirmed by a synchronous standby until the deadline, and may not outlast the
-    /// primary.
+    /// No synchronous standby had confirmed what the primary says about it by the deadline, so that may be lost with
+    /// the primary.
     #[error("what the primary says of it had not been confirmed by a synchronous standby at the deadline")]
     NotReplicated,
-    /// Until the deadline there was no primary that answered.
+    /// No primary answered before the deadline.
     #[error("there was no primary that answered before the deadline")]
     NoPrimary,
-    /// The primary does not answer the question: a missing function, right or table.
+    /// The primary does not answer the question, for lack of a function, a privilege or the table.
     #[error("the primary refuses to tell: it lacks a function, a right or the ledger's table")]
     NotOffered,
-    /// The ledger may have been pruned of it.
+    /// The ledger may already have been pruned of its row.
     #[error("it began too long ago for the ledger to tell")]
     TooOld,
 }
 
-/// Does the answer depend on more than every role may read, and does the server show it?
+/// Returns whether the answer depends on more than every role may read, and the server shows it.
 pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> bool {
     if now.life.is(&marker.life) {
         return false;
@@ -245,7 +251,7 @@ pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> boo
     }
 }
 
-/// Is the marker in the history of the server that says `now`?
+/// Finds out whether the marker is in the history of the server that says `now`.
 pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     if now.life.is(&marker.life) {
         return Located::Here;
@@ -265,7 +271,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     if server.timeline < then.timeline || is_another_of_this_number(marker, now) {
         return Located::Unclear(Unsettled::OtherHistory);
     }
-    // What lies behind the end of the last replay was written by the life that answers, and the marker by another one.
+    // This life of the server wrote everything after the end of the last replay, but another life wrote the marker.
     if now.life.replayed.is_some_and(|replayed| replayed < marker.lsn) {
         return Located::Lost;
     }
@@ -277,18 +283,19 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     }
 }
 
-/// Two servers may have been promoted to timelines of one number. A server on the marker's timeline that was promoted in the
-/// life that answers is not the server that the marker was written on: that one had been promoted before.
+/// Two servers may be promoted to timelines with the same number. If a server on the marker's timeline was promoted in
+/// its present life, it is not the server on which the marker was written, as that one had been promoted before.
 fn is_another_of_this_number(marker: &Marker, now: &Now) -> bool {
     let promoted = now.received.is_some() || now.life.ancestor.is_some();
     now.life.server.timeline == marker.life.server.timeline && promoted
 }
 
-/// The marker's timeline goes on, in another life of its server, which has not lost the marker if it crashed once.
+/// Decides for a later life of the server on the marker's timeline. If it crashed only once, it has not lost the
+/// marker.
 fn restarted(marker: &Marker, now: &Now) -> Located {
     let (before, after) = (marker.life.stats_reset, now.life.stats_reset);
     if before.is_some() && before == after {
-        // However often it was started, it never crashed, and so has lost nothing.
+        // However often it was restarted, it never crashed, so it has lost nothing.
         return Located::Here;
     }
     match now.life.replayed {
@@ -298,8 +305,8 @@ fn restarted(marker: &Marker, now: &Now) -> Located {
     }
 }
 
-/// The server is on a newer timeline. Shown without its history: the marker's timeline is the one before it, and replay
-/// ended where that one did.
+/// Decides for a server on a newer timeline that does not show its history. The marker's timeline must be the one
+/// before, and replay must have ended where that timeline ended.
 fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     let then = marker.life.server.timeline;
     if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
@@ -309,8 +316,9 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     if then > 1 && now.life.ancestor != Some(then) && !followed {
         return Located::Unclear(Unsettled::Unproven);
     }
-    // Otherwise it may have crashed after its promotion: then this is the end of that recovery. Statistics that survived were
-    // left by a clean shutdown, and so it was started as a standby: the recovery of a crash would have reset them.
+    // Otherwise it may have crashed after its promotion, and `replayed` would be the end of that recovery. If the
+    // statistics survived, a clean shutdown left them and it was then started as a standby: a crash recovery would have
+    // reset them.
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
     match now.life.replayed {
@@ -319,14 +327,16 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     }
 }
 
-/// A recovery that nobody saw, followed by a shutdown, ends with two checkpoints. What lies before both it has kept.
+/// An unseen recovery followed by a shutdown ends with two checkpoints. The server has kept all WAL before both of
+/// them.
 fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
 }
 
-/// The server is on a newer timeline, and shows its history, but not the log at the marker. A crash on the marker's timeline
-/// may have lost it: the pool has seen none if there was one promotion and it has seen that and nothing else.
+/// Decides for a server on a newer timeline that shows its history, but not the WAL at the marker. A crash on the
+/// marker's timeline may have lost the marker. There was no such crash if there was one promotion and the pool has seen
+/// only that.
 fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     let then = marker.life.server.timeline;
     match ancestry.end_of(then) {
@@ -338,11 +348,12 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     }
 }
 
-/// What became of the transaction. `status`: what the server says of its id; `None`: it has given out no such id yet.
+/// Decides what became of the transaction. `status` is what the server says about its id; `None` means that the server
+/// has not given out the id yet.
 ///
-/// Where the mark is in the history, the server has moved its next id beyond the mark's. So an id that was not given out
-/// proves that the mark is not there, whatever else cannot be shown. If the mark seems to be there all the same, something
-/// that the rule assumes does not hold.
+/// If the mark is in the history, the server has moved its next id beyond the mark's. So an id that was not given out
+/// proves that the mark is missing, whatever else is unknown. If the mark seems to be there all the same, an assumption
+/// of the rule does not hold.
 pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
     use Unsettled::{OtherHistory, Restarted, SeveralFailovers, Unproven};
     match (located, status) {
@@ -355,7 +366,7 @@ pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
 }
 
 impl From<XactStatus> for Settled {
-    /// For an id that was located [`Here`](Located::Here).
+    /// Only for an id that was located [`Here`](Located::Here).
     fn from(status: XactStatus) -> Self {
         match status {
             XactStatus::InProgress => Self::InProgress,
@@ -366,17 +377,18 @@ impl From<XactStatus> for Settled {
     }
 }
 
-/// What the row with the transaction's id in the ledger is, once the settler has tried to insert it.
+/// What the ledger's row with the transaction's id is, once the settler has tried to insert it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
-    /// The transaction's own: it was committed with it.
+    /// The transaction's own row, which was committed with it.
     Own,
-    /// A settler's. The transaction cannot commit any more, as its own row would be the second of this id.
+    /// A settler's row. The transaction can no longer commit, as its own row would be a duplicate.
     Fence,
 }
 
-/// What the entry says of a transaction that began `age` ago, by the server's clock. Its own row is pruned when it is older
-/// than `keep`, and a fence goes in where there is none; the other half is for the clocks of two servers that differ.
+/// What the entry says about a transaction that began `age` ago, by the server's clock. Its own row is pruned once it
+/// is older than `keep`, and then a settler would insert a fence. So a fence is only trusted for half of that time; the
+/// other half allows for differences between the clocks of two servers.
 pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> Settled {
     match entry {
         Entry::Own => Settled::Committed,

@@ -1,23 +1,24 @@
-//! The ancestors of a timeline, as PostgreSQL's history files tell them. Pure.
+//! The ancestors of a timeline, read from PostgreSQL's history files. Pure.
 
 use crate::topology::{BadReport, Lsn};
 
-/// The ancestors of a server's timeline, and where each of them ended.
+/// The ancestors of a server's timeline, with the position at which each of them ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ancestry(Vec<(u32, Lsn)>);
 
 impl Ancestry {
-    /// Reads a history file: a line for each ancestor with its number, the position at which the next timeline forked off,
-    /// and the reason, which is free text (`writeTimeLineHistory` in `timeline.c`).
+    /// Reads a history file. Each line has an ancestor's number, the position at which the next timeline forked off,
+    /// and the reason as free text (`writeTimeLineHistory` in `timeline.c`).
     pub(crate) fn parse(file: &str) -> Result<Self, BadReport> {
         let lines = file.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
         lines.map(ancestor).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Where the history left this timeline; `None`: it is no ancestor.
+    /// Returns where the history left this timeline; `None` if the timeline is no ancestor.
     ///
-    /// A standby that was to follow a newer timeline and was promoted before it came to the fork has that timeline as its
-    /// parent, with an end that lies before its begin. So the end is the smallest from this timeline on.
+    /// A standby may be promoted while it is to follow a newer timeline, but before it has reached the fork. It then
+    /// has that timeline as its parent, with an end before its start. So the end is the smallest one from this timeline
+    /// on.
     pub(crate) fn end_of(&self, timeline: u32) -> Option<Lsn> {
         let at = self.0.iter().position(|(ancestor, _)| *ancestor == timeline)?;
         self.0.iter().skip(at).map(|(_, end)| *end).min()

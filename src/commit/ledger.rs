@@ -1,17 +1,17 @@
-//! Which table tells what became of a transaction, and for how long. The SQL is in `settle/ledger.rs`.
+//! The table that tells what became of a transaction, and how long it does. The SQL is in `settle/ledger.rs`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 const SCHEMA: &str = "failover";
 const TABLE: &str = "ledger";
-/// A row is kept at least so long.
+/// The shortest time for which a row is kept.
 const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 
-/// A table that tells which transactions were committed: the settler of [`Guarantee::Ledger`](crate::Guarantee::Ledger).
+/// A table that records which transactions were committed, for [`Guarantee::Ledger`](crate::Guarantee::Ledger).
 ///
-/// Exact under any number of crashes and failovers, at the price of a table, a row per transaction, and its pruning.
-/// `sql/ledger.sql` has the table with its reasons; [`Ledger::install`] creates it.
+/// It is exact under any number of crashes and failovers. The price is a table, a row per transaction, and its pruning.
+/// `sql/ledger.sql` contains the table and explains it; [`Ledger::install`] creates it.
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -42,17 +42,17 @@ impl Default for Ledger {
 }
 
 impl Ledger {
-    /// A ledger in another table. The names are taken as they are, in the case that they are written in.
+    /// Uses another table. The names are taken literally, without folding their case.
     #[must_use]
     pub fn named(schema: &str, table: &str) -> Self {
         Self { schema: schema.into(), table: table.into(), keep: Duration::from_secs(3600) }
     }
 
-    /// For how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes. Default: one
-    /// hour.
+    /// Sets how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes.
+    /// Default: one hour.
     ///
-    /// A transaction that was not committed can be told for half of this time after its BEGIN; later its outcome counts as
-    /// unknown.
+    /// For a transaction that was not committed, the outcome is known for half of this time after its BEGIN. Later it
+    /// counts as unknown.
     #[must_use]
     pub fn keep(mut self, keep: Duration) -> Self {
         self.keep = keep.max(KEEP_AT_LEAST);

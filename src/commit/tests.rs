@@ -1,4 +1,4 @@
-//! The rule as a table, and held against a world of servers that crash, lose WAL and give transaction ids out again.
+//! Tests the rule as a table, and against a model of servers that crash, lose WAL and give transaction ids out again.
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -32,12 +32,12 @@ fn marker(replayed: Option<usize>) -> Marker {
     Marker { life: life(OLD, replayed, Some(7)), xid: FIRST_XID, lsn: lsn(20), nonce: Nonce(1) }
 }
 
-/// What is said where the server shows no more than every role may read.
+/// The decision if the server shows only what every role may read.
 fn located(marker: &Marker, now: &Now) -> Located {
     locate(marker, now, &Proof::Nothing)
 }
 
-/// As a server says it that has completed no checkpoint of its own timeline yet.
+/// The answer of a server that has not completed a checkpoint on its own timeline yet.
 fn with_ancestor(now: Now, ancestor: u32) -> Now {
     Now { life: Life { ancestor: Some(ancestor), ..now.life }, ..now }
 }
@@ -46,20 +46,20 @@ fn now(server: Server, replayed: Option<usize>, received: Option<usize>) -> Now 
     Now { life: life(server, replayed, Some(8)), received: received.map(lsn), stopped: None, primaries_since: 1 }
 }
 
-/// What a pool may go by.
+/// What a pool may base its decision on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// What the server shows.
     Of(Evidence),
-    /// No more than every role may read, and what the pool has signed timelines with. A real pool has that in any case; here
-    /// each kind is alone.
+    /// Only what every role may read, and the pool's signature of the timeline. A real pool always has the signature;
+    /// here each kind is tested alone.
     Signature,
 }
 
 const EACH: [Kind; 4] =
     [Kind::Of(Evidence::Checkpoint), Kind::Signature, Kind::Of(Evidence::Files), Kind::Of(Evidence::Function)];
 
-/// What the pool answers by this, when it has seen so many new primaries.
+/// What the pool answers with this kind of evidence when it has seen this many new primaries.
 fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     let now = asked.says(primaries_since);
     let evidence = if let Kind::Of(evidence) = kind { evidence } else { Evidence::Checkpoint };
@@ -76,7 +76,7 @@ fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> 
 
 fn answered(located: Located, begun: &Begun, asked: &Node) -> Settled {
     match settle(located, asked.xact_status(begun.marker.xid)) {
-        // It asks again, and knows no more yet.
+        // The pool asks again, and so knows nothing more yet.
         Settled::InProgress if located == Located::NotYet => Settled::Unknown(Unsettled::InProgress),
         settled => settled,
     }
@@ -94,7 +94,7 @@ fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     }
 }
 
-/// What a pool would answer that believes `pg_xact_status`, and takes the error about an id in the future for a loss.
+/// What a pool would answer that trusts `pg_xact_status`, and takes the error about an id in the future for a loss.
 fn naive(begun: &Begun, asked: &Node) -> Settled {
     asked.xact_status(begun.marker.xid).map_or(Settled::NotCommitted, Settled::from)
 }
@@ -120,7 +120,7 @@ fn archiving(servers: usize, archive: bool, history: &[Op]) -> World {
     world
 }
 
-/// Plays a history, and after each step gives every transaction together with every primary that could be asked.
+/// Plays a history. After each step, calls `ask` with every transaction and every primary that could be asked.
 fn ask_always(
     (servers, archive): (usize, bool),
     history: &[Op],
