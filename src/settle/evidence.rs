@@ -1,24 +1,25 @@
-//! Creates the function by which a server shows the history of its log.
+//! Creates the function by which a server shows the history of its WAL.
 
 use tokio_postgres::{Client, Error};
 
 use crate::topology::Evidence;
 
-/// The documented file.
+/// The documented SQL file.
 const DDL: &str = include_str!("../../sql/history.sql");
 
 impl Evidence {
-    /// The statements that [`Evidence::install`] runs: `sql/history.sql`.
+    /// Returns the statements that [`Evidence::install`] runs: `sql/history.sql`.
     #[must_use]
     pub fn ddl() -> &'static str {
         DDL
     }
 
-    /// Creates the schema `failover` and the function `failover.wal_history` in it, all or nothing. Only a superuser may,
-    /// as the function reads files of the server. Idempotent. Cancel-safe.
+    /// Creates the schema `failover` and the function `failover.wal_history` in it, all or nothing. Only a superuser
+    /// may do so, as the function reads files of the server. Idempotent. Cancel-safe.
     ///
-    /// `client` is a connection to the primary, to the database that the pool connects to. Afterwards grant the pool's role
-    /// what the end of [`Evidence::ddl`] lists; the pool notices it at its next heart-beat, and [`Status::evidence`] shows it.
+    /// `client` must be connected to the primary, to the database that the pool uses. Afterwards grant the pool's role
+    /// what the end of [`Evidence::ddl`] lists. The pool notices it at its next heartbeat, and [`Status::evidence`]
+    /// shows it.
     ///
     /// ```no_run
     /// # async fn example(admin: tokio_postgres::Client) -> Result<(), tokio_postgres::Error> {

@@ -1,5 +1,5 @@
-//! Settling by a table of the user's database: each transaction writes a row with BEGIN, and whoever has to know whether
-//! it was committed inserts the same id. Decides nothing. Tests: `tests/it/settle.rs`.
+//! Settles commits by a table of the user's database. Each transaction writes a row with BEGIN; to find out whether it
+//! was committed, a settler inserts the same id. Decides nothing. The tests are in `tests/it/settle.rs`.
 
 use std::time::Duration;
 
@@ -10,47 +10,49 @@ use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, is_of, only_row, text};
 use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
 use crate::topology::{BadReport, STARTED_AT};
 
-/// The documented file; its names are those of [`Ledger::default`].
+/// The documented SQL file; its names are those of [`Ledger::default`].
 const DDL: &str = include_str!("../../sql/ledger.sql");
 
-/// A settler does not stand in the way of others for longer than this at a time.
+/// The longest time for which a settler waits for a lock, as others queue behind it meanwhile.
 const LOCK_TIMEOUT: &str = "250ms";
-/// One pruning removes no more rows than this, so that it stays a short transaction.
+/// The most rows that one pruning removes, so that it stays a short transaction.
 const PRUNED_AT_ONCE: u32 = 10_000;
-/// In microseconds since 1970.
+/// The current time in microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
-/// The life of the server that answers: a proxy may have led the transaction to another one than its session was verified with.
+/// The life of the server that answers: a proxy may connect the transaction to another server than the session's
+/// verified one.
 const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
-/// Goes before the pool's own pruning, in the same message: it competes with that of other pools, and a
-/// `statement_timeout` that ends each one would let the ledger grow for ever.
+/// Precedes the pool's own pruning in the same message. Pruning competes with that of other pools, and a
+/// `statement_timeout` that ended each attempt would let the ledger grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
 
 impl Ledger {
-    /// The statements that [`Ledger::install`] runs.
+    /// Returns the statements that [`Ledger::install`] runs.
     #[must_use]
     pub fn ddl(&self) -> String {
-        // A longer name would be cut, and might then be that of the table.
+        // PostgreSQL would cut a longer name, which might then equal the table's name.
         let stem: String = self.table().chars().take(14).collect();
         DDL.replace("\"ledger_until\"", &quoted(&format!("{stem}_until")))
             .replace("\"failover\".\"ledger\"", &self.path())
             .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {}", quoted(self.schema())))
     }
 
-    /// Creates schema, table and index unless they are there, all or none of them. Needs the right to do so; several may call
-    /// it at once. Cancel-safe.
+    /// Creates the schema, table and index if they are missing, all or none of them. This needs the privilege to create
+    /// them. Several callers may do so at once. Cancel-safe.
     ///
-    /// `client` is a connection to the primary, as [`Pool::get`](crate::Pool::get) gives.
+    /// `client` must be connected to the primary, like those of [`Pool::get`](crate::Pool::get).
     pub async fn install(&self, client: &Client) -> Result<(), Error> {
         client.batch_execute(&self.ddl()).await
     }
 
-    /// Removes rows that were kept for long enough, ten thousand at most; tells how many. The pool does this by
-    /// itself from time to time, so call it only to catch up. Cancel-safe.
+    /// Removes rows that were kept for long enough, ten thousand at most, and returns their number. The pool does this
+    /// by itself from time to time, so call it only to catch up. Cancel-safe.
     pub async fn prune(&self, client: &Client) -> Result<u64, Error> {
         self.prune_once(client, "").await
     }
 
-    /// Each name is qualified, here and elsewhere: a trigger of the user's may need the role's `search_path`.
+    /// All names are qualified, here and elsewhere, instead of setting `search_path`, as a trigger of the user's may
+    /// need the role's own.
     async fn prune_once(&self, client: &Client, first: &str) -> Result<u64, Error> {
         let table = self.path();
         let sql = format!(
@@ -65,7 +67,7 @@ impl Ledger {
             .sum())
     }
 
-    /// Removes all rows that are due.
+    /// Removes all rows that have been kept for long enough.
     pub(crate) async fn prune_all(&self, client: &Client) -> Result<u64, Error> {
         let mut all = 0;
         loop {
@@ -77,7 +79,7 @@ impl Ledger {
         }
     }
 
-    /// To be sent with BEGIN. The id is the server's, from its own strong source of randomness.
+    /// Returns the statement to send with BEGIN. The server makes the id from its own strong source of randomness.
     pub(crate) fn enter(&self) -> String {
         format!(
             "INSERT INTO {} (until) VALUES ({}) \
@@ -90,16 +92,17 @@ impl Ledger {
         )
     }
 
-    /// Begins a settler's transaction, and tries to insert the id. Waits while its transaction is in progress, and then says
-    /// so; the settler's own is over then. `Ok(None)`: the server is not the one that the session was `verified` with.
+    /// Begins a settler's transaction, and tries to insert the id. If the id's transaction is in progress, this waits
+    /// for a while and then says so; in that case the settler's transaction has ended. `Ok(None)`: the server is not
+    /// the `verified` one.
     pub(crate) async fn ask(
         &self,
         client: &Client,
         verified: Option<Life>,
         entered: &Entered,
     ) -> Result<Option<Settled>, Option<Error>> {
-        // The update that changes nothing makes a conflict write WAL, too: so COMMIT waits until a synchronous standby has
-        // what was found.
+        // On a conflict, an update that changes nothing writes WAL, so that COMMIT waits until a synchronous standby
+        // has what was found.
         let sql = format!(
             "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
@@ -119,7 +122,7 @@ impl Ledger {
         if !is_verified(verified.as_ref(), &row, 4).map_err(|_| None)? {
             return Ok(None);
         }
-        // A trigger may have given the row another id, or the table may be one that a crash empties: it proves nothing.
+        // The row proves nothing if a trigger gave it another id, or if a crash empties the table.
         if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
             return Err(None);
         }
@@ -129,13 +132,13 @@ impl Ledger {
             _ => return Err(None),
         };
         let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
-        // A clock that went back makes a row no older.
+        // A clock that went back does not make a row older.
         let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
         Ok(Some(settle_entry(entry, Duration::from_micros(age), self.kept_for())))
     }
 
-    /// Is the transaction's own row there? Changes nothing. `None`: the server is not the one that the session was `verified`
-    /// with.
+    /// Returns whether the transaction's own row is there, without changing anything. `None`: the server is not the
+    /// `verified` one.
     pub(crate) async fn has(
         &self,
         client: &Client,
@@ -152,8 +155,8 @@ impl Ledger {
         Ok(is_verified(verified.as_ref(), &row, 1).unwrap_or(false).then(|| text(&row, 0) == Some("t")))
     }
 
-    /// Ends a settler's transaction: its COMMIT waits for the synchronous standbys, as it has written. The server tells by a
-    /// notice when an administrator cancelled the wait.
+    /// Ends a settler's transaction. It has written, so its COMMIT waits for the synchronous standbys. If an
+    /// administrator cancels that wait, the server sends a notice.
     pub(crate) async fn confirm(&self, client: &Client) -> Result<(), Error> {
         client.batch_execute("SET LOCAL client_min_messages = warning; COMMIT").await
     }
@@ -171,22 +174,22 @@ impl Ledger {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entered {
     id: String,
-    /// In microseconds since 1970, by the server's clock.
+    /// Microseconds since 1970, by the server's clock.
     begun: i64,
 }
 
-/// Has the server that answers, with [`WHO`] from this column on, the life that it was verified in, as far as that is known?
+/// Returns whether the server that answered is in its verified life, if that is known. [`WHO`] starts at column `who`.
 fn is_verified(verified: Option<&Life>, row: &Row, who: usize) -> Result<bool, BadReport> {
     verified.map_or(Ok(true), |life| is_of(life, row, who, who + 1))
 }
 
-/// What the answer to [`Ledger::enter`] says.
+/// The answer to [`Ledger::enter`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Entering {
     As(Entered, Backend),
-    /// This is not the life that the session was verified in.
+    /// The server is not in the life that the session was verified in.
     Elsewhere,
-    /// The transaction was open before: its COMMIT would be another's, too.
+    /// The transaction was open already, so a COMMIT would also commit another one's work.
     Joined,
 }
 
@@ -199,7 +202,7 @@ pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, Ba
         return Ok(Entering::Elsewhere);
     }
     let id = text(row, 0).unwrap_or("NULL");
-    // It goes into a statement as it is.
+    // The id is inserted literally into a statement.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
@@ -207,7 +210,7 @@ pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, Ba
     Ok(Entering::As(Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
 }
 
-/// As an identifier of SQL.
+/// Quotes a name as an SQL identifier.
 fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

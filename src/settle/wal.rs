@@ -1,5 +1,5 @@
-//! Settling by the write-ahead log: writes a transaction's marker, and asks a server what it says of one. Decides nothing.
-//! Tests: `tests/it/settle.rs`.
+//! Settles commits by the write-ahead log: writes a transaction's marker, and asks a server what it says about one.
+//! Decides nothing. The tests are in `tests/it/settle.rs`.
 
 #[cfg(test)]
 mod tests;
@@ -18,13 +18,14 @@ use crate::topology::{
     evidence, microseconds,
 };
 
-/// The first two are NULL where the transaction cannot write anyway: a fenced primary is not made to write WAL. The second
-/// writes a record of WAL that carries the id and the nonce, and returns its end. The third and the fifth tell the
-/// server's life: a proxy may have led this transaction to another server than the one that its session was verified with.
-/// The last tells whether the message that asks has begun the transaction too: both times are then that message's.
+/// Returns the SELECT that marks a transaction. The first two columns are NULL if the transaction cannot write anyway,
+/// so that a fenced primary is not made to write WAL. The second one writes a WAL record that carries the id and the
+/// nonce, and returns its end. The third and the fifth tell the server's life, as a proxy may have connected this
+/// transaction to another server than the session's verified one. The last tells whether the same message also began
+/// the transaction: if so, both times that it compares are the message's.
 ///
-/// It is a part of the user's transaction, whose settings it must leave as they are: so each name is qualified, or might be
-/// another's by the `search_path`.
+/// The mark is part of the user's transaction and must not change its settings. So each name is qualified, as the
+/// `search_path` could otherwise lead to other objects.
 fn mark(nonce: &str) -> String {
     format!(
         "SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END, \
@@ -37,11 +38,11 @@ fn mark(nonce: &str) -> String {
     )
 }
 
-/// Has the message that asks begun the transaction too? Not so where a session was given back in the midst of one.
+/// True if the message that asks also began the transaction. It did not if the session was given back with one open.
 pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
 
-/// The mark as a statement of the session's: to run it costs the server a fraction of what planning [`mark`] does. Another
-/// number for other columns: behind a proxy, versions of this crate may share a session.
+/// The name of the mark's prepared statement: executing it costs the server a fraction of planning [`mark`]. Change the
+/// number whenever the columns change, as different versions of this crate may share a session behind a proxy.
 const PREPARED: &str = "tokio_postgres_failover_mark_5";
 
 /// How a session marks its transactions.
@@ -51,12 +52,12 @@ pub(crate) enum MarkStatement {
     #[default]
     New,
     Prepared,
-    /// The statement was not there, or was there already: a proxy gives each transaction another session.
+    /// The statement was missing, or was there already, because a proxy gives each transaction another session.
     Plain,
 }
 
 impl MarkStatement {
-    /// BEGIN and the mark, in one message.
+    /// Returns BEGIN and the mark in one message.
     pub(crate) fn sql(self, begin: &str, nonce: Nonce) -> String {
         match self {
             Self::New => {
@@ -68,49 +69,50 @@ impl MarkStatement {
         }
     }
 
-    /// Is the error about the prepared statement, and not about what it asks for?
+    /// Returns whether the error is about the prepared statement itself, and not about what it does.
     pub(crate) fn failed(self, error: &Error) -> bool {
         self != Self::Plain && not_prepared(error)
     }
 }
 
-/// A settler asks in one transaction: behind a proxy that stays on one server. It waits for the synchronous standbys,
-/// whatever the role's default is, and hears when that wait is cancelled; the call's deadline is the limit of its
-/// statements, and no `statement_timeout`. When the path to its session vanishes, the server ends that soon: a ledger's row
-/// must not stay locked by it, or no later settler gets an answer.
+/// Begins a settler's transaction. All its questions are in one transaction, which a proxy keeps on one server. It
+/// waits for the synchronous standbys, whatever the role's default is, and receives the notice if that wait is
+/// cancelled. The call's deadline limits its statements, not `statement_timeout`. If the network path to its session is
+/// lost, the server ends the session soon: it must not keep a ledger's row locked, or no later settler would get an
+/// answer.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
 
-/// A COMMIT that is on its way gets there within this, mostly; ending the session earlier would make the work run again for
-/// nothing.
+/// A COMMIT that is under way usually arrives within this time. Ending its session earlier would often make the work
+/// run again needlessly.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
 
-/// The session that a transaction runs on: the server may go on with it long after its client is gone.
+/// The session that a transaction runs on. The server may keep it long after its client has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
     pub(crate) pid: i32,
     pub(crate) xid: u64,
 }
 
-/// A row as the driver's simple protocol gives it.
+/// A row in the driver's simple protocol.
 pub(crate) type Row = Vec<Option<String>>;
 
-/// The one row of the answer; where there is none, or more, one without columns, in which nothing is found.
+/// Returns the only row of the answer. If there is none, or more than one, it returns a row without columns.
 pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
     let mut rows = rows(client, sql).await?;
     Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
 }
 
-/// What the mark's answer says.
+/// The answer to the mark's statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MarkAnswer {
     By(Marker, Backend),
-    /// The transaction cannot write: it leaves no mark, and needs none.
+    /// The transaction cannot write, so it leaves no mark and needs none.
     ReadOnly,
-    /// This is not the life that the session was verified in.
+    /// The server is not in the life that the session was verified in.
     Elsewhere,
-    /// The transaction was open before: its COMMIT would be another's, too.
+    /// The transaction was open already, so a COMMIT would also commit another one's work.
     Joined,
 }
 
@@ -130,24 +132,25 @@ pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer,
     Ok(MarkAnswer::By(Marker { life: *life, xid, lsn, nonce }, backend))
 }
 
-/// Is the answer of this life of a server? It has the start time and the end of the last replay in these columns.
+/// Returns whether a server in this life answered. The columns contain the start time and the end of the last replay.
 pub(super) fn is_of(life: &Life, row: &Row, started_at: usize, replayed: usize) -> Result<bool, BadReport> {
     let (replayed, started_at) = (optional(row, replayed)?, time(row, started_at)?);
     Ok(life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }))
 }
 
-/// What a server says of itself, and of the transaction with an id, which need not be the one that is asked for.
+/// What a server says about itself, and about a transaction id, which need not be that of the transaction in doubt.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) now: Now,
-    /// `None`: the server has given out no such id yet.
+    /// `None`: the server has not given out the id yet.
     pub(crate) status: Option<XactStatus>,
     pub(crate) evidence: Evidence,
 }
 
-/// Begins a settler's transaction, and asks. `Err(None)`: the answer makes no sense, or does not show who gives it.
+/// Begins a settler's transaction, and asks. `Err(None)`: the answer cannot be read, or does not show which server
+/// answers.
 ///
-/// `verified`: the life that the pool has verified the session's server in.
+/// `verified` is the life in which the pool has verified the session's server.
 pub(crate) async fn look(
     client: &Client,
     xid: u64,
@@ -164,12 +167,13 @@ pub(crate) async fn look(
     said(&row, primaries_since, verified).map_err(|_| None)
 }
 
-/// What the rule can do without. It settles less without the last five, and knows the first two of a server that was verified.
+/// The parts of the answer that the rule can do without. Without one of the last five it settles less; the first two
+/// are known of a verified server.
 const PARTS: [&str; 7] = [IDENTIFIER, TIMELINE, RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE, STOPPED];
 
 const IDENTIFIER: &str = "(SELECT system_identifier FROM pg_control_system())";
 
-/// Those parts that this role may ask for, each of which is asked for alone.
+/// Returns the parts that this role may ask for. Each part is tried alone.
 async fn offered(client: &Client) -> [&'static str; 7] {
     let refused = PARTS.map(|part| async move {
         let asked = rows(client, &format!("{UNDISTURBED} SELECT {part}")).await;
@@ -184,17 +188,17 @@ async fn offered(client: &Client) -> [&'static str; 7] {
     parts
 }
 
-/// NULL if the server was no standby since its memory was set up last. A leader that comes back within its lease streams from
-/// nobody, and replays its own log as a standby does: only archive recovery notes the time of a transaction's end
-/// (`recoveryStopsAfter` in `xlogrecovery.c`), the recovery of a crash does not.
+/// NULL if the server was no standby since its memory was last set up. A leader that comes back within its lease
+/// streams from no server, and replays its own WAL as a standby does. Only archive recovery notes the time of a
+/// transaction's end (`recoveryStopsAfter` in `xlogrecovery.c`), while crash recovery does not.
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
                                  CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
-/// Up to where this server surely continues the log that it had before, if its last checkpoint ended a shutdown or a recovery
-/// and the last replay ended right behind it. A failover manager may run the recovery of a crash in single-user mode, which
-/// nobody sees, before it starts the server as a standby on its own log. Mostly that is the checkpoint itself. Where WAL is
-/// archived, and so under Patroni, a shutdown begins a new segment first: then the checkpoint is the first record there,
-/// however far the recovery had come in the segment before, and it proves nothing.
+/// Up to where this server surely continues the WAL that it had before, if its last checkpoint ended a shutdown or a
+/// recovery and the last replay ended right behind it. A failover manager may run crash recovery in single-user mode,
+/// which no client sees, before it starts the server as a standby on its own WAL. In most cases the position is the
+/// checkpoint itself. If WAL is archived, as under Patroni, a shutdown begins a new segment first. Then the checkpoint
+/// is the first record there, however far the recovery had come in the segment before, and it proves nothing.
 const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_segment * \
                                         div(checkpoint_lsn - '0/0', bytes_per_wal_segment) < 512 \
                                     THEN '0/0' ELSE checkpoint_lsn END \
@@ -203,7 +207,7 @@ const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_
 
 fn question(xid: u64, parts: [&str; 7]) -> String {
     let [identifier, timeline, received, stats_reset, checkpointed, evidence, stopped] = parts;
-    // To ask for the status of an id that was not given out yet is an error. The settler's own id is the newest.
+    // Asking for the status of an id that was not given out yet is an error. The settler's own id is the newest one.
     format!(
         "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
          SELECT {identifier}, \
@@ -225,8 +229,8 @@ fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Said,
     Ok(Said { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
 }
 
-/// Asks, within a settler's transaction, for what the server shows of the history of its log. Where the function is of no use,
-/// as somebody made it who may not read the files, the next kind of evidence is asked for; the transaction goes on.
+/// Asks, within a settler's transaction, what the server shows about the history of its WAL. If the function is
+/// useless, as its creator may not read the files, the next kind of evidence is asked for. The transaction goes on.
 pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
     let function = format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
@@ -251,8 +255,9 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
     Ok(Proof::Nothing)
 }
 
-/// Is a file of this timeline in `pg_wal`? From PostgreSQL 17 on that proves nothing: `pg_rewind` may keep the segment that it
-/// found the fork in under the name of the timeline that it leaves (`keepwal_add_entry` in `filemap.c`).
+/// A condition on whether `pg_wal` has a file of this timeline. From PostgreSQL 17 on that proves nothing: `pg_rewind`
+/// may keep the segment in which it found the fork under the name of the abandoned timeline (`keepwal_add_entry` in
+/// `filemap.c`).
 fn followed(timeline: u32) -> String {
     format!(
         "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \
@@ -260,18 +265,18 @@ fn followed(timeline: u32) -> String {
     )
 }
 
-/// How many transactions sign a timeline: as many bits, so that no other history has them by chance.
+/// How many transactions sign a timeline. They are as many random bits, so no other history has them by chance.
 const SIGNED_BY: u32 = 32;
 
-/// Signs the timeline of a server in this life. The session has no transaction open. `None`: it is another server, or its answer
-/// makes no sense.
+/// Signs the timeline of a server in this life. The session must have no transaction open. `None`: another server
+/// answered, or its answer cannot be read.
 pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<Option<Signature>, Error> {
     let outcomes: Vec<bool> = (0..SIGNED_BY).map(|bit| pattern >> bit & 1 == 1).collect();
-    // Nobody waits for these. Whoever has a later record of the log has them, too.
+    // These commits need no wait for the disk: a history with a later WAL record contains them too.
     let begin = "START TRANSACTION; SET LOCAL synchronous_commit = off; SELECT pg_catalog.pg_current_xact_id()";
     let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
     let signing: String = outcomes.iter().map(one).collect();
-    // A proxy gives each message to one server.
+    // A proxy sends each message to one server.
     let sql = format!("{signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
     let mut rows = rows(client, &sql).await?;
     let who = rows.pop().unwrap_or_default();
@@ -281,7 +286,7 @@ pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<O
     Ok(ids.map(|ids| Signature(ids.into_iter().zip(outcomes).collect())))
 }
 
-/// Asks, within a settler's transaction, whether the server's history bears a signature.
+/// Asks, within a settler's transaction, whether the server's history contains a signature.
 pub(crate) async fn bears(client: &Client, signature: &Signature) -> Result<bool, Error> {
     let status = |committed| if committed { "committed" } else { "aborted" };
     let signed = signature.0.iter().map(|(id, committed)| format!("('{id}'::xid8, '{}')", status(*committed)));
@@ -295,7 +300,7 @@ pub(crate) async fn bears(client: &Client, signature: &Signature) -> Result<bool
     Ok(text(&only_row(client, &sql).await?, 0) == Some("t"))
 }
 
-/// Will the same question fail again? A statement that was cancelled, or a server without memory, is asked again instead.
+/// Returns whether the same question would fail again. After a cancelled statement or a lack of memory it may succeed.
 fn is_no_use(error: &Error) -> bool {
     let classes = ["0A", "22", "42", "58", "P0", "XX"];
     error.code().is_some_and(|code| classes.iter().any(|class| code.code().starts_with(class)))
@@ -324,7 +329,7 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
 
 fn now(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Now, BadReport> {
     let (started_at, replayed) = (time(row, 1)?, optional(row, 3)?);
-    // A server in the life that it was verified in is what it was, although this role may not read that any more.
+    // A server in its verified life is what it was, even if this role may not read it any more.
     let same = verified.filter(|verified| verified.server.started_at == started_at && verified.replayed == replayed);
     let system_identifier = match (text(row, 0), same) {
         (None, Some(same)) => same.server.system_identifier,
@@ -353,23 +358,24 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
     }))
 }
 
-/// Ends a settler's transaction with a COMMIT that waits for the synchronous standbys, as it has written. WAL is replicated
-/// in order: once they have this, they have all that was committed before. The server tells by a notice when an
-/// administrator cancelled the wait, and is made to whatever the role's `client_min_messages`.
+/// Ends a settler's transaction. It writes WAL, so its COMMIT waits for the synchronous standbys. WAL is replicated in
+/// order: once the standbys have this, they have all that was committed before. If an administrator cancels the wait,
+/// the server sends a notice, for which the role's `client_min_messages` is overridden.
 pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
     let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'failover', ''); \
          SET LOCAL client_min_messages = warning; COMMIT";
     client.batch_execute(sql).await
 }
 
-/// Ends the session that an undelivered COMMIT has left idle within its transaction, holding its locks: the server may
-/// not learn for hours that its client is gone. A session that is committing is left alone. Ends a settler's transaction.
+/// Ends the session that an undelivered COMMIT has left idle in its transaction, holding its locks: the server may not
+/// learn for hours that its client is gone. A session that is committing is left alone. Also ends a settler's
+/// transaction.
 ///
-/// `late`: the connection was lost so long ago that COMMIT would have got there. The session tells that itself, unless
-/// `track_activities` is off: then nothing but what it waits for is known, which is its client.
+/// `late`: the connection was lost so long ago that COMMIT would have arrived by now. The session's state shows whether
+/// it is idle, unless `track_activities` is off. Then only its wait event is known, which is the wait for its client.
 ///
-/// Asked as the role that has logged in, as the abandoned session has: `ALTER ROLE … SET role` may have made this one
-/// somebody who may not see it.
+/// The question runs as the role that logged in, like the abandoned session: `ALTER ROLE … SET role` may have changed
+/// this role to one that may not see that session.
 pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
     let Backend { pid, xid } = backend;
     // `pg_stat_activity` shows the id without its epoch.
