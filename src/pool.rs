@@ -1,8 +1,9 @@
 //! Hands out connections of the current generation, and no others.
 //!
-//! Decides nothing about servers: what may be handed out is read from the cluster's snapshot. Knows nothing of how the
-//! primary was found. Invariants: a checkout does no I/O on an idle connection; a new connection has answered the probe
-//! in this generation; a poisoned connection never goes back. Tests: `tests/it/get.rs`, `tests/it/errors.rs`.
+//! It decides nothing about servers: the cluster's snapshot says what may be handed out. It does not know how the
+//! primary was found. Invariants: a checkout does no I/O on an idle connection that was used lately; a new connection
+//! has answered the probe in this generation; a poisoned connection never goes back. The tests are `tests/it/get.rs`
+//! and `tests/it/errors.rs`.
 
 mod builder;
 mod checkout;
@@ -79,16 +80,16 @@ use wrap::Wrapped;
 /// # }
 /// ```
 ///
-/// Up to `max_size` connections are open for the callers, and one more for the heart-beat; for a moment after a failover
-/// one more holds the session that found the primary. When the last clone and the last [`Client`] are dropped, everything
-/// that the pool started ends.
+/// Up to `max_size` connections are open for the callers, and one more for the heartbeat. For a moment after a
+/// failover, another one holds the session that found the primary. Everything that the pool started ends when the last
+/// clone and the last [`Client`] are dropped.
 pub struct Pool<C: SessionClient = ClientWrapper> {
     source: Source<C>,
     dialer: Arc<Dialer<C>>,
     shared: Arc<Shared>,
 }
 
-/// Where the connections come from.
+/// Where the pool's connections come from.
 enum Source<C: SessionClient> {
     Own(managed::Pool<Manager<C>>),
     Wrapped(Arc<Wrapped<C>>),
@@ -97,23 +98,23 @@ enum Source<C: SessionClient> {
 impl Pool {
     /// Starts a configuration from a connection string, in URL or `key=value` form, or a [`tokio_postgres::Config`].
     ///
-    /// Everything that such a configuration carries is honoured, or refused with a [`BuildError`].
+    /// All options of such a configuration are honoured, or refused with a [`BuildError`].
     ///
     /// # TLS
-    /// With the feature `rustls`, or with a connector given to [`PoolBuilder::tls`], `sslmode` means what it means in libpq:
+    /// With the feature `rustls`, or with a connector given to [`PoolBuilder::tls`], `sslmode` has libpq's meaning:
     ///
     /// | `sslmode` | encrypted | who signed the certificate | its name |
     /// |---|---|---|---|
-    /// | not said, `disable` | no | | |
+    /// | not given, `disable` | no | | |
     /// | `prefer` | if the server offers it | not checked | not checked |
     /// | `require` | always | checked if `sslrootcert` is given | not checked |
     /// | `verify-ca` | always | checked, `sslrootcert` must be given | not checked |
     /// | `verify-full` | always | checked | checked against the host of the connection string |
     ///
-    /// `sslrootcert` is a PEM file, or `system` for the platform's authorities, which is also what `verify-full` takes
-    /// without it (libpq looks into `~/.postgresql` then, and takes `prefer` for an `sslmode` that is not said).
-    /// `sslcert` and `sslkey` are the client's own certificate; `channel_binding` and `sslnegotiation` are honoured too.
-    /// `PoolBuilder::rustls` takes the same in code.
+    /// `sslrootcert` is a PEM file, or `system` for the platform's authorities. Without it, `verify-full` uses the
+    /// platform's authorities, too. (libpq differs: it then looks into `~/.postgresql`, and its default `sslmode` is
+    /// `prefer`.) `sslcert` and `sslkey` are the client's own certificate; `channel_binding` and `sslnegotiation` are
+    /// honoured too. `PoolBuilder::rustls` takes the same settings in code.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -131,32 +132,32 @@ impl Pool {
 }
 
 impl<C: SessionClient> Pool<C> {
-    /// Starts a configuration around a deadpool pool that is there already: its manager goes on opening the connections,
-    /// and this pool verifies them, runs transactions again, settles commits in doubt, and evicts what leads to an older
-    /// primary. A `deadpool_postgres::Pool` becomes a [`Pool`] like any other; the pool of another manager becomes one whose
-    /// clients are what that manager makes.
+    /// Starts a configuration around an existing deadpool pool. Its manager still opens the connections. This pool
+    /// verifies them, runs transactions again, settles commits in doubt, and evicts connections to an older primary. A
+    /// `deadpool_postgres::Pool` becomes an ordinary [`Pool`]; the pool of another manager becomes one whose clients
+    /// are what that manager makes.
     ///
-    /// Each connection is asked once in each generation which server is at its other end; after that a checkout does no
-    /// I/O of this crate's. Beside the pool's connections the manager opens sessions for the heart-beat, one for each patrol,
-    /// and up to four at a time while commits are settled; hooks of the wrapped pool are not run for these.
+    /// In each generation, each connection is asked once which server it is connected to. After that, this crate does
+    /// no I/O at a checkout. Besides the pool's connections, the manager opens sessions for the heartbeat, one for each
+    /// patrol, and up to four at a time for settling commits. They do not run the wrapped pool's hooks.
     ///
-    /// What cannot be had without connecting by ourselves, and [`Pool::builder`] has:
-    /// - The manager's connecting must lead to the primary by itself: `target_session_attrs=read-write` with all hosts, or a
-    ///   name that follows it. Its DNS answers and its time-outs stay what they are. Where it hangs on a host that is frozen, so
-    ///   does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
-    /// - A statement under way on a connection from [`Pool::get`] is not ended with its primary, nor is one in a task that a
-    ///   closure has spawned: on a frozen host it holds its slot until its socket fails. Set `keepalives` or
-    ///   `tcp_user_timeout` in the manager's configuration. Other statements within a transaction of this pool's are ended.
-    /// - No [`Pool::listen`]: the driver of each session, which hears notifications, is the manager's.
-    /// - The server's notices are not seen: a COMMIT whose wait for a synchronous standby was cancelled by hand is not noticed.
-    ///   A transaction that somebody left open on a connection is noticed with
-    ///   [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) alone.
-    /// - A statement that is given up is cancelled by a request without TLS, as `psql` before version 17 sends it; under
-    ///   `sslmode=require` the driver sends none, and the statement runs on until the server notices that its client is gone.
+    /// These features of [`Pool::builder`] need connections of this crate's own, and are missing here:
+    /// - The manager itself must connect to the primary: give it `target_session_attrs=read-write` with all hosts, or a
+    ///   name that follows the primary. Its DNS answers and its time-outs stay as they are. If its connecting hangs on
+    ///   a frozen host, so does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
+    /// - When the primary is lost, a statement under way on a connection from [`Pool::get`] is not ended, nor is one in
+    ///   a task that a closure has spawned. On a frozen host it holds its slot until its socket fails: set `keepalives`
+    ///   or `tcp_user_timeout` in the manager's configuration. Other statements in this pool's transactions are ended.
+    /// - There is no [`Pool::listen`]: the sessions' driver, which receives notifications, belongs to the manager.
+    /// - The server's notices are not seen. So it is not noticed that an administrator cancelled a COMMIT's wait for a
+    ///   synchronous standby. A transaction left open on a connection is noticed only with
+    ///   [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce).
+    /// - An abandoned statement is cancelled by a request without TLS, as `psql` before version 17 sends it. Under
+    ///   `sslmode=require` the driver sends none, and the statement runs on until the server misses its client.
     ///
-    /// What the pool knows of a connection it knows until that is closed: the manager's `recycle` may refuse one, and must
-    /// not connect it anew in place. Nothing but the wrapped pool's own `timeouts.create` bounds how long a checkout that
-    /// connects may take, up to the checkout timeout.
+    /// What the pool knows about a connection is valid until that is closed. So the manager's `recycle` may refuse a
+    /// connection, but must not reconnect it in place. Only the wrapped pool's own `timeouts.create` limits how long a
+    /// checkout that connects may take, up to the checkout timeout.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -179,9 +180,9 @@ impl<C: SessionClient> Pool<C> {
         WrapBuilder::new(existing)
     }
 
-    /// Waits until a primary was found and verified, at most for the checkout timeout. Cancel-safe.
+    /// Waits until a primary was found and verified, but no longer than the checkout timeout. Cancel-safe.
     ///
-    /// Optional: `get` and the transactions wait by themselves. Of use at start-up, to fail early and with the reason.
+    /// Optional, as `get` and the transactions wait by themselves. Use it at start-up to fail early, with the reason.
     pub async fn connect(&self) -> Result<(), Error> {
         self.not_ended()?;
         let began = Instant::now();
@@ -191,20 +192,20 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// A connection to the verified primary.
+    /// Returns a connection to the verified primary.
     ///
-    /// Waits for a primary and for a free connection, at most for the checkout timeout (30 s unless set); then fails
-    /// with [`Error::Unavailable`], which lists each candidate and what it said. Fails at once with [`Error::Refused`]
-    /// where the credentials are wrong. An idle connection that was used lately is handed out without a round trip; one that
-    /// was idle for [`PoolBuilder::test_idle_after`] (1 s unless set) is asked first. Cancel-safe: a connection that is being
-    /// opened for this call is the next caller's then.
+    /// Waits for a primary and for a free connection, but no longer than the checkout timeout (30 s by default). Then
+    /// it fails with [`Error::Unavailable`], which lists each candidate and its last answer. If the credentials are
+    /// wrong, it fails at once with [`Error::Refused`]. A recently used idle connection is handed out without a round
+    /// trip; one that was idle for [`PoolBuilder::test_idle_after`] (1 s by default) is tested first. Cancel-safe: a
+    /// connection that was being opened for this call goes to the next caller.
     ///
-    /// Whoever gives back a connection with a statement under way or a transaction open loses it: the statement is
-    /// cancelled, the session closed, and nobody meets what was left. What a session keeps beside that, as `SET`, temporary
-    /// tables and advisory locks, the next user finds: undo it, or [discard](Client::discard) the connection.
+    /// If a connection is given back with a statement under way or a transaction open, the statement is cancelled and
+    /// the session is closed, so that no other caller meets what was left. Any other state stays for the next caller,
+    /// such as `SET`, temporary tables and advisory locks: undo it, or [discard](Client::discard) the connection.
     ///
     /// A failover ends the connection: its statements then fail with [`tokio_postgres::Error`]s, and the next `get`
-    /// gives one to the new primary. To have the work run again instead, use [`Pool::transaction`].
+    /// returns a connection to the new primary. To have the work run again instead, use [`Pool::transaction`].
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -219,7 +220,7 @@ impl<C: SessionClient> Pool<C> {
         self.get_by(|| Instant::now() + self.shared.checkout_timeout, None).await
     }
 
-    /// Like [`Pool::get`], for this call waiting at most so long instead of the checkout timeout.
+    /// Like [`Pool::get`], but waits at most this long instead of the checkout timeout.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -235,11 +236,11 @@ impl<C: SessionClient> Pool<C> {
         self.get_until(Instant::now() + timeout.min(FAR)).await
     }
 
-    /// What the pool is doing now.
+    /// Returns the pool's present state.
     #[must_use]
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.source.status();
-        // Opened in the background, and not handed out yet.
+        // These connections were opened in the background, and have not been handed out yet.
         let ready = self.dialer.dials.ready();
         let (size, available) = (size + ready, available + ready);
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
@@ -252,7 +253,7 @@ impl<C: SessionClient> Pool<C> {
         Status { max_size, size, available, waiting, fallback, evidence, view }
     }
 
-    /// Follows the cluster's state: the receiver shows the newest one. To miss nothing in between, see
+    /// Follows the cluster's state. The receiver shows the newest state only; to get every change, use
     /// [`Pool::subscribe`].
     ///
     /// ```no_run
@@ -275,12 +276,11 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().watch()
     }
 
-    /// Tells of each thing that happens from now on, one after the other: primaries lost and found, connections evicted,
-    /// servers refused, commits settled. What is so already is in [`Pool::status`]; the event of a change that it has
-    /// just begun to show may still come.
+    /// Streams each event from now on, in order: primaries lost and found, connections evicted, servers refused,
+    /// commits settled. The present state is in [`Pool::status`]; the event of a change shown there may still follow.
     ///
-    /// A reader that falls more than 256 events behind misses the oldest, and is told how many; the pool never waits for it.
-    /// The stream ends when the pool is closed or its last clone dropped, and does not keep it alive.
+    /// A reader that falls more than 256 events behind misses the oldest ones, and is told how many; the pool never
+    /// waits for it. The stream ends when the pool is closed or its last clone is dropped: it does not keep it alive.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
@@ -300,32 +300,32 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().subscribe()
     }
 
-    /// Each candidate of the newest search or patrol, and what it said last: for diagnosis. Its answers may be as old as
-    /// the last patrol.
+    /// Returns each candidate of the newest search or patrol with its last answer, for diagnosis. The answers may be as
+    /// old as the last patrol.
     #[must_use]
     pub fn candidates(&self) -> Vec<CandidateReport> {
         self.cluster().diagnosis().candidates
     }
 
-    /// What DNS failed with when it was asked last, if it did.
+    /// Returns the error of the last DNS query, if it failed.
     #[must_use]
     pub fn dns_failure(&self) -> Option<String> {
         self.cluster().diagnosis().dns
     }
 
-    /// Takes this cluster for the pool's own from now on: after an upgrade by `pg_upgrade`, a switch to another copy
-    /// (blue/green), or a restore, without a restart of the service. `system_identifier` is what
-    /// `SELECT system_identifier FROM pg_control_system()` says on its servers, and errors that mention a server of another
-    /// cluster name it, too.
+    /// Makes this cluster the pool's own from now on, without a restart of the service. Use it after an upgrade by
+    /// `pg_upgrade`, a switch to another copy (blue/green), or a restore. `system_identifier` is what
+    /// `SELECT system_identifier FROM pg_control_system()` returns on its servers. Errors that mention a server of
+    /// another cluster name it, too.
     ///
-    /// Takes effect within a moment. Connections to another cluster end, also those in use; the search that follows takes
-    /// servers of this cluster alone, on whatever timeline. That is what lets a pool go on after a restore of its *own*
-    /// cluster, whose timeline is older than the one before: call this with the identifier that it had all along. Where the
-    /// primary in use belongs to the cluster already, nothing is interrupted. A COMMIT that is in doubt meanwhile stays so:
+    /// Takes effect within a moment. Connections to another cluster end, even those in use, and the search that follows
+    /// accepts only servers of this cluster, on any timeline. So this also lets a pool go on after a restore of its
+    /// *own* cluster to an older timeline: call it with the identifier that the pool has had all along. If the primary
+    /// in use already belongs to the cluster, nothing is interrupted. A COMMIT that is in doubt at this time stays so:
     /// [`Error::CommitUnknown`].
     ///
-    /// Be sure that nobody writes to the old cluster any more. [`PoolBuilder::accept_new_cluster_after`] does the same by
-    /// itself after a time. Never waits.
+    /// Make sure that nothing writes to the old cluster any more. [`PoolBuilder::accept_new_cluster_after`] does the
+    /// same automatically after a time. Never waits.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
@@ -337,9 +337,9 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().accept(Accept::Cluster(system_identifier));
     }
 
-    /// Forgets which cluster is the pool's own, and its timeline: the next search takes the one that it finds, as a new pool
-    /// would. All connections end, also those in use. Where servers of several clusters answer, callers get
-    /// [`Error::Refused`] until only one is left; [`Pool::accept_cluster`] tells which one it is. Never waits.
+    /// Forgets which cluster is the pool's own, and its timeline. The next search accepts the cluster that it finds, as
+    /// a new pool would. All connections end, even those in use. If servers of several clusters answer, callers get
+    /// [`Error::Refused`] until only one is left, or [`Pool::accept_cluster`] says which one is meant. Never waits.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
@@ -353,18 +353,18 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().accept(Accept::Any);
     }
 
-    /// Makes every connection, idle or on loan, prepare its statements anew: after a migration, say. Does no I/O.
+    /// Makes every connection, idle or on loan, prepare its statements anew, as after a migration. Does no I/O.
     ///
-    /// A statement that was prepared before a table or a type was changed may be of no use any more (SQLSTATE 0A000, "cached
-    /// plan must not change result type"). The pool notices that by itself: in its transactions, which run again then, and in
-    /// what is run with the methods of a [`Client`], whose next call finds the connection healed. It does not see the errors
-    /// of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction) and of the driver's client that a
-    /// [`Client`] derefs to; nor can it know of an error before somebody meets it. Call this on each of your processes
-    /// after a migration, and nobody meets one.
+    /// A statement that was prepared before a table or a type was changed may no longer work (SQLSTATE 0A000, "cached
+    /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and
+    /// after an error of a [`Client`]'s own methods the connection is repaired for the next call. It does not see the
+    /// errors of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction), or of the driver's client
+    /// that a [`Client`] derefs to. And it cannot know of an error before the first caller gets it. To spare that
+    /// caller the error, call this in each of your processes after a migration.
     ///
-    /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection and what the driver has read about
-    /// types. Statements that somebody holds stay what they are. Connections of a [wrapped](Pool::wrap) pool whose clients
-    /// are no `ClientWrapper`s are closed instead, those on loan when they come back.
+    /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection, and what the driver has
+    /// read about types. Statements that callers hold stay as they are. Connections of a [wrapped](Pool::wrap) pool
+    /// whose clients are not `ClientWrapper`s are closed instead, those on loan when they come back.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
@@ -380,10 +380,10 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, also one in use.
-    /// Finish your work first: the server is told to stop what it still runs, and a statement outside of a transaction that
-    /// waits for a synchronous standby is shown to all when its wait is cut off so. Idempotent; affects all clones. A pool that was [wrapped](Pool::wrap) stays open, with the
-    /// connections that are idle in it.
+    /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, even one in use.
+    /// Finish your work first. The server is told to cancel what still runs. If a statement outside a transaction is
+    /// waiting for a synchronous standby, that cancels the wait, and its effect becomes visible. Idempotent; affects
+    /// all clones. A [wrapped](Pool::wrap) pool stays open, with the connections that are idle in it.
     pub fn close(&self) {
         if let Source::Own(inner) = &self.source {
             inner.close();
@@ -391,7 +391,7 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().close();
     }
 
-    /// The policy of the pool's transactions: a clone of it is where a call's own one starts from.
+    /// Returns the retry policy of the pool's transactions. Clone it to derive a policy for one call.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -405,27 +405,27 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.retry
     }
 
-    /// A session beside those of the pool. Waits for a primary without a limit of its own. Cancel-safe.
+    /// Opens a session outside the pool. Waits for a primary without a limit of its own. Cancel-safe.
     pub(crate) async fn side_session(&self) -> Result<SideSession<C>, Error> {
         SideSession::open(&self.dialer).await
     }
 
-    /// Do its connections come from another pool?
+    /// Returns whether the connections come from a wrapped pool.
     pub(crate) fn is_wrapped(&self) -> bool {
         matches!(self.source, Source::Wrapped(_))
     }
 
-    /// For as long as a commit is being settled.
+    /// Registers a commit that is being settled. Hold the result for as long as that takes.
     pub(crate) fn settling(&self) -> Settling<'_, C> {
         Settling::new(self)
     }
 
-    /// A word for one transaction's mark.
+    /// A nonce for the mark of one transaction.
     pub(crate) fn next_nonce(&self) -> Nonce {
         self.dialer.next_nonce()
     }
 
-    /// A seed for one call's jitter.
+    /// A seed for the jitter of one call.
     pub(crate) fn next_seed(&self) -> u64 {
         self.dialer.next_seed()
     }
@@ -434,12 +434,12 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().suspect(id, suspicion);
     }
 
-    /// Is this the generation of the primary that callers are given connections to?
+    /// Returns whether callers get connections to the primary of this generation.
     pub(crate) fn is_current(&self, id: GenerationId) -> bool {
         self.cluster().is_current(id)
     }
 
-    /// The primary of this generation has answered.
+    /// Reports that the primary of this generation answered.
     pub(crate) fn heard(&self, id: GenerationId) {
         self.cluster().heard(id);
     }
@@ -452,12 +452,12 @@ impl<C: SessionClient> Pool<C> {
         &self.dialer.cluster
     }
 
-    /// Fails at once, without a timer, where the pool has ended: there may be no runtime any more.
+    /// Fails at once if the pool has ended. Uses no timer, as the runtime may have ended too.
     pub(crate) fn not_ended(&self) -> Result<(), Error> {
         if self.cluster().is_closed() { Err(self.cluster().ended().into()) } else { Ok(()) }
     }
 
-    /// Where the pool's tasks run.
+    /// The runtime of the pool's tasks.
     pub(crate) fn runtime(&self) -> &Handle {
         self.dialer.dials.runtime()
     }

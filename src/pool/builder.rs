@@ -1,4 +1,4 @@
-//! Turns a configuration into a pool, or says what is wrong with it.
+//! Turns a configuration into a pool, or reports what is wrong with it.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -30,7 +30,7 @@ use crate::server::{Ask, Open, Opener, Passwords};
 use crate::tls::Tls;
 use crate::topology::Settings;
 
-/// Configures a [`Pool`]. By value; the setters do not fail, [`PoolBuilder::build`] does.
+/// Configures a [`Pool`]. Setters take the builder by value and never fail; [`PoolBuilder::build`] reports all errors.
 ///
 /// ```no_run
 /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -58,7 +58,7 @@ pub struct PoolBuilder {
     max_lifetime: Duration,
     test_idle_after: Duration,
     sleep_after: Option<Duration>,
-    /// A pool of this crate's own, which knows what is on loan.
+    /// The pool is this crate's own, which knows what is on loan.
     knows_loans: bool,
     gate: usize,
     calls: CallOptions,
@@ -97,51 +97,53 @@ impl PoolBuilder {
         self
     }
 
-    /// How many connections are kept idle, ready for the next callers. Default: 0.
+    /// The number of connections kept idle, ready for the next callers. Default: 0.
     ///
-    /// They are opened ahead of need in the background: when a primary was found, and when callers have taken them; within
-    /// [`PoolBuilder::max_size`], and through [`PoolBuilder::connection_gate`]. None of them is closed for being idle.
+    /// They are opened in advance in the background: when a primary was found, and when callers have taken some. They
+    /// count towards [`PoolBuilder::max_size`], and are opened through [`PoolBuilder::connection_gate`]. They are not
+    /// closed for being idle.
     pub fn min_idle(mut self, min_idle: usize) -> Self {
         self.idle.min = min_idle;
         self
     }
 
-    /// A connection that has been idle for so long is closed, down to [`PoolBuilder::min_idle`]. Default: 10 min.
+    /// The time after which an idle connection is closed, down to [`PoolBuilder::min_idle`] connections. Default: 10
+    /// min.
     ///
-    /// Shorter than what proxies in between allow (Fly's recommends 5 min). Connections are reused last in, first out, so
-    /// that a pool shrinks to what the load needs.
+    /// Make it shorter than what proxies in between allow (Fly's recommends 5 min). Connections are reused last in,
+    /// first out, so that a pool shrinks to what the load needs.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle.timeout = timeout;
         self
     }
 
-    /// A connection is not handed out any more at this age, less up to a tenth, by chance, so that those which were opened
-    /// together after a failover are not renewed together. Default: 30 min.
+    /// The age at which a connection is no longer handed out. Default: 30 min. A random part of up to a tenth is
+    /// subtracted, so that connections opened together after a failover are not renewed together.
     pub fn max_lifetime(mut self, lifetime: Duration) -> Self {
         self.max_lifetime = lifetime;
         self
     }
 
-    /// A connection on which the server has said nothing for so long is asked before it is handed out: one round trip, for
-    /// which it has 500 ms. Default: 1 s. `Duration::MAX`: never.
+    /// The time of silence after which an idle connection is tested before it is handed out. The test is one round
+    /// trip, for which the server has 500 ms. Default: 1 s. `Duration::MAX`: never.
     ///
-    /// For sockets that died without a word: the machine was suspended, a router or a proxy has forgotten them. Without it the
-    /// first statement on such a connection waits for `tcp_user_timeout`. One that gives no answer is closed, together with
-    /// all that have been idle for as long. Time passes by the wall clock, which goes on while a machine sleeps. Connections
-    /// that are used more often are handed out without a round trip.
+    /// This finds sockets that died without a sign, because the machine was suspended, or a router or a proxy forgot
+    /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. A connection that gives
+    /// no answer is closed, together with all that have been idle for as long. Time is measured by the wall clock,
+    /// which goes on while a machine sleeps. Connections that are used more often are handed out without a round trip.
     pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
         self.test_idle_after = idle_for;
         self
     }
 
-    /// Without a caller for so long the pool sleeps: all its connections are closed, the pool's own included, and no server
-    /// and no DNS is asked. Default: never.
+    /// The time without a caller after which the pool sleeps: all its connections are closed, including the pool's own,
+    /// and neither servers nor DNS are asked. Default: never.
     ///
-    /// For databases that are suspended or billed while nobody is connected (Neon, Aurora's auto-pause, machines on Fly that
-    /// stop). The first caller wakes the pool: a primary is searched and verified anew, as in the first search of all, since
-    /// anything may have happened meanwhile. So it waits for that, and for the server to start; give it a
-    /// [`PoolBuilder::checkout_timeout`] that has room for both. Connections on loan, [listeners](Pool::listen) and
-    /// [detached](crate::Client::detach) sessions keep the pool awake.
+    /// This is for databases that are suspended, or cost nothing, while no client is connected (Neon, Aurora's
+    /// auto-pause, Fly machines that stop). The first caller wakes the pool. A primary is then searched and verified
+    /// anew as in the very first search, since anything may have happened meanwhile. The caller waits for this and for
+    /// the server's start, so set a [`PoolBuilder::checkout_timeout`] that covers both. Connections on loan,
+    /// [listeners](Pool::listen) and [detached](crate::Client::detach) sessions keep the pool awake.
     pub fn sleep_after(mut self, without_a_caller: Duration) -> Self {
         self.sleep_after = Some(without_a_caller);
         self
@@ -149,11 +151,11 @@ impl PoolBuilder {
 
     /// How long [`Pool::get`] and [`Pool::connect`] wait for a primary and a free connection. Default: 30 s.
     ///
-    /// Longer than your failover, and callers ride through it: 60 to 75 s on Fly's repmgr clusters, 30 s on Patroni's
-    /// defaults. Shorter, and they fail with the list of what each server said.
+    /// If it is longer than your failover, callers ride through the failover: 60 to 75 s on Fly's repmgr clusters, 30 s
+    /// on Patroni's defaults. If it is shorter, they fail with a list of each server's last answer.
     ///
-    /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it lives through a failover,
-    /// and for others to give a connection back no longer than this.
+    /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it survives a failover.
+    /// It waits for other callers to give back a connection no longer than this.
     pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
         self.calls.checkout_timeout = timeout;
         self
@@ -165,7 +167,7 @@ impl PoolBuilder {
         self
     }
 
-    /// What [`Pool::transaction`] guarantees when the connection is lost between COMMIT and its answer. Default:
+    /// What [`Pool::transaction`] guarantees if the connection is lost between COMMIT and its answer. Default:
     /// [`Guarantee::ExactlyOnce`].
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
         self.calls.guarantee = guarantee;
@@ -178,35 +180,38 @@ impl PoolBuilder {
         self
     }
 
-    /// Asks this function for the password of each new session, instead of taking one from the connection string: for
-    /// secrets that are rotated, and tokens that expire. Default: none.
+    /// Asks this function for the password of each new session, instead of taking it from the connection string. Use it
+    /// for secrets that are rotated, and tokens that expire. Default: none.
     ///
-    /// It is asked once before each session is opened, of the pool's own sessions too (probes, heart-beat), and nothing is
-    /// kept. A search for the primary asks up to a hundred times a second for each server: a provider that calls a slow or
-    /// metered service should keep its answer itself for as long as it is good. It must not block, and may be called by
-    /// several tasks at a time. Open connections live on, whatever becomes of their password.
+    /// The provider is asked once before each session is opened, including the pool's own sessions (probes, heartbeat),
+    /// and the password is not kept. A search for the primary asks up to a hundred times a second for each server, so a
+    /// provider that calls a slow or metered service should cache its answer for as long as it is valid. It must not
+    /// block, and may be called by several tasks at a time. Open connections stay open, whatever becomes of their
+    /// password.
     ///
     /// # Errors
-    /// A provider that fails, panics or is too slow is asked again for the next try, and the callers wait, like for a
-    /// primary: at their deadline they get [`Error::Unavailable`](crate::Error::Unavailable), which says what the provider
-    /// said; its error is in the chain of sources where the primary is known. It has three quarters of the shortest of
-    /// [`PoolBuilder::probe_timeout`], [`PoolBuilder::heartbeat_timeout`] and a third of [`PoolBuilder::dead_after`]. What the
-    /// provider's error says gets into errors and logs: keep the secret out of it.
+    /// If the provider fails, panics or is too slow, it is asked again for the next attempt, and the callers wait as
+    /// they do for a primary. At their deadline they get [`Error::Unavailable`](crate::Error::Unavailable), which
+    /// contains the provider's error; if the primary is known, that error is in the chain of sources. The provider's
+    /// time limit is three quarters of the shortest of [`PoolBuilder::probe_timeout`],
+    /// [`PoolBuilder::heartbeat_timeout`] and a third of [`PoolBuilder::dead_after`]. The text of its error gets into
+    /// errors and logs, so keep the secret out of it.
     ///
-    /// A password that the server refuses is told at once, as [`Error::Refused`](crate::Error::Refused), as long as none was
-    /// right. After that it is taken for a change under way, and waited for in the same way.
+    /// If the server refuses a password before any was accepted, callers get [`Error::Refused`](crate::Error::Refused)
+    /// at once. After a password was accepted, a refusal is taken for a change under way, and callers wait in the same
+    /// way.
     ///
-    /// [`PoolBuilder::build`] fails where the connection string holds a password too.
+    /// [`PoolBuilder::build`] fails if the connection string contains a password as well.
     ///
     /// # Cancel safety
-    /// The future is dropped where its session is too late, or where its primary or the pool has ended. A caller that gives up
-    /// leaves it under way: its session is the next caller's.
+    /// The provider's future is dropped if its session is too late, or if its primary or the pool has ended. If a
+    /// caller gives up, the future goes on, and its session goes to the next caller.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
     /// use tokio_postgres_failover::Pool;
     ///
-    /// // A secret that an orchestrator renews in a file.
+    /// // An orchestrator renews this secret in a file.
     /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
     ///     .password_provider(|| async { Ok(tokio::fs::read_to_string("/run/secrets/pg").await?.trim_end().to_owned()) })
     ///     .build()?;
@@ -226,14 +231,16 @@ impl PoolBuilder {
         self
     }
 
-    /// The TLS connector. Default: none, or with the feature `rustls` what the connection string asks for. Certificates are
-    /// checked against the configured host name, although the connection is made to an address.
+    /// The TLS connector. Default: none, or with the feature `rustls` what the connection string asks for. Certificates
+    /// are checked against the configured host name, although the connection is made to an address.
     ///
-    /// What is checked of them is up to the connector: `sslmode=verify-ca` and `verify-full` count as `require`, and
-    /// [`PoolBuilder::build`] fails where the connection string has `sslrootcert`, `sslcert` or `sslkey`. Without an
-    /// `sslmode` the driver prefers TLS, and goes without where the server offers none.
+    /// The connector decides what is checked: `sslmode=verify-ca` and `verify-full` count as `require`, and
+    /// [`PoolBuilder::build`] fails if the connection string has `sslrootcert`, `sslcert` or `sslkey`. Without an
+    /// `sslmode`, the driver prefers TLS, and does without it if the server offers none.
     ///
-    /// A clone of it is asked for each new session, so a [`MakeTlsConnect`] that holds its certificates behind an `Arc` and
+    /// Each new session uses a clone of the connector. So certificates can be rotated by a [`MakeTlsConnect`] that
+    /// holds them behind an `Arc` and reads them anew from time to time. Open connections stay open with the old
+    /// certificates.
     /// reads them anew from time to time rotates them; open connections live on with the old ones.
     pub fn tls<T>(mut self, connector: T) -> Self
     where
@@ -246,15 +253,15 @@ impl PoolBuilder {
         self
     }
 
-    /// TLS by rustls, required: no session is opened without. Feature `rustls`.
+    /// Requires TLS by rustls: no session is opened without it. Feature `rustls`.
     ///
-    /// For what cannot be said in the connection string, where `sslmode=verify-full` and `sslrootcert` do the same. Where
-    /// both speak, the stricter check counts. Replaces a connector given to [`PoolBuilder::tls`].
+    /// Use it for what a connection string cannot express; otherwise `sslmode=verify-full` and `sslrootcert` do the
+    /// same. If both are given, the stricter check counts. Replaces a connector given to [`PoolBuilder::tls`].
     ///
     /// # Errors
-    /// [`PoolBuilder::build`] fails where a file cannot be used, where the connection string says `sslmode=disable` or
-    /// `prefer`, and where it holds files that are given here too. A server without TLS, or whose certificate does not pass,
-    /// is [`Error::Refused`](crate::Error::Refused) at once.
+    /// [`PoolBuilder::build`] fails if a file cannot be used, if the connection string has `sslmode=disable` or
+    /// `prefer`, or if it names files that are given here too. A server without TLS, or one whose certificate fails the
+    /// check, leads to [`Error::Refused`](crate::Error::Refused) at once.
     #[cfg(feature = "rustls")]
     pub fn rustls(mut self, tls: Tls) -> Self {
         self.security = Security::Rustls(tls);
@@ -267,121 +274,122 @@ impl PoolBuilder {
         self
     }
 
-    /// Resolves names by your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the system's
-    /// configuration.
+    /// Resolves names with your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the
+    /// system's configuration.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self
     }
 
-    /// Shown in `pg_stat_activity`. Default: that of the connection string, else `tokio-postgres-failover`.
+    /// The name shown in `pg_stat_activity`. Default: that of the connection string, else `tokio-postgres-failover`.
     pub fn application_name(mut self, name: impl Into<String>) -> Self {
         self.config.application_name(name);
         self
     }
 
-    /// The pool's name in its figures, with the feature `metrics`: their label `db.client.connection.pool.name`. Default: the
+    /// The pool's name in its metrics (feature `metrics`): their label `db.client.connection.pool.name`. Default: the
     /// first host of the configuration, its port and the database, as in `my-pg.internal:5432/app`.
     ///
-    /// Give each pool of a process a name of its own. Pools of one name share their figures: counts add up, and
+    /// Give each pool of a process a different name. Pools with the same name share their metrics: counts add up, and
     /// `db.client.failover.generation` is that of one of them.
     pub fn pool_name(mut self, name: impl Into<String>) -> Self {
         self.pool_name = Some(name.into());
         self
     }
 
-    /// Pause between two questions to the primary, on a connection of the pool's own. Default: 1 s.
+    /// Pause between two heartbeats, which ask the primary on a connection of the pool's own. Default: 1 s.
     ///
-    /// A closed or refused connection is noticed at once, without it. It is for what sends no sign: a fence, a host that
-    /// vanished while no call was under way. While connections are on loan and nothing is heard on any of them for a
-    /// twentieth of this, the primary is asked without waiting for the next beat.
+    /// A closed or refused connection is noticed at once, without the heartbeat. The heartbeat finds failures that give
+    /// no sign: a fence, or a host that vanished while no call was under way. If connections are on loan and all are
+    /// silent for a twentieth of this time, the primary is asked without waiting for the next heartbeat.
     pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
         self.settings.heartbeat = interval;
         self
     }
 
-    /// A primary that leaves a heart-beat unanswered for so long is searched for; what is in flight goes on, so that a
-    /// server that was only slow loses nothing. Default: 2 s.
+    /// The time without an answer to a heartbeat after which the pool searches for a primary. Default: 2 s. Work under
+    /// way continues, so that a server that was only slow loses nothing.
     pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
         self.settings.heartbeat_timeout = timeout;
         self
     }
 
-    /// Pause between two looks at DNS and at the other members while the primary is well. Default: 5 s.
+    /// Pause between two checks of DNS and of the other members while the primary is well. Default: 5 s.
     ///
-    /// It bounds how long an old primary that is cut off from its peers, but not from us, still gets writes.
+    /// It limits how long an old primary still gets writes if it is cut off from its peers, but not from this pool.
     pub fn patrol_interval(mut self, interval: Duration) -> Self {
         self.settings.patrol = interval;
         self
     }
 
-    /// Pause between two probes of one server while there is no primary: shortest, and longest. In between it is one
-    /// per cent of the time already lost. Default: 10 ms and 250 ms. Addresses that do not answer are asked less often when
-    /// there are more than eight of them.
+    /// Shortest and longest pause between two probes of one server while there is no primary. In between, the pause is
+    /// one per cent of the time without a primary. Default: 10 ms and 250 ms. If there are more than eight addresses
+    /// that do not answer, those are asked less often.
     ///
-    /// A standby to which a session is open looks by itself whether it was promoted, ten times in that pause, and tells at
-    /// once: it runs a statement of 50 to 250 ms for it, with `pg_sleep`. Where the role may not call that, it is asked at the
-    /// usual pace.
+    /// A standby with an open session checks for its own promotion ten times in that pause, and reports it at once. For
+    /// this it runs a statement of 50 to 250 ms with `pg_sleep`. If the role may not call `pg_sleep`, the standby is
+    /// asked at the usual pace.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
         self.settings.poll = (shortest, longest);
         self
     }
 
-    /// Time for one probe, and for opening one connection: TCP, TLS, authentication and one query. Default: 3 s.
+    /// Time limit for one probe, and for opening one connection: TCP, TLS, authentication and one query. Default: 3 s.
     ///
-    /// Each candidate has its own, all at the same time: a silent one costs the others nothing.
+    /// All candidates are probed at the same time, each with this limit, so a silent one does not delay the others.
     pub fn probe_timeout(mut self, timeout: Duration) -> Self {
         self.settings.probe_timeout = timeout;
         self
     }
 
-    /// The connections of a primary that has been silent for so long are ended, even if no other primary was found.
+    /// The time of silence after which the connections of a primary are ended, even if no other primary was found.
     /// Default: 20 s.
     pub fn dead_after(mut self, silence: Duration) -> Self {
         self.settings.dead_after = silence;
         self
     }
 
-    /// Keeps a session to each standby while there is a primary, and asks it once in each patrol. Default: yes.
+    /// Whether to keep a session to each standby while there is a primary, and to ask it in each patrol. Default: yes.
     ///
-    /// A session survives its server's promotion, so such a pool notices one within a round trip once it searches, and has its
-    /// first connection to the new primary at that moment. It costs each standby a connection from each pool. With `false`
-    /// each patrol opens a session to each standby and closes it: for each pool that is up to 24 log-ins a minute in each
+    /// A session survives its server's promotion. So the search notices the promotion within a round trip, and at once
+    /// has a first connection to the new primary. The cost is one connection per pool to each standby. With `false`,
+    /// each patrol opens a session to each standby and closes it: up to 24 log-ins a minute from each pool in each
     /// standby's log. docs/costs.md has the figures.
     pub fn warm_standbys(mut self, warm: bool) -> Self {
         self.settings.warm_standbys = warm;
         self
     }
 
-    /// How many connections are opened at the same time. Default: 4. A server that was just promoted has other work.
+    /// The most connections that are opened at the same time. Default: 4. A newly promoted server should not be
+    /// flooded.
     pub fn connection_gate(mut self, at_once: usize) -> Self {
         self.gate = at_once;
         self
     }
 
-    /// The cluster that this pool belongs to, by what `SELECT system_identifier FROM pg_control_system()` says on its servers.
-    /// Default: the one that the first search finds.
+    /// The pool's cluster, as `SELECT system_identifier FROM pg_control_system()` returns it on its servers. Default:
+    /// the cluster that the first search finds.
     ///
-    /// A first search that meets servers of several clusters takes none of them: callers get
-    /// [`Error::Refused`](crate::Error::Refused), which names both. Set this where a name or a list of hosts may lead to a
-    /// copy: blue/green, a restored backup, a logical subscriber. A server that does not tell its identifier is refused then.
-    /// [`Pool::accept_cluster`] changes it later.
+    /// If the first search meets servers of several clusters, it accepts none of them, and callers get
+    /// [`Error::Refused`](crate::Error::Refused), which names both. So set this if a name or a list of hosts may lead
+    /// to a copy: blue/green, a restored backup, a logical subscriber. A server that withholds its identifier is then
+    /// refused. [`Pool::accept_cluster`] changes the cluster later.
     pub fn system_identifier(mut self, system_identifier: u64) -> Self {
         self.settings.system_identifier = Some(system_identifier);
         self
     }
 
-    /// Follows what answers in the cluster's place, when no server of this pool's cluster has answered as its primary for so
-    /// long: a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or this one restored to an older
-    /// timeline. Default: never.
+    /// Follows another primary if no server of this pool's cluster has answered as its primary for this long. It may
+    /// belong to a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or to this one, restored
+    /// to an older timeline. Default: never.
     ///
-    /// Without it such servers are refused until [`Pool::accept_cluster`] or a restart of the service, as a copy or an old
-    /// primary may be reachable while the real one is not: with it, the pool would write to that one then. Choose a time that
-    /// is longer than any failover, and longer than a network partition that you want to sit out. Where several clusters
-    /// answer, none is followed.
+    /// Without this, such servers are refused until [`Pool::accept_cluster`] or a restart of the service. The danger is
+    /// that a copy or an old primary is reachable while the real primary is not: with this setting the pool would then
+    /// write to it. Choose a time that is longer than any failover, and longer than a network partition that you want
+    /// to sit out. If several clusters answer, none is followed.
     ///
     /// # Errors
-    /// [`PoolBuilder::build`] fails where this is zero, and together with [`PoolBuilder::system_identifier`].
+    /// [`PoolBuilder::build`] fails if this is zero, or if [`PoolBuilder::system_identifier`] is set too.
     pub fn accept_new_cluster_after(mut self, silence: Duration) -> Self {
         self.settings.accept_new_cluster_after = Some(silence);
         self
@@ -393,7 +401,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Makes the pool. Needs no server, and a tokio runtime, on which it starts its one task.
+    /// Creates the pool. Needs no server, but a tokio runtime, on which it starts its tasks.
     pub fn build(self) -> Result<Pool, BuildError> {
         let max_size = self.max_size;
         if max_size == 0 {
@@ -410,7 +418,7 @@ impl PoolBuilder {
         let dialer = Arc::clone(&manager.dialer);
         dialer.cluster.observer().sized(max_size, idle.min);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
-        // Building fails only where time-outs are set without a runtime; none are.
+        // Building fails only for time-outs without a runtime, and no time-outs are set.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
         dialer.dials.serve(inner.weak(), max_size);
         let keeper = Keeper {
@@ -424,7 +432,7 @@ impl PoolBuilder {
         Ok(Pool { source: Source::Own(inner), dialer, shared })
     }
 
-    /// Makes the manager alone, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
+    /// Creates only the manager, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
     /// `idle_timeout`, `sleep_after` and the retry settings are not used.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
         checked(&mut self.settings)?;
@@ -441,7 +449,7 @@ impl PoolBuilder {
             let problem = "the connection string holds a password too; remove one of them";
             return Err(BuildError::invalid("password_provider", problem));
         }
-        // More than one of its failures must fit into the silence after which connections are ended.
+        // More than one failure of the provider must fit into the silence after which connections are ended.
         let shortest = settings.probe_timeout.min(settings.heartbeat_timeout).min(settings.dead_after / 3);
         let names = names(self.pool_name, &targets, &template);
         let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
@@ -469,7 +477,8 @@ impl PoolBuilder {
         Ok(Manager::new(Arc::new(dialer.with_ages(max_lifetime, self.test_idle_after))))
     }
 
-    /// What `build_manager` reads from the configuration, without a runtime: names, addresses, and the sessions' template.
+    /// Returns what `build_manager` reads from the configuration, without a runtime: names, addresses and the sessions'
+    /// template.
     #[cfg(fuzzing)]
     pub(crate) fn read(&self, tls: bool) -> Result<(Vec<(String, u16)>, Vec<String>, Config), BuildError> {
         let targets = targets(&self.config, &self.ssl.hosts)?;
@@ -482,7 +491,7 @@ impl PoolBuilder {
 
 impl fmt::Debug for PoolBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The configuration is left out: in one that was misread, any part may be a piece of the password.
+        // The configuration is left out: if it was misread, any part of it may be a piece of the password.
         f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
     }
 }

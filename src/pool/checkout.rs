@@ -1,4 +1,4 @@
-//! How a caller waits for a connection and gives it back, and what it is told when there is none.
+//! How a caller waits for a connection and gives it back, and which error it gets if there is none.
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -21,14 +21,15 @@ impl<C: SessionClient> Pool<C> {
         self.get_by(|| deadline, None).await
     }
 
-    /// A connection for a transaction. A primary is waited for until the deadline of its policy, which may be longer than
-    /// the checkout timeout so that the call lives through a failover; others who have all connections in use are waited
-    /// for no longer than by [`Pool::get`].
+    /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy, which
+    /// may be longer than the checkout timeout so that the call survives a failover. While other callers use all
+    /// connections, it waits no longer than [`Pool::get`].
     pub(crate) async fn get_for_transaction(&self, deadline: Instant) -> Result<Client<C>, Error> {
         self.get_by(|| deadline, Some(self.shared.checkout_timeout)).await
     }
 
-    /// `in_use`: how long to wait while there is a primary and all connections are in use. Without one, until the deadline.
+    /// `in_use` is how long to wait while there is a primary and all connections are in use. Without a primary, the
+    /// deadline holds.
     pub(super) async fn get_by(
         &self,
         deadline: impl FnOnce() -> Instant,
@@ -36,7 +37,7 @@ impl<C: SessionClient> Pool<C> {
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
         let mut checkout = pin!(self.checkout());
-        // An idle connection is there at once: for it no clock is read and no timer is made.
+        // An idle connection is available at once, without reading a clock or creating a timer.
         if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
             waits.ended(&checked_out);
             return checked_out;
@@ -62,7 +63,7 @@ impl<C: SessionClient> Pool<C> {
         checked_out
     }
 
-    /// `None`: for so long there was one primary, and all connections to it were in use.
+    /// `None`: there was a primary for this long, and all connections to it were in use.
     async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
         loop {
             let generation = tokio::select! {
@@ -70,7 +71,7 @@ impl<C: SessionClient> Pool<C> {
                 checked_out = checkout.as_mut() => return Some(checked_out),
                 generation = self.cluster().primary() => generation,
             };
-            // Why there is none, the checkout says as well.
+            // The checkout reports as well why there is no primary.
             let Ok(generation) = generation else { return Some(checkout.await) };
             tokio::select! {
                 biased;
@@ -88,12 +89,13 @@ impl<C: SessionClient> Pool<C> {
 
     async fn checkout(&self) -> Result<Client<C>, Error> {
         loop {
-            // Waiting is done here and not in `recycle`: a caller that gives up in there takes a good connection along.
+            // Wait here and not in `recycle`: a caller that gives up inside `recycle` loses a good connection.
             if !self.cluster().has_primary() {
                 self.not_ended()?;
                 let _counted = Counted::new(&self.shared.searching);
                 if let Err(none) = Box::pin(self.cluster().primary()).await {
-                    // Whoever asks again at once, in a loop, must let the task run that might find something better.
+                    // A caller that asks again at once, in a loop, must let the cluster's task run, which may find
+                    // something better.
                     tokio::task::yield_now().await;
                     return Err(none.into());
                 }
@@ -110,16 +112,16 @@ impl<C: SessionClient> Pool<C> {
                     object.use_it();
                     return Ok(self.lend(Loan::Own(object)));
                 }
-                // No session could be opened now. Another caller may have given one back meanwhile: look there first.
+                // No session could be opened. Another caller may have given one back meanwhile, so look there first.
                 Err(PoolError::Backend(Error::Unavailable(_))) => {}
                 Err(PoolError::Backend(error)) => return Err(error),
-                // The inner pool has no time-outs and no hooks of its own, so all that is left is that it was closed.
+                // The inner pool has no time-outs and no hooks of its own, so it can only have been closed.
                 Err(_) => return Err(self.cluster().ended().into()),
             }
         }
     }
 
-    /// A good connection comes back: it goes to whoever waits for one to be opened, and else to the idle ones.
+    /// A good connection comes back. It goes to a caller that waits for a new connection, or else to the idle ones.
     pub(super) fn give_back(&self, loan: Loan<C>) {
         let Loan::Own(object) = loan else { return };
         let dials = &self.dialer.dials;
@@ -128,7 +130,7 @@ impl<C: SessionClient> Pool<C> {
         } else if object.may_be_handed_out(self.cluster()) {
             return dials.hand(Object::take(object));
         }
-        // Somebody may have begun to wait since.
+        // A caller may have begun to wait since.
         if dials.wanted() {
             dials.offer_idle();
         }
@@ -140,11 +142,11 @@ impl<C: SessionClient> Pool<C> {
         Client::new(loan, self.clone())
     }
 
-    /// A new connection where a slot is free: nobody had it before, who may have left anything on it. Waits for a primary
+    /// Returns a new connection if a slot is free. No other user can have left anything on it. Waits for a primary
     /// without a limit of its own. Cancel-safe.
     pub(crate) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
-        // Before there is a slot that others could use.
+        // Do this first, so that no slot is held during the wait that others could use.
         self.cluster().primary().await?;
         match inner.timeout_get(&AT_ONCE).await {
             Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
@@ -165,7 +167,7 @@ impl<C: SessionClient> Pool<C> {
     }
 }
 
-/// One more in a counter, for as long as it lives.
+/// Counts one more in a counter for as long as it exists.
 pub(super) struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {

@@ -29,8 +29,8 @@ use crate::topology::GenerationId;
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
 ///
 /// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
-/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool it derefs to
-/// what that pool holds.
+/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool it
+/// derefs to what that pool holds.
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -53,17 +53,17 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     /// Keeps the cluster's task alive for as long as the connection is in use.
     pool: Pool<C>,
     on_loan: Stopwatch,
-    /// Something was asked for whose answer may be kept from coming.
+    /// A streaming call was made, whose answer its receiver may stop reading.
     streamed: AtomicBool,
-    /// It was given back with something under way, and waits for the end of that.
+    /// The connection was given back with something under way, and waits for that to end.
     draining: bool,
 }
 
-/// Whose connection it is.
+/// The pool that a connection comes from.
 pub(super) enum Loan<C: SessionClient> {
     Own(Object<Manager<C>>),
-    /// One of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way on it. Watched while
-    /// it is on loan: what becomes of it in its own pool nobody tells.
+    /// A connection of a wrapped pool. `scope` ends with the generation, as nothing else would end what is under way on
+    /// it. It is observed only while on loan, as its own pool reports nothing about it.
     Wrapped {
         object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
@@ -113,7 +113,7 @@ impl<C: SessionClient> Loan<C> {
         !ended && !self.client().is_closed() && !self.facts().is_unfit()
     }
 
-    /// Frees the slot now; inside the pool the dead connection would hold it until the next checkout.
+    /// Frees the slot now. Inside the pool, the dead connection would hold it until the next checkout.
     fn discard(self) {
         match self {
             Self::Own(object) => drop(Object::take(object)),
@@ -123,7 +123,7 @@ impl<C: SessionClient> Loan<C> {
 }
 
 impl<C: SessionClient> Client<C> {
-    /// `loan` has been counted.
+    /// The caller must already have counted `loan`.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
         loan.facts().trail.freshen(loan.client());
         let streamed = AtomicBool::new(false);
@@ -136,11 +136,12 @@ impl<C: SessionClient> Client<C> {
         self.facts().generation
     }
 
-    /// Ends the session instead of giving it back: nobody gets this connection again. What the server still runs for it is
+    /// Ends the session instead of giving it back, so that no other caller gets it. What still runs on the server is
     /// cancelled, and an open transaction is rolled back.
     ///
-    /// For a session whose state you do not trust: a temporary table, a `SET`, an advisory lock that somebody left. The pool
-    /// does it by itself where a statement is under way, or a transaction is open, when the connection is dropped.
+    /// Use it for a session whose state you do not trust, such as a temporary table, a `SET` or a left advisory lock.
+    /// If a statement is under way or a transaction is open when the connection is dropped, the pool does this by
+    /// itself.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -155,10 +156,10 @@ impl<C: SessionClient> Client<C> {
         self.poison();
     }
 
-    /// Takes the connection out of the pool: it is yours, and counts as none of [`PoolBuilder::max_size`] any more.
+    /// Takes the connection out of the pool. It is yours, and no longer counts towards [`PoolBuilder::max_size`].
     ///
-    /// For sessions that are held for long, or that end in a state that nobody else should meet. The pool does not open
-    /// another one for it before a caller needs it. The session still ends with its primary's generation, with
+    /// Use it for sessions that are held for long, or that end in a state which no other caller should meet. The pool
+    /// opens no replacement before a caller needs one. The session still ends with its primary's generation, with
     /// [`Pool::close`], and when it is dropped.
     ///
     /// [`PoolBuilder::max_size`]: crate::PoolBuilder::max_size
@@ -191,9 +192,10 @@ impl<C: SessionClient> Client<C> {
         Detached { session, _wanting: wanting, _pool: self.pool.clone() }
     }
 
-    /// A token by which what this session runs can be cancelled, from wherever.
+    /// Returns a token that can cancel what this session runs, from anywhere.
     ///
-    /// Take it from here: one from the driver's own `Client`, behind two derefs, does not know the server's address.
+    /// Take the token from here: one from the driver's own `Client`, behind two derefs, does not know the server's
+    /// address.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -211,12 +213,12 @@ impl<C: SessionClient> Client<C> {
         CancelToken { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
     }
 
-    /// Ends the session; it never goes back to the pool. What the server still runs for it is cancelled, but for a COMMIT.
+    /// Ends the session, which never goes back to the pool. Cancels what still runs on the server, except for a COMMIT.
     pub(crate) fn poison(&self) {
         if self.facts().poisoned.swap(true, Ordering::AcqRel) {
             return;
         }
-        // What the pool itself has closed may still run on the server.
+        // A session that the pool itself has closed may still run on the server.
         if !self.is_closed() || self.pool.cluster().is_closed() {
             self.pool.dialer.cancel_running(self, self.facts());
         }
@@ -225,7 +227,7 @@ impl<C: SessionClient> Client<C> {
         }
     }
 
-    /// From now on the session may be busy although nobody waits for it.
+    /// Notes that from now on the session may be busy without a caller that waits for it.
     pub(crate) fn set_streamed(&self) {
         self.streamed.store(true, Ordering::Relaxed);
     }
@@ -234,12 +236,12 @@ impl<C: SessionClient> Client<C> {
         self.streamed.load(Ordering::Relaxed)
     }
 
-    /// A COMMIT is sent now, or was answered.
+    /// Notes that a COMMIT is being sent, or was answered.
     pub(crate) fn set_committing(&self, committing: bool) {
         self.facts().committing.store(committing, Ordering::Release);
     }
 
-    /// Waits until the session is of no use any more, where nothing else ends what is under way on it. Cancel-safe.
+    /// Waits until the session is no longer usable, if nothing else ends what is under way on it. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self.loan() {
             Loan::Own(_) => pending().await,
@@ -259,12 +261,12 @@ impl<C: SessionClient> Client<C> {
         self.loan().watched()
     }
 
-    /// The server at the other end, where it lets itself be identified.
+    /// The identity of the server, if the server reveals it.
     pub(crate) fn life(&self) -> Option<Life> {
         self.facts().life()
     }
 
-    /// How its session marks transactions.
+    /// How this session marks transactions.
     pub(crate) fn marking(&self) -> MarkStatement {
         self.facts().marking()
     }
@@ -286,23 +288,23 @@ impl<C: SessionClient> Client<C> {
         &self.facts().notices
     }
 
-    /// What the statements of the session have failed with.
+    /// The errors that statements of the session have met.
     pub(crate) fn trail(&self) -> &Arc<Trail> {
         &self.facts().trail
     }
 
-    /// After so many failures with a stale statement in one call, each on a connection that was healed then, no connection
-    /// has one any more.
+    /// The number of failures with a stale statement in one call after which no connection has a stale statement any
+    /// more, as each failure heals its connection.
     pub(crate) fn fresh_after(&self) -> u32 {
         if self.trail().can_clear() { 1 } else { u32::try_from(self.pool.status().max_size).unwrap_or(u32::MAX) }
     }
 
-    /// What the server said when it ended this session, as far as it did: "terminating connection due to idle-session
-    /// timeout", SQLSTATE 57P05, say. A statement is told only that the connection is closed when that comes in a pause
-    /// between two of them.
+    /// Returns what the server said when it ended this session, if it said anything: for instance "terminating
+    /// connection due to idle-session timeout", SQLSTATE 57P05. If that comes between two statements, the next
+    /// statement is told only that the connection is closed.
     ///
-    /// `None` while the session is open, where the connection was lost without a word, and where the driver is that of a
-    /// [wrapped](Pool::wrap) pool.
+    /// Returns `None` while the session is open, if the connection was lost without a report, and if the driver belongs
+    /// to a [wrapped](Pool::wrap) pool.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -328,7 +330,8 @@ impl<C: SessionClient> Client<C> {
         self.loan().facts()
     }
 
-    /// The end of an answer may still be on its way: that gets a moment. Returns the loan where there is nothing to wait for.
+    /// Gives the end of an answer that may be on its way a moment to arrive. Returns the loan if there is nothing to
+    /// wait for.
     fn drain(&mut self, loan: Loan<C>) -> Option<Loan<C>> {
         let ends_by_itself = loan.activity().is_busy() && !loan.activity().in_transaction() && loan.usable();
         if self.draining || !ends_by_itself || self.pool.cluster().is_closed() {
@@ -339,7 +342,7 @@ impl<C: SessionClient> Client<C> {
         let pool = self.pool.clone();
         let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true };
         self.pool.runtime().spawn(async move {
-            // Whatever comes of it is seen when the connection is dropped.
+            // Dropping the connection will show the result.
             let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
             drop(draining);
         });
@@ -395,20 +398,21 @@ impl<C: SessionClient> fmt::Debug for Client<C> {
     }
 }
 
-/// Cancels what one session runs; from [`Client::cancel_token`]. Connects as the pool does, with its TLS.
+/// Cancels what one session runs; from [`Client::cancel_token`]. It connects as the pool does, with the pool's TLS.
 #[derive(Clone)]
 pub struct CancelToken {
     cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,
 }
 
 impl CancelToken {
-    /// Asks the server to stop what the session runs now. The server does not say whether it has: the statement ends with
-    /// SQLSTATE 57014, or goes on to its end. Fails where the server cannot be reached. Waits without a limit of its own.
+    /// Asks the server to cancel what the session runs now. The server does not say whether it has: the statement ends
+    /// with SQLSTATE 57014, or runs to its end. Fails if the server cannot be reached. Waits without a limit of its
+    /// own.
     pub async fn cancel(&self) -> Result<(), tokio_postgres::Error> {
         (self.cancel)().await
     }
 
-    /// As [`CancelToken::cancel`], for code written for the driver's token: the connector is not needed.
+    /// Like [`CancelToken::cancel`], for code written for the driver's token. The connector is ignored.
     pub async fn cancel_query<T>(&self, _: T) -> Result<(), tokio_postgres::Error> {
         self.cancel().await
     }
@@ -420,12 +424,12 @@ impl fmt::Debug for CancelToken {
     }
 }
 
-/// A session that has left its pool, from [`Client::detach`]; dropping it closes it.
+/// A session that has left its pool, from [`Client::detach`]. Dropping it closes it.
 pub struct Detached<C: SessionClient = ClientWrapper> {
-    /// Always there: it was on loan.
+    /// Always set.
     session: Option<Own<C>>,
     _wanting: Wanting,
-    /// The session ends with the task that follows the primary.
+    /// Keeps the task alive that follows the primary, as the session ends with that task.
     _pool: Pool<C>,
 }
 

@@ -1,4 +1,4 @@
-//! Reads a configuration: which servers it names, what each session begins with, and what cannot be honoured. No I/O.
+//! Reads a configuration: which servers it names, how each session begins, and what cannot be honoured. No I/O.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,11 +16,11 @@ use crate::error::BuildError;
 use crate::observe::Names;
 use crate::topology::{Address, Endpoint};
 
-/// Linux takes it in milliseconds, in 31 bits.
+/// The longest value: Linux takes it in milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
-/// What the driver gives for `keepalives_idle` when nobody set it: too long to be of use.
+/// The driver's default of `keepalives_idle`, which is too long to be useful.
 const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
-/// Probing an idle connection after five seconds, three times a second apart, notices a vanished host within eight.
+/// Idle time, interval and count of TCP keep-alive probes. They notice a vanished host within eight seconds.
 const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
 
 /// What [`Pool::builder`](crate::Pool::builder) takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
@@ -75,12 +75,12 @@ impl IntoConfig for Config {
     }
 }
 
-/// Refuses what the driver reads, as libpq does, in a way that puts a piece of the password where it would be shown: into
-/// the name of a host, a database or a role. Nothing is quoted: it may be that piece.
+/// Refuses text that the driver reads, as libpq does, in a way that puts a piece of the password into the name of a
+/// host, a database or a role, where it would be shown. The error quotes nothing, as it may be that piece.
 fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
     let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
     if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
-        // The driver ends the credentials at the first `@`, wherever it stands.
+        // The driver ends the credentials at the first `@`.
         let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
         let (user, _) = credentials.split_once(':').unwrap_or((credentials, ""));
         if before_parameters.contains('@') || user.contains(['/', '?']) || credentials.contains("password=") {
@@ -91,7 +91,7 @@ fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError>
     let hosts = ssl.hosts.host.as_deref();
     let names = [config.get_user(), config.get_dbname(), config.get_options(), config.get_application_name()];
     let files = ssl.files().map(|(_, value)| value);
-    // In `host= password=…` the value of `host` is `password=…`.
+    // In `host= password=…` the driver takes `password=…` for the value of `host`.
     if url.is_none()
         && hosts.into_iter().chain(names.into_iter().flatten()).chain(files).any(|value| value.starts_with("password="))
     {
@@ -101,7 +101,7 @@ fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError>
     Ok(())
 }
 
-/// What the configuration names: DNS names, and servers by address.
+/// The servers that the configuration names: by DNS name, and by address.
 pub(super) struct Targets {
     pub(super) names: Vec<Name>,
     pub(super) addresses: Vec<Endpoint>,
@@ -127,7 +127,8 @@ impl Targets {
             Some(Host::Tcp(name)) => Some(name.as_str()),
             None => None,
         };
-        // A URL writes an IPv6 address in brackets; the driver strips them, a hand-made configuration may not.
+        // A URL has an IPv6 address in brackets. The driver strips them, but a configuration built in code may contain
+        // them.
         let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
         match (address.or(literal), name) {
             (Some(ip), name) => {
@@ -141,7 +142,7 @@ impl Targets {
     }
 }
 
-/// The configuration without its hosts; it has no setter that removes them.
+/// Copies the configuration without its hosts, as it has no setter that removes them.
 pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
     if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
         let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
@@ -189,7 +190,7 @@ pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Resu
     Ok(template)
 }
 
-/// What the pool is called where it is observed. Without a database named, PostgreSQL takes the one of the user's name.
+/// The names under which the pool is observed. Without a database name, PostgreSQL uses the user's name.
 pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
     let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
     let server = match (targets.names.first(), targets.addresses.first()) {
@@ -219,7 +220,7 @@ mod tests {
         error
     }
 
-    /// Found by the fuzz target `password`, and reading on from there.
+    /// The fuzz target `password` found the first of these; the others are of the same kind.
     #[test]
     fn a_password_that_is_read_as_something_else_is_refused_and_not_repeated() {
         for text in [

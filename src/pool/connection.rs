@@ -1,4 +1,4 @@
-//! What a pool holds, and the deadpool manager that makes it.
+//! What the pool holds, and the deadpool manager that creates it.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -23,16 +23,16 @@ use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::{Endpoint, GenerationId, ServerReport};
 
-/// The end of an answer that the network is just bringing is waited for, for so long; a statement that runs on is cancelled.
+/// How long to wait for the end of an answer that is just arriving. A statement that runs longer is cancelled.
 pub(super) const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 
-/// What is known of one session, whoever holds it.
+/// What is known about one session, whichever handle holds it.
 pub(super) struct Facts {
     pub(super) generation: GenerationId,
     life: Option<Life>,
-    /// What the server told later.
+    /// What the server told only later.
     learned: Arc<OnceLock<ServerReport>>,
-    /// How it marks transactions.
+    /// How the session marks transactions.
     pub(super) marking: Mutex<MarkStatement>,
     /// The statement by which a COMMIT looks for its transaction is prepared.
     pub(super) check_prepared: AtomicBool,
@@ -77,18 +77,18 @@ impl Facts {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// Nobody else may use the session.
+    /// Returns whether no other caller may use the session.
     pub(super) fn is_unfit(&self) -> bool {
         self.is_poisoned() || self.trail.is_retired()
     }
 }
 
-/// The life of the generation's server, where that lets itself be identified by now.
+/// The life of the generation's server, if the server has been identified by now.
 pub(super) fn life_in<C: SessionClient>(generation: &Generation<C>) -> Option<Life> {
     life(&generation.primary.report).or_else(|| generation.learned.get().and_then(life))
 }
 
-/// The life of the server that says this, where it lets itself be identified.
+/// The life of the server with this report, if the report identifies it.
 fn life(report: &ServerReport) -> Option<Life> {
     let server = Server {
         system_identifier: report.system_identifier?,
@@ -101,7 +101,7 @@ fn life(report: &ServerReport) -> Option<Life> {
 
 /// One pooled connection: what a deadpool pool of this [`Manager`] holds.
 pub struct Connection<C = ClientWrapper> {
-    /// Boxed: a checkout moves it a dozen times.
+    /// Boxed, because a checkout moves it a dozen times.
     inner: Box<Inner<C>>,
 }
 
@@ -110,9 +110,9 @@ struct Inner<C> {
     abort: Option<AbortHandle>,
     facts: Facts,
     watched: Arc<Watched>,
-    /// From then on it is not handed out any more.
+    /// When it is no longer handed out.
     expires: Instant,
-    /// Somebody has had it.
+    /// A caller has had it.
     used: AtomicBool,
     berth: Option<Berth>,
 }
@@ -153,18 +153,18 @@ impl<C: SessionClient> Connection<C> {
         !self.inner.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
     }
 
-    /// Waits until the driver has seen all that was asked of it, and for the end of a request that has failed. Returns whether
-    /// nothing is under way.
+    /// Waits until the driver has seen all requests, and for the end of a failed one. Returns whether nothing is under
+    /// way.
     pub(super) async fn idle(&self) -> bool {
         let activity = &self.inner.facts.notices.activity;
-        // A timer costs more than the answer, which is known most of the time.
+        // Most of the time the answer is known already, which spares the timer.
         if let Some(idle) = activity.is_idle() {
             return idle;
         }
         timeout(DRAIN_WITHIN, activity.idle()).await.unwrap_or(false)
     }
 
-    /// It does not count as one of the pool's any more.
+    /// It no longer counts as one of the pool's connections.
     pub(super) fn leave_the_pool(&mut self) {
         self.inner.berth = None;
     }
@@ -179,19 +179,19 @@ impl<C: SessionClient> Connection<C> {
         Instant::now() >= self.inner.expires
     }
 
-    /// It is a good connection of the current generation.
+    /// Returns whether this is a good connection of the current generation.
     pub(super) fn may_be_handed_out(&self, cluster: &Cluster<C>) -> bool {
         self.usable() && !self.expired() && cluster.is_current(self.inner.facts.generation)
     }
 
-    /// Nobody will be given it any more.
+    /// Returns whether it will never be handed out again.
     pub(super) fn stale(&self, cluster: &Cluster<C>) -> bool {
         !self.usable() || self.expired() || cluster.has_ended(self.inner.facts.generation)
     }
 
-    /// Notes that somebody has it. Returns whether nobody had it before.
+    /// Notes that a caller has it. Returns whether it had never been used before.
     pub(super) fn use_it(&self) -> bool {
-        // To read is cheaper than to write, and it is true mostly.
+        // A read is cheaper than a write, and mostly finds `true`.
         !self.inner.used.load(Ordering::Relaxed) && !self.inner.used.swap(true, Ordering::Relaxed)
     }
 }
@@ -216,12 +216,13 @@ impl<C> fmt::Debug for Connection<C> {
     }
 }
 
-/// The deadpool manager inside a [`Pool`](crate::Pool), for those who build their deadpool pools by hand.
+/// The deadpool manager inside a [`Pool`](crate::Pool), for deadpool pools that are built by hand.
 ///
-/// Its `create` waits for a primary without a limit of its own: give the pool time-outs, or bound each `get`. Where a
-/// primary is known and takes no session it fails with [`Error::Unavailable`], and the next `get` may have more luck. Its
-/// `recycle` does no I/O on a connection that was used lately; see [`PoolBuilder::test_idle_after`]. What it lacks against [`Pool`](crate::Pool) are the transactions and the explained time-outs; and its
-/// connections end with the deadpool pool, also those in use.
+/// Its `create` waits for a primary without a limit of its own, so give the pool time-outs, or limit each `get`. If a
+/// primary is known but accepts no session, `create` fails with [`Error::Unavailable`], and the next `get` may succeed.
+/// Its `recycle` does no I/O on a recently used connection; see [`PoolBuilder::test_idle_after`]. Unlike
+/// [`Pool`](crate::Pool), it offers neither transactions nor explained time-outs, and its connections end with the
+/// deadpool pool, even those in use.
 ///
 /// [`PoolBuilder::test_idle_after`]: crate::PoolBuilder::test_idle_after
 ///
@@ -251,7 +252,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection<C>, Error> {
-        // Boxed, as it is rare and large, and every waiting call would carry it.
+        // Boxed, because it is rare and large, and every waiting call would carry it.
         Box::pin(self.dialer.connection()).await
     }
 
@@ -260,7 +261,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
         if !connection.idle().await {
-            // Those of this crate's own pool are seen to when they are given back.
+            // Connections of this crate's own pool are checked when they are given back.
             self.dialer.cancel_running(&connection.inner.client, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
         }
@@ -271,7 +272,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         if cluster.is_current(id) {
             return Ok(());
         }
-        // No primary is verified now. If it is the same one again, its connections are as good as before.
+        // No primary is verified now. If the next one is the same, its connections are as good as before.
         let generation = cluster.primary().await.map_err(|none| RecycleError::Backend(none.into()))?;
         if generation.primary.id == id && connection.usable() {
             return Ok(());

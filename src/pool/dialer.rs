@@ -1,4 +1,4 @@
-//! Opens sessions of the current generation, for whoever needs one: the pool, and those who settle a commit.
+//! Opens sessions of the current generation, for the pool and for settling commits.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,12 +22,12 @@ use crate::server::{Open, Session, SessionClient, cancel};
 use crate::sync::lock;
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
-/// Pauses between tries to open a session to a primary that is known and takes none.
+/// Shortest and longest pause between attempts to open a session to a known primary that accepts none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
-/// The longest pause where the server has no slot left: every instance of the service waits for one.
+/// The longest pause if the server has no free slot, as every instance of the service waits for one.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
-/// After a failover, credentials that were accepted before are waited for: their role or their line in `pg_hba.conf` may come
-/// after the promotion.
+/// How long after a failover to retry credentials that were accepted before: the role, or its line in `pg_hba.conf`,
+/// may come after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Dialer<C: SessionClient> {
@@ -36,21 +36,21 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) open_timeout: Duration,
     pub(super) settlers: Settlers<C>,
     pub(super) dials: Arc<Dials<C>>,
-    /// How old a connection may become.
+    /// The maximum age of a connection.
     pub(super) max_lifetime: Duration,
-    /// Idle connections are tested from then on.
+    /// The idle time from which connections are tested.
     pub(super) test_after: TestAfter,
     seeds: AtomicU64,
     nonces: Nonces,
     pub(super) trails: Trails,
-    /// Held by the one who tries a log-in that will most likely be refused, or for which there is most likely no slot.
+    /// Held by the task that tries a log-in which will most likely be refused, or find no free slot.
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// The last refusal, and when the session was dialled that it was said to; until one is opened.
+    /// The last refusal, and when its session was dialled. Cleared when a session opens.
     refused: Mutex<Option<(Instant, ProbeFailure)>>,
 }
 
 impl<C: SessionClient> Dialer<C> {
-    /// `runtime`: where the pool's tasks run.
+    /// `runtime` is where the pool's tasks run.
     pub(super) fn new(
         cluster: Cluster<C>,
         opener: Arc<dyn Open<C>>,
@@ -82,7 +82,8 @@ impl<C: SessionClient> Dialer<C> {
         Exponential::new(most, 1.0, most).jitter(self.next_seed()).next().unwrap_or_default()
     }
 
-    /// A seed for one decision's jitter: different each time, the same series again for the same seed of the pool.
+    /// A seed for the jitter of one decision. It differs each time, but the same seed of the pool gives the same
+    /// series.
     pub(super) fn next_seed(&self) -> u64 {
         self.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
     }
@@ -91,11 +92,11 @@ impl<C: SessionClient> Dialer<C> {
         self.nonces.next()
     }
 
-    /// Asks the server to stop what `client` runs, in a task of its own that takes some seconds at most. It does not end
-    /// with the pool: a session whose socket is gone still runs its statement to the end.
+    /// Asks the server to cancel what `client` runs, in a task of its own that takes some seconds at most. The task
+    /// does not end with the pool, as a session without a socket still runs its statement to the end.
     ///
-    /// Never a COMMIT: a cancel request would end its wait for the synchronous standbys, and the server would show
-    /// everybody what none of them has.
+    /// It never cancels a COMMIT: that would end its wait for the synchronous standbys, and the server would show its
+    /// effect, which no standby may have.
     pub(super) fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
         if facts.is_committing() {
             return;
@@ -106,7 +107,7 @@ impl<C: SessionClient> Dialer<C> {
         runtime.spawn(async move { cancel(|| opener.cancel(&endpoint, token.clone())).await });
     }
 
-    /// A session of the current generation.
+    /// Returns a session of the current generation.
     pub(super) async fn session(&self) -> Result<(Session<C>, Arc<Generation<C>>), Error> {
         let asked = Instant::now();
         loop {
@@ -114,7 +115,7 @@ impl<C: SessionClient> Dialer<C> {
             if let Some(session) = generation.take_spare() {
                 return Ok((session, generation));
             }
-            // A dial to a server that has been replaced meanwhile is not waited for.
+            // Do not wait for a dial to a server that has been replaced meanwhile.
             let opened = tokio::select! {
                 biased;
                 () = self.cluster.left(generation.primary.id) => None,
@@ -126,14 +127,14 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// One try, through the generation's gate. `None`: the generation was left meanwhile.
+    /// Makes one attempt through the generation's gate. `None`: the generation was left meanwhile.
     async fn open_through_gate(&self, generation: &Generation<C>, asked: Instant) -> Result<Option<Session<C>>, Error> {
         // The gate is never closed, so waiting for it cannot fail.
         let _permit = generation.gate.acquire().await;
         if let Some(session) = generation.take_spare() {
             return Ok(Some(session));
         }
-        // Held through the pause, as the permit is.
+        // The turn is held during the pause, like the permit.
         let _turn = match self.turn(generation, asked).await {
             Ok(turn) => turn,
             Err(refused) => return Err(refused),
@@ -147,7 +148,7 @@ impl<C: SessionClient> Dialer<C> {
                 self.cluster.observer().opened(began.elapsed());
                 Ok(self.cluster.is_current(generation.primary.id).then_some(session))
             }
-            // The permit is held through the pause: a server that takes no sessions is not asked by everybody.
+            // The permit is held during the pause, so that not every task asks a server that accepts no sessions.
             Err(failure) => {
                 self.note_refused(began, &failure);
                 Err(self.not_opened(generation, failure).await)
@@ -155,8 +156,8 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Where the last session was refused, or found no slot, one is tried at a time, and a refusal serves everybody who asked
-    /// before it: many callers are not many log-ins.
+    /// If the last session was refused or found no free slot, only one log-in is tried at a time. A refusal is the
+    /// answer for every caller that asked before it, so many callers do not cause many log-ins.
     pub(super) async fn turn(
         &self,
         generation: &Generation<C>,
@@ -175,14 +176,14 @@ impl<C: SessionClient> Dialer<C> {
         Ok(Some(turn))
     }
 
-    /// What to take before a log-in that will most likely be refused, or for which there is most likely no slot.
+    /// The lock to take before a log-in that will most likely be refused, or find no free slot.
     pub(super) fn needs_turn(&self, generation: &Generation<C>) -> Option<Arc<tokio::sync::Mutex<()>>> {
         let full = || generation.trouble().map(|failure| failure.kind) == Some(FailureKind::Full);
         let unlikely = lock(&self.refused).is_some() || full();
         unlikely.then(|| Arc::clone(&self.turn))
     }
 
-    /// When whoever has the turn may log in. Fails with a refusal that is newer than the question.
+    /// When the holder of the turn may log in. Fails with a refusal that is newer than the caller's question.
     pub(super) fn log_in_at(
         &self,
         generation: &Generation<C>,
@@ -198,7 +199,7 @@ impl<C: SessionClient> Dialer<C> {
         Ok(self.cluster.log_in_at())
     }
 
-    /// Remembers a refusal to a session that was dialled then; another failure says nothing of log-ins.
+    /// Remembers a refusal, and when its session was dialled. Other failures say nothing about log-ins.
     pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) {
         if failure.kind == FailureKind::Refused {
             *lock(&self.refused) = Some((dialled, failure.clone()));
@@ -210,7 +211,7 @@ impl<C: SessionClient> Dialer<C> {
         *lock(&self.refused) = None;
     }
 
-    /// Opens one session of this generation and lets its server prove that it is the one.
+    /// Opens one session of this generation, and checks that its server is the primary.
     pub(super) async fn open(
         opener: &dyn Open<C>,
         within: Duration,
@@ -227,15 +228,16 @@ impl<C: SessionClient> Dialer<C> {
         Ok(session)
     }
 
-    /// A session to the primary could not be had: doubts the primary, and waits before the caller may try again.
+    /// Handles a session to the primary that could not be opened: suspects the primary, and waits before the next
+    /// attempt.
     pub(super) async fn not_opened(&self, generation: &Generation<C>, failure: ProbeFailure) -> Error {
         let (error, pause) = self.failed(generation, failure);
         sleep(pause).await;
         error
     }
 
-    /// A session to the primary could not be had: doubts the primary. Returns the callers' error, and how long nobody should
-    /// try again.
+    /// Handles a session to the primary that could not be opened: suspects the primary. Returns the callers' error, and
+    /// how long to wait before the next attempt.
     pub(super) fn failed(&self, generation: &Generation<C>, failure: ProbeFailure) -> (Error, Duration) {
         let id = generation.primary.id;
         tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
@@ -244,7 +246,7 @@ impl<C: SessionClient> Dialer<C> {
             let refused = Refused::new(Some(generation.endpoint()), failure);
             return (Error::Refused(Box::new(refused)), Duration::ZERO);
         }
-        // A server that refuses a log-in is there.
+        // A server that refuses a log-in is alive.
         if !refused {
             self.cluster.suspect(id, Suspicion::Connection);
         }
@@ -257,8 +259,8 @@ impl<C: SessionClient> Dialer<C> {
     }
 }
 
-/// Words that no other pool gives out: a random half for the pool, and a number. A seed that a caller sets does not decide
-/// them, as two pools may have the same one.
+/// Makes nonces that no other pool gives out: a random half for the pool, and a counter. They do not depend on the
+/// seed, as two pools may have the same seed.
 struct Nonces {
     pool: u64,
     given: AtomicU64,
@@ -276,7 +278,7 @@ impl Nonces {
     }
 }
 
-/// Has there just been a failover to this primary?
+/// Returns whether a failover to this primary has just happened.
 fn is_young<C: SessionClient>(generation: &Generation<C>) -> bool {
     generation.primary.id.get() > 1 && generation.began.elapsed() < REFUSED_PATIENCE
 }

@@ -1,9 +1,10 @@
-//! The pool's new connections: opened in the background, each for whoever has waited longest.
+//! The pool's new connections: they are opened in the background, each for the caller that has waited longest.
 //!
-//! A dial belongs to the pool and not to the caller that needed it first: a caller that gives up leaves the dial under way,
-//! and the next caller has its connection. Who waits for a dial also takes a connection that is given back meanwhile.
-//! Invariants: connections and dials together are never more than `max_size`; what is delivered to a waiter that has just
-//! given up goes on to the next one; callers are served in the order in which they came. Tests: `tests/it/impatient.rs`.
+//! A dial belongs to the pool and not to the caller that needed it first: if that caller gives up, the dial goes on,
+//! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
+//! meanwhile. Invariants: connections and dials together never exceed `max_size`; a delivery to a waiter that has just
+//! given up goes to the next one; callers are served in the order in which they came. The tests are in
+//! `tests/it/impatient.rs`.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -27,16 +28,18 @@ use crate::topology::ProbeFailure;
 
 type Delivery<C> = Result<Connection<C>, Error>;
 
-/// The connections that are being opened, who waits for them, and those that nobody waits for any more.
+/// The connections being opened, the callers that wait for them, and opened connections that no caller waits for any
+/// more.
 pub(super) struct Dials<C: SessionClient> {
     book: Mutex<Book<C>>,
-    /// How many callers wait. Whoever gives a connection back reads it, and nobody writes it while none is opened.
+    /// How many callers wait. It is read whenever a connection is given back, and written only while connections are
+    /// opened.
     waiting: AtomicUsize,
-    /// Most connections and dials together.
+    /// The most connections and dials together.
     max_size: AtomicUsize,
-    /// The pool that the manager serves, where it is this crate's.
+    /// The pool that the manager serves, if it is this crate's.
     pool: OnceLock<WeakPool<Manager<C>>>,
-    /// Where the dials and the drivers of their sessions run: the pool's own runtime, which outlives its callers'.
+    /// The runtime of the dials and of their sessions' drivers: the pool's own, which outlives its callers' runtimes.
     runtime: Handle,
     room: Arc<Room>,
 }
@@ -44,24 +47,24 @@ pub(super) struct Dials<C: SessionClient> {
 /// How much of `max_size` is taken.
 #[derive(Default)]
 struct Room {
-    /// All connections that exist: idle, ready, on loan, and on their way between these. Grows under the book's lock alone.
+    /// The number of existing connections: idle, ready, on loan, and in between. It grows only under the book's lock.
     live: AtomicUsize,
     changed: Notify,
 }
 
 struct Book<C> {
     waiters: VecDeque<Waiter<C>>,
-    /// Connections that nobody has had yet, the newest last.
+    /// Connections that no caller has had yet, the newest last.
     ready: Vec<Ready<C>>,
     dialing: usize,
     next_ticket: u64,
-    /// A dial that nobody waited for has failed lately.
+    /// When a dial failed that no caller waited for.
     failed_at: Option<Instant>,
 }
 
 struct Waiter<C> {
     ticket: u64,
-    /// When its caller asked: an older refusal is no answer.
+    /// When its caller asked. A refusal from before that is no answer.
     asked: Instant,
     deliver: oneshot::Sender<Delivery<C>>,
 }
@@ -88,38 +91,38 @@ impl<C: SessionClient> Dials<C> {
         &self.runtime
     }
 
-    /// The manager serves this pool.
+    /// Sets the pool that the manager serves.
     pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize) {
         self.max_size.store(max_size, Ordering::Relaxed);
         let _ = self.pool.set(pool);
     }
 
-    /// The manager serves a pool that somebody else has made and keeps: nobody told how large it is.
+    /// Returns whether the manager serves a pool that the user has built, whose size is unknown.
     fn is_pool_built_by_hand(&self) -> bool {
         self.pool.get().is_none()
     }
 
-    /// Does anybody wait for a connection that is being opened? One load, of what nobody writes on the quiet path.
+    /// Returns whether a caller waits for a new connection. It is one load of a value that is rarely written.
     pub(super) fn wanted(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
     }
 
-    /// Connections that are open and that nobody has had yet.
+    /// The number of open connections that no caller has had yet.
     pub(super) fn ready(&self) -> usize {
         self.book().ready.len()
     }
 
-    /// Waits until somebody needed a new connection, or one has ended. Cancel-safe.
+    /// Waits until a caller needs a new connection, or a connection has ended. Cancel-safe.
     pub(super) async fn changed(&self) {
         self.room.changed.notified().await;
     }
 
-    /// When a dial that nobody waited for has failed last.
+    /// When a dial that no caller waited for last failed.
     pub(super) fn failed_at(&self) -> Option<Instant> {
         self.book().failed_at
     }
 
-    /// Gives a connection that left the pool's idle ones to whoever has waited longest.
+    /// Gives a connection that is not among the pool's idle ones to the caller that has waited longest.
     pub(super) fn hand(&self, connection: Connection<C>) {
         let mut book = self.book();
         let unclaimed = self.deliver(&mut book, Ok(connection));
@@ -128,14 +131,15 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    /// A connection was given back after nobody seemed to wait: it goes to whoever has begun to wait meanwhile.
+    /// Gives an idle connection to a caller that began to wait just after the connection was given back.
     pub(super) fn offer_idle(&self) {
         if let Some(connection) = self.take_idle() {
             self.hand(connection);
         }
     }
 
-    /// Closes what is of no use any more, and what `surplus` of the others has been idle for so long. Returns how many.
+    /// Closes unusable connections, and up to `surplus` others that have been idle for this long. Returns how many it
+    /// closed.
     pub(super) fn reap(&self, cluster: &Cluster<C>, idle_for: Duration, surplus: &mut usize) -> usize {
         let mut reaped = Vec::new();
         let mut book = self.book();
@@ -147,12 +151,12 @@ impl<C: SessionClient> Dials<C> {
                 book.ready.push(ready);
             }
         }
-        // A connection that ends takes the lock.
+        // Dropping a connection takes the lock, so release it first.
         drop(book);
         reaped.len()
     }
 
-    /// Closes the idle connections whose servers have said nothing since, or for longer.
+    /// Closes the idle connections whose servers have been silent at least since then.
     pub(super) fn close_idle_since(&self, heard_at: u64) {
         let silent = |connection: &Connection<C>| connection.facts().notices.activity.heard_at() <= heard_at;
         let mut closed = Vec::new();
@@ -166,11 +170,11 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    /// The newest idle connection of the pool that may be handed out.
+    /// Takes an idle connection of the pool that may be handed out.
     fn take_idle(&self) -> Option<Connection<C>> {
         let pool = self.pool.get()?.upgrade()?;
         let mut found = false;
-        // It passes over them from the oldest on, which serves as well.
+        // `retain` begins with the oldest connection, which serves as well.
         let taken = pool.retain(|connection, _| {
             let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
             found |= take;
@@ -179,7 +183,7 @@ impl<C: SessionClient> Dials<C> {
         taken.removed.into_iter().next()
     }
 
-    /// Gives `delivery` to the first waiter that is still there; returns it where none is.
+    /// Gives `delivery` to the first waiter that still waits, or returns it if there is none.
     fn deliver(&self, book: &mut Book<C>, mut delivery: Delivery<C>) -> Option<Delivery<C>> {
         while let Some(waiter) = book.waiters.pop_front() {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -196,7 +200,7 @@ impl<C: SessionClient> Dials<C> {
     }
 }
 
-/// One connection among those that count against `max_size`, until it is dropped or leaves the pool.
+/// One connection that counts towards `max_size`, until it is dropped or leaves the pool.
 pub(super) struct Berth(Arc<Room>);
 
 impl Drop for Berth {
@@ -206,7 +210,7 @@ impl Drop for Berth {
     }
 }
 
-/// A dial that counts as under way.
+/// A dial that is counted as under way.
 struct Dialing<C: SessionClient>(Arc<Dials<C>>);
 
 impl<C: SessionClient> Drop for Dialing<C> {
@@ -214,13 +218,12 @@ impl<C: SessionClient> Drop for Dialing<C> {
         let mut book = self.0.book();
         book.dialing = book.dialing.saturating_sub(1);
         drop(book);
-        // However it ended, its waiters need another one.
+        // However the dial ended, its waiters may need another one.
         self.0.room.changed.notify_one();
     }
 }
 
-/// A place in the queue of those who wait for a new connection. Dropping it leaves the queue, and passes on what was
-/// delivered and not taken.
+/// A place in the queue for new connections. Dropping it leaves the queue, and passes on a delivery that was not taken.
 struct Place<C: SessionClient> {
     dials: Arc<Dials<C>>,
     ticket: u64,
@@ -244,8 +247,8 @@ impl<C: SessionClient> Drop for Place<C> {
 }
 
 impl<C: SessionClient> Dialer<C> {
-    /// A connection that no other caller holds. Waits for a primary and for a dial, without a limit of its own. Cancel-safe:
-    /// the dial goes on, and its connection is the next caller's.
+    /// Returns a connection that no other caller holds. Waits for a primary and for a dial without a limit of its own.
+    /// Cancel-safe: the dial goes on, and its connection goes to the next caller.
     pub(super) async fn connection(self: &Arc<Self>) -> Result<Connection<C>, Error> {
         let _wanting = self.cluster.want();
         let asked = Instant::now();
@@ -256,7 +259,7 @@ impl<C: SessionClient> Dialer<C> {
                 Err(place) => place,
             };
             self.dial_for_waiters(&generation, 0);
-            // One that was given back just before this caller stood in the queue.
+            // A connection may have been given back just before this caller joined the queue.
             if let Some(connection) = self.dials.take_idle()
                 && connection.idle().await
             {
@@ -268,10 +271,10 @@ impl<C: SessionClient> Dialer<C> {
                     // It may have been given back with something under way that its driver has not seen yet.
                     Ok(Ok(connection)) if connection.idle().await => return Ok(connection),
                     Ok(Ok(_)) => {}
-                    // The pool of this crate asks again, for as long as its caller waits.
+                    // Only this crate's pool asks again by itself for as long as its caller waits.
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
-                    // Nobody drops a waiter without an answer, but for the pool itself.
+                    // A waiter without an answer is dropped only with the pool itself.
                     Err(_) => return Err(self.cluster.ended().into()),
                 },
                 () = self.cluster.left(generation.primary.id) => {}
@@ -280,8 +283,9 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before does. The
-    /// pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it. Never returns.
+    /// Starts another dial for the waiting callers when one has ended without a connection, as a dial to the previous
+    /// primary does. In this crate's pool a task does this (`idle.rs`); in a pool built by hand the waiting callers do
+    /// it. Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
         if !self.dials.is_pool_built_by_hand() {
             return pending().await;
@@ -292,7 +296,7 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// A connection that is ready, or a place in the queue.
+    /// Returns a ready connection, or a place in the queue.
     fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
@@ -302,7 +306,7 @@ impl<C: SessionClient> Dialer<C> {
             }
             stale.push(ready);
         }
-        // In a pool built by hand, whose size nobody tells, there is room where the waiters outnumber the dials.
+        // The size of a pool built by hand is unknown. It surely has room if there are more waiters than dials.
         let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
         if !spoken_for
             && self.dials.has_room(&book)
@@ -320,22 +324,22 @@ impl<C: SessionClient> Dialer<C> {
         Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
     }
 
-    /// Starts the dials that the waiters need, and `more`, for which nobody waits yet.
+    /// Starts the dials that the waiters need, and `more` dials in advance.
     pub(super) fn balance(self: &Arc<Self>, more: usize) {
         if let Some(generation) = self.cluster.current() {
             self.dial_for_waiters(&generation, more);
         }
     }
 
-    /// As [`Self::balance`], to the primary of this generation. A waiter names the one that it waits for: were it suspended at
-    /// this moment and resumed at the next, nobody would dial.
+    /// Like [`Self::balance`], for the primary of this generation. The waiter passes the generation, as this might
+    /// otherwise find none: if the primary is suspended just now and resumed a moment later, no dial would be started.
     fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, more: usize) {
         let mut book = self.dials.book();
         while book.dialing + book.ready.len() < book.waiters.len() + more && self.dials.has_room(&book) {
             book.dialing += 1;
             let dialing = Dialing(Arc::clone(&self.dials));
             let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
-            // A task that is dropped at once, as its runtime has ended, takes the lock.
+            // If the runtime has ended, the task is dropped at once and takes the lock, so release it first.
             drop(book);
             drop(self.dials.runtime.spawn(dial));
             if self.cluster.is_closed() {
@@ -345,15 +349,15 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// How many dials nobody waits for, and connections nobody has had.
+    /// The number of dials that no caller waits for, and of connections that no caller has had.
     pub(super) fn ahead(&self) -> usize {
         let book = self.dials.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
     }
 
-    /// The book is locked.
+    /// The caller holds the lock of the book.
     fn make(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
-        // Up to a tenth less: connections that were opened together, after a failover, do not expire together.
+        // Subtract up to a tenth, so that connections opened together after a failover do not expire together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
         let berth = self.dials.berth();
@@ -379,7 +383,7 @@ impl<C: SessionClient> Dialer<C> {
         drop(dialing);
     }
 
-    /// No session could be had: tells whoever has waited longest.
+    /// No session could be opened. Tells the caller that has waited longest.
     fn not_arrived(&self, error: Error) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
@@ -388,7 +392,7 @@ impl<C: SessionClient> Dialer<C> {
         self.dials.deliver(&mut book, Err(error));
     }
 
-    /// The server refuses the pool: that is the answer to all who asked before the session was dialled.
+    /// The server refuses the pool, which answers all callers that asked before the session was dialled.
     fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
@@ -412,7 +416,7 @@ impl<C: SessionClient> Dials<C> {
     }
 }
 
-/// Opens one connection, through the generation's gate. Ends with the generation, and with the pool.
+/// Opens one connection through the generation's gate. Ends with the generation, and with the pool.
 async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generation<C>>, dialing: Dialing<C>) {
     let Some((opener, within)) = dialer.upgrade().map(|it| (Arc::clone(&it.opener), it.open_timeout)) else { return };
     let scope = generation.scope.clone();
@@ -420,7 +424,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     let dialled = scope.run_until_cancelled(async {
         // The gate is never closed, so waiting for it cannot fail.
         let permit = generation.gate.acquire().await;
-        // The session that found the primary may have come free meanwhile.
+        // The session that found the primary may have become available meanwhile.
         if let Some(spare) = generation.take_spare() {
             return Some((permit, None, None, Ok(spare)));
         }
@@ -445,18 +449,18 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         }
         Err(failure) => failure,
     };
-    // Without a dial of its own, it is the refusal that another dial met.
+    // If this task dialled nothing, the failure is the refusal that another dial met.
     let began = began.unwrap_or(started);
     strong.note_refused(began, &failure);
     let (error, pause) = strong.failed(&generation, failure.clone());
     if matches!(error, Error::Refused(_)) {
         strong.refused(&generation, &failure, began);
         drop(dialing);
-        // Whoever asked since is owed an answer of their own.
+        // Callers that have asked since then need an answer of their own.
         return strong.balance(0);
     }
     drop(strong);
-    // Permit and turn are held through the pause: a server that takes no sessions is not asked by everybody.
+    // Permit and turn are held during the pause, so that not every task asks a server that accepts no sessions.
     let paused = scope.run_until_cancelled(sleep(pause)).await;
     drop((permit, turn));
     if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
@@ -468,7 +472,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
 
 type Turn = Option<OwnedMutexGuard<()>>;
 
-/// As [`Dialer::turn`], without keeping the pool alive while it waits. `None`: the pool has gone.
+/// Like [`Dialer::turn`], but does not keep the pool alive while it waits. `None`: the pool is gone.
 async fn take_turn<C: SessionClient>(
     dialer: &Weak<Dialer<C>>,
     generation: &Generation<C>,
@@ -486,6 +490,6 @@ async fn take_turn<C: SessionClient>(
     Some(Ok(Some(turn)))
 }
 
-/// The settings of deadpool that take a connection only where there is one at once.
+/// The deadpool time-outs for taking a connection only if one is available at once.
 pub(super) const AT_ONCE: managed::Timeouts =
     managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };

@@ -1,5 +1,5 @@
-//! The hosts of a connection string as libpq reads them: lists in `host`, `hostaddr` and `port`, which count instead of those
-//! in the authority of a URL, and a role that this pool can serve.
+//! Reads the hosts of a connection string as libpq does: the lists in `host`, `hostaddr` and `port`, which override the
+//! authority of a URL, and a requested role that this pool can serve.
 
 use std::net::IpAddr;
 
@@ -9,17 +9,17 @@ use tokio_postgres::config::Host;
 use crate::error::BuildError;
 use crate::resolve::is_scoped;
 
-/// What the text says of hosts beside the authority of a URL. An empty value is none, as in libpq.
+/// The options about hosts outside the authority of a URL. As in libpq, an empty value counts as none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Hosts {
     pub(super) host: Option<String>,
     hostaddr: Option<String>,
     port: Option<String>,
-    /// The value of `target_session_attrs` that cannot be served.
+    /// A value of `target_session_attrs` that this pool cannot serve.
     refused: Option<&'static str>,
 }
 
-/// One server or name. Without a port it is PostgreSQL's.
+/// One server or name. The port defaults to PostgreSQL's.
 pub(super) struct Target {
     pub(super) host: Option<Host>,
     pub(super) address: Option<IpAddr>,
@@ -29,7 +29,7 @@ pub(super) struct Target {
 const DEFAULT_PORT: u16 = 5432;
 
 impl Hosts {
-    /// Takes an option out of the text; `false` leaves it to the driver. Of two that are equal the last one counts.
+    /// Takes an option out of the text; `false` leaves it to the driver. If an option is repeated, the last one counts.
     pub(super) fn take(&mut self, key: &str, value: &str) -> bool {
         let option = match key {
             "host" => &mut self.host,
@@ -42,7 +42,7 @@ impl Hosts {
         true
     }
 
-    /// libpq's names of roles. This pool always leads to the primary, and `any` is content with that.
+    /// Reads libpq's role names. This pool always connects to the primary, which `any` allows.
     fn take_role(&mut self, value: &str) -> bool {
         self.refused = match value {
             "any" | "read-write" | "primary" => None,
@@ -54,7 +54,7 @@ impl Hosts {
         true
     }
 
-    /// What cannot be served.
+    /// Reports a role that cannot be served.
     pub(super) fn check_role(&self) -> Result<(), BuildError> {
         let Some(role) = self.refused else {
             return Ok(());
@@ -66,10 +66,10 @@ impl Hosts {
         Err(BuildError::invalid("target_session_attrs", problem))
     }
 
-    /// The servers and names, in order.
+    /// Returns the servers and names, in order.
     pub(super) fn targets(&self, config: &Config) -> Result<Vec<Target>, BuildError> {
         let hosts: Vec<Host> = match &self.host {
-            // The driver's own reading of a single host: a path or a name.
+            // The driver decides whether a host is a path or a name.
             Some(list) => list.split(',').flat_map(|host| Config::new().host(host).get_hosts().to_vec()).collect(),
             None => config.get_hosts().to_vec(),
         };
@@ -121,7 +121,7 @@ impl Target {
     }
 }
 
-/// The driver hands no interface on to the system.
+/// The driver does not pass an interface to the system.
 fn scoped(option: &'static str) -> BuildError {
     let problem = "an address with an interface, as in fe80::1%eth0, cannot be connected to by the driver; give the server's \
                    global or unique local address, or a name that leads to one";
@@ -130,7 +130,7 @@ fn scoped(option: &'static str) -> BuildError {
 
 fn address(text: &str) -> Result<Option<IpAddr>, BuildError> {
     match text.trim() {
-        // The host in the same place is looked up.
+        // The host at the same position is looked up.
         "" => Ok(None),
         text if is_scoped(text) => Err(scoped("hostaddr")),
         text => text.parse().map(Some).map_err(|_| invalid("hostaddr")),
@@ -144,7 +144,7 @@ fn port(text: &str) -> Result<u16, BuildError> {
     }
 }
 
-/// In the driver's words, and without the value: it may be a piece of a password.
+/// The driver's error text without the value, which may be a piece of a password.
 fn invalid(option: &str) -> BuildError {
     BuildError::Url(format!("invalid connection string: invalid value for option `{option}`"))
 }

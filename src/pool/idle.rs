@@ -1,4 +1,4 @@
-//! Keeps as many connections idle as the pool should have: closes those idle for too long, opens `min_idle` ahead of need.
+//! Keeps the right number of connections idle: closes those idle for too long, and opens `min_idle` in advance.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -13,19 +13,19 @@ use super::dialer::Dialer;
 use crate::server::SessionClient;
 use crate::topology::View;
 
-/// Shortest and longest pause between two looks at the idle connections.
+/// Shortest and longest pause between two checks of the idle connections.
 const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
-/// A server that took no session is asked again after this, where nobody waits for one.
+/// Pause before the next attempt on a server that accepted no session, if no caller waits for one.
 const FILL_AGAIN: Duration = Duration::from_secs(5);
 
-/// How many connections are idle, and for how long.
+/// How many connections may be idle, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Idle {
     pub(super) timeout: Duration,
     pub(super) min: usize,
 }
 
-/// What the task that keeps the idle connections needs. It keeps neither alive.
+/// What the task that keeps the idle connections needs. It keeps neither the pool nor the dialer alive.
 pub(super) struct Keeper<C: SessionClient> {
     pub(super) idle: Idle,
     pub(super) pool: WeakPool<Manager<C>>,
@@ -46,7 +46,7 @@ impl<C: SessionClient> Keeper<C> {
             let reap = tokio::select! {
                 () = self.end.cancelled() => return,
                 () = dials.changed() => false,
-                // What belongs to an older generation is of no use any more.
+                // Connections of an older generation are no longer usable.
                 changed = self.views.changed() => match changed {
                     Ok(()) => true,
                     Err(_) => return,
@@ -64,7 +64,7 @@ impl<C: SessionClient> Keeper<C> {
 }
 
 impl Idle {
-    /// Closes what is of no use any more and what has been idle for too long.
+    /// Closes unusable connections, and those that have been idle for too long.
     fn reap<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Dialer<C>) {
         let idle = pool.status().available + dialer.dials.ready();
         let mut surplus = idle.saturating_sub(self.min);
@@ -80,7 +80,7 @@ impl Idle {
         }
     }
 
-    /// Starts the dials that waiters and `min_idle` need. Returns when to try again where the server takes no session.
+    /// Starts the dials that waiters and `min_idle` need. Returns when to try again if the server accepts no session.
     fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
         let missing = self.min.saturating_sub(pool.status().available + dialer.ahead());
         let again = dialer.dials.failed_at().map(|failed_at| failed_at + FILL_AGAIN);

@@ -1,4 +1,5 @@
-//! What this role may not ask the primary for, as transactions find out: they do without for a while, and then try again.
+//! What the role may not ask the primary for. Transactions find this out, do without it for a while, and then try
+//! again.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -8,10 +9,10 @@ use tokio::time::Instant;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// The right may have been granted since.
+/// When to try again, as the privilege may have been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
-/// By which functions the message of a COMMIT looks for the pool's own transaction.
+/// The functions by which a COMMIT's message checks for the pool's own transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Check {
     /// As a statement of the session's: to run it costs the server a quarter of what planning it does.
@@ -19,14 +20,14 @@ pub(crate) enum Check {
     Prepared,
     /// The same, not prepared.
     Full,
-    /// The nearest other functions do the same.
+    /// Other functions with nearly the same result.
     Other,
-    /// None: it is looked at, and not insisted on.
+    /// No function: the check uses `SHOW`, and does not stop the COMMIT.
     ByShow,
 }
 
 impl Check {
-    /// What to do with when this was refused.
+    /// The check to use after this one was refused.
     fn weaker(self) -> Self {
         match self {
             Self::Prepared => Self::Full,
@@ -42,12 +43,12 @@ pub(super) struct Lacking {
     check: Mutex<Weakened>,
 }
 
-/// Transactions of a primary cannot be marked.
+/// A primary whose transactions cannot be marked.
 #[derive(Debug)]
 struct Unmarked {
     id: GenerationId,
     why: String,
-    /// `None`: it is tried again.
+    /// When that was found; `None` means that it is tried again.
     since: Option<Instant>,
 }
 
@@ -61,7 +62,7 @@ struct Weakened {
 }
 
 impl Lacking {
-    /// Can the transactions of this primary not be marked?
+    /// Returns whether this primary's transactions cannot be marked.
     pub(super) fn is_unmarked(&self, id: GenerationId) -> bool {
         let mut mark = lock(&self.mark);
         let Some(unmarked) = mark.as_mut().filter(|unmarked| unmarked.id == id) else { return false };
@@ -74,7 +75,7 @@ impl Lacking {
         mark.as_ref().filter(|unmarked| unmarked.id == id && unmarked.since.is_some()).map(|it| it.why.clone())
     }
 
-    /// Says so the first time.
+    /// Remembers it, and logs it the first time.
     pub(super) fn set_unmarked(&self, id: GenerationId, why: &str) {
         let before = lock(&self.mark).replace(Unmarked { id, why: why.to_owned(), since: Some(Instant::now()) });
         if before.is_none_or(|before| before.why != why) {
@@ -96,7 +97,7 @@ impl Lacking {
         lock(&self.check).unprepared = true;
     }
 
-    /// COMMIT was not reached, as its check is refused. Says so the first time.
+    /// Remembers that the check was refused, so that COMMIT was not reached. Logs it the first time.
     pub(super) fn check_refused(&self, refused: Check, why: &str) {
         let mut weakened = lock(&self.check);
         weakened.check = weakened.check.max(refused.weaker());

@@ -1,4 +1,4 @@
-//! Calls within a transaction's closure: a connection that its own transactions hold is never to be had.
+//! Calls within a transaction's closure, which can never get a connection that their own outer transactions hold.
 
 use std::sync::Arc;
 
@@ -9,25 +9,25 @@ tokio::task_local! {
     static INNERMOST: Holder;
 }
 
-/// A transaction of this task that holds a connection for as long as its closure runs.
+/// A transaction of this task that holds a connection while its closure runs.
 #[derive(Clone)]
 struct Holder {
-    /// The pool, by its address: it lives for as long as the connection does.
+    /// The pool's address, which is valid for as long as the connection.
     pool: usize,
     outer: Option<Arc<Holder>>,
 }
 
 impl<C: SessionClient> Pool<C> {
-    /// Runs a closure's work as what holds one of this pool's connections.
+    /// Runs a closure's work as the holder of one of this pool's connections.
     ///
-    /// A task that the work spawns is not seen as a part of it. What is polled here first and finished after the closure
-    /// has returned counts as a part nevertheless.
+    /// A task that the work spawns does not count as part of it. A future that is first polled here counts as part of
+    /// the work even if it finishes after the closure has returned.
     pub(crate) fn holding<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F, C> {
         let outer = INNERMOST.try_with(|outer| Arc::new(outer.clone())).ok();
         INNERMOST.scope(Holder { pool: self.address(), outer }, work)
     }
 
-    /// Do the transactions around this call hold all connections that there are? Then none is ever given back to it.
+    /// Returns whether the transactions around this call hold all connections. Then none can ever be given back to it.
     pub(super) fn is_held_by_caller(&self) -> bool {
         let max_size = self.source.status().max_size;
         let held = |innermost: &Holder| {

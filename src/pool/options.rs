@@ -1,4 +1,4 @@
-//! What both builders are told of a pool's calls, and how the values of options are checked and bounded.
+//! The options for a pool's calls that both builders share, and the checks and limits of option values.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -17,7 +17,7 @@ use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::topology::Settings;
 
-/// What holds for the calls of a pool, wherever its connections come from.
+/// The options for the calls of a pool, wherever its connections come from.
 #[derive(Clone)]
 pub(super) struct CallOptions {
     pub(super) checkout_timeout: Duration,
@@ -56,7 +56,7 @@ impl CallOptions {
     }
 }
 
-/// The settings make sense and are within bounds, and there is a runtime to run by them.
+/// Checks that the settings are valid and within limits, and that there is a runtime.
 pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
     Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
     for (option, duration) in [

@@ -1,4 +1,4 @@
-//! Who encrypts the connections: nobody, a connector of the user's, or rustls as the connection string and the builder say.
+//! Decides how connections are encrypted: not at all, by the user's connector, or by rustls with the given options.
 
 use tokio_postgres::Config;
 #[cfg(feature = "rustls")]
@@ -12,23 +12,23 @@ use crate::server::Opener;
 #[cfg(feature = "rustls")]
 use crate::tls::{Tls, Verify};
 
-/// What to do where TLS is wanted and nothing here does it.
+/// What the user should do if TLS is wanted but no connector is available.
 pub(super) const NO_CONNECTOR: &str =
     "enable this crate's feature `rustls`, or give a connector with `PoolBuilder::tls`";
 
-/// Makes an [`Opener`] of the finished template; hides the TLS connector's type.
+/// Creates an [`Opener`] from the finished template, and hides the TLS connector's type.
 pub(super) type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
 
-/// What the builder was told.
+/// How the builder was told to encrypt.
 pub(super) enum Security {
-    /// Nothing: the connection string decides.
+    /// It was told nothing, so the connection string decides.
     Unsaid,
     Own(MakeOpener),
     #[cfg(feature = "rustls")]
     Rustls(Tls),
 }
 
-/// `None` where nobody encrypts. May set `sslmode`.
+/// `None` if connections are not encrypted. May set `sslmode`.
 pub(super) fn make_opener(
     security: Security,
     ssl: &Ssl,
@@ -44,7 +44,7 @@ pub(super) fn make_opener(
     }
 }
 
-/// What needs TLS is refused with the template.
+/// Later, the template refuses options that need TLS.
 #[cfg(not(feature = "rustls"))]
 fn by_rustls(_: Security, ssl: &Ssl, _: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
     match ssl.files().next() {
@@ -73,8 +73,8 @@ fn by_rustls(security: Security, ssl: &Ssl, config: &mut Config) -> Result<Optio
     Ok(Some(Box::new(|template| Opener::new(template, connector))))
 }
 
-/// A connection string that does not say `sslmode` means the same with the feature as without: another crate may have
-/// enabled it.
+/// A connection string without `sslmode` means the same with and without the feature, as another crate may have enabled
+/// it.
 #[cfg(feature = "rustls")]
 fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
     ssl.mode == Some(Mode::Prefer)
@@ -83,7 +83,8 @@ fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
         || config.get_channel_binding() == ChannelBinding::Require
 }
 
-/// Adds what the connection string says: by libpq's rules, but that nothing which was meant to protect is of no effect.
+/// Adds the options of the connection string by libpq's rules, but refuses protective options that would have no
+/// effect.
 #[cfg(feature = "rustls")]
 fn described(tls: Tls, ssl: &Ssl, config: &Config) -> Result<Tls, BuildError> {
     if let (Some((option, _)), true) = (ssl.files().next(), config.get_ssl_mode() != SslMode::Require) {
@@ -114,7 +115,7 @@ fn with_roots(tls: Tls, ssl: &Ssl) -> Result<Tls, BuildError> {
             let problem = "`system` needs sslmode=verify-full: the platform's authorities sign for anybody";
             Err(BuildError::invalid("sslrootcert", problem))
         }
-        // Who names an authority with `require` wants it checked.
+        // With `require` too, a given authority is meant to be checked.
         Some(file) => Ok(tls.root_certificates_file(file).at_least(Verify::Authority)),
     }
 }

@@ -1,6 +1,6 @@
-//! Sessions for those who settle a commit: whoever settles must not queue behind those who wait for the locks of the
-//! transaction in doubt. A new connection of the pool's if there is a slot for it, which the caller needs next anyway; and if
-//! not, a session beside the pool.
+//! Sessions for settling commits. A settler must not queue behind callers that wait for the locks of the transaction in
+//! doubt. So it uses a new connection of the pool if there is a free slot, which the caller needs next anyway, and
+//! otherwise a session outside the pool.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,17 +15,17 @@ use crate::server::{Notices, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
 
-/// A failover may leave as many commits in doubt as there are connections. So few open sessions beside the pool at the same
-/// time: a server that was just promoted has better things to do.
+/// The most sessions outside the pool at the same time. A failover may leave as many commits in doubt as there are
+/// connections, but a newly promoted server should not be flooded.
 const AT_ONCE: usize = 2;
 
 pub(super) struct Settlers<C> {
     permits: Semaphore,
-    /// Commits that are being settled.
+    /// The number of commits that are being settled.
     pending: AtomicUsize,
-    /// Those of them that hold, or are about to take, a connection of the pool's.
+    /// How many of them hold, or are about to take, a connection of the pool.
     pooled: AtomicUsize,
-    /// Sessions for the next, while there is one.
+    /// Sessions for the next settlers, while any are left.
     idle: Mutex<Vec<SideSession<C>>>,
 }
 
@@ -36,7 +36,7 @@ impl<C> Default for Settlers<C> {
     }
 }
 
-/// One commit that is being settled. The last to end closes the sessions that were kept.
+/// One commit that is being settled. The last one to end closes the kept sessions.
 pub(crate) struct Settling<'a, C: SessionClient> {
     pool: &'a Pool<C>,
     settlers: &'a Settlers<C>,
@@ -49,13 +49,13 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Self { pool, settlers }
     }
 
-    /// A session to the current primary, and the right to ask on it. Waits for both without a limit of its own.
-    /// Cancel-safe.
+    /// Returns a session to the current primary, and the permit to ask on it. Waits for both without a limit of its
+    /// own. Cancel-safe.
     pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, SettleSession<'a, C>), Error> {
         if let Some(lent) = self.lent().await? {
             return Ok((None, SettleSession::Pooled(lent)));
         }
-        // Never closed, so waiting for it cannot fail.
+        // The semaphore is never closed, so waiting for it cannot fail.
         let permit = self.settlers.permits.acquire().await.ok();
         while let Some(kept) = self.take() {
             if self.pool.cluster().is_current(kept.generation()) && !kept.client().is_closed() {
@@ -66,7 +66,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Ok((permit, SettleSession::Beside(self.pool.side_session().await?)))
     }
 
-    /// Half of the pool is left to those who only read: the confirmation of a commit may wait for a standby for long.
+    /// Leaves half of the pool to other callers, such as readers: confirming a commit may wait for a standby for long.
     async fn lent(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
         let counted = Counted::new(&self.settlers.pooled);
         if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
@@ -76,12 +76,12 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Ok(client.map(|client| PooledSession { client, clean: false, _counted: counted }))
     }
 
-    /// The primary of this generation is to be verified anew.
+    /// Asks for the primary of this generation to be verified again.
     pub(crate) fn suspect(&self, id: GenerationId) {
         self.pool.suspect(id, Suspicion::Connection);
     }
 
-    /// Keeps a session without a transaction for whoever needs it next.
+    /// Keeps a session without a transaction for the next settler.
     pub(crate) fn keep(&self, witness: SettleSession<'_, C>) {
         match witness {
             SettleSession::Pooled(mut lent) => lent.clean = true,
@@ -103,8 +103,8 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
     }
 }
 
-/// The session that a settler asks on. Dropping it ends it, and what was begun on it is rolled back; [`Settling::keep`] does
-/// not.
+/// The session that a settler asks on. Dropping it ends the session and rolls back its transaction; [`Settling::keep`]
+/// keeps the session.
 pub(crate) enum SettleSession<'a, C: SessionClient> {
     Pooled(PooledSession<'a, C>),
     Beside(SideSession<C>),
@@ -132,7 +132,8 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// A settler that is dropped while its COMMIT waits must not cut the wait off. A session beside the pool is not cancelled.
+    /// If a settler is dropped while its COMMIT waits, that wait must not be cancelled. A session outside the pool is
+    /// never cancelled.
     pub(crate) fn set_committing(&self, committing: bool) {
         if let Self::Pooled(lent) = self {
             lent.client.set_committing(committing);
@@ -160,7 +161,7 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// Waits until nothing else would end what is under way on the session. Cancel-safe.
+    /// Waits until the session is no longer usable, if nothing else ends what is under way on it. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self {
             Self::Pooled(lent) => lent.client.evicted().await,

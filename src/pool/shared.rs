@@ -1,4 +1,4 @@
-//! What the calls of a pool share: their limits, and what they know of the newest primary and of the ledgers.
+//! What the calls of a pool share: their limits, and what is known about the newest primary and the ledgers.
 
 use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
@@ -16,7 +16,7 @@ use crate::server::SessionClient;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// One new pool of so many prunes its ledger at once.
+/// One new pool in 64 prunes the ledger immediately; the others wait a random time.
 const PRUNE_AT_ONCE: u64 = 64;
 
 pub(super) struct Shared {
@@ -25,13 +25,13 @@ pub(super) struct Shared {
     pub(super) retry: RetryPolicy,
     pub(super) budget: RetryBudget,
     pub(super) guarantee: Guarantee,
-    /// Callers that wait for a primary; the inner pool knows of those alone that wait for a connection.
+    /// The number of callers that wait for a primary. The inner pool knows only those that wait for a connection.
     pub(super) searching: AtomicUsize,
-    /// What transactions do without on the newest primary.
+    /// What transactions must do without on the newest primary.
     pub(super) lacking: Lacking,
-    /// What the timeline of the newest primary is signed with. `None` within: somebody is about to sign, or it cannot be.
+    /// The signature of the newest primary's timeline. An inner `None`: signing is under way, or is impossible.
     pub(super) signature: Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>,
-    /// When each ledger is pruned next, by its name.
+    /// When each ledger is next pruned, by its name.
     pub(super) prune_at: Mutex<HashMap<String, Instant>>,
 }
 
@@ -44,12 +44,12 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.guarantee
     }
 
-    /// Can the transactions of this primary not be marked?
+    /// Returns whether this primary's transactions cannot be marked.
     pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
         self.shared.lacking.is_unmarked(id)
     }
 
-    /// What this primary's timeline is signed with, or the task to sign it, which one caller gets.
+    /// Returns the signature of this primary's timeline, or the task of signing it, which only one caller gets.
     pub(crate) fn signature(&self, id: GenerationId) -> Signing {
         let mut signature = lock(&self.shared.signature);
         match &*signature {
@@ -70,12 +70,12 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// Remembers that the transactions of this primary cannot be marked; says so the first time.
+    /// Remembers that this primary's transactions cannot be marked, and logs it the first time.
     pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
         self.shared.lacking.set_unmarked(id, why);
     }
 
-    /// How a COMMIT looks for its transaction.
+    /// How a COMMIT checks for its transaction.
     pub(crate) fn check(&self) -> Check {
         self.shared.lacking.check()
     }
@@ -89,12 +89,13 @@ impl<C: SessionClient> Pool<C> {
         self.shared.lacking.check_refused(refused, why);
     }
 
-    /// Is it this caller who prunes the ledger? One does, several times while a row is kept.
+    /// Returns whether this caller must prune the ledger. One caller does, several times within the time that a row is
+    /// kept.
     pub(crate) fn prunes(&self, ledger: &Ledger) -> bool {
         let (now, pause) = (Instant::now(), ledger.kept_for() / 8);
         let mut dates = lock(&self.shared.prune_at);
         let date = dates.entry(ledger.path()).or_insert_with(|| {
-            // Pools that were started together do not prune together; and those that never live so long prune, too.
+            // Pools that start together must not prune together, and pools that do not live long must prune as well.
             let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
             if at_once { now } else { now + self.dialer.random_up_to(pause) }
         });
@@ -110,15 +111,15 @@ impl<C: SessionClient> Pool<C> {
         self.shared.checkout_timeout
     }
 
-    /// How often the primary is asked.
+    /// Pause between two heartbeats.
     pub(crate) fn heartbeat(&self) -> Duration {
         self.shared.heartbeat
     }
 }
 
-/// Who signs the timeline of a primary.
+/// The state of signing a primary's timeline.
 pub(crate) enum Signing {
-    /// It is signed so, or not.
+    /// The timeline is signed with this, or is not signed.
     Done(Option<Arc<Signature>>),
     Yours,
 }

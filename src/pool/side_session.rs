@@ -1,4 +1,4 @@
-//! Sessions to the primary that no pool holds, for those who settle and for listeners.
+//! Sessions to the primary that belong to no pool, for settlers and listeners.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::server::{Notices, NotificationSink, Session, SessionClient};
 use crate::topology::GenerationId;
 
-/// A session to the primary that no pool holds; dropping it closes it, and what was begun on it is rolled back.
+/// A session to the primary that belongs to no pool. Dropping it closes it, and rolls back its transaction.
 pub(crate) struct SideSession<C> {
     session: Session<C>,
     generation: Arc<Generation<C>>,
@@ -32,7 +32,7 @@ impl<C: SessionClient> SideSession<C> {
         &self.session.notices
     }
 
-    /// Gives each notification of the session to `sink`, and tells it when the session has ended. Once.
+    /// Gives each notification of the session to `sink`, and tells it when the session has ended. Call it only once.
     pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
         self.session.notices.deliver_to(sink);
     }

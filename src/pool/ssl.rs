@@ -1,16 +1,16 @@
-//! What libpq's connection strings say about certificates and hosts, and the driver's parser does not know or reads otherwise.
+//! libpq's options about certificates and hosts, which the driver's parser does not know or reads differently.
 //!
-//! Takes those options out of the text, and leaves all else, mistakes too, for the driver to read.
+//! Takes those options out of the text, and leaves everything else for the driver to read, including mistakes.
 
 use std::ops::Range;
 
 use super::hosts::Hosts;
 
-/// The value of `sslrootcert` that stands for the platform's authorities.
+/// The value of `sslrootcert` that means the platform's authorities.
 #[cfg(feature = "rustls")]
 pub(super) const SYSTEM: &str = "system";
 
-/// `sslmode`, as libpq orders it.
+/// `sslmode`, in libpq's order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) enum Mode {
     Disable,
@@ -33,8 +33,8 @@ impl Mode {
     }
 }
 
-/// What libpq has besides, and nothing here honours. The driver does not name what it does not know, as it may be a piece
-/// of a password.
+/// libpq's other options, which nothing here honours. They are refused here by name: the driver does not name an
+/// unknown option, as it may be a piece of a password.
 const NOT_HONOURED: [&str; 9] = [
     "sslcertmode",
     "sslcompression",
@@ -47,10 +47,10 @@ const NOT_HONOURED: [&str; 9] = [
     "ssl_min_protocol_version",
 ];
 
-/// The options that were taken out. An empty value is none, as in libpq.
+/// The options that were taken out. As in libpq, an empty value counts as none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Ssl {
-    /// As written: `None` where the text does not say.
+    /// The value as written; `None` if it is missing.
     pub(super) mode: Option<Mode>,
     /// `sslrootcert`: a file, or `system`.
     pub(super) root: Option<String>,
@@ -58,21 +58,21 @@ pub(super) struct Ssl {
     pub(super) certificate: Option<String>,
     /// `sslkey`
     pub(super) key: Option<String>,
-    /// What it says of hosts.
+    /// The options about hosts.
     pub(super) hosts: Hosts,
-    /// What cannot be honoured, and what to do.
+    /// An option that cannot be honoured, and what to do instead.
     pub(super) refused: Option<(&'static str, &'static str)>,
 }
 
 impl Ssl {
-    /// Each option that names a file, and its value.
+    /// Each option that names a file, with its value.
     pub(super) fn files(&self) -> impl Iterator<Item = (&'static str, &str)> {
         [("sslrootcert", &self.root), ("sslcert", &self.certificate), ("sslkey", &self.key)]
             .into_iter()
             .filter_map(|(option, value)| Some((option, value.as_deref()?)))
     }
 
-    /// What the driver shall read instead of this option; `None` to leave it as it is.
+    /// What the driver shall read instead of this option; `None` leaves it unchanged.
     fn take(&mut self, key: &str, value: String) -> Option<&'static str> {
         if self.hosts.take(key, &value) {
             return Some("");
@@ -84,7 +84,7 @@ impl Ssl {
                     self.refused = Some(("sslmode", "`allow` is not offered; use `prefer`, or better `verify-full`"));
                     return Some("");
                 }
-                // The driver encrypts; what is checked is the connector's business.
+                // The driver encrypts, and the connector decides what is checked.
                 return (self.mode >= Some(Mode::VerifyCa)).then_some("sslmode=require");
             }
             "sslrootcert" => &mut self.root,
@@ -101,7 +101,7 @@ impl Ssl {
     }
 }
 
-/// The text for the driver, and what was taken out of it.
+/// Returns the text for the driver, and the options that were taken out.
 pub(super) fn split(text: &str) -> (String, Ssl) {
     let mut ssl = Ssl::default();
     let url = ["postgres://", "postgresql://"].iter().any(|scheme| text.starts_with(scheme));
@@ -110,7 +110,7 @@ pub(super) fn split(text: &str) -> (String, Ssl) {
 }
 
 fn split_url(text: &str, ssl: &mut Ssl) -> String {
-    // As the driver does: the credentials end at the first `@`, the parameters begin at the next `?`.
+    // As in the driver, the credentials end at the first `@`, and the parameters begin at the next `?`.
     let host = text.find('@').map_or(0, |at| at + 1);
     let Some(begin) = text[host..].find('?').map(|at| host + at) else {
         return text.to_owned();
@@ -128,7 +128,7 @@ fn split_url(text: &str, ssl: &mut Ssl) -> String {
     if kept.is_empty() { head.to_owned() } else { format!("{head}?{}", kept.join("&")) }
 }
 
-/// Percent-encoding undone; `None` where that is no text.
+/// Undoes percent-encoding; `None` if the result is not text.
 fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -156,7 +156,7 @@ fn split_pairs(text: &str, ssl: &mut Ssl) -> String {
     kept
 }
 
-/// The pairs of `key = value`, read as the driver reads them: quotes, a backslash before what is to be taken as it is.
+/// The pairs of `key = value`, read as the driver does: quotes, and a backslash before a literal character.
 struct Pairs<'a> {
     text: &'a str,
     at: usize,
@@ -174,7 +174,7 @@ impl<'a> Pairs<'a> {
         self.text[self.at..].starts_with(expected).then(|| self.at += expected.len_utf8())
     }
 
-    /// Where the pair stands, its key and its value; `None` at the end, and where it makes no sense.
+    /// Returns the pair's position, key and value; `None` at the end, and at text that cannot be read.
     fn next(&mut self) -> Option<(Range<usize>, &'a str, String)> {
         self.take_while(char::is_whitespace);
         let begin = self.at;
@@ -224,14 +224,14 @@ mod tests {
             ),
             ("postgres://a@b/c?sslmode=prefer", "postgres://a@b/c?sslmode=prefer", ssl(Mode::Prefer, None)),
             ("postgres://a@b?sslrootcert=", "postgres://a@b", Ssl::default()),
-            // The question mark is the password's.
+            // The question mark belongs to the password.
             ("postgres://a:p?sslcert=x@b/c", "postgres://a:p?sslcert=x@b/c", Ssl::default()),
             (
                 "postgres://a@b/c?sslcert=c&sslkey=k",
                 "postgres://a@b/c",
                 Ssl { certificate: Some("c".into()), key: Some("k".into()), ..Ssl::default() },
             ),
-            // For the driver to complain about.
+            // The driver will report these.
             ("postgres://a@b/c?sslmode=%FF", "postgres://a@b/c?sslmode=%FF", Ssl::default()),
             ("postgres://a@b/c?sslnonsense=x", "postgres://a@b/c?sslnonsense=x", Ssl::default()),
             ("postgres://a@b/c?x=1&nothing&y=", "postgres://a@b/c?x=1&nothing&y=", Ssl::default()),
@@ -257,7 +257,7 @@ mod tests {
             ("password='a sslmode=verify-ca' dbname=b", "password='a sslmode=verify-ca' dbname=b", Ssl::default()),
             ("password=a\\ sslkey=x dbname=b", "password=a\\ sslkey=x dbname=b", Ssl::default()),
             ("sslrootcert=a\\ b", "", Ssl { root: Some("a b".into()), ..Ssl::default() }),
-            // For the driver to complain about.
+            // The driver will report these.
             ("dbname=a sslmode 'verify-full'", "dbname=a sslmode 'verify-full'", Ssl::default()),
             ("sslrootcert='a", "sslrootcert='a", Ssl::default()),
         ] {

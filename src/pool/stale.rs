@@ -1,5 +1,5 @@
-//! Tests connections that have been idle for a while before they are handed out: their socket may have died without a word,
-//! as when a machine was suspended, or a router forgot them.
+//! Tests connections that have been idle for a while before they are handed out. Their socket may have died without a
+//! sign, because a machine was suspended, or a router forgot it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +12,13 @@ use super::dials::Dials;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
-/// An idle session answers within a round trip. One that takes longer is closed, and another one is used.
+/// The time limit for an idle session's answer, which takes a round trip. A slower one is closed, and another one is
+/// used.
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
-/// A caller that leaves after so long has seen that there is no answer.
+/// A caller that gives up after this time has shown that there is no answer.
 const SILENT_AFTER: Duration = Duration::from_millis(50);
 
-/// From how much silence on a connection is tested.
+/// The silence from which a connection is tested.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TestAfter {
     milliseconds: u64,
@@ -28,8 +29,8 @@ impl TestAfter {
         Self { milliseconds: u64::try_from(idle_for.as_millis()).unwrap_or(u64::MAX) }
     }
 
-    /// By the wall clock: the monotonic one of Linux stands still while a machine is suspended. Where the wall clock was set
-    /// back, nobody knows how long it was.
+    /// Measures by the wall clock, as the monotonic clock of Linux stops while a machine is suspended. If the wall
+    /// clock was set back, the idle time is unknown, so the test is due.
     fn is_due(self, heard_at: u64, now: u64) -> bool {
         self.milliseconds != u64::MAX
             && heard_at != 0
@@ -38,7 +39,7 @@ impl TestAfter {
 }
 
 impl<C: SessionClient> Dialer<C> {
-    /// Returns whether the connection may be handed out. Asks its server where it has said nothing for a while.
+    /// Returns whether the connection may be handed out. Asks its server if it has been silent for a while.
     pub(super) async fn is_alive(&self, connection: &Connection<C>) -> bool {
         let heard_at = connection.facts().notices.activity.heard_at();
         if !self.test_after.is_due(heard_at, wall_clock()) {
@@ -50,14 +51,14 @@ impl<C: SessionClient> Dialer<C> {
         drop(asked);
         if !alive {
             tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}; it is closed");
-            // The pool's own session may be as dead.
+            // The pool's own session may be dead too.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
         }
         alive
     }
 }
 
-/// A test under way. Where it fails, all connections that have been idle for as long are as doubtful: so that the next caller
+/// A test under way. If it fails, all connections that have been idle for as long are closed, so that the next caller
 /// does not wait for each of them.
 struct Asked<'a, C: SessionClient> {
     dials: &'a Arc<Dials<C>>,
@@ -89,7 +90,7 @@ mod tests {
             (10_000, 99_000, true),
             // The clock was set back.
             (10_000, 9_999, true),
-            // Nobody counts what passes on it.
+            // No traffic is counted on this one.
             (0, 99_000, false),
         ] {
             assert_eq!(after.is_due(heard_at, now), due, "{heard_at} {now}");

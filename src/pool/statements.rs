@@ -1,8 +1,8 @@
-//! The driver's methods on the handles of this crate: each does what its namesake does, and notes on the session what it
-//! failed with (see [`Trail`](super::trail::Trail)). What a stream meets later is not noted, and neither is what is run on
-//! the client that a handle derefs to.
+//! The driver's methods on this crate's handles. Each does what its namesake does, and notes its error on the session
+//! (see [`Trail`](super::trail::Trail)). Later errors of a stream are not noted, and neither are errors of the client
+//! that a handle derefs to.
 
-/// The methods for one kind of handle; `$client` is how to get from it to the pool's [`Client`](super::Client).
+/// The methods for one kind of handle. `$client` is an expression for the pool's [`Client`](super::Client) behind it.
 macro_rules! statements {
     ($handle:ident => $client:expr) => {
         /// As [`tokio_postgres::Client::prepare`].
@@ -103,7 +103,7 @@ macro_rules! statements {
             client.noted(client.driver().query_opt_scalar(statement, params).await)
         }
 
-        /// As [`tokio_postgres::Client::query_raw`]. In a transaction: finish what it returns or drop it before the closure
+        /// As [`tokio_postgres::Client::query_raw`]. In a transaction, finish or drop the result before the closure
         /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn query_raw<T, P, I>(&self, statement: &T, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
@@ -151,8 +151,8 @@ macro_rules! statements {
             client.noted(client.driver().query_typed_opt(query, params).await)
         }
 
-        /// As [`tokio_postgres::Client::query_typed_raw`]. In a transaction: finish what it returns or drop it before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// As [`tokio_postgres::Client::query_typed_raw`]. In a transaction, finish or drop the result before the
+        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn query_typed_raw<P, I>(&self, query: &str, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
             P: BorrowToSql,
@@ -202,7 +202,7 @@ macro_rules! statements {
             client.noted(client.driver().execute_raw(statement, params).await)
         }
 
-        /// As [`tokio_postgres::Client::copy_in`]. In a transaction: finish what it returns or drop it before the closure
+        /// As [`tokio_postgres::Client::copy_in`]. In a transaction, finish or drop the result before the closure
         /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn copy_in<T, U>(&self, statement: &T) -> Result<CopyInSink<U>, tokio_postgres::Error>
         where
@@ -215,7 +215,7 @@ macro_rules! statements {
             client.noted(client.driver().copy_in(statement).await)
         }
 
-        /// As [`tokio_postgres::Client::copy_out`]. In a transaction: finish what it returns or drop it before the closure
+        /// As [`tokio_postgres::Client::copy_out`]. In a transaction, finish or drop the result before the closure
         /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn copy_out<T>(&self, statement: &T) -> Result<CopyOutStream, tokio_postgres::Error>
         where
@@ -234,8 +234,8 @@ macro_rules! statements {
             client.noted(client.driver().simple_query(query).await)
         }
 
-        /// As [`tokio_postgres::Client::simple_query_raw`]. In a transaction: finish what it returns or drop it before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// As [`tokio_postgres::Client::simple_query_raw`]. In a transaction, finish or drop the result before the
+        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
         pub async fn simple_query_raw(&self, query: &str) -> Result<SimpleQueryStream, tokio_postgres::Error> {
             let $handle = self;
             let client = $client;
@@ -294,12 +294,12 @@ pub(crate) use {cached_statements, statements};
 impl<C: SessionClient> Client<C> {
     statements!(this => this);
 
-    /// The driver's client. What fails on it is not noted.
+    /// The driver's client. Its errors are not noted.
     pub(crate) fn driver(&self) -> &tokio_postgres::Client {
         self
     }
 
-    /// As [`Self::driver`], with what it knows of types up to date.
+    /// Like [`Self::driver`], but makes the client forget outdated types first.
     pub(crate) fn fresh(&self) -> &tokio_postgres::Client {
         self.trail().freshen(self);
         self
@@ -309,7 +309,7 @@ impl<C: SessionClient> Client<C> {
         self
     }
 
-    /// Remembers what a statement failed with.
+    /// Remembers the error of a statement.
     pub(crate) fn noted<T>(&self, result: Result<T, tokio_postgres::Error>) -> Result<T, tokio_postgres::Error> {
         if let Err(error) = &result {
             self.trail().note(error);

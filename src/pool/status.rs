@@ -1,26 +1,27 @@
-//! What a pool tells of itself.
+//! What a pool reports about itself.
 
 use crate::topology::{Evidence, View};
 
-/// What a pool is doing, from [`Pool::status`](crate::Pool::status).
+/// The state of a pool, from [`Pool::status`](crate::Pool::status).
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Status {
     /// The most connections that are handed out at the same time.
     pub max_size: usize,
-    /// Connections that exist now.
+    /// The number of existing connections.
     pub size: usize,
-    /// Those of them that are idle.
+    /// How many of them are idle.
     pub available: usize,
-    /// Callers that wait for one.
+    /// How many callers wait for a connection.
     pub waiting: usize,
-    /// Why [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) is no more than
-    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on this primary, if it is not: what the server
-    /// does not offer. Known from the first transaction on.
+    /// Why [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) is only
+    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on this primary, if it is: what the server does not
+    /// offer. Known from the first transaction on.
     pub fallback: Option<String>,
-    /// What a commit in doubt is settled by on this primary, with [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce).
-    /// `None` while there is no primary, and until its first heart-beat.
+    /// The evidence that settles a commit in doubt on this primary, with
+    /// [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce). `None` while there is no primary, and until its first
+    /// heartbeat.
     pub evidence: Option<Evidence>,
-    /// The primary, the generation, and the last change and why it happened.
+    /// The primary, the generation, and the last change with its reason.
     pub view: View,
 }

@@ -1,7 +1,7 @@
-//! What the statements of one session have failed with, and whether its prepared statements are still of use.
+//! The errors that the statements of one session have met, and whether its prepared statements are still usable.
 //!
-//! The driver hands an error to whoever ran the statement, and to nobody else. So the handles of this crate note it on its
-//! way; what is run on the bare driver's client is not seen.
+//! The driver gives an error only to the caller of the statement. So this crate's handles note it on its way. Errors on
+//! the bare driver's client are not seen.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,18 +15,18 @@ use crate::classify::{Cure, stale, stale_report};
 use crate::server::SessionClient;
 use crate::sync::lock;
 
-/// One session's.
+/// The trail of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Trail {
-    /// The last error that was no mere consequence of the one before.
+    /// The last error that did not merely follow from the one before.
     last: Mutex<Option<DbError>>,
-    /// The outcome of another call of a pool, made within this transaction, is unknown.
+    /// Another call of a pool, made within this transaction, has an unknown outcome.
     doubt: AtomicBool,
-    /// The cache of prepared statements, where the client has one that is known here.
+    /// The cache of prepared statements, if the client has a known one.
     cache: Option<Arc<StatementCache>>,
-    /// The types that the driver has read about are to be forgotten.
+    /// The driver must forget the types that it has read.
     forget_types: AtomicBool,
-    /// Not to be used by anybody else.
+    /// No other caller may use the session.
     retired: AtomicBool,
 }
 
@@ -35,13 +35,13 @@ impl Trail {
         Self { cache: wrapper(client).map(|client| Arc::clone(&client.statement_cache)), ..Self::default() }
     }
 
-    /// What was noted before is of no interest to what comes now.
+    /// Forgets what was noted, so that it is not attributed to the next use.
     pub(crate) fn forget(&self) {
         *lock(&self.last) = None;
         self.doubt.store(false, Ordering::Release);
     }
 
-    /// A statement has failed.
+    /// Notes the error of a statement.
     pub(crate) fn note(&self, error: &Error) {
         if let Some(cure) = stale(error) {
             self.heal(cure);
@@ -53,14 +53,14 @@ impl Trail {
         }
     }
 
-    /// An error of whoever used the session shows this report, which came past the handles.
+    /// Notes a report that was found in an error of the session's user, and did not pass the handles.
     pub(crate) fn note_report(&self, report: &DbError) {
         if let Some(cure) = stale_report(report) {
             self.heal(cure);
         }
     }
 
-    /// What the last statement failed with that did not fail because an earlier one had.
+    /// The error of the last statement that did not fail because of an earlier one.
     pub(crate) fn last(&self) -> Option<DbError> {
         lock(&self.last).clone()
     }
@@ -73,17 +73,17 @@ impl Trail {
         self.doubt.load(Ordering::Acquire)
     }
 
-    /// Are there prepared statements of an earlier use, as far as is known here?
+    /// Returns whether there are known prepared statements from an earlier use.
     pub(crate) fn has_statements(&self) -> bool {
         self.cache.as_ref().is_some_and(|cache| cache.size() > 0)
     }
 
-    /// Can its prepared statements be cleared?
+    /// Returns whether its prepared statements can be cleared.
     pub(crate) fn can_clear(&self) -> bool {
         self.cache.is_some()
     }
 
-    /// Its statements are prepared anew from now on. Where that cannot be done, nobody else gets the session.
+    /// From now on its statements are prepared anew. If that is impossible, no other caller gets the session.
     pub(crate) fn heal(&self, cure: Cure) {
         match (&self.cache, cure) {
             (Some(cache), Cure::Clear) => {
@@ -98,7 +98,7 @@ impl Trail {
         self.retired.load(Ordering::Acquire)
     }
 
-    /// Before somebody uses the session again.
+    /// Call this before the session is used again.
     pub(super) fn freshen(&self, client: &tokio_postgres::Client) {
         if self.forget_types.swap(false, Ordering::AcqRel) {
             client.clear_type_cache();
@@ -106,7 +106,7 @@ impl Trail {
     }
 }
 
-/// Clears the prepared statements of a connection that nobody uses. Whether it can be kept.
+/// Clears the prepared statements of an unused connection. Returns whether the connection can be kept.
 pub(super) fn clear_idle<C: SessionClient>(client: &C) -> bool {
     let Some(wrapper) = wrapper(client) else { return false };
     wrapper.statement_cache.clear();
@@ -114,26 +114,26 @@ pub(super) fn clear_idle<C: SessionClient>(client: &C) -> bool {
     true
 }
 
-/// The client as deadpool-postgres makes it, if it is that.
+/// Returns the client as deadpool-postgres' `ClientWrapper`, if it is one.
 fn wrapper<C: SessionClient>(client: &C) -> Option<&ClientWrapper> {
     (client as &dyn Any).downcast_ref()
 }
 
-/// The sessions of a pool, idle or on loan, for what is to be done to all of them.
+/// The trails of a pool's sessions, idle or on loan, for changes to all of them.
 #[derive(Debug, Default)]
 pub(super) struct Trails(Mutex<Vec<Weak<Trail>>>);
 
 impl Trails {
     pub(super) fn add(&self, trail: &Arc<Trail>) {
         let mut trails = lock(&self.0);
-        // Looked through only when the vector would grow, so that adding stays cheap.
+        // Search it only when the vector would grow, so that adding stays cheap.
         if trails.len() == trails.capacity() {
             trails.retain(|trail| trail.strong_count() > 0);
         }
         trails.push(Arc::downgrade(trail));
     }
 
-    /// Clears the prepared statements of all.
+    /// Clears the prepared statements of all sessions.
     pub(super) fn clear(&self) {
         for trail in lock(&self.0).iter().filter_map(Weak::upgrade) {
             trail.heal(Cure::Clear);
@@ -155,7 +155,7 @@ mod tests {
         }
         assert!(lock(&trails.0).len() < 100, "{}", lock(&trails.0).len());
         trails.clear();
-        // It has no cache that could be cleared.
+        // It has no cache that can be cleared.
         assert!(kept.is_retired());
     }
 }

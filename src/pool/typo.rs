@@ -1,7 +1,7 @@
-//! What is wrong with a connection string that the driver does not read, in words that repeat nothing of it: any piece may be
-//! a piece of the password.
+//! Explains a connection string that the driver cannot read, without repeating any of it, as each piece may be a piece
+//! of the password.
 
-/// The driver's options. A test holds them against it.
+/// The driver's options. A test compares them with the driver.
 const OPTIONS: [&str; 19] = [
     "application_name",
     "channel_binding",
@@ -23,14 +23,14 @@ const OPTIONS: [&str; 19] = [
     "tcp_user_timeout",
     "user",
 ];
-/// Two letters in the wrong order are two changes.
+/// The most changes that count as a typing error. Two swapped letters are two changes.
 const TYPO: usize = 2;
 
-/// What to change, if that can be told.
+/// Returns what to change, if it is known.
 pub(super) fn hint(text: &str) -> Option<String> {
     let schemes = ["postgres://", "postgresql://"];
     let Some(scheme) = schemes.iter().find(|scheme| text.starts_with(**scheme)) else {
-        // In `password=a://b` it is no scheme.
+        // In `password=a://b`, this is not a scheme.
         let another = text.split_once("://").map_or(!text.contains('='), |(scheme, _)| !scheme.contains('='));
         return if another {
             Some("it must begin with postgres:// or postgresql://".to_owned())
@@ -59,7 +59,7 @@ fn of_options<'a>(parameters: impl Iterator<Item = &'a str>) -> Option<String> {
     }
 }
 
-/// How many letters have to be put in, taken out or replaced to make `a` of `b`.
+/// The number of letters to insert, remove or replace to turn `b` into `a`.
 fn changes(a: &str, b: &str) -> usize {
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.bytes().enumerate() {

@@ -1,7 +1,7 @@
-//! Another deadpool pool, wrapped: its manager opens the sessions, this crate verifies them and runs the work.
+//! A wrapped deadpool pool: its manager opens the sessions, and this crate verifies them and runs the work.
 //!
-//! Where each new session leads is the manager's choice, so there is one candidate, [`Address::Wrapped`]. Tests:
-//! `tests/it/wrap.rs`.
+//! The manager chooses where each new session connects, so there is one candidate, [`Address::Wrapped`]. The tests are
+//! in `tests/it/wrap.rs`.
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
@@ -32,7 +32,8 @@ use crate::server::{Notices, Open, Questions, SessionClient};
 use crate::sync::lock;
 use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Refusal, Settings, Suspicion, View};
 
-/// A connection with a question under way. Dropping it closes the connection: one that was not answered does not go back.
+/// A connection with a question under way. Dropping it closes the connection, as one without an answer must not go
+/// back.
 struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
 
 impl<C> Drop for Asked<C> {
@@ -43,10 +44,10 @@ impl<C> Drop for Asked<C> {
     }
 }
 
-/// What [`Pool::get`] does with a wrapped pool.
+/// The source of connections for [`Pool::get`] with a wrapped pool.
 pub(super) struct Wrapped<C> {
     existing: Arc<dyn WrappedPool<C>>,
-    /// The connections whose server has proved to be the primary of the newest generation.
+    /// The connections whose server proved to be the primary of the newest generation.
     known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
     trails: Trails,
 }
@@ -64,7 +65,7 @@ impl<C: SessionClient> Wrapped<C> {
     pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
         let began = Instant::now();
         loop {
-            // Before there is a slot that others could use.
+            // Do this first, so that no slot is held during the wait that others could use.
             let generation = dialer.cluster.primary().await?;
             let id = generation.primary.id;
             self.existing.evict_for(id);
@@ -76,7 +77,7 @@ impl<C: SessionClient> Wrapped<C> {
                 biased;
                 () = dialer.cluster.scope().cancelled() => return Err(dialer.cluster.ended().into()),
                 object = self.existing.get() => object,
-                // Connecting to a server that has been left may hang for longer than anybody would wait.
+                // Connecting to a server that has been left may hang longer than any caller would wait.
                 () = dialer.cluster.left(id) => continue,
             };
             if !dialer.cluster.is_current(id) {
@@ -103,7 +104,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Asks a connection once in each generation which server is at its other end. `Err(None)`: the next one may do.
+    /// Asks a connection once in each generation which server it is connected to. `Err(None)`: try the next connection.
     async fn identify(
         &self,
         dialer: &Dialer<C>,
@@ -115,7 +116,7 @@ impl<C: SessionClient> Wrapped<C> {
             let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
             Ok(Loan::Wrapped { object, facts, watched, scope })
         };
-        // The manager's `recycle` may let everything pass.
+        // The manager's `recycle` may accept every connection.
         if object.is_used() && object.is_closed() {
             object.discard();
             return Err(None);
@@ -141,7 +142,7 @@ impl<C: SessionClient> Wrapped<C> {
             generation.primary.admits(&report).map_err(|refusal| (false, refused(refusal)))
         });
         if let Err((silent, failure)) = admitted {
-            // One that was given back late says where its server was, and not where a new one would lead.
+            // A connection that was given back late shows where its server was, not where a new one would connect.
             if !used {
                 return Err(Some(failure));
             }
@@ -166,8 +167,8 @@ impl<C: SessionClient> Wrapped<C> {
         lock(&self.known).get(&object).filter(|facts| facts.generation == id).cloned()
     }
 
-    /// Nobody tells when the wrapped pool closes a connection, so what is known of it is forgotten now and then, together
-    /// with the rest: they are asked once more.
+    /// The wrapped pool does not report which connections it closes. So from time to time everything known is
+    /// forgotten, and open connections are asked once more.
     fn remember(&self, object: ObjectId, facts: &Arc<Facts>) {
         let most = self.status().max_size.saturating_mul(4).max(64);
         let mut known = lock(&self.known);
@@ -179,9 +180,10 @@ impl<C: SessionClient> Wrapped<C> {
     }
 }
 
-/// Configures a [wrapped pool](Pool::wrap). By value; the setters do not fail, [`WrapBuilder::build`] does.
+/// Configures a [wrapped pool](Pool::wrap). Setters take the builder by value and never fail; [`WrapBuilder::build`]
+/// reports all errors.
 ///
-/// The size, the queue and the recycling are those of the pool that is wrapped.
+/// The wrapped pool itself determines the size, the queue and the recycling.
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct WrapBuilder<M: managed::Manager> {
     existing: managed::Pool<M>,
@@ -203,7 +205,8 @@ where
     }
 
     /// As [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout): the longest wait for a primary and a
-    /// connection. Default: 30 s. A shorter wait time-out of the wrapped pool ends the wait for a free connection before.
+    /// connection. Default: 30 s. If the wrapped pool has a shorter wait time-out, that one ends the wait for a free
+    /// connection.
     pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
         self.calls.checkout_timeout = timeout;
         self
@@ -239,15 +242,15 @@ where
         self
     }
 
-    /// How often a new session is opened to see whether the manager's connecting leads to a newer primary. Default: 5 s.
+    /// How often a new session is opened to see whether the manager now connects to a newer primary. Default: 5 s.
     pub fn patrol_interval(mut self, interval: Duration) -> Self {
         self.settings.patrol = interval;
         self
     }
 
-    /// The longest that the manager may take to open a session, and a server to say what it is. Default: 3 s.
+    /// Time limit for the manager to open a session, and for its server to say what it is. Default: 3 s.
     ///
-    /// A manager that tries several hosts one after the other needs time for all of them: give its configuration a
+    /// A manager that tries several hosts in turn needs time for all of them: give its configuration a
     /// `connect_timeout` that is a fraction of this.
     pub fn probe_timeout(mut self, timeout: Duration) -> Self {
         self.settings.probe_timeout = timeout;
@@ -260,7 +263,8 @@ where
         self
     }
 
-    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: of the server that answers first.
+    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: that of the first server
+    /// that answers.
     pub fn system_identifier(mut self, system_identifier: u64) -> Self {
         self.settings.system_identifier = Some(system_identifier);
         self
@@ -284,7 +288,7 @@ where
         self
     }
 
-    /// Wraps the pool. Needs no server, and a tokio runtime, on which it starts its tasks.
+    /// Wraps the pool. Needs no server, but a tokio runtime, on which it starts its tasks.
     pub fn build(mut self) -> Result<Pool<M::Type>, BuildError> {
         checked(&mut self.settings)?;
         let shared = self.calls.shared(&self.settings)?;
@@ -308,7 +312,7 @@ where
             gate: 1,
             seed,
             observer,
-            // What is open belongs to the wrapped pool.
+            // The open connections belong to the wrapped pool.
             sleep_after: None,
         });
         tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<M::Type>>, cluster.watch()));
@@ -322,8 +326,8 @@ where
     }
 }
 
-/// Closes what is idle in the wrapped pool whenever a generation has ended, also where nobody asks for a connection. Ends
-/// with the cluster's task.
+/// Closes the idle connections of the wrapped pool whenever a generation has ended, even if no caller asks for one.
+/// Ends with the cluster's task.
 async fn evict<C>(existing: Arc<dyn WrappedPool<C>>, mut views: watch::Receiver<View>) {
     while views.changed().await.is_ok() {
         let id = views.borrow_and_update().generation;

@@ -1,4 +1,4 @@
-//! The wrapped pool as what it gives: connections of its own, and sessions that its manager opens.
+//! The wrapped pool as a source: connections of its own, and sessions that its manager opens.
 
 use std::error::Error as StdError;
 use std::ops::DerefMut;
@@ -22,10 +22,10 @@ use crate::topology::{
 pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     fn id(&self) -> ObjectId;
 
-    /// Has it been used before, by whomever?
+    /// Returns whether it has been used before, by any user.
     fn is_used(&self) -> bool;
 
-    /// Takes it out of its pool, whose slot is free then.
+    /// Takes it out of its pool, which frees its slot.
     fn take(self: Box<Self>) -> C;
 
     /// Closes it, and frees its slot.
@@ -52,28 +52,28 @@ where
     }
 }
 
-/// The wrapped pool, without its manager's type.
+/// The wrapped pool, without the type of its manager.
 pub(super) trait WrappedPool<C>: Send + Sync {
     fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<C>>, NoObject>>;
 
     fn status(&self) -> managed::Status;
 
-    /// Closes what is idle, the first time that `id` is heard of: it leads to the primary before.
+    /// Closes the idle connections at the first call for `id`, as they are to the previous primary.
     fn evict_for(&self, id: GenerationId);
 
-    /// Something was sent or received.
+    /// Notes that something was sent or received.
     fn count_traffic(&self);
 
-    /// Clears the prepared statements of what is idle.
+    /// Clears the prepared statements of idle connections.
     fn clear_idle(&self);
 }
 
-/// Whose code has panicked.
+/// The name of the code that panics are blamed on.
 const MANAGER: &str = "the wrapped pool's manager";
 
 /// Why the wrapped pool gave no connection.
 pub(super) enum NoObject {
-    /// Its own time-out for waiting was shorter than this pool's.
+    /// Its own wait time-out was shorter than this pool's.
     NoneFree,
     Closed,
     Failed(ProbeFailure),
@@ -84,7 +84,7 @@ pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
     pub(super) questions: Questions,
     pub(super) traffic: AtomicU64,
-    /// The newest generation that idle connections were closed for. There was none before the first.
+    /// The newest generation for which idle connections were closed; at first 0, which stands for none.
     pub(super) evicted_for: AtomicU64,
 }
 
@@ -101,11 +101,11 @@ where
         scope: CancellationToken,
     ) -> BoxFuture<'a, Opened<M::Type>> {
         Box::pin(async move {
-            // A panic in it costs this one session.
+            // A panic of the manager costs only this one session.
             let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
             let created = creating.await.map_err(|panic| panicked(MANAGER, &*panic))?.map_err(not_created)?;
             let existing = self.existing.clone();
-            // The manager may keep a record of what it made, as deadpool-postgres' does.
+            // The manager may keep a record of what it created, as deadpool-postgres' does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
             let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
@@ -130,8 +130,8 @@ where
         false
     }
 
-    /// Without TLS, which the server does not ask for in a cancel request; where the manager's `sslmode` is `require`, the
-    /// driver refuses to send it so.
+    /// Sends the request without TLS, which the server does not require for a cancel request. If the manager's
+    /// `sslmode` is `require`, the driver refuses to send it in this way.
     fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
         Box::pin(async move { token.cancel_query(NoTls).await })
     }
@@ -145,7 +145,7 @@ where
 {
     fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<M::Type>>, NoObject>> {
         Box::pin(async move {
-            // A panic in the manager, or in a hook of the wrapped pool, costs this one connection.
+            // A panic of the manager, or of a hook of the wrapped pool, costs only this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
             let got = match getting.await {
                 Ok(got) => got,
