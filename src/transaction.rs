@@ -1,9 +1,9 @@
 //! Transactions that run again across a failover, and are applied once.
 //!
-//! Decides, by the table in `decide`, what follows from a failed attempt; knows nothing of how connections are made.
+//! The table in `decide` says what follows from a failed attempt. This module does not know how connections are made.
 //! Invariants: COMMIT is sent at most once per attempt; after an in-doubt COMMIT nothing is run again unless the caller
-//! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool.
-//! Tests: `tests/it/transaction.rs`, `tests/it/cancel.rs`, `tests/it/failover.rs`.
+//! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool. The
+//! tests are `tests/it/transaction.rs`, `tests/it/cancel.rs` and `tests/it/failover.rs`.
 
 mod attempt;
 mod decide;
@@ -38,33 +38,33 @@ use finish::OPEN;
 use marks::{Begin, MarkWith};
 
 impl<C: SessionClient> Pool<C> {
-    /// Runs `work` in a transaction on the primary and commits it exactly once; runs it again when a failover, a
-    /// serialization failure or a deadlock ended it before it was committed, within the pool's [`RetryPolicy`].
+    /// Runs `work` in a transaction on the primary and commits it exactly once. If a failover, a serialization failure
+    /// or a deadlock ends it before it is committed, it runs again, within the pool's [`RetryPolicy`].
     ///
-    /// `Ok` means committed, and confirmed by the synchronous standbys, if there are any and `synchronous_commit` asks for it,
-    /// as its default does. An error means not committed, but
-    /// for [`Error::CommitUnknown`]. When the connection is lost between COMMIT and its answer, the new primary is asked
-    /// whether the transaction is in its history, and the work runs again if it is not; see [`Guarantee::ExactlyOnce`]. What
-    /// cannot be told even so is `CommitUnknown`. If your work can be applied twice without harm, [`Pool::idempotent`]
-    /// runs it again in that case, too.
+    /// `Ok` means committed. It also means confirmed by the synchronous standbys, if there are any and
+    /// `synchronous_commit` asks for it, as its default does. An error means not committed, except for
+    /// [`Error::CommitUnknown`]. If the connection is lost between COMMIT and its answer, the new primary is asked
+    /// whether the transaction is in its history, and the work runs again if it is not; see [`Guarantee::ExactlyOnce`].
+    /// If even that gives no answer, the error is `CommitUnknown`. If your work can be applied twice without harm, use
+    /// [`Pool::idempotent`], which runs it again in that case, too.
     ///
-    /// The mark by which the server is asked makes every such transaction one that writes: use [`Pool::read`] for what only
-    /// reads. It is also the transaction's first query: set the isolation level with [`Pool::build_transaction`], as `SET
-    /// TRANSACTION ISOLATION LEVEL` within the closure would come too late.
+    /// For this question, each such transaction writes a mark, even if it otherwise only reads: use [`Pool::read`] for
+    /// work that only reads. The mark is also the transaction's first query: set the isolation level with
+    /// [`Pool::build_transaction`], as `SET TRANSACTION ISOLATION LEVEL` within the closure would come too late.
     ///
-    /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction: keep
-    /// what it does to the outside world until the call has returned. Its own errors roll back and come back unchanged,
-    /// see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails with
+    /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction, so
+    /// delay any effect on the outside world until the call has returned. Its own errors roll back and are returned
+    /// unchanged, see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails with
     /// [`Error::EndedInside`].
     ///
-    /// The policy's deadline bounds the waiting and the starting of attempts; an attempt that runs is not cut off by it. While
-    /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout) bounds
-    /// the wait as well. A call within the closure of another needs a connection of its own; if none is left that others
-    /// could give back, it fails at once.
+    /// The policy's deadline limits the waiting and the start of attempts; it does not cut off a running attempt. While
+    /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout)
+    /// limits the wait as well. A call within the closure of another call needs a connection of its own. If the outer
+    /// calls hold all connections, it fails at once.
     ///
-    /// Cancel-safe: when the future is dropped, the server is told to stop, the connection is closed and the transaction
-    /// rolled back. Once COMMIT was sent, the connection is closed and nothing else: the server carries it out, and shows it
-    /// when the synchronous standbys have it.
+    /// Cancel-safe: if the future is dropped, the server is told to cancel, the connection is closed and the
+    /// transaction is rolled back. Once COMMIT was sent, only the connection is closed: the server carries out the
+    /// COMMIT, and shows its effect when the synchronous standbys have it.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool, sku: String) -> Result<(), Box<dyn std::error::Error>> {
@@ -86,7 +86,7 @@ impl<C: SessionClient> Pool<C> {
         run::run(self.build_transaction(), work).await
     }
 
-    /// Like [`Pool::transaction`], for work that may be applied more than once: it is run again also when the outcome of
+    /// Like [`Pool::transaction`], for work that may be applied more than once. It is run again even if the outcome of
     /// its commit is unknown, so it fails only when the retry policy ends it.
     ///
     /// ```no_run
@@ -107,8 +107,8 @@ impl<C: SessionClient> Pool<C> {
         run::run(self.build_transaction().guarantee(Guarantee::AtLeastOnce), work).await
     }
 
-    /// Like [`Pool::transaction`], read-only: it can be run again at any point. A statement that writes gets its
-    /// SQLSTATE 25006 back, once.
+    /// Like [`Pool::transaction`], but read-only, so that it can be run again at any point. A statement that writes
+    /// fails with SQLSTATE 25006, and is not run again.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -126,7 +126,7 @@ impl<C: SessionClient> Pool<C> {
         run::run(self.build_transaction().read_only(true), work).await
     }
 
-    /// Starts a transaction with options of its own.
+    /// Starts a transaction with its own options.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -172,34 +172,34 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         self
     }
 
-    /// Begins `READ ONLY`, and may therefore be run again at any point. `false`, the default, leaves the access mode to
-    /// the server: `READ WRITE` is never asked for, since that would break through a fence.
+    /// Begins `READ ONLY`, and so may be run again at any point. `false`, the default, leaves the access mode to the
+    /// server: `READ WRITE` is never requested, since that would break through a fence.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.read_only = read_only;
         self
     }
 
-    /// Begins `DEFERRABLE`: of use with serializable read-only transactions.
+    /// Begins `DEFERRABLE`, which is useful with serializable read-only transactions.
     pub fn deferrable(mut self, deferrable: bool) -> Self {
         self.deferrable = deferrable;
         self
     }
 
-    /// What holds when the connection is lost between COMMIT and its answer. Default: the pool's, and that is
-    /// [`Guarantee::ExactlyOnce`] unless set.
+    /// What the call promises if the connection is lost between COMMIT and its answer. Default: the pool's guarantee,
+    /// which is [`Guarantee::ExactlyOnce`] by default.
     pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
         self.guarantee = guarantee;
         self
     }
 
-    /// The retry policy of this call, in place of the pool's: nothing of that one is left, hooks included. Default: the
-    /// pool's. To change one thing of it, start from a clone of [`Pool::retry_policy`].
+    /// The retry policy of this call, which replaces the pool's policy entirely, including its hooks. Default: the
+    /// pool's. To change one setting, start from a clone of [`Pool::retry_policy`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = policy;
         self
     }
 
-    /// The deadline of this call: that of its retry policy, so set the policy first.
+    /// The deadline of this call. It is stored in the call's retry policy, so set the policy first.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.retry = self.retry.deadline(deadline);
         self
@@ -251,22 +251,23 @@ fn level_name(level: IsolationLevel) -> &'static str {
         IsolationLevel::ReadUncommitted => "READ UNCOMMITTED",
         IsolationLevel::ReadCommitted => "READ COMMITTED",
         IsolationLevel::RepeatableRead => "REPEATABLE READ",
-        // The driver's enum may grow; the strictest level is the safe reading of a name that is not known here.
+        // The driver's enum may grow. For an unknown level, the strictest one is safe.
         _ => "SERIALIZABLE",
     }
 }
 
-/// One attempt's transaction, given to the closure.
+/// The transaction of one attempt, which is given to the closure.
 ///
 /// Derefs to deadpool-postgres' `ClientWrapper` and [`tokio_postgres::Client`]: `query`, `execute`, `prepare_cached`
-/// and all else that takes `&self`. It is owned, so that the closure's future can be spawned; when it (or something that
-/// borrows from it) is still alive after the closure has returned, the transaction is rolled back and the call fails
-/// with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
+/// and everything else that takes `&self`. The handle is owned, so that the closure's future can be spawned. If the
+/// handle, or anything that borrows from it, still exists after the closure has returned, the transaction is rolled
+/// back and the call fails with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
 ///
-/// Read a stream of rows to its end, or drop it, and finish a COPY within the closure: COMMIT's answer comes behind theirs.
-/// One that is kept makes the call fail with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept). A transaction that
-/// uses the methods below takes one round trip more, by which that is found out. A stream that was begun in another way,
-/// through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits for its end.
+/// Within the closure, read a stream of rows to its end or drop it, and finish a COPY, because COMMIT's answer comes
+/// after theirs. If one is kept, the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept). To find
+/// that out, a transaction that uses the streaming methods below takes one more round trip. A stream that was begun in
+/// another way, through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits
+/// for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,
 }
@@ -276,7 +277,7 @@ impl<C: SessionClient> Transaction<C> {
         Self { client }
     }
 
-    /// Sets a savepoint. What fails in it can be undone without losing the transaction.
+    /// Sets a savepoint. A failure after it can be undone without losing the transaction.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -314,9 +315,9 @@ impl<C: SessionClient> fmt::Debug for Transaction<C> {
 /// A savepoint within a [`Transaction`]. Dropping it without [`Savepoint::release`] rolls back to it.
 pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
     client: &'a Client<C>,
-    /// How deeply it is nested. A name needs to differ along one line of nesting only.
+    /// How deeply it is nested. Names must differ only within one line of nesting.
     depth: u32,
-    /// Set until the savepoint was released or rolled back.
+    /// `true` until the savepoint is released or rolled back.
     open: bool,
 }
 
@@ -365,7 +366,7 @@ impl<C: SessionClient> Deref for Savepoint<'_, C> {
 impl<C: SessionClient> Drop for Savepoint<'_, C> {
     fn drop(&mut self) {
         if self.open {
-            // The driver queues a request at the first poll of its future; the answer is of no interest.
+            // The driver queues a request at the first poll of its future; the answer does not matter.
             let _ = self.client.batch_execute(&self.undo()).now_or_never();
         }
     }

@@ -30,16 +30,16 @@ pub(super) enum Ended<T> {
     Committed(T),
     Failed(Stage, Failed),
     InDoubt(Unanswered<T>),
-    /// COMMIT was sent, and the primary's history does not have it.
+    /// COMMIT was sent, but the transaction is not in the primary's history; `Failed` is the original failure.
     Absent(Earlier<T>, Failed),
-    /// And nobody could tell.
+    /// COMMIT was sent, and its outcome could not be found out.
     Unknown(Error),
 }
 
 pub(super) struct Failed {
     pub(super) verdict: Verdict,
     pub(super) error: Error,
-    /// How the session was found, where the closure had failed.
+    /// How the session was found after the closure had failed.
     pub(super) session: Session,
 }
 
@@ -49,7 +49,7 @@ impl Failed {
     }
 }
 
-/// COMMIT was sent, and nothing came back that tells what became of it.
+/// COMMIT was sent, and no answer shows its outcome.
 pub(super) struct Unanswered<T> {
     value: T,
     mark: Option<Mark>,
@@ -84,8 +84,8 @@ impl<T> Ended<T> {
     }
 }
 
-/// A connection whose session may be left in the midst of something. Unless it is known to be clean, dropping this closes
-/// it: so a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
+/// A connection whose session may be in the middle of something. Dropping this closes the connection unless it is known
+/// to be clean. So a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
 pub(super) struct DirtyGuard<C: SessionClient> {
     client: Arc<Client<C>>,
     pub(super) clean: bool,
@@ -116,21 +116,21 @@ impl<C: SessionClient> Drop for DirtyGuard<C> {
 /// One connection during one attempt.
 pub(super) struct Attempt<C: SessionClient> {
     pub(super) held: DirtyGuard<C>,
-    /// Time from BEGIN to COMMIT. Without one no timer is made, which each attempt would set and clear.
+    /// The time limit from BEGIN to COMMIT. Without one, no timer is created, which each attempt would set and clear.
     limit: Option<Duration>,
-    /// By what the transaction can be asked for, once it has begun.
+    /// The mark by which the transaction can be found later. Set once the transaction has begun.
     mark: OnceLock<Mark>,
-    /// The closure was run.
+    /// The closure has started.
     pub(super) begun: AtomicBool,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
-    /// How COMMIT looks for the transaction.
+    /// How COMMIT checks for the transaction.
     pub(super) check: Check,
 }
 
-/// Why a body gave nothing to commit.
+/// Why there is nothing to commit after BEGIN and the closure.
 enum Fault {
-    /// Something befell it before its closure ran, or from outside.
+    /// A failure before the closure ran, or from outside it.
     Met(Verdict, Error),
     /// The closure failed.
     Closure(Error),
@@ -148,7 +148,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// `lost` gets the mark of an attempt whose session ended before COMMIT was sent.
+    /// `lost` receives the mark of an attempt whose session ended before COMMIT was sent.
     pub(super) async fn run<T, F, Fut>(
         mut self,
         begin: &Begin,
@@ -190,7 +190,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Waits for what ends a body before its time: the limit, or the eviction of its session.
+    /// Waits for what ends the closure early: the time limit, or the eviction of its session.
     async fn cut_off(&self) -> Option<Duration> {
         let Some(limit) = self.limit else {
             self.client().evicted().await;
@@ -199,7 +199,7 @@ impl<C: SessionClient> Attempt<C> {
         timeout(limit, self.client().evicted()).await.is_err().then_some(limit)
     }
 
-    /// BEGIN and the closure.
+    /// Runs BEGIN and the closure.
     async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, Fault>
     where
         F: FnMut(Transaction<C>) -> Fut,
@@ -210,12 +210,12 @@ impl<C: SessionClient> Attempt<C> {
         let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
         self.pool().heard(self.client().generation());
         if self.client().notices().already_in_transaction() {
-            // Its COMMIT is not ours to send. Nothing was done yet, so another connection will do.
+            // The open transaction is not ours to commit. Nothing was done yet, so another connection can be used.
             let strange = Error::RolledBack(RolledBack::StrangeSession);
             return Err(Fault::Met(Verdict::ConnectionLost, strange));
         }
         if let Some(mark) = mark {
-            // There is none yet: an attempt begins once.
+            // Setting it cannot fail, as an attempt begins only once.
             let _ = self.mark.set(mark);
         }
         self.begun.store(true, Ordering::Relaxed);
@@ -238,7 +238,7 @@ impl<C: SessionClient> Attempt<C> {
             let (verdict, error) = evicted();
             return Ended::before_commit(verdict, error);
         }
-        // On a session that has ended nothing is sent: then the transaction is certainly not committed.
+        // Nothing is sent on a session that has ended, so then the transaction is certainly not committed.
         let never_sent = self.client().is_closed();
         let known = self.known(mode);
         let look = self.look(known);
@@ -315,7 +315,7 @@ impl<C: SessionClient> Attempt<C> {
         undone.explains(Failed::new(Verdict::Conflict, error))
     }
 
-    /// `over`: the transaction is rolled back already.
+    /// `over`: the transaction is already rolled back.
     async fn commit_refused(&mut self, known: Known, over: bool, error: tokio_postgres::Error) -> Failed {
         self.suspect();
         let verdict = classify(&error);
@@ -340,8 +340,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// From time to time, once the caller's work is done, on the connection that did it: in a task, so that nobody waits.
-    /// The task ends with the session, and so with the pool.
+    /// Prunes the ledger from time to time, on the connection of a finished call. It runs in a task, so that no caller
+    /// waits for it. The task ends with the session, and so with the pool.
     fn prune(&self, begin: &Begin) {
         let MarkWith::Ledger(ledger) = &begin.marks else {
             return;
@@ -367,12 +367,12 @@ impl<C: SessionClient> Attempt<C> {
         });
     }
 
-    /// A handle given to the closure is still alive.
+    /// Returns whether a handle given to the closure still exists.
     pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.held.client) > 1
     }
 
-    /// A session that ended makes its server suspect; other errors say nothing about it.
+    /// Suspects the server if the session has ended. Other errors say nothing about the server.
     pub(super) fn suspect(&self) {
         if self.client().is_closed() {
             self.pool().suspect(self.client().generation(), Suspicion::Connection);
@@ -391,7 +391,8 @@ impl<C: SessionClient> Attempt<C> {
 pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
     match error {
         Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
-        // It was not lost but left or not replicated, which is reason enough unless a settler found a better one.
+        // The connection was not lost: the primary was left, or its commit not replicated. Keep that reason unless a
+        // settler found a better one.
         Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
             Error::CommitUnknown(Box::new(unknown.because(why)))
         }
@@ -399,7 +400,7 @@ pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
     }
 }
 
-/// The generation ended, and the session with it, although no driver of ours could say so.
+/// The generation ended, and so must the session, although no driver of this crate could say so.
 pub(super) fn evicted() -> (Verdict, Error) {
     (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }

@@ -1,17 +1,17 @@
 //! The table that says what follows from a failed attempt: mode × stage × verdict → next.
 //!
-//! Pure. Whether the *schedule* allows another attempt is asked afterwards; it may only say no.
+//! Pure. Afterwards the retry *schedule* is asked whether it allows another attempt; it may only refuse.
 
 use crate::classify::Verdict;
 
 /// What the caller allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Run again only what is known not to have been committed; find that out.
+    /// Run again only work that is known not to be committed, and find that out.
     Exactly,
-    /// Run again only what is known not to have been committed.
+    /// Run again only work that is known not to be committed.
     Once,
-    /// Applying the work twice is the same as once.
+    /// Applying the work twice has the same effect as once.
     Idempotent,
     /// Nothing is written.
     Read,
@@ -22,9 +22,9 @@ pub(super) enum Mode {
 pub(super) enum Stage {
     /// COMMIT was not sent.
     Body,
-    /// COMMIT was sent, and the transaction was rolled back: its answer proves it, or it was settled.
+    /// COMMIT was sent, and the transaction was rolled back: the answer to COMMIT proves it, or settling found it out.
     Refused,
-    /// COMMIT was sent; whether it was carried out is not known.
+    /// COMMIT was sent, and it is unknown whether it was carried out.
     InDoubt,
 }
 
@@ -41,17 +41,17 @@ pub(super) enum Next {
     Unknown,
 }
 
-/// `verdict`: [`Verdict::ReadOnly`] means here that the *server* refuses writes; a transaction that made itself
-/// read-only counts as the application's own doing.
+/// `verdict`: here [`Verdict::ReadOnly`] means that the *server* refuses writes. If the transaction made itself
+/// read-only, that counts as the application's doing.
 ///
-/// `word`: the user's on the error, "run again" or "do not". It counts where the attempt is known not to be committed, and
-/// nowhere else: so no word of anybody runs an unknown commit again, or settles it.
+/// `word`: the user's decision on the error, "run again" or "do not". It counts only if the attempt is known not to be
+/// committed. So no hook can run an unknown commit again, or settle it.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bool>) -> Next {
     match (stage, mode) {
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
-        // What a serializable transaction has read holds only if its COMMIT succeeds, so `Read` asks again, too.
+        // The reads of a serializable transaction are valid only if its COMMIT succeeds, so `Read` runs again, too.
         (Stage::InDoubt, Mode::Idempotent | Mode::Read) => return Next::Rerun,
         (Stage::Body | Stage::Refused, _) => {}
     }
@@ -64,8 +64,8 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bo
         Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
             Next::Rerun
         }
-        // "Unknown" before COMMIT was sent is about a statement of a transaction that is rolled back.
-        // The session of a stale statement was healed, or is closed; whoever meets it twice gets another verdict, by `Bounds`.
+        // Before COMMIT was sent, "unknown" is about a statement of a transaction that is rolled back. The session of a
+        // stale statement was healed, or is closed; if it happens again, `Bounds` changes the verdict.
         Verdict::OutcomeUnknown | Verdict::Stale => Next::Rerun,
         Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
     }

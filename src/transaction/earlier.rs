@@ -1,10 +1,11 @@
-//! What a call has to remember of its earlier attempts: those whose COMMIT was in doubt and is not in the primary's history,
-//! and those whose session ended before the pool sent COMMIT, as the closure may have committed by itself.
+//! Remembers two kinds of earlier attempts of a call: those whose COMMIT was in doubt and is not in the primary's
+//! history, and those whose session ended before the pool sent COMMIT, as the closure may have committed by itself.
 //!
-//! "Not committed" holds for one history. Where replication is asynchronous, a standby that lagged may be promoted first, and
-//! one that had the transaction later. So before the work runs on a primary that has not been asked, it is asked. By the lemma
-//! of docs/exactly-once.md no history then holds two attempts of one call. For the same reason an error means "not committed"
-//! only as long as the primary that said so is the primary. Tests: `tests/it/history/earlier.rs`, `commit/tests/calls.rs`.
+//! "Not committed" holds for one history. With asynchronous replication, a standby that lagged may be promoted first,
+//! and later another one that has the transaction. So before the work runs on a primary that has not been asked yet,
+//! that primary is asked. By the lemma of docs/exactly-once.md, no history then contains two attempts of one call. For
+//! the same reason an error means "not committed" only while the primary that said so remains the primary. The tests
+//! are `tests/it/history/earlier.rs` and `commit/tests/calls.rs`.
 
 use tokio::time::Instant;
 
@@ -16,16 +17,17 @@ use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
 
-/// An attempt whose COMMIT was not answered, and which the primary's history does not have.
+/// An attempt whose COMMIT was not answered, and that is not in the primary's history.
 pub(super) struct Earlier<T> {
     pub(super) mark: Mark,
-    /// What its closure returned.
+    /// The value that its closure returned.
     pub(super) value: T,
-    /// The generation whose primary does not have it.
+    /// The generation of the primary that does not have it.
     pub(super) absent_from: GenerationId,
 }
 
-/// Looks for the earlier attempts of a call in the history of this generation's primary. `Ok(Some)`: one of them was committed.
+/// Looks for a call's earlier attempts in the history of this generation's primary. `Ok(Some)`: one of them was
+/// committed.
 pub(super) async fn find<C: SessionClient, T>(
     pool: &Pool<C>,
     earlier: &mut Vec<Earlier<T>>,
@@ -45,7 +47,7 @@ pub(super) async fn find<C: SessionClient, T>(
     Ok(None)
 }
 
-/// The error of a call, where it would say "not committed" and no primary says so any more.
+/// Returns the error of a call, or "unknown" if the primary that said "not committed" is no longer the primary.
 pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId) -> bool, error: Error) -> Error {
     if are_denied(earlier.iter().map(|attempt| attempt.absent_from), by) {
         return error;
@@ -54,12 +56,12 @@ pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId)
     Error::CommitUnknown(Box::new(CommitUnknown::earlier(Unsettled::NoPrimary)))
 }
 
-/// `by`: is the primary of this generation the primary still?
+/// `by` tells whether the primary of a generation is still the primary.
 fn are_denied(absent_from: impl IntoIterator<Item = GenerationId>, by: impl Fn(GenerationId) -> bool) -> bool {
     absent_from.into_iter().all(by)
 }
 
-/// Does an attempt that failed so show that its server was still the primary?
+/// Returns whether an attempt with this verdict shows that its server was still the primary.
 pub(super) fn shows_primary(verdict: Verdict) -> bool {
     !verdict.is_loss() && verdict != Verdict::ReadOnly
 }
@@ -68,7 +70,7 @@ pub(super) fn shows_primary(verdict: Verdict) -> bool {
 pub(super) struct Lost {
     mark: Mark,
     error: Error,
-    /// The generation whose primary was asked for it.
+    /// The generation whose primary was last asked about it.
     asked: Option<GenerationId>,
 }
 
@@ -78,7 +80,7 @@ impl Lost {
     }
 }
 
-/// Was one of them committed, by its closure? Nothing else would tell of that. Asked once on each primary.
+/// Finds out whether a closure committed one of them itself, which nothing else would show. Asks once on each primary.
 pub(super) async fn committed_inside<C: SessionClient>(client: &Client<C>, lost: &mut Vec<Lost>) -> Option<Error> {
     let generation = client.generation();
     for index in 0..lost.len() {
@@ -91,7 +93,7 @@ pub(super) async fn committed_inside<C: SessionClient>(client: &Client<C>, lost:
                 return Some(EndedInside::error(Ending::Committed, Some(error)));
             }
             Some(false) => attempt.asked = Some(generation),
-            // It is asked again if there is another attempt.
+            // It is asked about again at the next attempt.
             None => {}
         }
     }

@@ -1,10 +1,10 @@
 //! How a transaction is finished: the messages that commit it or roll it back, and what their answers prove.
 //!
-//! Three things can go wrong at its end. The server may have failed the transaction, and then turns COMMIT into a
-//! ROLLBACK. The closure may have ended the transaction itself, and then COMMIT ends another one, or none. And an error or
-//! a lost connection may come after COMMIT was carried out. So COMMIT is the last of three statements in one message: the
-//! first fails in a failed transaction, the second fails in any transaction but ours, and the answers are counted.
-//! What an answer means is decided by pure functions. Tests: `tests/it/finish.rs`.
+//! Three things can go wrong at the end. The server may have aborted the transaction, and then turns COMMIT into a
+//! ROLLBACK. The closure may have ended the transaction itself, and then COMMIT ends another one, or none. And an error
+//! or a lost connection may come after COMMIT was carried out. So COMMIT is the last of three statements in one
+//! message. The first fails in an aborted transaction, the second fails in any transaction but ours, and the answers
+//! are counted. Pure functions decide what an answer means. The tests are in `tests/it/finish.rs`.
 
 use std::pin::pin;
 
@@ -15,11 +15,11 @@ use crate::classify::{commit_refused, no_transaction, not_offered, not_ours, not
 use crate::error::Ending;
 use crate::pool::Check;
 
-/// Set by BEGIN for one transaction: its end, however it comes about, takes the value away.
+/// Set by BEGIN for one transaction. The value disappears with the transaction, however it ends.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
 
-/// Looks for the transaction by its id. Another number for another text: behind a proxy, versions of this crate may share a
-/// session.
+/// The name of the prepared check. Its number changes with its text, because versions of this crate may share a session
+/// behind a proxy.
 const PREPARED: &str = "tokio_postgres_failover_check_1";
 
 /// How COMMIT's message looks for its transaction.
@@ -49,24 +49,24 @@ impl Look {
     }
 }
 
-/// By what a transaction is known again when it is committed.
+/// How the message of COMMIT recognises the pool's transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::enum_variant_names, reason = "they read on from the name")]
 pub(super) enum Known {
-    /// The transaction id that its mark has given it.
+    /// By the transaction id that its mark has assigned.
     ById(u64),
-    /// The setting of [`OPEN`].
+    /// By the setting of [`OPEN`].
     BySetting,
-    /// The same, of a transaction that only reads: it is looked at and not insisted on. This takes no snapshot, which a
-    /// deferrable transaction would wait for, and no planning.
+    /// By the same setting, for a transaction that only reads: a wrong value does not stop the COMMIT. This needs no
+    /// planning, and no snapshot, for which a deferrable transaction would wait.
     ByShow,
 }
 
 impl Known {
-    /// COMMIT, in one message with what has to hold for it.
+    /// Returns COMMIT in one message with the statements that check its conditions.
     ///
-    /// The first statement fails in a failed transaction (25P02). It also lets the warning through by which the server says
-    /// that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
+    /// The first statement fails in an aborted transaction (25P02). It also enables the warning by which the server
+    /// reports that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
     pub(super) fn commit(self, look: Look) -> String {
         let looks = match (self, look) {
             (Self::ById(xid), Look::Execute) => format!("EXECUTE {PREPARED} ('{xid}')"),
@@ -86,12 +86,13 @@ impl Known {
             (Self::ById(xid), Check::Prepared | Check::Full) => {
                 Some(("pg_current_xact_id_if_assigned()", xid.to_string()))
             }
-            // The mark has called it. It gives another transaction an id that is not this one.
+            // The mark has called this function already. In another transaction it assigns another id, which differs
+            // from this one.
             (Self::ById(xid), Check::Other) => Some(("pg_current_xact_id()", xid.to_string())),
             (Self::BySetting, Check::Prepared | Check::Full) => {
                 Some(("current_setting('tokio_postgres_failover.transaction', true)", "off".to_owned()))
             }
-            // Fails where nobody has ever set it.
+            // This fails if the setting was never set.
             (Self::BySetting, Check::Other) => {
                 Some(("current_setting('tokio_postgres_failover.transaction')", "off".to_owned()))
             }
@@ -102,8 +103,8 @@ impl Known {
         )
     }
 
-    /// ROLLBACK, and with `role` that question. Where no transaction is open although the closure was run, it has ended that,
-    /// and the first statement fails (25P01).
+    /// Returns ROLLBACK, and the question `role` if given. If no transaction is open although the closure has run, the
+    /// closure has ended it, and the first statement fails (25P01).
     pub(super) fn roll_back(known: Option<Self>, role: Option<&str>) -> String {
         let mut sql = if known.is_some() { "ROLLBACK AND CHAIN; ROLLBACK" } else { "ROLLBACK" }.to_owned();
         for question in role.map(str::to_owned).into_iter().chain(known.and_then(Self::status)) {
@@ -113,7 +114,7 @@ impl Known {
         sql
     }
 
-    /// What became of the transaction, where its id is known.
+    /// Returns the question for the transaction's outcome, if its id is known.
     pub(super) fn status(self) -> Option<String> {
         match self {
             Self::ById(xid) => Some(format!("SELECT pg_catalog.pg_xact_status('{xid}')")),
@@ -130,19 +131,20 @@ fn insists(function: &str, expected: &str) -> String {
     )
 }
 
-/// What came back for a message of several statements.
+/// The answer to a message of several statements.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
-    /// How many statements were carried out.
+    /// The number of statements that were carried out.
     pub(super) completed: usize,
     /// The first value of each row. A row without columns has none.
     pub(super) values: Vec<Option<String>>,
-    /// What came after that.
+    /// The error that came after that.
     pub(super) error: Option<Error>,
 }
 
 impl Answer {
-    /// Sends the message and waits for the end of its answer. Cancel-safe as far as the driver is: what was sent is sent.
+    /// Sends the message and waits for the end of its answer. Cancel-safe like the driver: a message that was sent
+    /// stays sent.
     pub(super) async fn to(client: &Client, sql: &str) -> Self {
         let mut answer = Self::default();
         let messages = match client.simple_query_raw(sql).await {
@@ -168,7 +170,7 @@ impl Answer {
 }
 
 impl Answer {
-    /// Of [`Known::roll_back`]: rolled back, and only what was asked after that is not offered.
+    /// For [`Known::roll_back`]: it rolled back, and only a later question is not offered.
     pub(super) fn left_idle(&self) -> bool {
         self.completed >= 2 && self.error.as_ref().is_some_and(not_offered)
     }
@@ -177,19 +179,19 @@ impl Answer {
 /// What the answer to COMMIT's message proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Proof {
-    /// The transaction is committed. `answered`: the session has said so to the end, and can be used again.
+    /// The transaction is committed. `answered`: the session answered completely, and can be used again.
     Committed {
         answered: bool,
     },
-    /// What COMMIT met was not the transaction that the pool began. `committed`: it was committed all the same.
+    /// COMMIT met another transaction than the one that the pool began. `committed`: that one was committed.
     NotOurs {
         committed: bool,
     },
-    /// The server did not commit it, and never will. `over`: it is rolled back already.
+    /// The server did not commit it, and never will. `over`: it is already rolled back.
     Refused {
         over: bool,
     },
-    /// The server does not let this role look for the transaction, and so did not come to COMMIT.
+    /// The role may not check for the transaction, so the server did not come to COMMIT.
     Unchecked,
     /// The prepared statement that looks for the transaction was not there, so the server did not come to COMMIT.
     Unprepared,
@@ -197,18 +199,18 @@ pub(super) enum Proof {
 }
 
 impl Known {
-    /// What does this answer to [`Known::commit`] prove?
+    /// Decides what this answer to [`Known::commit`] proves.
     pub(super) fn proof(self, look: Look, answer: &Answer) -> Proof {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
         let insisted = self != Self::ByShow && !look.is_shown();
-        // What comes to an end before COMMIT does, after the first.
+        // The numbers of completed statements after which the check is what failed.
         let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if ours => Proof::Committed { answered: true },
             None => Proof::NotOurs { committed: true },
-            // The server has said that it committed; what befell the session after that changes nothing.
+            // The server has said that it committed. A later failure of the session does not change that.
             Some(_) if answer.completed >= statements && ours => Proof::Committed { answered: false },
             Some(_) if answer.completed >= statements => Proof::NotOurs { committed: true },
             Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
@@ -225,23 +227,23 @@ impl Known {
 /// What is known after a [`Known::roll_back`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Undone {
-    /// Rolled back, by this.
+    /// This message rolled it back.
     Here,
-    /// There was nothing to roll back, or another transaction than the pool's: the closure had ended that.
+    /// There was nothing to roll back, or only another transaction, because the closure had ended the pool's.
     Before(Ending),
-    /// The session gave no answer that tells.
+    /// The session gave no useful answer.
     Unanswered,
 }
 
 impl Known {
-    /// What the answer to [`Known::roll_back`] proves; `None`: the session was idle, and has to be asked for
-    /// [`Known::status`].
+    /// Decides what the answer to [`Known::roll_back`] proves. `None`: the session had no transaction, and must be
+    /// asked for [`Known::status`].
     pub(super) fn undone(answer: &Answer, status: Option<&str>) -> Option<Undone> {
         if answer.error.is_some() && !answer.left_idle() {
             let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
             return if idle { None } else { Some(Undone::Unanswered) };
         }
-        // It was not the pool's transaction that was rolled back if that was committed before.
+        // If the pool's transaction was committed before, another one was rolled back.
         Some(match status {
             Some("committed") => Undone::Before(Ending::Committed),
             Some("in progress") => Undone::Before(Ending::Prepared),
@@ -250,12 +252,12 @@ impl Known {
     }
 }
 
-/// How the closure has ended the transaction, by what `pg_xact_status` says of it now that it is not open.
+/// How the closure has ended the transaction, as `pg_xact_status` shows after the end.
 pub(super) fn ending(status: Option<&str>) -> Ending {
     match status {
         Some("committed") => Ending::Committed,
         Some("aborted") => Ending::RolledBack,
-        // No session runs it any more.
+        // It is in progress, but in no session: it is prepared.
         Some("in progress") => Ending::Prepared,
         _ => Ending::Unknown,
     }

@@ -1,4 +1,4 @@
-//! What a transaction begins with: BEGIN and the mark in one message, by which the transaction can be asked for later.
+//! How a transaction begins: with BEGIN and the mark in one message, by which it can be found later.
 
 use std::sync::Arc;
 
@@ -15,31 +15,32 @@ use crate::settle::ledger::{Entering, entered};
 use crate::settle::wal::{self, MarkAnswer, MarkStatement};
 use crate::topology::Suspicion;
 
-/// Before a BEGIN without a mark, in the same message. What somebody left open on the session is rolled back, as it would be
-/// with the session, and not committed by the COMMIT that is to come. The warning about it is not enough: a role's
-/// `client_min_messages` may hide it, and the drivers of a wrapped pool are not ours. It has no effect on a clean session.
+/// Precedes a BEGIN without a mark in the same message. It rolls back a transaction left open on the session, as
+/// closing the session would, so that the coming COMMIT does not commit it. The server's warning about it is not
+/// enough: a role's `client_min_messages` may hide it, and this crate does not see the notices of a wrapped pool. On a
+/// clean session it has no effect.
 const CLEAN: &str = "BEGIN; ROLLBACK";
 
-/// What a transaction begins with.
+/// How a transaction begins.
 pub(super) struct Begin {
     pub(super) sql: String,
-    /// The same where no mark will tell the transaction from another.
+    /// The same for a transaction without a mark, which must be told from others in another way.
     pub(super) unmarked: String,
     pub(super) marks: MarkWith,
 }
 
-/// What is written along with BEGIN.
+/// What is written together with BEGIN.
 pub(super) enum MarkWith {
     Nothing,
-    /// A mark that nobody asks for. It makes COMMIT wait for the synchronous standbys although the work may find itself
-    /// done, and write nothing.
+    /// A mark that is never looked for. It makes COMMIT wait for the synchronous standbys even if the work finds itself
+    /// already done, and writes nothing.
     Write,
     Wal,
     Ledger(Ledger),
 }
 
 impl<C: SessionClient> Attempt<C> {
-    /// BEGIN and the mark, in one message.
+    /// Sends BEGIN and the mark in one message.
     pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
         let client = self.client();
         let nonce = self.pool().next_nonce();
@@ -55,7 +56,8 @@ impl<C: SessionClient> Attempt<C> {
         };
         let row = match answer {
             Ok(row) => row,
-            // What a standby does not offer either, like a serializable transaction, says nothing about the primary.
+            // If a standby does not offer it either, like a serializable transaction, the error says nothing about the
+            // primary.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
             Err(error) if matches!(begin.marks, MarkWith::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
@@ -78,7 +80,7 @@ impl<C: SessionClient> Attempt<C> {
             },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
                 Ok(MarkAnswer::Elsewhere) => return Err(self.elsewhere()),
-                // A wrapped pool's session says so by no notice.
+                // A wrapped pool's session does not report this by a notice.
                 Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
                 Ok(MarkAnswer::ReadOnly) => Ok(None),
@@ -96,14 +98,15 @@ impl<C: SessionClient> Attempt<C> {
         Ok(mark)
     }
 
-    /// A proxy has led the transaction to another server than the one that its session was verified with.
+    /// A proxy connected the transaction to another server than the session's verified one.
     fn elsewhere(&self) -> Error {
         self.pool().suspect(self.client().generation(), Suspicion::Connection);
         Error::RolledBack(RolledBack::OtherServer)
     }
 
-    /// What the timeline is signed with, by which a successor shows that it continues it. The first of all continues nothing
-    /// else. The first transaction of the pool on a primary signs; those that begin at the same time go without.
+    /// Returns the signature of the timeline, by which a successor can show that it continues this timeline. Timeline 1
+    /// needs none, as it continues no other. The pool's first transaction on a primary signs; others that begin
+    /// meanwhile go without.
     async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
         let (client, pool) = (self.client(), self.pool());
         let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };

@@ -1,5 +1,5 @@
-//! A call within another call's closure: its doubt is the outer one's, whatever the closure makes of the error. Running the
-//! outer one again would run the inner one again, too.
+//! A call within another call's closure. If its outcome is in doubt, so is the outer call's, whatever the closure makes
+//! of the error: running the outer call again would run the inner one again, too.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,8 +12,8 @@ tokio::task_local! {
     static OUTER: Arc<Trail>;
 }
 
-/// Polls a closure's future as that of the call on this session. No future of its own: each layer of those that a user's
-/// program is wrapped in counts, as the compiler has a limit.
+/// Polls a closure's future as part of the call on this session. It is a function and not a future of its own, because
+/// the compiler limits the depth of nested futures.
 pub(super) fn poll_within<F: Future>(
     trail: &Arc<Trail>,
     work: Pin<&mut F>,
@@ -22,7 +22,7 @@ pub(super) fn poll_within<F: Future>(
     OUTER.sync_scope(Arc::clone(trail), || work.poll(context))
 }
 
-/// A call under way. Dropped before it has ended, its outcome is not known to anybody.
+/// A call under way. If it is dropped before its end, its outcome is unknown.
 pub(super) struct Inner(());
 
 impl Inner {
@@ -30,7 +30,7 @@ impl Inner {
         Self(())
     }
 
-    /// `doubt`: it may or may not have been committed.
+    /// `doubt`: it is unknown whether the call was committed.
     pub(super) fn ended(self, doubt: bool) {
         std::mem::forget(self);
         if doubt {
@@ -46,6 +46,6 @@ impl Drop for Inner {
 }
 
 fn note_doubt() {
-    // Mostly there is no outer call.
+    // In most cases there is no outer call.
     let _ = OUTER.try_with(|outer| outer.note_doubt());
 }

@@ -1,4 +1,4 @@
-//! The loop: attempt, decide, wait, again. Carries out what `decide` says.
+//! The loop of a call: attempt, decide, wait, repeat. It carries out what `decide` says.
 
 use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
@@ -81,14 +81,14 @@ where
         let ended = async {
             match attempt.run(&begin, mode, &mut work, &mut mark).await {
                 Ended::InDoubt(in_doubt) => {
-                    // Whoever waits for a primary to settle with makes the pause at the same time.
+                    // Count the failure now, so that the pause runs while settling waits for a primary.
                     retries.failed(Instant::now());
                     in_doubt.settled(pool, mode, deadline).await
                 }
                 ended => ended,
             }
         };
-        // The primary that has just said that it does not have this attempt.
+        // The generation of the primary that has just said that it does not have this attempt.
         let mut absent_from = None;
         let (stage, failed) = match ended.instrument(span).await {
             Ended::Committed(value) => {
@@ -108,7 +108,7 @@ where
         let end = if let Session::Ended(report) = &session { report.as_ref() } else { None };
         let verdict = bounds.narrow(verdict, end, generation, fresh_after);
         let error = match error {
-            // What wrote nothing was not committed either.
+            // A transaction that wrote nothing was not committed either.
             Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
             error => error,
         };
@@ -143,7 +143,7 @@ where
     }
 }
 
-/// An error that no re-run would mend. "Not committed" must be true of every attempt, not of the last alone.
+/// An error that no re-run can cure. "Not committed" must be true of every attempt, not only of the last one.
 fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     if !doubt {
         return error;
@@ -160,7 +160,7 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
 }
 
-/// The user's word on what the server reported of this attempt, to the closure or past it.
+/// The user's decision on what the server reported in this attempt, whether or not the closure saw it.
 fn users_word(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
     let word = Word::of(error);
     if matches!(word, Word::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside)) {

@@ -1,4 +1,4 @@
-//! Asks a session how it stands when the closure that had it has failed.
+//! Asks a session for its state after its closure has failed.
 
 use tokio::time::timeout;
 
@@ -10,11 +10,11 @@ use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};
 use crate::server::SessionClient;
 
-/// Fails where the server has aborted the transaction; needs no planning.
+/// Fails if the server has aborted the transaction. Needs no planning.
 const PROBE: &str = "SHOW transaction_isolation";
 
 impl<C: SessionClient> Attempt<C> {
-    /// Cleans up after a closure that has failed, and judges the attempt by its error and by its session.
+    /// Cleans up after a closure that has failed, and judges the attempt by its error and its session.
     pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
         // An inner call may have been committed, and would be run again with the outer one.
         let doubt = self.client().trail().has_doubt();
@@ -31,14 +31,14 @@ impl<C: SessionClient> Attempt<C> {
         self.cleaned_up(mode, Failed { verdict, error, session }).await
     }
 
-    /// The closure was done, and found its session ended before COMMIT was sent.
+    /// The closure succeeded, but its session ended before COMMIT was sent.
     pub(super) async fn ended_before_commit(&self, error: Error) -> Failed {
         let session = self.ended().await;
         let verdict = judge(Word::of(&error), &session);
         Failed { verdict, error, session }
     }
 
-    /// COMMIT found the transaction aborted, and the closure had not said so. It is rolled back.
+    /// COMMIT found the transaction aborted, which the closure had not reported. It is rolled back.
     pub(super) async fn failed_inside(&mut self) -> Failed {
         let error = Error::RolledBack(RolledBack::FailedInside);
         let Some(report) = self.client().trail().last() else {
@@ -53,7 +53,7 @@ impl<C: SessionClient> Attempt<C> {
         Failed { verdict, error, session }
     }
 
-    /// Asks no more than the decision needs.
+    /// Asks only what the decision needs.
     async fn session(&mut self, word: Word<'_>) -> Session {
         let last = self.client().trail().last();
         if last.as_ref().is_some_and(ends_session) || self.client().is_closed() || self.client().is_evicted() {
@@ -78,8 +78,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Has the server aborted the transaction? Where that cannot be asked, as somebody holds the handle, or is not answered, it
-    /// is taken to be so.
+    /// Returns whether the server has aborted the transaction. If the handle is still held, so that the session cannot
+    /// be asked, or if it does not answer, the transaction counts as aborted.
     async fn is_aborted(&self) -> bool {
         self.is_shared()
             || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))

@@ -1,5 +1,5 @@
-//! Finds out what became of a transaction whose COMMIT was not answered: asks the primary, as often as it takes, until the
-//! rule in [`crate::commit`] knows or the deadline is over.
+//! Finds out the outcome of a transaction whose COMMIT was not answered. Asks the primary repeatedly, until the rule in
+//! [`crate::commit`] decides or the deadline has passed.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,27 +22,27 @@ use crate::settle::ledger::Entered;
 use crate::settle::wal::{self, Backend, Said};
 use crate::topology::GenerationId;
 
-/// A doubt that comes up at the end of a call's time is still looked into for so long: a wrong "unknown" costs its caller
+/// How long a doubt is looked into at least, even at the end of a call's time: a needless "unknown" costs the caller
 /// more than a late answer.
 const AT_LEAST: Duration = Duration::from_secs(5);
-/// So long a settler waits for a confirmation before it lets another one ask.
+/// How long a settler waits for a confirmation before it lets another one ask.
 const HOLD: Duration = Duration::from_millis(50);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
 
-/// What a transaction can be asked for by.
+/// The mark by which a transaction can be found.
 #[derive(Debug)]
 pub(super) struct Mark {
     pub(super) by: Settler,
     pub(super) backend: Backend,
     pub(super) generation: GenerationId,
-    /// The server's, where it lets itself be identified.
+    /// The server's life, if the server was identified.
     pub(super) life: Option<Life>,
-    /// What the pool has signed the timeline with before.
+    /// The pool's earlier signature of the timeline.
     pub(super) signature: Option<Arc<Signature>>,
 }
 
 impl Mark {
-    /// Does this session lead to the server that the transaction ran on, in the same life?
+    /// Returns whether this session reaches the server on which the transaction ran, in the same life.
     fn is_of<C: SessionClient>(&self, witness: &SettleSession<'_, C>) -> bool {
         match (&self.life, witness.life()) {
             (Some(then), Some(now)) => then.is(&now),
@@ -57,15 +57,15 @@ pub(super) enum Settler {
     Ledger(Ledger, Entered),
 }
 
-/// What became of it, once that is known.
+/// The outcome of a transaction that was settled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Committed,
     NotCommitted,
 }
 
-/// What became of it, and the generation whose primary said so. Cancel-safe: a settler does nothing that another could not do
-/// again.
+/// Returns the outcome, and the generation of the primary that told it. Cancel-safe: whatever a settler has done,
+/// another one can repeat.
 pub(super) async fn settle<C: SessionClient>(
     pool: &Pool<C>,
     mark: &Mark,
@@ -84,7 +84,7 @@ pub(super) async fn settle<C: SessionClient>(
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
         }
     };
-    // Around the loop, not in it: a round that begins late ends at once, and without an answer.
+    // The time-out is around the loop, not inside: a round that begins late then ends at once, without an answer.
     let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
     pool.observer().settled(mark.generation, settled.map(|(outcome, _)| outcome).into(), began.elapsed());
     settled
@@ -100,7 +100,7 @@ impl From<Result<Outcome, Unsettled>> for Settlement {
     }
 }
 
-/// One question; `None`: ask again, and if there is no time left, `reason` is why.
+/// Asks one question. `None`: ask again. If no time is left, `reason` says why there is no answer.
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,
@@ -122,14 +122,14 @@ async fn round<C: SessionClient>(
         () = witness.evicted() => (None, false),
     };
     let generation = witness.generation();
-    // Before the permit ends: whoever has it next finds the session.
+    // Do this before the permit is released, so that its next holder finds the session.
     if clean {
         settling.keep(witness);
     }
     ended.map(|settled| settled.map(|outcome| (outcome, generation)))
 }
 
-/// And whether the session is fit for another question.
+/// Returns the outcome, and whether the session can be reused.
 async fn ask<C: SessionClient>(
     settling: &Settling<'_, C>,
     witness: &SettleSession<'_, C>,
@@ -140,7 +140,7 @@ async fn ask<C: SessionClient>(
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
     let settled = match question(witness, mark).await {
         Ok(Some(settled)) => settled,
-        // A proxy has led the question to a server that the pool has not verified, and may not use.
+        // A proxy connected the question to a server that the pool has not verified, and so must not trust.
         Ok(None) => {
             settling.suspect(witness.generation());
             *reason = Unsettled::NoPrimary;
@@ -160,8 +160,8 @@ async fn ask<C: SessionClient>(
     }
 }
 
-/// Mostly a confirmation takes a moment, and the next settler has this session; one that waits for a standby that is not
-/// there must not keep the others from asking.
+/// A confirmation usually takes a moment, and the next settler then gets this session. But one that waits for a missing
+/// standby must not keep the others from asking.
 async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl Future<Output = T>) -> T {
     let mut confirmation = pin!(confirmation);
     if let Ok(confirmed) = timeout(HOLD, confirmation.as_mut()).await {
@@ -171,7 +171,7 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
     confirmation.await
 }
 
-/// Ends the settler's transaction too; the session is fit for another one then.
+/// Ends the abandoned session, and the settler's transaction too, so that the settler's session can be reused.
 async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
     if !mark.is_of(witness) {
         return false;
@@ -183,7 +183,7 @@ async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: 
     ended.is_ok()
 }
 
-/// `Ok(None)`: it was not answered by the server that the session was verified with.
+/// `Ok(None)`: another server answered than the session's verified one.
 async fn question<C: SessionClient>(
     witness: &SettleSession<'_, C>,
     mark: &Mark,
@@ -198,7 +198,7 @@ async fn question<C: SessionClient>(
     }
 }
 
-/// `verified`: the life that the pool has verified the session's server in. `Ok(None)`: this is another one.
+/// `verified` is the life in which the pool verified the session's server. `Ok(None)`: the server is another one.
 async fn ask_log(
     client: &tokio_postgres::Client,
     verified: Option<Life>,
@@ -223,15 +223,15 @@ async fn ask_log(
     Ok(Some(commit::settle(located, status)))
 }
 
-/// The server shows the timeline that it came from until its first checkpoint. The pool may have verified it before that.
+/// The server shows its previous timeline only until its first checkpoint. The pool may have verified it before that.
 fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
     if let Some(verified) = verified.filter(|verified| verified.is(now)) {
         now.ancestor = now.ancestor.or(verified.ancestor);
     }
 }
 
-/// Waits until the synchronous standbys have what was found: a successor must not say otherwise. And whether the session is
-/// fit for another question.
+/// Waits until the synchronous standbys have what was found, so that a successor cannot contradict it. Returns the
+/// outcome, and whether the session can be reused.
 async fn confirmed<C: SessionClient>(
     witness: &SettleSession<'_, C>,
     mark: &Mark,
@@ -241,7 +241,7 @@ async fn confirmed<C: SessionClient>(
     *reason = Unsettled::NotReplicated;
     witness.set_committing(true);
     let waited = match (&mark.by, outcome) {
-        // What is not in the log cannot be waited for.
+        // The transaction is not in the WAL, so there is nothing to wait for.
         (Settler::Wal(_), Outcome::NotCommitted) => {
             let rolled_back = witness.client().batch_execute("ROLLBACK").await;
             witness.set_committing(false);
@@ -255,14 +255,15 @@ async fn confirmed<C: SessionClient>(
     (confirmed.then_some(Ok(outcome)), confirmed)
 }
 
-/// Was it committed, as far as this session's server can tell? Asked before work runs again of which the pool itself has
-/// committed nothing: the closure may have. `None`: the server did not say. Leaves the session without a transaction.
+/// Returns whether the transaction was committed, if this session's server can tell. This is asked before work runs
+/// again for which the pool itself sent no COMMIT, as the closure may have committed. `None`: the server did not say.
+/// Leaves the session without a transaction.
 pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<bool> {
     let asked = async {
         let settled = match &mark.by {
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
-                // Mostly not, and then no more is asked.
+                // Usually it was not committed, and then this question is enough.
                 let Said { now, status, .. } =
                     wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
                 if status != Some(XactStatus::Committed) {
@@ -279,7 +280,7 @@ pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &M
         committed = asked => committed,
         () = client.evicted() => return None,
     };
-    // Where that fails, so does BEGIN.
+    // If this fails, so will BEGIN.
     let _ = client.batch_execute("ROLLBACK").await;
     committed
 }

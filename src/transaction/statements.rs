@@ -1,5 +1,5 @@
-//! The driver's methods on a transaction and on a savepoint: what fails in them is noted, so that the attempt is judged by it
-//! whatever the closure makes of the error.
+//! The driver's methods on a transaction and on a savepoint. Their errors are noted, so that the attempt is judged by
+//! them whatever the closure makes of them.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
-//! The driver's calls that return before their answer has come: COPY, and rows one by one.
+//! The driver's calls that return before their answer is complete: COPY, and row streams.
 //!
-//! What they return borrows nothing, so it can be kept beyond the closure, and COMMIT then waits behind it for as long as
-//! it is kept. So a transaction that has called one of these asks the session, before COMMIT, whether it is free.
+//! Their results borrow nothing, so they can be kept beyond the closure, and COMMIT then waits behind them for that
+//! time. So a transaction that has made such a call checks before COMMIT whether the session is free.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -11,13 +11,13 @@ use tokio::time::timeout;
 use crate::pool::Client;
 use crate::server::SessionClient;
 
-/// So long a session may be silent while it is waited for: longer than a server pauses within an answer.
+/// How long a session may be silent during this check: longer than a server pauses within an answer.
 const SILENT: Duration = Duration::from_secs(2);
-/// The same in all, where the session's driver is not this crate's and nobody sees what comes.
+/// The limit for the whole check if the session's driver is not this crate's, so that received data is not seen.
 const UNSEEN: Duration = Duration::from_secs(5);
 
-/// Waits until the session has answered all that it was asked. `false`: somebody keeps it from that. The answer itself is
-/// COMMIT's to find out about, also where the session has ended.
+/// Waits until the session has answered all requests. `false`: something holds the answer back. The answer itself does
+/// not matter, even if the session has ended, as COMMIT will find that out.
 pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
     let mut answer = pin!(client.driver().batch_execute(""));
     let silent = if client.notices().are_driven() { SILENT } else { UNSEEN };

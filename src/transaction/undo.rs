@@ -1,5 +1,5 @@
-//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its
-//! transaction itself.
+//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its transaction
+//! itself.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -14,25 +14,26 @@ use crate::error::{EndedInside, Ending};
 use crate::server::SessionClient;
 use crate::topology::{Suspicion, UNDISTURBED};
 
-/// Asks the session whether its server takes writes at all: a new transaction is read-only in recovery, or because new ones
-/// are. Needs no right.
+/// Returns the question whether the session's server takes writes at all: a new transaction is read-only in recovery,
+/// or by default. Needs no privilege.
 fn role() -> String {
     format!("{UNDISTURBED} SHOW transaction_read_only")
 }
-/// A session that does not answer its ROLLBACK within this is closed instead.
+/// The time limit for a session's ROLLBACK. After it the session is closed instead.
 pub(super) const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
 impl<C: SessionClient> Attempt<C> {
-    /// Cleans up after a failure before COMMIT, and finds out what a read-only error was about.
+    /// Cleans up after a failure before COMMIT, and finds out the cause of a read-only error.
     pub(super) async fn cleaned_up(&mut self, mode: Mode, failed: Failed) -> Failed {
         self.suspect();
         if self.is_shared() {
-            // Whoever holds the handle would go on writing after our ROLLBACK, outside any transaction. So none is sent:
-            // the session ends as it is, and all that was done in it with it.
+            // The holder of the handle would continue to write after a ROLLBACK, outside any transaction. So none is
+            // sent: the session is closed as it is, which undoes all its work.
             return own_doing(failed, false);
         }
         if failed.verdict.is_loss() {
-            // Of a session that lives on behind a proxy. It leads to another one by now, which knows nothing of this work.
+            // If the session still exists, it is behind a proxy. It reaches another server by now, which knows nothing
+            // of this work.
             self.roll_back().await;
             return failed;
         }
@@ -43,15 +44,15 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     pub(super) async fn roll_back(&mut self) {
-        // One that is evicted is closed anyway, and its server may be frozen. Nor is it sent twice.
+        // An evicted session is closed anyway, and its server may be frozen. A clean one has been rolled back already.
         if !self.held.clean && !self.client().is_closed() && !self.client().is_evicted() {
             let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
             self.held.clean(matches!(rolled_back, Ok(Ok(()))));
         }
     }
 
-    /// Asks a session without a transaction: is this a standby, or a primary that is fenced? One that does not answer counts
-    /// as one of these.
+    /// Asks a session without a transaction whether its server is a standby or a fenced primary. If it does not answer,
+    /// it counts as one of these.
     pub(super) async fn server_is_read_only(&mut self) -> bool {
         self.held.clean(false);
         let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &role())).await else {
@@ -66,12 +67,13 @@ impl<C: SessionClient> Attempt<C> {
         read_only
     }
 
-    /// Rolls back, and finds out whether the closure had done so before, or committed. `None`: it was not run.
+    /// Rolls back, and finds out whether the closure had already rolled back or committed. `known` is `None` if the
+    /// closure was not run.
     ///
-    /// With `role`, also asks the session itself: is this a standby, or a primary that is fenced? If not, the transaction
-    /// had made itself read-only. One that does not answer counts as read-only.
+    /// With `role`, also asks whether the server is a standby or a fenced primary. If it is neither, the transaction
+    /// had made itself read-only. A session that does not answer counts as read-only.
     pub(super) async fn undo(&mut self, known: Option<Known>, role: Option<&str>) -> (Undone, bool) {
-        // One that is evicted is closed anyway, and its server may be frozen.
+        // An evicted session is closed anyway, and its server may be frozen.
         if self.client().is_closed() || self.client().is_evicted() {
             return (Undone::Unanswered, role.is_some());
         }
@@ -95,7 +97,7 @@ impl<C: SessionClient> Attempt<C> {
         (undone, read_only)
     }
 
-    /// How the closure has ended its transaction, once it is known that it did. Rolls back what it may have begun since.
+    /// How the closure ended its transaction, once it is known that it did. Rolls back what it may have begun since.
     pub(super) async fn ended_before(&mut self, known: Known) -> Ending {
         let sql = known.status().map_or_else(|| "ROLLBACK".to_owned(), |status| format!("ROLLBACK; {status}"));
         let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
@@ -106,7 +108,7 @@ impl<C: SessionClient> Attempt<C> {
     }
 }
 
-/// A transaction that had made itself read-only fails by its own doing.
+/// If a transaction made itself read-only, its failure is its own doing.
 fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
     match failed.verdict {
         Verdict::ReadOnly if !server_is_read_only => Failed { verdict: Verdict::Application, ..failed },
@@ -115,7 +117,7 @@ fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
 }
 
 impl Undone {
-    /// The closure's own end of its transaction says more than the error that it met afterwards.
+    /// If the closure ended its transaction itself, that explains more than the error that followed.
     pub(super) fn explains(self, failed: Failed) -> Failed {
         match self {
             Self::Before(ending) => {

@@ -1,5 +1,4 @@
-//! What a failed attempt is judged by: what its closure's error says, and how its session ended, whatever the closure made
-//! of that.
+//! Judges a failed attempt by its closure's error, and by how its session ended, whatever the closure made of that.
 //!
 //! Pure. The table in `decide` says what follows from the verdict.
 
@@ -14,14 +13,14 @@ use crate::classify::{
 use crate::error::{Error, InDoubt, SessionEnded};
 use crate::topology::GenerationId;
 
-/// What the closure's error says by itself.
+/// What the closure's error tells by itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Word<'a> {
-    /// It is the word of another call of a pool, which stands: its outcome may be unknown, or its retries are used up.
+    /// It is the final error of another call of a pool: its outcome may be unknown, or its retries are used up.
     OtherCall,
-    /// It holds an error of the database.
+    /// It contains a database error.
     Of(Verdict, Option<&'a DbError>),
-    /// Nothing that is known here.
+    /// It contains no error known here.
     Nothing,
 }
 
@@ -64,19 +63,19 @@ impl<'a> Word<'a> {
     }
 }
 
-/// How the session was found when the closure had failed.
+/// How the session was found after the closure had failed.
 #[derive(Clone, Debug)]
 pub(super) enum Session {
-    /// Open, and its transaction too, as far as is known.
+    /// The session is open, and as far as is known, so is its transaction.
     Open,
-    /// The server had aborted the transaction with this error.
+    /// The server has aborted the transaction with this error.
     Aborted(DbError),
-    /// It had ended, with this report if there was one.
+    /// The session has ended, with this report if there was one.
     Ended(Option<DbError>),
 }
 
 impl Session {
-    /// What the server said of the transaction's end.
+    /// The server's report about the end of the transaction.
     pub(super) fn report(&self) -> Option<&DbError> {
         match self {
             Self::Open => None,
@@ -101,17 +100,18 @@ pub(super) fn judge(word: Word<'_>, session: &Session) -> Verdict {
     }
 }
 
-/// The verdict on an attempt that has not begun: whatever ended the session was not the work.
+/// The verdict on an attempt that failed before the closure ran, so that the work cannot have ended the session.
 pub(super) fn judge_begin(error: &Error) -> Verdict {
     match (Word::of(error), error) {
-        // Whoever had the connection before left a failed transaction on it; or it leads somewhere else by now.
+        // The previous user left a failed transaction on the connection, or the connection reaches another server by
+        // now.
         (Word::Of(Verdict::Aborted, _), _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
         (Word::Of(Verdict::Application, Some(report)), _) if ends_session(report) => Verdict::ConnectionLost,
         (word, _) => word.verdict().unwrap_or(Verdict::Application),
     }
 }
 
-/// Whether the same work may succeed on another session, or at another time.
+/// Returns whether the same work may succeed on another session, or at another time.
 pub(super) fn passes(verdict: Verdict) -> bool {
     match verdict {
         Verdict::ConnectionLost
@@ -125,14 +125,14 @@ pub(super) fn passes(verdict: Verdict) -> bool {
     }
 }
 
-/// Whether a failure may be the effect of a statement that was prepared before a type was changed. `statements`: whether the
-/// session had any when the attempt began.
+/// Returns whether a failure may come from a statement that was prepared before a type was changed. `statements`:
+/// whether the session had prepared statements when the attempt began.
 pub(super) fn perhaps_stale(word: Word<'_>, session: &Session, statements: bool) -> bool {
     let report = word.report().or(session.report());
     statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
 }
 
-/// The error, with the reason of the session's end if it does not show that itself.
+/// Adds the reason of the session's end to the error, unless the error shows it already.
 pub(super) fn with_reason(error: Error, verdict: Verdict, session: Session) -> Error {
     let Session::Ended(report) = session else { return error };
     let said = Word::of(&error);
@@ -145,7 +145,7 @@ pub(super) fn with_reason(error: Error, verdict: Verdict, session: Session) -> E
     Error::SessionEnded(Box::new(SessionEnded::new(report, error)))
 }
 
-/// What of a call's earlier attempts bounds how often it is run again.
+/// What a call's earlier attempts say about how often it may run again.
 #[derive(Debug, Default)]
 pub(super) struct Bounds {
     stale: u32,
@@ -153,13 +153,13 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Has an attempt met a stale statement?
+    /// Returns whether an attempt has met a stale statement.
     pub(super) fn met_stale(&self) -> bool {
         self.stale > 0
     }
 
-    /// The verdict, in the light of the attempts before: what comes again would come for ever. `fresh_after`: so many
-    /// failures with a stale statement later an attempt is on a session without one.
+    /// Changes the verdict in the light of earlier attempts, as a failure that repeats would repeat for ever.
+    /// `fresh_after` is the number of failures with a stale statement after which a session has none any more.
     pub(super) fn narrow(
         &mut self,
         verdict: Verdict,
@@ -186,7 +186,7 @@ mod tests {
     use crate::commit::Unsettled;
     use crate::error::CommitUnknown;
 
-    /// As applications write them: `source()` leads past the wrapped error to what is behind it.
+    /// An error as applications define it: `source()` skips the wrapped error and returns that one's source.
     #[derive(Debug, thiserror::Error)]
     enum App {
         #[error(transparent)]
@@ -199,7 +199,7 @@ mod tests {
         judge(Word::of(error), &Session::Open)
     }
 
-    /// The driver makes no error that others can construct; this one comes of a connection string.
+    /// Only the driver can construct its errors; this one comes from a connection string.
     fn driver_error() -> tokio_postgres::Error {
         "host=h port=x".parse::<tokio_postgres::Config>().unwrap_err()
     }
