@@ -11,30 +11,31 @@ mod resolve;
 mod sync;
 mod topology;
 
-// Level 1: I/O. Fetches what the decisions need; decides nothing.
+// Level 1: I/O. Fetches what the decisions need, and decides nothing.
 mod server;
 mod settle;
 #[cfg(feature = "rustls")]
 mod tls;
 
-// Level 1, too: says what happens; decides nothing.
+// Also level 1: logs, events and metrics. Decides nothing.
 mod observe;
 
 // Level 2: the one task that owns a topology.
 mod cluster;
 
-// Level 3: the public error, composed of what the layers below say; and the policy, pure too, whose hooks see it.
+// Level 3: the public error, which contains the errors of the layers below, and the pure retry policy, whose hooks see
+// it.
 mod error;
 mod retry;
 
 // Level 4: connections of the current generation.
 mod pool;
 
-// Level 5: work that runs again, and subscriptions that come back.
+// Level 5: work that runs again, and subscriptions that are renewed.
 mod listen;
 mod transaction;
 
-// The pages of docs/: their examples are tests.
+// The pages of docs/, whose examples are tests.
 #[cfg(any(doc, doctest))]
 pub mod docs;
 
@@ -64,7 +65,7 @@ pub use topology::{
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 
-/// What the fuzz targets read with: the parsers, which are private otherwise. `cargo fuzz` sets the cfg.
+/// The parsers that the fuzz targets call, which are private otherwise. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
@@ -72,28 +73,28 @@ pub mod fuzzing {
 
     use crate::{BadReport, BuildError, Pool, ServerReport};
 
-    /// What a pool would be made of.
+    /// The parts from which a pool would be made.
     #[derive(Clone, Debug)]
     pub struct Configuration {
         /// DNS names and their ports.
         pub names: Vec<(String, u16)>,
         /// Servers by address.
         pub addresses: Vec<String>,
-        /// What each session is opened with.
+        /// The configuration of each session.
         pub template: Config,
     }
 
-    /// The timeline in the name of a WAL file.
+    /// Reads the timeline from the name of a WAL file.
     pub fn timeline(name: &str) -> Result<u32, BadReport> {
         ServerReport::timeline_of(name)
     }
 
-    /// An answer to the probe.
+    /// Reads an answer to the probe.
     pub fn report(row: &[Option<&str>]) -> Result<ServerReport, BadReport> {
         ServerReport::parse(row)
     }
 
-    /// A connection string, up to where a pool would need a runtime.
+    /// Reads a connection string, up to the point where a pool would need a runtime.
     pub fn configuration(text: &str, tls: bool) -> Result<Configuration, BuildError> {
         let (names, addresses, template) = Pool::builder(text)?.read(tls)?;
         Ok(Configuration { names, addresses, template })
