@@ -7,7 +7,6 @@ mod tests;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
 use crate::classify::{explain, not_offered, not_prepared};
