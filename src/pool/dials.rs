@@ -255,21 +255,21 @@ impl<C: SessionClient> Dialer<C> {
         loop {
             let generation = self.cluster.primary().await?;
             let mut place = match self.enlist(&generation, asked) {
-                Ok(connection) => return Ok(connection),
+                Ok(connection) if self.is_fit(&connection).await => return Ok(connection),
+                Ok(_) => continue,
                 Err(place) => place,
             };
             self.dial_for_waiters(&generation, 0);
             // A connection may have been given back just before this caller joined the queue.
             if let Some(connection) = self.dials.take_idle()
-                && connection.idle().await
+                && self.is_fit(&connection).await
             {
                 return Ok(connection);
             }
             tokio::select! {
                 biased;
                 delivered = &mut place.delivered => match delivered {
-                    // It may have been given back with something under way that its driver has not seen yet.
-                    Ok(Ok(connection)) if connection.idle().await => return Ok(connection),
+                    Ok(Ok(connection)) if self.is_fit(&connection).await => return Ok(connection),
                     Ok(Ok(_)) => {}
                     // Only this crate's pool asks again by itself for as long as its caller waits.
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
@@ -283,9 +283,14 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Starts another dial for the waiting callers when one has ended without a connection, as a dial to the previous
-    /// primary does. In this crate's pool a task does this (`idle.rs`); in a pool built by hand the waiting callers do
-    /// it. Never returns.
+    /// The connection may have been given back with something under way that its driver has not seen yet, and it may have been
+    /// ready, or on loan without being used, for so long that its socket is dead.
+    async fn is_fit(&self, connection: &Connection<C>) -> bool {
+        connection.idle().await && self.is_alive(connection).await
+    }
+
+    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before does. The
+    /// pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it. Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
         if !self.dials.is_pool_built_by_hand() {
             return pending().await;

@@ -87,6 +87,32 @@ async fn a_pool_built_by_hand_tests_idle_connections() {
     timeout(SOON, using).await.expect("it waits for TCP");
 }
 
+/// So are those that were opened ahead of need, and those that are given back to somebody who waits.
+#[tokio::test]
+async fn connections_that_do_not_come_from_the_idle_ones_are_tested_too() {
+    let bench = Bench::new().await;
+    let pool = bench.builder().min_idle(4).test_idle_after(IDLE).build().unwrap();
+    eventually("four are ready", PATIENCE, async || pool.status().available >= 4).await;
+    bench.path.vanish();
+    sleep(IDLE * 2).await;
+    let using = async { pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap() };
+    timeout(SOON, using).await.expect("it waits for TCP");
+
+    let pool = bench.builder().max_size(2).test_idle_after(IDLE).build().unwrap();
+    let one = pool.get().await.unwrap();
+    bench.path.delay_log_ins(PATIENCE);
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap() }
+    });
+    eventually("a caller waits", PATIENCE, async || pool.status().waiting == 1).await;
+    bench.path.vanish();
+    bench.path.delay_log_ins(Duration::ZERO);
+    sleep(IDLE * 2).await;
+    drop(one);
+    timeout(SOON, waits).await.expect("it waits for TCP").unwrap();
+}
+
 /// What was used lately is handed out without a message, and what was idle for a while is asked once and kept.
 #[tokio::test]
 async fn only_what_was_idle_is_asked() {

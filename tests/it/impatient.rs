@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::{FutureExt, poll};
 use testbed::{Cluster, Node, Path, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
@@ -108,6 +109,26 @@ async fn who_waits_for_a_dial_takes_what_is_given_back() {
     let two = timeout(PATIENCE, waits).await.expect("it takes the other connection").unwrap().unwrap();
     assert_eq!(pid(&two).await, first);
     assert!(pool.status().size <= 2);
+}
+
+/// A connection is given back with a statement on its way, to a caller that gives up at that moment: the next caller does
+/// not meet the statement.
+#[tokio::test]
+async fn what_was_given_to_a_caller_that_gave_up_is_idle() {
+    let bench = Bench::new().await;
+    let pool = bench.builder().max_size(2).build().unwrap();
+    let one = pool.get().await.unwrap();
+    let first = pid(&one).await;
+    bench.path.delay_log_ins(LOG_IN);
+    // Nothing else runs until the next caller waits: this runtime has one thread.
+    let mut waits = Box::pin(pool.get());
+    assert!(poll!(waits.as_mut()).is_pending());
+    assert!(one.batch_execute("BEGIN; SELECT pg_sleep(600)").now_or_never().is_none());
+    drop(one);
+    drop(waits);
+    let next = timeout(PATIENCE, pool.get()).await.expect("there is a dial").unwrap();
+    let asked = timeout(PATIENCE, pid(&next)).await.expect("another caller's statement is under way");
+    assert_ne!(asked, first);
 }
 
 /// Callers that wait for dials are served in the order in which they came.
