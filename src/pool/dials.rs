@@ -339,6 +339,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Like [`Self::balance`], for the primary of this generation. The waiter passes the generation, as this might
     /// otherwise find none: if the primary is suspended just now and resumed a moment later, no dial would be started.
     fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, more: usize) {
+        self.serve_waiters();
         let mut book = self.dials.book();
         while book.dialing + book.ready.len() < book.waiters.len() + more && self.dials.has_room(&book) {
             book.dialing += 1;
@@ -354,7 +355,33 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// The number of dials that no caller waits for, and of connections that no caller has had.
+    /// Gives the waiters what is ready, and closes what is of no use any more: neither may stand for a dial. Where waiters
+    /// and connections meet here, a connection has arrived while its primary was suspended.
+    fn serve_waiters(&self) {
+        let mut stale = Vec::new();
+        let mut book = self.dials.book();
+        if book.waiters.is_empty() {
+            return;
+        }
+        for Ready { connection, since } in std::mem::take(&mut book.ready) {
+            if connection.stale(&self.cluster) {
+                stale.push(connection);
+                continue;
+            }
+            let unclaimed = if connection.may_be_handed_out(&self.cluster) {
+                self.dials.deliver(&mut book, Ok(connection))
+            } else {
+                Some(Ok(connection))
+            };
+            if let Some(Ok(connection)) = unclaimed {
+                book.ready.push(Ready { connection, since });
+            }
+        }
+        // A connection that ends takes the lock.
+        drop(book);
+    }
+
+    /// How many dials nobody waits for, and connections nobody has had.
     pub(super) fn ahead(&self) -> usize {
         let book = self.dials.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())

@@ -1,5 +1,6 @@
 //! Callers that wait for less time than a connect takes: dials belong to the pool, and finish without them.
 
+use std::future::pending;
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use futures_util::{FutureExt, poll};
 use testbed::{Cluster, Node, Path, eventually};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
+use tokio_postgres_failover::{BoxFuture, Client, Error, Manager, Pool, PoolBuilder, deadpool};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -129,6 +130,63 @@ async fn what_was_given_to_a_caller_that_gave_up_is_idle() {
     let next = timeout(PATIENCE, pool.get()).await.expect("there is a dial").unwrap();
     let asked = timeout(PATIENCE, pid(&next)).await.expect("another caller's statement is under way");
     assert_ne!(asked, first);
+}
+
+/// A dial ends while its primary is suspended, and its caller, on a machine that is busy, sees nothing of that: it is served
+/// as soon as the primary is verified again.
+#[tokio::test]
+async fn what_arrived_during_a_suspension_is_handed_out_after_it() {
+    for by_hand in [false, true] {
+        let bench = Bench::new().await;
+        let builder = bench.builder().heartbeat_interval(Duration::from_millis(200));
+        let builder = builder.heartbeat_timeout(Duration::from_millis(500)).probe_timeout(Duration::from_secs(6));
+        let builder = builder.dead_after(Duration::from_secs(60)).max_size(2);
+        // The first keeps what it has.
+        let (watched, waits): (_, [BoxFuture<'static, ()>; 2]) = if by_hand {
+            let manager = builder.build_manager().unwrap();
+            let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(2).build().unwrap();
+            let (one, two) = (pool.clone(), pool.clone());
+            let seen = pool.clone();
+            let state: Box<dyn Fn() -> String> = Box::new(move || format!("{:?}", seen.manager()));
+            let first = async move {
+                let _one = one.get().await.unwrap();
+                pending::<()>().await;
+            };
+            (state, [Box::pin(first), Box::pin(async move { drop(two.get().await.unwrap()) })])
+        } else {
+            let pool = builder.build().unwrap();
+            let (one, two) = (pool.clone(), pool.clone());
+            let state: Box<dyn Fn() -> String> = Box::new(move || format!("{:?}", pool.status().view));
+            let first = async move {
+                let _one = one.get().await.unwrap();
+                pending::<()>().await;
+            };
+            (state, [Box::pin(first), Box::pin(async move { drop(two.get().await.unwrap()) })])
+        };
+        let [first, mut waits] = waits;
+        let first = tokio::spawn(first);
+        let is_primary = || watched().contains("state: Primary");
+        eventually("there is a primary", PATIENCE, async || is_primary()).await;
+        eventually("the first has its connection", PATIENCE, async || bench.sessions().await > 0).await;
+        sleep(Duration::from_millis(300)).await;
+        bench.path.vanish();
+        bench.path.delay_log_ins(Duration::from_secs(4));
+        let accepted = bench.path.accepted();
+        assert!(poll!(waits.as_mut()).is_pending());
+        eventually("its dial is under way", PATIENCE, async || bench.path.accepted() > accepted).await;
+        bench.path.delay_log_ins(PATIENCE * 3);
+        let sessions = bench.sessions().await;
+        assert!(is_primary(), "{}", watched());
+        eventually("it is suspended", PATIENCE, async || !is_primary()).await;
+        eventually("the dial has arrived", PATIENCE, async || bench.sessions().await > sessions).await;
+        sleep(Duration::from_millis(300)).await;
+        assert!(!is_primary(), "{}", watched());
+        bench.path.delay_log_ins(Duration::ZERO);
+        eventually("it is the primary again", PATIENCE, async || is_primary()).await;
+        let served = timeout(PATIENCE / 2, waits.as_mut()).await;
+        assert!(served.is_ok(), "by hand: {by_hand}: nobody serves it: {}", watched());
+        first.abort();
+    }
 }
 
 /// Callers that wait for dials are served in the order in which they came.
