@@ -2,7 +2,7 @@
 //!
 //! It decides nothing. The tests are in `tests/it/`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -23,7 +23,8 @@ use crate::resolve::Resolve;
 use crate::server::{Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
-    Action, Address, Change, GenerationId, NameAnswer, Primary, Probed, State, Topology, TrafficSample, View,
+    Action, Address, Change, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology, TrafficSample,
+    View,
 };
 
 /// The pause after a panic: the task goes on, but must not spin if one panic follows another.
@@ -47,7 +48,9 @@ pub(super) struct Task<C: SessionClient> {
     /// The newest generation until it ends; published only while `live`.
     generation: Option<Arc<Generation<C>>>,
     live: bool,
-    /// Scopes to cancel once the newer state is published.
+    /// What the topology wants to be done. A panic in the midst of it costs one action.
+    actions: VecDeque<Action>,
+    /// Scopes to end once the newer state is published.
     ended: Vec<CancellationToken>,
     /// Events to send once the state that they report is published.
     news: Vec<observe::Event>,
@@ -92,6 +95,7 @@ impl<C: SessionClient> Task<C> {
             work: FuturesUnordered::new(),
             generation: None,
             live: false,
+            actions: VecDeque::new(),
             ended: Vec::new(),
             news: Vec::new(),
             snapshot,
@@ -132,9 +136,9 @@ impl<C: SessionClient> Task<C> {
                 }
             }
             self.topology.traffic(now, traffic);
-            for action in self.topology.poll(now) {
-                self.act(action);
-            }
+            let actions = self.topology.poll(now);
+            self.actions.extend(actions);
+            self.act_all();
             let topology = &self.topology;
             self.sessions.retain(|address, _| topology.keeps(address));
             self.publish();
@@ -156,17 +160,19 @@ impl<C: SessionClient> Task<C> {
     fn is_awake(&mut self, now: Instant, traffic: TrafficSample) -> bool {
         let Some(after) = self.sleep_after else { return true };
         let lent = self.shared.lent.swap(false, Ordering::SeqCst);
-        let wanted = || self.shared.wanting.load(Ordering::SeqCst) > 0;
+        let shared = Arc::clone(&self.shared);
+        let wanted = || shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
             // Signals from before the sleep no longer matter.
             *lock(&self.shared.signals) = Signals::default();
+            self.act_all();
             if !wanted() {
                 return false;
             }
             self.shared.asleep.store(false, Ordering::SeqCst);
             (self.used_at, self.searching_since) = (now, now);
-            self.search = Some(self.observer.search());
             self.topology.wake(now);
+            self.search = Some(self.observer.search());
             return true;
         }
         if traffic.in_use || traffic.moved || lent || wanted() {
@@ -188,13 +194,21 @@ impl<C: SessionClient> Task<C> {
     /// Closes all sessions, and forgets the work under way.
     fn fall_asleep(&mut self, now: Instant, after: Duration) {
         self.topology.sleep(now, &format!("asleep: nobody asked for a connection for {after:?}"));
-        for action in self.topology.lie_down() {
-            self.act(action);
-        }
+        let actions = self.topology.lie_down();
+        // What a panic has left is done, but for the questions.
+        self.actions.retain(|action| !matches!(action, Action::Probe { .. } | Action::Resolve(_)));
+        self.actions.extend(actions);
         (self.live, self.search) = (false, None);
         self.sessions.clear();
         self.under_way.clear();
         self.work.clear();
+        self.act_all();
+    }
+
+    fn act_all(&mut self) {
+        while let Some(action) = self.actions.pop_front() {
+            self.act(action);
+        }
     }
 
     /// Samples what the sessions did since the last call.
@@ -218,8 +232,12 @@ impl<C: SessionClient> Task<C> {
         match action {
             Action::Resolve(index) => {
                 if let Some(name) = self.names.get(index).cloned() {
-                    let looked_up = work::look_up(index, name, Arc::clone(&self.resolver));
-                    self.work.push(Box::pin(looked_up.instrument(self.span())));
+                    let looked_up = work::look_up(index, name, Arc::clone(&self.resolver)).instrument(self.span());
+                    let failed = move |failure: ProbeFailure| Event::Resolved {
+                        name: index,
+                        answer: NameAnswer::Failed(failure.message),
+                    };
+                    self.work.push(Box::pin(work::contained(looked_up, failed)));
                 }
             }
             Action::Probe { endpoint, fresh, beside, promotion_wait, within, opened_within } => {
@@ -229,10 +247,17 @@ impl<C: SessionClient> Task<C> {
                     self.under_way.insert(endpoint.address.clone());
                 }
                 let (opener, scope) = (Arc::clone(&self.opener), self.root.child_token());
+                let (is_kept, asked_at) = (kept.is_some(), endpoint.clone());
+                let failed = move |failure: ProbeFailure| {
+                    if is_kept {
+                        return Event::Asked { endpoint: asked_at, session: None, beside, result: Err(failure) };
+                    }
+                    Event::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) }
+                };
                 let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, promotion_wait, within }, scope);
-                self.work.push(Box::pin(asked.instrument(self.span())));
+                self.work.push(Box::pin(work::contained(asked.instrument(self.span()), failed)));
             }
-            Action::Suspend { why } => self.lost(why),
+            Action::Suspend { why } => self.lost(self.generation.clone(), why),
             Action::Resume { primary, lost_for } => {
                 if let Some(generation) = &self.generation {
                     *lock(&generation.endpoint) = primary.endpoint.clone();
@@ -246,22 +271,23 @@ impl<C: SessionClient> Task<C> {
                 }
             }
             Action::Move { endpoint } => {
-                tracing::info!("new sessions to the primary go to {endpoint}");
                 if let Some(generation) = &self.generation {
-                    *lock(&generation.endpoint) = endpoint;
+                    *lock(&generation.endpoint) = endpoint.clone();
                 }
+                tracing::info!("new sessions to the primary go to {endpoint}");
             }
             Action::End { id, cause, why, lost } => {
-                if lost {
-                    self.lost(why.clone());
-                }
                 self.shared.ended.fetch_max(id.get(), Ordering::AcqRel);
-                if let Some(generation) = self.generation.take() {
+                let generation = self.generation.take();
+                self.ended.extend(generation.as_ref().map(|generation| generation.scope.clone()));
+                if lost {
+                    self.lost(generation.clone(), why.clone());
+                }
+                if let Some(generation) = generation {
                     self.news.push(self.observer.evicted(id, cause, generation.open.count(), why));
-                    self.ended.push(generation.scope.clone());
                 }
             }
-            Action::Begin { primary, lost_for } => self.begin(primary, lost_for),
+            Action::Begin { primary, lost_for } => self.begin(&primary, lost_for),
             Action::Notice(notice) => {
                 let topology = &self.topology;
                 let said = || (topology.candidates(), topology.dns_failure());
@@ -270,11 +296,11 @@ impl<C: SessionClient> Task<C> {
         }
     }
 
-    fn lost(&mut self, why: String) {
+    fn lost(&mut self, generation: Option<Arc<Generation<C>>>, why: String) {
         self.live = false;
-        self.search = Some(self.observer.search());
         self.searching_since = Instant::now();
-        if let Some(generation) = &self.generation {
+        self.search = Some(self.observer.search());
+        if let Some(generation) = generation {
             self.news.push(self.observer.primary_lost(generation.primary.id, generation.endpoint(), why));
         }
     }
@@ -285,9 +311,8 @@ impl<C: SessionClient> Task<C> {
         self.news.push(self.observer.primary_found(search.as_ref(), primary, took, same_server));
     }
 
-    fn begin(&mut self, primary: Primary, lost_for: Option<Duration>) {
+    fn begin(&mut self, primary: &Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
-        self.found(&primary, took, false);
         self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
         // If the next session may reach another server, keep the session that is known to reach the primary for the
         // heartbeat.
@@ -299,7 +324,7 @@ impl<C: SessionClient> Task<C> {
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
-            primary,
+            primary: primary.clone(),
             learned: Arc::default(),
             began: Instant::now(),
             scope,
@@ -308,6 +333,7 @@ impl<C: SessionClient> Task<C> {
             spare: Mutex::new(spare),
             trouble: Mutex::default(),
         }));
+        self.found(primary, took, false);
     }
 
     /// Takes the session kept for questions to this server, if it is open. The session that proved the primary serves
@@ -325,10 +351,14 @@ impl<C: SessionClient> Task<C> {
         let now = Instant::now();
         match event {
             Event::Resolved { name, answer } => {
-                if let NameAnswer::Unknown(failure) | NameAnswer::Failed(failure) = &answer {
+                let failure = match &answer {
+                    NameAnswer::Unknown(failure) | NameAnswer::Failed(failure) => Some(failure.clone()),
+                    NameAnswer::Addresses { .. } => None,
+                };
+                self.topology.resolved(now, name, answer);
+                if let Some(failure) = failure {
                     tracing::debug!("{failure}");
                 }
-                self.topology.resolved(now, name, answer);
             }
             Event::Opened { endpoint, beside, fresh, result } => {
                 let address = endpoint.address;
@@ -344,11 +374,12 @@ impl<C: SessionClient> Task<C> {
             Event::Asked { endpoint, session, beside, result } => {
                 let address = endpoint.address;
                 self.under_way.remove(&address);
-                // A question without an answer in time may still be answered. On the primary's session, that would show
-                // that it lives.
-                let good = !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address));
-                // If another session was opened meanwhile, it is newer.
-                if good && !self.is_open(&address) {
+                // A question that was not answered in time may be answered yet: on the primary's session, that is a sign.
+                let good = |session: &Session<C>| {
+                    !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address))
+                };
+                // One that was opened meanwhile is newer.
+                if let Some(session) = session.filter(good).filter(|_| !self.is_open(&address)) {
                     self.sessions.insert(address.clone(), session);
                 }
                 let still_open = self.is_open(&address);
@@ -372,7 +403,6 @@ impl<C: SessionClient> Task<C> {
         let signals = std::mem::take(&mut *lock(&self.shared.signals));
         let now = Instant::now();
         if let Some((id, suspicion)) = signals.suspicion {
-            tracing::debug!(generation = id.get(), ?suspicion, "primary suspected");
             self.topology.suspected(now, id, suspicion);
         }
         if let Some(accepted) = signals.accept {
@@ -383,6 +413,9 @@ impl<C: SessionClient> Task<C> {
         }
         if signals.demand {
             self.topology.demanded(now);
+        }
+        if let Some((id, suspicion)) = signals.suspicion {
+            tracing::debug!(generation = id.get(), ?suspicion, "primary suspected");
         }
     }
 

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Name;
 use crate::resolve::{Addresses, Resolve, ResolveError};
-use crate::server::{Open, Opened, Session, SessionClient};
+use crate::server::{Open, Opened, Session, SessionClient, panicked};
 use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
 
 /// Time limit for a look-up; the resolver's own limit is shorter.
@@ -20,9 +20,23 @@ const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The result of a piece of work.
 pub(super) enum Event<C> {
-    Resolved { name: usize, answer: NameAnswer },
-    Opened { endpoint: Endpoint, beside: bool, fresh: bool, result: Opened<C> },
-    Asked { endpoint: Endpoint, session: Session<C>, beside: bool, result: Result<ServerReport, ProbeFailure> },
+    Resolved {
+        name: usize,
+        answer: NameAnswer,
+    },
+    Opened {
+        endpoint: Endpoint,
+        beside: bool,
+        fresh: bool,
+        result: Opened<C>,
+    },
+    /// Without its session where that was lost in a panic.
+    Asked {
+        endpoint: Endpoint,
+        session: Option<Session<C>>,
+        beside: bool,
+        result: Result<ServerReport, ProbeFailure>,
+    },
 }
 
 /// How one server is asked.
@@ -34,7 +48,16 @@ pub(super) struct Asks {
     pub(super) within: Duration,
 }
 
-/// Asks the resolver for the addresses of the configured name with this index.
+/// The program's log sees what the work does, and may panic. That costs one answer: without any, nobody would be asked again.
+pub(super) async fn contained<C>(
+    work: impl Future<Output = Event<C>>,
+    failed: impl FnOnce(ProbeFailure) -> Event<C>,
+) -> Event<C> {
+    let done = AssertUnwindSafe(work).catch_unwind().await;
+    done.unwrap_or_else(|panic| failed(panicked("what the program logs with", &*panic)))
+}
+
+/// Asks the resolver for the addresses of a name of the configuration, which is the one with this index.
 pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> Event<C> {
     let answer = match addresses_of(&*resolver, &name.host).await {
         Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
@@ -71,7 +94,7 @@ pub(super) async fn ask<C: SessionClient>(
         Some(session) => {
             let answer = timeout(within, opener.ask(&endpoint.address, &session.client, promotion_wait)).await;
             let result = answer.unwrap_or_else(|_| Err(silent()));
-            Event::Asked { endpoint, session, beside, result }
+            Event::Asked { endpoint, session: Some(session), beside, result }
         }
         None if beside && !fresh => {
             let result = Err(ProbeFailure::new(FailureKind::Unreachable, "no session is open"));

@@ -1,5 +1,6 @@
 //! Keeps the right number of connections idle: closes those idle for too long, and opens `min_idle` in advance.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -56,7 +57,8 @@ impl<C: SessionClient> Keeper<C> {
             let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
             if reap {
                 reap_at = Instant::now() + pause;
-                self.idle.reap(&pool, &dialer);
+                // The log is the program's, and may panic. Without this task callers would wait for dials that nobody starts.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.idle.reap(&pool, &dialer)));
             }
             fill_at = self.idle.fill(&pool, &dialer);
         }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use testbed::{Authority, Cluster, Node};
+use testbed::{Authority, Cluster, Node, eventually};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 use tokio_postgres::tls::{MakeTlsConnect, NoTlsStream, TlsConnect};
@@ -292,4 +292,44 @@ async fn a_panic_in_a_wrapped_pools_manager_costs_one_connection() {
     create.armed.store(false, Ordering::SeqCst);
     timeout(PATIENCE, pool.get()).await.expect("it recovers").unwrap();
     drop(held);
+}
+
+/// Writes the log, and panics at each line with this word.
+#[derive(Clone)]
+struct PanicsAt(&'static str);
+
+impl std::io::Write for PanicsAt {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        assert!(!String::from_utf8_lossy(line).contains(self.0), "planted");
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A log that panics costs its line: what the pool was about to do is done, through a failover.
+#[tokio::test]
+async fn a_panic_in_the_log_costs_one_line() {
+    for word in ["primary found", "primary lost", "connections evicted", "idle connections reaped"] {
+        let cluster = Cluster::builder().nodes(2).asynchronous().start().await;
+        let writer = PanicsAt(word);
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let pool = Pool::builder(cluster.url_hosts()).unwrap().max_size(2).min_idle(2).build().unwrap();
+        for of in 1..=2 {
+            let held = timeout(PATIENCE, pool.get()).await.unwrap_or_else(|_| panic!("{word}: nobody is served"));
+            let held = held.unwrap();
+            assert_eq!(held.generation().get(), of, "{word}");
+            eventually("the other one is opened", PATIENCE, async || pool.status().size == 2).await;
+            if of == 1 {
+                cluster.freeze(Node(0));
+                cluster.promote(Node(1)).await;
+                let old = timeout(PATIENCE, held.batch_execute("SELECT 1")).await;
+                assert!(old.unwrap_or_else(|_| panic!("{word}: the old one goes on")).is_err());
+            }
+        }
+    }
 }
