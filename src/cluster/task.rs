@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
 use super::work::{self, Asks, Event};
-use super::{Diagnosis, Generation, Name, Setup, Shared, Signals, Snapshot};
+use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
 use crate::server::{Open, Session, SessionClient};
@@ -163,8 +163,13 @@ impl<C: SessionClient> Task<C> {
         let shared = Arc::clone(&self.shared);
         let wanted = || shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
-            // Signals from before the sleep no longer matter.
-            *lock(&self.shared.signals) = Signals::default();
+            // What was asked for before the sleep is of no interest any more, but for the user's word on the cluster.
+            let signals = std::mem::take(&mut *lock(&self.shared.signals));
+            if let Some(accepted) = signals.accept {
+                self.topology.accept(now, accepted);
+                let actions = self.topology.lie_down();
+                self.actions.extend(actions);
+            }
             self.act_all();
             if !wanted() {
                 return false;

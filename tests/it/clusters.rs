@@ -3,8 +3,11 @@
 use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Node, eventually};
+use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{Error, FailureKind, Pool, PoolBuilder, State, UnavailableReason, deadpool_postgres};
+use tokio_postgres_failover::{
+    Error, Event, FailureKind, Pool, PoolBuilder, State, UnavailableReason, deadpool_postgres,
+};
 
 use crate::load::primary_lost;
 
@@ -104,6 +107,34 @@ async fn r11_the_next_cluster_is_accepted_without_a_restart() {
         // The blue one is the stranger now.
         blue.start_node(Node(0)).await;
         assert_eq!(leads_to(&pool).await, green_id);
+    }
+}
+
+/// Whose word is given while the pool sleeps is heard: the caller that wakes it is led to that cluster.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn r11_a_sleeping_pool_is_told_which_cluster_is_its_own() {
+    let (blue, green) = (one(false).await, one(true).await);
+    let (blue_id, green_id) = (identifier(&blue, Node(0)).await, identifier(&green, Node(0)).await);
+    for accepts in [true, false] {
+        // The green one is hidden until the blue one was found.
+        green.freeze(Node(0));
+        let builder = builder(&[&blue, &green]).checkout_timeout(Duration::from_secs(5));
+        let pool = builder.sleep_after(Duration::from_millis(300)).build().unwrap();
+        assert_eq!(leads_to(&pool).await, blue_id);
+        eventually("it sleeps", PATIENCE, async || matches!(pool.status().view.state, State::Asleep)).await;
+        blue.kill(Node(0)).await;
+        green.thaw(Node(0));
+        let mut events = pool.subscribe();
+        if accepts {
+            pool.accept_cluster(green_id);
+        } else {
+            pool.forget_cluster();
+        }
+        let told = timeout(PATIENCE, events.next()).await.expect("it is told at once");
+        assert!(matches!(told, Some(Event::ClusterAccepted { .. })), "{told:?}");
+        assert!(matches!(pool.status().view.state, State::Asleep), "the word alone wakes nobody");
+        assert_eq!(leads_to(&pool).await, green_id);
+        blue.start_node(Node(0)).await;
     }
 }
 
