@@ -328,6 +328,11 @@ impl<C: SessionClient> Cluster<C> {
         self.view.clone()
     }
 
+    /// Follows what is published together with the generation.
+    pub(crate) fn snapshots(&self) -> watch::Receiver<Arc<Snapshot<C>>> {
+        self.snapshot.clone()
+    }
+
     pub(crate) fn subscribe(&self) -> Events {
         self.observer.events()
     }

@@ -425,7 +425,7 @@ impl PoolBuilder {
             idle,
             pool: inner.weak(),
             dialer: Arc::downgrade(&dialer),
-            views: dialer.cluster.watch(),
+            snapshots: dialer.cluster.snapshots(),
             end: dialer.cluster.scope().clone(),
         };
         tokio::spawn(keeper.run());

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Manager;
 use super::dialer::Dialer;
+use crate::cluster::Snapshot;
 use crate::server::SessionClient;
-use crate::topology::View;
 
 /// Shortest and longest pause between two checks of the idle connections.
 const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
@@ -31,7 +31,8 @@ pub(super) struct Keeper<C: SessionClient> {
     pub(super) idle: Idle,
     pub(super) pool: WeakPool<Manager<C>>,
     pub(super) dialer: Weak<Dialer<C>>,
-    pub(super) views: watch::Receiver<View>,
+    /// What the connections belong to. Not the views, of which each is published a moment before its generation is.
+    pub(super) snapshots: watch::Receiver<Arc<Snapshot<C>>>,
     pub(super) end: CancellationToken,
 }
 
@@ -47,8 +48,8 @@ impl<C: SessionClient> Keeper<C> {
             let reap = tokio::select! {
                 () = self.end.cancelled() => return,
                 () = dials.changed() => false,
-                // Connections of an older generation are no longer usable.
-                changed = self.views.changed() => match changed {
+                // What belongs to an older generation is of no use any more.
+                changed = self.snapshots.changed() => match changed {
                     Ok(()) => true,
                     Err(_) => return,
                 },
