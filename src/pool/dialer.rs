@@ -101,7 +101,8 @@ impl<C: SessionClient> Dialer<C> {
         if facts.is_committing() {
             return;
         }
-        let Ok(runtime) = Handle::try_current() else { return };
+        // A connection may be dropped outside of any runtime. And where there is one, the pool's may have ended.
+        let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
         let opener = Arc::clone(&self.opener);
         let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
         runtime.spawn(async move { cancel(|| opener.cancel(&endpoint, token.clone())).await });

@@ -294,6 +294,26 @@ async fn a_panic_in_a_wrapped_pools_manager_costs_one_connection() {
     drop(held);
 }
 
+/// A connection that is discarded on a thread without a runtime: what the server still runs for it is cancelled.
+#[test]
+fn what_is_discarded_outside_of_a_runtime_is_cancelled() {
+    let bench = Bench::new();
+    let first = runtime();
+    let pool = bench.pool_on(&first);
+    let client = first.block_on(pool.get()).unwrap();
+    let sent = first.block_on(async { timeout(PATIENCE / 20, client.batch_execute("SELECT pg_sleep(600)")).await });
+    assert!(sent.is_err());
+    client.discard();
+    bench.own.block_on(async {
+        let observer = bench.cluster.direct(Node(0)).await;
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)' AND state = 'active'";
+        eventually("it is cancelled", PATIENCE, async || {
+            observer.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
+        })
+        .await;
+    });
+}
+
 /// Writes the log, and panics at each line with this word.
 #[derive(Clone)]
 struct PanicsAt(&'static str);
