@@ -123,7 +123,8 @@ impl Pool {
         let inbox = Arc::new(Inbox::default());
         let began = Instant::now();
         let subscribing = subscribe(self, &sql, &inbox);
-        let first = timeout(self.checkout_timeout(), subscribing).await.map_err(|_| self.unavailable(began))??;
+        let first =
+            timeout(self.checkout_timeout(), subscribing).await.map_err(|_| self.unavailable_beside(began))??;
         // The task runs on the runtime of the pool, because the caller's runtime may end earlier.
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
@@ -264,7 +265,7 @@ async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed,
             Ok(Ok(subscribed)) => return Ok(subscribed),
             Ok(Err(ended @ (Error::Closed | Error::RuntimeEnded))) => return Err(ended),
             Ok(Err(error)) => error,
-            Err(_) => pool.unavailable(began),
+            Err(_) => pool.unavailable_beside(began),
         };
         inbox.update(|backlog| backlog.trouble = Some(error));
         sleep(pauses.next().unwrap_or(PAUSE.1)).await;

@@ -188,7 +188,7 @@ impl<C: SessionClient> Pool<C> {
         let began = Instant::now();
         match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
             Ok(found) => found.map(drop).map_err(Into::into),
-            Err(_) => Err(self.unavailable(began)),
+            Err(_) => Err(self.unavailable_beside(began)),
         }
     }
 

@@ -167,7 +167,16 @@ impl<C: SessionClient> Pool<C> {
     }
 }
 
-/// Counts one more in a counter for as long as it exists.
+impl<C: SessionClient> Pool<C> {
+    /// Why a primary, or a session beside the pool, was not had in time: how many connections are in use has no part in it.
+    pub(crate) fn unavailable_beside(&self, began: Instant) -> Error {
+        let current = self.cluster().current();
+        let obstacle = current.map_or(Obstacle::NoPrimary, |generation| Obstacle::NoSession(generation.trouble()));
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
+    }
+}
+
+/// One more in a counter, for as long as it lives.
 pub(super) struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {

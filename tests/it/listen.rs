@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use testbed::{Cluster, Node, Pooler, eventually};
+use testbed::{Cluster, Node, Path, Pooler, eventually};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{Error, Listener, Message, Pool, State};
+use tokio_postgres_failover::{Error, Listener, Message, Pool, State, UnavailableReason};
 
 use crate::load::{LONG, by_name, by_url, generation};
 
@@ -242,4 +242,19 @@ async fn a_listener_is_a_stream() {
     });
     let payloads: Vec<_> = timeout(LONG, payloads.take(3).collect()).await.unwrap();
     assert_eq!(payloads, ["1", "2", "3"]);
+}
+
+/// The session of a listener is none of the pool's: where it cannot be had in time, that all of the pool's are in use is not
+/// the reason.
+#[tokio::test]
+async fn a_listener_without_a_session_is_not_told_that_the_pool_is_exhausted() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let builder = Pool::builder(format!("postgres://app@{}/app", path.addr())).unwrap().max_size(1);
+    let pool = builder.checkout_timeout(Duration::from_secs(1)).build().unwrap();
+    let _held = pool.get().await.unwrap();
+    path.delay_log_ins(LONG);
+    let error = pool.listen(["orders"]).await.map(drop).unwrap_err();
+    let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+    assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{error}");
 }
