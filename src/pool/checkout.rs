@@ -10,11 +10,13 @@ use deadpool::managed::{self, Object, PoolError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
-use super::dials::AT_ONCE;
 use super::{Client, Pool, Source};
 use crate::cluster::NoPrimary;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::server::SessionClient;
+
+/// The settings of deadpool that take a connection only where there is one at once.
+const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
 
 impl<C: SessionClient> Pool<C> {
     pub(super) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {

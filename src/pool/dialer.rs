@@ -2,7 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -260,8 +260,28 @@ impl<C: SessionClient> Dialer<C> {
     }
 }
 
-/// Makes nonces that no other pool gives out: a random half for the pool, and a counter. They do not depend on the
-/// seed, as two pools may have the same seed.
+pub(super) type Turn = Option<OwnedMutexGuard<()>>;
+
+/// As [`Dialer::turn`], without keeping the pool alive while it waits. `None`: the pool has gone.
+pub(super) async fn take_turn<C: SessionClient>(
+    dialer: &Weak<Dialer<C>>,
+    generation: &Generation<C>,
+    started: Instant,
+) -> Option<Result<Turn, ProbeFailure>> {
+    let Some(turn) = dialer.upgrade()?.needs_turn(generation) else { return Some(Ok(None)) };
+    let turn = turn.lock_owned().await;
+    let at = match dialer.upgrade()?.log_in_at(generation, started) {
+        Ok(at) => at,
+        Err(refused) => return Some(Err(refused)),
+    };
+    if let Some(at) = at {
+        sleep_until(at).await;
+    }
+    Some(Ok(Some(turn)))
+}
+
+/// Words that no other pool gives out: a random half for the pool, and a number. A seed that a caller sets does not decide
+/// them, as two pools may have the same one.
 struct Nonces {
     pool: u64,
     given: AtomicU64,

@@ -12,14 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
-use deadpool::managed::{self, WeakPool};
+use deadpool::managed::WeakPool;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, OwnedMutexGuard, oneshot};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, sleep};
 
 use super::Manager;
 use super::connection::Connection;
-use super::dialer::Dialer;
+use super::dialer::{Dialer, take_turn};
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
@@ -283,12 +283,6 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// The connection may have been given back with something under way that its driver has not seen yet, and it may have been
-    /// ready, or on loan without being used, for so long that its socket is dead.
-    async fn is_fit(&self, connection: &Connection<C>) -> bool {
-        connection.idle().await && self.is_alive(connection).await
-    }
-
     /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before does. The
     /// pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it. Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
@@ -501,27 +495,3 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         dialer.balance(0);
     }
 }
-
-type Turn = Option<OwnedMutexGuard<()>>;
-
-/// Like [`Dialer::turn`], but does not keep the pool alive while it waits. `None`: the pool is gone.
-async fn take_turn<C: SessionClient>(
-    dialer: &Weak<Dialer<C>>,
-    generation: &Generation<C>,
-    started: Instant,
-) -> Option<Result<Turn, ProbeFailure>> {
-    let Some(turn) = dialer.upgrade()?.needs_turn(generation) else { return Some(Ok(None)) };
-    let turn = turn.lock_owned().await;
-    let at = match dialer.upgrade()?.log_in_at(generation, started) {
-        Ok(at) => at,
-        Err(refused) => return Some(Err(refused)),
-    };
-    if let Some(at) = at {
-        sleep_until(at).await;
-    }
-    Some(Ok(Some(turn)))
-}
-
-/// The deadpool time-outs for taking a connection only if one is available at once.
-pub(super) const AT_ONCE: managed::Timeouts =
-    managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };

@@ -39,7 +39,13 @@ impl TestAfter {
 }
 
 impl<C: SessionClient> Dialer<C> {
-    /// Returns whether the connection may be handed out. Asks its server if it has been silent for a while.
+    /// The connection may have been given back with something under way that its driver has not seen yet, and it may have been
+    /// ready, or on loan without being used, for so long that its socket is dead.
+    pub(super) async fn is_fit(&self, connection: &Connection<C>) -> bool {
+        connection.idle().await && self.is_alive(connection).await
+    }
+
+    /// Returns whether the connection may be handed out. Asks its server where it has said nothing for a while.
     pub(super) async fn is_alive(&self, connection: &Connection<C>) -> bool {
         let heard_at = connection.facts().notices.activity.heard_at();
         if !self.test_after.is_due(heard_at, wall_clock()) {
