@@ -147,7 +147,8 @@ impl Ledger {
     ) -> Result<Option<bool>, Error> {
         let [started_at, replayed] = WHO;
         let sql = format!(
-            "BEGIN; SELECT EXISTS (SELECT FROM {} WHERE id = '{}' AND NOT fence), {started_at}, {replayed}",
+            "{BEGIN}; SELECT EXISTS (SELECT FROM {} WHERE id OPERATOR(pg_catalog.=) '{}' AND NOT fence), \
+                             {started_at}, {replayed}",
             self.path(),
             entered.id
         );

@@ -23,6 +23,7 @@ mod hostile;
 mod hygiene;
 mod idle;
 mod impatient;
+mod inside;
 mod listen;
 mod lives;
 mod load;
