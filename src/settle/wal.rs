@@ -390,6 +390,34 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool)
     client.batch_execute(&sql).await
 }
 
+/// How far the end of a transaction has come that is still in progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ends {
+    /// `PREPARE TRANSACTION` has stored it.
+    Prepared,
+    /// Its COMMIT was carried out and waits for a synchronous standby.
+    Committing,
+}
+
+/// Asks whether a transaction in progress was prepared or is being committed. This runs within a settler's transaction.
+pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<Ends>, Error> {
+    let Backend { pid, xid } = backend;
+    // Both views show the id without its epoch.
+    let xid = xid & u64::from(u32::MAX);
+    let sql = format!(
+        "SET LOCAL ROLE NONE; SET LOCAL search_path = pg_catalog, pg_temp; \
+         SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts WHERE transaction = '{xid}'::xid) THEN 'prepared' \
+                     WHEN EXISTS (SELECT FROM pg_stat_activity \
+                                   WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND wait_event = 'SyncRep') \
+                     THEN 'committing' END"
+    );
+    Ok(match text(&only_row(client, &sql).await?, 0) {
+        Some("prepared") => Some(Ends::Prepared),
+        Some("committing") => Some(Ends::Committing),
+        _ => None,
+    })
+}
+
 pub(crate) fn text(row: &Row, index: usize) -> Option<&str> {
     row.get(index)?.as_deref()
 }

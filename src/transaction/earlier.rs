@@ -9,10 +9,10 @@
 
 use tokio::time::Instant;
 
-use super::settle::{Mark, Outcome, settle, was_committed};
+use super::settle::{Inside, Mark, Outcome, ended_inside, settle};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
-use crate::error::{CommitUnknown, EndedInside, Ending, Error};
+use crate::error::{CommitUnknown, EndedInside, Error};
 use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -80,19 +80,20 @@ impl Lost {
     }
 }
 
-/// Finds out whether a closure committed one of them itself, which nothing else would show. Asks once on each primary.
-pub(super) async fn committed_inside<C: SessionClient>(client: &Client<C>, lost: &mut Vec<Lost>) -> Option<Error> {
+/// Finds out whether a closure committed or prepared one of them itself, which nothing else would show. Asks once on each
+/// primary.
+pub(super) async fn found_ended<C: SessionClient>(client: &Client<C>, lost: &mut Vec<Lost>) -> Option<Error> {
     let generation = client.generation();
     for index in 0..lost.len() {
         let Some(attempt) = lost.get_mut(index).filter(|attempt| attempt.asked != Some(generation)) else {
             continue;
         };
-        match was_committed(client, &attempt.mark).await {
-            Some(true) => {
+        match ended_inside(client, &attempt.mark).await {
+            Some(Inside::Ended(ending)) => {
                 let error = lost.swap_remove(index).error;
-                return Some(EndedInside::error(Ending::Committed, Some(error)));
+                return Some(EndedInside::error(ending, Some(error)));
             }
-            Some(false) => attempt.asked = Some(generation),
+            Some(Inside::No) => attempt.asked = Some(generation),
             // It is asked about again at the next attempt.
             None => {}
         }

@@ -6,7 +6,7 @@ use tracing::{Instrument, Span};
 
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{Lost, committed_inside, find, shows_primary, unless_denied};
+use super::earlier::{Lost, find, found_ended, shows_primary, unless_denied};
 use super::marks::MarkWith;
 use super::nested::Inner;
 use super::verdict::{Bounds, Session, Word, with_reason};
@@ -59,7 +59,7 @@ where
                 return Err(unless_denied(&earlier, |id| pool.is_current(id), error));
             }
         };
-        if let Some(error) = committed_inside(&client, &mut lost).await {
+        if let Some(error) = found_ended(&client, &mut lost).await {
             return Err(for_good(error, number - 1, doubt));
         }
         let generation = client.generation();

@@ -13,13 +13,13 @@ use crate::commit::Ledger;
 use crate::commit::{
     self, Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof,
 };
-use crate::error::Error;
+use crate::error::{Ending, Error};
 use crate::observe::Settlement;
 use crate::pool::{Client, Pool, SettleSession, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::settle::ledger::Entered;
-use crate::settle::wal::{self, Backend, Said};
+use crate::settle::wal::{self, Backend, Ends, Said};
 use crate::topology::GenerationId;
 
 /// How long a doubt is looked into at least, even at the end of a call's time: a needless "unknown" costs the caller
@@ -255,32 +255,51 @@ async fn confirmed<C: SessionClient>(
     (confirmed.then_some(Ok(outcome)), confirmed)
 }
 
-/// Returns whether the transaction was committed, if this session's server can tell. This is asked before work runs
-/// again for which the pool itself sent no COMMIT, as the closure may have committed. `None`: the server did not say.
-/// Leaves the session without a transaction.
-pub(super) async fn was_committed<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<bool> {
+/// Returns whether the closure has ended its transaction itself, if this session's server can tell. This is asked before
+/// work runs again for which the pool itself sent no COMMIT. `None`: the server did not say. Leaves the session without a
+/// transaction.
+pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<Inside> {
     let asked = async {
         let settled = match &mark.by {
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
-                // Usually it was not committed, and then this question is enough.
+                // Usually it was rolled back, and then this question is enough.
                 let Said { now, status, .. } =
                     wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
-                if status != Some(XactStatus::Committed) {
-                    return client.life().is_none_or(|life| life.is(&now.life)).then_some(false);
+                if !matches!(status, Some(XactStatus::Committed | XactStatus::InProgress)) {
+                    return client.life().is_none_or(|life| life.is(&now.life)).then_some(Inside::No);
                 }
                 ask_log(client, client.life(), mark, marker, primaries_since).await.ok()??
             }
-            Settler::Ledger(ledger, entered) => return ledger.has(client, client.life(), entered).await.ok()?,
+            Settler::Ledger(ledger, entered) => {
+                let is_there = ledger.has(client, client.life(), entered).await.ok()??;
+                // The row is not visible while its transaction is in progress, so more has to be asked.
+                if is_there { Settled::Committed } else { Settled::InProgress }
+            }
         };
-        Some(settled == Settled::Committed)
+        let ending = match settled {
+            Settled::Committed => Some(Ending::Committed),
+            Settled::InProgress => wal::ends(client, mark.backend).await.ok()?.map(|ends| match ends {
+                Ends::Prepared => Ending::Prepared,
+                Ends::Committing => Ending::Committed,
+            }),
+            Settled::NotCommitted | Settled::Unknown(_) => None,
+        };
+        Some(ending.map_or(Inside::No, Inside::Ended))
     };
-    let committed = tokio::select! {
+    let found = tokio::select! {
         biased;
-        committed = asked => committed,
+        found = asked => found,
         () = client.evicted() => return None,
     };
     // If this fails, so will BEGIN.
     let _ = client.batch_execute("ROLLBACK").await;
-    committed
+    found
+}
+
+/// Whether a closure has ended its transaction itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Inside {
+    Ended(Ending),
+    No,
 }

@@ -42,6 +42,68 @@ async fn waits(admin: &Client) {
         .await;
 }
 
+/// What is prepared is not over, and another run would do the work twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_was_prepared_before_its_session_ended_is_not_run_again() {
+    let cluster = started(single()).await;
+    let admin = cluster.direct(Node(0)).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            let what = format!("{kind:?} {guarantee:?}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+            let runs = Runs::default();
+            let result: Result<(), Error> = pool
+                .build_transaction()
+                .guarantee(guarantee)
+                .retry(RetryPolicy::new().attempts(3))
+                .run(async |tx| {
+                    let run = runs.begin();
+                    insert(&tx, 1).await?;
+                    tx.batch_execute(&format!("PREPARE TRANSACTION 'run {run}'")).await?;
+                    tx.batch_execute(KILL).await?;
+                    Ok(())
+                })
+                .await;
+            told(&result.expect_err(&what), Ending::Prepared, &what);
+            assert_eq!(runs.count(), 1, "{what}");
+            admin.batch_execute("ROLLBACK PREPARED 'run 1'").await.unwrap();
+        }
+    }
+}
+
+/// The COMMIT of a closure waits for the standby when its connection is lost: the server goes on with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
+    for guarantee in marked() {
+        let what = format!("{guarantee:?}");
+        let cluster = started(Cluster::builder().nodes(2)).await;
+        cluster.wait_replayed(Node(1)).await;
+        let admin = cluster.direct(Node(0)).await;
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, tap.addr(), 2);
+        pool.connect().await.unwrap();
+        cluster.freeze(Node(1));
+        let runs = Runs::default();
+        let work = pool.build_transaction().guarantee(guarantee).run(async |tx| {
+            // A later run would not end while the standby is frozen.
+            if runs.begin() == 1 {
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+            }
+            Ok(())
+        });
+        let fault = async {
+            waits(&admin).await;
+            tap.drop_connections();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect(&what);
+        cluster.thaw(Node(1));
+        told(&result.expect_err(&what), Ending::Committed, &what);
+        assert_eq!(runs.count(), 1, "{what}");
+        eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+    }
+}
+
 /// The ledger is asked in the same words under any `search_path`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
