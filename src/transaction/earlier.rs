@@ -7,7 +7,9 @@
 //! the same reason an error means "not committed" only while the primary that said so remains the primary. The tests
 //! are `tests/it/history/earlier.rs` and `commit/tests/calls.rs`.
 
-use tokio::time::Instant;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
 
 use super::settle::{Inside, Mark, Outcome, ended_inside, settle};
 use crate::classify::Verdict;
@@ -16,6 +18,9 @@ use crate::error::{CommitUnknown, EndedInside, Error};
 use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
+
+/// How long the error of a call that will not run again is held back at most.
+const ASKED_WITHIN: Duration = Duration::from_millis(250);
 
 /// An attempt whose COMMIT was not answered, and that is not in the primary's history.
 pub(super) struct Earlier<T> {
@@ -99,6 +104,20 @@ pub(super) async fn found_ended<C: SessionClient>(client: &Client<C>, lost: &mut
         }
     }
     None
+}
+
+/// Returns the error of a call that will not run again. If the closure of its last attempt has ended the transaction itself,
+/// the error says so. This is asked only if a primary is there: the call does not wait for one.
+pub(super) async fn or_ended_at_last<C: SessionClient>(pool: &Pool<C>, mark: Mark, error: Error) -> Error {
+    // This is rare and large. Without the box, every waiting call would carry it.
+    let asked = Box::pin(async {
+        let client = pool.get_for_transaction(Instant::now() + ASKED_WITHIN).await.ok()?;
+        ended_inside(&client, &mark).await
+    });
+    match timeout(ASKED_WITHIN, asked).await {
+        Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),
+        _ => error,
+    }
 }
 
 #[cfg(test)]

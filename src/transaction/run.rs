@@ -6,9 +6,10 @@ use tracing::{Instrument, Span};
 
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{Lost, find, found_ended, shows_primary, unless_denied};
+use super::earlier::{Lost, find, found_ended, or_ended_at_last, shows_primary, unless_denied};
 use super::marks::MarkWith;
 use super::nested::Inner;
+use super::settle::Mark;
 use super::verdict::{Bounds, Session, Word, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
@@ -26,7 +27,14 @@ where
 {
     let span = options.pool.observer().transaction(&options.mode());
     let inner = (options.mode() != Mode::Read).then(Inner::begin);
-    let result = attempts(&options, &span, work).instrument(span.clone()).await;
+    let mut unsent = None;
+    let result = match attempts(&options, &span, &mut unsent, work).instrument(span.clone()).await {
+        Ok(value) => Ok(value),
+        Err(error) => Err(match unsent {
+            Some(mark) => or_ended_at_last(options.pool, mark, error).await,
+            None => error,
+        }),
+    };
     if let Some(inner) = inner {
         inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
     }
@@ -36,7 +44,13 @@ where
     result
 }
 
-async fn attempts<C, T, F, Fut>(options: &TransactionBuilder<'_, C>, span: &Span, mut work: F) -> Result<T, Error>
+/// `unsent`: the mark of the last attempt, if its session was lost before COMMIT was sent.
+async fn attempts<C, T, F, Fut>(
+    options: &TransactionBuilder<'_, C>,
+    span: &Span,
+    unsent: &mut Option<Mark>,
+    mut work: F,
+) -> Result<T, Error>
 where
     C: SessionClient,
     F: FnMut(Transaction<C>) -> Fut,
@@ -71,7 +85,6 @@ where
             }
             Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::earlier(why)))),
         }
-        let mut mark = None;
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {
             client.trail().heal(Cure::Clear);
@@ -79,7 +92,7 @@ where
         let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt::new(client, options.retry.attempt_limit());
         let ended = async {
-            match attempt.run(&begin, mode, &mut work, &mut mark).await {
+            match attempt.run(&begin, mode, &mut work, unsent).await {
                 Ended::InDoubt(in_doubt) => {
                     // Count the failure now, so that the pause runs while settling waits for a primary.
                     retries.failed(Instant::now());
@@ -136,7 +149,7 @@ where
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
-                lost.extend(mark.map(|mark| Lost::new(mark, error)));
+                lost.extend(unsent.take().map(|mark| Lost::new(mark, error)));
             }
             Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),
         }

@@ -104,6 +104,32 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
     }
 }
 
+/// The last run that is allowed, too, says "not committed" only where it is so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            for ends in ["COMMIT", "COMMIT AND CHAIN", "COMMIT; BEGIN"] {
+                let what = format!("{kind:?} {guarantee:?} {ends}");
+                let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+                let result: Result<(), Error> = pool
+                    .build_transaction()
+                    .guarantee(guarantee.clone())
+                    .retry(RetryPolicy::new().attempts(1))
+                    .run(async |tx| {
+                        insert(&tx, 1).await?;
+                        tx.batch_execute(ends).await?;
+                        tx.batch_execute(KILL).await?;
+                        Ok(())
+                    })
+                    .await;
+                told(&result.expect_err(&what), Ending::Committed, &what);
+            }
+        }
+    }
+}
+
 /// The ledger is asked in the same words under any `search_path`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
