@@ -104,6 +104,12 @@ pub(crate) fn hung_up(error: &Error) -> bool {
     }
 }
 
+/// Whether the driver did not expect the server's answer to the statement. This is so for a `COPY` through a method that
+/// is not meant for it.
+pub(crate) fn unexpected(error: &Error) -> bool {
+    Kind::of(error) == Kind::UnexpectedMessage
+}
+
 /// A short name for an error without an SQLSTATE, for telemetry. There are only a few of these names.
 pub(crate) fn without_code(error: &Error) -> &'static str {
     match Kind::of(error) {

@@ -11,7 +11,7 @@ use deadpool_postgres::{ClientWrapper, StatementCache};
 use tokio_postgres::Error;
 use tokio_postgres::error::{DbError, SqlState};
 
-use crate::classify::{Cure, stale, stale_report};
+use crate::classify::{Cure, stale, stale_report, unexpected};
 use crate::server::SessionClient;
 use crate::sync::lock;
 
@@ -26,6 +26,8 @@ pub(crate) struct Trail {
     cache: Option<Arc<StatementCache>>,
     /// The driver must forget the types that it has read.
     forget_types: AtomicBool,
+    /// The driver did not expect the server's answer to a statement.
+    misread: AtomicBool,
     /// No other caller may use the session.
     retired: AtomicBool,
 }
@@ -39,12 +41,16 @@ impl Trail {
     pub(crate) fn forget(&self) {
         *lock(&self.last) = None;
         self.doubt.store(false, Ordering::Release);
+        self.misread.store(false, Ordering::Release);
     }
 
     /// Notes the error of a statement.
     pub(crate) fn note(&self, error: &Error) {
         if let Some(cure) = stale(error) {
             self.heal(cure);
+        }
+        if unexpected(error) {
+            self.misread.store(true, Ordering::Release);
         }
         let Some(report) = error.as_db_error() else { return };
         let mut last = lock(&self.last);
@@ -63,6 +69,10 @@ impl Trail {
     /// The error of the last statement that did not fail because of an earlier one.
     pub(crate) fn last(&self) -> Option<DbError> {
         lock(&self.last).clone()
+    }
+
+    pub(crate) fn has_misread(&self) -> bool {
+        self.misread.load(Ordering::Acquire)
     }
 
     pub(crate) fn note_doubt(&self) {

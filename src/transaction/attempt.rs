@@ -15,7 +15,7 @@ use super::finish::{Answer, Known, Look, Proof, Undone};
 use super::marks::{Begin, MarkWith};
 use super::nested;
 use super::settle::{Mark, Outcome, settle};
-use super::streams::is_free;
+use super::streams::{answers, is_free};
 use super::verdict::{Session, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::Unsettled;
@@ -231,6 +231,9 @@ impl<C: SessionClient> Attempt<C> {
             return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
         }
         if self.client().has_streamed() && !is_free(self.client()).await {
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
+        }
+        if self.client().trail().has_misread() && !answers(self.client()).await {
             return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
         }
         if self.client().is_evicted() {

@@ -16,6 +16,18 @@ const SILENT: Duration = Duration::from_secs(2);
 /// The limit for the whole check if the session's driver is not this crate's, so that received data is not seen.
 const UNSEEN: Duration = Duration::from_secs(5);
 
+/// Returns whether the session answers a request. This is asked if the driver did not expect the answer to a statement.
+/// After `COPY … FROM STDIN` through a method that is not meant for it, the server waits for data, and any other request
+/// makes it end the session.
+pub(super) async fn answers<C: SessionClient>(client: &Client<C>) -> bool {
+    let answer = timeout(UNSEEN, client.driver().batch_execute(""));
+    tokio::select! {
+        biased;
+        answer = answer => matches!(answer, Ok(Ok(()))),
+        () = client.evicted() => true,
+    }
+}
+
 /// Waits until the session has answered all requests. `false`: something holds the answer back. The answer itself does
 /// not matter, even if the session has ended, as COMMIT will find that out.
 pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {

@@ -160,3 +160,39 @@ async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
     told(&result.unwrap_err(), Ending::Committed, "ledger");
     assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]));
 }
+
+/// COPY through a method that knows nothing of it: the server waits for data, and takes COMMIT for a mistake of the protocol.
+/// Such work was run again until the deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for way in ["batch_execute", "execute", "query", "savepoint"] {
+            let what = format!("{kind:?} {way}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+            let runs = Runs::default();
+            let work = pool.transaction(async |mut tx| {
+                runs.begin();
+                let copy = "COPY entries FROM STDIN";
+                let misread = match way {
+                    "batch_execute" => tx.batch_execute(copy).await,
+                    "execute" => tx.execute(copy, &[]).await.map(drop),
+                    "query" => tx.query(copy, &[]).await.map(drop),
+                    _ => tx.savepoint().await?.batch_execute(copy).await,
+                };
+                assert!(misread.is_err(), "{what}");
+                Ok(())
+            });
+            let error = timeout(PATIENCE, work).await.expect(&what).expect_err(&what);
+            assert!(matches!(error, Error::RolledBack(RolledBack::StreamKept)), "{what}: {error:?}");
+            assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}");
+            pool.transaction(async |tx| {
+                // This one needs no data, and its rows were thrown away.
+                assert!(tx.batch_execute("COPY entries TO STDOUT").await.is_err());
+                Ok(())
+            })
+            .await
+            .unwrap();
+        }
+    }
+}
