@@ -242,7 +242,7 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
             sql.push_str(" DEFERRABLE");
         }
         let unmarked = format!("{sql}; {OPEN}");
-        Begin { sql, unmarked, marks }
+        Begin { sql, unmarked, marks, read_only: self.read_only }
     }
 }
 

@@ -18,7 +18,7 @@ use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_free};
 use super::verdict::{Session, judge_begin};
 use crate::classify::{Verdict, classify, explain};
-use crate::commit::Unsettled;
+use crate::commit::{Nonce, Unsettled};
 use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::SessionClient;
@@ -126,6 +126,8 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
     pub(super) check: Check,
+    /// The value of `remember` in `finish`, for a transaction without a mark.
+    pub(super) run: Nonce,
 }
 
 /// Why there is nothing to commit after BEGIN and the closure.
@@ -141,6 +143,7 @@ impl<C: SessionClient> Attempt<C> {
         Self {
             statements: client.trail().has_statements(),
             check: client.pool().check(),
+            run: client.pool().next_nonce(),
             held: DirtyGuard::new(client),
             limit,
             mark: OnceLock::new(),
@@ -339,7 +342,7 @@ impl<C: SessionClient> Attempt<C> {
         match self.mark.get() {
             Some(mark) => Known::ById(mark.backend.xid),
             None if mode == Mode::Read => Known::ByShow,
-            None => Known::BySetting,
+            None => Known::BySetting(self.run),
         }
     }
 

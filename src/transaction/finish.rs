@@ -12,11 +12,20 @@ use futures_util::StreamExt;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::classify::{commit_refused, no_transaction, not_offered, not_ours, not_prepared};
+use crate::commit::Nonce;
 use crate::error::Ending;
 use crate::pool::Check;
 
 /// Set by BEGIN for one transaction. The value disappears with the transaction, however it ends.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
+
+/// Set by BEGIN if a transaction has no mark and may write. The value is unique to the transaction. It disappears with a
+/// rollback and stays after a commit, whoever sends it.
+const RUN: &str = "tokio_postgres_failover.run";
+
+pub(super) fn remember(run: Nonce) -> String {
+    format!("SET {RUN} = '{run}'")
+}
 
 /// The name of the prepared check. Its number changes with its text, because versions of this crate may share a session
 /// behind a proxy.
@@ -55,8 +64,8 @@ impl Look {
 pub(super) enum Known {
     /// By the transaction id that its mark has assigned.
     ById(u64),
-    /// By the setting of [`OPEN`].
-    BySetting,
+    /// By the setting of [`OPEN`]. The value of [`remember`] shows after a rollback whether it was committed before.
+    BySetting(Nonce),
     /// By the same setting, for a transaction that only reads: a wrong value does not stop the COMMIT. This needs no
     /// planning, and no snapshot, for which a deferrable transaction would wait.
     ByShow,
@@ -89,11 +98,11 @@ impl Known {
             // The mark has called this function already. In another transaction it assigns another id, which differs
             // from this one.
             (Self::ById(xid), Check::Other) => Some(("pg_current_xact_id()", xid.to_string())),
-            (Self::BySetting, Check::Prepared | Check::Full) => {
+            (Self::BySetting(_), Check::Prepared | Check::Full) => {
                 Some(("current_setting('tokio_postgres_failover.transaction', true)", "off".to_owned()))
             }
             // This fails if the setting was never set.
-            (Self::BySetting, Check::Other) => {
+            (Self::BySetting(_), Check::Other) => {
                 Some(("current_setting('tokio_postgres_failover.transaction')", "off".to_owned()))
             }
         };
@@ -114,12 +123,18 @@ impl Known {
         sql
     }
 
-    /// Returns the question for the transaction's outcome, if its id is known.
+    /// Returns the question for the transaction's outcome, if it leaves something behind that can be asked for.
     pub(super) fn status(self) -> Option<String> {
         match self {
             Self::ById(xid) => Some(format!("SELECT pg_catalog.pg_xact_status('{xid}')")),
-            Self::BySetting | Self::ByShow => None,
+            Self::BySetting(_) => Some(format!("SHOW {RUN}")),
+            Self::ByShow => None,
         }
+    }
+
+    /// Whether the answer to [`Known::status`] is the value that only a commit leaves on the session.
+    fn has_left(self, status: Option<&str>) -> bool {
+        matches!((self, status), (Self::BySetting(run), Some(word)) if word == run.to_string())
     }
 }
 
@@ -238,7 +253,7 @@ pub(super) enum Undone {
 impl Known {
     /// Decides what the answer to [`Known::roll_back`] proves. `None`: the session had no transaction, and must be
     /// asked for [`Known::status`].
-    pub(super) fn undone(answer: &Answer, status: Option<&str>) -> Option<Undone> {
+    pub(super) fn undone(known: Option<Self>, answer: &Answer, status: Option<&str>) -> Option<Undone> {
         if answer.error.is_some() && !answer.left_idle() {
             let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
             return if idle { None } else { Some(Undone::Unanswered) };
@@ -247,6 +262,8 @@ impl Known {
         Some(match status {
             Some("committed") => Undone::Before(Ending::Committed),
             Some("in progress") => Undone::Before(Ending::Prepared),
+            // The closure has committed or prepared it. The setting does not tell which.
+            _ if known.is_some_and(|known| known.has_left(status)) => Undone::Before(Ending::Unknown),
             _ => Undone::Here,
         })
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::attempt::Attempt;
-use super::finish::OPEN;
+use super::finish::{OPEN, remember};
 use super::settle::{Mark, Settler};
 use crate::classify::{Verdict, classify, explain, not_offered};
 use crate::commit::Ledger;
@@ -27,6 +27,7 @@ pub(super) struct Begin {
     /// The same for a transaction without a mark, which must be told from others in another way.
     pub(super) unmarked: String,
     pub(super) marks: MarkWith,
+    pub(super) read_only: bool,
 }
 
 /// What is written together with BEGIN.
@@ -50,7 +51,7 @@ impl<C: SessionClient> Attempt<C> {
             MarkWith::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             MarkWith::Wal | MarkWith::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             MarkWith::Nothing | MarkWith::Wal | MarkWith::Write => {
-                client.batch_execute(&format!("{CLEAN}; {}", begin.unmarked)).await?;
+                client.batch_execute(&format!("{CLEAN}; {}", self.unmarked(begin))).await?;
                 return Ok(None);
             }
         };
@@ -63,7 +64,7 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) => {
                 self.pool().set_unmarked(client.generation(), &explain(&error));
                 client.batch_execute("ROLLBACK").await?;
-                client.batch_execute(&begin.unmarked).await?;
+                client.batch_execute(&self.unmarked(begin)).await?;
                 return Ok(None);
             }
         };
@@ -93,9 +94,15 @@ impl<C: SessionClient> Attempt<C> {
             None
         });
         if mark.is_none() || self.check == Check::ByShow {
-            client.batch_execute(OPEN).await?;
+            client.batch_execute(&format!("{OPEN}; {}", remember(self.run))).await?;
         }
         Ok(mark)
+    }
+
+    /// Returns BEGIN for a transaction without a mark. A transaction that only reads needs no value of [`remember`].
+    fn unmarked(&self, begin: &Begin) -> String {
+        let sql = &begin.unmarked;
+        if begin.read_only { sql.clone() } else { format!("{sql}; {}", remember(self.run)) }
     }
 
     /// A proxy connected the transaction to another server than the session's verified one.

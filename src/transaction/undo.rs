@@ -83,7 +83,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         let asked_status = answer.error.is_none() && known.is_some_and(|known| known.status().is_some());
         let status = if asked_status { answer.values.pop().flatten() } else { None };
-        let undone = match (Known::undone(&answer, status.as_deref()), known) {
+        let undone = match (Known::undone(known, &answer, status.as_deref()), known) {
             (Some(undone), _) => undone,
             (None, None) => Undone::Unanswered,
             (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
