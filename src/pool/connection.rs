@@ -70,7 +70,7 @@ impl Facts {
     }
 
     pub(super) fn is_committing(&self) -> bool {
-        self.committing.load(Ordering::Acquire)
+        self.committing.load(Ordering::Acquire) || self.notices.activity.is_committing()
     }
 
     pub(super) fn is_poisoned(&self) -> bool {

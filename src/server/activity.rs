@@ -22,6 +22,9 @@ const STALLED: u8 = 16;
 /// The last request has failed, but its `ReadyForQuery`, which tells whether a transaction is open, has not arrived.
 /// The server sends it at once.
 const FAILED: u8 = 32;
+/// A COMMIT is under way. To cancel it would end its wait for a synchronous standby, and make rows visible that no standby
+/// has.
+const COMMIT: u8 = 64;
 
 /// What the driver's task publishes about one session to the holder of its connection.
 #[derive(Debug, Default)]
@@ -51,6 +54,11 @@ impl Activity {
     /// transaction.
     pub(crate) fn in_transaction(&self) -> bool {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
+    }
+
+    /// Whether a COMMIT is under way that was sent as a simple query, as the driver sends it.
+    pub(crate) fn is_committing(&self) -> bool {
+        self.flags.load(Ordering::Acquire) & COMMIT != 0
     }
 
     pub(crate) fn is_condemned(&self) -> bool {
@@ -162,6 +170,8 @@ pub(super) struct Counter {
     /// ROLLBACK.
     last_request: u64,
     last_rollback: u64,
+    /// The last COMMIT.
+    last_commit: u64,
     /// The request being sent does more than close a statement.
     begun: bool,
     /// The request being answered has failed. Its end follows soon, and tells whether a transaction is open.
@@ -185,6 +195,7 @@ impl Counter {
             answered: 0,
             last_request: 1,
             last_rollback: 0,
+            last_commit: 0,
             begun: false,
             failed: false,
             transaction: false,
@@ -196,8 +207,8 @@ impl Counter {
 
     pub(super) fn sent(&mut self, bytes: &[u8]) {
         self.blocked = false;
-        let Self { sent, requests, last_request, last_rollback, begun, .. } = self;
-        sent.feed(bytes, |letter, rollback| match letter {
+        let Self { sent, requests, last_request, last_rollback, last_commit, begun, .. } = self;
+        sent.feed(bytes, |letter, rollback, commit| match letter {
             // These close a statement, give a password, or end the session.
             b'C' | b'p' | b'X' => {}
             b'S' => {
@@ -210,6 +221,9 @@ impl Counter {
                 *requests += 1;
                 let last = if rollback { &mut *last_rollback } else { &mut *last_request };
                 *last = *requests;
+                if commit {
+                    *last_commit = *requests;
+                }
             }
             _ => *begun = true,
         });
@@ -225,7 +239,7 @@ impl Counter {
         self.stalled = true;
         let Self { received, answered, failed, transaction, copying, .. } = self;
         let before = *answered;
-        received.feed(bytes, |letter, in_transaction| match letter {
+        received.feed(bytes, |letter, in_transaction, _| match letter {
             b'Z' => {
                 *answered += 1;
                 *failed = false;
@@ -263,6 +277,7 @@ impl Counter {
             (BLOCKED, self.blocked),
             (STALLED, self.stalled),
             (FAILED, ending),
+            (COMMIT, under_way && !failed && self.last_commit > self.answered),
         ]
         .into_iter()
         .filter_map(|(flag, set)| set.then_some(flag))
@@ -272,6 +287,8 @@ impl Counter {
 
 /// The statement that the driver sends by itself when a transaction is dropped.
 const ROLLBACK: &[u8] = b"ROLLBACK\0";
+/// The end of a query that commits.
+const COMMITS: &[u8] = b"COMMIT";
 
 /// Splits the bytes of one direction into messages, however the bytes are divided into chunks.
 #[derive(Debug, Default)]
@@ -286,6 +303,8 @@ struct Messages {
     left: usize,
     /// How many bytes of the body match what is looked for.
     matched: Option<usize>,
+    /// The last bytes of a query.
+    tail: [u8; 16],
 }
 
 impl Messages {
@@ -294,9 +313,9 @@ impl Messages {
         self.have > 0
     }
 
-    /// Reports each message at its end: its letter, and a flag. For `Query` the flag tells whether it is a ROLLBACK,
-    /// for `ReadyForQuery` whether a transaction is open.
-    fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool)) {
+    /// Reports each message at its end: its letter, and two flags. For `Query` the first tells whether it is a ROLLBACK and
+    /// the second whether it ends with COMMIT. For `ReadyForQuery` the first tells whether a transaction is open.
+    fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool, bool)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
                 self.bare -= 1;
@@ -312,6 +331,7 @@ impl Messages {
                     let [_, length @ ..] = self.header;
                     self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
                     self.matched = Some(0);
+                    self.tail = [0; 16];
                 }
             } else {
                 let (body, rest) = bytes.split_at(self.left.min(bytes.len()));
@@ -327,14 +347,26 @@ impl Messages {
                         b'Z' => self.matched == Some(1),
                         _ => self.matched == Some(ROLLBACK.len()),
                     };
-                    tell(self.header[0], found);
+                    tell(self.header[0], found, self.header[0] == b'Q' && self.commits());
                 }
                 self.have = 0;
             }
         }
     }
 
+    fn commits(&self) -> bool {
+        let end = self.tail.iter().rposition(|byte| !matches!(byte, 0 | b';') && !byte.is_ascii_whitespace());
+        let text = end.and_then(|end| self.tail.get(..=end)).unwrap_or_default();
+        text.get(text.len().saturating_sub(COMMITS.len())..).is_some_and(|word| word.eq_ignore_ascii_case(COMMITS))
+    }
+
     fn look_at(&mut self, body: &[u8]) {
+        if self.header[0] == b'Q' {
+            let last = body.get(body.len().saturating_sub(self.tail.len())..).unwrap_or_default();
+            self.tail.rotate_left(last.len());
+            let from = self.tail.len() - last.len();
+            self.tail[from..].copy_from_slice(last);
+        }
         self.matched = match (self.header[0], self.matched) {
             // `T` and `E` mean an open transaction, `I` means none.
             (b'Z', Some(at)) if body.first().is_some_and(|state| *state != b'I') => Some(at + 1),

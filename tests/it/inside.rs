@@ -196,3 +196,43 @@ async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
         }
     }
 }
+
+/// A COMMIT that is sent on a connection of [`Pool::get`](tokio_postgres_failover::Pool::get) is as little cut off as the pool's
+/// own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
+    for kind in KINDS {
+        for way in ["batch", "transaction"] {
+            let what = format!("{kind:?} {way}");
+            let cluster = started(Cluster::builder().nodes(2)).await;
+            cluster.wait_replayed(Node(1)).await;
+            let admin = cluster.direct(Node(0)).await;
+            let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+            let pool = pool_of(kind, tap.addr(), 2);
+            let mut client = pool.get().await.unwrap();
+            cluster.freeze(Node(1));
+            let work = async {
+                if way == "batch" {
+                    client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await?;
+                    return client.batch_execute("COMMIT").await;
+                }
+                let tx = client.transaction().await?;
+                tx.batch_execute("INSERT INTO entries VALUES (1)").await?;
+                tx.commit().await
+            };
+            tokio::select! {
+                result = work => panic!("{what}: no standby has it: {result:?}"),
+                () = waits(&admin) => {}
+            }
+            drop(client);
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(1500) {
+                assert_eq!(stored(&cluster).await, [0_i64; 0], "{what}: it shows, and no standby has it");
+                sleep(Duration::from_millis(10)).await;
+            }
+            assert_eq!(tap.counts().cancels, 0, "{what}");
+            cluster.thaw(Node(1));
+            eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+        }
+    }
+}

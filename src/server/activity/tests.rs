@@ -174,3 +174,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_commit_is_known_by_the_end_of_its_query() {
+    for (sql, commits) in [
+        ("COMMIT", true),
+        ("commit ; ", true),
+        ("INSERT INTO entries VALUES (1); COMMIT;", true),
+        ("COMMIT; SELECT 1", false),
+        ("SELECT 1", false),
+        ("MIT", false),
+        ("", false),
+    ] {
+        let bytes =
+            [message(b'Q', b"SELECT pg_sleep(1); COM\0"), message(b'Q', format!("{sql}\0").as_bytes())].concat();
+        for size in [1, 3, bytes.len()] {
+            let mut counter = logged_in();
+            bytes.chunks(size).for_each(|part| counter.sent(part));
+            assert_eq!(counter.flags() & COMMIT != 0, commits, "{sql:?} in parts of {size}");
+            counter.received(&[ready(b'I'), ready(b'I')].concat());
+            counter.drained();
+            assert_eq!(counter.flags(), 0, "{sql:?}");
+        }
+    }
+}
