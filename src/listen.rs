@@ -61,7 +61,7 @@ type Channels = Vec<Vec<Option<String>>>;
 /// own, because the subscription shall be in force even if the server refuses this one.
 const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false) \
                      WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL";
-/// How many heart-beats lie between two checks of the subscription.
+/// How many heartbeats lie between two checks of the subscription.
 const CHECK_EVERY: u32 = 10;
 /// How long to wait for the answer to a subscription or a check.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
@@ -76,7 +76,7 @@ impl Pool {
     /// PostgreSQL keeps no notifications for a session that is not there. When the session is lost, by a failover or
     /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. Read the state that the
     /// notifications are about anew at that point. The pool notices a primary that died silently, and the session ends
-    /// as soon as a successor is proved, or after `dead_after`. Every tenth heart-beat (10 s) the listener asks the
+    /// as soon as a successor is proved, or after `dead_after`. Every tenth heartbeat (10 s) the listener asks the
     /// server whether the session is still subscribed. This also keeps it alive behind proxies that close idle
     /// sessions.
     ///

@@ -28,7 +28,7 @@ struct Bench {
     observer: tokio_postgres::Client,
     pool: Pool,
     tasks_before: usize,
-    /// The cluster's task, the one that closes idle connections, the heart-beat's session; and the one that found the primary,
+    /// The cluster's task, the one that closes idle connections, the heartbeat's session; and the one that found the primary,
     /// where nobody has taken it.
     tasks_own: usize,
 }

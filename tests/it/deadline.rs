@@ -64,7 +64,7 @@ async fn all_dead_ends_at_the_deadline() {
     for node in cluster.nodes() {
         cluster.kill(node).await;
     }
-    // Nobody is told that a server died while nothing is asked of it: the next heart-beat sees it.
+    // Nobody is told that a server died while nothing is asked of it: the next heartbeat sees it.
     eventually("the loss is seen", PATIENCE, async || {
         matches!(pool.status().view.state, tokio_postgres_failover::State::Searching { .. })
     })
@@ -187,7 +187,7 @@ async fn s11_a_full_server_keeps_what_is_open() {
     let pool = builder(&cluster.url_hosts()).max_size(8).heartbeat_interval(Duration::from_millis(50)).build().unwrap();
     let open = pool.get().await.unwrap();
     let backend: i32 = open.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-    // Whether the heart-beat has its own session by now or finds no slot for it must not matter.
+    // Whether the heartbeat has its own session by now or finds no slot for it must not matter.
     let mut others = Vec::new();
     while let Ok((client, connection)) = tokio_postgres::connect(&url_of(cluster.socket_addr(Node(0))), NoTls).await {
         tokio::spawn(connection);

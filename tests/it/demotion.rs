@@ -150,7 +150,7 @@ async fn writes_leave_a_fenced_primary() {
 }
 
 /// R5: with the default settings, and no successor that would draw it away, the pool leaves a primary within two
-/// heart-beats of such a fence, although its open sessions could write on. `ROUNDS=20` for figures.
+/// heartbeats of such a fence, although its open sessions could write on. `ROUNDS=20` for figures.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fenced_primary_is_left_within_two_heart_beats() {
     const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -162,7 +162,7 @@ async fn fenced_primary_is_left_within_two_heart_beats() {
     let rounds = from_env("ROUNDS", 1);
     let [mut last_write, mut ended] = [const { Spread(Vec::new()) }; 2];
     for round in 1..=rounds {
-        // At another moment between two heart-beats in each round.
+        // At another moment between two heartbeats in each round.
         sleep(Duration::from_millis(round * 370 % 1000)).await;
         let hung = Hung::on(pool.get().await.unwrap());
         let fenced = Instant::now();
@@ -201,7 +201,7 @@ async fn fenced_alone(fence: impl AsyncFn(&Cluster, bool)) {
         .build()
         .unwrap();
     let opened_before = pool.get().await.unwrap();
-    // The heart-beat's session is open as well, and does not feel the fence of the database by itself.
+    // The heartbeat's session is open as well, and does not feel the fence of the database by itself.
     let administrator = cluster.direct(Node(0)).await;
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle'";
     eventually("the heart-beat has begun", Duration::from_secs(10), async || {

@@ -358,7 +358,7 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
         if first == "right" {
             std::mem::forget(pool.get().await.unwrap());
             let owner = cluster.direct(Node(0)).await;
-            // The one that is held, and the heart-beat's: both live on.
+            // The one that is held, and the heartbeat's: both live on.
             let open = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
             eventually("the heart-beat has its session", PATIENCE, async || {
                 owner.query_one(open, &[]).await.unwrap().get::<_, i64>(0) >= 2

@@ -202,7 +202,7 @@ async fn terminated_backends_cost_nothing_else() {
         administrator.execute(sql, &[]).await.unwrap();
         load.all_written_since(Instant::now()).await;
     }
-    // All at once, the heart-beat's own among them.
+    // All at once, the heartbeat's own among them.
     let ended = cluster.terminate_backends(cluster.primary(), "tokio-postgres-failover").await;
     assert!(ended >= 8, "{ended} sessions were ended");
     load.all_written_since(Instant::now()).await;
@@ -211,7 +211,7 @@ async fn terminated_backends_cost_nothing_else() {
     assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
 }
 
-/// S6: the heart-beat's session is one like any other; that it ends says nothing about the primary.
+/// S6: the heartbeat's session is one like any other; that it ends says nothing about the primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn terminated_heart_beat_is_no_lost_primary() {
     let cluster = Cluster::builder().nodes(1).start().await;
@@ -347,7 +347,7 @@ async fn five_hundred_tasks_on_eight_connections() {
     println!("first write after {:?}", outcome.recovery(promotion.accepted_at).0);
     outcome.assert_flawless();
     if cluster.primary() == standby {
-        // Eight, the heart-beat's, the one that found it, and room for a patrol and for those ended in the turmoil.
+        // Eight, the heartbeat's, the one that found it, and room for a patrol and for those ended in the turmoil.
         assert!(after - before <= 24, "{} connection starts", after - before);
     }
 }

@@ -329,7 +329,7 @@ async fn a_liar_beside_the_primary_is_never_used() {
     }
 }
 
-/// The primary begins to lie in its heart-beat: nothing more is handed out, what is out lives on, and it is the same
+/// The primary begins to lie in its heartbeat: nothing more is handed out, what is out lives on, and it is the same
 /// generation when it tells the truth again.
 #[tokio::test]
 async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
@@ -340,7 +340,7 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     let patient = builder(&addr).heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE);
     let pool = patient.checkout_timeout(DEADLINE).build().unwrap();
     let held = pool.get().await.unwrap();
-    // What a new session says is no word of the primary's while `held` is open. The heart-beat's session is new, too, until it
+    // What a new session says is no word of the primary's while `held` is open. The heartbeat's session is new, too, until it
     // has been asked twice.
     eventually("the heart-beat has a session", PATIENCE, async || script.accepted() >= 2).await;
     for beat in ["first", "second"] {
@@ -369,7 +369,7 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     for (name, bytes) in garbage() {
         let before = script.accepted();
         script.answer(probed(Reply::Raw(bytes)));
-        // The heart-beat's session ends of it or waits for more, and new ones fare no better. The connections that are open
+        // The heartbeat's session ends of it or waits for more, and new ones fare no better. The connections that are open
         // are asked for no role, and serve on.
         eventually(name, PATIENCE, async || script.accepted() > before + 2).await;
         script.answer(Script::honest);
@@ -433,7 +433,7 @@ async fn a_close_at_every_byte_is_waited_out() {
     }
 }
 
-/// The same while there is a primary: its heart-beat and new connections are cut at every byte; the connection in use
+/// The same while there is a primary: its heartbeat and new connections are cut at every byte; the connection in use
 /// stays, and so does the generation.
 #[tokio::test]
 async fn a_primary_whose_new_sessions_are_cut_keeps_its_connections() {

@@ -146,7 +146,7 @@ async fn what_a_connection_was_told_before_does_not_count() {
     assert_eq!(stored(&cluster).await, 1);
 }
 
-/// S11: a server without a slot to spare, not even for the heart-beat, serves those who have one, without a pause.
+/// S11: a server without a slot to spare, not even for the heartbeat, serves those who have one, without a pause.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_is_neither_left_nor_stalled() {
     let cluster = single().await;
@@ -298,7 +298,7 @@ async fn idle_connections_are_reaped_to_the_minimum() {
     let admin = cluster.direct(cluster.primary()).await;
     let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tokio-postgres-failover'";
     eventually("the server has seen it", 10 * SECOND, async || {
-        // The two, and the heart-beat's.
+        // The two, and the heartbeat's.
         admin.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) <= 3
     })
     .await;

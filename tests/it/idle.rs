@@ -26,7 +26,7 @@ impl Bench {
     }
 
     fn builder(&self) -> PoolBuilder {
-        // The heart-beat would find out by itself; a machine that wakes up has not sent one yet.
+        // The heartbeat would find out by itself; a machine that wakes up has not sent one yet.
         let builder = Pool::builder(format!("postgres://app@{}/app", self.path.addr())).unwrap().max_size(8);
         builder.heartbeat_interval(Duration::from_secs(3600)).patrol_interval(Duration::from_secs(3600))
     }

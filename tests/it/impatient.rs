@@ -88,7 +88,7 @@ async fn waves_of_impatient_callers_are_served_from_the_second_on() {
         }
         assert!(wave == 0 || failed == 0, "wave {wave}: {failed} of 30 failed");
     }
-    // The heart-beat has one or two sessions of its own.
+    // The heartbeat has one or two sessions of its own.
     assert!(bench.path.accepted() <= 8 + 3, "{} connections were opened", bench.path.accepted());
 }
 
@@ -257,7 +257,7 @@ async fn a_storm_of_callers_that_give_up_opens_no_more_than_max_size() {
         })
         .collect();
     let began = Instant::now();
-    // The pool's, the heart-beat's, and the session that found the primary until it is taken. One that has reached its age
+    // The pool's, the heartbeat's, and the session that found the primary until it is taken. One that has reached its age
     // is closed before the next is opened; its backend may take a moment to end.
     let most = i64::try_from(MAX_SIZE).unwrap() + 2;
     let (mut above, mut looks) = (0, 0);

@@ -13,7 +13,7 @@ use tokio_postgres_failover::{Event, Pool, PoolBuilder};
 use crate::load::{by_url, create_table, from_env, generation, ms};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Of the pools here: a sixtieth of it is a heart-beat, and three times as long new sessions fail.
+/// Of the pools here: a sixtieth of it is a heartbeat, and three times as long new sessions fail.
 const DEAD_AFTER: Duration = Duration::from_secs(3);
 
 /// A cluster whose primary is reached through a proxy.
@@ -133,7 +133,7 @@ async fn new_sessions_fail(how: TurnAway) {
     drop(pool.get().await.unwrap());
     let mut events = pool.subscribe();
     let callers = Callers::start(&pool).await;
-    // The heart-beat has its session.
+    // The heartbeat has its session.
     sleep(Duration::from_millis(400)).await;
 
     stage.tap.turn_away(Some(how));
@@ -229,7 +229,7 @@ async fn a_server_that_falls_silent_while_new_sessions_fail_is_found() {
     }
 }
 
-/// A session takes longer to open than a heart-beat may take: that is no reason to lose the primary.
+/// A session takes longer to open than a heartbeat may take: that is no reason to lose the primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_connects_do_not_flap() {
     let stage = Stage::start().await;
@@ -250,7 +250,7 @@ async fn slow_connects_do_not_flap() {
     assert!(lost.is_empty(), "{lost:#?}");
 }
 
-/// The heart-beat's own session is ended while no other can be had: what the pool has open serves on.
+/// The heartbeat's own session is ended while no other can be had: what the pool has open serves on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
     let stage = Stage::start().await;

@@ -315,7 +315,7 @@ pub(crate) async fn silent_primaries_hold_nobody(
     for delay in [Duration::ZERO, Duration::from_millis(1500)] {
         let [mut promoted, mut released, mut first, mut all] = [const { Spread(Vec::new()) }; 4];
         for round in 1..=rounds {
-            // At another moment between two heart-beats in each round.
+            // At another moment between two heartbeats in each round.
             sleep(Duration::from_millis(round * 370 % 1000)).await;
             let hung = Hung::on(pool.get().await.unwrap());
             let old = cluster.primary();
@@ -379,7 +379,7 @@ pub(crate) async fn stalls_are_no_failure(cluster: &Cluster, pool: &Pool, fault:
         stall(cluster.primary(), false);
         stalls += 1;
         load.all_written_since(Instant::now()).await;
-        // At another moment between two heart-beats each time.
+        // At another moment between two heartbeats each time.
         sleep(Duration::from_millis(700)).await;
     }
     transaction.commit().await.expect("what was under way goes on");

@@ -128,7 +128,7 @@ async fn a_transaction_takes_no_round_trip_more() {
     }
 }
 
-/// While nothing is asked of it, a pool sends its heart-beat and nothing else: one round trip an interval.
+/// While nothing is asked of it, a pool sends its heartbeat and nothing else: one round trip an interval.
 #[tokio::test]
 async fn an_idle_pool_sends_its_heart_beat_alone() {
     let bench = Bench::new().await;
@@ -141,7 +141,7 @@ async fn an_idle_pool_sends_its_heart_beat_alone() {
         .await;
     let (counts, elapsed) = (bench.tap.counts(), began.elapsed());
     assert!(elapsed >= interval * 9, "ten heart-beats within {elapsed:?}");
-    // The connection that found the primary became the first pooled one, so the heart-beat opens one of its own.
+    // The connection that found the primary became the first pooled one, so the heartbeat opens one of its own.
     assert!(counts.connections <= 1, "{counts:?}");
     assert_eq!(pool.status().view.generation.get(), 1);
 }

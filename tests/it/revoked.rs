@@ -160,7 +160,7 @@ async fn work(pool: &Pool, n: i32) -> Result<(), String> {
     }
 }
 
-/// Works until a moment after several heart-beats and patrols. What failed, and what the pool said of its primary.
+/// Works until a moment after several heartbeats and patrols. What failed, and what the pool said of its primary.
 async fn watched_work(pool: &Pool, lasts: Duration) -> Vec<String> {
     let mut events = pool.subscribe();
     let mut wrong = Vec::new();

@@ -133,7 +133,7 @@ async fn c10_new_sessions_give_the_password_of_the_moment() {
         works(client).await;
         assert_eq!(client.generation(), old.generation());
     }
-    // Three of ours, and the heart-beat's; none was ever closed.
+    // Three of ours, and the heartbeat's; none was ever closed.
     assert_eq!((vault.asked(), sessions(&cluster).await), (4, 4));
     // An idle connection needs no password.
     drop(one);

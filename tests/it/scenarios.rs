@@ -55,7 +55,7 @@ async fn s4_a_smart_shutdown_leaves_open_sessions_alone() {
     let open = pool.get().await.unwrap();
     let pid = pid_of(&open).await;
     let old = cluster.primary();
-    // The heart-beat has a session of its own by now.
+    // The heartbeat has a session of its own by now.
     let administrator = cluster.direct(old).await;
     eventually("the heart beats", LONG, async || {
         let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle'";
@@ -450,7 +450,7 @@ async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after()
     });
     let ended = hung.released().await - frozen;
     println!("the hanging call ended {ended:?} after the freeze, dead_after is {dead_after:?}");
-    // It counts from the last answer, which came up to one heart-beat before the freeze.
+    // It counts from the last answer, which came up to one heartbeat before the freeze.
     assert!(ended + 3 * heartbeat / 2 > dead_after, "too early: {ended:?}");
     assert!(ended < dead_after + SECOND, "too late: {ended:?}");
     assert!(!work.is_finished(), "what can be run again waits for a primary");
@@ -521,15 +521,15 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
         starts_in_all - starts_before,
         waiting.saturating_sub(before) / usize::try_from(TASKS).unwrap()
     );
-    // Sixteen, the heart-beat's, the one that found it, and some for the polls of the search.
+    // Sixteen, the heartbeat's, the one that found it, and some for the polls of the search.
     assert!(starts_in_a_second <= 24, "{starts_in_a_second} connection starts");
-    // The gate's four, and the cluster's own: a probe of the search, or the heart-beat's session.
+    // The gate's four, and the cluster's own: a probe of the search, or the heartbeat's session.
     assert!(at_once <= 6, "{at_once} connections were being opened at the same time");
     assert_eq!(count(&cluster.direct(successor).await, "keyed").await, TASKS);
     assert_eq!(generation(&pool), 2);
 }
 
-/// S11, S12: no slot for a heart-beat, and a stall that costs it the session it had: the pool's own connections still serve.
+/// S11, S12: no slot for a heartbeat, and a stall that costs it the session it had: the pool's own connections still serve.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_that_stalls_is_used_again() {
     let cluster = single().await;

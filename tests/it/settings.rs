@@ -327,7 +327,7 @@ impl<'a> Bench<'a> {
                 other => panic!("{other:?}"),
             }
         }
-        // Over ten heart-beats and a check of the subscription, nothing is said to be missing.
+        // Over ten heartbeats and a check of the subscription, nothing is said to be missing.
         let quiet = timeout(HEARTBEAT * 15, listener.recv()).await;
         assert!(quiet.is_err(), "{quiet:?}");
     }

@@ -26,7 +26,7 @@ const JUDGED: u32 = 30;
 enum Fault {
     /// One of those that put another server in the primary's place.
     Failover(Loss),
-    /// The primary is frozen for less than a heart-beat's time-out.
+    /// The primary is frozen for less than a heartbeat's time-out.
     Stall,
     /// One backend is killed: the server ends all sessions and recovers.
     CrashBackend,

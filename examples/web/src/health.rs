@@ -15,7 +15,7 @@ pub(crate) async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// Is there a primary that has proved to be one, and answered the last heart-beat? The pool asks it each second, and takes
+/// Is there a primary that has proved to be one, and answered the last heartbeat? The pool asks it each second, and takes
 /// it out of the view when it refuses, or leaves a question open for two seconds: so the view itself is the answer.
 pub(crate) async fn ready(extract::State(service): extract::State<Arc<Service>>) -> (StatusCode, String) {
     let view = service.pool.status().view;

@@ -133,7 +133,7 @@ fn a_successor_is_looked_for_before_a_silent_primary_is_given_up() {
     let mut bench = Bench::settled();
     bench.wait(ms(1050));
     bench.log.clear();
-    // The heart-beat has then been open for 75 ms; its limit is 2 s.
+    // The heartbeat has then been open for 75 ms; its limit is 2 s.
     bench.wait(ms(75));
     assert!(bench.asked(2) > 0 && bench.asked(3) > 0, "the patrol would come seconds later");
     bench.report(2, standby(2));

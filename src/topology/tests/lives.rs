@@ -46,7 +46,7 @@ fn what_a_question_without_a_report_says() {
     assert_eq!(held_up.finding(), Lives, "the server answers others");
 }
 
-/// Server 1 is the primary, with one session kept for the heart-beat and one of the pool; server 2 is its standby.
+/// Server 1 is the primary, with one session kept for the heartbeat and one of the pool; server 2 is its standby.
 struct Stage {
     bench: Bench,
     /// The session that is kept is open.
@@ -239,7 +239,7 @@ proptest! {
         stage.promoted = successor;
         stage.run(ms(60_000));
         let settings = settings();
-        // A heart-beat, and its limit; where sessions are closed the limit of a new one.
+        // A heartbeat, and its limit; where sessions are closed the limit of a new one.
         let usual = settings.heartbeat + settings.heartbeat_timeout * 2 + settings.probe_timeout;
         let after = |at: Option<Instant>| at.map(|at| at.duration_since(died));
         let suspended = after(stage.suspended_at);

@@ -265,7 +265,7 @@ fn the_primary_that_is_searched_for_is_not_forgotten() {
     topology.poll(now);
     let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true, beside: false };
     topology.probed(now, &probed(Ok(primary(1, 1))));
-    // DNS has named another server for longer than anybody is remembered; then one heart-beat is late.
+    // DNS has named another server for longer than anybody is remembered; then one heartbeat is late.
     let later = now + 2 * REMEMBER;
     topology.poll(later);
     topology.probed(later, &probed(Err(failure(FailureKind::TimedOut))));

@@ -69,7 +69,7 @@ async fn a_timeline_that_was_skipped_without_an_archive_is_no_ancestor() {
     }
 }
 
-/// The pool tells what its role may see, from the first heart-beat on.
+/// The pool tells what its role may see, from the first heartbeat on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_status_tells_what_the_role_may_see() {
     for right in RIGHTS {

@@ -132,7 +132,7 @@ async fn no_request_fails_through_a_failover_under_load() {
     service.stop().await;
 }
 
-/// A server that has vanished without a word ends no connection: only the heart-beat tells.
+/// A server that has vanished without a word ends no connection: only the heartbeat tells.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_primary_is_not_ready() {
     let cluster = Cluster::builder().nodes(1).asynchronous().start().await;
