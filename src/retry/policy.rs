@@ -239,7 +239,8 @@ impl RetryPolicy {
     /// string.
     ///
     /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays
-    /// committed, and the error does not say so. Leave COMMIT to the pool.
+    /// committed. The error is [`Error::EndedInside`](crate::Error::EndedInside) then, if the transaction had a mark and
+    /// the primary answers within half a second. Leave COMMIT to the pool.
     ///
     /// ```
     /// use std::time::Duration;

@@ -151,7 +151,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// `lost` receives the mark of an attempt whose session ended before COMMIT was sent.
+    /// `lost` receives the mark of an attempt whose session ended, or whose time was over, before COMMIT was sent.
     pub(super) async fn run<T, F, Fut>(
         mut self,
         begin: &Begin,
@@ -188,6 +188,8 @@ impl<C: SessionClient> Attempt<C> {
             }
             Err(after) => {
                 self.pool().suspect(self.client().generation(), Suspicion::Connection);
+                // The closure may have committed by itself before the limit was over.
+                *lost = self.mark.take();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
         }

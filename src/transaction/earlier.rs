@@ -20,7 +20,7 @@ use crate::server::SessionClient;
 use crate::topology::GenerationId;
 
 /// How long the error of a call that will not run again is held back at most.
-const ASKED_WITHIN: Duration = Duration::from_millis(250);
+const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 /// An attempt whose COMMIT was not answered, and that is not in the primary's history.
 pub(super) struct Earlier<T> {

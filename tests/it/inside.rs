@@ -130,6 +130,31 @@ async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
     }
 }
 
+/// … and so does an attempt whose time is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            let what = format!("{kind:?} {guarantee:?}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+            pool.connect().await.unwrap();
+            let result: Result<(), Error> = pool
+                .build_transaction()
+                .guarantee(guarantee)
+                .retry(RetryPolicy::new().attempt_timeout(Duration::from_secs(2)))
+                .run(async |tx| {
+                    insert(&tx, 1).await?;
+                    tx.batch_execute("COMMIT").await?;
+                    tx.batch_execute("SELECT pg_sleep(60)").await?;
+                    Ok(())
+                })
+                .await;
+            told(&result.expect_err(&what), Ending::Committed, &what);
+        }
+    }
+}
+
 /// The ledger is asked in the same words under any `search_path`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
