@@ -27,7 +27,7 @@ const GRANTED: Duration = Duration::from_secs(5);
 const GRANTS: &str = "GRANT USAGE ON SCHEMA failover TO app; \
                       GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
 /// As a transaction ends, for LIKE.
-const COMMIT: &str = "SET LOCAL%; SELECT WHERE%; COMMIT";
+const COMMIT: &str = "SET LOCAL%; %; COMMIT";
 /// As a settler asks the ledger.
 const ASK: &str = "ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence";
 
