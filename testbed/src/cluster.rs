@@ -682,10 +682,16 @@ impl Cluster {
         let (accepted_at, ()) = tokio::join!(accepted, followed);
         self.primary.store(node.0, Ordering::SeqCst);
         sleep_until((accepted_at + CALM).into()).await;
+        let sql = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int";
+        let timeline = asking.query_one(sql, &[]).await.expect("the new timeline").get(0);
+        let mut follow = Vec::new();
         for (other, session) in &followers {
-            self.wait_following(*other, session, node).await;
+            // One that cannot follow would make commits wait for ever: an old primary that lives may have sent it more.
+            if self.wait_following(*other, session, node, timeline).await || !is_ahead(session, &asking).await {
+                follow.push(*other);
+            }
         }
-        let names = self.synchronous_names(followers.iter().map(|(other, _)| *other));
+        let names = self.synchronous_names(follow);
         alter_system(&asking, "synchronous_standby_names", &names).await;
         // A commit that waits for a standby also waits for all before it. Under a fence there is nothing to wait for.
         let _ = timeout(TURNING_PATIENCE, asking.batch_execute("UPDATE testbed.probe SET writes = writes + 1")).await;
@@ -693,18 +699,23 @@ impl Cluster {
     }
 
     /// Waits until a standby streams from this node, but not for long: one that is ahead of the new primary never will.
-    async fn wait_following(&self, standby: Node, session: &Client, primary: Node) {
+    /// Returns whether it streams.
+    async fn wait_following(&self, standby: Node, session: &Client, primary: Node, timeline: i32) -> bool {
         let begun = Instant::now();
-        let sql = "SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming' AND sender_host = $1";
+        // One that is ahead streams the old timeline once more, up to its end.
+        let sql =
+            "SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming' AND sender_host = $1 AND received_tli = $2";
         while begun.elapsed() < TURNING_PATIENCE {
-            if session.query_opt(sql, &[&self.addr(primary).to_string()]).await.is_ok_and(|row| row.is_some()) {
-                return;
+            let streams = session.query_opt(sql, &[&self.addr(primary).to_string(), &timeline]).await;
+            if streams.is_ok_and(|row| row.is_some()) {
+                return true;
             }
             if begun.elapsed() > UNHURRIED {
                 self.wake(standby).await;
             }
             sleep(Duration::from_millis(3)).await;
         }
+        false
     }
 
     /// Wakes a standby's postmaster. Up to PostgreSQL 15 it can miss that a WAL receiver is to be started again, when the old
@@ -892,6 +903,14 @@ pub(super) async fn ended<T>(task: JoinHandle<T>) -> T {
 /// A literal, of SQL and of the configuration files alike.
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
+}
+
+/// Has the standby, which does not stream, replayed more than the promoted server had when it was promoted?
+async fn is_ahead(standby: &Client, promoted: &Client) -> bool {
+    let fork: String =
+        promoted.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.expect("the fork's position").get(0);
+    let sql = "SELECT pg_last_wal_replay_lsn() > $1::text::pg_lsn";
+    standby.query_one(sql, &[&fork]).await.is_ok_and(|row| row.get(0))
 }
 
 /// Works on standbys and read-only servers: it writes a file. Not in effect at once: the signal has to arrive.

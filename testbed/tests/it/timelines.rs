@@ -143,3 +143,17 @@ async fn without_a_checkpoint_the_control_file_names_the_old_timeline() {
     assert_eq!(cluster.timeline(Node(1)).await, 2);
     assert_eq!(value::<i32>(&cluster.direct(Node(1)).await, WRITTEN).await, 1);
 }
+
+/// The old primary lives, and has sent the other standby more than the promoted one had: that one cannot follow.
+#[tokio::test]
+async fn commits_do_not_wait_for_a_standby_that_cannot_follow() {
+    let cluster = Cluster::start().await;
+    cluster.stop_shipping(Node(0), Node(1)).await;
+    let old = cluster.direct(Node(0)).await;
+    // A little: what the new primary writes is soon behind it.
+    old.batch_execute("SELECT pg_logical_emit_message(true, 'sent', 'to one')").await.unwrap();
+    cluster.promote(Node(1)).await;
+    let new = cluster.direct(Node(1)).await;
+    let commit = new.batch_execute("CREATE TABLE waits_for_nobody (id bigint)");
+    tokio::time::timeout(Duration::from_secs(10), commit).await.expect("the commit waits for ever").unwrap();
+}
