@@ -30,8 +30,8 @@ impl Check {
     /// The check to use after this one was refused.
     fn weaker(self) -> Self {
         match self {
-            Self::Prepared => Self::Full,
-            Self::Full => Self::Other,
+            // They call the same function.
+            Self::Prepared | Self::Full => Self::Other,
             Self::Other | Self::ByShow => Self::ByShow,
         }
     }
