@@ -40,14 +40,14 @@ pub(crate) fn pool_of(kind: Kind, addr: SocketAddr, max_size: usize) -> Pool {
     Pool::wrap(config.create_pool(None, NoTls).unwrap()).build().unwrap()
 }
 
-async fn started(builder: ClusterBuilder) -> Cluster {
+pub(crate) async fn started(builder: ClusterBuilder) -> Cluster {
     let cluster = builder.start().await;
     sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
     install_ledger(&cluster).await;
     cluster
 }
 
-fn single() -> ClusterBuilder {
+pub(crate) fn single() -> ClusterBuilder {
     Cluster::builder().nodes(1).setting("max_prepared_transactions", "9")
 }
 

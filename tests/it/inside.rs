@@ -4,27 +4,17 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use testbed::{Cluster, ClusterBuilder, Node, Tap, eventually};
+use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Client;
-use tokio_postgres_failover::{CommitOutcome, EndedInside, Ending, Error, Guarantee, Ledger, RetryPolicy, RolledBack};
+use tokio_postgres_failover::{
+    CommitOutcome, EndedInside, Ending, Error, Guarantee, Ledger, Pool, RetryPolicy, RolledBack,
+};
 
-use crate::finish::{KINDS, Kind, pool_of};
-use crate::settle::install_ledger;
+use crate::finish::{KINDS, Kind, pool_of, single, started};
 use crate::transaction::{PATIENCE, Runs, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
-
-async fn started(builder: ClusterBuilder) -> Cluster {
-    let cluster = builder.start().await;
-    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
-    install_ledger(&cluster).await;
-    cluster
-}
-
-fn single() -> ClusterBuilder {
-    Cluster::builder().nodes(1).setting("max_prepared_transactions", "9")
-}
 
 fn marked() -> [Guarantee; 2] {
     [Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())]
@@ -104,6 +94,24 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
     }
 }
 
+/// A call whose closure writes a row, and sends these statements after that.
+async fn commits_itself(
+    pool: &Pool,
+    guarantee: Guarantee,
+    retry: RetryPolicy,
+    statements: [&str; 2],
+) -> Result<(), Error> {
+    let call = pool.build_transaction().guarantee(guarantee).retry(retry);
+    call.run(async |tx| {
+        insert(&tx, 1).await?;
+        for statement in statements {
+            tx.batch_execute(statement).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
 /// The last run that is allowed, too, says "not committed" only where it is so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
@@ -113,17 +121,8 @@ async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
             for ends in ["COMMIT", "COMMIT AND CHAIN", "COMMIT; BEGIN"] {
                 let what = format!("{kind:?} {guarantee:?} {ends}");
                 let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
-                let result: Result<(), Error> = pool
-                    .build_transaction()
-                    .guarantee(guarantee.clone())
-                    .retry(RetryPolicy::new().attempts(1))
-                    .run(async |tx| {
-                        insert(&tx, 1).await?;
-                        tx.batch_execute(ends).await?;
-                        tx.batch_execute(KILL).await?;
-                        Ok(())
-                    })
-                    .await;
+                let result =
+                    commits_itself(&pool, guarantee.clone(), RetryPolicy::new().attempts(1), [ends, KILL]).await;
                 told(&result.expect_err(&what), Ending::Committed, &what);
             }
         }
@@ -139,17 +138,8 @@ async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
             let what = format!("{kind:?} {guarantee:?}");
             let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
             pool.connect().await.unwrap();
-            let result: Result<(), Error> = pool
-                .build_transaction()
-                .guarantee(guarantee)
-                .retry(RetryPolicy::new().attempt_timeout(Duration::from_secs(2)))
-                .run(async |tx| {
-                    insert(&tx, 1).await?;
-                    tx.batch_execute("COMMIT").await?;
-                    tx.batch_execute("SELECT pg_sleep(60)").await?;
-                    Ok(())
-                })
-                .await;
+            let retry = RetryPolicy::new().attempt_timeout(Duration::from_secs(2));
+            let result = commits_itself(&pool, guarantee, retry, ["COMMIT", "SELECT pg_sleep(60)"]).await;
             told(&result.expect_err(&what), Ending::Committed, &what);
         }
     }
