@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
+use deadpool::managed::Object;
 use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::Manager;
 use super::connection::Facts;
 use super::dials::Dials;
 use super::settling::Settlers;
@@ -29,6 +31,9 @@ const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// How long after a failover to retry credentials that were accepted before: the role, or its line in `pg_hba.conf`,
 /// may come after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a driver's task takes at most to see what was sent through it.
+const SEEN_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) struct Dialer<C: SessionClient> {
     pub(super) cluster: Cluster<C>,
@@ -92,6 +97,19 @@ impl<C: SessionClient> Dialer<C> {
         self.nonces.next()
     }
 
+    /// A good connection comes back. It goes to a caller that waits for a new connection, or else to the idle ones.
+    pub(super) fn give_back(&self, object: Object<Manager<C>>) {
+        if !self.dials.wanted() {
+            drop(object);
+        } else if object.may_be_handed_out(&self.cluster) {
+            return self.dials.hand(Object::take(object));
+        }
+        // A caller may have begun to wait since.
+        if self.dials.wanted() {
+            self.dials.offer_idle();
+        }
+    }
+
     /// Asks the server to cancel what `client` runs, in a task of its own that takes some seconds at most. The task
     /// does not end with the pool, as a session without a socket still runs its statement to the end.
     ///
@@ -101,11 +119,18 @@ impl<C: SessionClient> Dialer<C> {
         if facts.is_committing() {
             return;
         }
+        let activity = Arc::clone(&facts.notices.activity);
         // A connection may be dropped outside of any runtime. And where there is one, the pool's may have ended.
         let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
         let opener = Arc::clone(&self.opener);
         let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
-        runtime.spawn(async move { cancel(|| opener.cancel(&endpoint, token.clone())).await });
+        runtime.spawn(async move {
+            // The driver's task may not have seen yet that the last request is a COMMIT.
+            let _ = timeout(SEEN_WITHIN, activity.settles()).await;
+            if !activity.is_committing() {
+                cancel(|| opener.cancel(&endpoint, token.clone())).await;
+            }
+        });
     }
 
     /// Returns a session of the current generation.

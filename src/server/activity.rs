@@ -5,9 +5,13 @@
 //! not make a session busy: the closing of a statement, and the ROLLBACK of a dropped transaction. The module is pure
 //! except for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/busy.rs`.
 
+mod commits;
+
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use tokio::sync::Notify;
+
+use self::commits::Commits;
 
 /// A caller's request is under way.
 const REQUEST: u8 = 1;
@@ -41,6 +45,8 @@ pub(crate) struct Activity {
     settled: Notify,
     /// When the server last sent something, in milliseconds of the wall clock.
     heard_at: AtomicU64,
+    /// The number of the last request that commits.
+    last_commit: AtomicU64,
 }
 
 impl Activity {
@@ -56,7 +62,8 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
     }
 
-    /// Whether a COMMIT is under way that was sent as a simple query, as the driver sends it.
+    /// Whether a request is under way that commits, as far as its text shows: by the driver's `commit`, by hand, or by
+    /// `END`.
     pub(crate) fn is_committing(&self) -> bool {
         self.flags.load(Ordering::Acquire) & COMMIT != 0
     }
@@ -152,8 +159,25 @@ impl Activity {
         self.heard_at.store(now, Ordering::Relaxed);
     }
 
-    pub(super) fn publish(&self, flags: u8) {
-        self.flags.store(flags, Ordering::Release);
+    /// The number of the last request that commits, as far as its text shows. It changes with each of them.
+    pub(crate) fn last_commit(&self) -> u64 {
+        self.last_commit.load(Ordering::Acquire)
+    }
+
+    /// Waits until the driver's task has seen all requests. Cancel-safe.
+    pub(crate) async fn settles(&self) {
+        loop {
+            let settled = self.settled.notified();
+            if self.is_settled() {
+                return;
+            }
+            settled.await;
+        }
+    }
+
+    pub(super) fn publish(&self, counter: &Counter) {
+        self.last_commit.store(counter.last_commit, Ordering::Release);
+        self.flags.store(counter.flags(), Ordering::Release);
     }
 }
 
@@ -170,8 +194,10 @@ pub(super) struct Counter {
     /// ROLLBACK.
     last_request: u64,
     last_rollback: u64,
-    /// The last COMMIT.
+    /// The last request that commits.
     last_commit: u64,
+    /// The last statement that was parsed commits.
+    parsed_commit: bool,
     /// The request being sent does more than close a statement.
     begun: bool,
     /// The request being answered has failed. Its end follows soon, and tells whether a transaction is open.
@@ -196,6 +222,7 @@ impl Counter {
             last_request: 1,
             last_rollback: 0,
             last_commit: 0,
+            parsed_commit: false,
             begun: false,
             failed: false,
             transaction: false,
@@ -207,7 +234,7 @@ impl Counter {
 
     pub(super) fn sent(&mut self, bytes: &[u8]) {
         self.blocked = false;
-        let Self { sent, requests, last_request, last_rollback, last_commit, begun, .. } = self;
+        let Self { sent, requests, last_request, last_rollback, last_commit, parsed_commit, begun, .. } = self;
         sent.feed(bytes, |letter, rollback, commit| match letter {
             // These close a statement, give a password, or end the session.
             b'C' | b'p' | b'X' => {}
@@ -215,6 +242,9 @@ impl Counter {
                 *requests += 1;
                 if std::mem::take(begun) {
                     *last_request = *requests;
+                    if *parsed_commit {
+                        *last_commit = *requests;
+                    }
                 }
             }
             b'Q' => {
@@ -225,7 +255,12 @@ impl Counter {
                     *last_commit = *requests;
                 }
             }
-            _ => *begun = true,
+            _ => {
+                *begun = true;
+                if letter == b'P' {
+                    *parsed_commit = commit;
+                }
+            }
         });
     }
 
@@ -287,8 +322,6 @@ impl Counter {
 
 /// The statement that the driver sends by itself when a transaction is dropped.
 const ROLLBACK: &[u8] = b"ROLLBACK\0";
-/// The end of a query that commits.
-const COMMITS: &[u8] = b"COMMIT";
 
 /// Splits the bytes of one direction into messages, however the bytes are divided into chunks.
 #[derive(Debug, Default)]
@@ -303,8 +336,9 @@ struct Messages {
     left: usize,
     /// How many bytes of the body match what is looked for.
     matched: Option<usize>,
-    /// The last bytes of a query.
-    tail: [u8; 16],
+    /// What the text of a query does. In `Parse` the name of the statement precedes the text.
+    commits: Commits,
+    named: bool,
 }
 
 impl Messages {
@@ -313,8 +347,9 @@ impl Messages {
         self.have > 0
     }
 
-    /// Reports each message at its end: its letter, and two flags. For `Query` the first tells whether it is a ROLLBACK and
-    /// the second whether it ends with COMMIT. For `ReadyForQuery` the first tells whether a transaction is open.
+    /// Reports each message at its end: its letter, and two flags. For `Query` the first tells whether it is a ROLLBACK. For
+    /// `Query` and `Parse` the second tells whether a statement of it commits. For `ReadyForQuery` the first tells whether
+    /// a transaction is open.
     fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool, bool)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
@@ -331,7 +366,8 @@ impl Messages {
                     let [_, length @ ..] = self.header;
                     self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
                     self.matched = Some(0);
-                    self.tail = [0; 16];
+                    self.commits = Commits::default();
+                    self.named = self.header[0] == b'P';
                 }
             } else {
                 let (body, rest) = bytes.split_at(self.left.min(bytes.len()));
@@ -347,25 +383,27 @@ impl Messages {
                         b'Z' => self.matched == Some(1),
                         _ => self.matched == Some(ROLLBACK.len()),
                     };
-                    tell(self.header[0], found, self.header[0] == b'Q' && self.commits());
+                    tell(self.header[0], found, self.commits.found());
                 }
                 self.have = 0;
             }
         }
     }
 
-    fn commits(&self) -> bool {
-        let end = self.tail.iter().rposition(|byte| !matches!(byte, 0 | b';') && !byte.is_ascii_whitespace());
-        let text = end.and_then(|end| self.tail.get(..=end)).unwrap_or_default();
-        text.get(text.len().saturating_sub(COMMITS.len())..).is_some_and(|word| word.eq_ignore_ascii_case(COMMITS))
+    /// The part of a body that belongs to the text of a query.
+    fn text_of<'a>(&mut self, body: &'a [u8]) -> &'a [u8] {
+        if !self.named {
+            return body;
+        }
+        let Some(end) = body.iter().position(|byte| *byte == 0) else { return &[] };
+        self.named = false;
+        body.get(end + 1..).unwrap_or_default()
     }
 
     fn look_at(&mut self, body: &[u8]) {
-        if self.header[0] == b'Q' {
-            let last = body.get(body.len().saturating_sub(self.tail.len())..).unwrap_or_default();
-            self.tail.rotate_left(last.len());
-            let from = self.tail.len() - last.len();
-            self.tail[from..].copy_from_slice(last);
+        if matches!(self.header[0], b'Q' | b'P') {
+            let text = self.text_of(body);
+            self.commits.feed(text);
         }
         self.matched = match (self.header[0], self.matched) {
             // `T` and `E` mean an open transaction, `I` means none.

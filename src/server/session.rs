@@ -124,8 +124,9 @@ pub(super) async fn drive(
         at_the_end.0.end().ended_with(&error);
         at_the_end.0.ended(true);
     }
-    if busy {
-        tracing::debug!("a connection was given back with something under way: cancelled and closed");
+    // To cancel a COMMIT would end its wait for a synchronous standby.
+    if busy && !notices.activity.is_committing() {
+        tracing::debug!("a connection was given back with something under way: it is closed, and that is cancelled");
         tokio::spawn(cancelling);
     }
 }

@@ -1,9 +1,12 @@
 //! Closures that end their transaction themselves where the session tells nothing any more, or leave it in a COPY; and a COMMIT
 //! that is sent by hand.
 
+use std::any::Any;
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Client;
@@ -11,8 +14,8 @@ use tokio_postgres_failover::{
     CommitOutcome, EndedInside, Ending, Error, Guarantee, Ledger, Pool, RetryPolicy, RolledBack,
 };
 
-use crate::finish::{KINDS, Kind, pool_of, single, started};
-use crate::transaction::{PATIENCE, Runs, insert, sql, stored};
+use crate::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
+use crate::transaction::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
 
@@ -27,7 +30,7 @@ fn told(error: &Error, ending: Ending, what: &str) {
 }
 
 async fn waits(admin: &Client) {
-    let waits = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%COMMIT'";
+    let waits = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND usename = 'app'";
     eventually("COMMIT waits for the standby", PATIENCE, async || !admin.query(waits, &[]).await.unwrap().is_empty())
         .await;
 }
@@ -91,6 +94,89 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
         told(&result.expect_err(&what), Ending::Committed, &what);
         assert_eq!(runs.count(), 1, "{what}");
         eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+    }
+}
+
+/// The COMMIT of a closure is in a deferred trigger when its connection is lost. Nothing shows yet how it ends, so the call
+/// waits for the end, in its last run, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closures_own_commit_under_way_is_waited_for() {
+    let cluster = started(single()).await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+                    AS 'BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END';
+                CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
+                    FOR EACH ROW EXECUTE FUNCTION slow()";
+    sql(&cluster, slow).await;
+    let admin = cluster.direct(Node(0)).await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let pool = pool_of(Kind::Own, tap.addr(), 2);
+    for guarantee in marked() {
+        for attempts in [1, 3] {
+            let what = format!("{guarantee:?}, {attempts} attempts");
+            sql(&cluster, "TRUNCATE entries").await;
+            let runs = Runs::default();
+            let retry = RetryPolicy::new().attempts(attempts);
+            let work = pool.build_transaction().guarantee(guarantee.clone()).retry(retry).run(async |tx| {
+                runs.begin();
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+                Ok(())
+            });
+            let fault = async {
+                let sleeps = "SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query = 'COMMIT'";
+                let is_there = async || !admin.query(sleeps, &[]).await.unwrap().is_empty();
+                eventually("COMMIT is in the trigger", PATIENCE, is_there).await;
+                tap.drop_connections();
+            };
+            let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect(&what);
+            told(&result.expect_err(&what), Ending::Committed, &what);
+            assert_eq!(runs.count(), 1, "{what}");
+            assert_eq!(stored(&cluster).await, [1], "{what}");
+        }
+    }
+}
+
+/// What a closure keeps after its own COMMIT.
+#[derive(Clone, Copy, Debug)]
+enum Keeps {
+    Handle,
+    Stream,
+    /// The handle, and the call fails with an error after which work runs again.
+    HandleAndFails,
+}
+
+/// The session cannot be asked how the transaction ended, as the closure has kept it. Another one can.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_committed_itself_and_keeps_its_session_is_told_so() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            for keeps in [Keeps::Handle, Keeps::Stream, Keeps::HandleAndFails] {
+                let what = format!("{kind:?} {guarantee:?} {keeps:?}");
+                sql(&cluster, "TRUNCATE entries").await;
+                let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+                let (runs, kept) = (Runs::default(), RefCell::new(Vec::<Box<dyn Any>>::new()));
+                let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
+                    runs.begin();
+                    insert(&tx, 1).await?;
+                    tx.batch_execute("COMMIT").await?;
+                    let result = match keeps {
+                        Keeps::Handle => Ok(()),
+                        Keeps::HandleAndFails => tx.batch_execute(CONFLICT).await,
+                        Keeps::Stream => {
+                            let rows = tx.query_raw(MANY_ROWS, Vec::<i32>::new()).await?;
+                            kept.borrow_mut().push(Box::new(rows));
+                            return Ok(());
+                        }
+                    };
+                    kept.borrow_mut().push(Box::new(tx));
+                    Ok(result?)
+                });
+                let result = timeout(PATIENCE, work).await.expect(&what);
+                told(&result.expect_err(&what), Ending::Committed, &what);
+                assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]), "{what}");
+            }
+        }
     }
 }
 
@@ -217,7 +303,7 @@ async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
     for kind in KINDS {
-        for way in ["batch", "transaction"] {
+        for way in ["COMMIT", "/* by hand */ END WORK", "COMMIT; SELECT 1", "execute", "transaction"] {
             let what = format!("{kind:?} {way}");
             let cluster = started(Cluster::builder().nodes(2)).await;
             cluster.wait_replayed(Node(1)).await;
@@ -227,13 +313,16 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
             let mut client = pool.get().await.unwrap();
             cluster.freeze(Node(1));
             let work = async {
-                if way == "batch" {
-                    client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await?;
-                    return client.batch_execute("COMMIT").await;
+                if way == "transaction" {
+                    let tx = client.transaction().await?;
+                    tx.batch_execute("INSERT INTO entries VALUES (1)").await?;
+                    return tx.commit().await;
                 }
-                let tx = client.transaction().await?;
-                tx.batch_execute("INSERT INTO entries VALUES (1)").await?;
-                tx.commit().await
+                client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await?;
+                if way == "execute" {
+                    return client.execute("COMMIT", &[]).await.map(drop);
+                }
+                client.batch_execute(way).await
             };
             tokio::select! {
                 result = work => panic!("{what}: no standby has it: {result:?}"),
@@ -249,5 +338,41 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
             cluster.thaw(Node(1));
             eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
         }
+    }
+}
+
+/// Dropped before the driver's task has even seen it, which a single thread makes certain.
+#[tokio::test]
+async fn a_commit_by_hand_that_is_dropped_at_once_is_not_cancelled() {
+    for way in ["batch", "transaction", "discard"] {
+        let cluster = started(Cluster::builder().nodes(2)).await;
+        cluster.wait_replayed(Node(1)).await;
+        let admin = cluster.direct(Node(0)).await;
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, tap.addr(), 2);
+        let mut client = pool.get().await.unwrap();
+        cluster.freeze(Node(1));
+        if way == "transaction" {
+            let tx = client.transaction().await.unwrap();
+            tx.batch_execute("INSERT INTO entries VALUES (1)").await.unwrap();
+            assert!(tx.commit().now_or_never().is_none());
+        } else {
+            client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await.unwrap();
+            assert!(client.batch_execute("COMMIT").now_or_never().is_none());
+        }
+        if way == "discard" {
+            client.discard();
+        } else {
+            drop(client);
+        }
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(1500) {
+            let rows = admin.query("SELECT FROM entries", &[]).await.unwrap().len();
+            assert_eq!(rows, 0, "{way}: it shows, and no standby has it");
+            sleep(Duration::from_millis(10)).await;
+        }
+        // What is discarded ends before it has sent anything, and may be cancelled.
+        assert!(tap.counts().cancels == 0 || way == "discard", "{way}");
+        cluster.thaw(Node(1));
     }
 }

@@ -175,26 +175,69 @@ proptest! {
     }
 }
 
+/// These texts commit, or do not.
+const TEXTS: &[(&str, bool)] = &[
+    ("COMMIT", true),
+    ("commit ; ", true),
+    ("COMMIT AND CHAIN", true),
+    ("COMMIT PREPARED 'a'", true),
+    ("End", true),
+    ("END WORK;", true),
+    ("PREPARE TRANSACTION 'a'", true),
+    ("INSERT INTO entries VALUES (1); COMMIT;", true),
+    ("COMMIT; SELECT 1", true),
+    ("/* trace * id=1 **/ -- why\n COMMIT", true),
+    ("SELECT 1; /**/COMMIT--", true),
+    ("SELECT '$$'; COMMIT -- $$", true),
+    ("SELECT $1; COMMIT", true),
+    ("SELECT $a$ ; END $b$ $; COMMIT $a$ ; COMMIT", true),
+    ("SELECT $a$ ; END $b$ $; COMMIT $aa$", false),
+    ("DO $$ BEGIN PERFORM 1; COMMIT; END $$", false),
+    ("SELECT '; COMMIT', \"; END\"", false),
+    ("SELECT 1", false),
+    ("SELECT commit FROM builds", false),
+    ("SELECT 1 -- COMMIT", false),
+    ("/* COMMIT; END */ SELECT 1 / 2 * 3 - 4", false),
+    ("-- COMMIT", false),
+    ("- COMMIT", false),
+    ("COMMITTED", false),
+    ("ENDING", false),
+    ("END_", false),
+    ("MIT", false),
+    ("", false),
+];
+
 #[test]
-fn a_commit_is_known_by_the_end_of_its_query() {
-    for (sql, commits) in [
-        ("COMMIT", true),
-        ("commit ; ", true),
-        ("INSERT INTO entries VALUES (1); COMMIT;", true),
-        ("COMMIT; SELECT 1", false),
-        ("SELECT 1", false),
-        ("MIT", false),
-        ("", false),
-    ] {
+fn a_commit_is_known_by_the_first_word_of_a_statement() {
+    for (sql, commits) in TEXTS {
         let bytes =
             [message(b'Q', b"SELECT pg_sleep(1); COM\0"), message(b'Q', format!("{sql}\0").as_bytes())].concat();
         for size in [1, 3, bytes.len()] {
             let mut counter = logged_in();
             bytes.chunks(size).for_each(|part| counter.sent(part));
-            assert_eq!(counter.flags() & COMMIT != 0, commits, "{sql:?} in parts of {size}");
+            assert_eq!(counter.flags() & COMMIT != 0, *commits, "{sql:?} in parts of {size}");
             counter.received(&[ready(b'I'), ready(b'I')].concat());
             counter.drained();
             assert_eq!(counter.flags(), 0, "{sql:?}");
         }
+    }
+}
+
+/// A statement that is parsed first and carried out later commits when it is carried out.
+#[test]
+fn a_prepared_commit_is_known() {
+    for (sql, commits) in TEXTS {
+        let parse = |text: &str| message(b'P', format!("end\0{text}\0\0\0").as_bytes());
+        let mut counter = logged_in();
+        let parsed = [parse("COMMIT"), message(b'S', b""), parse(sql), message(b'S', b"")].concat();
+        parsed.chunks(3).for_each(|part| counter.sent(part));
+        counter.received(&[ready(b'I'), ready(b'I')].concat());
+        counter.drained();
+        assert_eq!(counter.flags(), 0, "{sql:?}");
+        counter.sent(&extended());
+        assert_eq!(counter.flags() & COMMIT != 0, *commits, "{sql:?}");
+        counter.received(&ready(b'I'));
+        counter.drained();
+        assert_eq!(counter.flags(), 0, "{sql:?}");
     }
 }

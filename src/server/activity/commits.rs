@@ -1,0 +1,148 @@
+//! Recognises a statement that commits in the text of a query, which may arrive in pieces.
+
+/// A statement that begins with one of these words ends a transaction or prepares it. `PREPARE` may also prepare a
+/// statement, which takes no time, so nobody needs to cancel it.
+const WORDS: [&str; 3] = ["COMMIT", "END", "PREPARE"];
+/// How much of a word or a tag is kept.
+const LONGEST: usize = 16;
+
+/// What the last byte belongs to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Place {
+    /// None of the following.
+    #[default]
+    Outside,
+    /// The first word of a statement.
+    Word,
+    /// A string, or a quoted name.
+    Quoted(u8),
+    /// The tag that may begin a string between dollar signs.
+    Tag,
+    Dollars,
+    /// The tag that may end such a string. So many of its bytes have matched.
+    ClosingTag(usize),
+    /// A slash or a dash, which may begin a comment.
+    Slash,
+    Dash,
+    Comment,
+    /// A star in a comment.
+    Star,
+    LineComment,
+}
+
+/// Looks at the first word of each statement of one text. It passes over strings, quoted names and comments. It does not
+/// know nested comments, nor a backslash before a quote.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Commits {
+    place: Place,
+    /// The current statement has begun.
+    begun: bool,
+    word: Word,
+    tag: Word,
+    found: bool,
+}
+
+impl Commits {
+    /// Whether one of the statements commits. The text must have been fed with a byte behind its last word.
+    pub(super) fn found(&self) -> bool {
+        self.found
+    }
+
+    pub(super) fn feed(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.place = self.step(*byte);
+        }
+    }
+
+    fn step(&mut self, byte: u8) -> Place {
+        match (self.place, byte) {
+            (Place::Outside, _) => self.outside(byte),
+            (Place::Word, _) if is_letter(byte) => {
+                self.word.push(byte);
+                Place::Word
+            }
+            (Place::Word, _) => {
+                self.found |= WORDS.iter().any(|known| self.word.is(known));
+                self.outside(byte)
+            }
+            (Place::Slash, b'*') => Place::Comment,
+            (Place::Dash, b'-') => Place::LineComment,
+            (Place::Slash | Place::Dash, _) => {
+                self.begun = true;
+                self.outside(byte)
+            }
+            (Place::Comment | Place::Star, b'*') => Place::Star,
+            (Place::Star, b'/') | (Place::LineComment, b'\n') => Place::Outside,
+            (Place::Comment | Place::Star, _) => Place::Comment,
+            (Place::LineComment, _) => Place::LineComment,
+            (Place::Quoted(quote), _) if byte == quote => Place::Outside,
+            (Place::Quoted(quote), _) => Place::Quoted(quote),
+            (Place::Tag, b'$') => Place::Dollars,
+            (Place::Tag, _) if is_letter(byte) => {
+                self.tag.push(byte);
+                Place::Tag
+            }
+            (Place::Tag, _) => self.outside(byte),
+            (Place::ClosingTag(matched), b'$') if matched == self.tag.length => Place::Outside,
+            (Place::ClosingTag(matched), _) if self.tag.byte(matched) == Some(byte) => Place::ClosingTag(matched + 1),
+            (Place::Dollars | Place::ClosingTag(_), b'$') => Place::ClosingTag(0),
+            (Place::Dollars | Place::ClosingTag(_), _) => Place::Dollars,
+        }
+    }
+
+    /// The place after a byte that continues no word, string or comment.
+    fn outside(&mut self, byte: u8) -> Place {
+        match byte {
+            b';' => {
+                self.begun = false;
+                return Place::Outside;
+            }
+            b'/' => return Place::Slash,
+            b'-' => return Place::Dash,
+            _ if byte.is_ascii_whitespace() => return Place::Outside,
+            _ => {}
+        }
+        let begins = !std::mem::replace(&mut self.begun, true);
+        match byte {
+            b'\'' | b'"' => Place::Quoted(byte),
+            b'$' => {
+                self.tag = Word::default();
+                Place::Tag
+            }
+            _ if begins && is_letter(byte) => {
+                self.word = Word::default();
+                self.word.push(byte);
+                Place::Word
+            }
+            _ => Place::Outside,
+        }
+    }
+}
+
+fn is_letter(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_'
+}
+
+/// The beginning of a word.
+#[derive(Clone, Debug, Default)]
+struct Word {
+    bytes: [u8; LONGEST],
+    length: usize,
+}
+
+impl Word {
+    fn push(&mut self, byte: u8) {
+        if let Some(place) = self.bytes.get_mut(self.length) {
+            *place = byte;
+            self.length += 1;
+        }
+    }
+
+    fn byte(&self, index: usize) -> Option<u8> {
+        self.bytes.get(..self.length)?.get(index).copied()
+    }
+
+    fn is(&self, known: &str) -> bool {
+        self.bytes.get(..self.length).is_some_and(|word| word.eq_ignore_ascii_case(known.as_bytes()))
+    }
+}
