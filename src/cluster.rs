@@ -256,6 +256,11 @@ impl<C: SessionClient> Cluster<C> {
     }
 
     /// Returns whether there is a current generation.
+    /// Whether the task sleeps or falls asleep. Call this after [`Self::lend`].
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.shared.asleep.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn has_primary(&self) -> bool {
         self.shared.current.load(Ordering::Acquire) != GenerationId::default().get()
     }

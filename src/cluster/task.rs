@@ -188,7 +188,7 @@ impl<C: SessionClient> Task<C> {
             return true;
         }
         self.shared.asleep.store(true, Ordering::SeqCst);
-        if wanted() {
+        if wanted() || self.shared.in_use.load(Ordering::SeqCst) > 0 {
             self.shared.asleep.store(false, Ordering::SeqCst);
             return true;
         }

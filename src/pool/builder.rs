@@ -129,8 +129,10 @@ impl PoolBuilder {
     ///
     /// This finds sockets that died without a sign, because the machine was suspended, or a router or a proxy forgot
     /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. A connection that gives
-    /// no answer is closed, together with all that have been idle for as long. Time is measured by the wall clock,
-    /// which goes on while a machine sleeps. Connections that are used more often are handed out without a round trip.
+    /// no answer is closed. All others that have been idle for as long are then tested too, before anybody gets one, and
+    /// have 2 s for their answer. If a caller gives up during a test, the test goes on. Time is measured by the wall
+    /// clock, which goes on while a machine sleeps. Connections that are used more often are handed out without a round
+    /// trip.
     pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
         self.test_idle_after = idle_for;
         self
@@ -420,7 +422,7 @@ impl PoolBuilder {
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only for time-outs without a runtime, and no time-outs are set.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        dialer.dials.serve(inner.weak(), max_size);
+        dialer.dials.serve(inner.weak(), max_size, self.idle.min);
         let keeper = Keeper {
             idle,
             pool: inner.weak(),

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
-use deadpool::managed::{self, Object, PoolError};
+use deadpool::managed::{self, PoolError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
-use super::{Client, Pool, Source};
+use super::{Client, Manager, Pool, Source};
 use crate::cluster::NoPrimary;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::server::SessionClient;
@@ -102,39 +102,53 @@ impl<C: SessionClient> Pool<C> {
                     return Err(none.into());
                 }
             }
-            let inner = match &self.source {
-                Source::Own(inner) => inner,
-                Source::Wrapped(wrapped) => {
-                    let loan = Box::pin(wrapped.checkout(&self.dialer)).await?;
-                    return Ok(self.lend(loan));
-                }
+            let loan = match &self.source {
+                Source::Own(inner) => self.checkout_own(inner).await?,
+                Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.dialer)).await?),
             };
-            match inner.get().await {
-                Ok(object) => {
-                    object.use_it();
-                    return Ok(self.lend(Loan::Own(object)));
-                }
-                // No session could be opened. Another caller may have given one back meanwhile, so look there first.
-                Err(PoolError::Backend(Error::Unavailable(_))) => {}
-                Err(PoolError::Backend(error)) => return Err(error),
-                // The inner pool has no time-outs and no hooks of its own, so it can only have been closed.
-                Err(_) => return Err(self.cluster().ended().into()),
+            let Some(loan) = loan else { continue };
+            let client = self.lend(loan);
+            // Either the cluster's task has seen the loan and stays awake, or this sees that it is falling asleep, which
+            // closes the connection.
+            if !self.cluster().is_asleep() {
+                return Ok(client);
             }
+            drop(client);
+            tokio::task::yield_now().await;
         }
     }
 
-    /// A good connection comes back. It goes to a caller that waits for a new connection, or else to the idle ones.
+    /// `None`: look again.
+    async fn checkout_own(&self, inner: &managed::Pool<Manager<C>>) -> Result<Option<Loan<C>>, Error> {
+        let object = match inner.get().await {
+            Ok(object) => object,
+            // No session could be opened. Another caller may have given one back meanwhile, so look there first.
+            Err(PoolError::Backend(Error::Unavailable(_))) => return Ok(None),
+            Err(PoolError::Backend(error)) => return Err(error),
+            // The inner pool has no time-outs and no hooks of its own, so it can only have been closed.
+            Err(_) => return Err(self.cluster().ended().into()),
+        };
+        let object = if self.dialer.must_be_tested(&object) {
+            match Box::pin(self.dialer.tested(object)).await {
+                Some(object) if object.may_be_handed_out(self.cluster()) => object,
+                Some(object) => {
+                    self.dialer.give_back(object);
+                    return Ok(None);
+                }
+                None => return Ok(None),
+            }
+        } else {
+            object
+        };
+        object.use_it();
+        self.dialer.dials.taken();
+        Ok(Some(Loan::Own(object)))
+    }
+
+    /// A good connection comes back.
     pub(super) fn give_back(&self, loan: Loan<C>) {
-        let Loan::Own(object) = loan else { return };
-        let dials = &self.dialer.dials;
-        if !dials.wanted() {
-            drop(object);
-        } else if object.may_be_handed_out(self.cluster()) {
-            return dials.hand(Object::take(object));
-        }
-        // A caller may have begun to wait since.
-        if dials.wanted() {
-            dials.offer_idle();
+        if let Loan::Own(object) = loan {
+            self.dialer.give_back(object);
         }
     }
 

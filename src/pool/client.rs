@@ -241,6 +241,17 @@ impl<C: SessionClient> Client<C> {
         self.facts().committing.store(committing, Ordering::Release);
     }
 
+    /// Whether a COMMIT was sent and not answered, by the pool or by a caller.
+    pub(crate) fn is_committing(&self) -> bool {
+        self.facts().is_committing()
+    }
+
+    /// The number of the session's last COMMIT; see [`Activity`](crate::server::Activity). `None`: nobody counts.
+    pub(crate) fn last_commit(&self) -> Option<u64> {
+        let activity = &self.facts().notices.activity;
+        (activity.heard_at() > 0).then(|| activity.last_commit())
+    }
+
     /// Waits until the session is no longer usable, if nothing else ends what is under way on it. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self.loan() {

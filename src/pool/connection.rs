@@ -218,8 +218,8 @@ impl<C> fmt::Debug for Connection<C> {
 
 /// The deadpool manager inside a [`Pool`](crate::Pool), for deadpool pools that are built by hand.
 ///
-/// Its `create` waits for a primary without a limit of its own, so give the pool time-outs, or limit each `get`. If a
-/// primary is known but accepts no session, `create` fails with [`Error::Unavailable`], and the next `get` may succeed.
+/// Its `create` waits without a limit of its own, for a primary and for a session if the primary accepts none. So give the
+/// pool time-outs, or limit each `get`.
 /// Its `recycle` does no I/O on a recently used connection; see [`PoolBuilder::test_idle_after`]. Unlike
 /// [`Pool`](crate::Pool), it offers neither transactions nor explained time-outs, and its connections end with the
 /// deadpool pool, even those in use.
@@ -265,7 +265,8 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             self.dialer.cancel_running(&connection.inner.client, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
         }
-        if !self.dialer.is_alive(connection).await {
+        // Those of this crate's own pool are tested outside of `recycle`, where a caller that gives up loses none.
+        if self.dialer.dials.is_pool_built_by_hand() && !self.dialer.is_alive(connection).await {
             return Err(RecycleError::message("its server has not answered"));
         }
         let (cluster, id) = (&self.dialer.cluster, connection.inner.facts.generation);

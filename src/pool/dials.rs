@@ -6,11 +6,12 @@
 //! given up goes to the next one; callers are served in the order in which they came. The tests are in
 //! `tests/it/impatient.rs`.
 
+mod kept;
+
 use std::collections::VecDeque;
 use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-use std::time::Duration;
 
 use deadpool::managed::WeakPool;
 use tokio::runtime::Handle;
@@ -20,11 +21,11 @@ use tokio::time::{Instant, sleep};
 use super::Manager;
 use super::connection::Connection;
 use super::dialer::{Dialer, take_turn};
-use crate::cluster::{Cluster, Generation};
+use crate::cluster::Generation;
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
 use crate::sync::lock;
-use crate::topology::ProbeFailure;
+use crate::topology::{GenerationId, ProbeFailure};
 
 type Delivery<C> = Result<Connection<C>, Error>;
 
@@ -37,6 +38,8 @@ pub(super) struct Dials<C: SessionClient> {
     waiting: AtomicUsize,
     /// The most connections and dials together.
     max_size: AtomicUsize,
+    /// How many connections are to be idle at least.
+    min_idle: AtomicUsize,
     /// The pool that the manager serves, if it is this crate's.
     pool: OnceLock<WeakPool<Manager<C>>>,
     /// The runtime of the dials and of their sessions' drivers: the pool's own, which outlives its callers' runtimes.
@@ -49,6 +52,8 @@ pub(super) struct Dials<C: SessionClient> {
 struct Room {
     /// The number of existing connections: idle, ready, on loan, and in between. It grows only under the book's lock.
     live: AtomicUsize,
+    /// How many of them are doubted. Callers that wait may have others in their place.
+    doubted: AtomicUsize,
     changed: Notify,
 }
 
@@ -58,8 +63,8 @@ struct Book<C> {
     ready: Vec<Ready<C>>,
     dialing: usize,
     next_ticket: u64,
-    /// When a dial failed that no caller waited for.
-    failed_at: Option<Instant>,
+    /// When a dial failed that no caller waited for, and to which primary.
+    failed_at: Option<(GenerationId, Instant)>,
 }
 
 struct Waiter<C> {
@@ -81,6 +86,7 @@ impl<C: SessionClient> Dials<C> {
             book: Mutex::new(book),
             waiting: AtomicUsize::new(0),
             max_size: AtomicUsize::new(usize::MAX),
+            min_idle: AtomicUsize::new(0),
             pool: OnceLock::new(),
             runtime,
             room: Arc::default(),
@@ -92,13 +98,14 @@ impl<C: SessionClient> Dials<C> {
     }
 
     /// Sets the pool that the manager serves.
-    pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize) {
+    pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize, min_idle: usize) {
         self.max_size.store(max_size, Ordering::Relaxed);
+        self.min_idle.store(min_idle, Ordering::Relaxed);
         let _ = self.pool.set(pool);
     }
 
     /// Returns whether the manager serves a pool that the user has built, whose size is unknown.
-    fn is_pool_built_by_hand(&self) -> bool {
+    pub(super) fn is_pool_built_by_hand(&self) -> bool {
         self.pool.get().is_none()
     }
 
@@ -117,9 +124,9 @@ impl<C: SessionClient> Dials<C> {
         self.room.changed.notified().await;
     }
 
-    /// When a dial that no caller waited for last failed.
-    pub(super) fn failed_at(&self) -> Option<Instant> {
-        self.book().failed_at
+    /// When a dial to this primary last failed that no caller waited for.
+    pub(super) fn failed_at(&self, primary: GenerationId) -> Option<Instant> {
+        self.book().failed_at.filter(|(to, _)| *to == primary).map(|(_, at)| at)
     }
 
     /// Gives a connection that is not among the pool's idle ones to the caller that has waited longest.
@@ -129,58 +136,6 @@ impl<C: SessionClient> Dials<C> {
         if let Some(Ok(connection)) = unclaimed {
             book.ready.push(Ready { connection, since: Instant::now() });
         }
-    }
-
-    /// Gives an idle connection to a caller that began to wait just after the connection was given back.
-    pub(super) fn offer_idle(&self) {
-        if let Some(connection) = self.take_idle() {
-            self.hand(connection);
-        }
-    }
-
-    /// Closes unusable connections, and up to `surplus` others that have been idle for this long. Returns how many it
-    /// closed.
-    pub(super) fn reap(&self, cluster: &Cluster<C>, idle_for: Duration, surplus: &mut usize) -> usize {
-        let mut reaped = Vec::new();
-        let mut book = self.book();
-        for ready in std::mem::take(&mut book.ready) {
-            if ready.connection.stale(cluster) || (*surplus > 0 && ready.since.elapsed() >= idle_for) {
-                *surplus = surplus.saturating_sub(1);
-                reaped.push(ready);
-            } else {
-                book.ready.push(ready);
-            }
-        }
-        // Dropping a connection takes the lock, so release it first.
-        drop(book);
-        reaped.len()
-    }
-
-    /// Closes the idle connections whose servers have been silent at least since then.
-    pub(super) fn close_idle_since(&self, heard_at: u64) {
-        let silent = |connection: &Connection<C>| connection.facts().notices.activity.heard_at() <= heard_at;
-        let mut closed = Vec::new();
-        let mut book = self.book();
-        for ready in std::mem::take(&mut book.ready) {
-            if silent(&ready.connection) { closed.push(ready) } else { book.ready.push(ready) }
-        }
-        drop(book);
-        if let Some(pool) = self.pool.get().and_then(WeakPool::upgrade) {
-            pool.retain(|connection, _| !silent(connection));
-        }
-    }
-
-    /// Takes an idle connection of the pool that may be handed out.
-    fn take_idle(&self) -> Option<Connection<C>> {
-        let pool = self.pool.get()?.upgrade()?;
-        let mut found = false;
-        // `retain` begins with the oldest connection, which serves as well.
-        let taken = pool.retain(|connection, _| {
-            let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
-            found |= take;
-            !take
-        });
-        taken.removed.into_iter().next()
     }
 
     /// Gives `delivery` to the first waiter that still waits, or returns it if there is none.
@@ -255,22 +210,25 @@ impl<C: SessionClient> Dialer<C> {
         loop {
             let generation = self.cluster.primary().await?;
             let mut place = match self.enlist(&generation, asked) {
-                Ok(connection) if self.is_fit(&connection).await => return Ok(connection),
-                Ok(_) => continue,
+                Ok(connection) => match self.tested(connection).await {
+                    Some(connection) => return Ok(connection),
+                    None => continue,
+                },
                 Err(place) => place,
             };
             self.dial_for_waiters(&generation, 0);
             // A connection may have been given back just before this caller joined the queue.
             if let Some(connection) = self.dials.take_idle()
-                && self.is_fit(&connection).await
+                && let Some(connection) = self.tested(connection).await
             {
                 return Ok(connection);
             }
             tokio::select! {
                 biased;
                 delivered = &mut place.delivered => match delivered {
-                    Ok(Ok(connection)) if self.is_fit(&connection).await => return Ok(connection),
-                    Ok(Ok(_)) => {}
+                    Ok(Ok(connection)) => if let Some(connection) = self.tested(connection).await {
+                        return Ok(connection);
+                    },
                     // Only this crate's pool asks again by itself for as long as its caller waits.
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
@@ -299,16 +257,20 @@ impl<C: SessionClient> Dialer<C> {
     fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
-        while let Some(ready) = book.ready.pop() {
-            if ready.connection.may_be_handed_out(&self.cluster) {
-                return Ok(ready.connection);
-            }
-            stale.push(ready);
+        for ready in std::mem::take(&mut book.ready) {
+            // While the primary is suspended its connections are not handed out, and may be as good as before later.
+            if ready.connection.stale(&self.cluster) { stale.push(ready) } else { book.ready.push(ready) }
+        }
+        if book.ready.last().is_some_and(|newest| newest.connection.may_be_handed_out(&self.cluster))
+            && let Some(newest) = book.ready.pop()
+        {
+            self.dials.room.changed.notify_one();
+            return Ok(newest.connection);
         }
         // The size of a pool built by hand is unknown. It surely has room if there are more waiters than dials.
         let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
         if !spoken_for
-            && self.dials.has_room(&book)
+            && self.dials.has_room(&book, true)
             && let Some(session) = generation.take_spare()
         {
             return Ok(self.make(session, generation));
@@ -323,19 +285,23 @@ impl<C: SessionClient> Dialer<C> {
         Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
     }
 
-    /// Starts the dials that the waiters need, and `more` dials in advance.
-    pub(super) fn balance(self: &Arc<Self>, more: usize) {
+    /// Starts the dials that the waiters need, and others until so many connections are ready or dialled for nobody.
+    pub(super) fn balance(self: &Arc<Self>, ahead: usize) {
         if let Some(generation) = self.cluster.current() {
-            self.dial_for_waiters(&generation, more);
+            self.dial_for_waiters(&generation, ahead);
         }
     }
 
     /// Like [`Self::balance`], for the primary of this generation. The waiter passes the generation, as this might
     /// otherwise find none: if the primary is suspended just now and resumed a moment later, no dial would be started.
-    fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, more: usize) {
+    fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, ahead: usize) {
         self.serve_waiters();
         let mut book = self.dials.book();
-        while book.dialing + book.ready.len() < book.waiters.len() + more && self.dials.has_room(&book) {
+        loop {
+            let (coming, waiters) = (book.dialing + book.ready.len(), book.waiters.len());
+            if coming >= waiters + ahead || !self.dials.has_room(&book, coming < waiters) {
+                break;
+            }
             book.dialing += 1;
             let dialing = Dialing(Arc::clone(&self.dials));
             let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
@@ -410,10 +376,10 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// No session could be opened. Tells the caller that has waited longest.
-    fn not_arrived(&self, error: Error) {
+    fn not_arrived(&self, generation: &Generation<C>, error: Error) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
-            book.failed_at = Some(Instant::now());
+            book.failed_at = Some((generation.primary.id, Instant::now()));
         }
         self.dials.deliver(&mut book, Err(error));
     }
@@ -422,7 +388,7 @@ impl<C: SessionClient> Dialer<C> {
     fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
-            book.failed_at = Some(Instant::now());
+            book.failed_at = Some((generation.primary.id, Instant::now()));
         }
         while book.waiters.front().is_some_and(|waiter| waiter.asked <= dialled) {
             let refused = Refused::new(Some(generation.endpoint()), failure.clone());
@@ -432,8 +398,11 @@ impl<C: SessionClient> Dialer<C> {
 }
 
 impl<C: SessionClient> Dials<C> {
-    fn has_room(&self, book: &Book<C>) -> bool {
-        self.room.live.load(Ordering::Acquire) + book.dialing < self.max_size.load(Ordering::Relaxed)
+    /// Whether another connection may be opened, for a caller that waits or for nobody.
+    fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
+        let doubted = if waits { self.doubted() } else { 0 };
+        let live = self.room.live.load(Ordering::Acquire).saturating_sub(doubted);
+        live + book.dialing < self.max_size.load(Ordering::Relaxed)
     }
 
     fn berth(&self) -> Berth {
@@ -475,9 +444,11 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         }
         Err(failure) => failure,
     };
-    // If this task dialled nothing, the failure is the refusal that another dial met.
+    // If this task dialled nothing, the failure is the refusal that another dial met, and has noted.
+    if let Some(began) = began {
+        strong.note_refused(began, &failure);
+    }
     let began = began.unwrap_or(started);
-    strong.note_refused(began, &failure);
     let (error, pause) = strong.failed(&generation, failure.clone());
     if matches!(error, Error::Refused(_)) {
         strong.refused(&generation, &failure, began);
@@ -490,7 +461,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     let paused = scope.run_until_cancelled(sleep(pause)).await;
     drop((permit, turn));
     if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
-        dialer.not_arrived(error);
+        dialer.not_arrived(&generation, error);
         drop(dialing);
         dialer.balance(0);
     }

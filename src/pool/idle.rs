@@ -85,10 +85,13 @@ impl Idle {
 
     /// Starts the dials that waiters and `min_idle` need. Returns when to try again if the server accepts no session.
     fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
-        let missing = self.min.saturating_sub(pool.status().available + dialer.ahead());
-        let again = dialer.dials.failed_at().map(|failed_at| failed_at + FILL_AGAIN);
-        let wait = again.filter(|again| missing > 0 && *again > Instant::now());
-        dialer.balance(if wait.is_some() { 0 } else { missing });
+        // With these, which nobody has had or that are being opened for nobody, `min` are idle. A connection that is doubted
+        // may be good.
+        let ahead = self.min.saturating_sub(pool.status().available + dialer.dials.doubted());
+        let failed_at = dialer.cluster.current().and_then(|generation| dialer.dials.failed_at(generation.primary.id));
+        let again = failed_at.map(|failed_at| failed_at + FILL_AGAIN);
+        let wait = again.filter(|again| dialer.ahead() < ahead && *again > Instant::now());
+        dialer.balance(if wait.is_some() { 0 } else { ahead });
         wait
     }
 }

@@ -1,22 +1,28 @@
 //! Tests connections that have been idle for a while before they are handed out. Their socket may have died without a
 //! sign, because a machine was suspended, or a router forgot it.
+//!
+//! A test belongs to the pool and not to the caller that needed it first: if that caller gives up, the test goes on, and a
+//! good connection stays in the pool. So callers with less time than a round trip takes close nothing. If a server gives no
+//! answer in time, that connection alone is closed. The others that have been idle for as long are doubted: nobody gets
+//! one before it has answered, and a stall of the server or the network closes none of them.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use deadpool::managed::Object;
+use tokio::time::{Instant, timeout_at};
 
+use super::Manager;
 use super::connection::Connection;
 use super::dialer::Dialer;
-use super::dials::Dials;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
 /// The time limit for an idle session's answer, which takes a round trip. A slower one is closed, and another one is
 /// used.
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
-/// A caller that gives up after this time has shown that there is no answer.
-const SILENT_AFTER: Duration = Duration::from_millis(50);
+/// The time limit for the answer of a connection that is doubted. Nobody waits for it, so it outlasts a stall.
+const DOUBTED_WITHIN: Duration = Duration::from_secs(2);
 
 /// The silence from which a connection is tested.
 #[derive(Clone, Copy, Debug)]
@@ -39,46 +45,141 @@ impl TestAfter {
 }
 
 impl<C: SessionClient> Dialer<C> {
-    /// The connection may have been given back with something under way that its driver has not seen yet, and it may have been
-    /// ready, or on loan without being used, for so long that its socket is dead.
-    pub(super) async fn is_fit(&self, connection: &Connection<C>) -> bool {
-        connection.idle().await && self.is_alive(connection).await
+    /// Returns what may be handed out, and closes what may not. It may have been given back with something under way that its
+    /// driver has not seen yet, and it may have been ready, or on loan without being used, for so long that its socket is
+    /// dead. Cancel-safe: the test goes on in the background.
+    pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
+        let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
+        let fit = testing.is_fit().await;
+        let tested = testing.tested.take()?;
+        if fit {
+            return Some(tested);
+        }
+        tested.close();
+        None
     }
 
-    /// Returns whether the connection may be handed out. Asks its server where it has said nothing for a while.
-    pub(super) async fn is_alive(&self, connection: &Connection<C>) -> bool {
+    /// Returns whether the server of this connection has said nothing for so long that it must be asked.
+    pub(super) fn must_be_tested(&self, connection: &Connection<C>) -> bool {
+        self.test_after.is_due(connection.facts().notices.activity.heard_at(), wall_clock())
+    }
+
+    /// Returns whether the connection may be handed out. For a pool built by hand, whose connections stay where they are
+    /// while they are tested.
+    pub(super) async fn is_alive(self: &Arc<Self>, connection: &Connection<C>) -> bool {
+        !self.must_be_tested(connection) || self.asked(connection, Instant::now() + ANSWER_WITHIN).await
+    }
+
+    /// Returns whether the server answers on this connection.
+    async fn asked(self: &Arc<Self>, connection: &Connection<C>, deadline: Instant) -> bool {
         let heard_at = connection.facts().notices.activity.heard_at();
-        if !self.test_after.is_due(heard_at, wall_clock()) {
-            return true;
-        }
-        let mut asked = Asked { dials: &self.dials, heard_at, since: Instant::now(), alive: None };
-        let alive = matches!(timeout(ANSWER_WITHIN, connection.check_connection()).await, Ok(Ok(())));
-        asked.alive = Some(alive);
-        drop(asked);
-        if !alive {
+        let answers = answers(connection, deadline).await;
+        if !answers {
             tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}; it is closed");
             // The pool's own session may be dead too.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
+            self.dials.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
         }
-        alive
+        answers
+    }
+
+    /// Tests a connection for nobody. Meanwhile callers that wait may have another one in its place.
+    fn doubt(self: &Arc<Self>, connection: Connection<C>) {
+        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
+        drop(self.dials.runtime().spawn(async move {
+            let fit = answers(&connection, Instant::now() + DOUBTED_WITHIN).await && connection.idle().await;
+            if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
+                dialer.dials.take_back(connection);
+            }
+            drop(doubt);
+        }));
     }
 }
 
-/// A test under way. If it fails, all connections that have been idle for as long are closed, so that the next caller
-/// does not wait for each of them.
-struct Asked<'a, C: SessionClient> {
-    dials: &'a Arc<Dials<C>>,
-    heard_at: u64,
-    since: Instant,
-    alive: Option<bool>,
+async fn answers<C: SessionClient>(connection: &Connection<C>, deadline: Instant) -> bool {
+    matches!(timeout_at(deadline, connection.check_connection()).await, Ok(Ok(())))
 }
 
-impl<C: SessionClient> Drop for Asked<'_, C> {
-    fn drop(&mut self) {
-        let silent = || self.since.elapsed() >= SILENT_AFTER;
-        if self.alive.map_or_else(silent, |alive| !alive) {
-            self.dials.close_idle_since(self.heard_at);
+/// What holds a connection while it is tested.
+pub(super) trait Tested<C: SessionClient>: Send + Sync + 'static {
+    fn connection(&self) -> &Connection<C>;
+
+    /// Puts the connection where the next caller finds it.
+    fn keep(self, dialer: &Dialer<C>);
+
+    fn close(self);
+}
+
+/// A connection that the pool has opened or taken back, but not handed out.
+impl<C: SessionClient> Tested<C> for Connection<C> {
+    fn connection(&self) -> &Self {
+        self
+    }
+
+    fn keep(self, dialer: &Dialer<C>) {
+        dialer.dials.hand(self);
+    }
+
+    fn close(self) {}
+}
+
+/// One of the inner pool's idle connections.
+impl<C: SessionClient> Tested<C> for Object<Manager<C>> {
+    fn connection(&self) -> &Connection<C> {
+        self
+    }
+
+    fn keep(self, dialer: &Dialer<C>) {
+        dialer.give_back(self);
+    }
+
+    fn close(self) {
+        drop(Self::take(self));
+    }
+}
+
+/// A test under way. Dropping it before its end leaves the rest to a task.
+struct Testing<'a, C: SessionClient, T: Tested<C>> {
+    dialer: &'a Arc<Dialer<C>>,
+    /// Set until the test has ended.
+    tested: Option<T>,
+    /// Set once the server is asked.
+    deadline: Option<Instant>,
+}
+impl<C: SessionClient, T: Tested<C>> Testing<'_, C, T> {
+    async fn is_fit(&mut self) -> bool {
+        let Some(tested) = &self.tested else { return false };
+        let connection = tested.connection();
+        if !connection.idle().await {
+            return false;
         }
+        if !self.dialer.must_be_tested(connection) {
+            return true;
+        }
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        self.deadline = Some(deadline);
+        self.dialer.asked(connection, deadline).await
+    }
+}
+
+impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
+    fn drop(&mut self) {
+        let Some(tested) = self.tested.take() else { return };
+        let (asked, dialer) = (self.deadline, Arc::downgrade(self.dialer));
+        drop(self.dialer.dials.runtime().spawn(async move {
+            let connection = tested.connection();
+            // While the caller's question is under way, the connection is busy with that alone.
+            if asked.is_none() && !connection.idle().await {
+                return tested.close();
+            }
+            let Some(dialer) = dialer.upgrade() else { return tested.close() };
+            let deadline = asked.unwrap_or_else(|| Instant::now() + ANSWER_WITHIN);
+            if dialer.asked(connection, deadline).await && connection.idle().await {
+                tested.keep(&dialer);
+            } else {
+                tested.close();
+            }
+        }));
     }
 }
 

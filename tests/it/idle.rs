@@ -1,5 +1,6 @@
 //! Connections that have been idle: tested before they are handed out, where their sockets may have died without a word.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -72,6 +73,97 @@ async fn impatient_callers_get_past_dead_connections() {
         failed += 1;
         assert!(failed < 8, "each dead connection costs a caller");
     }
+}
+
+/// A caller with less time than a round trip takes shows nothing about the connection that is tested for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn impatient_callers_close_no_good_connections() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let admin = cluster.direct(Node(0)).await;
+    let sessions = async || {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE application_name = 'idle' ORDER BY pid";
+        admin.query(sql, &[]).await.unwrap().iter().map(|row| row.get::<_, i32>(0)).collect::<Vec<_>>()
+    };
+    for used in [true, false] {
+        let never = Duration::from_secs(3600);
+        let url = format!("postgres://app@{}/app", tap.addr());
+        let builder = Pool::builder(url).unwrap().max_size(4).min_idle(4).application_name("idle");
+        let pool = builder.heartbeat_interval(never).patrol_interval(never).test_idle_after(IDLE).build().unwrap();
+        eventually("four are ready", PATIENCE, async || pool.status().available == 4).await;
+        if used {
+            let mut held = Vec::new();
+            for _ in 0..4 {
+                held.push(pool.get().await.unwrap());
+            }
+        }
+        sleep(IDLE * 2).await;
+        let before = sessions().await;
+        tap.stall(true);
+        for _ in 0..3 {
+            assert!(pool.get_within(Duration::from_millis(30)).await.is_err(), "used: {used}");
+        }
+        tap.stall(false);
+        eventually("four are there again", PATIENCE, async || pool.status().available == 4).await;
+        for _ in 0..4 {
+            pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+        }
+        assert_eq!(sessions().await, before, "used: {used}");
+        pool.close();
+        eventually("the pool's sessions have ended", PATIENCE, async || sessions().await.is_empty()).await;
+    }
+}
+
+/// A stall that is shorter than what kills a server costs the connection that was tested, and no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stall_closes_one_idle_connection_at_most() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let admin = cluster.direct(Node(0)).await;
+    let url = format!("postgres://app@{}/app", tap.addr());
+    let builder = Pool::builder(url).unwrap().max_size(8).min_idle(8).application_name("stalls");
+    let pool = builder.heartbeat_interval(Duration::from_secs(3600)).test_idle_after(IDLE).build().unwrap();
+    eventually("eight are ready", PATIENCE, async || pool.status().available == 8).await;
+    let sessions = async || {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE application_name = 'stalls'";
+        admin.query(sql, &[]).await.unwrap().iter().map(|row| row.get::<_, i32>(0)).collect::<HashSet<_>>()
+    };
+    let before = sessions().await;
+    sleep(IDLE * 2).await;
+    tap.stall(true);
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get_within(PATIENCE).await.map(drop) }
+    });
+    // The test of the connection takes half a second.
+    sleep(Duration::from_millis(700)).await;
+    tap.stall(false);
+    waits.await.unwrap().unwrap();
+    eventually("eight are there again", PATIENCE, async || pool.status().available == 8).await;
+    let ended = before.difference(&sessions().await).count();
+    assert!(ended <= 2, "{ended} sessions of {} have ended", before.len());
+}
+
+/// What callers take and keep is replaced, before another caller has to wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_callers_keep_is_replaced_by_others_that_are_idle() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().max_size(16).min_idle(4).build().unwrap();
+    let is_filled = async || pool.status().available == 4;
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        eventually("four are idle", Duration::from_secs(5), is_filled).await;
+        held.push(pool.get().await.unwrap());
+        held.push(pool.get().await.unwrap());
+    }
+    eventually("four are idle", Duration::from_secs(5), is_filled).await;
+    // So it is for those that were given back and taken again.
+    held.truncate(2);
+    eventually("all are idle", PATIENCE, async || pool.status().available >= 8).await;
+    for _ in 0..6 {
+        held.push(pool.get().await.unwrap());
+    }
+    eventually("four are idle", Duration::from_secs(5), async || pool.status().available >= 4).await;
 }
 
 /// A pool built by hand tests its connections too.

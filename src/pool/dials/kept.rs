@@ -1,0 +1,112 @@
+//! The connections that no caller has at the moment: taken for a caller, closed when they are too old, or doubted.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use deadpool::managed::WeakPool;
+use tokio::time::Instant;
+
+use super::{Connection, Dials, Ready, Room};
+use crate::cluster::Cluster;
+use crate::server::SessionClient;
+
+impl<C: SessionClient> Dials<C> {
+    /// Gives an idle connection to a caller that began to wait just after the connection was given back.
+    pub(in crate::pool) fn offer_idle(&self) {
+        if let Some(connection) = self.take_idle() {
+            self.hand(connection);
+        }
+    }
+
+    /// Closes unusable connections, and up to `surplus` others that have been idle for this long. Returns how many it
+    /// closed.
+    pub(in crate::pool) fn reap(&self, cluster: &Cluster<C>, idle_for: Duration, surplus: &mut usize) -> usize {
+        let mut reaped = Vec::new();
+        let mut book = self.book();
+        for ready in std::mem::take(&mut book.ready) {
+            if ready.connection.stale(cluster) || (*surplus > 0 && ready.since.elapsed() >= idle_for) {
+                *surplus = surplus.saturating_sub(1);
+                reaped.push(ready);
+            } else {
+                book.ready.push(ready);
+            }
+        }
+        // Dropping a connection takes the lock, so release it first.
+        drop(book);
+        reaped.len()
+    }
+
+    /// A caller has taken one of the idle connections. Where there are too few left, others are opened.
+    pub(in crate::pool) fn taken(&self) {
+        let min = self.min_idle.load(Ordering::Relaxed);
+        if min == 0 {
+            return;
+        }
+        let pool = self.pool.get().and_then(WeakPool::upgrade);
+        if pool.is_some_and(|pool| pool.status().available + self.ready() < min) {
+            self.room.changed.notify_one();
+        }
+    }
+
+    /// Takes out the idle connections whose servers have been silent at least since then.
+    pub(in crate::pool) fn take_silent(&self, heard_at: u64) -> Vec<Connection<C>> {
+        let silent = |connection: &Connection<C>| connection.facts().notices.activity.heard_at() <= heard_at;
+        let mut taken = Vec::new();
+        let mut book = self.book();
+        for ready in std::mem::take(&mut book.ready) {
+            if silent(&ready.connection) { taken.push(ready.connection) } else { book.ready.push(ready) }
+        }
+        drop(book);
+        if let Some(pool) = self.pool.get().and_then(WeakPool::upgrade) {
+            taken.extend(pool.retain(|connection, _| !silent(connection)).removed);
+        }
+        taken
+    }
+
+    pub(in crate::pool) fn doubted(&self) -> usize {
+        self.room.doubted.load(Ordering::Acquire)
+    }
+
+    /// While this exists, one connection is doubted.
+    pub(in crate::pool) fn doubt(&self) -> Doubt {
+        self.room.doubted.fetch_add(1, Ordering::AcqRel);
+        Doubt(Arc::clone(&self.room))
+    }
+
+    /// Takes back a connection that was doubted, unless another one has been opened in its place.
+    pub(in crate::pool) fn take_back(&self, connection: Connection<C>) {
+        let mut book = self.book();
+        if self.room.live.load(Ordering::Acquire) + book.dialing > self.max_size.load(Ordering::Relaxed) {
+            // Dropping a connection runs foreign code, so release the lock first.
+            drop(book);
+            return;
+        }
+        if let Some(Ok(connection)) = self.deliver(&mut book, Ok(connection)) {
+            book.ready.push(Ready { connection, since: Instant::now() });
+        }
+    }
+
+    /// Takes an idle connection of the pool that may be handed out.
+    pub(super) fn take_idle(&self) -> Option<Connection<C>> {
+        let pool = self.pool.get()?.upgrade()?;
+        let mut found = false;
+        // `retain` begins with the oldest connection, which serves as well.
+        let taken = pool.retain(|connection, _| {
+            let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
+            found |= take;
+            !take
+        });
+        taken.removed.into_iter().next()
+    }
+}
+
+/// One connection that is doubted: its server has been silent for as long as another one that gave no answer.
+pub(in crate::pool) struct Doubt(Arc<Room>);
+
+impl Drop for Doubt {
+    fn drop(&mut self) {
+        self.0.doubted.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_one();
+    }
+}
