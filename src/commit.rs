@@ -34,7 +34,6 @@ pub enum Guarantee {
     /// How many crashes and failovers between BEGIN and the question can be settled depends on what the role may read:
     /// [`Status::evidence`](crate::Status::evidence). With the function of `sql/history.sql` it is any number; without
     /// it, one. After more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
-    /// more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
     /// Like `ExactlyOnce`, but settled by a table. It is exact under any number of failovers, and writes one row per
@@ -200,8 +199,8 @@ pub enum Unsettled {
     /// The primary does not show that its timeline continues the transaction's: see
     /// [`Status::evidence`](crate::Status::evidence).
     #[error(
-        "the primary does not show that its timeline continues the one that it began on: sql/history.sql or the role \
-         pg_monitor lets the pool see it"
+        "the primary does not show that its timeline continues the one that it began on: sql/history.sql lets the \
+         pool see it, and up to PostgreSQL 16 so does the role pg_monitor"
     )]
     Unproven,
     /// The server was shut down and started since BEGIN, and does not show whether it had crashed before, which

@@ -156,7 +156,7 @@ pub(crate) async fn look(
     primaries_since: u64,
     verified: Option<Life>,
 ) -> Result<Said, Option<Error>> {
-    let row = match only_row(client, &question(xid, PARTS)).await {
+    let row = match only_row(client, &question(xid, PARTS.map(|(part, _)| part))).await {
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
             only_row(client, &question(xid, offered(client).await)).await?
@@ -166,22 +166,31 @@ pub(crate) async fn look(
     said(&row, primaries_since, verified).map_err(|_| None)
 }
 
-/// The parts of the answer that the rule can do without. Without one of the last five it settles less; the first two
-/// are known of a verified server.
-const PARTS: [&str; 7] = [IDENTIFIER, TIMELINE, RECEIVED, STATS_RESET, CHECKPOINTED, EVIDENCE, STOPPED];
+/// The parts of the answer that the rule can do without, and what stands for each that is withheld. Without one of the
+/// last five the rule settles less; the first two are known of a verified server.
+const PARTS: [(&str, &str); 7] = [
+    (IDENTIFIER, "NULL"),
+    (TIMELINE, "NULL"),
+    (RECEIVED, "NULL"),
+    (STATS_RESET, "NULL"),
+    (CHECKPOINTED, "NULL"),
+    (EVIDENCE, "NULL"),
+    // NULL would say that there was no such checkpoint. This says that it proves nothing.
+    (STOPPED, "'0/0'::pg_lsn"),
+];
 
 const IDENTIFIER: &str = "(SELECT system_identifier FROM pg_control_system())";
 
-/// Returns the parts that this role may ask for. Each part is tried alone.
+/// Returns each part, or what stands for it if this role may not ask for it. Each part is tried alone.
 async fn offered(client: &Client) -> [&'static str; 7] {
-    let refused = PARTS.map(|part| async move {
+    let refused = PARTS.map(|(part, _)| async move {
         let asked = rows(client, &format!("{UNDISTURBED} SELECT {part}")).await;
         asked.is_err_and(|error| not_offered(&error))
     });
-    let mut parts = PARTS;
-    for (part, refused) in parts.iter_mut().zip(join_all(refused).await) {
+    let mut parts = PARTS.map(|(part, _)| part);
+    for ((part, (_, withheld)), refused) in parts.iter_mut().zip(PARTS).zip(join_all(refused).await) {
         if refused {
-            *part = "NULL";
+            *part = withheld;
         }
     }
     parts
@@ -267,16 +276,18 @@ fn followed(timeline: u32) -> String {
 /// How many transactions sign a timeline. They are as many random bits, so no other history has them by chance.
 const SIGNED_BY: u32 = 32;
 
-/// Signs the timeline of a server in this life. The session must have no transaction open. `None`: another server
+/// Signs the timeline of a server in this life. Rolls back what is open on the session. `None`: another server
 /// answered, or its answer cannot be read.
 pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<Option<Signature>, Error> {
     let outcomes: Vec<bool> = (0..SIGNED_BY).map(|bit| pattern >> bit & 1 == 1).collect();
     // These commits need no wait for the disk: a history with a later WAL record contains them too.
     let begin = "START TRANSACTION; SET LOCAL synchronous_commit = off; SELECT pg_catalog.pg_current_xact_id()";
+    // A wrapped pool may hand on a connection in somebody's open transaction, which the first END would commit.
+    let clean = "BEGIN; ROLLBACK";
     let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
     let signing: String = outcomes.iter().map(one).collect();
     // A proxy sends each message to one server.
-    let sql = format!("{signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
+    let sql = format!("{clean}; {signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
     let mut rows = rows(client, &sql).await?;
     let who = rows.pop().unwrap_or_default();
     let verified = is_of(life, &who, 0, 1).unwrap_or(false);

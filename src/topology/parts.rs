@@ -73,7 +73,7 @@ impl Part {
             Self::Position => "GRANT EXECUTE ON FUNCTION pg_current_wal_insert_lsn(), pg_last_wal_replay_lsn() TO …",
             Self::Replay => "GRANT EXECUTE ON FUNCTION pg_last_wal_replay_lsn() TO …",
             Self::Statistics => "GRANT SELECT ON pg_stat_bgwriter TO …",
-            Self::Checkpoint => "GRANT EXECUTE ON FUNCTION pg_control_checkpoint() TO …",
+            Self::Checkpoint => "GRANT EXECUTE ON FUNCTION pg_control_checkpoint(), pg_control_init() TO …",
             Self::Evidence => "GRANT SELECT ON pg_proc, pg_namespace, pg_roles TO …",
         }
     }

@@ -107,7 +107,8 @@ pub(crate) const EVIDENCE: &str = "\
                          AND p.pronargs = 2 AND p.prosecdef AND p.proowner = r.oid AND r.rolsuper \
                          AND has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute')) \
          THEN 'function' \
-         WHEN has_function_privilege('pg_ls_waldir()', 'execute') THEN 'files' \
+         WHEN current_setting('server_version_num') < '170000' AND has_function_privilege('pg_ls_waldir()', 'execute') \
+         THEN 'files' \
          ELSE 'none' END";
 
 /// Ends when the server is no longer a standby, or the promotion wait is over. The returned rows do not matter.
@@ -158,7 +159,7 @@ impl fmt::Display for Lsn {
 
 /// An answer to the probe that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the server's answer to the probe makes no sense: expected {expected}, got `{got}`")]
+#[error("a server's answer makes no sense: expected {expected}, got `{got}`")]
 pub struct BadReport {
     expected: &'static str,
     got: String,
@@ -189,7 +190,8 @@ pub enum Evidence {
     /// checkpoint, or if the cluster has never failed over before.
     Checkpoint,
     /// `pg_ls_waldir()`, which members of `pg_monitor` may call: the names of the files in `pg_wal` show that a
-    /// timeline was followed. This settles a commit after one crash or promotion.
+    /// timeline was followed. This settles a commit after one crash or promotion. From PostgreSQL 17 on the names prove
+    /// nothing, because `pg_rewind` may keep a file of a timeline that it leaves.
     Files,
     /// `failover.wal_history` of `sql/history.sql`, which a superuser creates once: it shows the ancestors of the
     /// timeline, and whether the transaction's mark is in the WAL. This settles a commit after any number of crashes

@@ -541,6 +541,22 @@ async fn a_transaction_left_open_by_the_owner_is_not_joined() {
     assert_eq!(ids(&cluster).await, [1, 2]);
 }
 
+/// Nor by the signature of a timeline, which the first transaction on it writes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_left_open_by_the_owner_is_not_committed_by_a_signature() {
+    let cluster = started().await;
+    cluster.kill(cluster.primary()).await;
+    cluster.promote(cluster.most_advanced_standby().await).await;
+    for seed in 0..8 {
+        let existing = existing(&cluster);
+        existing.resize(1);
+        existing.get().await.unwrap().batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
+        let pool: Pool = Pool::wrap(existing).seed(seed).build().unwrap();
+        write(&pool, 1).await.unwrap();
+    }
+    assert_eq!(ids(&cluster).await, [1; 8]);
+}
+
 /// A session whose prepared statements are gone marks its transactions all the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_owner_who_discards_all_costs_no_transaction() {

@@ -303,3 +303,24 @@ async fn a_leader_that_was_recovered_in_single_user_mode_is_not_guessed() {
         }
     }
 }
+
+/// The position that tells a recovery which nobody saw is withheld from the role: that is not as if there had been none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_recovery_that_may_not_be_looked_for_is_not_ruled_out() {
+    let case = Case::new(single(), Right::Nothing).await;
+    let cluster = &case.bench.cluster;
+    let revoke = "REVOKE EXECUTE ON FUNCTION pg_control_init() FROM public";
+    cluster.direct(Node(0)).await.batch_execute(revoke).await.unwrap();
+    Fate::Unwritten.prepare(cluster).await;
+    let fault = async |scene: &Scene| {
+        let cluster = &scene.cluster;
+        Fate::Unwritten.decide(scene).await;
+        cluster.kill(Node(0)).await;
+        cluster.recover_in_single_user_mode(Node(0), true).await;
+        cluster.start_read_only(Node(0)).await;
+        cluster.stop_background(Node(0), Background::Checkpointer).await;
+        cluster.promote(Node(0)).await;
+        scene.give_id_away().await;
+    };
+    case.assert(Fate::Unwritten.cut(), fault, Answer::Unknown(&[Unsettled::Restarted])).await;
+}
