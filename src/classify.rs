@@ -129,12 +129,14 @@ pub(crate) fn classify_report(report: &DbError) -> Verdict {
     of_report(report, Level::of(report))
 }
 
-/// Whether this answer to `COMMIT` proves that the transaction was rolled back. If it does not, the outcome is in
-/// doubt.
+/// Whether this answer to `COMMIT` proves that the transaction was rolled back, if the server was ready for the next
+/// message afterwards. If it does not, the outcome is in doubt.
 ///
-/// A server can report an `ERROR` only before it writes the commit record, because any failure after that is a PANIC.
-/// But this holds only for reports of the server itself. A proxy sends the same message when the server behind it is
-/// gone. A server names the reporting routine in each of its errors, and proxies do not, which tells the two apart.
+/// A server that fails before it has written the commit record reports an `ERROR` and goes on. If it fails behind the
+/// record, it may report an `ERROR` too, but then it ends with a PANIC (`RecordTransactionAbort` in `xact.c`: "cannot
+/// abort transaction, it was already committed"). All this holds only for reports of the server itself. A proxy sends
+/// the same message when the server behind it is gone. A server names the reporting routine in each of its errors, and
+/// proxies do not, which tells the two apart.
 pub(crate) fn commit_refused(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -161,11 +163,17 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
     }
 }
 
+/// Whether the server itself reports this, and no proxy.
+pub(crate) fn is_the_servers(error: &Error) -> bool {
+    matches!(Kind::of(error), Kind::Db(db) if db.routine().is_some())
+}
+
 /// Whether the statement that looks for the pool's own transaction before COMMIT found another one or none. That
 /// statement then divides by zero, or reads a setting that is empty or unknown.
 pub(crate) fn not_ours(error: &Error) -> bool {
     let codes = [SqlState::DIVISION_BY_ZERO, SqlState::INVALID_TEXT_REPRESENTATION, SqlState::UNDEFINED_OBJECT];
-    reports(error, &codes)
+    // With `exit_on_error`, the session ends with it.
+    error.code().is_some_and(|code| codes.contains(code))
 }
 
 /// Whether the server had no transaction to end.

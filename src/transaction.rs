@@ -30,7 +30,7 @@ use tokio_postgres::IsolationLevel;
 
 use crate::commit::Guarantee;
 use crate::error::Error;
-use crate::pool::{Client, Pool};
+use crate::pool::{CancelToken, Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use decide::Mode;
@@ -108,7 +108,8 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Like [`Pool::transaction`], but read-only, so that it can be run again at any point. A statement that writes
-    /// fails with SQLSTATE 25006, and is not run again.
+    /// fails with SQLSTATE 25006, and is not run again. Do not make it writable in the closure (`SET TRANSACTION READ
+    /// WRITE`), and do not send `NOTIFY` in it, which PostgreSQL allows: both may then happen twice.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -296,6 +297,31 @@ impl<C: SessionClient> Transaction<C> {
     pub async fn savepoint(&mut self) -> Result<Savepoint<'_, C>, Error> {
         Savepoint::set(&self.client, 1).await
     }
+
+    /// Returns a token that can cancel what this session runs, from anywhere. A statement that is cancelled fails with
+    /// 57014, and the work does not run again.
+    ///
+    /// Use the token while the closure runs. Later it may hit COMMIT's wait for a synchronous standby: the commit is
+    /// then in doubt, and is settled as usual.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// pool.transaction(async |tx| {
+    ///     let token = tx.cancel_token();
+    ///     let report = tx.query("SELECT pg_sleep(60)", &[]);
+    ///     if tokio::time::timeout(std::time::Duration::from_secs(1), report).await.is_err() {
+    ///         token.cancel().await?;
+    ///     }
+    ///     Ok(())
+    /// })
+    /// .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn cancel_token(&self) -> CancelToken {
+        self.client.cancel_token()
+    }
 }
 
 impl<C: SessionClient> Deref for Transaction<C> {
@@ -343,6 +369,12 @@ impl<'a, C: SessionClient> Savepoint<'a, C> {
     pub async fn rollback(mut self) -> Result<(), Error> {
         self.open = false;
         Ok(self.client.batch_execute(&self.undo()).await?)
+    }
+
+    /// Returns a token that can cancel what this session runs. See [`Transaction::cancel_token`].
+    #[must_use]
+    pub fn cancel_token(&self) -> CancelToken {
+        self.client.cancel_token()
     }
 
     fn name(&self) -> String {

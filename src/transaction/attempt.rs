@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use tokio::time::{Instant, timeout};
 
 use super::Transaction;
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::Earlier;
+use super::earlier::{ClosuresEnd, Earlier, Unsent};
 use super::finish::{Answer, Known, Look, Proof, Undone};
 use super::marks::{Begin, MarkWith};
 use super::nested;
 use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_free};
-use super::verdict::{Session, judge_begin};
+use super::verdict::{Session, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
 use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
@@ -62,7 +62,7 @@ impl<T> Unanswered<T> {
             return Ended::InDoubt(self);
         }
         let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
-        let Failed { verdict, error, .. } = failed;
+        let Failed { verdict, error, session } = failed;
         // Boxed, as it is rare and large, and every waiting call would carry it.
         match Box::pin(settle(pool, &mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
@@ -71,7 +71,8 @@ impl<T> Unanswered<T> {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
-                Ended::Absent(Earlier { mark, value, absent_from }, Failed::new(verdict, error))
+                let verdict = judge_absent(verdict, &session);
+                Ended::Absent(Earlier { mark, value, absent_from }, Failed { verdict, error, session })
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }
@@ -122,6 +123,8 @@ pub(super) struct Attempt<C: SessionClient> {
     mark: OnceLock<Mark>,
     /// The closure has started.
     pub(super) begun: AtomicBool,
+    /// The session's last COMMIT when the closure started.
+    last_commit: AtomicU64,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
@@ -148,16 +151,17 @@ impl<C: SessionClient> Attempt<C> {
             limit,
             mark: OnceLock::new(),
             begun: AtomicBool::new(false),
+            last_commit: AtomicU64::new(0),
         }
     }
 
-    /// `lost` receives the mark of an attempt whose session ended, or whose time was over, before COMMIT was sent.
+    /// `lost` receives the transaction of an attempt whose session ended, or whose time was over, before COMMIT was sent.
     pub(super) async fn run<T, F, Fut>(
         mut self,
         begin: &Begin,
         mode: Mode,
         work: &mut F,
-        lost: &mut Option<Mark>,
+        lost: &mut Option<Unsent>,
     ) -> Ended<T>
     where
         F: FnMut(Transaction<C>) -> Fut,
@@ -181,18 +185,59 @@ impl<C: SessionClient> Attempt<C> {
                     Fault::Met(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
                     Fault::Closure(error) => self.closure_failed(mode, error).await,
                 };
-                if failed.verdict.is_loss() || self.client().is_closed() || self.client().is_evicted() {
-                    *lost = self.mark.take();
+                // If the session did not answer that it has rolled back, the closure may have committed by itself.
+                if failed.verdict.is_loss() || !self.held.clean {
+                    *lost = self.unsent();
                 }
                 Ended::Failed(Stage::Body, failed)
             }
             Err(after) => {
                 self.pool().suspect(self.client().generation(), Suspicion::Connection);
                 // The closure may have committed by itself before the limit was over.
-                *lost = self.mark.take();
+                *lost = self.unsent();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
         }
+    }
+
+    fn unsent(&mut self) -> Option<Unsent> {
+        let closures = self.closures_end();
+        Unsent::of(self.mark.take(), closures)
+    }
+
+    /// The server did not carry out COMMIT. If the session did not answer that it has rolled back, the closure may have
+    /// committed by itself before.
+    fn refused<T>(&self, failed: Failed, unsent: Option<Unsent>, lost: &mut Option<Unsent>) -> Ended<T> {
+        if !self.held.clean {
+            *lost = unsent;
+        }
+        Ended::Failed(Stage::Refused, failed)
+    }
+
+    /// What the closure has sent that would end the transaction.
+    fn closures_end(&self) -> ClosuresEnd {
+        if self.client().is_committing() {
+            return ClosuresEnd::UnderWay;
+        }
+        match self.client().last_commit() {
+            Some(last) if last == self.last_commit.load(Ordering::Relaxed) => ClosuresEnd::NotSent,
+            Some(_) => ClosuresEnd::Sent,
+            None => ClosuresEnd::Unwatched,
+        }
+    }
+
+    /// What the closure has kept, which makes COMMIT impossible.
+    async fn kept(&self) -> Option<RolledBack> {
+        if self.is_shared() {
+            return Some(RolledBack::HandleKept);
+        }
+        if self.client().has_streamed() && !is_free(self.client()).await {
+            return Some(RolledBack::StreamKept);
+        }
+        if self.client().trail().has_misread() && !answers(self.client()).await {
+            return Some(RolledBack::StreamKept);
+        }
+        None
     }
 
     /// Waits for what ends the closure early: the time limit, or the eviction of its session.
@@ -223,6 +268,7 @@ impl<C: SessionClient> Attempt<C> {
             // Setting it cannot fail, as an attempt begins only once.
             let _ = self.mark.set(mark);
         }
+        self.last_commit.store(self.client().last_commit().unwrap_or_default(), Ordering::Relaxed);
         self.begun.store(true, Ordering::Relaxed);
         self.client().trail().forget();
         let trail = Arc::clone(self.client().trail());
@@ -231,23 +277,19 @@ impl<C: SessionClient> Attempt<C> {
         done.map_err(Fault::Closure)
     }
 
-    async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Mark>) -> Ended<T> {
-        if self.is_shared() {
-            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::HandleKept));
-        }
-        if self.client().has_streamed() && !is_free(self.client()).await {
-            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
-        }
-        if self.client().trail().has_misread() && !answers(self.client()).await {
-            return Ended::before_commit(Verdict::Application, Error::RolledBack(RolledBack::StreamKept));
+    async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Unsent>) -> Ended<T> {
+        if let Some(kept) = self.kept().await {
+            // The closure may have committed by itself before.
+            *lost = self.unsent();
+            return Ended::before_commit(Verdict::Application, Error::RolledBack(kept));
         }
         if self.client().is_evicted() {
-            *lost = self.mark.take();
+            *lost = self.unsent();
             let (verdict, error) = evicted();
             return Ended::before_commit(verdict, error);
         }
-        // Nothing is sent on a session that has ended, so then the transaction is certainly not committed.
-        let never_sent = self.client().is_closed();
+        // On a session that has ended the pool sends no COMMIT. But the closure may have sent one.
+        let (never_sent, ended) = (self.client().is_closed(), self.closures_end());
         let known = self.known(mode);
         let look = self.look(known);
         let (sql, mark) = (known.commit(look), self.mark.take());
@@ -283,26 +325,33 @@ impl<C: SessionClient> Attempt<C> {
                 let ending = self.ended_before(known).await;
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
-            (_, None) => Ended::Committed(value),
+            // No answer without an error leaves it open.
+            (_, None) => {
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
+                Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
+            }
             (Proof::Unchecked, Some(error)) => {
                 self.pool().check_refused(self.check, &explain(&error));
-                Ended::Failed(Stage::Refused, self.not_checked(known, error).await)
+                let failed = self.not_checked(known, error).await;
+                self.refused(failed, Unsent::of(mark, ended), lost)
             }
             (Proof::Unprepared, Some(error)) => {
                 self.pool().check_is_gone();
-                Ended::Failed(Stage::Refused, self.not_checked(known, error).await)
+                let failed = self.not_checked(known, error).await;
+                self.refused(failed, Unsent::of(mark, ended), lost)
             }
             (Proof::Refused { over }, Some(error)) => {
-                Ended::Failed(Stage::Refused, self.commit_refused(known, over, error).await)
+                let failed = self.commit_refused(known, over, error).await;
+                self.refused(failed, Unsent::of(mark, ended), lost)
             }
             (Proof::Nothing, Some(error)) => {
                 self.suspect();
                 if never_sent {
-                    *lost = mark;
+                    *lost = Unsent::of(mark, ended);
                     return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
                 }
-                let failed = Failed::new(classify(&error), error);
-                Ended::InDoubt(Unanswered { value, mark, failed })
+                let (verdict, session) = (classify(&error), self.session_after(&error).await);
+                Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into(), session } })
             }
         }
     }
@@ -326,7 +375,8 @@ impl<C: SessionClient> Attempt<C> {
     /// `over`: the transaction is already rolled back.
     async fn commit_refused(&mut self, known: Known, over: bool, error: tokio_postgres::Error) -> Failed {
         self.suspect();
-        let verdict = classify(&error);
+        let session = self.session_after(&error).await;
+        let verdict = judge_absent(classify(&error), &session);
         let undone = if over {
             self.roll_back().await;
             Undone::Here
@@ -335,7 +385,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         let failed = match verdict {
             Verdict::Aborted => self.failed_inside().await,
-            _ => Failed::new(verdict, error),
+            _ => Failed { verdict, error: error.into(), session },
         };
         undone.explains(failed)
     }

@@ -11,10 +11,10 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::settle::{Inside, Mark, Outcome, ended_inside, settle};
+use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
-use crate::error::{CommitUnknown, EndedInside, Error};
+use crate::error::{CommitUnknown, EndedInside, Ending, Error};
 use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
 use crate::topology::GenerationId;
@@ -71,34 +71,89 @@ pub(super) fn shows_primary(verdict: Verdict) -> bool {
     !verdict.is_loss() && verdict != Verdict::ReadOnly
 }
 
-/// An attempt whose session was lost before the pool sent COMMIT.
+/// The transaction of an attempt for which the pool sent no COMMIT, because its session was lost or its time was over.
+#[derive(Debug)]
+pub(super) struct Unsent {
+    pub(super) mark: Mark,
+    pub(super) closures: ClosuresEnd,
+}
+
+/// What the closure itself has sent that would end the transaction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClosuresEnd {
+    /// A COMMIT that was not answered.
+    UnderWay,
+    /// A COMMIT, by the text of what was sent.
+    Sent,
+    NotSent,
+    /// The session of a wrapped pool, whose driver is not this crate's.
+    Unwatched,
+}
+
+impl ClosuresEnd {
+    fn is_sent(self) -> bool {
+        matches!(self, Self::UnderWay | Self::Sent)
+    }
+}
+
+impl Unsent {
+    pub(super) fn of(mark: Option<Mark>, closures: ClosuresEnd) -> Option<Self> {
+        mark.map(|mark| Self { mark, closures })
+    }
+
+    /// Finds out whether the closure has ended the transaction itself, if this session's server can tell.
+    async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
+        let found = ended_inside(client, &self.mark).await;
+        match (&found, self.closures) {
+            (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay) => {}
+            // Only a settler can tell of a ledger's row in another life of the server.
+            (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
+            (Some(Inside::Untold), ClosuresEnd::Sent | ClosuresEnd::Unwatched) => {
+                return Some(Inside::Ended(Ending::Unknown));
+            }
+            _ => return found,
+        }
+        // The server may still be busy with the closure's COMMIT. Boxed, as it is rare and large.
+        Some(match Box::pin(settle(client.pool(), &self.mark, deadline)).await {
+            Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
+            Ok((Outcome::NotCommitted, _)) => Inside::No,
+            Err(_) => Inside::Ended(Ending::Unknown),
+        })
+    }
+}
+
+/// An attempt after which the work runs again, although its closure may have committed.
 pub(super) struct Lost {
-    mark: Mark,
+    unsent: Unsent,
     error: Error,
     /// The generation whose primary was last asked about it.
     asked: Option<GenerationId>,
 }
 
 impl Lost {
-    pub(super) fn new(mark: Mark, error: Error) -> Self {
-        Self { mark, error, asked: None }
+    pub(super) fn new(unsent: Unsent, error: Error) -> Self {
+        Self { unsent, error, asked: None }
     }
 }
 
 /// Finds out whether a closure committed or prepared one of them itself, which nothing else would show. Asks once on each
 /// primary.
-pub(super) async fn found_ended<C: SessionClient>(client: &Client<C>, lost: &mut Vec<Lost>) -> Option<Error> {
+pub(super) async fn found_ended<C: SessionClient>(
+    client: &Client<C>,
+    lost: &mut Vec<Lost>,
+    deadline: Instant,
+) -> Option<Error> {
     let generation = client.generation();
     for index in 0..lost.len() {
         let Some(attempt) = lost.get_mut(index).filter(|attempt| attempt.asked != Some(generation)) else {
             continue;
         };
-        match ended_inside(client, &attempt.mark).await {
+        match attempt.unsent.ended(client, deadline).await {
             Some(Inside::Ended(ending)) => {
                 let error = lost.swap_remove(index).error;
                 return Some(EndedInside::error(ending, Some(error)));
             }
-            Some(Inside::No) => attempt.asked = Some(generation),
+            Some(Inside::No | Inside::InProgress | Inside::Untold) => attempt.asked = Some(generation),
             // It is asked about again at the next attempt.
             None => {}
         }
@@ -106,16 +161,29 @@ pub(super) async fn found_ended<C: SessionClient>(client: &Client<C>, lost: &mut
     None
 }
 
+/// Returns the error of a call that finds no connection any more. If a closure has sent a COMMIT of its own that nobody can
+/// be asked about, the error says so.
+pub(super) fn unless_sent(lost: &[Lost], error: Error) -> Error {
+    if lost.iter().any(|attempt| attempt.unsent.closures.is_sent()) {
+        return EndedInside::error(Ending::Unknown, Some(error));
+    }
+    error
+}
+
 /// Returns the error of a call that will not run again. If the closure of its last attempt has ended the transaction itself,
 /// the error says so. This is asked only if a primary is there: the call does not wait for one.
-pub(super) async fn or_ended_at_last<C: SessionClient>(pool: &Pool<C>, mark: Mark, error: Error) -> Error {
+pub(super) async fn or_ended_at_last<C: SessionClient>(pool: &Pool<C>, unsent: Unsent, error: Error) -> Error {
     // This is rare and large. Without the box, every waiting call would carry it.
     let asked = Box::pin(async {
-        let client = pool.get_for_transaction(Instant::now() + ASKED_WITHIN).await.ok()?;
-        ended_inside(&client, &mark).await
+        let within = Instant::now() + ASKED_WITHIN;
+        let client = pool.get_for_transaction(within).await.ok()?;
+        unsent.ended(&client, within).await
     });
-    match timeout(ASKED_WITHIN, asked).await {
+    let limit = if unsent.closures == ClosuresEnd::UnderWay { AT_LEAST } else { ASKED_WITHIN };
+    match timeout(limit, asked).await {
         Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),
+        Ok(Some(Inside::No | Inside::InProgress | Inside::Untold)) => error,
+        _ if unsent.closures.is_sent() => EndedInside::error(Ending::Unknown, Some(error)),
         _ => error,
     }
 }

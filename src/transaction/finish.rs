@@ -7,14 +7,19 @@
 //! are counted. In the first message of a session, one more prepares the second. Pure functions decide what an answer means. The tests are in `tests/it/finish.rs`.
 
 use std::pin::pin;
+use std::time::Duration;
 
 use futures_util::StreamExt;
+use tokio::time::timeout;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use crate::classify::{commit_refused, no_transaction, not_offered, not_ours, not_prepared};
+use crate::classify::{commit_refused, is_the_servers, no_transaction, not_offered, not_ours, not_prepared};
 use crate::commit::Nonce;
 use crate::error::Ending;
 use crate::pool::Check;
+
+/// How long the rest of an answer may take after an error. The server sends it at once.
+const ENDS_WITHIN: Duration = Duration::from_secs(2);
 
 /// Set by BEGIN for one transaction. The value disappears with the transaction, however it ends.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
@@ -155,6 +160,8 @@ pub(super) struct Answer {
     pub(super) values: Vec<Option<String>>,
     /// The error that came after that.
     pub(super) error: Option<Error>,
+    /// The server has finished the message, and takes the next one.
+    pub(super) ready: bool,
 }
 
 impl Answer {
@@ -167,19 +174,32 @@ impl Answer {
             Err(error) => return Self { error: Some(error), ..answer },
         };
         let mut messages = pin!(messages);
-        while let Some(message) = messages.next().await {
+        loop {
+            let next = match answer.error {
+                None => messages.next().await,
+                Some(_) => match timeout(ENDS_WITHIN, messages.next()).await {
+                    Ok(next) => next,
+                    Err(_) => return answer,
+                },
+            };
+            let Some(message) = next else { break };
             match message {
                 Ok(SimpleQueryMessage::CommandComplete(_)) => answer.completed += 1,
                 Ok(SimpleQueryMessage::Row(row)) if !row.is_empty() => {
                     answer.values.push(row.try_get(0).ok().flatten().map(str::to_owned));
                 }
                 Ok(_) => {}
+                // More may follow: an error, and then the end of the server.
+                Err(error) if error.as_db_error().is_some() => {
+                    answer.error.get_or_insert(error);
+                }
                 Err(error) => {
-                    answer.error = Some(error);
-                    break;
+                    answer.error.get_or_insert(error);
+                    return answer;
                 }
             }
         }
+        answer.ready = true;
         answer
     }
 }
@@ -233,7 +253,10 @@ impl Known {
                 Proof::Unprepared
             }
             Some(error) if looked.contains(&answer.completed) && insisted && not_offered(error) => Proof::Unchecked,
-            Some(error) if commit_refused(error) => Proof::Refused { over: answer.completed >= before },
+            // COMMIT was not reached.
+            Some(error) if answer.completed < before && is_the_servers(error) => Proof::Refused { over: false },
+            // A server that fails behind the commit record reports that error first, and then stops.
+            Some(error) if answer.ready && commit_refused(error) => Proof::Refused { over: answer.completed >= before },
             Some(_) => Proof::Nothing,
         }
     }

@@ -6,10 +6,9 @@ use tracing::{Instrument, Span};
 
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{Lost, find, found_ended, or_ended_at_last, shows_primary, unless_denied};
+use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
 use super::marks::MarkWith;
 use super::nested::Inner;
-use super::settle::Mark;
 use super::verdict::{Bounds, Session, Word, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
@@ -31,7 +30,7 @@ where
     let result = match attempts(&options, &span, &mut unsent, work).instrument(span.clone()).await {
         Ok(value) => Ok(value),
         Err(error) => Err(match unsent {
-            Some(mark) => or_ended_at_last(options.pool, mark, error).await,
+            Some(unsent) => or_ended_at_last(options.pool, unsent, error).await,
             None => error,
         }),
     };
@@ -44,11 +43,11 @@ where
     result
 }
 
-/// `unsent`: the mark of the last attempt, if its session was lost before COMMIT was sent.
+/// `unsent`: the last attempt's transaction, if its session was lost before COMMIT was sent.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
-    unsent: &mut Option<Mark>,
+    unsent: &mut Option<Unsent>,
     mut work: F,
 ) -> Result<T, Error>
 where
@@ -69,11 +68,11 @@ where
         let client = match pool.get_for_transaction(deadline).await {
             Ok(client) => client,
             Err(error) => {
-                let error = for_good(error, number - 1, doubt);
+                let error = unless_sent(&lost, for_good(error, number - 1, doubt));
                 return Err(unless_denied(&earlier, |id| pool.is_current(id), error));
             }
         };
-        if let Some(error) = found_ended(&client, &mut lost).await {
+        if let Some(error) = found_ended(&client, &mut lost, deadline).await {
             return Err(for_good(error, number - 1, doubt));
         }
         let generation = client.generation();
@@ -126,7 +125,8 @@ where
             error => error,
         };
         let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
-        let error = with_reason(error, verdict, session);
+        // A commit in doubt stays in doubt, however its session ended.
+        let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
         let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
         let ended = |error| unless_denied(&earlier, denies, error);
         match decide(mode, stage, verdict, users) {
@@ -149,7 +149,7 @@ where
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 sleep(delay).await;
-                lost.extend(unsent.take().map(|mark| Lost::new(mark, error)));
+                lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
             }
             Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),
         }

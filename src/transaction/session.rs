@@ -38,6 +38,15 @@ impl<C: SessionClient> Attempt<C> {
         Failed { verdict, error, session }
     }
 
+    /// The state of the session after COMMIT was answered with this error.
+    pub(super) async fn session_after(&self, error: &tokio_postgres::Error) -> Session {
+        match error.as_db_error().filter(|report| ends_session(report)) {
+            Some(report) => Session::Ended(Some(report.clone())),
+            None if self.client().is_closed() => self.ended().await,
+            None => Session::Open,
+        }
+    }
+
     /// COMMIT found the transaction aborted, which the closure had not reported. It is rolled back.
     pub(super) async fn failed_inside(&mut self) -> Failed {
         let error = Error::RolledBack(RolledBack::FailedInside);

@@ -24,7 +24,7 @@ use crate::topology::GenerationId;
 
 /// How long a doubt is looked into at least, even at the end of a call's time: a needless "unknown" costs the caller
 /// more than a late answer.
-const AT_LEAST: Duration = Duration::from_secs(5);
+pub(super) const AT_LEAST: Duration = Duration::from_secs(5);
 /// How long a settler waits for a confirmation before it lets another one ask.
 const HOLD: Duration = Duration::from_millis(50);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
@@ -44,9 +44,17 @@ pub(super) struct Mark {
 impl Mark {
     /// Returns whether this session reaches the server on which the transaction ran, in the same life.
     fn is_of<C: SessionClient>(&self, witness: &SettleSession<'_, C>) -> bool {
-        match (&self.life, witness.life()) {
+        self.is_life(witness.life(), witness.generation())
+    }
+
+    fn is_life_of<C: SessionClient>(&self, client: &Client<C>) -> bool {
+        self.is_life(client.life(), client.generation())
+    }
+
+    fn is_life(&self, now: Option<Life>, generation: GenerationId) -> bool {
+        match (&self.life, now) {
             (Some(then), Some(now)) => then.is(&now),
-            _ => self.generation == witness.generation(),
+            _ => self.generation == generation,
         }
     }
 }
@@ -273,19 +281,25 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
             }
             Settler::Ledger(ledger, entered) => {
                 let is_there = ledger.has(client, client.life(), entered).await.ok()??;
-                // The row is not visible while its transaction is in progress, so more has to be asked.
-                if is_there { Settled::Committed } else { Settled::InProgress }
+                // The row is not visible while its transaction is in progress, so more has to be asked. In another life
+                // of the server, the transaction's id may be somebody else's.
+                match (is_there, mark.is_life_of(client)) {
+                    (true, _) => Settled::Committed,
+                    (false, true) => Settled::InProgress,
+                    (false, false) => return Some(Inside::Untold),
+                }
             }
         };
-        let ending = match settled {
-            Settled::Committed => Some(Ending::Committed),
-            Settled::InProgress => wal::ends(client, mark.backend).await.ok()?.map(|ends| match ends {
-                Ends::Prepared => Ending::Prepared,
-                Ends::Committing => Ending::Committed,
-            }),
-            Settled::NotCommitted | Settled::Unknown(_) => None,
-        };
-        Some(ending.map_or(Inside::No, Inside::Ended))
+        Some(match settled {
+            Settled::Committed => Inside::Ended(Ending::Committed),
+            Settled::InProgress => match wal::ends(client, mark.backend).await.ok()? {
+                Some(Ends::Prepared) => Inside::Ended(Ending::Prepared),
+                Some(Ends::Committing) => Inside::Ended(Ending::Committed),
+                None => Inside::InProgress,
+            },
+            Settled::NotCommitted => Inside::No,
+            Settled::Unknown(_) => Inside::Untold,
+        })
     };
     let found = tokio::select! {
         biased;
@@ -301,5 +315,9 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Inside {
     Ended(Ending),
+    /// The transaction is open, as far as the server shows it.
+    InProgress,
+    /// The server shows a transaction of this id that was committed or is in progress, and it may be another one.
+    Untold,
     No,
 }

@@ -111,6 +111,15 @@ pub(super) fn judge_begin(error: &Error) -> Verdict {
     }
 }
 
+/// The verdict on an attempt whose COMMIT was in doubt, and that turned out not to be committed. The server may have ended
+/// the session because of this work, for instance during a deferred trigger.
+pub(super) fn judge_absent(verdict: Verdict, session: &Session) -> Verdict {
+    match session {
+        Session::Ended(Some(report)) => verdict_of_end(report),
+        _ => verdict,
+    }
+}
+
 /// Returns whether the same work may succeed on another session, or at another time.
 pub(super) fn passes(verdict: Verdict) -> bool {
     match verdict {
@@ -233,6 +242,18 @@ mod tests {
         assert_eq!(judge(Word::of(&text), &Session::Open), Verdict::Application);
         assert_eq!(judge(Word::of(&text), &Session::Ended(None)), Verdict::ConnectionLost);
         assert_eq!(judge(Word::of(&other), &Session::Ended(None)), Verdict::Application);
+    }
+
+    #[test]
+    fn what_ended_a_session_during_commit_counts() {
+        let doubt = Verdict::OutcomeUnknown;
+        for (code, expected) in [("25P04", Verdict::Application), ("57P01", Verdict::ConnectionLost)] {
+            let report = reported("FATAL", code, "terminating connection", Some("ProcessInterrupts"));
+            assert_eq!(judge_absent(doubt, &Session::Ended(Some(report))), expected, "{code}");
+        }
+        for session in [Session::Open, Session::Ended(None)] {
+            assert_eq!(judge_absent(doubt, &session), doubt, "{session:?}");
+        }
     }
 
     #[test]

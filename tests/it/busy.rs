@@ -1,6 +1,7 @@
 //! A connection with something under way is never handed on: its next user meets an idle session without a transaction.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -232,6 +233,34 @@ async fn a_token_cancels_what_the_session_runs() {
     let error = timeout(PATIENCE, client.batch_execute(SLOW)).await.expect("cancelled").unwrap_err();
     assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED));
     cancelling.abort();
+}
+
+/// The token of a transaction knows where its server is, unlike the driver's own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_cancels_what_a_transaction_runs() {
+    let bench = Bench::new().await;
+    for nested in [false, true] {
+        let runs = AtomicU32::new(0);
+        let work = bench.pool.transaction(async |mut tx| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            let token = tx.cancel_token();
+            let savepoint = tx.savepoint().await?;
+            let token = if nested { savepoint.cancel_token() } else { token };
+            let cancelling = async {
+                loop {
+                    token.cancel_query(NoTls).await.unwrap();
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            tokio::select! {
+                result = savepoint.batch_execute(SLOW) => Ok(result?),
+                () = cancelling => Ok(()),
+            }
+        });
+        let error = timeout(PATIENCE, work).await.expect("cancelled").unwrap_err();
+        assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED), "{error:?}");
+        assert_eq!(runs.into_inner(), 1);
+    }
 }
 
 /// A connection over which nothing passes any more is not handed on with what nobody has read.

@@ -88,6 +88,40 @@ async fn a_limit_that_would_end_the_next_run_too_ends_the_call() {
     assert_eq!(stored(&cluster).await, [0_i64; 0]);
 }
 
+/// A deferred trigger makes COMMIT take longer than a limit allows. `statement_timeout` is over before COMMIT ends the
+/// transaction. `transaction_timeout`, of PostgreSQL 17, ends the session instead of an answer: the call finds out that
+/// nothing was committed, and does not run the work again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limit_that_ends_commit_ends_the_call() {
+    let cluster = started().await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+                    AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END';
+                CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
+                    FOR EACH ROW EXECUTE FUNCTION slow()";
+    sql(&cluster, slow).await;
+    let known = "SELECT name FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')";
+    for row in cluster.direct(Node(0)).await.query(known, &[]).await.unwrap() {
+        let limit: &str = row.get(0);
+        let pool = builder(&cluster, &format!("?options=-c%20{limit}%3D400ms")).build().unwrap();
+        let runs = Runs::default();
+        let work = pool.transaction(async |tx| {
+            runs.begin();
+            insert(&tx, 1).await
+        });
+        let result = work.await;
+        println!("{limit}: {} runs: {result:?}", runs.count());
+        assert_eq!(runs.count(), 1, "{limit}");
+        if limit == "statement_timeout" {
+            result.unwrap();
+            continue;
+        }
+        let error = result.unwrap_err();
+        assert_eq!(error.commit_outcome(), CommitOutcome::NotCommitted, "{error}");
+        assert_eq!(error.code().map(|code| code.code()), Some("25P04"), "{error:?}");
+    }
+    assert_eq!(stored(&cluster).await, [1]);
+}
+
 /// The next caller is not told of what ended a session that somebody left in a transaction.
 #[tokio::test]
 async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {

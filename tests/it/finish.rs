@@ -1,8 +1,11 @@
 //! How a transaction is finished: what COMMIT's answer proves, what nobody may cut off, and closures that end it themselves.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use futures_util::{SinkExt, StreamExt};
 use testbed::{Cluster, ClusterBuilder, Cut, Cutter, Node, Reply, Script, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
@@ -105,6 +108,42 @@ async fn k7_a_cancelled_wait_is_noticed_whatever_the_role_lets_through() {
             let error = result.expect_err("no standby has it");
             assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{level}: {error}");
         }
+    }
+}
+
+/// A server that fails behind the commit record reports that error, and only then that the transaction was committed, with
+/// the PANIC that ends it. Here it may not remove a file that the transaction has made stale.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_behind_the_commit_record_is_no_refusal() {
+    let cluster = started(single()).await;
+    let admin = cluster.direct(Node(0)).await;
+    let sql = "SELECT current_setting('data_directory') || '/base/' || oid FROM pg_database WHERE datname = 'app'";
+    let folder = PathBuf::from(admin.query_one(sql, &[]).await.unwrap().get::<_, String>(0));
+    let may_write = |may: bool| {
+        let mode = if may { 0o700 } else { 0o500 };
+        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let url = format!("postgres://postgres@{}/app", cluster.socket_addr(Node(0)));
+    let pool = Pool::builder(url).unwrap().max_size(2).build().unwrap();
+    for (index, guarantee) in [Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())].into_iter().enumerate() {
+        let (runs, what) = (Runs::default(), format!("{guarantee:?}"));
+        let work = pool.build_transaction().guarantee(guarantee).run(async |tx| {
+            runs.begin();
+            insert(&tx, 1).await?;
+            let grants = if index == 0 { "GRANT SELECT" } else { "REVOKE SELECT" };
+            let to = if index == 0 { "TO" } else { "FROM" };
+            tx.batch_execute(&format!("{grants} ON pg_catalog.pg_class {to} app")).await?;
+            may_write(false);
+            Ok(())
+        });
+        let fault = async {
+            let panics = async || cluster.log(Node(0)).await.matches("it was already committed").count() > index;
+            eventually("the server panics", PATIENCE, panics).await;
+            may_write(true);
+        };
+        let (result, ()) = timeout(PATIENCE * 2, async { tokio::join!(work, fault) }).await.expect(&what);
+        result.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        assert_eq!((stored(&cluster).await.len(), runs.count()), (index + 1, 1), "{what}");
     }
 }
 
@@ -399,47 +438,53 @@ async fn kept_copy(tx: &Transaction) -> Result<std::pin::Pin<Box<CopyInSink<std:
     Ok(sink)
 }
 
-/// C6 for what holds a request open without holding the handle.
+/// More than the sockets between the two hold.
+pub(crate) const MANY_ROWS: &str = "SELECT repeat('x', 1000) FROM generate_series(1, 100000)";
+
+/// C6 for what holds a request open without holding the handle. The cases wait for a while each, so they run side by side.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_kept_stream_is_refused_and_named() {
     let cluster = started(single()).await;
-    // More than the sockets between the two hold.
-    let rows = "SELECT repeat('x', 1000) FROM generate_series(1, 100000)";
     for kind in KINDS {
-        let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
-        pool.connect().await.unwrap();
+        let mut cases = Vec::new();
         for guarantee in guarantees() {
             for stream in ["copy in", "rows", "typed rows", "copy out", "simple"] {
-                let what = format!("{kind:?} {guarantee:?} {stream}");
                 let read = guarantee.is_none();
                 let few = kind == Kind::Wrapped || !(read || guarantee == Some(Guarantee::ExactlyOnce));
                 if (read && stream == "copy in") || (few && !["copy in", "rows"].contains(&stream)) {
                     continue;
                 }
-                println!("{what}");
-                let runs = Runs::default();
-                let work = call(&pool, guarantee.as_ref()).run(async |tx| {
-                    runs.begin();
-                    let kept: Box<dyn std::any::Any> = match stream {
-                        "copy in" => Box::new(kept_copy(&tx).await?),
-                        "rows" => Box::new(tx.query_raw(rows, Vec::<i32>::new()).await?),
-                        "typed rows" => Box::new(tx.query_typed_raw::<i32, _>(rows, []).await?),
-                        "copy out" => Box::new(tx.copy_out(&format!("COPY ({rows}) TO STDOUT")).await?),
-                        _ => Box::new(tx.simple_query_raw(rows).await?),
-                    };
-                    Ok(kept)
-                });
-                let result = timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("{what}: it hangs"));
-                let error = result.map(drop).expect_err(&what);
-                assert!(matches!(error, Error::RolledBack(_)), "{what}: {error:?}");
-                assert!(error.to_string().contains("stream"), "{what}: {error}");
-                assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}");
+                cases.push(a_stream_is_kept(&cluster, kind, guarantee.clone(), stream));
             }
         }
+        join_all(cases).await;
         assert_eq!(stored(&cluster).await, [0_i64; 0]);
-        pool.transaction(async |tx| insert(&tx, 3).await).await.unwrap();
-        sql(&cluster, "TRUNCATE entries").await;
     }
+}
+
+async fn a_stream_is_kept(cluster: &Cluster, kind: Kind, guarantee: Option<Guarantee>, stream: &str) {
+    let what = format!("{kind:?} {guarantee:?} {stream}");
+    let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+    pool.connect().await.unwrap();
+    let runs = Runs::default();
+    let work = call(&pool, guarantee.as_ref()).run(async |tx| {
+        runs.begin();
+        let kept: Box<dyn std::any::Any> = match stream {
+            "copy in" => Box::new(kept_copy(&tx).await?),
+            "rows" => Box::new(tx.query_raw(MANY_ROWS, Vec::<i32>::new()).await?),
+            "typed rows" => Box::new(tx.query_typed_raw::<i32, _>(MANY_ROWS, []).await?),
+            "copy out" => Box::new(tx.copy_out(&format!("COPY ({MANY_ROWS}) TO STDOUT")).await?),
+            _ => Box::new(tx.simple_query_raw(MANY_ROWS).await?),
+        };
+        Ok(kept)
+    });
+    let result = timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("{what}: it hangs"));
+    let error = result.map(drop).expect_err(&what);
+    assert!(matches!(error, Error::RolledBack(_)), "{what}: {error:?}");
+    assert!(error.to_string().contains("stream"), "{what}: {error}");
+    assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}");
+    // The one connection of the pool is free again.
+    pool.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.expect(&what);
 }
 
 /// A stream that was read, dropped or finished within the closure is in nobody's way.
