@@ -94,6 +94,12 @@ pub mod fuzzing {
         ServerReport::parse(row)
     }
 
+    /// What a report read and does not show: the fence, the start time and the reset of the statistics.
+    #[must_use]
+    pub fn hidden(report: &ServerReport) -> (bool, Option<i64>, Option<i64>) {
+        (report.fence_pending, report.started_at, report.stats_reset)
+    }
+
     /// Reads a connection string, up to the point where a pool would need a runtime.
     pub fn configuration(text: &str, tls: bool) -> Result<Configuration, BuildError> {
         let (names, addresses, template) = Pool::builder(text)?.read(tls)?;

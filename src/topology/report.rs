@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::PromotionWait;
 use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
@@ -225,21 +225,21 @@ pub struct ServerReport {
     /// `default_transaction_read_only` in the session that asked.
     pub default_read_only: bool,
     /// Whether a new session would get `default_transaction_read_only = on` by `ALTER DATABASE` or `ALTER ROLE`.
-    pub fence_pending: bool,
+    pub(crate) fence_pending: bool,
     /// The system identifier, equal on all servers of one cluster. `None` if the role may not read it.
     pub system_identifier: Option<u64>,
     /// When the server was started, in microseconds since 1970.
-    pub started_at: Option<i64>,
+    pub(crate) started_at: Option<i64>,
     /// The timeline that a primary writes, which grows with each promotion. `None` on a standby.
     pub timeline: Option<u32>,
     /// A primary's end of WAL, or a standby's end of replay.
     pub wal: Option<Lsn>,
     /// Where a primary's last replay ended, which distinguishes its lives: the crash of one backend, which ends every
     /// session, changes it but not the start time. `None` after a clean start, and on a standby.
-    pub replayed: Option<Lsn>,
+    pub(crate) replayed: Option<Lsn>,
     /// When the server's statistics were reset, in microseconds since 1970. A reset is made by hand, or by a crash,
     /// which statistics do not survive. Only PostgreSQL 15 and newer tell it.
-    pub stats_reset: Option<i64>,
+    pub(crate) stats_reset: Option<i64>,
     /// The timeline of a primary's last checkpoint, which is older than [`timeline`](Self::timeline) for a while after
     /// a promotion. `None` on a standby.
     pub checkpointed: Option<u32>,
@@ -258,6 +258,18 @@ impl ServerReport {
             Self { default_read_only: true, .. } => Role::Fenced,
             Self { read_only: true, .. } => Role::Promoting,
             _ => Role::Primary,
+        }
+    }
+
+    /// When the server was started, by its own clock. `None` if it withholds that.
+    #[must_use]
+    pub fn started_at(&self) -> Option<SystemTime> {
+        let started_at = self.started_at?;
+        let distance = Duration::from_micros(started_at.unsigned_abs());
+        if started_at < 0 {
+            SystemTime::UNIX_EPOCH.checked_sub(distance)
+        } else {
+            SystemTime::UNIX_EPOCH.checked_add(distance)
         }
     }
 

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use tokio_postgres_failover::{
-    Answer, Error, Evidence, Guarantee, Ledger, Message, Pool, Refusal, ServerReport, State, deadpool_postgres,
+    Answer, Error, Evidence, Guarantee, Ledger, Message, Pool, Refusal, State, deadpool_postgres,
 };
 
 use crate::load::{LONG, generation};
@@ -143,14 +143,16 @@ impl<'a> Bench<'a> {
         let connected = self.pool.connect().await;
         connected.unwrap_or_else(|error| panic!("{}: {error}", self.row.name));
         let State::Primary { report, .. } = self.pool.status().view.state else { panic!("no primary") };
-        let ServerReport { in_recovery, read_only, default_read_only, fence_pending, .. } = report;
-        assert_eq!((in_recovery, read_only, default_read_only, fence_pending), (false, false, false, false));
-        assert!(report.timeline.is_some() && report.wal.is_some() && report.stats_reset.is_some(), "{report:?}");
+        assert_eq!((report.in_recovery, report.read_only, report.default_read_only), (false, false, false));
+        assert!(report.timeline.is_some() && report.wal.is_some(), "{report:?}");
+        // Not public, but shown by `Debug`.
+        let shown = format!("{report:?}");
+        assert!(shown.contains("fence_pending: false") && shown.contains("stats_reset: Some"), "{shown}");
         // What the superuser is told, to the microsecond.
-        let sql = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::bigint,
+        let sql = "SELECT pg_postmaster_start_time(),
                           (SELECT system_identifier FROM pg_control_system())";
         let row = self.admin.query_one(sql, &[]).await.unwrap();
-        assert_eq!(report.started_at, Some(row.get(0)));
+        assert_eq!(report.started_at(), Some(row.get(0)));
         assert_eq!(report.system_identifier.map(u64::cast_signed), Some(row.get(1)));
     }
 
@@ -162,7 +164,7 @@ impl<'a> Bench<'a> {
         };
         eventually("the standby is seen as one, and whole", LONG, async || match answer() {
             Some(Answer::Refused(report, Refusal::Standby)) => {
-                report.system_identifier.is_some() && report.started_at.is_some() && report.wal.is_some()
+                report.system_identifier.is_some() && report.started_at().is_some() && report.wal.is_some()
             }
             Some(answer) => {
                 println!("{}: {answer}", self.row.name);

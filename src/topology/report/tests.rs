@@ -50,6 +50,23 @@ fn times_are_read_to_the_microsecond() {
 }
 
 #[test]
+fn the_start_time_is_a_point_in_time() {
+    let started_at = |text| with(5, text).unwrap().started_at();
+    assert_eq!(
+        started_at(Some("1764000000.5")),
+        Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_764_000_000_500))
+    );
+    assert_eq!(started_at(Some("-1.5")), Some(SystemTime::UNIX_EPOCH - Duration::from_millis(1500)));
+    assert_eq!(started_at(None), None);
+    // No clock of a server causes a panic.
+    for (text, micros) in [("9223372036854.775807", i64::MAX), ("-9223372036854.775807", -i64::MAX)] {
+        let report = with(5, Some(text)).unwrap();
+        assert_eq!(report.started_at, Some(micros));
+        let _ = report.started_at();
+    }
+}
+
+#[test]
 fn a_fence_is_read_however_it_was_written() {
     for on in ["on", "On", "true", "TRUE", "t", "tru", "yes", "y", "1"] {
         assert!(with(3, Some(on)).unwrap().fence_pending, "{on}");
