@@ -18,6 +18,13 @@ impl Refused {
         Self { endpoint, failure }
     }
 
+    /// The server that refused. `None` if the failure is about several servers, or if the server has answered something
+    /// else since.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<&Endpoint> {
+        self.endpoint.as_ref()
+    }
+
     /// What the server said.
     #[must_use]
     pub fn failure(&self) -> &ProbeFailure {

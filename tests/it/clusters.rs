@@ -49,6 +49,7 @@ async fn r11_of_two_clusters_in_the_first_search_none_is_guessed() {
         assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
         let Error::Refused(refused) = &error else { panic!("{error:?}") };
         assert_eq!(refused.failure().kind, FailureKind::SeveralClusters);
+        assert!(refused.endpoint().is_none(), "{refused:?}");
         let text = error.to_string();
         let addresses = clusters.map(|cluster| cluster.socket_addr(Node(0)).to_string());
         for word in [&our_id.to_string(), &copy_id.to_string(), &addresses[0], &addresses[1]] {

@@ -169,6 +169,7 @@ async fn refused_at_once(pool: &Pool, words: &[&str]) {
         let Error::Refused(refused) = &error else { panic!("{error:?}") };
         assert!(matches!(refused.failure().kind, FailureKind::Refused | FailureKind::NotPostgres));
         let text = error.to_string();
+        assert!(refused.endpoint().is_some_and(|endpoint| text.contains(&endpoint.to_string())), "{refused:?}");
         for word in words {
             assert!(text.contains(word), "{text:?} lacks {word:?}");
         }
