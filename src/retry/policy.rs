@@ -61,8 +61,8 @@ pub struct RetryPolicy {
     max_delay: Duration,
     jitter: bool,
     seed: Option<u64>,
-    deadline: Duration,
-    attempts: Option<u32>,
+    pub(super) deadline: Duration,
+    pub(super) attempts: Option<u32>,
     attempt_timeout: Option<Duration>,
     schedule: Option<Arc<MakeBackoff>>,
     pub(super) hooks: Hooks,
@@ -258,18 +258,6 @@ impl RetryPolicy {
     /// The limit set by [`attempt_timeout`](Self::attempt_timeout), if any.
     pub(crate) fn attempt_limit(&self) -> Option<Duration> {
         self.attempt_timeout.map(|limit| limit.min(FAR))
-    }
-
-    /// The time one call may take, as set by [`deadline`](Self::deadline).
-    #[must_use]
-    pub fn deadline_after(&self) -> Duration {
-        self.deadline
-    }
-
-    /// The limit set by [`attempts`](Self::attempts), if any.
-    #[must_use]
-    pub fn max_attempts(&self) -> Option<u32> {
-        self.attempts
     }
 
     /// Checks whether the settings make sense together. The error says what to change.

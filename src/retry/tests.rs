@@ -100,12 +100,12 @@ proptest! {
                 Ok(delay) => {
                     prop_assert!(now + delay < retries.deadline());
                     prop_assert_eq!(retries.attempt(), attempt + 1);
-                    prop_assert!(policy.max_attempts().is_none_or(|limit| attempt < limit));
+                    prop_assert!(policy.attempts.is_none_or(|limit| attempt < limit));
                     now += delay;
                 }
                 Err(GiveUp::Attempts(count)) => {
                     prop_assert_eq!(count, attempt);
-                    prop_assert!(policy.max_attempts().is_some_and(|limit| attempt >= limit));
+                    prop_assert!(policy.attempts.is_some_and(|limit| attempt >= limit));
                     break;
                 }
                 Err(_) => prop_assert_eq!(retries.attempt(), attempt),
@@ -176,7 +176,7 @@ fn presets_are_as_documented() {
     assert_eq!(delays(RetryPolicy::interactive()), [10, 20, 40, 80, 160, 250, 250, 250, 250]);
     assert_eq!(delays(RetryPolicy::batch()), [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
     assert_eq!(delays(RetryPolicy::none()), [] as [u128; 0]);
-    let limits = |policy: RetryPolicy| (policy.deadline_after(), policy.attempt_limit());
+    let limits = |policy: RetryPolicy| (policy.deadline, policy.attempt_limit());
     assert_eq!(limits(RetryPolicy::interactive()), (5 * SECOND, Some(5 * SECOND)));
     assert_eq!(limits(RetryPolicy::batch()), (600 * SECOND, None));
     assert_eq!(limits(RetryPolicy::none()), (30 * SECOND, None));
@@ -213,8 +213,8 @@ fn defaults_are_as_documented() {
     let now = Instant::now();
     let policy = RetryPolicy::default();
     assert_eq!(policy.validate(), Ok(()));
-    assert_eq!(policy.deadline_after(), 30 * SECOND);
-    assert_eq!(policy.max_attempts(), None);
+    assert_eq!(policy.deadline, 30 * SECOND);
+    assert_eq!(policy.attempts, None);
     let mut retries = policy.clone().jitter(false).start(now, 0);
     assert_eq!(retries.deadline(), now + 30 * SECOND);
     let delays: Vec<_> = (0..9).map(|_| retries.next(now, &RetryBudget::default()).unwrap().as_millis()).collect();

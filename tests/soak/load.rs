@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, History, Verdict};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
-use tokio_postgres_failover::{CommitOutcome, Error, Pool, RetryPolicy};
+use tokio_postgres_failover::{CommitOutcome, Error, Pool};
 
 use crate::dice::Dice;
 
 /// Pause between two calls of one worker. It leaves two processor cores room for three servers.
 const PACE: Duration = Duration::from_millis(5);
+/// The deadline of a call by the pool's default policy.
+const DEADLINE: Duration = Duration::from_secs(30);
 /// The pool's own default.
 const DEAD_AFTER: Duration = Duration::from_secs(20);
 /// What a call may take beyond its deadline and `dead_after` on a loaded machine.
@@ -164,7 +166,7 @@ impl Load {
 
 /// How long a call may take: it may wait until its deadline, and its last attempt hang until the server is given up.
 fn limit() -> Duration {
-    RetryPolicy::default().deadline_after() + DEAD_AFTER + SLACK
+    DEADLINE + DEAD_AFTER + SLACK
 }
 
 async fn work(shared: Arc<Shared>, desk: usize, mut dice: Dice) {
