@@ -24,9 +24,8 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::classify::{explain, links, without_code};
+use crate::cluster::NoPrimary;
 use unknown::Doubt;
-
-type Source = Box<dyn StdError + Send + Sync + 'static>;
 
 /// What a pool or a transaction can fail with.
 ///
@@ -115,7 +114,7 @@ pub enum Error {
     SessionEnded(Box<SessionEnded>),
     /// The closure failed with an error of its own (see [`Error::abort`]), and the transaction was rolled back.
     #[error(transparent)]
-    Aborted(Source),
+    Aborted(Box<dyn StdError + Send + Sync>),
 }
 
 /// Whether the work of a failed call may have been committed.
@@ -151,7 +150,7 @@ impl Error {
     /// An `anyhow::Error` or an `eyre::Report` becomes a boxed error here, which hides the type of the error within
     /// unless a context was added. Use [`Error::abort_report`] for those, so that [`Error::downcast_ref`] finds that
     /// error.
-    pub fn abort(error: impl Into<Source>) -> Self {
+    pub fn abort(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         Self::Aborted(error.into())
     }
 
@@ -250,6 +249,18 @@ impl Error {
 }
 
 impl Error {
+    /// The error of a call that gets no primary, now or ever.
+    pub(crate) fn without_primary(none: NoPrimary) -> Self {
+        match none {
+            NoPrimary::Closed => Self::Closed,
+            NoPrimary::RuntimeEnded => Self::RuntimeEnded,
+            NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
+            NoPrimary::UnknownName(waited, diagnosis) => {
+                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
+            }
+        }
+    }
+
     /// A short name for what failed, for telemetry. There are only a few of these names.
     pub(crate) fn kind(&self) -> &'static str {
         match self {

@@ -187,7 +187,7 @@ impl<C: SessionClient> Pool<C> {
         self.not_ended()?;
         let began = Instant::now();
         match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
-            Ok(found) => found.map(drop).map_err(Into::into),
+            Ok(found) => found.map(drop).map_err(Error::without_primary),
             Err(_) => Err(self.unavailable_beside(began)),
         }
     }
@@ -454,7 +454,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// Fails at once if the pool has ended. Uses no timer, as the runtime may have ended too.
     pub(crate) fn not_ended(&self) -> Result<(), Error> {
-        if self.cluster().is_closed() { Err(self.cluster().ended().into()) } else { Ok(()) }
+        if self.cluster().is_closed() { Err(Error::without_primary(self.cluster().ended())) } else { Ok(()) }
     }
 
     /// The runtime of the pool's tasks.

@@ -11,8 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
 use super::{Client, Manager, Pool, Source};
-use crate::cluster::NoPrimary;
-use crate::error::{Error, Obstacle, Refused, Unavailable};
+use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
 
 /// The settings of deadpool that take a connection only where there is one at once.
@@ -99,7 +98,7 @@ impl<C: SessionClient> Pool<C> {
                     // A caller that asks again at once, in a loop, must let the cluster's task run, which may find
                     // something better.
                     tokio::task::yield_now().await;
-                    return Err(none.into());
+                    return Err(Error::without_primary(none));
                 }
             }
             let loan = match &self.source {
@@ -126,7 +125,7 @@ impl<C: SessionClient> Pool<C> {
             Err(PoolError::Backend(Error::Unavailable(_))) => return Ok(None),
             Err(PoolError::Backend(error)) => return Err(error),
             // The inner pool has no time-outs and no hooks of its own, so it can only have been closed.
-            Err(_) => return Err(self.cluster().ended().into()),
+            Err(_) => return Err(Error::without_primary(self.cluster().ended())),
         };
         let object = if self.dialer.must_be_tested(&object) {
             match Box::pin(self.dialer.tested(object)).await {
@@ -163,12 +162,12 @@ impl<C: SessionClient> Pool<C> {
     pub(crate) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
         // Do this first, so that no slot is held during the wait that others could use.
-        self.cluster().primary().await?;
+        self.cluster().primary().await.map_err(Error::without_primary)?;
         match inner.timeout_get(&AT_ONCE).await {
             Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
             Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
             Err(PoolError::Backend(error)) => Err(error),
-            Err(_) => Err(self.cluster().ended().into()),
+            Err(_) => Err(Error::without_primary(self.cluster().ended())),
         }
     }
 
@@ -205,18 +204,5 @@ impl<'a> Counted<'a> {
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl From<NoPrimary> for Error {
-    fn from(none: NoPrimary) -> Self {
-        match none {
-            NoPrimary::Closed => Self::Closed,
-            NoPrimary::RuntimeEnded => Self::RuntimeEnded,
-            NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
-            NoPrimary::UnknownName(waited, diagnosis) => {
-                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
-            }
-        }
     }
 }

@@ -274,7 +274,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             return Ok(());
         }
         // No primary is verified now. If the next one is the same, its connections are as good as before.
-        let generation = cluster.primary().await.map_err(|none| RecycleError::Backend(none.into()))?;
+        let generation = cluster.primary().await.map_err(|none| RecycleError::Backend(Error::without_primary(none)))?;
         if generation.primary.id == id && connection.usable() {
             return Ok(());
         }

@@ -137,7 +137,7 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) async fn session(&self) -> Result<(Session<C>, Arc<Generation<C>>), Error> {
         let asked = Instant::now();
         loop {
-            let generation = self.cluster.primary().await?;
+            let generation = self.cluster.primary().await.map_err(Error::without_primary)?;
             if let Some(session) = generation.take_spare() {
                 return Ok((session, generation));
             }

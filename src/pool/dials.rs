@@ -208,7 +208,7 @@ impl<C: SessionClient> Dialer<C> {
         let _wanting = self.cluster.want();
         let asked = Instant::now();
         loop {
-            let generation = self.cluster.primary().await?;
+            let generation = self.cluster.primary().await.map_err(Error::without_primary)?;
             let mut place = match self.enlist(&generation, asked) {
                 Ok(connection) => match self.tested(connection).await {
                     Some(connection) => return Ok(connection),
@@ -233,7 +233,7 @@ impl<C: SessionClient> Dialer<C> {
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
                     // A waiter without an answer is dropped only with the pool itself.
-                    Err(_) => return Err(self.cluster.ended().into()),
+                    Err(_) => return Err(Error::without_primary(self.cluster.ended())),
                 },
                 () = self.cluster.left(generation.primary.id) => {}
                 () = self.keep_dialing(&generation) => {}

@@ -67,7 +67,7 @@ impl<C: SessionClient> Wrapped<C> {
         let began = Instant::now();
         loop {
             // Do this first, so that no slot is held during the wait that others could use.
-            let generation = dialer.cluster.primary().await?;
+            let generation = dialer.cluster.primary().await.map_err(Error::without_primary)?;
             let id = generation.primary.id;
             self.existing.evict_for(id);
             // The manager will have to connect.
@@ -76,7 +76,7 @@ impl<C: SessionClient> Wrapped<C> {
             let dialled = Instant::now();
             let object = tokio::select! {
                 biased;
-                () = dialer.cluster.scope().cancelled() => return Err(dialer.cluster.ended().into()),
+                () = dialer.cluster.scope().cancelled() => return Err(Error::without_primary(dialer.cluster.ended())),
                 object = self.existing.get() => object,
                 // Connecting to a server that has been left may hang longer than any caller would wait.
                 () = dialer.cluster.left(id) => continue,
@@ -91,7 +91,7 @@ impl<C: SessionClient> Wrapped<C> {
                     Err(None) => continue,
                 },
                 Err(NoObject::Failed(failure)) => failure,
-                Err(NoObject::Closed) => return Err(dialer.cluster.ended().into()),
+                Err(NoObject::Closed) => return Err(Error::without_primary(dialer.cluster.ended())),
                 Err(NoObject::NoneFree) => {
                     let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
                     let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);

@@ -66,5 +66,5 @@ pub(super) async fn look_for(client: &Client, question: Question, known: Refused
         tracing::debug!(?piece, refused, "{}", explain(&error));
         refused.then_some(piece)
     });
-    join_all(asking).await.into_iter().flatten().collect::<Refused>()
+    Refused::of(join_all(asking).await.into_iter().flatten())
 }

@@ -207,6 +207,10 @@ impl Refused {
     /// All pieces but `SHOW in_hot_standby`: only `SHOW` is left to ask with.
     pub(crate) const ALL: Self = Self(u16::MAX ^ 1 << 14);
 
+    pub(crate) fn of(pieces: impl IntoIterator<Item = Piece>) -> Self {
+        Self(pieces.into_iter().fold(0, |all, piece| all | piece.bit()))
+    }
+
     pub(crate) fn holds(self, piece: Piece) -> bool {
         self.0 & piece.bit() != 0
     }
@@ -217,12 +221,6 @@ impl Refused {
 
     fn parts(self) -> Parts {
         Parts(self.0).within(Part::EACH.into_iter().collect())
-    }
-}
-
-impl FromIterator<Piece> for Refused {
-    fn from_iter<I: IntoIterator<Item = Piece>>(pieces: I) -> Self {
-        Self(pieces.into_iter().fold(0, |all, piece| all | piece.bit()))
     }
 }
 
@@ -329,7 +327,7 @@ mod tests {
     const QUESTIONS: [Question; 3] = [Question::Candidate, Question::Again, Question::Identity];
 
     fn refused(pieces: &[Piece]) -> Refused {
-        pieces.iter().copied().collect()
+        Refused::of(pieces.iter().copied())
     }
 
     fn rows(shown: &[&str], columns: [Option<&str>; 3]) -> Vec<Vec<Option<String>>> {

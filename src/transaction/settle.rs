@@ -94,17 +94,16 @@ pub(super) async fn settle<C: SessionClient>(
     };
     // The time-out is around the loop, not inside: a round that begins late then ends at once, without an answer.
     let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
-    pool.observer().settled(mark.generation, settled.map(|(outcome, _)| outcome).into(), began.elapsed());
+    pool.observer().settled(mark.generation, reported(settled), began.elapsed());
     settled
 }
 
-impl From<Result<Outcome, Unsettled>> for Settlement {
-    fn from(settled: Result<Outcome, Unsettled>) -> Self {
-        match settled {
-            Ok(Outcome::Committed) => Self::Committed,
-            Ok(Outcome::NotCommitted) => Self::NotCommitted,
-            Err(why) => Self::Unknown(why),
-        }
+/// The outcome as an event reports it.
+fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
+    match settled {
+        Ok((Outcome::Committed, _)) => Settlement::Committed,
+        Ok((Outcome::NotCommitted, _)) => Settlement::NotCommitted,
+        Err(why) => Settlement::Unknown(why),
     }
 }
 
