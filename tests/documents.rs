@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The enums whose variants a caller meets, and the file that has each.
 const ENUMS: [(&str, &str); 6] = [
-    ("src/error.rs", "Error"),
+    ("src/error/call.rs", "Error"),
     ("src/error/unavailable.rs", "UnavailableReason"),
     ("src/error/transaction.rs", "RolledBack"),
     ("src/error/build.rs", "BuildError"),
