@@ -1,18 +1,23 @@
-//! The public errors, which are made of what the layers below report.
+//! The details that an [`Error`] carries.
 //!
-//! Invariants: an error that says "not committed" is true. Every error says what happened and what to do. A time-out
-//! never hides its cause. Tests: `tests/it/errors.rs`.
+//! Match on them to find out more than the text says: the reason of an outage, the server that refused, the error of
+//! the last attempt. [The page on errors](crate::docs::errors) says for each of them what to do.
 
-mod build;
-mod call;
+// The public errors are made of what the layers below report.
+//
+// Invariants: an error that says "not committed" is true. Every error says what happened and what to do. A time-out
+// never hides its cause. Tests: `tests/it/errors.rs`.
+
+pub(crate) mod build;
+pub(crate) mod call;
 mod ended;
 mod refused;
 mod transaction;
 mod unavailable;
 mod unknown;
 
-pub use build::BuildError;
-pub use call::{CommitOutcome, Error};
+pub(crate) use build::BuildError;
+pub(crate) use call::{CommitOutcome, Error};
 pub use ended::SessionEnded;
 pub use refused::Refused;
 pub use transaction::{EndedInside, Ending, Exhausted, RolledBack};
@@ -20,3 +25,6 @@ pub(crate) use unavailable::Obstacle;
 pub use unavailable::{Unavailable, UnavailableReason};
 pub use unknown::CommitUnknown;
 pub(crate) use unknown::InDoubt;
+
+pub use crate::commit::Unsettled;
+pub use crate::topology::{FailureKind, ProbeFailure};

@@ -5,9 +5,9 @@
 // Level 0: pure. Decides; no I/O, no clock, no task.
 mod classify;
 mod commit;
-mod fly;
+pub mod fly;
 mod random;
-mod resolve;
+pub mod resolve;
 mod sync;
 mod topology;
 
@@ -15,7 +15,7 @@ mod topology;
 mod server;
 mod settle;
 #[cfg(feature = "rustls")]
-mod tls;
+pub mod tls;
 
 // Also level 1: logs, events and metrics. Decides nothing.
 mod observe;
@@ -25,14 +25,14 @@ mod cluster;
 
 // Level 3: the public error, which contains the errors of the layers below, and the pure retry policy, whose hooks see
 // it.
-mod error;
-mod retry;
+pub mod error;
+pub mod retry;
 
 // Level 4: connections of the current generation.
 mod pool;
 
 // Level 5: work that runs again, and subscriptions that are renewed.
-mod listen;
+pub mod listen;
 mod transaction;
 
 // The pages of docs/, whose examples are tests.
@@ -44,9 +44,10 @@ pub use deadpool_postgres;
 pub use tokio_postgres;
 
 pub use commit::{Guarantee, Ledger, Unsettled};
+pub use error::build::BuildError;
+pub use error::call::{CommitOutcome, Error};
 pub use error::{
-    BuildError, CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, Refused, RolledBack, SessionEnded,
-    Unavailable, UnavailableReason,
+    CommitUnknown, EndedInside, Ending, Exhausted, Refused, RolledBack, SessionEnded, Unavailable, UnavailableReason,
 };
 pub use fly::{BadMachines, Fly, FlyMachine};
 pub use listen::{Listener, Message};
@@ -55,7 +56,8 @@ pub use pool::{
     CancelToken, Client, Connection, Detached, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder,
 };
 pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
-pub use retry::{Backoff, Exponential, Retry, RetryBudget, RetryPolicy};
+pub use retry::policy::RetryPolicy;
+pub use retry::{Backoff, Exponential, Retry, RetryBudget};
 pub use server::SessionClient;
 #[cfg(feature = "rustls")]
 pub use tls::Tls;
@@ -64,6 +66,30 @@ pub use topology::{
     Origin, Part, Parts, ProbeFailure, Refusal, Role, ServerReport, State, View,
 };
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
+
+/// The table that settles commits in doubt, for [`Guarantee::Ledger`].
+pub mod ledger {
+    pub use crate::commit::Ledger;
+}
+
+/// What stands behind a [`Client`]: its session, how a statement on it is cancelled and how it leaves the pool, and
+/// what sessions are opened with.
+pub mod session {
+    pub use crate::pool::{CancelToken, Connection, Detached, IntoConfig};
+    pub use crate::server::SessionClient;
+}
+
+/// What a pool knows of itself and of its servers.
+///
+/// [`Pool::status`], [`Pool::watch`] and [`Pool::candidates`] return it, and each [`Event`] has a part of it.
+pub mod view {
+    pub use crate::observe::Settlement;
+    pub use crate::pool::Status;
+    pub use crate::topology::{
+        Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, Evidence, GenerationId, Lsn, Origin,
+        Part, Parts, Refusal, Role, ServerReport, State, View,
+    };
+}
 
 /// The parsers that the fuzz targets call, which are private otherwise. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]

@@ -1,10 +1,12 @@
 //! A LISTEN that survives failovers, and tells its reader when notifications may have been missed.
 //!
-//! `listen/backlog.rs` decides what a reader gets, in which order, and what is dropped when the reader is slow. One
-//! task per listener keeps a session of its own to the verified primary, and subscribes again when that session ends.
-//!
-//! Invariants: the reader gets every notification that comes after the gap mark of a new subscription. A dropped
-//! listener leaves neither a task nor a session. Tests: `tests/it/listen.rs`.
+//! [`Pool::listen`] begins a subscription.
+
+// `listen/backlog.rs` decides what a reader gets, in which order, and what is dropped when the reader is slow. One task
+// per listener keeps a session of its own to the verified primary, and subscribes again when that session ends.
+//
+// Invariants: the reader gets every notification that comes after the gap mark of a new subscription. A dropped
+// listener leaves neither a task nor a session. Tests: `tests/it/listen.rs`.
 
 mod backlog;
 

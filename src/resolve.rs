@@ -1,11 +1,13 @@
 //! Finds the addresses that a host name has right now.
 //!
-//! This module has the trait [`Resolve`] and knows nothing of DNS servers, sockets and clocks. `resolve/hickory.rs` is
-//! the implementation that asks DNS, `resolve/fixed.rs` the one whose addresses are given. `resolve/addresses.rs`
-//! merges the answers of two address families, and `resolve/error.rs` decides which of two failures is reported.
-//!
-//! Invariant: no answer is kept. An address that was right a second ago may be wrong after a failover, so an address is
-//! only a candidate, which a probe has to confirm. Tests: `resolve/tests.rs`, `tests/it/resolve.rs`.
+//! A pool asks DNS by itself. Implement [`Resolve`] if its servers are listed elsewhere, and give the resolver to
+//! [`PoolBuilder::resolver`](crate::PoolBuilder::resolver). No answer is kept: an address that was right a second ago may
+//! be wrong after a failover, so an address is only a candidate, and the pool asks the server there what it is.
+
+// This file has the trait and knows nothing of DNS servers, sockets and clocks. `resolve/hickory.rs` is the
+// implementation that asks DNS, `resolve/fixed.rs` the one whose addresses are given. `resolve/addresses.rs` merges the
+// answers of two address families, and `resolve/error.rs` decides which of two failures is reported. Tests:
+// `resolve/tests.rs`, `tests/it/resolve.rs`.
 
 mod addresses;
 mod error;

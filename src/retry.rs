@@ -1,25 +1,30 @@
-//! Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts and the budget.
+//! What a [`RetryPolicy`] can be extended with: schedules of your own, a budget for all re-runs of a pool, and the
+//! failed attempt that a hook sees.
 //!
-//! This module does not know whether a re-run is safe, and it reads no clock: the time is an argument. It names the
-//! public error only for the user's hooks, and decides nothing by it. `retry/policy.rs` has the settings,
-//! `retry/backoff.rs` the schedules, `retry/budget.rs` the bound of a whole pool, and `retry/hooks.rs` what the user
-//! adds.
-//!
-//! Invariants: a delay never reaches beyond the deadline. No setting and no length of an outage causes a panic or an
-//! overflow. In any time `t`, the budget grants at most `burst + per_second × t + ratio × successes` re-runs without a
-//! wait. Tests: `retry/tests.rs`, by property.
+//! The presets of [`RetryPolicy`] need none of it.
+
+// Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts and the budget.
+//
+// This module does not know whether a re-run is safe, and it reads no clock: the time is an argument. It names the
+// public error only for the user's hooks, and decides nothing by it. `retry/policy.rs` has the settings,
+// `retry/backoff.rs` the schedules, `retry/budget.rs` the bound of a whole pool, and `retry/hooks.rs` what the user
+// adds.
+//
+// Invariants: a delay never reaches beyond the deadline. No setting and no length of an outage causes a panic or an
+// overflow. In any time `t`, the budget grants at most `burst + per_second × t + ratio × successes` re-runs without a
+// wait. Tests: `retry/tests.rs`, by property.
 
 mod backoff;
 mod budget;
 #[cfg(feature = "backoff")]
 mod compat;
 mod hooks;
-mod policy;
+pub(crate) mod policy;
 
 pub use backoff::{Backoff, Exponential};
 pub use budget::RetryBudget;
 pub use hooks::Retry;
-pub use policy::RetryPolicy;
+pub(crate) use policy::RetryPolicy;
 
 use std::fmt;
 use std::time::Duration;

@@ -1,7 +1,9 @@
 //! A ready-made TLS connector on rustls: which authorities it trusts, what it checks, and which certificate it shows.
 //!
-//! It knows nothing of pools. Certificates are rotated while pools live, so the next session reads files again that
-//! have changed. No type of rustls leaves this module. Tests: `tests/it/tls.rs`.
+//! Feature `rustls`. Any other connector can be given to [`PoolBuilder::tls`](crate::PoolBuilder::tls).
+
+// It knows nothing of pools. Certificates are rotated while pools live, so the next session reads files again that have
+// changed. No type of rustls leaves this module. Tests: `tests/it/tls.rs`.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
