@@ -10,9 +10,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
-use tokio_postgres_failover::{
-    Answer, CandidateReport, Error as PoolError, FailureKind, Pool, Refusal, Role, ServerReport, State,
-};
+use tokio_postgres_failover::error::FailureKind;
+use tokio_postgres_failover::view::{Answer, CandidateReport, Refusal, Role, ServerReport, State};
+use tokio_postgres_failover::{Error as PoolError, Pool};
 
 const USAGE: &str = "usage: doctor 'postgres://user:password@name:5432/db' [--dns 10.0.0.2:53]";
 /// Time for each server, all at once.

@@ -29,11 +29,11 @@ pub enum Guarantee {
     /// The pool asks the new primary whether the transaction is in its history, and runs the work again if it is not.
     /// The question relies on a mark that the transaction wrote to the write-ahead log with BEGIN. This needs no
     /// schema, and unmodified PostgreSQL 13 or newer. If a server does not offer what is needed, the guarantee is
-    /// [`AtMostOnce`](Self::AtMostOnce), and [`Status::fallback`](crate::Status::fallback) says why.
+    /// [`AtMostOnce`](Self::AtMostOnce), and [`Status::fallback`](crate::view::Status::fallback) says why.
     ///
     /// How many crashes and failovers between BEGIN and the question can be settled depends on what the role may read:
-    /// [`Status::evidence`](crate::Status::evidence). With the function of `sql/history.sql` it is any number; without
-    /// it, one. After more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
+    /// [`Status::evidence`](crate::view::Status::evidence). With the function of `sql/history.sql` it is any number;
+    /// without it, one. After more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
     /// Like `ExactlyOnce`, but settled by a table. It is exact under any number of failovers, and writes one row per
@@ -189,15 +189,15 @@ pub(crate) enum Settled {
 #[non_exhaustive]
 pub enum Unsettled {
     /// The call does not settle commits: its guarantee is [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce), or
-    /// the server lacks what settling needs, see [`Status::fallback`](crate::Status::fallback).
+    /// the server lacks what settling needs, see [`Status::fallback`](crate::view::Status::fallback).
     #[error("the transaction left no mark to ask the server by")]
     NoMarker,
     /// There was more than one crash or failover since BEGIN, and the server does not show its WAL: see
-    /// [`Status::evidence`](crate::Status::evidence).
+    /// [`Status::evidence`](crate::view::Status::evidence).
     #[error("there was more than one crash or failover since it began: sql/history.sql lets such outcomes be settled")]
     SeveralFailovers,
     /// The primary does not show that its timeline continues the transaction's: see
-    /// [`Status::evidence`](crate::Status::evidence).
+    /// [`Status::evidence`](crate::view::Status::evidence).
     #[error(
         "the primary does not show that its timeline continues the one that it began on: sql/history.sql lets the \
          pool see it, and up to PostgreSQL 16 so does the role pg_monitor"
@@ -205,7 +205,7 @@ pub enum Unsettled {
     Unproven,
     /// The server was shut down and started since BEGIN, and does not show whether it had crashed before, which
     /// PostgreSQL 14 and older never show. Or it was promoted, and may have crashed or been restarted afterwards. See
-    /// [`Status::evidence`](crate::Status::evidence).
+    /// [`Status::evidence`](crate::view::Status::evidence).
     #[error(
         "the server was restarted since it began, and no longer shows whether it had lost anything: sql/history.sql lets \
          such outcomes be settled"

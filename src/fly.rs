@@ -11,7 +11,7 @@ use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 /// It prints as `host:port`, ready for a connection string. docs/dns.md says which name and port go together.
 ///
 /// ```
-/// use tokio_postgres_failover::Fly;
+/// use tokio_postgres_failover::fly::Fly;
 ///
 /// // All members, which the pool asks itself. This is the usual choice.
 /// assert_eq!(Fly::app("my-pg").direct().to_string(), "my-pg.internal:5433");
@@ -22,7 +22,8 @@ use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 ///
 /// ```no_run
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres_failover::{Fly, Pool};
+/// use tokio_postgres_failover::Pool;
+/// use tokio_postgres_failover::fly::Fly;
 ///
 /// let pool = Pool::builder(format!("postgres://app@{}/app", Fly::app("my-pg").direct()))?
 ///     .dns_servers([Fly::NAME_SERVER])
@@ -101,7 +102,7 @@ impl Fly {
     }
 
     /// The name whose TXT record lists the machines of the app and their regions: `vms.<app>.internal`. Ask for it with
-    /// [`HickoryResolver::text`](crate::HickoryResolver::text), and read the answer with [`FlyMachine::read`].
+    /// [`HickoryResolver::text`](crate::resolve::HickoryResolver::text), and read the answer with [`FlyMachine::read`].
     #[must_use]
     pub fn machines(&self) -> String {
         format!("vms.{}.internal", self.app)
@@ -134,7 +135,8 @@ impl FlyMachine {
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use tokio_postgres_failover::{Fly, FlyMachine, HickoryResolver};
+    /// use tokio_postgres_failover::fly::{Fly, FlyMachine};
+    /// use tokio_postgres_failover::resolve::HickoryResolver;
     ///
     /// let resolver = HickoryResolver::with_name_servers([Fly::NAME_SERVER]);
     /// for record in resolver.text(&Fly::app("my-pg").machines()).await? {

@@ -98,7 +98,7 @@ impl Pool {
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
-    /// use tokio_postgres_failover::Message;
+    /// use tokio_postgres_failover::listen::Message;
     ///
     /// let mut listener = pool.listen(["orders", "prices"]).await?;
     /// // Subscribe first and read the state after that, so that a change in between is notified.

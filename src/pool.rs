@@ -258,7 +258,7 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
-    /// use tokio_postgres_failover::State;
+    /// use tokio_postgres_failover::view::State;
     ///
     /// let mut states = pool.watch();
     /// while states.changed().await.is_ok() {

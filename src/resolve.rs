@@ -41,7 +41,7 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// Members of a cluster from a service registry:
 /// ```
 /// use std::{net::IpAddr, pin::Pin};
-/// use tokio_postgres_failover::{Addresses, Resolve, ResolveError};
+/// use tokio_postgres_failover::resolve::{Addresses, Resolve, ResolveError};
 ///
 /// struct Registry { /* a client of the registry */ }
 ///

@@ -35,7 +35,8 @@ use crate::sync::lock;
 ///
 /// ```no_run
 /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres_failover::{Pool, Tls};
+/// use tokio_postgres_failover::Pool;
+/// use tokio_postgres_failover::tls::Tls;
 ///
 /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
 ///     .rustls(Tls::verify_full().root_certificates_file("/etc/ssl/my-pg-ca.pem"))
@@ -127,7 +128,8 @@ impl Tls {
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use tokio_postgres_failover::{Pool, Tls};
+    /// use tokio_postgres_failover::Pool;
+    /// use tokio_postgres_failover::tls::Tls;
     ///
     /// // From a secret that is in the environment.
     /// let authority = std::env::var("PG_CA")?;

@@ -262,13 +262,13 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// Derefs to deadpool-postgres' `ClientWrapper` and [`tokio_postgres::Client`]: `query`, `execute`, `prepare_cached`
 /// and everything else that takes `&self`. The handle is owned, so that the closure's future can be spawned. If the
 /// handle, or anything that borrows from it, still exists after the closure has returned, the transaction is rolled
-/// back and the call fails with [`RolledBack::HandleKept`](crate::RolledBack::HandleKept).
+/// back and the call fails with [`RolledBack::HandleKept`](crate::error::RolledBack::HandleKept).
 ///
 /// Within the closure, read a stream of rows to its end or drop it, and finish a COPY, because COMMIT's answer comes
-/// after theirs. If one is kept, the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept). To find
-/// that out, a transaction that uses the streaming methods below takes one more round trip. A stream that was begun in
-/// another way, through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits
-/// for its end.
+/// after theirs. If one is kept, the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
+/// To find that out, a transaction that uses the streaming methods below takes one more round trip. A stream that was
+/// begun in another way, through the driver's [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and
+/// COMMIT waits for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,
 }

@@ -7,9 +7,10 @@
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
+use tokio_postgres_failover::session::Connection;
+use tokio_postgres_failover::view::{Status, View};
 use tokio_postgres_failover::{
-    BuildError, Client, Connection, Error, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint, Status, Transaction,
-    View, deadpool,
+    BuildError, Client, Error, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint, Transaction, deadpool,
 };
 
 fn movable<T: Send + Sync + 'static>() {}

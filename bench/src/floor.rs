@@ -9,7 +9,7 @@ use testbed::Node;
 use tokio::net::TcpStream;
 use tokio::time::{interval, sleep};
 use tokio_postgres::{Config, NoTls};
-use tokio_postgres_failover::{HickoryResolver, Resolve};
+use tokio_postgres_failover::resolve::{HickoryResolver, Resolve};
 
 use crate::error::Error;
 use crate::isolation::Network;

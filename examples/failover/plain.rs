@@ -7,9 +7,9 @@ use std::pin::Pin;
 
 use tokio::task::JoinHandle;
 use tokio_postgres_failover::deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod};
+use tokio_postgres_failover::resolve::{Addresses, HickoryResolver, Resolve};
 use tokio_postgres_failover::tokio_postgres::config::{Host, TargetSessionAttrs};
 use tokio_postgres_failover::tokio_postgres::{self, Client, Config, NoTls};
-use tokio_postgres_failover::{Addresses, HickoryResolver, Resolve};
 
 use crate::WRITERS;
 

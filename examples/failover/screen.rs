@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use testbed::Spread;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
-use tokio_postgres_failover::{Pool, State};
+use tokio_postgres_failover::Pool;
+use tokio_postgres_failover::view::State;
 
 use crate::WRITERS;
 use crate::figures::{change, milliseconds, spreads};

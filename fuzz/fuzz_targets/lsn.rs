@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use tokio_postgres_failover::Lsn;
+use tokio_postgres_failover::view::Lsn;
 
 /// The rule of PostgreSQL's `pg_lsn_in`: one to eight hexadecimal digits, a slash, one to eight of them.
 fn expected(text: &str) -> Option<u64> {

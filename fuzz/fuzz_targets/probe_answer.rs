@@ -4,7 +4,7 @@
 use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use tokio_postgres_failover::fuzzing::{hidden, report};
-use tokio_postgres_failover::{Lsn, Role, ServerReport};
+use tokio_postgres_failover::view::{Lsn, Role, ServerReport};
 use tokio_postgres_failover_fuzz::short_and_in_one_line;
 
 /// One value of a row: mostly something that a server sends in some column, so that whole rows are met.

@@ -15,7 +15,8 @@ const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres_failover::{Guarantee, Ledger};
+/// use tokio_postgres_failover::Guarantee;
+/// use tokio_postgres_failover::ledger::Ledger;
 ///
 /// let ledger = Ledger::default();
 /// let client = pool.get().await?;

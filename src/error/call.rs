@@ -91,7 +91,7 @@ pub enum Error {
     },
     /// The server ended the session within the transaction, which was rolled back. The same would happen again (for
     /// example by a time limit for idle transactions), so the work ran only once. In [`Exhausted::last_error`] and
-    /// [`Retry::cause`](crate::Retry::cause) it can also be the reason of an attempt that was run again.
+    /// [`Retry::cause`](crate::retry::Retry::cause) it can also be the reason of an attempt that was run again.
     #[error(transparent)]
     SessionEnded(Box<SessionEnded>),
     /// The closure failed with an error of its own (see [`Error::abort`]), and the transaction was rolled back.

@@ -276,8 +276,8 @@ impl PoolBuilder {
         self
     }
 
-    /// Resolves names with your own [`Resolve`]. Default: a [`HickoryResolver`](crate::HickoryResolver) with the
-    /// system's configuration.
+    /// Resolves names with your own [`Resolve`]. Default: a [`HickoryResolver`](crate::resolve::HickoryResolver) with
+    /// the system's configuration.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self

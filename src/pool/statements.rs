@@ -104,7 +104,7 @@ macro_rules! statements {
         }
 
         /// As [`tokio_postgres::Client::query_raw`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
         pub async fn query_raw<T, P, I>(&self, statement: &T, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
@@ -152,7 +152,7 @@ macro_rules! statements {
         }
 
         /// As [`tokio_postgres::Client::query_typed_raw`]. In a transaction, finish or drop the result before the
-        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
         pub async fn query_typed_raw<P, I>(&self, query: &str, params: I) -> Result<RowStream, tokio_postgres::Error>
         where
             P: BorrowToSql,
@@ -203,7 +203,7 @@ macro_rules! statements {
         }
 
         /// As [`tokio_postgres::Client::copy_in`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
         pub async fn copy_in<T, U>(&self, statement: &T) -> Result<CopyInSink<U>, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
@@ -216,7 +216,7 @@ macro_rules! statements {
         }
 
         /// As [`tokio_postgres::Client::copy_out`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
         pub async fn copy_out<T>(&self, statement: &T) -> Result<CopyOutStream, tokio_postgres::Error>
         where
             T: ?Sized + ToStatement,
@@ -235,7 +235,7 @@ macro_rules! statements {
         }
 
         /// As [`tokio_postgres::Client::simple_query_raw`]. In a transaction, finish or drop the result before the
-        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::RolledBack::StreamKept).
+        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
         pub async fn simple_query_raw(&self, query: &str) -> Result<SimpleQueryStream, tokio_postgres::Error> {
             let $handle = self;
             let client = $client;

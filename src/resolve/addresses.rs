@@ -10,7 +10,7 @@ use super::ResolveError;
 /// # Examples
 /// ```
 /// use std::net::IpAddr;
-/// use tokio_postgres_failover::Addresses;
+/// use tokio_postgres_failover::resolve::Addresses;
 ///
 /// let (one, two) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
 /// let addresses = Addresses::new([two, one, two]);
@@ -28,7 +28,7 @@ impl Addresses {
     /// # Examples
     /// ```
     /// # use std::net::IpAddr;
-    /// # use tokio_postgres_failover::Addresses;
+    /// # use tokio_postgres_failover::resolve::Addresses;
     /// assert!(Addresses::new([]).is_empty());
     /// assert_eq!(Addresses::new([IpAddr::from([127, 0, 0, 1]); 3]).len(), 1);
     /// ```
@@ -43,7 +43,7 @@ impl Addresses {
     /// # Examples
     /// ```
     /// # use std::net::IpAddr;
-    /// # use tokio_postgres_failover::{Addresses, ResolveError};
+    /// # use tokio_postgres_failover::resolve::{Addresses, ResolveError};
     /// let addresses = Addresses::new([IpAddr::from([10, 0, 0, 1])])
     ///     .with_partial(ResolveError::custom("pg.internal", "the second registry is down"));
     /// assert!(addresses.partial().is_some());
@@ -61,7 +61,7 @@ impl Addresses {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::Addresses;
+    /// # use tokio_postgres_failover::resolve::Addresses;
     /// assert!(Addresses::new([[10, 0, 0, 1].into()]).partial().is_none());
     /// ```
     #[must_use]
@@ -73,7 +73,7 @@ impl Addresses {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::Addresses;
+    /// # use tokio_postgres_failover::resolve::Addresses;
     /// let addresses = Addresses::new([[10, 0, 0, 1].into()]);
     /// assert!(addresses.iter().all(|address| address.is_ipv4()));
     /// ```
@@ -86,7 +86,7 @@ impl Addresses {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::Addresses;
+    /// # use tokio_postgres_failover::resolve::Addresses;
     /// assert_eq!(Addresses::new([[10, 0, 0, 1].into(), [10, 0, 0, 2].into()]).len(), 2);
     /// ```
     #[must_use]
@@ -98,7 +98,7 @@ impl Addresses {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::Addresses;
+    /// # use tokio_postgres_failover::resolve::Addresses;
     /// assert!(Addresses::default().is_empty());
     /// ```
     #[must_use]

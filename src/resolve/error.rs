@@ -9,7 +9,7 @@ use std::time::Duration;
 ///
 /// # Examples
 /// ```
-/// use tokio_postgres_failover::{FixedResolver, Resolve, ResolveError};
+/// use tokio_postgres_failover::resolve::{FixedResolver, Resolve, ResolveError};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
 /// let resolver = FixedResolver::new([("pg.internal", [[10, 0, 0, 1].into()])]);
@@ -79,7 +79,7 @@ impl ResolveError {
     /// # Examples
     /// ```
     /// use std::{error::Error, io};
-    /// use tokio_postgres_failover::ResolveError;
+    /// use tokio_postgres_failover::resolve::ResolveError;
     ///
     /// let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
     /// let error = ResolveError::custom("pg.internal", refused);
@@ -97,7 +97,7 @@ impl ResolveError {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::ResolveError;
+    /// # use tokio_postgres_failover::resolve::ResolveError;
     /// assert_eq!(ResolveError::custom("pg.internal", "no luck").name(), "pg.internal");
     /// ```
     #[must_use]

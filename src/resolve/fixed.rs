@@ -12,7 +12,7 @@ use super::{Addresses, BoxFuture, Resolve, ResolveError};
 ///
 /// # Examples
 /// ```
-/// use tokio_postgres_failover::{FixedResolver, Resolve};
+/// use tokio_postgres_failover::resolve::{FixedResolver, Resolve};
 ///
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let resolver = FixedResolver::new([("pg.internal", vec!["10.0.0.1".parse()?, "fdaa::2".parse()?])]);
@@ -29,7 +29,7 @@ impl FixedResolver {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::FixedResolver;
+    /// # use tokio_postgres_failover::resolve::FixedResolver;
     /// let resolver = FixedResolver::new([
     ///     ("orders.internal", [[10, 0, 0, 1].into(), [10, 0, 0, 2].into()]),
     ///     ("people.internal", [[10, 0, 1, 1].into(), [10, 0, 1, 2].into()]),

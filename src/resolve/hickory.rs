@@ -58,7 +58,7 @@ const GRACE: Duration = Duration::from_millis(100);
 /// # Examples
 /// ```
 /// use std::time::Duration;
-/// use tokio_postgres_failover::HickoryResolver;
+/// use tokio_postgres_failover::resolve::HickoryResolver;
 ///
 /// // Fly.io's name server for `.internal`, without a look at /etc/resolv.conf:
 /// let resolver = HickoryResolver::with_name_servers(["[fdaa::3]:53".parse()?])
@@ -82,7 +82,7 @@ impl HickoryResolver {
     ///
     /// # Examples
     /// ```no_run
-    /// use tokio_postgres_failover::{HickoryResolver, Resolve};
+    /// use tokio_postgres_failover::resolve::{HickoryResolver, Resolve};
     ///
     /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
     /// for address in HickoryResolver::system()?.resolve("my-pg.internal.").await? {
@@ -99,7 +99,7 @@ impl HickoryResolver {
     ///
     /// # Examples
     /// ```
-    /// # use tokio_postgres_failover::HickoryResolver;
+    /// # use tokio_postgres_failover::resolve::HickoryResolver;
     /// let resolver = HickoryResolver::with_name_servers([([10, 0, 0, 2], 53).into()]);
     /// ```
     #[must_use]
@@ -129,7 +129,7 @@ impl HickoryResolver {
     /// # Examples
     /// ```
     /// # use std::time::Duration;
-    /// # use tokio_postgres_failover::HickoryResolver;
+    /// # use tokio_postgres_failover::resolve::HickoryResolver;
     /// let resolver = HickoryResolver::with_name_servers([([10, 0, 0, 2], 53).into()])
     ///     .timeout(Duration::from_secs(3));
     /// ```
@@ -148,7 +148,7 @@ impl HickoryResolver {
     /// # Examples
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use tokio_postgres_failover::HickoryResolver;
+    /// use tokio_postgres_failover::resolve::HickoryResolver;
     ///
     /// let machines = HickoryResolver::system()?.text("vms.my-pg.internal").await?;
     /// # Ok(())

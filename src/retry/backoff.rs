@@ -14,7 +14,8 @@ use crate::random::SplitMix64;
 ///
 /// ```
 /// use std::time::Duration;
-/// use tokio_postgres_failover::{Backoff, RetryPolicy};
+/// use tokio_postgres_failover::RetryPolicy;
+/// use tokio_postgres_failover::retry::Backoff;
 ///
 /// /// Twice quickly, then once a second for as long as the deadline allows.
 /// struct Patient(u32);
@@ -51,7 +52,8 @@ impl<I: Iterator<Item = Duration> + Send> Backoff for I {
 ///
 /// ```
 /// use std::time::Duration;
-/// use tokio_postgres_failover::{Exponential, RetryPolicy};
+/// use tokio_postgres_failover::RetryPolicy;
+/// use tokio_postgres_failover::retry::Exponential;
 ///
 /// let delays = Exponential::new(Duration::from_millis(10), 2.0, Duration::from_millis(50));
 /// let millis: Vec<_> = delays.take(4).map(|delay| delay.as_millis()).collect();

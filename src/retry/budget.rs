@@ -20,7 +20,7 @@ use crate::sync::lock;
 /// run again within four seconds.
 ///
 /// ```
-/// use tokio_postgres_failover::RetryBudget;
+/// use tokio_postgres_failover::retry::RetryBudget;
 ///
 /// // A small server: after an outage, at most 20 re-runs at once and then 10 per second.
 /// let budget = RetryBudget::new(20, 10).ratio(0.1);

@@ -23,7 +23,7 @@ impl Evidence {
     ///
     /// ```no_run
     /// # async fn example(admin: tokio_postgres::Client) -> Result<(), tokio_postgres::Error> {
-    /// use tokio_postgres_failover::Evidence;
+    /// use tokio_postgres_failover::view::Evidence;
     ///
     /// Evidence::install(&admin).await?;
     /// admin.batch_execute("GRANT USAGE ON SCHEMA failover TO app").await?;
@@ -32,7 +32,7 @@ impl Evidence {
     /// # }
     /// ```
     ///
-    /// [`Status::evidence`]: crate::Status::evidence
+    /// [`Status::evidence`]: crate::view::Status::evidence
     pub async fn install(client: &Client) -> Result<(), Error> {
         client.batch_execute(DDL).await
     }

@@ -16,7 +16,7 @@ use super::{BadReport, ServerReport};
 /// One part of a server's report, which the server may withhold from the role that asks.
 ///
 /// ```
-/// use tokio_postgres_failover::Part;
+/// use tokio_postgres_failover::view::Part;
 ///
 /// assert_eq!(Part::Identity.to_string(), "the system identifier");
 /// assert_eq!(Part::Identity.grant(), "GRANT EXECUTE ON FUNCTION pg_control_system() TO …");
@@ -98,7 +98,7 @@ impl fmt::Display for Part {
 /// The [`Part`]s that a server withholds from the pool's role. `Display` prints them, separated by commas.
 ///
 /// ```
-/// use tokio_postgres_failover::{Part, Parts};
+/// use tokio_postgres_failover::view::{Part, Parts};
 ///
 /// let parts = Parts::from_iter([Part::Timeline, Part::Identity]);
 /// assert!(parts.contains(Part::Timeline) && !parts.is_empty());

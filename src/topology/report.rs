@@ -178,7 +178,7 @@ impl BadReport {
 /// Each kind includes the ones below it. docs/exactly-once.md explains what each kind settles.
 ///
 /// ```
-/// use tokio_postgres_failover::Evidence;
+/// use tokio_postgres_failover::view::Evidence;
 ///
 /// assert!(Evidence::Function > Evidence::Files && Evidence::Files > Evidence::Checkpoint);
 /// ```

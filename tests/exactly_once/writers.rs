@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, History};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Ledger, Pool, RetryBudget, RetryPolicy, Transaction};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::retry::RetryBudget;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction};
 
 use crate::dice::Dice;
 use crate::trace::{Found, Settling, Trace};

@@ -11,7 +11,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Config, NoTls};
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Ledger, Pool, PoolBuilder};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder};
 
 use crate::load::{Load, Write, by_url, create_table, from_env, generation, ms};
 use crate::settle::install_ledger;

@@ -14,7 +14,8 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{Error, Pool, PoolBuilder, State, Transaction, deadpool_postgres};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Error, Pool, PoolBuilder, Transaction, deadpool_postgres};
 
 /// For conditions that come at once on an idle machine. Far below [`SLOW`].
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, Node};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{Error, Pool, RetryPolicy, UnavailableReason, deadpool_postgres};
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::{Error, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::finish::{KINDS, Kind, pool_of};
 use crate::transaction::PATIENCE;

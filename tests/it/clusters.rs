@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{
-    Error, Event, FailureKind, Pool, PoolBuilder, State, UnavailableReason, deadpool_postgres,
-};
+use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Error, Event, Pool, PoolBuilder, deadpool_postgres};
 
 use crate::load::primary_lost;
 

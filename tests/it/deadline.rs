@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use testbed::{Blackhole, Cluster, Eof, Node, Silent, Tap, eventually};
 use tokio::task::JoinSet;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Unavailable, UnavailableReason};
+use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
+use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -66,7 +67,7 @@ async fn all_dead_ends_at_the_deadline() {
     }
     // Nobody is told that a server died while nothing is asked of it: the next heartbeat sees it.
     eventually("the loss is seen", PATIENCE, async || {
-        matches!(pool.status().view.state, tokio_postgres_failover::State::Searching { .. })
+        matches!(pool.status().view.state, tokio_postgres_failover::view::State::Searching { .. })
     })
     .await;
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::NoPrimary).await {
@@ -340,7 +341,7 @@ async fn silent_candidates_delay_nobody() {
     // And a failover, which asks all of them anew.
     cluster.kill(Node(0)).await;
     eventually("the loss is seen", PATIENCE, async || {
-        matches!(pool.status().view.state, tokio_postgres_failover::State::Searching { .. })
+        matches!(pool.status().view.state, tokio_postgres_failover::view::State::Searching { .. })
     })
     .await;
     let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;

@@ -9,7 +9,9 @@ use testbed::{Cluster, Node, Tap, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{Error, Pool, State, Unavailable, UnavailableReason};
+use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Error, Pool};
 
 use crate::load::{Hung, Load, Spread, Write, by_name, create_table, from_env, generation, ms, primary_lost};
 

@@ -4,7 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use testbed::{Answer, Blackhole, Cluster, Node, Silent, Tap, eventually};
-use tokio_postgres_failover::{Address, Error, HickoryResolver, Pool, State, UnavailableReason};
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::resolve::HickoryResolver;
+use tokio_postgres_failover::view::{Address, State};
+use tokio_postgres_failover::{Error, Pool};
 
 use crate::load::{Load, Write, by_name, create_table, generation};
 

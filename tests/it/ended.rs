@@ -9,9 +9,10 @@ use tokio::runtime::Runtime;
 use tokio::time::timeout;
 use tokio_postgres::tls::{MakeTlsConnect, NoTlsStream, TlsConnect};
 use tokio_postgres::{NoTls, Socket};
-use tokio_postgres_failover::{
-    Addresses, BoxFuture, Error, Message, Pool, Resolve, ResolveError, State, deadpool, deadpool_postgres,
-};
+use tokio_postgres_failover::listen::Message;
+use tokio_postgres_failover::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Error, Pool, deadpool, deadpool_postgres};
 
 /// For what comes at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use testbed::{Answer, Cluster, Dns, Garbage, Node, Tap, eventually};
-use tokio_postgres_failover::{
-    BuildError, Error, FailureKind, Pool, PoolBuilder, RetryPolicy, State, UnavailableReason,
-};
+use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

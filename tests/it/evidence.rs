@@ -2,7 +2,8 @@
 
 use testbed::{Cluster, Node};
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{Evidence, Pool};
+use tokio_postgres_failover::Pool;
+use tokio_postgres_failover::view::Evidence;
 
 use crate::load::by_name;
 use crate::transaction::PATIENCE;

@@ -77,8 +77,8 @@ async fn a_standby_that_refuses_to_wait_is_found_all_the_same() {
     let load = Load::warm(&pool, 4, Write::Transaction).await;
     let promotion = fail_over(&cluster).await;
     finish(load, &cluster, promotion).await.assert_flawless();
-    let timeline = |said: &tokio_postgres_failover::State| match said {
-        tokio_postgres_failover::State::Primary { report, .. } => report.timeline,
+    let timeline = |said: &tokio_postgres_failover::view::State| match said {
+        tokio_postgres_failover::view::State::Primary { report, .. } => report.timeline,
         _ => None,
     };
     assert_eq!(timeline(&pool.status().view.state), Some(2), "its identity is asked for as ever");

@@ -10,9 +10,10 @@ use futures_util::{SinkExt, StreamExt};
 use testbed::{Cluster, ClusterBuilder, Cut, Cutter, Node, Reply, Script, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{Client, CopyInSink, NoTls};
+use tokio_postgres_failover::error::RolledBack;
+use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Ledger, Pool, RetryPolicy, RolledBack, Transaction, TransactionBuilder,
-    deadpool_postgres,
+    CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, TransactionBuilder, deadpool_postgres,
 };
 
 use crate::settle::install_ledger;

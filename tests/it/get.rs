@@ -8,10 +8,10 @@ use std::time::Duration;
 use testbed::{Cluster, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres_failover::deadpool::managed::{Hook, HookError};
-use tokio_postgres_failover::{
-    Addresses, BoxFuture, Client, Connection, FixedResolver, Manager, Pool, PoolBuilder, Resolve, ResolveError, State,
-    View, deadpool, deadpool_postgres,
-};
+use tokio_postgres_failover::resolve::{Addresses, BoxFuture, FixedResolver, Resolve, ResolveError};
+use tokio_postgres_failover::session::Connection;
+use tokio_postgres_failover::view::{State, View};
+use tokio_postgres_failover::{Client, Manager, Pool, PoolBuilder, deadpool, deadpool_postgres};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex};
 use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use tokio_postgres_failover::{Error, Evidence, Guarantee, Unsettled};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::view::Evidence;
+use tokio_postgres_failover::{Error, Guarantee};
 
 use crate::load::{LONG, by_name};
 use crate::settle::{Bench, standbys};

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use testbed::{Answer, Cluster, Dns, Node, Question, RawDns, Reply, Script, Tamper, eventually, record};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{
-    Address, Error, FailureKind, HickoryResolver, Pool, PoolBuilder, Resolve, ResolveError, State, UnavailableReason,
-};
+use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
+use tokio_postgres_failover::resolve::{HickoryResolver, Resolve, ResolveError};
+use tokio_postgres_failover::view::{Address, State};
+use tokio_postgres_failover::{Error, Pool, PoolBuilder};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -9,10 +9,11 @@ use testbed::{Cluster, eventually};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_postgres_failover::{
-    Addresses, BoxFuture, CommitOutcome, Error, Guarantee, Ledger, Pool, PoolBuilder, Resolve, ResolveError,
-    RetryPolicy, State, Unsettled,
-};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy};
 
 use crate::load::create_table;
 

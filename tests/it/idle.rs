@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use testbed::{Cluster, Node, Path, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres_failover::{Manager, Pool, PoolBuilder, State, deadpool};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Manager, Pool, PoolBuilder, deadpool};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

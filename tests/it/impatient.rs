@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures_util::{FutureExt, poll};
 use testbed::{Cluster, Node, Path, eventually};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres_failover::{BoxFuture, Client, Error, Manager, Pool, PoolBuilder, deadpool};
+use tokio_postgres_failover::resolve::BoxFuture;
+use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

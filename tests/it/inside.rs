@@ -10,9 +10,9 @@ use futures_util::FutureExt;
 use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Client;
-use tokio_postgres_failover::{
-    CommitOutcome, EndedInside, Ending, Error, Guarantee, Ledger, Pool, RetryPolicy, RolledBack,
-};
+use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
 use crate::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
 use crate::transaction::{CONFLICT, PATIENCE, Runs, insert, sql, stored};

@@ -7,7 +7,10 @@ use futures_util::StreamExt;
 use testbed::{Cluster, Node, Path, Pooler, eventually};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{Error, Listener, Message, Pool, State, UnavailableReason};
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::listen::{Listener, Message};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Error, Pool};
 
 use crate::load::{LONG, by_name, by_url, generation};
 

@@ -128,7 +128,7 @@ async fn new_sessions_fail(how: TurnAway) {
     let stage = Stage::on(cluster).await;
     let pool = stage.builder();
     #[cfg(feature = "rustls")]
-    let pool = if encrypted { pool.rustls(tokio_postgres_failover::Tls::unverified()) } else { pool };
+    let pool = if encrypted { pool.rustls(tokio_postgres_failover::tls::Tls::unverified()) } else { pool };
     let pool = pool.build().unwrap();
     drop(pool.get().await.unwrap());
     let mut events = pool.subscribe();

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, History, Node, Verdict, eventually};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
-use tokio_postgres_failover::{Client, CommitOutcome, Error, Pool, PoolBuilder, State};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Client, CommitOutcome, Error, Pool, PoolBuilder};
 use tracing_subscriber::EnvFilter;
 
 use crate::transaction::insert;

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use testbed::{Cluster, Counts, Node, Tap};
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{Guarantee, Ledger, Pool, PoolBuilder, deadpool_postgres};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{Guarantee, Pool, PoolBuilder, deadpool_postgres};
 
 const TIMES: u64 = 25;
 /// Longer than the test.

@@ -10,7 +10,7 @@ use std::{
 
 use testbed::{Answer, Dns};
 use tokio::{net::UdpSocket, task::JoinSet};
-use tokio_postgres_failover::{Addresses, HickoryResolver, Resolve, ResolveError};
+use tokio_postgres_failover::resolve::{Addresses, HickoryResolver, Resolve, ResolveError};
 
 const HOST: &str = "pg.internal";
 const LOOPBACK: [u8; 4] = [127, 0, 0, 1];

@@ -11,7 +11,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::{Client, NoTls};
-use tokio_postgres_failover::{Answer, Event, Message, Part, Parts, Pool, State, Transaction, deadpool_postgres};
+use tokio_postgres_failover::listen::Message;
+use tokio_postgres_failover::view::{Answer, Part, Parts, State};
+use tokio_postgres_failover::{Event, Pool, Transaction, deadpool_postgres};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(30);

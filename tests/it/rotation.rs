@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use testbed::{Cluster, Node, eventually};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::tls::{MakeTlsConnect, NoTls, NoTlsStream};
-use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, State, UnavailableReason, tokio_postgres};
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, tokio_postgres};
 
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -14,7 +14,8 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{Client, Error, State};
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Client, Error};
 
 use crate::load::{
     Hung, LONG, Load, Write, by_name, by_url, create_table, generation, primary_lost, silent_primaries_hold_nobody,

@@ -20,9 +20,10 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
-use tokio_postgres_failover::{
-    Answer, Error, Evidence, Guarantee, Ledger, Message, Pool, Refusal, State, deadpool_postgres,
-};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::listen::Message;
+use tokio_postgres_failover::view::{Answer, Evidence, Refusal, State};
+use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
 use crate::load::{LONG, generation};
 use crate::settle::settlers;

@@ -13,9 +13,9 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, IsolationLevel};
-use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Ledger, Pool, RetryPolicy, RolledBack, TransactionBuilder, Unsettled,
-};
+use tokio_postgres_failover::error::{RolledBack, Unsettled};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, TransactionBuilder};
 use tracing_subscriber::EnvFilter;
 
 use crate::load::{LONG, by_name, create_table, generation, primary_lost};

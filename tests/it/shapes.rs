@@ -6,9 +6,10 @@ use std::io;
 
 use anyhow::Context as _;
 use testbed::{Cluster, Node, eventually};
+use tokio_postgres_failover::error::RolledBack;
 use tokio_postgres_failover::tokio_postgres::error::DbError;
 use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, RolledBack, Transaction, deadpool_postgres,
+    CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres,
 };
 
 use crate::transaction::{CONFLICT, PATIENCE, Runs, insert, sql, stored};

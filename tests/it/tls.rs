@@ -10,7 +10,10 @@ use rustls::pki_types::pem::PemObject;
 use testbed::{Authority, Cluster, ClusterBuilder, Impostor, Node, Tap, eventually};
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
-use tokio_postgres_failover::{Answer, Client, Error, FailureKind, Pool, PoolBuilder, Tls};
+use tokio_postgres_failover::error::FailureKind;
+use tokio_postgres_failover::tls::Tls;
+use tokio_postgres_failover::view::Answer;
+use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::load::{Load, Write, by_url, create_table, generation};

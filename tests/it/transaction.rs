@@ -10,9 +10,9 @@ use testbed::{Cluster, Node, Tap, eventually};
 use tokio::sync::Barrier;
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryBudget, RetryPolicy, RolledBack, Transaction, Unsettled,
-};
+use tokio_postgres_failover::error::{RolledBack, Unsettled};
+use tokio_postgres_failover::retry::RetryBudget;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction};
 
 /// For conditions that come at once on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);

@@ -12,9 +12,10 @@ use testbed::{Answer, Cluster, Dns, Node};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
-use tokio_postgres_failover::{
-    CommitOutcome, Error, Fly, FlyMachine, Guarantee, HickoryResolver, Pool, ResolveError, Retry, RetryPolicy,
-};
+use tokio_postgres_failover::fly::{Fly, FlyMachine};
+use tokio_postgres_failover::resolve::{HickoryResolver, ResolveError};
+use tokio_postgres_failover::retry::Retry;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
 use crate::load::{LONG, by_name, by_url, create_table};
 use crate::transaction::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};

@@ -9,10 +9,9 @@ use futures_util::StreamExt;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
-use tokio_postgres_failover::{
-    Error, Event, Events, Eviction, Guarantee, Pool, PoolBuilder, Settlement, Unsettled, deadpool_postgres,
-    tokio_postgres,
-};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::view::{Eviction, Settlement};
+use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres};
 
 use crate::load::{LONG, by_name, by_url, create_table};
 use crate::transaction::{CONFLICT, Runs, insert};

@@ -12,9 +12,9 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::deadpool::managed::{self, Hook, HookError, Metrics, RecycleResult};
-use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Pool, RetryPolicy, SessionClient, UnavailableReason, deadpool_postgres,
-};
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::session::SessionClient;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::load::{LONG, Load, PROMPT, Write, create_table, generation};
 

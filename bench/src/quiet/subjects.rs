@@ -14,7 +14,8 @@ use tokio::task::JoinSet;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, NoTls};
 use tokio_postgres_failover::deadpool_postgres::{Manager, ManagerConfig, Pool as Deadpool, RecyclingMethod};
-use tokio_postgres_failover::{Guarantee, Ledger, Pool};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{Guarantee, Pool};
 
 use super::{CONNECTIONS, Failure, Work};
 use crate::counting::cpu_time;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
-use tokio_postgres_failover::State;
+use tokio_postgres_failover::view::State;
 
 use crate::Service;
 

@@ -2,7 +2,8 @@
 
 use testbed::{Cluster, Cut, Node};
 use tokio_postgres::Client;
-use tokio_postgres_failover::{Guarantee, Pool, Unsettled};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::{Guarantee, Pool};
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, write_no_more};
 use crate::settle::single;

@@ -9,9 +9,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
-use tokio_postgres_failover::{
-    CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, Unsettled, deadpool_postgres,
-};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
 use super::{NOWHERE, Right, grant, hold, write_wal};
 use crate::load::LONG;

@@ -2,7 +2,7 @@
 //! having streamed from anybody. So does Patroni after the crash of a container, and when it has its quorum again.
 
 use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
-use tokio_postgres_failover::Unsettled;
+use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
 use crate::settle::single;

@@ -1,7 +1,7 @@
 //! Standbys that are promoted, once, twice and three times, and standbys that could not follow.
 
 use testbed::{Background, Cluster, ClusterBuilder, Cut, Node, eventually};
-use tokio_postgres_failover::Unsettled;
+use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_wal};
 use crate::settle::{cut_replication, standbys};

@@ -2,7 +2,7 @@
 //! was followed. What else there is decides, or nothing is claimed.
 
 use testbed::{Cluster, ClusterBuilder, Cut, Node, eventually};
-use tokio_postgres_failover::Unsettled;
+use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, recycle, write_wal};
 use crate::settle::cut_replication;

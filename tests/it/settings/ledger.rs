@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
-use tokio_postgres_failover::{Error, Guarantee, Ledger, Pool, Unsettled};
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{Error, Guarantee, Pool};
 
 use crate::load::{LONG, create_table};
 use crate::transaction::{Runs, insert, sql, stored};
