@@ -7,10 +7,11 @@
 use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
-use tokio_postgres_failover::session::Connection;
+use tokio_postgres_failover::listen::Listener;
+use tokio_postgres_failover::session::{CancelToken, Connection, Detached};
 use tokio_postgres_failover::view::{Status, View};
 use tokio_postgres_failover::{
-    BuildError, Client, Error, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint, Transaction, deadpool,
+    BuildError, Client, Error, Event, Events, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint, Transaction, deadpool,
 };
 
 fn movable<T: Send + Sync + 'static>() {}
@@ -32,8 +33,13 @@ fn the_types_go_to_other_threads() {
     movable::<Status>();
     movable::<View>();
     movable::<RetryPolicy>();
+    movable::<Event>();
+    movable::<CancelToken>();
     movable::<deadpool::managed::Pool<Manager>>();
     sendable::<PoolBuilder>();
+    sendable::<Detached>();
+    sendable::<Events>();
+    sendable::<Listener>();
 }
 
 /// A result is passed through every caller's hands: it stays small.

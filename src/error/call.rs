@@ -100,7 +100,7 @@ pub enum Error {
 }
 
 /// Whether the work of a failed call may have been committed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum CommitOutcome {
     /// It was not committed and never will be.

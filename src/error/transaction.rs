@@ -6,7 +6,7 @@ use std::fmt;
 use super::{CommitOutcome, Error};
 
 /// [`Error::RolledBack`]: why a transaction was not committed although its closure returned `Ok`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum RolledBack {
     /// A statement failed and the closure went on. PostgreSQL turns the COMMIT of such a transaction into a ROLLBACK.
@@ -63,7 +63,7 @@ pub struct EndedInside {
 }
 
 /// How a closure ended its transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Ending {
     /// It committed, with `COMMIT` or `END`, or either of them with `AND CHAIN`.

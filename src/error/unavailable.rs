@@ -11,7 +11,7 @@ use crate::topology::{Answer, CandidateReport, ProbeFailure, Refusal};
 const LISTED: usize = 32;
 
 /// Why there was no connection in time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum UnavailableReason {
     /// No candidate is a writable primary.

@@ -17,7 +17,7 @@ use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId
 ///
 /// When an event about the primary arrives, [`Pool::status`](crate::Pool::status) already shows that state or a later
 /// one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
     /// There is no verified primary any more. Checkouts wait, and a search begins. Open connections live on until
@@ -132,7 +132,7 @@ pub enum Event {
 }
 
 /// What became of a COMMIT without an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Settlement {
     /// It was committed, so the call returns `Ok`.

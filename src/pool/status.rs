@@ -3,7 +3,7 @@
 use crate::topology::{Evidence, View};
 
 /// The state of a pool, from [`Pool::status`](crate::Pool::status).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Status {
     /// The most connections that are handed out at the same time.

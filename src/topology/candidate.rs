@@ -44,7 +44,7 @@ impl fmt::Display for Address {
 }
 
 /// Where a server can be reached, and the host name that led there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Endpoint {
     /// The host name from the configuration, which TLS certificates are checked against.
@@ -63,7 +63,7 @@ impl fmt::Display for Endpoint {
 }
 
 /// Why an address is a candidate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Origin {
     /// The newest DNS answer contains it.
@@ -75,7 +75,7 @@ pub enum Origin {
 }
 
 /// The kind of failure of a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FailureKind {
     /// The connection was refused, reset or closed before the server answered.
@@ -251,7 +251,7 @@ impl fmt::Display for Answer {
 }
 
 /// One candidate and its last answer.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CandidateReport {
     /// The server.

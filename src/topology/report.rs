@@ -200,7 +200,7 @@ pub enum Evidence {
 }
 
 /// What a server is to this pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
     /// Not in recovery, and new transactions may write.

@@ -25,7 +25,7 @@ impl fmt::Display for GenerationId {
 }
 
 /// What a pool knows of its cluster at one moment.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct View {
     /// Whether there is a verified primary.
@@ -37,7 +37,7 @@ pub struct View {
 }
 
 /// The state in a [`View`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum State {
     /// No verified primary: checkouts wait.
@@ -61,7 +61,7 @@ pub enum State {
 }
 
 /// The last change of a [`View`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Change {
     /// When it happened.
