@@ -43,28 +43,13 @@ pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-pub use commit::{Guarantee, Ledger, Unsettled};
+// What everyday code names. Everything else has one path, in one of the modules.
+pub use commit::Guarantee;
 pub use error::build::BuildError;
 pub use error::call::{CommitOutcome, Error};
-pub use error::{
-    CommitUnknown, EndedInside, Ending, Exhausted, Refused, RolledBack, SessionEnded, Unavailable, UnavailableReason,
-};
-pub use fly::{BadMachines, Fly, FlyMachine};
-pub use listen::{Listener, Message};
-pub use observe::{Event, Events, Settlement};
-pub use pool::{
-    CancelToken, Client, Connection, Detached, IntoConfig, Manager, Pool, PoolBuilder, Status, WrapBuilder,
-};
-pub use resolve::{Addresses, BoxFuture, FixedResolver, HickoryResolver, Resolve, ResolveError};
+pub use observe::{Event, Events};
+pub use pool::{Client, Manager, Pool, PoolBuilder, WrapBuilder};
 pub use retry::policy::RetryPolicy;
-pub use retry::{Backoff, Exponential, Retry, RetryBudget};
-pub use server::SessionClient;
-#[cfg(feature = "rustls")]
-pub use tls::Tls;
-pub use topology::{
-    Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, Evidence, FailureKind, GenerationId, Lsn,
-    Origin, Part, Parts, ProbeFailure, Refusal, Role, ServerReport, State, View,
-};
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 
 /// The table that settles commits in doubt, for [`Guarantee::Ledger`].
@@ -97,7 +82,8 @@ pub mod view {
 pub mod fuzzing {
     use tokio_postgres::Config;
 
-    use crate::{BadReport, BuildError, Pool, ServerReport};
+    use crate::view::{BadReport, ServerReport};
+    use crate::{BuildError, Pool};
 
     /// The parts from which a pool would be made.
     #[derive(Clone, Debug)]

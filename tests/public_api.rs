@@ -1,11 +1,12 @@
 //! The public API is what docs/public-api.txt says, so that a change of it is seen in review and meant. `make api` renews the file.
+//! Each line names an item with the module that users find it in.
 //!
 //! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of them. What
 //! it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,18 @@ use quote::ToTokens;
 use syn::{Attribute, Fields, ImplItem, Item, ItemImpl, Meta, Path as Name, TraitItem, Type, UseTree, Visibility};
 
 const LIST: &str = "docs/public-api.txt";
+
+/// By the name of each public item, the path that users write.
+type Public = BTreeMap<String, String>;
+
+/// An item that users can name.
+struct Export {
+    /// The top module that defines it.
+    module: String,
+    name: String,
+    /// The path that users write, from the root of the crate.
+    path: String,
+}
 
 #[test]
 fn the_public_api_is_the_one_that_is_listed() {
@@ -35,6 +48,30 @@ fn the_public_api_is_the_one_that_is_listed() {
 }
 
 #[test]
+fn the_public_api_names_nothing_private() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let private = modules_of(&src).iter().flat_map(|module| defined(&module.items)).collect::<BTreeSet<_>>();
+    let public = exports_of(&src).into_iter().map(|export| export.name).collect();
+    let private: BTreeSet<String> = private.difference(&public).cloned().collect();
+    let found: Vec<String> = api_of(&src).into_iter().filter(|line| names_one_of(line, &private)).collect();
+    assert!(found.is_empty(), "users cannot name a type in these: {found:#?}");
+}
+
+#[test]
+fn what_is_private_is_found() {
+    let private = ["NoPrimary", "Source"].map(String::from).into();
+    for found in ["impl From<NoPrimary> for Error", "enum Error::Aborted(Source)", "fn Error: fn abort(error: Source)"]
+    {
+        assert!(names_one_of(found, &private), "{found}");
+    }
+    for fine in
+        ["enum Unsettled::NoPrimary", "fn Error: fn source(&self)", "trait C: sealed::Source + Deref<Source = C>"]
+    {
+        assert!(!names_one_of(fine, &private), "{fine}");
+    }
+}
+
+#[test]
 fn what_is_public_is_found() {
     let source = "
         pub use other::{Kept, Shown};
@@ -45,12 +82,13 @@ fn what_is_public_is_found() {
         pub trait Hidden { fn f(); }
         impl<T: Copy> Kept<T> { pub fn get(&self, x: &mut dyn Fn(u8) -> u8) -> Option<&T> where T: Send { None } fn no() {} }
         impl<T> Hidden for Kept<T> { fn f() {} }
+        impl<'a, T> IntoIterator for &'a Kept<T> {}
         impl From<u8> for Shown { fn from(x: u8) -> Self { Self::A } }
         #[cfg(feature = \"f\")] impl Shown { pub async fn later(self) {} #[doc(hidden)] pub fn never() {} }
         #[cfg(test)] mod tests { impl Shown { pub fn never() {} } }";
     let file = syn::parse_file(source).unwrap();
     let items: Vec<&Item> = file.items.iter().filter(|item| shipped(attributes(item))).collect();
-    let public = ["Kept", "Shown"].map(String::from).into();
+    let public = [("Kept", "view::Kept"), ("Shown", "Shown")].map(|(name, path)| (name.into(), path.into())).into();
     let mut lines = re_exported_crates(&items);
     for item in items {
         describe(item, &public, &BTreeSet::from(["Hidden".to_owned()]), &mut lines);
@@ -62,46 +100,120 @@ fn what_is_public_is_found() {
             "enum Shown::A",
             "enum Shown::B(u8)",
             "enum Shown::C{d: u8}",
-            "fn Kept<T: Copy>: fn get(&self, x: &mut dyn Fn(u8) -> u8) -> Option<&T> where T: Send",
             "fn Shown: async fn later(self) #[cfg(feature = \"f\")]",
-            "impl Clone for Kept",
-            "impl Debug for Kept",
+            "fn view::Kept<T: Copy>: fn get(&self, x: &mut dyn Fn(u8) -> u8) -> Option<&T> where T: Send",
+            "impl Clone for view::Kept",
+            "impl Debug for view::Kept",
             "impl From<u8> for Shown",
-            "struct Kept<T> #[non_exhaustive]",
-            "struct Kept<T>::a: Vec<T>",
+            "impl<'a, T> IntoIterator for &'a view::Kept<T>",
+            "struct view::Kept<T> #[non_exhaustive]",
+            "struct view::Kept<T>::a: Vec<T>",
             "use foreign",
         ]
     );
 }
 
+#[test]
+fn what_is_exported_is_found() {
+    let found = |module: Option<&str>, source: &str| {
+        let items = syn::parse_file(source).unwrap().items;
+        let found = items.iter().flat_map(|item| exported(module, item));
+        found.map(|it| format!("{} is {} of {}", it.path, it.name, it.module)).collect::<Vec<_>>()
+    };
+    let root = "pub use pool::{Pool, client::Client}; pub(crate) use error::Error; use fly::Fly; mod view {}
+        pub use tokio_postgres; pub mod ledger { pub use crate::commit::Ledger; pub(crate) use crate::commit::Marker; }";
+    let of_root = ["Pool is Pool of pool", "Client is Client of pool", "ledger::Ledger is Ledger of commit"];
+    assert_eq!(found(None, root), of_root);
+    let file = "pub use self::hooks::Retry; pub use budget::RetryBudget; pub use crate::commit::Unsettled; mod hooks;
+        pub trait Backoff {} pub(crate) struct Retries; struct Own;";
+    let of_file = [
+        "retry::Retry is Retry of retry",
+        "retry::RetryBudget is RetryBudget of retry",
+        "retry::Unsettled is Unsettled of commit",
+        "retry::Backoff is Backoff of retry",
+    ];
+    assert_eq!(found(Some("retry"), file), of_file);
+}
+
 /// A line for everything that users can name.
 fn api_of(src: &Path) -> BTreeSet<String> {
-    let root = parsed(&src.join("lib.rs"));
-    let exports: Vec<(String, String)> = root.iter().flat_map(exported).collect();
-    let public: BTreeSet<String> = exports.iter().map(|(_, name)| name.clone()).collect();
-    assert_eq!(public.len(), exports.len(), "two items of one name");
-    let modules: Vec<(String, String, Vec<Item>)> =
-        files(src).into_iter().map(|path| (module_of(src, &path), gate(&path), parsed(&path))).collect();
-    let all = || modules.iter().flat_map(|(_, _, items)| items);
-    let private: BTreeSet<String> = all().flat_map(traits).filter(|name| !public.contains(name)).collect();
+    let exports = exports_of(src);
+    let public: Public = exports.iter().map(|export| (export.name.clone(), export.path.clone())).collect();
+    assert_eq!(public.len(), exports.len(), "two items of one name, or two paths to one item");
+    let modules = modules_of(src);
+    let all = || modules.iter().flat_map(|module| &module.items);
+    let private: BTreeSet<String> = all().flat_map(traits).filter(|name| !public.contains_key(name)).collect();
 
-    let mut lines = re_exported_crates(&root.iter().collect::<Vec<_>>());
-    for (module, name) in &exports {
-        let places = modules.iter().filter(|(path, _, _)| path == module);
-        let defined = places.flat_map(|(_, _, items)| items).filter(|item| named(item).as_ref() == Some(name)).count();
+    let mut lines = re_exported_crates(&parsed(&src.join("lib.rs")).iter().collect::<Vec<_>>());
+    for Export { module, name, .. } in &exports {
+        let places = modules.iter().filter(|place| place.top == *module).flat_map(|place| &place.items);
+        let defined = places.filter(|item| named(item).as_ref() == Some(name)).count();
         assert_eq!(defined, 1, "{module}::{name} is defined {defined} times");
     }
-    for (module, gate, items) in &modules {
+    for Module { top, gate, items } in &modules {
+        let exports = |name: &str| exports.iter().any(|export| export.module == *top && export.name == name);
+        // A private type may have the name of a public one.
+        let family = modules.iter().filter(|other| other.top == *top).flat_map(|other| defined(&other.items));
+        let own: BTreeSet<String> = family.filter(|name| !exports(name)).collect();
+        let mut public = public.clone();
+        public.retain(|name, _| !own.contains(name));
         let mut of_file = BTreeSet::new();
         for item in items {
-            let defines = named(item).is_some_and(|name| exports.contains(&(module.clone(), name)));
-            if defines || matches!(item, Item::Impl(_)) {
+            if named(item).is_some_and(|name| exports(&name)) || matches!(item, Item::Impl(_)) {
                 describe(item, &public, &private, &mut of_file);
             }
         }
         lines.extend(of_file.into_iter().map(|line| line + gate));
     }
     lines
+}
+
+/// A file of `src/`.
+struct Module {
+    /// The top module that it belongs to.
+    top: String,
+    gate: String,
+    items: Vec<Item>,
+}
+
+fn modules_of(src: &Path) -> Vec<Module> {
+    let module = |path: &PathBuf| Module { top: module_of(src, path), gate: gate(path), items: parsed(path) };
+    files(src).iter().map(module).collect()
+}
+
+/// What the root and the public modules export.
+fn exports_of(src: &Path) -> Vec<Export> {
+    let root = parsed(&src.join("lib.rs"));
+    let mut found: Vec<Export> = root.iter().flat_map(|item| exported(None, item)).collect();
+    for item in &root {
+        if let Item::Mod(module) = item
+            && module.content.is_none()
+            && matches!(module.vis, Visibility::Public(_))
+        {
+            let name = module.ident.to_string();
+            let items = parsed(&src.join(&name).with_extension("rs"));
+            found.extend(items.iter().flat_map(|item| exported(Some(&name), item)));
+        }
+    }
+    found
+}
+
+/// Whether the line has one of the names, other than as a part of a path or as an associated type.
+fn names_one_of(line: &str, names: &BTreeSet<String>) -> bool {
+    let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_' && c != ':');
+    words.any(|word| names.contains(word.trim_end_matches(':')) && !line.contains(&format!("<{word} = ")))
+}
+
+/// The types that are defined at the top of a file.
+fn defined(items: &[Item]) -> Vec<String> {
+    let name = |item: &Item| match item {
+        Item::Enum(item) => Some(item.ident.to_string()),
+        Item::Struct(item) => Some(item.ident.to_string()),
+        Item::Trait(item) => Some(item.ident.to_string()),
+        Item::Type(item) => Some(item.ident.to_string()),
+        _ => None,
+    };
+    items.iter().filter_map(name).collect()
 }
 
 /// What the whole file is conditional on, where its module is declared.
@@ -148,28 +260,45 @@ fn parsed(path: &Path) -> Vec<Item> {
     items.into_iter().filter(|item| shipped(attributes(item))).collect()
 }
 
-/// Module and name of everything that `pub use` takes out of a module.
-fn exported(item: &Item) -> Vec<(String, String)> {
-    fn leaves(tree: &UseTree, found: &mut Vec<String>) {
-        match tree {
-            UseTree::Path(path) => leaves(&path.tree, found),
-            UseTree::Group(group) => {
-                for tree in &group.items {
-                    leaves(tree, found);
-                }
-            }
-            UseTree::Name(name) => found.push(name.ident.to_string()),
-            UseTree::Rename(_) | UseTree::Glob(_) => panic!("this test follows plain names only"),
+/// What an item exports in the public module `within`, or in the root.
+fn exported(within: Option<&str>, item: &Item) -> Vec<Export> {
+    let path = |name: &str| within.map_or_else(|| name.to_owned(), |module| format!("{module}::{name}"));
+    let export = |module: &str, name: String| Export { module: module.to_owned(), path: path(&name), name };
+    match item {
+        Item::Use(item) if matches!(item.vis, Visibility::Public(_)) => {
+            let mut names = Vec::new();
+            leaves(&item.tree, &mut Vec::new(), &mut names);
+            let of_crate = |(origin, name): (Vec<String>, String)| match &origin[..] {
+                [] => None,
+                [root, module, ..] if root == "crate" => Some(export(module, name)),
+                [module, ..] => Some(export(within.unwrap_or(module), name)),
+            };
+            names.into_iter().filter_map(of_crate).collect()
+        }
+        Item::Mod(module) if matches!(module.vis, Visibility::Public(_)) => {
+            let (name, content) = (module.ident.to_string(), module.content.as_ref());
+            assert!(within.is_none(), "{name}: this test follows one level of modules");
+            content.map(|(_, items)| items).into_iter().flatten().flat_map(|item| exported(Some(&name), item)).collect()
+        }
+        item => {
+            let defined = within.and_then(|module| Some(export(module, named(item)?)));
+            defined.into_iter().collect()
         }
     }
-    let Item::Use(item) = item else { return Vec::new() };
-    let UseTree::Path(path) = &item.tree else { return Vec::new() };
-    if !matches!(item.vis, Visibility::Public(_)) {
-        return Vec::new();
+}
+
+/// Path and name of everything that a `use` names.
+fn leaves(tree: &UseTree, path: &mut Vec<String>, found: &mut Vec<(Vec<String>, String)>) {
+    match tree {
+        UseTree::Path(tree) => {
+            path.push(tree.ident.to_string());
+            leaves(&tree.tree, path, found);
+            path.pop();
+        }
+        UseTree::Group(group) => group.items.iter().for_each(|tree| leaves(tree, path, found)),
+        UseTree::Name(name) => found.push((path.clone(), name.ident.to_string())),
+        UseTree::Rename(_) | UseTree::Glob(_) => panic!("this test follows plain names only"),
     }
-    let mut names = Vec::new();
-    leaves(&path.tree, &mut names);
-    names.into_iter().map(|name| (path.ident.to_string(), name)).collect()
 }
 
 fn re_exported_crates(items: &[&Item]) -> BTreeSet<String> {
@@ -219,10 +348,12 @@ fn named(item: &Item) -> Option<String> {
     matches!(visibility, Visibility::Public(_)).then(|| name.to_string())
 }
 
-fn describe(item: &Item, public: &BTreeSet<String>, private: &BTreeSet<String>, lines: &mut BTreeSet<String>) {
+fn describe(item: &Item, public: &Public, private: &BTreeSet<String>, lines: &mut BTreeSet<String>) {
+    let path = |name: &syn::Ident| public.get(&name.to_string());
     match item {
-        Item::Enum(item) if public.contains(&item.ident.to_string()) => {
-            let name = format!("enum {}{}", item.ident, tidy(&item.generics));
+        Item::Enum(item) => {
+            let Some(path) = path(&item.ident) else { return };
+            let name = format!("enum {path}{}", tidy(&item.generics));
             lines.insert(name.clone() + &marks(&item.attrs));
             for variant in &item.variants {
                 lines.insert(format!(
@@ -232,20 +363,22 @@ fn describe(item: &Item, public: &BTreeSet<String>, private: &BTreeSet<String>, 
                     marks(&variant.attrs)
                 ));
             }
-            derived(&item.attrs, &item.ident.to_string(), lines);
+            derived(&item.attrs, path, lines);
         }
-        Item::Struct(item) if public.contains(&item.ident.to_string()) => {
-            let name = format!("struct {}{}", item.ident, tidy(&item.generics));
+        Item::Struct(item) => {
+            let Some(path) = path(&item.ident) else { return };
+            let name = format!("struct {path}{}", tidy(&item.generics));
             lines.insert(name.clone() + &marks(&item.attrs));
             for field in item.fields.iter().filter(|field| matches!(field.vis, Visibility::Public(_))) {
                 let label = field.ident.as_ref().map_or_else(|| "0".to_owned(), ToString::to_string);
                 lines.insert(format!("{name}::{label}: {}", tidy(&field.ty)));
             }
-            derived(&item.attrs, &item.ident.to_string(), lines);
+            derived(&item.attrs, path, lines);
         }
-        Item::Trait(item) if public.contains(&item.ident.to_string()) => {
+        Item::Trait(item) => {
+            let Some(path) = path(&item.ident) else { return };
             let (bounds, clause) = (tidy(&item.supertraits), tidy(&item.generics.where_clause));
-            let name = format!("trait {}{}", item.ident, tidy(&item.generics));
+            let name = format!("trait {path}{}", tidy(&item.generics));
             lines.insert(format!("{name}: {bounds}{clause}{}", marks(&item.attrs)));
             for method in item.items.iter().filter_map(|item| match item {
                 TraitItem::Fn(method) if !hidden(&method.attrs) => Some(method),
@@ -256,17 +389,23 @@ fn describe(item: &Item, public: &BTreeSet<String>, private: &BTreeSet<String>, 
             }
         }
         Item::Type(item) => {
-            lines.insert(format!("type {}{} = {}", item.ident, tidy(&item.generics), tidy(&item.ty)));
+            let Some(path) = path(&item.ident) else { return };
+            lines.insert(format!("type {path}{} = {}", tidy(&item.generics), tidy(&item.ty)));
         }
-        Item::Impl(item) if subject(&item.self_ty).is_some_and(|name| public.contains(&name)) => {
-            implemented(item, private, lines);
+        Item::Impl(item) => {
+            if let Some(name) = subject(&item.self_ty)
+                && let Some(path) = public.get(&name)
+            {
+                implemented(item, &tidy(&item.self_ty).replacen(&name, path, 1), private, lines);
+            }
         }
         _ => {}
     }
 }
 
-fn implemented(item: &ItemImpl, private: &BTreeSet<String>, lines: &mut BTreeSet<String>) {
-    let (generics, subject) = (tidy(&item.generics), tidy(&item.self_ty));
+/// `subject` is what it is implemented for, with its path.
+fn implemented(item: &ItemImpl, subject: &str, private: &BTreeSet<String>, lines: &mut BTreeSet<String>) {
+    let generics = tidy(&item.generics);
     if let Some((_, of, _)) = &item.trait_ {
         if !private.contains(&last(of)) {
             let clause = tidy(&item.generics.where_clause);
@@ -276,8 +415,11 @@ fn implemented(item: &ItemImpl, private: &BTreeSet<String>, lines: &mut BTreeSet
     }
     let name = subject.split('<').next().unwrap_or_default();
     // In `impl<M: Manager> Builder<M>` the bounds say more than the type.
-    let whom =
-        if generics.is_empty() || generics.starts_with("<'_") { subject.clone() } else { format!("{name}{generics}") };
+    let whom = if generics.is_empty() || generics.starts_with("<'_") {
+        subject.to_owned()
+    } else {
+        format!("{name}{generics}")
+    };
     for method in item.items.iter().filter_map(|item| match item {
         ImplItem::Fn(method) if matches!(method.vis, Visibility::Public(_)) => Some(method),
         _ => None,
