@@ -29,7 +29,7 @@ pub(super) struct Tally {
 pub(super) struct Begun {
     pub(super) marker: Marker,
     pub(super) token: Token,
-    node: usize,
+    pub(super) node: usize,
     term: u64,
     before: Tally,
     /// It began on the primary that a pool would use.

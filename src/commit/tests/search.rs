@@ -57,7 +57,9 @@ proptest! {
             let since = world.since(begun);
             let restarted = since.clean_starts >= 1 && since.recoveries == 0;
             let seen = since.unseen == 0 && (since.clean_starts == 0 || restarted);
-            let plain = seen && world.is_plain_failover(begun, asked);
+            // What a standby has replayed of its primary's recovery, it shows as if that had been its own.
+            let stopped_before = asked != begun.node && world.node(asked).shows_stop();
+            let plain = seen && !stopped_before && world.is_plain_failover(begun, asked);
             if world.newest() == Some(asked) && is_assumed(world, begun) && plain {
                 let node = world.node(asked);
                 for evidence in EACH {
