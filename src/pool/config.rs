@@ -132,7 +132,7 @@ impl Targets {
         let literal = name.and_then(|name| name.trim_matches(['[', ']']).parse::<IpAddr>().ok());
         match (address.or(literal), name) {
             (Some(ip), name) => {
-                let address = Address::Tcp(SocketAddr::new(ip, port));
+                let address = Address::Tcp(SocketAddr::new(ip.to_canonical(), port));
                 self.addresses.push(Endpoint { host: name.map(Arc::from), address });
             }
             (None, Some(name)) => self.names.push(Name { host: Arc::from(name), port }),

@@ -23,7 +23,8 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Makes a list of these addresses, and leaves out duplicates.
+    /// Makes a list of these addresses, and leaves out duplicates. An IPv4 address in the form of IPv6 (`::ffff:10.0.0.1`)
+    /// becomes IPv4, as it leads to the same server.
     ///
     /// # Examples
     /// ```
@@ -35,7 +36,8 @@ impl Addresses {
     #[must_use]
     pub fn new(addresses: impl IntoIterator<Item = IpAddr>) -> Self {
         let mut seen = HashSet::new();
-        Self { addresses: addresses.into_iter().filter(|address| seen.insert(*address)).collect(), partial: None }
+        let canonical = addresses.into_iter().map(|address| address.to_canonical());
+        Self { addresses: canonical.filter(|address| seen.insert(*address)).collect(), partial: None }
     }
 
     /// Adds the note that a part of the question failed with this error.

@@ -40,6 +40,16 @@ fn addresses_keep_their_order_and_lose_their_doubles() {
 }
 
 #[test]
+fn an_ipv4_address_is_the_same_in_the_form_of_ipv6() {
+    let mapped = |n: u8| IpAddr::from([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, n]);
+    let plain = |n: u8| IpAddr::from([10, 0, 0, n]);
+    let addresses = Addresses::new([mapped(1), plain(1), plain(2), mapped(2)]);
+    assert_eq!(addresses.iter().collect::<Vec<_>>(), [plain(1), plain(2)]);
+    let literal = Addresses::literal("::ffff:10.0.0.1").unwrap();
+    assert_eq!(literal.iter().collect::<Vec<_>>(), [plain(1)]);
+}
+
+#[test]
 fn both_families_are_merged() {
     let merged = Addresses::merge(ok(&[1, 2]), ok(&[2, 3])).unwrap();
     assert_eq!(merged.iter().collect::<Vec<_>>(), [ip(1), ip(2), ip(3)]);
