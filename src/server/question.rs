@@ -112,7 +112,11 @@ pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<St
 }
 
 fn text(value: Option<&str>) -> Option<String> {
-    value.map(|text| text.get(..LONGEST_VALUE).unwrap_or(text).to_owned())
+    let shorten = |text: &str| {
+        let end = (0..=LONGEST_VALUE.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+        text.get(..end.unwrap_or_default()).unwrap_or_default().to_owned()
+    };
+    value.map(shorten)
 }
 
 fn read(
@@ -136,5 +140,20 @@ fn no_report(error: Error) -> ProbeFailure {
             failure
         }
         verdict => failure(verdict, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_cut_at_the_limit_even_within_a_character() {
+        for (before, kept) in [(0, LONGEST_VALUE / 2 * 2), (1, (LONGEST_VALUE - 1) / 2 * 2 + 1)] {
+            let value = "x".repeat(before) + &"ä".repeat(LONGEST_VALUE);
+            assert_eq!(text(Some(&value)).map(|text| text.len()), Some(kept));
+        }
+        assert_eq!(text(Some("short")).as_deref(), Some("short"));
+        assert_eq!(text(None), None);
     }
 }
