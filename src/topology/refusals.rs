@@ -18,7 +18,8 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) enum Word {
     /// Waiting may help.
     Open,
-    /// It is silent: it neither refuses nor gives hope.
+    /// It accepts no connection, and may be just starting. Only the credentials are the same everywhere, so only they may be
+    /// judged without it.
     Silent,
     /// It gave a permanent failure, in answer to a question sent at this time.
     Hopeless(ProbeFailure, Instant),
@@ -37,12 +38,15 @@ pub(super) struct Hopeless {
 /// Decides from all candidates and names. `let_in`: a server of this cluster has accepted this role before.
 pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<Hopeless> {
     let mut told: [Option<(ProbeFailure, Instant)>; 4] = [None, None, None, None];
-    let mut after = Duration::ZERO;
+    let (mut after, mut silent) = (Duration::ZERO, false);
     for word in words {
         let (failure, at) = match word {
             Word::Open => return None,
             Word::Silent if let_in => return None,
-            Word::Silent => continue,
+            Word::Silent => {
+                silent = true;
+                continue;
+            }
             Word::Hopeless(failure, at) => (failure, at),
         };
         let (rank, needs) = match failure.kind {
@@ -55,6 +59,9 @@ pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<H
         after = after.max(needs);
         let newest = told[rank].take().filter(|(_, newest)| *newest >= at);
         told[rank] = newest.or(Some((failure, at)));
+    }
+    if silent && told[0].is_none() {
+        return None;
     }
     // One newly asked server per kind of failure is enough, as the credentials are the same everywhere.
     let as_of = told.iter().flatten().map(|(_, at)| *at).min()?;
@@ -205,7 +212,8 @@ mod tests {
                     Some((hopeless.failure.kind, hopeless.after.as_secs()))
                 };
                 let has = |kind| pair().any(|it| it == kind);
-                let waits = has(TimedOut) || has(NotNow) || has(Full) || pair().all(|kind| kind == Unreachable);
+                let starting = has(Unreachable) && !has(Refused);
+                let waits = has(TimedOut) || has(NotNow) || has(Full) || starting;
                 let grace = if has(UnknownName) || has(SeveralClusters) { 2 } else { 0 };
                 let told = [Refused, SeveralClusters, NotPostgres, UnknownName].into_iter().find(|kind| has(*kind));
                 let expected = told.filter(|_| !waits).map(|kind| (kind, grace));

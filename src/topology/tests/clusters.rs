@@ -401,3 +401,45 @@ fn a_stranger_that_makes_up_numbers_is_told_of_once() {
     assert_eq!(said, 1);
     assert!(bench.topology.noticed.len() < 8);
 }
+
+/// Beside a server that is just starting, nothing that another one or a name says is a reason to tell callers that waiting
+/// does not help: it may be the primary a moment later. Only the credentials are the same everywhere.
+#[test]
+fn a_server_that_is_just_starting_is_waited_for_whatever_the_others_say() {
+    let unknown_name = || {
+        let now = Instant::now();
+        let mut bench = Bench { topology: Topology::new(settings(), Vec::new(), 2, 1, now), now, log: Vec::new() };
+        bench.poll();
+        bench.topology.resolved(bench.now, 0, NameAnswer::Unknown("there is no name a (NXDOMAIN)".to_owned()));
+        bench.topology.resolved(bench.now, 1, named([endpoint(1)]));
+        bench.poll();
+        bench
+    };
+    let another_cluster = || {
+        let mut bench = Bench::with(Settings { system_identifier: Some(77), ..settings() }, 2);
+        bench.report(2, of(78, primary(2, 1)));
+        bench
+    };
+    let another_service = || {
+        let mut bench = Bench::new(2);
+        bench.fail(2, FailureKind::NotPostgres);
+        bench
+    };
+    let starts: [(&str, &dyn Fn() -> Bench); 3] =
+        [("name", &unknown_name), ("cluster", &another_cluster), ("service", &another_service)];
+    for (case, start) in starts {
+        let mut bench = start();
+        for _ in 0..40 {
+            bench.fail(1, FailureKind::Unreachable);
+            bench.wait(ms(100));
+            assert_eq!(told(&bench), None, "{case}");
+        }
+        bench.report(1, primary(1, 1));
+        bench.wait(ms(600));
+        assert_eq!(bench.primary(), Some(1), "{case}");
+    }
+    let mut bench = Bench::new(2);
+    bench.fail(1, FailureKind::Unreachable);
+    bench.fail(2, FailureKind::Refused);
+    assert!(bench.refused());
+}
