@@ -22,6 +22,7 @@ mod search;
 mod sleep;
 #[cfg(test)]
 mod tests;
+mod unasked;
 mod untold;
 mod view;
 
@@ -85,12 +86,14 @@ pub(crate) struct Topology {
     names: Vec<names::Name>,
     /// Candidates beyond the limit of concurrent probes, which wait for their turn.
     spare: VecDeque<(Endpoint, Origin)>,
-    sleep: sleep::Sleep,
+    asleep: bool,
     changed: Change,
     polled_at: Instant,
+    unasked: unasked::Unasked,
     traffic: TrafficSample,
     moved_at: Instant,
-    /// When something was last received on a session of the pool. `None` if that cannot be observed.
+    /// When the primary last answered on a session other than the one that the heartbeat asks on, as far as that can be
+    /// observed.
     received_at: Option<Instant>,
     /// When connections came to be on loan, after none had been.
     lent_at: Instant,
@@ -126,9 +129,10 @@ impl Topology {
             log_ins: refusals::Pace::new(now),
             names: (0..names).map(|_| names::Name::new(now)).collect(),
             spare: VecDeque::new(),
-            sleep: sleep::Sleep::default(),
+            asleep: false,
             changed: Change { at: now, why: "started".to_owned() },
             polled_at: now,
+            unasked: unasked::Unasked::new(now),
             traffic: TrafficSample::default(),
             moved_at: now,
             received_at: None,
@@ -149,6 +153,7 @@ impl Topology {
 
     /// Returns what is to be done now. Call it after each input and at [`Self::wake_at`].
     pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
+        self.notice_pause(now);
         self.polled_at = now;
         self.follow_successor(now);
         self.decide_pick(now);
@@ -206,11 +211,13 @@ impl Topology {
             let within = within + promotion_wait.map_or(Duration::ZERO, |promotion_wait| promotion_wait.lasts);
             self.actions.push(Action::Probe { endpoint, fresh, beside: false, promotion_wait, within, opened_within });
         }
+        self.note_due(now);
         std::mem::take(&mut self.actions)
     }
 
     /// Handles the result of a probe.
     pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
+        self.notice_pause(now);
         let Some(member) = self.members.get(&probed.address) else {
             return;
         };

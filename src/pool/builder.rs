@@ -388,7 +388,8 @@ impl PoolBuilder {
     /// Without this, such servers are refused until [`Pool::accept_cluster`] or a restart of the service. The danger is
     /// that a copy or an old primary is reachable while the real primary is not: with this setting the pool would then
     /// write to it. Choose a time that is longer than any failover, and longer than a network partition that you want
-    /// to sit out. If several clusters answer, none is followed.
+    /// to sit out. If several clusters answer, none is followed. The time counts only while the pool searches and asks its
+    /// servers: not while it sleeps, and not while its process or machine is stopped.
     ///
     /// # Errors
     /// [`PoolBuilder::build`] fails if this is zero, or if [`PoolBuilder::system_identifier`] is set too.

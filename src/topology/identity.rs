@@ -38,8 +38,15 @@ impl Topology {
         if self.system_identifier.is_some() || !matches!(self.phase, Phase::Searching(_)) {
             return None;
         }
-        let told: Vec<(&Endpoint, &ServerReport)> =
-            self.members.values().filter_map(|member| Some((&member.endpoint, member.recent_report(now)?))).collect();
+        let recent = |member: &'_ Member| {
+            member.heard_at.is_some_and(|at| now.duration_since(self.unasked.counts_from(at)) < REMEMBER_RIVAL)
+        };
+        let told: Vec<(&Endpoint, &ServerReport)> = self
+            .members
+            .values()
+            .filter(|member| recent(member))
+            .filter_map(|member| Some((&member.endpoint, member.report.as_ref()?)))
+            .collect();
         let writable = |report: &ServerReport| report.role() == Role::Primary;
         let primaries = || told.iter().filter(|(_, report)| writable(report));
         let identified: BTreeSet<u64> = told.iter().filter_map(|(_, report)| report.system_identifier).collect();
@@ -108,30 +115,33 @@ impl Topology {
             member.forget_word();
             member.hurry(now, self.settings.poll.0);
         }
-        self.hurry_names(now);
+        self.names.iter_mut().for_each(|name| name.doubt(now));
     }
 
     /// Follows the user's policy (`accept_new_cluster_after`): if no server of the pool's cluster has answered as its
     /// primary for that long, the cluster has been replaced by the one that answers in its place.
     pub(super) fn follow_successor(&mut self, now: Instant) {
-        if self.follow_at().is_none_or(|at| at > now) {
+        let Some(after) =
+            self.settings.accept_new_cluster_after.filter(|_| self.follow_at().is_some_and(|at| at <= now))
+        else {
             return;
-        }
+        };
         let claimants: BTreeSet<u64> = self.claimants().filter_map(|report| report.system_identifier).collect();
         let Some(successor) = claimants.first().filter(|_| claimants.len() == 1) else {
             return;
         };
-        let silent = now.duration_since(self.own_primary_at);
         let why =
-            format!("no server of this pool's cluster was a primary for {silent:.0?}: cluster {successor} is followed");
+            format!("no server of this pool's cluster was a primary for {after:.0?}: cluster {successor} is followed");
         self.accept_because(now, Accept::Cluster(*successor), &why);
     }
 
-    /// When another cluster may be followed, if one answers.
+    /// When another cluster may be followed, if one answers. The time counts only while servers are asked for the
+    /// primary: within this search, and not during a sleep or while the process is frozen.
     pub(super) fn follow_at(&self) -> Option<Instant> {
         let after = self.settings.accept_new_cluster_after.filter(|_| self.generation.0 > 0)?;
         self.claimants().next()?;
-        Some(self.own_primary_at + after)
+        let Phase::Searching(search) = &self.phase else { return None };
+        Some(self.unasked.counts_from(self.own_primary_at.max(search.since)) + after)
     }
 
     /// Writable servers that are refused because of the cluster they belong to.
@@ -151,12 +161,6 @@ impl Topology {
 }
 
 impl Member {
-    /// Its last report, if it is recent.
-    fn recent_report(&self, now: Instant) -> Option<&ServerReport> {
-        let recent = self.heard_at.is_some_and(|at| now.duration_since(at) < REMEMBER_RIVAL);
-        self.report.as_ref().filter(|_| recent)
-    }
-
     /// Forgets its answer, so that it is asked anew: the answer was judged by rules that no longer hold.
     fn forget_word(&mut self) {
         self.answer = None;

@@ -153,7 +153,7 @@ impl Topology {
 
     /// A caller waits on a session of the pool, and nothing was sent or received for `heartbeat_timeout`.
     fn is_mute(&self, now: Instant) -> bool {
-        let heard_at = self.moved_at.max(self.lent_at);
+        let heard_at = self.unasked.counts_from(self.moved_at.max(self.lent_at));
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 

@@ -48,6 +48,12 @@ impl Name {
         (self.due, self.told_at, self.asked_at) = (Some(now), None, None);
     }
 
+    /// Asks again, as the last answer may be outdated. If a look-up is under way, its answer is waited for.
+    pub(super) fn doubt(&mut self, now: Instant) {
+        self.told_at = None;
+        self.due = self.due.map(|_| now);
+    }
+
     pub(super) fn failure(&self) -> Option<&str> {
         self.failure.as_deref()
     }
@@ -61,6 +67,7 @@ impl Name {
 impl Topology {
     /// Handles the result of looking up one name.
     pub(crate) fn resolved(&mut self, now: Instant, name: usize, answer: NameAnswer) {
+        self.notice_pause(now);
         let pause = self.resolve_pause(now);
         let Some(asked) = self.names.get_mut(name) else {
             return;
@@ -97,7 +104,7 @@ impl Topology {
 
     /// Forgets the addresses that no name leads to any more, unless they are needed or recently proved to be members.
     fn forget_unnamed(&mut self, now: Instant) {
-        let (needed, names) = (self.needed(), &self.names);
+        let (needed, names, unasked) = (self.needed(), &self.names, self.unasked);
         let leads_to = |address: &Address| names.iter().any(|name| name.addresses.contains(address));
         self.spare.retain(|(endpoint, origin)| *origin == Origin::Configured || leads_to(&endpoint.address));
         self.members.retain(|address, member| {
@@ -106,7 +113,7 @@ impl Topology {
             }
             member.origin = Origin::Remembered;
             let seen_at = member.heard_at.map_or(member.named_at, |at| at.max(member.named_at));
-            let young = now.duration_since(seen_at) < REMEMBER;
+            let young = now.duration_since(unasked.counts_from(seen_at)) < REMEMBER;
             needed.contains(address) || (member.verified && young)
         });
         self.forget_notices();
@@ -151,10 +158,10 @@ impl Topology {
         (!failures.is_empty()).then(|| failures.join("; "))
     }
 
-    /// Returns whether a name without an answer could still lead to another primary. Only the first search, which knows
-    /// no timeline, waits for that.
+    /// Returns whether a name without an answer could still lead to another primary. Only a search that knows no
+    /// timeline waits for that: the first one, the first one after a sleep, and the one for another cluster.
     pub(super) fn names_outstanding(&self) -> bool {
-        self.newest_timeline.is_none() && self.names.iter().any(|name| !name.answered())
+        self.newest_if_current().is_none() && self.names.iter().any(|name| !name.answered())
     }
 
     /// Queues a server for which there is no room now.

@@ -178,7 +178,7 @@ impl Topology {
         self.generation.0 += 1 + std::mem::take(&mut self.crossings);
         self.new_sessions_succeed();
         self.note_told(now, &report);
-        self.rested();
+        self.unasked.note_up_to_date();
         // Before the first primary was found, no member could be verified, as the pool's cluster was unknown.
         for member in self.members.values_mut() {
             let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };

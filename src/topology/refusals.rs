@@ -92,7 +92,7 @@ impl Topology {
         let Phase::Searching(search) = &self.phase else {
             return;
         };
-        let since = search.since;
+        let since = self.unasked.counts_from(search.since);
         let hopeless = match self.conflict(now) {
             Some(failure) => Some(Hopeless { failure, as_of: self.oldest_answer(now), after: Duration::ZERO }),
             None => judge(self.words(), self.let_in),

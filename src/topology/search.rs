@@ -80,7 +80,10 @@ impl Topology {
         let Phase::Known { primary, answered_at } = &self.phase else {
             return;
         };
-        let suspended = Suspended { primary: primary.clone(), answered_at: *answered_at, silent: doubt.silent };
+        // A primary that is rarely asked was silent for as long as a question takes, and not since its last answer.
+        let longest = self.settings.probe_timeout + self.settings.heartbeat_timeout;
+        let answered_at = now.checked_sub(longest).map_or(*answered_at, |at| at.max(*answered_at));
+        let suspended = Suspended { primary: primary.clone(), answered_at, silent: doubt.silent };
         self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
@@ -118,13 +121,13 @@ impl Topology {
     /// When a suspended primary counts as dead, unless it is heard before.
     pub(super) fn gives_up_at(&self, suspended: &Suspended) -> Instant {
         let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
-        heard_at + self.settings.dead_after
+        self.unasked.counts_from(heard_at) + self.settings.dead_after
     }
 
     pub(super) fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
         let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
             || self.names_outstanding();
-        let newest = self.newest_if_awake();
+        let newest = self.newest_if_current();
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };

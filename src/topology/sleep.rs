@@ -6,16 +6,6 @@ use super::lives::Beside;
 use super::view::Eviction;
 use super::{Action, Change, Phase, Search, Topology};
 
-/// Whether the pool is in use, so that it must know the primary.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Sleep {
-    #[default]
-    Awake,
-    Asleep,
-    /// What was known before the sleep is outdated: the newest timeline known then may now be an old primary's.
-    Woken,
-}
-
 impl Topology {
     /// Forgets the primary and ends its generation, as there may be another primary by the time it is needed again.
     /// Do not poll the topology until [`Topology::wake`].
@@ -29,7 +19,8 @@ impl Topology {
             let why = why.to_owned();
             self.actions.push(Action::End { id, cause: Eviction::Asleep, why, lost: false });
         }
-        self.search_anew(now, Sleep::Asleep, why);
+        self.asleep = true;
+        self.search_anew(now, why);
     }
 
     /// Returns the actions that the sleep requires.
@@ -39,12 +30,13 @@ impl Topology {
 
     /// Searches as in the very first search: every server may object before one is accepted.
     pub(crate) fn wake(&mut self, now: Instant) {
-        self.search_anew(now, Sleep::Woken, "woken by a caller");
+        self.asleep = false;
+        self.search_anew(now, "woken by a caller");
+        self.asked_again(now);
         self.names.iter_mut().for_each(|name| name.ask_anew(now));
     }
 
-    fn search_anew(&mut self, now: Instant, sleep: Sleep, why: &str) {
-        self.sleep = sleep;
+    fn search_anew(&mut self, now: Instant, why: &str) {
         self.phase = Phase::Searching(Search::new(now));
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
@@ -61,16 +53,6 @@ impl Topology {
     }
 
     pub(super) fn is_asleep(&self) -> bool {
-        self.sleep == Sleep::Asleep
-    }
-
-    /// The newest timeline, if no other server can have passed it unnoticed during a sleep.
-    pub(super) fn newest_if_awake(&self) -> Option<u32> {
-        self.newest_timeline.filter(|_| self.sleep == Sleep::Awake)
-    }
-
-    /// A primary was found, so what is known is up to date again.
-    pub(super) fn rested(&mut self) {
-        self.sleep = Sleep::Awake;
+        self.asleep
     }
 }

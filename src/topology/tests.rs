@@ -9,6 +9,7 @@ use super::*;
 mod clusters;
 mod held;
 mod lives;
+mod pauses;
 mod roaming;
 mod scenarios;
 mod search;

@@ -299,6 +299,39 @@ async fn a_zombie_of_the_time_of_sleep_is_not_believed() {
     assert_eq!(client.query_one(sql, &[]).await.unwrap().get::<_, String>(0), "00000002");
 }
 
+/// So where one name leads to the primary alone, and DNS answers later than the old primary.
+#[tokio::test]
+async fn a_zombie_that_the_name_led_to_before_the_sleep_is_not_believed() {
+    let cluster = Cluster::start().await;
+    let of = |node| cluster.addr(node);
+    cluster.dns().set(&[of(cluster.primary())]);
+    let builder = Pool::builder(cluster.url()).unwrap().dns_servers([cluster.dns().addr()]);
+    let pool = builder.sleep_after(Duration::from_millis(300)).build().unwrap();
+    drop(pool.get().await.unwrap());
+    eventually("it sleeps", PATIENCE, async || is_asleep(&pool)).await;
+    let successor = cluster.most_advanced_standby().await;
+    cluster.promote(successor).await;
+    cluster.dns().set(&[of(successor)]);
+    cluster.dns().delay(Duration::from_millis(60));
+    let client = timeout(PATIENCE, pool.get()).await.expect("it wakes").unwrap();
+    let sql = "SELECT substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)";
+    assert_eq!(client.query_one(sql, &[]).await.unwrap().get::<_, String>(0), "00000002");
+}
+
+/// The server, or something in between, closes what is idle, and the pool opens it anew: nobody needed that.
+#[tokio::test]
+async fn idle_connections_that_the_server_closes_keep_no_pool_awake() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let direct = cluster.direct(Node(0)).await;
+    direct.batch_execute("ALTER ROLE app SET idle_session_timeout = '200ms'").await.unwrap();
+    let builder = Pool::builder(cluster.url_hosts()).unwrap().application_name("sleeper").min_idle(2);
+    let quick = Duration::from_millis(50);
+    let builder = builder.heartbeat_interval(quick).patrol_interval(quick);
+    let pool = builder.sleep_after(Duration::from_millis(600)).build().unwrap();
+    drop(pool.get().await.unwrap());
+    eventually("it sleeps", PATIENCE, async || is_asleep(&pool)).await;
+}
+
 /// What nobody waits for is not searched either; a listener and a detached session keep the pool awake.
 #[tokio::test]
 async fn a_search_sleeps_and_a_listener_does_not() {

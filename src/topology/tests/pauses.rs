@@ -1,0 +1,297 @@
+//! Time in which no server was asked, for instance because the pool slept or the process was frozen, proves nothing.
+
+use super::*;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn policy() -> Settings {
+    Settings { accept_new_cluster_after: Some(ms(30_000)), ..settings() }
+}
+
+/// Another cluster, and an old primary of the same one.
+fn claimants() -> [ServerReport; 2] {
+    [ServerReport { system_identifier: Some(78), ..primary(2, 1) }, primary(22, 2)]
+}
+
+/// Server 1 is the primary of timeline 5, server 2 is its standby.
+fn pair(settings: Settings) -> Bench {
+    let mut bench = Bench::with(settings, 2);
+    bench.report(2, standby(2));
+    bench.report(1, primary(1, 5));
+    assert_eq!(bench.primary(), Some(1));
+    bench
+}
+
+/// A pool with one name, which led to the primary of timeline 1.
+fn by_name() -> Bench {
+    let now = Instant::now();
+    let mut bench = Bench { topology: Topology::new(settings(), Vec::new(), 1, 1, now), now, log: Vec::new() };
+    bench.poll();
+    bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+    bench.poll();
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+    bench
+}
+
+impl Bench {
+    /// Nobody needs a primary for this long, and then somebody does.
+    fn sleep(&mut self, duration: Duration) {
+        self.topology.sleep(self.now, "asleep");
+        let actions = self.topology.lie_down();
+        self.log.extend(actions);
+        self.now += duration;
+        self.topology.wake(self.now);
+        self.poll();
+    }
+
+    /// The process does not run for this long.
+    fn freeze(&mut self, duration: Duration) {
+        self.now += duration;
+        self.poll();
+    }
+
+    /// The heartbeat's question on its session runs out of time.
+    fn times_out(&mut self) {
+        self.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    }
+
+    /// Server 2 claims to be the primary for this long, and server 1 gives no answer.
+    fn claim(&mut self, claimant: &ServerReport, seconds: u64) {
+        for _ in 0..seconds {
+            self.report(2, claimant.clone());
+            self.wait(ms(1000));
+        }
+    }
+}
+
+#[test]
+fn another_cluster_is_followed_only_after_the_servers_were_asked_for_long_enough() {
+    let frozen_beside_its_primary = || {
+        let mut bench = pair(policy());
+        bench.wait(ms(1000));
+        bench.freeze(HOUR);
+        bench.times_out();
+        bench
+    };
+    let frozen_in_a_search = |claimant: &ServerReport| {
+        let mut bench = pair(policy());
+        bench.wait(ms(1000));
+        bench.times_out();
+        bench.claim(claimant, 5);
+        bench.freeze(HOUR);
+        bench
+    };
+    let asleep = || {
+        let mut bench = pair(policy());
+        bench.sleep(HOUR);
+        bench
+    };
+    // Its primary is asked once an hour.
+    let rarely_asked = || {
+        let mut bench = pair(Settings { heartbeat: HOUR, ..policy() });
+        bench.wait(ms(1000));
+        bench.report(1, primary(1, 5));
+        bench.wait(HOUR);
+        bench.times_out();
+        bench
+    };
+    for claimant in claimants() {
+        for (case, mut bench) in [
+            ("asleep", asleep()),
+            ("frozen beside its primary", frozen_beside_its_primary()),
+            ("frozen in a search", frozen_in_a_search(&claimant)),
+            ("rarely asked", rarely_asked()),
+        ] {
+            bench.claim(&claimant, 20);
+            assert_eq!(bench.primary(), None, "{case}: {claimant:?}");
+            bench.report(1, primary(11, 5));
+            bench.wait(ms(600));
+            assert_eq!(bench.primary(), Some(1), "{case}: the own cluster's primary comes back");
+        }
+        let mut bench = asleep();
+        bench.claim(&claimant, 32);
+        assert_eq!(bench.primary(), Some(2), "the time is over: {claimant:?}");
+    }
+}
+
+/// Polls come late on a busy machine. That is no frozen process.
+#[test]
+fn a_late_poll_does_not_put_off_the_policy() {
+    let [stranger, _] = claimants();
+    let mut bench = pair(policy());
+    bench.wait(ms(1000));
+    bench.times_out();
+    for _ in 0..70 {
+        bench.report(2, stranger.clone());
+        bench.now += ms(500);
+        bench.poll();
+    }
+    assert_eq!(bench.primary(), Some(2));
+}
+
+#[test]
+fn connections_do_not_end_because_the_process_was_frozen() {
+    for frozen in [ms(60_000), HOUR] {
+        let mut bench = Bench::settled();
+        bench.wait(ms(1000));
+        bench.freeze(frozen);
+        bench.times_out();
+        assert_eq!((bench.primary(), bench.ended()), (None, vec![]));
+        bench.wait(ms(10_000));
+        assert!(bench.ended().is_empty(), "it has had ten seconds to answer");
+        bench.wait(ms(10_000));
+        assert_eq!(bench.ended(), [1]);
+        // While it is suspended.
+        let mut bench = Bench::settled();
+        bench.wait(ms(1000));
+        bench.times_out();
+        bench.wait(ms(1000));
+        bench.freeze(frozen);
+        assert!(bench.ended().is_empty());
+        bench.report(1, primary(1, 1));
+        assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+    }
+}
+
+/// A primary that is asked once an hour was silent for as long as the question took, and not for an hour.
+#[test]
+fn a_primary_that_is_rarely_asked_is_not_silent_meanwhile() {
+    let mut bench = pair(Settings { heartbeat: HOUR, ..settings() });
+    bench.wait(ms(1000));
+    bench.answer(1, Ok(primary(1, 5)), false, true);
+    bench.wait(HOUR);
+    bench.times_out();
+    bench.wait(ms(10_000));
+    assert!(bench.ended().is_empty());
+    bench.wait(ms(10_000));
+    assert_eq!(bench.ended(), [1]);
+}
+
+#[test]
+fn a_rival_cluster_is_remembered_while_the_process_is_frozen() {
+    let mut bench = Bench::new(2);
+    bench.report(1, primary(1, 1));
+    bench.report(2, ServerReport { system_identifier: Some(78), ..primary(2, 1) });
+    bench.wait(ms(5000));
+    bench.freeze(ms(60_000));
+    for _ in 0..10 {
+        bench.report(1, primary(1, 1));
+        bench.wait(ms(1000));
+        assert_eq!(bench.primary(), None, "the other one has had no time to answer");
+    }
+}
+
+#[test]
+fn credentials_are_not_refused_for_long_because_the_process_was_frozen() {
+    let mut bench = Bench::searching();
+    let refuse = |bench: &mut Bench| (1..=3).for_each(|n| bench.fail(n, FailureKind::Refused));
+    refuse(&mut bench);
+    bench.freeze(HOUR);
+    assert!(!bench.refused());
+    refuse(&mut bench);
+    assert!(!bench.refused());
+}
+
+/// The primary's name may lead elsewhere since anybody asked: an old primary at its old address is not believed before DNS
+/// has answered, as in the first search.
+#[test]
+fn a_search_that_knows_no_timeline_waits_for_its_names() {
+    let woken = || {
+        let mut bench = by_name();
+        bench.sleep(HOUR);
+        bench
+    };
+    let forgotten = |accepted| {
+        move || {
+            let mut bench = by_name();
+            bench.topology.accept(bench.now, Accept::Cluster(78));
+            bench.topology.accept(bench.now, accepted);
+            bench.poll();
+            bench
+        }
+    };
+    // The look-up of the patrol is under way.
+    let in_a_look_up = || {
+        let mut bench = by_name();
+        bench.wait(ms(5000));
+        bench.topology.accept(bench.now, Accept::Any);
+        bench.poll();
+        bench
+    };
+    let frozen = || {
+        let mut bench = by_name();
+        bench.wait(ms(1000));
+        bench.freeze(HOUR);
+        bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+        bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+        assert_eq!(bench.primary(), None);
+        bench
+    };
+    let cases: [(&str, &dyn Fn() -> Bench); 5] = [
+        ("woken", &woken),
+        ("its cluster was forgotten", &forgotten(Accept::Any)),
+        ("another state of its cluster was accepted", &forgotten(Accept::Cluster(77))),
+        ("forgotten during a look-up", &in_a_look_up),
+        ("frozen", &frozen),
+    ];
+    for (case, start) in cases {
+        // It has been restarted meanwhile, so that it is not the generation's server in the same life.
+        let old = primary(11, 1);
+        let mut bench = start();
+        bench.now += ms(5);
+        bench.report(1, old.clone());
+        assert_eq!(bench.primary(), None, "{case}: DNS may lead to another primary");
+        bench.topology.resolved(bench.now, 0, named([endpoint(2)]));
+        bench.poll();
+        assert_eq!(bench.primary(), None, "{case}: and does");
+        bench.report(2, primary(2, 2));
+        assert_eq!(bench.primary(), Some(2), "{case}");
+
+        let mut bench = start();
+        bench.now += ms(5);
+        bench.report(1, old.clone());
+        bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+        bench.poll();
+        assert_eq!(bench.primary(), Some(1), "{case}: DNS leads to it");
+
+        let mut bench = start();
+        bench.now += ms(5);
+        bench.report(1, old);
+        bench.wait(FIRST_GRACE.1);
+        assert_eq!(bench.primary(), Some(1), "{case}: a silent name delays it by the grace at most");
+    }
+}
+
+/// What is known is outdated only until the servers have been asked again.
+#[test]
+fn some_time_after_a_freeze_a_promotion_is_believed_at_once() {
+    let mut bench = Bench::settled();
+    bench.freeze(HOUR);
+    bench.report(1, primary(1, 1));
+    bench.wait(ms(6000));
+    bench.report(1, primary(1, 1));
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+    bench.wait(ms(30));
+    bench.report(2, primary(2, 2));
+    assert_eq!(bench.primary(), Some(2));
+}
+
+/// DNS is often late after a failover, so a member that it does not name is asked, however long the pool slept before.
+#[test]
+fn a_member_that_dns_does_not_name_is_remembered_through_a_sleep() {
+    let asleep = |bench: &mut Bench| bench.sleep(HOUR);
+    let frozen = |bench: &mut Bench| bench.freeze(HOUR);
+    let pauses: [&dyn Fn(&mut Bench); 2] = [&asleep, &frozen];
+    for pause in pauses {
+        let mut bench = by_name();
+        bench.topology.resolved(bench.now, 0, named([endpoint(1), endpoint(2)]));
+        bench.poll();
+        bench.report(2, standby(2));
+        pause(&mut bench);
+        bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+        bench.poll();
+        assert_eq!(bench.topology.candidates().len(), 2);
+    }
+}
