@@ -8,6 +8,7 @@
 
 mod action;
 mod candidate;
+mod fence;
 mod identity;
 mod lives;
 mod member;
@@ -99,10 +100,13 @@ pub(crate) struct Topology {
     lent_at: Instant,
     /// The second question to the primary, which runs beside the first one.
     beside: Beside,
+    fence: fence::Fence,
     /// How long after a question a silent primary is asked the next one.
     quiet_pause: Duration,
     /// When a new session was last opened to see which server it reaches.
     patrolled_at: Instant,
+    /// The primary's address that it was opened to.
+    patrolled: Option<Address>,
     /// Grows whenever [`Self::view`] would show something else.
     revision: u64,
     noticed: HashSet<Topic>,
@@ -138,7 +142,9 @@ impl Topology {
             received_at: None,
             lent_at: now,
             beside: Beside::default(),
+            fence: fence::Fence::default(),
             patrolled_at: now,
+            patrolled: None,
             revision: 0,
             noticed: HashSet::new(),
             actions: Vec::new(),
@@ -221,16 +227,16 @@ impl Topology {
         let Some(member) = self.members.get(&probed.address) else {
             return;
         };
-        let took = match probed.beside {
-            true => self.beside.answered(now),
-            false if member.promotion_wait.is_some() => member.took,
-            false => member.asked_at.map(|at| now.duration_since(at)),
+        let (took, asked_at) = match probed.beside {
+            true => (self.beside.answered(now), self.beside.asked_at),
+            false if member.promotion_wait.is_some() => (member.took, member.asked_at),
+            false => (member.asked_at.map(|at| now.duration_since(at)), member.asked_at),
         };
         let current = self.primary_address().as_ref() == Some(&probed.address);
         let result = probed.result.as_ref().map(|report| self.completed(probed, report));
         let answer = match &result {
             // An open session does not notice the fence, so the next probe opens a new one.
-            Ok(report) if report.fence_pending && !probed.fresh && !current && !report.in_recovery => {
+            Ok(report) if self.is_fenced(report) && !probed.fresh && !current && !report.in_recovery => {
                 Answer::Refused(report.clone(), Refusal::Fenced)
             }
             Ok(report) => match self.admissible(&probed.address, report, !probed.fresh) {
@@ -239,6 +245,7 @@ impl Topology {
             },
             Err(failure) => Answer::Failed(ProbeFailure::clone(failure)),
         };
+        self.note_fence(now, probed, asked_at, &answer);
         if probed.beside && !probed.fresh {
             return self.kept_answered(now, probed, &answer);
         }

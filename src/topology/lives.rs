@@ -28,7 +28,7 @@ pub(super) struct Beside {
     /// When to ask; `None` while there is no reason to.
     pub(super) due: Option<Instant>,
     pub(super) asking: bool,
-    asked_at: Option<Instant>,
+    pub(super) asked_at: Option<Instant>,
     /// How many new sessions failed in a row.
     failures: u32,
 }
@@ -312,7 +312,8 @@ impl Topology {
         // new session can clear it, unless none can be opened.
         let new_sessions_fail = matches!(main, Some(Some(Answer::Failed(_))))
             && self.members.get(&probed.address).is_some_and(|member| member.answered_at.is_some_and(|at| at >= since));
-        if (*silent || new_sessions_fail) && !report.fence_pending {
+        let silent = *silent;
+        if (silent || new_sessions_fail) && !self.is_fenced(&report) {
             self.resume(now, &probed.address, &report);
         }
     }

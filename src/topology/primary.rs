@@ -98,7 +98,7 @@ impl Topology {
                 self.own_primary_at = now;
                 // An open session does not notice `ALTER DATABASE … SET default_transaction_read_only`, so ask on a new
                 // one.
-                if report.fence_pending && !probed.fresh {
+                if !probed.fresh && self.must_look_at_fence(now, report) {
                     self.beside.hurry(now, self.settings.poll.0);
                 }
                 self.learn(now, probed, report);

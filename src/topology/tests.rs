@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::*;
 
 mod clusters;
+mod fence;
 mod held;
 mod lives;
 mod pauses;
