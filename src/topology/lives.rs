@@ -112,13 +112,37 @@ impl Topology {
             }
             _ => false,
         };
-        let current = &primary.endpoint.address;
-        let alone = !self.members.iter().any(|(address, member)| address != current && in_sight(member));
+        let current = primary.endpoint.address.clone();
+        let alone = !self.members.iter().any(|(address, member)| *address != current && in_sight(member));
         let due = now >= self.patrolled_at + self.settings.patrol.mul_f64(0.9);
         // A roaming pool, which opens sessions by another pool's manager, has a patrol of its own.
         if (alone || self.must_look_anew()) && due && !self.settings.roaming {
             self.patrolled_at = now;
-            self.beside.hurry(now, self.settings.poll.0);
+            match self.next_address().filter(|address| *address != current && !self.must_look_anew()) {
+                Some(other) => self.look_anew_at(now, &other),
+                None => self.beside.hurry(now, self.settings.poll.0),
+            }
+        }
+    }
+
+    /// The primary's addresses take turns: the session to another one is kept, too, and would not see a successor either.
+    fn next_address(&mut self) -> Option<Address> {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return None;
+        };
+        let own = &primary.endpoint.address;
+        let also = self.members.keys().filter(|address| *address == own || self.is_also_primary(address));
+        let all: Vec<Address> = also.cloned().collect();
+        let last = self.patrolled.as_ref();
+        let next = all.iter().find(|address| Some(*address) > last).or(all.first()).cloned();
+        self.patrolled.clone_from(&next);
+        next
+    }
+
+    fn look_anew_at(&mut self, now: Instant, address: &Address) {
+        if let Some(member) = self.members.get_mut(address) {
+            member.fresh = true;
+            member.hurry(now, self.settings.poll.0);
         }
     }
 

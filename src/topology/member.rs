@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, FailureKind, Origin, Parts, Phase, PromotionWait,
-    RENEWED_AFTER, Refusal, Search, ServerReport, Topology,
+    RENEWED_AFTER, Refusal, Search, ServerReport, Topology, primary::same_start,
 };
 
 /// The most candidates that are probed at the same time. If there are more, they take turns.
@@ -187,11 +187,21 @@ impl Topology {
         self.primary_address().as_ref() == Some(address) || self.suspended_address().as_ref() == Some(address)
     }
 
+    /// Returns whether the known primary has shown itself at this address, too, when it was last asked.
+    pub(super) fn is_also_primary(&self, address: &Address) -> bool {
+        let Phase::Known { primary, .. } = &self.phase else {
+            return false;
+        };
+        let answer = self.members.get(address).and_then(|member| member.answer.as_ref());
+        matches!(answer, Some(Answer::Primary(report)) if same_start(report, &primary.report))
+    }
+
     /// Returns whether an open session to this server should be kept for the next question.
     pub(crate) fn keeps(&self, address: &Address) -> bool {
         match &self.phase {
             Phase::Known { primary, .. } => {
-                primary.endpoint.address == *address || (self.settings.warm_standbys && self.is_standby(address))
+                let warm = self.is_standby(address) || (!self.settings.roaming && self.is_also_primary(address));
+                primary.endpoint.address == *address || (self.settings.warm_standbys && warm)
             }
             Phase::Searching(search) => {
                 search.pick.as_ref().is_some_and(|pick| pick.address == *address)
