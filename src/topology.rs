@@ -276,6 +276,9 @@ impl Topology {
         if let Some(member) = self.members.get_mut(&probed.address) {
             member.asking &= probed.beside;
             member.took = took;
+            if result.is_ok() {
+                member.note_pace(took);
+            }
             member.answered_at = Some(now);
             member.told_at = member.asked_at;
             let full = matches!(&probed.result, Err(failure) if failure.kind == FailureKind::Full);

@@ -35,6 +35,9 @@ pub(super) struct Member {
     /// How many times in a row it had no free connection slot.
     pub(super) full: u32,
     pub(super) took: Option<Duration>,
+    /// How long its last report took, and the quicker one of the last two.
+    reported_in: Option<Duration>,
+    pub(super) usually: Option<Duration>,
     /// The next probe must open a new session.
     pub(super) fresh: bool,
     /// The next question must not be postponed to the usual time.
@@ -56,6 +59,12 @@ impl Member {
     /// lifted, so it does not count.
     pub(super) fn is_standby(&self) -> bool {
         matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
+    }
+
+    /// Notes how long a report took. A single slow one does not count.
+    pub(super) fn note_pace(&mut self, took: Option<Duration>) {
+        let last = std::mem::replace(&mut self.reported_in, took);
+        self.usually = last.into_iter().chain(took).min();
     }
 
     /// Adapts the wait to the server: a slow server is probably polled by many pools, so check it less often.
@@ -151,6 +160,8 @@ impl Topology {
             kept_back: Parts::default(),
             full: 0,
             took: None,
+            reported_in: None,
+            usually: None,
             fresh: true,
             prompt: false,
             opened_at: None,

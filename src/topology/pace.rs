@@ -14,8 +14,8 @@ pub(super) const REMEMBER: Duration = Duration::from_secs(600);
 pub(super) const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
 /// The same in the very first search, which knows no timeline to recognise an old primary by.
 pub(super) const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// Shortest and longest time without an answer before the pool becomes uneasy about the primary. Within these bounds it
-/// is three times as long as the last answer took.
+/// Time without an answer before the pool becomes uneasy about the primary: three times as long as its answers take, but
+/// at least the first of these. The second is for a primary that has not answered yet.
 const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_millis(250));
 /// Pace of asking the other servers while the pool is uneasy, so that a successor is seen before the primary is given
 /// up.
@@ -138,7 +138,7 @@ impl Topology {
             return None;
         };
         let member = self.members.get(&primary.endpoint.address).filter(|member| member.asking)?;
-        let patience = member.took.map_or(UNEASY.1, |took| (took * 3).clamp(UNEASY.0, UNEASY.1));
+        let patience = member.usually.map_or(UNEASY.1, |usually| (usually * 3).max(UNEASY.0));
         member.asked_at.map(|asked| asked + patience)
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::*;
 
+mod addresses;
 mod clusters;
 mod fence;
 mod held;

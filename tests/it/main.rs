@@ -8,6 +8,7 @@ mod busy;
 mod cancel;
 mod checkout;
 mod clusters;
+mod costs;
 mod deadline;
 mod demotion;
 mod dns;

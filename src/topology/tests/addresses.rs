@@ -1,0 +1,113 @@
+//! One server with two addresses, and a server that is far away.
+
+use super::*;
+
+/// Server 1 is the primary, and answers at address 2 too. The number of new sessions at each of the addresses 1 to 3 in
+/// thirty seconds; `standby`: server 3 is a standby in sight.
+fn new_sessions(warm_standbys: bool, third: Option<&ServerReport>) -> [usize; 3] {
+    let members = if third.is_some() { 3 } else { 2 };
+    let mut bench = Bench::with(Settings { warm_standbys, ..settings() }, members);
+    bench.report(1, primary(1, 1));
+    bench.report(2, primary(1, 1));
+    if let Some(report) = third {
+        bench.report(3, report.clone());
+    }
+    assert_eq!(bench.primary(), Some(1));
+    bench.log.clear();
+    let mut opened = [0; 3];
+    for _ in 0..3000 {
+        bench.wait(ms(10));
+        for action in std::mem::take(&mut bench.log) {
+            let Action::Probe { endpoint, fresh, beside, .. } = action else { continue };
+            let n = (1..=3).find(|n| address(*n) == endpoint.address).unwrap();
+            let kept = bench.topology.keeps(&endpoint.address);
+            let fresh = fresh || !kept;
+            opened[usize::from(n) - 1] += usize::from(fresh);
+            let report = if n == 3 { third.unwrap().clone() } else { primary(1, 1) };
+            let probed =
+                Probed { address: endpoint.address, result: Ok(report), fresh, still_open: kept || fresh, beside };
+            bench.topology.probed(bench.now, &probed);
+        }
+    }
+    assert_eq!(bench.primary(), Some(1));
+    opened
+}
+
+#[test]
+fn the_session_to_a_second_address_of_the_primary_is_kept() {
+    assert_eq!(new_sessions(true, Some(&standby(3))), [0, 0, 0]);
+    // Nothing else is in sight, so there may be a proxy at either address: each patrol looks at one of them.
+    let [first, second, _] = new_sessions(true, None);
+    assert!((2..=4).contains(&first) && (2..=4).contains(&second), "{first} {second}");
+    // Without warm sessions, each patrol opens one at each address but the primary's own.
+    let [_, second, third] = new_sessions(false, Some(&standby(3)));
+    assert!((6..=12).contains(&second) && (6..=12).contains(&third), "{second} {third}");
+}
+
+/// The session shows a server's new life, or another server behind the same address, and then it is not kept.
+#[test]
+fn another_server_at_the_second_address_is_seen_on_a_new_session() {
+    let mut bench = Bench::with(Settings { warm_standbys: true, ..settings() }, 2);
+    bench.report(1, primary(1, 1));
+    bench.report(2, primary(1, 1));
+    assert!(bench.topology.keeps(&address(2)));
+    bench.wait(ms(5000));
+    bench.fail(2, FailureKind::TimedOut);
+    assert!(!bench.topology.keeps(&address(2)));
+    bench.wait(ms(5000));
+    bench.report(2, primary(9, 1));
+    assert!(!bench.topology.keeps(&address(2)), "another server");
+    bench.wait(ms(5000));
+    bench.report(2, primary(9, 2));
+    assert_eq!(bench.primary(), Some(2));
+}
+
+/// Each answer takes this long. How often the standbys are asked in half a minute.
+fn asked_beside(round_trip: Duration) -> usize {
+    let mut bench = Bench::settled();
+    for _ in 0..3000 {
+        bench.wait(ms(10));
+        let due = |bench: &Bench, n| {
+            let member = &bench.topology.members[&address(n)];
+            member.asking && member.asked_at.is_some_and(|at| bench.now >= at + round_trip)
+        };
+        for n in [2, 3] {
+            if due(&bench, n) {
+                bench.report(n, standby(n));
+            }
+        }
+        if due(&bench, 1) {
+            bench.answer(1, Ok(primary(1, 1)), false, true);
+        }
+    }
+    assert_eq!(bench.primary(), Some(1));
+    bench.asked(2)
+}
+
+#[test]
+fn a_long_round_trip_is_no_reason_to_be_uneasy() {
+    for round_trip in [ms(1), ms(200), ms(300), ms(600)] {
+        let asked = asked_beside(round_trip);
+        assert!((5..=14).contains(&asked), "{round_trip:?}: {asked}");
+    }
+}
+
+/// One slow answer does not make the pool patient.
+#[test]
+fn a_frozen_host_is_noticed_as_soon_as_usual_after_one_slow_answer() {
+    let mut bench = Bench::settled();
+    for took in [ms(1), ms(1), ms(900)] {
+        while !bench.topology.members[&address(1)].asking {
+            bench.wait(ms(10));
+        }
+        bench.now += took;
+        bench.answer(1, Ok(primary(1, 1)), false, true);
+    }
+    while !bench.topology.members[&address(1)].asking {
+        bench.wait(ms(10));
+    }
+    bench.log.clear();
+    bench.report(2, standby(2));
+    bench.wait(ms(300));
+    assert!(bench.asked(2) > 0, "the others are asked for a successor");
+}
