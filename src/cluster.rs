@@ -20,7 +20,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::observe::{Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve};
-use crate::server::{Open, Session, SessionClient};
+use crate::server::{Heard, Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
     Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, ServerReport,
@@ -72,6 +72,8 @@ pub(crate) struct Generation<C> {
     pub(crate) gate: Semaphore,
     /// The pool's connections of this generation.
     pub(crate) open: Tally,
+    /// Whether a session of this generation has received a sign of the server's life.
+    heard: Heard,
     /// The session that proved the server to be the primary, until it is taken.
     spare: Mutex<Option<Session<C>>>,
     /// Why the last session could not be opened, and how many failed in a row.
@@ -84,11 +86,19 @@ impl<C: SessionClient> Generation<C> {
     }
 
     pub(crate) fn take_spare(&self) -> Option<Session<C>> {
-        lock(&self.spare).take().filter(|session| !session.client.is_closed())
+        let spare = lock(&self.spare).take().filter(|session| !session.client.is_closed());
+        spare.inspect(|session| self.listen_to(session))
     }
 
+    /// From now on, what this session receives shows that the generation's server lives.
+    pub(crate) fn listen_to(&self, session: &Session<C>) {
+        session.notices.activity.tell(&self.heard);
+    }
+
+    /// Notes that a session was opened, so the server has just answered.
     pub(crate) fn opened(&self) {
         *lock(&self.trouble) = (None, 0);
+        self.heard.note();
     }
 
     /// Notes a failure to open a session, and returns how many tries had failed in a row before it.
@@ -157,7 +167,7 @@ struct Shared {
     runtime_ended: AtomicBool,
     /// Connections on loan.
     in_use: AtomicUsize,
-    /// The number of answers from the newest generation's server that callers reported.
+    /// The number of answers from the newest generation's server on sessions that this crate does not drive.
     heard: AtomicU64,
     /// The number of the newest generation.
     newest: AtomicU64,
@@ -317,8 +327,7 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// The server of generation `id` answered on one of its sessions, so it lives. The driver does not distinguish
-    /// received from sent messages, so callers that wait for an answer report it.
+    /// The server of generation `id` answered on a session that this crate does not drive, so it lives.
     pub(crate) fn heard(&self, id: GenerationId) {
         if self.shared.newest.load(Ordering::Relaxed) == id.get() {
             self.shared.heard.fetch_add(1, Ordering::Relaxed);

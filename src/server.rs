@@ -14,7 +14,7 @@ mod stranger;
 mod wire;
 mod withheld;
 
-pub(crate) use activity::Activity;
+pub(crate) use activity::{Activity, Heard};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use password::{Ask, Passwords};

@@ -164,6 +164,7 @@ impl Topology {
         self.follow_successor(now);
         self.decide_pick(now);
         self.judge_if_due(now);
+        self.resume_heard(now);
         self.give_up_silent(now);
         self.tell_of_a_long_search(now);
         self.give_up_mute(now);
@@ -335,12 +336,17 @@ impl Topology {
             self.lent_at = now;
         }
         self.traffic = traffic;
-        if traffic.moved {
+        if traffic.moved || traffic.received {
             self.moved_at = now;
         }
         if traffic.received {
-            self.received_at = Some(now);
+            self.heard(now);
         }
+    }
+
+    /// The primary answered on one of its sessions, so it lives.
+    pub(crate) fn heard(&mut self, now: Instant) {
+        self.received_at = Some(now);
     }
 
     /// Returns whether each new session may reach another server.

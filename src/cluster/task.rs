@@ -20,7 +20,7 @@ use super::work::{self, Asks, Event};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
-use crate::server::{Open, Session, SessionClient};
+use crate::server::{Heard, Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
     Action, Address, Change, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology, TrafficSample,
@@ -59,8 +59,9 @@ pub(super) struct Task<C: SessionClient> {
     observer: Arc<Observer>,
     search: Option<Span>,
     searching_since: Instant,
-    /// The opener's traffic count at the last sample; `heard` is the same for the answers that callers reported.
+    /// The opener's traffic count at the last sample.
     traffic: u64,
+    /// The number of reported answers at the last sample.
     heard: u64,
     sleep_after: Option<Duration>,
     /// When a primary was last needed.
@@ -228,9 +229,14 @@ impl<C: SessionClient> Task<C> {
         // If the sessions' drivers are not this crate's, their ends go unnoticed, so they are not counted.
         let generation = self.generation.as_ref().filter(|_| self.opener.drives());
         let open = generation.map_or(0, |generation| generation.open.count());
-        let heard = self.shared.heard.load(Ordering::Relaxed);
-        let received = std::mem::replace(&mut self.heard, heard) != heard;
-        TrafficSample { in_use, moved, received, open }
+        TrafficSample { in_use, moved, received: self.take_heard(), open }
+    }
+
+    /// Returns whether a session of the generation has received a sign of the server's life since the last call.
+    fn take_heard(&mut self) -> bool {
+        let reported = self.shared.heard.load(Ordering::Relaxed);
+        let reported = std::mem::replace(&mut self.heard, reported) != reported;
+        self.generation.as_ref().is_some_and(|generation| generation.heard.take()) || reported
     }
 
     fn act(&mut self, action: Action) {
@@ -335,6 +341,7 @@ impl<C: SessionClient> Task<C> {
             scope,
             gate: Semaphore::new(self.gate),
             open: Tally::default(),
+            heard: Heard::default(),
             spare: Mutex::new(spare),
             trouble: Mutex::default(),
         }));
@@ -354,6 +361,11 @@ impl<C: SessionClient> Task<C> {
 
     fn happened(&mut self, event: Event<C>) {
         let now = Instant::now();
+        // An answer to a caller may be newer than the last sample, and shows that a question without an answer is no
+        // silence.
+        if self.take_heard() {
+            self.topology.heard(now);
+        }
         match event {
             Event::Resolved { name, answer } => {
                 let failure = match &answer {

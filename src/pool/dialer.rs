@@ -170,7 +170,6 @@ impl<C: SessionClient> Dialer<C> {
             Ok(session) => {
                 generation.opened();
                 self.let_in();
-                self.cluster.heard(generation.primary.id);
                 self.cluster.observer().opened(began.elapsed());
                 Ok(self.cluster.is_current(generation.primary.id).then_some(session))
             }
@@ -251,6 +250,7 @@ impl<C: SessionClient> Dialer<C> {
         })?;
         let admitted = generation.primary.admits(&report);
         admitted.map_err(|refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))?;
+        generation.listen_to(&session);
         Ok(session)
     }
 

@@ -8,6 +8,7 @@
 mod commits;
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Notify;
 
@@ -47,6 +48,26 @@ pub(crate) struct Activity {
     heard_at: AtomicU64,
     /// The number of the last request that commits.
     last_commit: AtomicU64,
+    /// Is told of signs of the server's life.
+    heard: OnceLock<Heard>,
+}
+
+/// Whether any of several sessions to one server has received a sign of its life since this was last asked.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Heard(Arc<AtomicBool>);
+
+impl Heard {
+    pub(crate) fn note(&self) {
+        // Many sessions share it. A read is cheaper than a write to what others read, and mostly finds `true`.
+        if !self.0.load(Ordering::Relaxed) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns it, and begins anew.
+    pub(crate) fn take(&self) -> bool {
+        self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::Relaxed)
+    }
 }
 
 impl Activity {
@@ -175,6 +196,23 @@ impl Activity {
         }
     }
 
+    /// From now on, signs of the server's life on this session are noted there. The first call counts.
+    pub(crate) fn tell(&self, heard: &Heard) {
+        let _ = self.heard.set(heard.clone());
+    }
+
+    /// What was received shows that the server lives.
+    pub(super) fn note_life(&self) {
+        if let Some(heard) = self.heard.get() {
+            heard.note();
+        }
+    }
+
+    /// Returns whether a caller's request or a transaction is known to be under way.
+    pub(super) fn is_working(&self) -> bool {
+        self.flags.load(Ordering::Acquire) & !STALLED != 0
+    }
+
     pub(super) fn publish(&self, counter: &Counter) {
         self.last_commit.store(counter.last_commit, Ordering::Release);
         self.flags.store(counter.flags(), Ordering::Release);
@@ -206,6 +244,8 @@ pub(super) struct Counter {
     copying: bool,
     blocked: bool,
     stalled: bool,
+    /// What was read last shows that the server lives.
+    alive: bool,
 }
 
 impl Counter {
@@ -229,6 +269,7 @@ impl Counter {
             copying: false,
             blocked: false,
             stalled: false,
+            alive: false,
         }
     }
 
@@ -271,6 +312,8 @@ impl Counter {
 
     /// Returns whether a request has ended.
     pub(super) fn received(&mut self, bytes: &[u8]) -> bool {
+        // What had waited in a buffer may have been sent long ago, by a server that is dead by now.
+        let fresh = !self.stalled && !bytes.is_empty();
         self.stalled = true;
         let Self { received, answered, failed, transaction, copying, .. } = self;
         let before = *answered;
@@ -290,7 +333,16 @@ impl Counter {
             b'E' => *failed = true,
             _ => {}
         });
-        *answered != before
+        let ended = *answered != before;
+        // An error that no end of a request follows may be a proxy's, or the server's last words.
+        self.alive = (ended || fresh) && !self.failed;
+        ended
+    }
+
+    /// Returns whether the bytes that were read last show that the server lives: they end a request, or the driver had
+    /// waited for them.
+    pub(super) fn shows_life(&self) -> bool {
+        self.alive
     }
 
     /// The driver has read all received data.

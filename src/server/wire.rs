@@ -201,6 +201,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
                 if this.counter.received(buf.filled().get(before..).unwrap_or_default()) {
                     this.activity.heard(wall_clock());
                 }
+                if this.counter.shows_life() {
+                    this.activity.note_life();
+                }
             }
             Poll::Pending => this.counter.drained(),
         }

@@ -5,7 +5,8 @@
 //! - An answer on any open session of the generation proves that the server lives; so does anything received there.
 //! - A session that cannot be opened proves nothing about a server while an older session is open: ask that one.
 //! - An error in place of a report is an answer. The server's role stays what it reported last.
-//! - An unanswered question is silence only if nothing was received meanwhile.
+//! - An unanswered question is silence only if nothing was received meanwhile, on a session of the pool or in answer to the
+//!   second question.
 
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ pub(super) struct Sighting {
     pub(super) kept_open: bool,
     /// Sessions of the pool to this primary are open.
     pub(super) pooled_open: bool,
-    /// Something was received on one of the pool's sessions since the question was asked.
+    /// Something was received on another session to this primary since the question was asked.
     pub(super) received: bool,
     /// A user waits for an answer on one of the pool's sessions, and nothing has come for `heartbeat_timeout`.
     pub(super) mute: bool,
@@ -170,7 +171,7 @@ impl Topology {
         self.actions.push(Action::Probe { endpoint, fresh, beside: true, promotion_wait: None, within, opened_within });
     }
 
-    /// Returns whether anything was received on the pool's sessions to the primary after `asked_at`.
+    /// Returns whether anything was received on another session to the primary after `asked_at`.
     pub(super) fn heard_since(&self, asked_at: Option<Instant>) -> bool {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
@@ -203,7 +204,13 @@ impl Topology {
             self.primary_lives(now);
         }
         match sighting.finding() {
-            Finding::Lives => self.primary_lives(now),
+            Finding::Lives => {
+                self.primary_lives(now);
+                // No other failure is the server's own answer to this question.
+                if failure.kind == FailureKind::Full {
+                    self.heard(now);
+                }
+            }
             Finding::SessionEnded => {
                 if let Some(member) = self.members.get_mut(&probed.address) {
                     member.fresh = true;

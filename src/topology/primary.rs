@@ -96,6 +96,10 @@ impl Topology {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
                 self.own_primary_at = now;
+                // It answered on another session than the one that the heartbeat may be asking on.
+                if probed.fresh {
+                    self.received_at = Some(now);
+                }
                 // An open session does not notice `ALTER DATABASE … SET default_transaction_read_only`, so ask on a new
                 // one.
                 if !probed.fresh && self.must_look_at_fence(now, report) {

@@ -118,6 +118,19 @@ impl Topology {
         }
     }
 
+    /// Resumes a primary that was suspended for silence, if it has answered on an open session since. It is in the same
+    /// life, so its role is what it reported last.
+    pub(super) fn resume_heard(&mut self, now: Instant) {
+        let Phase::Searching(Search { since, suspended: Some(suspended), .. }) = &self.phase else {
+            return;
+        };
+        // The sessions of a roaming pool may lead to different servers.
+        if suspended.silent && !self.settings.roaming && self.received_at.is_some_and(|at| at > *since) {
+            let (address, report) = (suspended.primary.endpoint.address.clone(), suspended.primary.report.clone());
+            self.resume(now, &address, &report);
+        }
+    }
+
     /// When a suspended primary counts as dead, unless it is heard before.
     pub(super) fn gives_up_at(&self, suspended: &Suspended) -> Instant {
         let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));

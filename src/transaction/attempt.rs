@@ -258,7 +258,9 @@ impl<C: SessionClient> Attempt<C> {
         self.client().notices().forget();
         self.client().trail().forget();
         let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
-        self.pool().heard(self.client().generation());
+        if !self.client().notices().are_driven() {
+            self.pool().heard(self.client().generation());
+        }
         if self.client().notices().already_in_transaction() {
             // The open transaction is not ours to commit. Nothing was done yet, so another connection can be used.
             let strange = Error::RolledBack(RolledBack::StrangeSession);

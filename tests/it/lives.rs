@@ -120,6 +120,35 @@ impl Callers {
     }
 }
 
+/// The heartbeat's question waits for a lock on a catalog, and so does each new session; callers of `get` are answered all the
+/// while. So it is when `VACUUM FULL` waits behind an open transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_answers_callers_is_not_left_while_the_question_is_held_up() {
+    let stage = Stage::start().await;
+    let pool = stage.builder().build().unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap()];
+    drop(pool.get().await.unwrap());
+    let mut events = pool.subscribe();
+    let other = stage.cluster.direct(stage.cluster.primary()).await;
+    let lock = "BEGIN; LOCK TABLE pg_catalog.pg_db_role_setting IN ACCESS EXCLUSIVE MODE";
+    other.batch_execute(lock).await.unwrap();
+    let until = Instant::now() + DEAD_AFTER * 2;
+    while Instant::now() < until {
+        for client in &held {
+            timeout(PATIENCE, client.batch_execute("SELECT 1")).await.expect("an answer").unwrap();
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let idle = pool.get_within(Duration::from_secs(1)).await.expect("an idle one is handed out");
+    idle.batch_execute("SELECT 1").await.unwrap();
+    other.batch_execute("ROLLBACK").await.unwrap();
+    let seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let lost: Vec<Event> =
+        seen.filter(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. })).collect();
+    assert!(lost.is_empty(), "{lost:#?}");
+    assert_eq!(generation(&pool), 1);
+}
+
 async fn new_sessions_fail(how: TurnAway) {
     let encrypted = how == TurnAway::HangInTls;
     let authority = Authority::new();

@@ -241,3 +241,34 @@ fn a_prepared_commit_is_known() {
         assert_eq!(counter.flags(), 0, "{sql:?}");
     }
 }
+
+#[test]
+fn what_the_driver_waited_for_and_each_end_of_a_request_show_life() {
+    let mut counter = logged_in();
+    counter.sent(&message(b'Q', b"SELECT 1\0"));
+    counter.received(&message(b'D', &[0; 10]));
+    assert!(counter.shows_life(), "a row that the driver waited for");
+    counter.received(&message(b'D', &[0; 10]));
+    assert!(!counter.shows_life(), "it may have been in a buffer for long");
+    counter.received(&ready(b'I'));
+    assert!(counter.shows_life(), "the end of a request");
+    counter.drained();
+    counter.received(&[]);
+    assert!(!counter.shows_life(), "the end of the stream");
+    counter.drained();
+    counter.received(&message(b'E', b"SFATAL\0\0"));
+    assert!(!counter.shows_life(), "the last words");
+    counter.received(&ready(b'I'));
+    assert!(counter.shows_life(), "an error is an answer");
+}
+
+#[test]
+fn a_sign_of_life_is_noted_once() {
+    let (heard, activity) = (Heard::default(), Activity::default());
+    activity.note_life();
+    assert!(!heard.take());
+    activity.tell(&heard);
+    activity.note_life();
+    activity.note_life();
+    assert_eq!((heard.take(), heard.take()), (true, false));
+}

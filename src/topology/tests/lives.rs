@@ -385,3 +385,71 @@ fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol()
     alone.answer(1, Ok(primary(2, 2)), true, true);
     assert_eq!((alone.topology.view().generation.get(), alone.ended()), (2, vec![1]));
 }
+
+/// The heartbeat's session is dead without a sign, and the server has answered on another one since it was asked.
+#[test]
+fn a_server_that_answered_the_second_question_is_not_silent() {
+    for (answer, lives) in [
+        (Ok(primary(1, 1)), true),
+        (Err(failure(FailureKind::Full)), true),
+        // The server itself says none of these.
+        (Err(failure(FailureKind::NotNow)), false),
+        (Err(failure(FailureKind::Unreachable)), false),
+        // Another server behind the same address answers.
+        (Ok(standby(9)), false),
+    ] {
+        let mut bench = Bench::settled();
+        bench.wait(ms(1000));
+        bench.suspect(1);
+        bench.wait(ms(500));
+        bench.answer(1, answer.clone(), true, true);
+        bench.wait(ms(1400));
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+        assert_eq!(bench.primary(), lives.then_some(1), "{answer:?}");
+        if lives {
+            // Without another answer, the next silence counts.
+            bench.wait(ms(1000));
+            bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+            assert_eq!(bench.primary(), None, "{answer:?}");
+        }
+    }
+}
+
+/// An answer from before the question says nothing about it.
+#[test]
+fn an_earlier_answer_to_the_second_question_proves_nothing() {
+    let mut bench = Bench::settled();
+    bench.suspect(1);
+    bench.wait(ms(100));
+    bench.answer(1, Ok(primary(1, 1)), true, true);
+    bench.wait(ms(1500));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+}
+
+/// Its question is held up, and its callers were quiet for a moment. Then one of them is answered.
+#[test]
+fn a_primary_that_was_suspended_for_silence_is_resumed_when_it_is_heard() {
+    let heard = |bench: &mut Bench| {
+        bench.now += ms(25);
+        let sample = TrafficSample { in_use: true, moved: true, received: true, open: 1 };
+        bench.topology.traffic(bench.now, sample);
+        bench.poll();
+    };
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+    heard(&mut bench);
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+    // What casts doubt on its role is not cleared by an answer to somebody else.
+    bench.topology.suspected(bench.now, GenerationId(1), Suspicion::ReadOnly);
+    heard(&mut bench);
+    assert_eq!(bench.primary(), None);
+    // Nor does an answer on a session that may lead to another server show anything.
+    let mut bench = Bench::roaming();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    heard(&mut bench);
+    assert_eq!(bench.primary(), None);
+}
