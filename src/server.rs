@@ -100,7 +100,7 @@ pub(crate) trait Open<C>: Send + Sync {
         promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
 
-    /// A number that changes whenever something is sent or received on any session of the pool.
+    /// A number that changes whenever something is sent or received for a caller on any session of the pool.
     fn traffic(&self) -> u64;
 
     /// Returns whether this crate drives the pool's sessions, and so notices the end of each at once.
@@ -118,7 +118,7 @@ pub(crate) struct Opener {
     dial: Arc<dyn Dial>,
     /// The password provider, if there is one; the template then holds no password.
     passwords: Option<Passwords>,
-    /// A counter that grows whenever something is sent or received on any session of the pool.
+    /// A counter that grows whenever something is sent or received for a caller on any session of the pool.
     traffic: Arc<AtomicU64>,
     questions: Questions,
     /// A session was opened once, so the peers of this pool are PostgreSQL.

@@ -92,9 +92,13 @@ impl Notices {
         }
     }
 
-    /// The driver's task runs because something is sent or received. `pool` counts for all sessions of the pool.
-    pub(super) fn count_traffic(&self, pool: &AtomicU64) {
+    /// The driver's task runs because something is sent or received.
+    pub(super) fn count_traffic(&self) {
         self.traffic.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Something was sent or received for a caller. `pool` counts for all sessions of the pool.
+    pub(super) fn count_work(&self, pool: &AtomicU64) {
         if self.pooled.load(Ordering::Relaxed) {
             pool.fetch_add(1, Ordering::Relaxed);
         }

@@ -113,9 +113,14 @@ pub(super) async fn drive(
         {
             return Poll::Ready(Ok(()));
         }
-        notices.count_traffic(&traffic);
+        notices.count_traffic();
         let woken = activity.before_poll();
+        let worked = activity.is_working();
         let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
+        // What the server sends unasked, such as the end of an idle session, must not keep the pool awake.
+        if worked || activity.is_working() {
+            notices.count_work(&traffic);
+        }
         busy = activity.polled(woken) && polled.is_pending();
         if busy { Poll::Ready(Ok(())) } else { polled }
     });
