@@ -7,6 +7,7 @@
 //! snapshot with the newer generation is published before the older generation's scope ends; no lock is held across an
 //! await; the task and all that it started end when the last [`Cluster`] is dropped. The tests are in `tests/it/`.
 
+mod kept;
 mod task;
 mod work;
 

@@ -1,9 +1,9 @@
 //! The task that owns the [`Topology`]: it carries out the topology's actions, and feeds the answers to it.
 //!
-//! It decides nothing. The tests are in `tests/it/`.
+//! It decides only when to sleep. The tests are in `tests/it/`.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::panic::AssertUnwindSafe;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
+use super::kept::{Kept, Number};
 use super::work::{self, Asks, Event};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
@@ -41,9 +42,7 @@ pub(super) struct Task<C: SessionClient> {
     root: CancellationToken,
     shared: Arc<Shared>,
     /// Sessions kept for the next question to their server.
-    sessions: HashMap<Address, Session<C>>,
-    /// Servers whose kept session is being asked.
-    under_way: HashSet<Address>,
+    sessions: Kept<Session<C>>,
     work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
     /// The newest generation until it ends; published only while `live`.
     generation: Option<Arc<Generation<C>>>,
@@ -91,8 +90,7 @@ impl<C: SessionClient> Task<C> {
             gate: setup.gate,
             root,
             shared,
-            sessions: HashMap::new(),
-            under_way: HashSet::new(),
+            sessions: Kept::new(),
             work: FuturesUnordered::new(),
             generation: None,
             live: false,
@@ -141,7 +139,7 @@ impl<C: SessionClient> Task<C> {
             self.actions.extend(actions);
             self.act_all();
             let topology = &self.topology;
-            self.sessions.retain(|address, _| topology.keeps(address));
+            self.sessions.retain(|address| topology.keeps(address));
             self.publish();
             let bedtime = self.sleep_after.map(|after| self.used_at + after);
             let wake_at = self.topology.wake_at().into_iter().chain(bedtime).min();
@@ -206,7 +204,6 @@ impl<C: SessionClient> Task<C> {
         self.actions.extend(actions);
         (self.live, self.search) = (false, None);
         self.sessions.clear();
-        self.under_way.clear();
         self.work.clear();
         self.act_all();
     }
@@ -254,16 +251,13 @@ impl<C: SessionClient> Task<C> {
             Action::Probe { endpoint, fresh, beside, promotion_wait, within, opened_within } => {
                 let kept = if fresh { None } else { self.kept(&endpoint.address) };
                 let within = if kept.is_some() { within } else { opened_within };
-                if kept.is_some() {
-                    self.under_way.insert(endpoint.address.clone());
-                }
                 let (opener, scope) = (Arc::clone(&self.opener), self.root.child_token());
-                let (is_kept, asked_at) = (kept.is_some(), endpoint.clone());
-                let failed = move |failure: ProbeFailure| {
-                    if is_kept {
-                        return Event::Asked { endpoint: asked_at, session: None, beside, result: Err(failure) };
+                let (number, asked_at) = (kept.as_ref().map(|(number, _)| *number), endpoint.clone());
+                let failed = move |failure: ProbeFailure| match number {
+                    Some(number) => {
+                        Event::Asked { endpoint: asked_at, number, session: None, beside, result: Err(failure) }
                     }
-                    Event::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) }
+                    None => Event::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) },
                 };
                 let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, promotion_wait, within }, scope);
                 self.work.push(Box::pin(work::contained(asked.instrument(self.span()), failed)));
@@ -350,12 +344,12 @@ impl<C: SessionClient> Task<C> {
 
     /// Takes the session kept for questions to this server, if it is open. The session that proved the primary serves
     /// as well if it has not been taken, so that an idle pool needs only one session.
-    fn kept(&mut self, address: &Address) -> Option<Session<C>> {
-        let kept = self.sessions.remove(address).filter(|session| !session.client.is_closed());
-        kept.or_else(|| {
+    fn kept(&mut self, address: &Address) -> Option<(Number, Session<C>)> {
+        self.sessions.ask(address).or_else(|| {
             let generation =
                 self.generation.as_ref().filter(|generation| self.live && generation.endpoint().address == *address);
-            generation.and_then(|generation| generation.take_spare())
+            let spare = generation.and_then(|generation| generation.take_spare())?;
+            Some((self.sessions.ask_other(address), spare))
         })
     }
 
@@ -379,27 +373,21 @@ impl<C: SessionClient> Task<C> {
             }
             Event::Opened { endpoint, beside, fresh, result } => {
                 let address = endpoint.address;
-                let still_open = self.is_open(&address);
+                let still_open = self.sessions.is_open(&address);
                 let result = result.map(|(session, report)| {
                     if !self.topology.strayed(&address, &report) {
-                        self.sessions.insert(address.clone(), session);
+                        self.sessions.opened(&address, session);
                     }
                     report
                 });
                 self.topology.probed(now, &Probed { address, result, fresh, still_open, beside });
             }
-            Event::Asked { endpoint, session, beside, result } => {
+            Event::Asked { endpoint, number, session, beside, result } => {
                 let address = endpoint.address;
-                self.under_way.remove(&address);
-                // A question that was not answered in time may be answered yet: on the primary's session, that is a sign.
-                let good = |session: &Session<C>| {
-                    !session.client.is_closed() && (result.is_ok() || self.topology.holds(&address))
-                };
-                // One that was opened meanwhile is newer.
-                if let Some(session) = session.filter(good).filter(|_| !self.is_open(&address)) {
-                    self.sessions.insert(address.clone(), session);
-                }
-                let still_open = self.is_open(&address);
+                // After a time-out, keep the primary's session: a late answer would show that the server lives.
+                let session = session.filter(|_| result.is_ok() || self.topology.holds(&address));
+                self.sessions.answered(&address, number, session);
+                let still_open = self.sessions.is_open(&address);
                 self.topology.probed(now, &Probed { address, result, fresh: false, still_open, beside });
             }
         }
@@ -408,12 +396,6 @@ impl<C: SessionClient> Task<C> {
             dns: self.topology.dns_failure(),
             waiting: self.topology.waiting(),
         };
-    }
-
-    /// Returns whether a session for questions to this server is open, or is being asked.
-    fn is_open(&self, address: &Address) -> bool {
-        self.under_way.contains(address)
-            || self.sessions.get(address).is_some_and(|session| !session.client.is_closed())
     }
 
     fn signalled(&mut self) {

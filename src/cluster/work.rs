@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::Name;
+use super::kept::Number;
 use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient, panicked};
 use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
@@ -33,6 +34,7 @@ pub(super) enum Event<C> {
     /// Without its session where that was lost in a panic.
     Asked {
         endpoint: Endpoint,
+        number: Number,
         session: Option<Session<C>>,
         beside: bool,
         result: Result<ServerReport, ProbeFailure>,
@@ -85,16 +87,16 @@ async fn addresses_of(resolver: &dyn Resolve, host: &str) -> Result<Addresses, R
 pub(super) async fn ask<C: SessionClient>(
     opener: Arc<dyn Open<C>>,
     endpoint: Endpoint,
-    kept: Option<Session<C>>,
+    kept: Option<(Number, Session<C>)>,
     Asks { fresh, beside, promotion_wait, within }: Asks,
     scope: CancellationToken,
 ) -> Event<C> {
     let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
     match kept {
-        Some(session) => {
+        Some((number, session)) => {
             let answer = timeout(within, opener.ask(&endpoint.address, &session.client, promotion_wait)).await;
             let result = answer.unwrap_or_else(|_| Err(silent()));
-            Event::Asked { endpoint, session: Some(session), beside, result }
+            Event::Asked { endpoint, number, session: Some(session), beside, result }
         }
         None if beside && !fresh => {
             let result = Err(ProbeFailure::new(FailureKind::Unreachable, "no session is open"));
