@@ -47,12 +47,12 @@ pub(super) struct Task<C: SessionClient> {
     /// The newest generation until it ends; published only while `live`.
     generation: Option<Arc<Generation<C>>>,
     live: bool,
-    /// What the topology wants to be done. A panic in the midst of it costs one action.
+    /// What the topology wants to be done. A panic of the program's log costs at most one event.
     actions: VecDeque<Action>,
     /// Scopes to end once the newer state is published.
-    ended: Vec<CancellationToken>,
+    ended: VecDeque<CancellationToken>,
     /// Events to send once the state that they report is published.
-    news: Vec<observe::Event>,
+    news: VecDeque<observe::Event>,
     snapshot: watch::Sender<Arc<Snapshot<C>>>,
     view: watch::Sender<View>,
     observer: Arc<Observer>,
@@ -95,8 +95,8 @@ impl<C: SessionClient> Task<C> {
             generation: None,
             live: false,
             actions: VecDeque::new(),
-            ended: Vec::new(),
-            news: Vec::new(),
+            ended: VecDeque::new(),
+            news: VecDeque::new(),
             snapshot,
             view,
             search: Some(setup.observer.search()),
@@ -289,7 +289,7 @@ impl<C: SessionClient> Task<C> {
                     self.lost(generation.clone(), why.clone());
                 }
                 if let Some(generation) = generation {
-                    self.news.push(self.observer.evicted(id, cause, generation.open.count(), why));
+                    self.news.push_back(self.observer.evicted(id, cause, generation.open.count(), why));
                 }
             }
             Action::Begin { primary, lost_for } => self.begin(&primary, lost_for),
@@ -306,14 +306,14 @@ impl<C: SessionClient> Task<C> {
         self.searching_since = Instant::now();
         self.search = Some(self.observer.search());
         if let Some(generation) = generation {
-            self.news.push(self.observer.primary_lost(generation.primary.id, generation.endpoint(), why));
+            self.news.push_back(self.observer.primary_lost(generation.primary.id, generation.endpoint(), why));
         }
     }
 
     fn found(&mut self, primary: &Primary, took: Duration, same_server: bool) {
         self.live = true;
         let search = self.search.take();
-        self.news.push(self.observer.primary_found(search.as_ref(), primary, took, same_server));
+        self.news.push_back(self.observer.primary_found(search.as_ref(), primary, took, same_server));
     }
 
     fn begin(&mut self, primary: &Primary, lost_for: Option<Duration>) {
@@ -430,11 +430,12 @@ impl<C: SessionClient> Task<C> {
             // The view is unchanged, but it answers a newer question, which only waiting callers need to know.
             self.send_snapshot(self.topology.view());
         }
-        for event in self.news.drain(..) {
-            self.observer.send(event);
-        }
-        for scope in self.ended.drain(..) {
+        // The log and the metrics are the user's and may panic, so the scopes come first, and each event on its own.
+        while let Some(scope) = self.ended.pop_front() {
             scope.cancel();
+        }
+        while let Some(event) = self.news.pop_front() {
+            self.observer.send(event);
         }
     }
 
@@ -452,13 +453,14 @@ impl<C: SessionClient> Task<C> {
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
     }
 
+    /// The span of the search. To copy it calls the program's log, whose panic must not cost the work itself.
     fn span(&self) -> Span {
-        self.search.clone().unwrap_or_else(Span::none)
+        let copied = catch_unwind(AssertUnwindSafe(|| self.search.clone()));
+        copied.ok().flatten().unwrap_or_else(Span::none)
     }
 }
 
-/// However the task ends (closed, a panic in a user's connector, the end of its runtime), no connection is handed out
-/// afterwards.
+/// However the task ends (closed, or with its runtime), no connection is handed out afterwards.
 impl<C: SessionClient> Drop for Task<C> {
     fn drop(&mut self) {
         self.live = false;
@@ -466,9 +468,10 @@ impl<C: SessionClient> Drop for Task<C> {
         self.shared.runtime_ended.store(!told, Ordering::Release);
         let why = if told { "the pool was closed" } else { "the tokio runtime that the pool was built on has ended" };
         let changed = Change { at: Instant::now(), why: why.to_owned() };
-        self.send(View { state: State::Closed, changed, ..self.topology.view() });
-        self.observer.closed();
         self.shared.closed.store(true, Ordering::Release);
+        self.send(View { state: State::Closed, changed, ..self.topology.view() });
         self.root.cancel();
+        // The log and the metrics are the user's: a panic here, perhaps during another one, would end the process.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.observer.closed()));
     }
 }

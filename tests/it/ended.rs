@@ -354,3 +354,43 @@ async fn a_panic_in_the_log_costs_one_line() {
         }
     }
 }
+
+/// A log that panics when a span is copied, as often as it is told to.
+struct PanicsAtCopies(AtomicU64);
+
+impl tracing::Subscriber for PanicsAtCopies {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {}
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+
+    fn clone_span(&self, id: &tracing::span::Id) -> tracing::span::Id {
+        let left = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        assert!(left.is_err(), "planted");
+        id.clone()
+    }
+}
+
+/// A server whose question is about to be asked is asked, and so is a name.
+#[tokio::test]
+async fn a_panic_in_the_log_costs_no_question() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    for url in [cluster.url_hosts(), cluster.url()] {
+        let _guard = tracing::subscriber::set_default(PanicsAtCopies(AtomicU64::new(4)));
+        let pool = Pool::builder(url).unwrap().dns_servers([cluster.dns().addr()]).build().unwrap();
+        drop(timeout(PATIENCE, pool.get()).await.expect("the primary is asked").unwrap());
+    }
+}
