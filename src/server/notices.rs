@@ -10,7 +10,7 @@ use tokio_postgres::Notification;
 use tokio_postgres::error::{DbError, SqlState};
 
 use super::{Activity, End};
-use crate::sync::lock;
+use crate::sync::{lock, log_safely};
 use crate::topology::shortened;
 
 /// Is told how a session of the pool ended. The driving task calls it at once, even while the connection is held.
@@ -63,7 +63,6 @@ pub(crate) trait NotificationSink: fmt::Debug + Send + Sync {
 
 impl Notices {
     pub(super) fn note(&self, notice: &DbError) {
-        tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned()));
         self.end.noticed(notice);
         if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
             self.already_in_transaction.store(true, Ordering::Release);
@@ -72,6 +71,7 @@ impl Notices {
         if notice.routine() == Some("SyncRepWaitForLSN") {
             self.not_replicated.store(true, Ordering::Release);
         }
+        log_safely(|| tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned())));
     }
 
     /// From now on the session's traffic counts for the pool, and `listener` is told of its end.

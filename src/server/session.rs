@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Activity, Notices};
 use crate::classify::explain;
+use crate::sync::log_safely;
 
 /// Reads and writes the socket of one session until it ends.
 pub(super) type Driver = BoxFuture<'static, Result<(), Error>>;
@@ -125,14 +126,16 @@ pub(super) async fn drive(
         if busy { Poll::Ready(Ok(())) } else { polled }
     });
     if let Err(error) = ended.await {
-        tracing::debug!("a session ended: {}", explain(&error));
         at_the_end.0.end().ended_with(&error);
         at_the_end.0.ended(true);
+        log_safely(|| tracing::debug!("a session ended: {}", explain(&error)));
     }
     // To cancel a COMMIT would end its wait for a synchronous standby.
     if busy && !notices.activity.is_committing() {
-        tracing::debug!("a connection was given back with something under way: it is closed, and that is cancelled");
         tokio::spawn(cancelling);
+        log_safely(|| {
+            tracing::debug!("a connection was given back with something under way: it is closed, and that is cancelled");
+        });
     }
 }
 

@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 
 use super::rows;
 use crate::classify::{about_a_part, explain, for_primaries_only};
-use crate::sync::lock;
+use crate::sync::{lock, log_safely};
 use crate::topology::{Address, Question, Refused};
 
 /// The most servers whose refusals are remembered.
@@ -63,7 +63,7 @@ pub(super) async fn look_for(client: &Client, question: Question, known: Refused
     let asking = question.pieces().filter(|piece| !known.holds(*piece)).map(|piece| async move {
         let error = rows(client, &piece.alone()).await.err()?;
         let refused = about_a_part(&error) && !for_primaries_only(&error);
-        tracing::debug!(?piece, refused, "{}", explain(&error));
+        log_safely(|| tracing::debug!(?piece, refused, "{}", explain(&error)));
         refused.then_some(piece)
     });
     Refused::of(join_all(asking).await.into_iter().flatten())

@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Error};
 use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::rows;
+use crate::sync::log_safely;
 use crate::topology::{
     BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, TIMELINE, UNDISTURBED,
     evidence, microseconds,
@@ -258,7 +259,7 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
             }
             Err(error) => return Err(error),
         };
-        tracing::warn!(?kind, why, "the server does not show the history of its log");
+        log_safely(|| tracing::warn!(?kind, why, "the server does not show the history of its log"));
     }
     Ok(Proof::Nothing)
 }

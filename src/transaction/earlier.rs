@@ -17,6 +17,7 @@ use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
 use crate::pool::{Client, Pool};
 use crate::server::SessionClient;
+use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
 /// How long the error of a call that will not run again is held back at most.
@@ -57,7 +58,9 @@ pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId)
     if are_denied(earlier.iter().map(|attempt| attempt.absent_from), by) {
         return error;
     }
-    tracing::debug!(%error, "an earlier run may have been committed: the primary that did not have it was lost");
+    log_safely(
+        || tracing::debug!(%error, "an earlier run may have been committed: the primary that did not have it was lost"),
+    );
     Error::CommitUnknown(Box::new(CommitUnknown::earlier(Unsettled::NoPrimary)))
 }
 

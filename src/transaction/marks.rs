@@ -13,6 +13,7 @@ use crate::pool::{Check, Signing};
 use crate::server::SessionClient;
 use crate::settle::ledger::{Entering, entered};
 use crate::settle::wal::{self, MarkAnswer, MarkStatement};
+use crate::sync::log_safely;
 use crate::topology::Suspicion;
 
 /// Precedes a BEGIN without a mark in the same message. It rolls back a transaction left open on the session, as
@@ -128,7 +129,7 @@ impl<C: SessionClient> Attempt<C> {
                 Ok(signature)
             }
             Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
-                tracing::debug!("the timeline could not be signed: {}", explain(&error));
+                log_safely(|| tracing::debug!("the timeline could not be signed: {}", explain(&error)));
                 client.batch_execute("ROLLBACK").await?;
                 Ok(None)
             }

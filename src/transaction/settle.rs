@@ -20,6 +20,7 @@ use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::settle::ledger::Entered;
 use crate::settle::wal::{self, Backend, Ends, Said};
+use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
 /// How long a doubt is looked into at least, even at the end of a call's time: a needless "unknown" costs the caller
@@ -185,7 +186,7 @@ async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: 
     }
     let ended = wal::end_abandoned(witness.client(), mark.backend, late).await;
     if let Err(error) = &ended {
-        tracing::debug!("an abandoned session could not be ended: {}", explain(error));
+        log_safely(|| tracing::debug!("an abandoned session could not be ended: {}", explain(error)));
     }
     ended.is_ok()
 }
