@@ -194,7 +194,7 @@ impl Opener {
                     passwords.accepted();
                     Ok(opened)
                 }
-                Err(error) if not_let_in(&error) => Err(passwords.refused(self.not_opened(error)).await),
+                Err(error) if not_let_in(&error) => Err(passwords.refused(self.not_opened(error))),
                 Err(error) => Err(self.not_opened(error)),
             }
         };

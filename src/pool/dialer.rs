@@ -21,7 +21,7 @@ use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::retry::Exponential;
 use crate::server::{Open, Session, SessionClient, cancel};
-use crate::sync::lock;
+use crate::sync::{lock, log_safely};
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Shortest and longest pause between attempts to open a session to a known primary that accepts none.
@@ -218,7 +218,7 @@ impl<C: SessionClient> Dialer<C> {
         let Some((dialled, failure)) = refused else {
             return Ok(None);
         };
-        if dialled >= asked && !is_young(generation) {
+        if failure.kind == FailureKind::Refused && dialled >= asked && !is_young(generation) {
             return Err(failure);
         }
         Ok(self.cluster.log_in_at())
@@ -226,7 +226,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Remembers a refusal, and when its session was dialled. Other failures say nothing about log-ins.
     pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) {
-        if failure.kind == FailureKind::Refused {
+        if failure.is_refused_log_in() {
             *lock(&self.refused) = Some((dialled, failure.clone()));
             self.cluster.log_in_refused();
         }
@@ -266,9 +266,9 @@ impl<C: SessionClient> Dialer<C> {
     /// how long to wait before the next attempt.
     pub(super) fn failed(&self, generation: &Generation<C>, failure: ProbeFailure) -> (Error, Duration) {
         let id = generation.primary.id;
-        tracing::debug!(generation = id.get(), "a session could not be opened: {failure}");
-        let refused = failure.kind == FailureKind::Refused;
-        if refused && !is_young(generation) {
+        log_safely(|| tracing::debug!(generation = id.get(), "a session could not be opened: {failure}"));
+        let refused = failure.is_refused_log_in();
+        if failure.kind == FailureKind::Refused && !is_young(generation) {
             let refused = Refused::new(Some(generation.endpoint()), failure);
             return (Error::Refused(Box::new(refused)), Duration::ZERO);
         }

@@ -29,7 +29,7 @@ struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
 /// The user's provider function.
 pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
 
-/// Shortest pause before the provider, or a server that refused a password, is asked again.
+/// Shortest pause before a provider that failed is asked again.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// A provider of passwords, and whether a server ever accepted one of them.
@@ -73,14 +73,13 @@ impl Passwords {
     }
 
     /// A server refused the password. If an earlier one was accepted, the password is being changed, and the next may
-    /// be right.
-    pub(super) async fn refused(&self, mut failure: ProbeFailure) -> ProbeFailure {
-        if self.let_in.load(Ordering::Relaxed) {
-            failure.kind = FailureKind::NotNow;
-            failure.message.push_str("; an earlier password was right: the password provider is asked again");
-            sleep(self.pause).await;
+    /// be right. It is tried as rarely as after any refusal, as the change may also have gone wrong.
+    pub(super) fn refused(&self, mut failure: ProbeFailure) -> ProbeFailure {
+        if !self.let_in.load(Ordering::Relaxed) {
+            return failure;
         }
-        failure
+        failure.message.push_str("; an earlier password was right: the password provider is asked again");
+        failure.that_may_pass()
     }
 }
 

@@ -119,11 +119,25 @@ pub struct ProbeFailure {
     /// What happened, in one line.
     pub message: String,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+    /// The server refused a log-in, although callers are told that it may pass.
+    may_pass: bool,
 }
 
 impl ProbeFailure {
     pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self { kind, message: shortened(message.into()), source: None }
+        Self { kind, message: shortened(message.into()), source: None, may_pass: false }
+    }
+
+    /// The server refused a log-in whose password is being changed: callers wait, and the next log-ins are as rare as
+    /// after any refusal.
+    pub(crate) fn that_may_pass(self) -> Self {
+        Self { kind: FailureKind::NotNow, may_pass: true, ..self }
+    }
+
+    /// Returns whether the server refused a log-in, whatever callers are told. The next one will most likely be refused
+    /// too.
+    pub(crate) fn is_refused_log_in(&self) -> bool {
+        self.kind == FailureKind::Refused || self.may_pass
     }
 
     pub(crate) fn caused_by(self, source: Arc<dyn std::error::Error + Send + Sync>) -> Self {

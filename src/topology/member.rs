@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, FailureKind, Origin, Parts, Phase, PromotionWait,
-    RENEWED_AFTER, Refusal, Search, ServerReport, Topology, primary::same_start,
+    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, Origin, Parts, Phase, PromotionWait, RENEWED_AFTER, Refusal,
+    Search, ServerReport, Topology, primary::same_start,
 };
 
 /// The most candidates that are probed at the same time. If there are more, they take turns.
@@ -90,7 +90,7 @@ impl Member {
     /// Returns whether the next question to it is a log-in that will most likely be refused, as the last one was.
     pub(super) fn must_log_in(&self, current: Option<&Address>) -> bool {
         let held = current == Some(&self.endpoint.address) && !self.fresh;
-        let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused);
+        let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in());
         refused && !held
     }
 

@@ -13,6 +13,9 @@ use super::{
 /// The most addresses taken from one name; more of them are a mistake.
 const MAX_ADDRESSES: usize = 256;
 
+/// Pause between two look-ups of a name that nobody knows, once callers are told so.
+const UNKNOWN_INTERVAL: Duration = Duration::from_secs(1);
+
 /// The result of looking up one name.
 #[derive(Clone, Debug)]
 pub(crate) enum NameAnswer {
@@ -68,13 +71,14 @@ impl Topology {
     /// Handles the result of looking up one name.
     pub(crate) fn resolved(&mut self, now: Instant, name: usize, answer: NameAnswer) {
         self.notice_pause(now);
-        let pause = self.resolve_pause(now);
+        let unknown = matches!(answer, NameAnswer::Unknown(_));
+        let pause = self.resolve_pause(now, unknown);
         let Some(asked) = self.names.get_mut(name) else {
             return;
         };
         asked.due = Some(now + pause);
         asked.told_at = asked.asked_at.or(Some(now));
-        asked.unknown = matches!(answer, NameAnswer::Unknown(_));
+        asked.unknown = unknown;
         let mut endpoints = match answer {
             NameAnswer::Addresses { endpoints, partial } => {
                 asked.failure = partial.map(shortened);
@@ -140,15 +144,27 @@ impl Topology {
         }
     }
 
+    /// A caller asks although waiting does not help. However many do, each name has a pause between two look-ups.
+    pub(super) fn demand_names(&mut self, now: Instant) {
+        let known = self.settings.poll.1;
+        for name in &mut self.names {
+            let pause = if name.unknown { UNKNOWN_INTERVAL } else { known };
+            let earliest = name.asked_at.map_or(now, |asked| now.max(asked + pause));
+            name.due = name.due.map(|due| due.min(earliest));
+        }
+    }
+
     pub(super) fn pace_names(&mut self, next: Instant) {
         for name in &mut self.names {
             name.due = name.due.map(|_| next);
         }
     }
 
-    fn resolve_pause(&self, now: Instant) -> Duration {
+    fn resolve_pause(&self, now: Instant, unknown: bool) -> Duration {
         match &self.phase {
             Phase::Known { .. } => self.settings.patrol,
+            // Callers have been told that nobody knows the name, so it is most likely a mistake.
+            Phase::Searching(search) if unknown && search.refused_as_of.is_some() => UNKNOWN_INTERVAL,
             Phase::Searching(search) => self.poll_pause(now.duration_since(search.since)).max(RESOLVE_INTERVAL),
         }
     }

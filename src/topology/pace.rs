@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Address, Answer, FailureKind, Member, Phase, PromotionWait, Topology};
+use super::{Address, Answer, Member, Phase, PromotionWait, Topology};
 
 /// How long a member is remembered that DNS no longer names and that does not answer.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
@@ -204,13 +204,15 @@ impl Topology {
                 }
             }
             Phase::Searching(search) => {
-                let refused = self.members.get(address).is_some_and(|member| {
-                    matches!(&member.answer, Some(Answer::Failed(failure)) if failure.kind == FailureKind::Refused)
-                });
+                let refused = self.members.get(address).is_some_and(
+                    |member| matches!(&member.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in()),
+                );
                 // Do not open a new session to each of many dead addresses a hundred times a second.
                 let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);
                 let pause = self.poll_pause(now.duration_since(search.since));
                 let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
+                // Callers have been told that waiting does not help, so nobody waits for a quick answer.
+                let pause = if search.refused_as_of.is_some() { self.settings.poll.1 } else { pause };
                 let full = self.members.get(address).and_then(Member::full_pause).unwrap_or_default();
                 if refused {
                     self.refused_pause(now.duration_since(search.since))

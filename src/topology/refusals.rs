@@ -146,15 +146,16 @@ impl Topology {
         }
     }
 
-    /// A caller waits although every server refuses the credentials, so ask again now.
+    /// A caller waits although waiting does not help, so ask again soon. A caller that asks in a loop does not make the
+    /// questions more frequent than the slowest pace of a search.
     pub(crate) fn demanded(&mut self, now: Instant) {
         if self.refused_as_of().is_none() {
             return;
         }
         for member in self.members.values_mut() {
-            member.hurry(now, self.settings.poll.0);
+            member.hurry(now, self.settings.poll.1);
         }
-        self.hurry_names(now);
+        self.demand_names(now);
     }
 
     /// Something else in this pool had a log-in refused.
