@@ -11,6 +11,7 @@
 mod backlog;
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
 use futures_util::Stream;
-use futures_util::future::poll_fn;
+use futures_util::future::{FutureExt, poll_fn};
 use futures_util::task::AtomicWaker;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -26,7 +27,7 @@ use tokio_postgres::Notification;
 use tokio_util::sync::CancellationToken;
 
 use crate::classify::{Verdict, classify, explain, not_offered};
-use crate::error::Error;
+use crate::error::{Error, UnavailableReason};
 use crate::pool::{Pool, SideSession};
 use crate::retry::Exponential;
 use crate::server::{NotificationSink, rows};
@@ -89,7 +90,8 @@ impl Pool {
     /// session that listens does not stay with one client there. Connect directly to the server in that case.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if there was no primary in time, [`Error::Refused`] if the credentials are wrong,
+    /// [`Error::Unavailable`] if there was no primary in time, and early if nobody knows the host's name;
+    /// [`Error::Refused`] if the credentials are wrong,
     /// [`Error::Database`] if the server does not accept the name of a channel (an empty one), and [`Error::Wrapped`]
     /// if the pool is a [wrapped](Pool::wrap) one.
     ///
@@ -230,22 +232,40 @@ impl Subscribed {
 }
 
 /// Keeps the subscription in force until the pool is closed or the task ends.
-async fn keep(pool: Pool, sql: String, mut subscribed: Subscribed, keeping: Keeping) {
+async fn keep(pool: Pool, sql: String, first: Subscribed, keeping: Keeping) {
     let inbox = &keeping.0;
-    let pause = pool.heartbeat().saturating_mul(CHECK_EVERY);
+    let mut subscribed = Some(first);
     loop {
-        let why = subscribed.lost(pause).await;
-        tracing::debug!(generation = subscribed.side_session.generation().get(), why, "a subscription was lost");
-        pool.suspect(subscribed.side_session.generation(), Suspicion::Connection);
-        drop(subscribed);
-        match again(&pool, &sql, inbox).await {
-            Ok(next) => subscribed = next,
-            Err(Error::Closed) => return inbox.close(),
-            Err(ended) => return inbox.end(ended),
+        // The program's log is called here, and may panic. That costs one step.
+        match AssertUnwindSafe(keep_once(&pool, &sql, inbox, &mut subscribed)).catch_unwind().await {
+            Ok(Ok(())) => {}
+            Ok(Err(Error::Closed)) => return inbox.close(),
+            Ok(Err(ended)) => return inbox.end(ended),
+            Err(_) => sleep(PAUSE.0).await,
         }
-        tracing::debug!(generation = subscribed.side_session.generation().get(), "subscribed again");
-        inbox.update(Backlog::subscribed);
     }
+}
+
+/// Waits until the subscription is lost, and subscribes again. It fails if the pool has ended.
+async fn keep_once(
+    pool: &Pool,
+    sql: &str,
+    inbox: &Arc<Inbox>,
+    subscribed: &mut Option<Subscribed>,
+) -> Result<(), Error> {
+    if let Some(lost) = subscribed {
+        let why = lost.lost(pool.heartbeat().saturating_mul(CHECK_EVERY)).await;
+        let generation = lost.side_session.generation();
+        *subscribed = None;
+        pool.suspect(generation, Suspicion::Connection);
+        tracing::debug!(generation = generation.get(), why, "a subscription was lost");
+    }
+    let next = again(pool, sql, inbox).await?;
+    let generation = next.side_session.generation();
+    *subscribed = Some(next);
+    inbox.update(Backlog::subscribed);
+    tracing::debug!(generation = generation.get(), "subscribed again");
+    Ok(())
 }
 
 /// Ends the inbox when the task ends, so that its reader does not wait forever. The task may end with its runtime
@@ -270,7 +290,8 @@ async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed,
             Err(_) => pool.unavailable_beside(began),
         };
         inbox.update(|backlog| backlog.trouble = Some(error));
-        sleep(pauses.next().unwrap_or(PAUSE.1)).await;
+        // The next try says why the pool has ended.
+        let _ = timeout(pauses.next().unwrap_or(PAUSE.1), pool.closing().cancelled()).await;
     }
 }
 
@@ -280,8 +301,9 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
     loop {
         let side_session = match pool.side_session().await {
             Ok(side_session) => side_session,
-            // `side_session` has waited already, so there is no pause here.
-            Err(Error::Unavailable(_)) => continue,
+            // A session to the primary could not be opened, and `side_session` has paused already.
+            Err(Error::Unavailable(none)) if none.reason() == UnavailableReason::NoSession => continue,
+            // Waiting for a primary does not help.
             Err(error) => return Err(error),
         };
         let ended = CancellationToken::new();
@@ -304,7 +326,7 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
             }
             _ => pool.suspect(side_session.generation(), Suspicion::Connection),
         }
-        sleep(pauses.next().unwrap_or(PAUSE.1)).await;
+        let _ = timeout(pauses.next().unwrap_or(PAUSE.1), pool.closing().cancelled()).await;
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::Pool;
 use super::lacking::{Check, Lacking};
@@ -109,6 +110,11 @@ impl<C: SessionClient> Pool<C> {
     /// How long a caller waits for a connection unless it says otherwise.
     pub(crate) fn checkout_timeout(&self) -> Duration {
         self.shared.checkout_timeout
+    }
+
+    /// Is cancelled when the pool is closed, or its runtime ends.
+    pub(crate) fn closing(&self) -> &CancellationToken {
+        self.cluster().scope()
     }
 
     /// Pause between two heartbeats.

@@ -1,7 +1,7 @@
 //! LISTEN across failovers: what is notified is received, and where something may be missing, that is said.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use testbed::{Cluster, Node, Path, Pooler, eventually};
@@ -228,6 +228,33 @@ async fn a_long_outage_is_told_and_survived() {
     assert_eq!(told, "gap");
     notify(&pool, "a", "after").await;
     assert_eq!(next(&mut listener).await, "a: after");
+}
+
+/// A listener that waits before its next try ends at once with the pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closed_pool_ends_the_pause_of_a_listener() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_url(cluster.url_hosts()).checkout_timeout(Duration::from_millis(20)).build().unwrap();
+    pool.connect().await.unwrap();
+    let mut listener = loop {
+        if let Ok(listener) = pool.listen(["a"]).await {
+            break listener;
+        }
+    };
+    cluster.kill(Node(0)).await;
+    // By then its pauses are some seconds long.
+    for _ in 0..9 {
+        let told = next(&mut listener).await;
+        assert!(told.starts_with("error"), "{told}");
+    }
+    pool.close();
+    let began = Instant::now();
+    let mut told = next(&mut listener).await;
+    while told.starts_with("error") {
+        told = next(&mut listener).await;
+    }
+    assert_eq!(told, "end");
+    assert!(began.elapsed() < Duration::from_millis(500), "after {:?}", began.elapsed());
 }
 
 /// As a stream, with its combinators; and `recv` loses nothing when it is dropped.
