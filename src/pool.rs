@@ -12,6 +12,8 @@ mod config;
 mod connection;
 mod dialer;
 mod dials;
+mod fetch;
+mod fetches;
 mod hosts;
 mod idle;
 mod lacking;
@@ -63,8 +65,8 @@ use crate::retry::{FAR, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::{Accept, CandidateReport, GenerationId, State, Suspicion, View};
 use dialer::Dialer;
+use fetches::Wrapped;
 use shared::Shared;
-use wrap::Wrapped;
 
 /// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
 ///
@@ -156,8 +158,8 @@ impl<C: SessionClient> Pool<C> {
     ///   `sslmode=require` the driver sends none, and the statement runs on until the server misses its client.
     ///
     /// What the pool knows about a connection is valid until that is closed. So the manager's `recycle` may refuse a
-    /// connection, but must not reconnect it in place. Only the wrapped pool's own `timeouts.create` limits how long a
-    /// checkout that connects may take, up to the checkout timeout.
+    /// connection, but must not reconnect it in place. Connecting goes on when its caller gives up, and serves the next
+    /// one; if nobody waits any more, it is given up after [`probe_timeout`](WrapBuilder::probe_timeout).
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {

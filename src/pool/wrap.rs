@@ -3,183 +3,30 @@
 //! The manager chooses where each new session connects, so there is one candidate, [`Address::Wrapped`]. The tests are
 //! in `tests/it/wrap.rs`.
 
-use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use deadpool::managed::{self, ObjectId};
+use deadpool::managed;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
 
-use super::client::Loan;
-use super::connection::Facts;
 use super::dialer::Dialer;
+use super::fetches::Wrapped;
 use super::options::{CallOptions, checked, seed_or_random};
-use super::trail::{Trail, Trails};
-use super::wrapped_pool::{ExistingPool, NoObject, WrappedObject, WrappedPool};
+use super::wrapped_pool::{ExistingPool, WrappedPool};
 use super::{Pool, Source};
-use crate::cluster::{Cluster, Generation, Setup};
+use crate::cluster::{Cluster, Setup};
 use crate::commit::Guarantee;
-use crate::error::{BuildError, Error, Obstacle, Unavailable};
+use crate::error::BuildError;
 use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Notices, Open, Questions, SessionClient};
-use crate::sync::lock;
-use crate::topology::{Address, Endpoint, FailureKind, GenerationId, ProbeFailure, Refusal, Settings, Suspicion, View};
-
-/// A connection with a question under way. Dropping it closes the connection, as one without an answer must not go
-/// back.
-struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
-
-impl<C> Drop for Asked<C> {
-    fn drop(&mut self) {
-        if let Some(object) = self.0.take() {
-            object.discard();
-        }
-    }
-}
-
-/// The source of connections for [`Pool::get`] with a wrapped pool.
-pub(super) struct Wrapped<C> {
-    existing: Arc<dyn WrappedPool<C>>,
-    /// The connections whose server proved to be the primary of the newest generation.
-    known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
-    trails: Trails,
-}
-
-impl<C: SessionClient> Wrapped<C> {
-    pub(super) fn status(&self) -> managed::Status {
-        self.existing.status()
-    }
-
-    pub(super) fn clear_statement_caches(&self) {
-        self.trails.clear();
-        self.existing.clear_idle();
-    }
-
-    pub(super) async fn checkout(&self, dialer: &Dialer<C>) -> Result<Loan<C>, Error> {
-        let began = Instant::now();
-        loop {
-            // Do this first, so that no slot is held during the wait that others could use.
-            let generation = dialer.cluster.primary().await.map_err(Error::without_primary)?;
-            let id = generation.primary.id;
-            self.existing.evict_for(id);
-            // The manager will have to connect.
-            let connects = self.status().available == 0;
-            let _turn = if connects { dialer.turn(&generation, began).await? } else { None };
-            let dialled = Instant::now();
-            let object = tokio::select! {
-                biased;
-                () = dialer.cluster.scope().cancelled() => return Err(Error::without_primary(dialer.cluster.ended())),
-                object = self.existing.get() => object,
-                // Connecting to a server that has been left may hang longer than any caller would wait.
-                () = dialer.cluster.left(id) => continue,
-            };
-            if !dialer.cluster.is_current(id) {
-                continue;
-            }
-            let failure = match object {
-                Ok(object) => match self.identify(dialer, &generation, object).await {
-                    Ok(loan) => return Ok(loan),
-                    Err(Some(failure)) => failure,
-                    Err(None) => continue,
-                },
-                Err(NoObject::Failed(failure)) => failure,
-                Err(NoObject::Closed) => return Err(Error::without_primary(dialer.cluster.ended())),
-                Err(NoObject::NoneFree) => {
-                    let obstacle = Obstacle::NoneFree { max_size: self.status().max_size };
-                    let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
-                    return Err(Error::Unavailable(Box::new(unavailable)));
-                }
-            };
-            dialer.note_refused(dialled, &failure);
-            if let refused @ Error::Refused(_) = dialer.not_opened(&generation, failure).await {
-                return Err(refused);
-            }
-        }
-    }
-
-    /// Asks a connection once in each generation which server it is connected to. `Err(None)`: try the next connection.
-    async fn identify(
-        &self,
-        dialer: &Dialer<C>,
-        generation: &Generation<C>,
-        object: Box<dyn WrappedObject<C>>,
-    ) -> Result<Loan<C>, Option<ProbeFailure>> {
-        let (id, scope) = (generation.primary.id, generation.scope.clone());
-        let lend = |object, facts| {
-            let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
-            Ok(Loan::Wrapped { object, facts, watched, scope })
-        };
-        // The manager's `recycle` may accept every connection.
-        if object.is_used() && object.is_closed() {
-            object.discard();
-            return Err(None);
-        }
-        if let Some(facts) = self.known(object.id(), id) {
-            return lend(object, facts);
-        }
-        let (object_id, used) = (object.id(), object.is_used());
-        let address = generation.endpoint().address;
-        let mut asked = Asked(Some(object));
-        let Some(object) = asked.0.as_deref() else { return Err(None) };
-        let answer = tokio::select! {
-            biased;
-            () = dialer.cluster.left(id) => return Err(None),
-            answer = timeout(dialer.open_timeout, dialer.opener.ask(&address, object, None)) => answer,
-        };
-        let report = answer.unwrap_or_else(|_| {
-            let message = format!("no answer within {:?}", dialer.open_timeout);
-            Err(ProbeFailure::new(FailureKind::TimedOut, message))
-        });
-        let admitted = report.map_err(|failure| (true, failure)).and_then(|report| {
-            let refused = |refusal: Refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string());
-            generation.primary.admits(&report).map_err(|refusal| (false, refused(refusal)))
-        });
-        if let Err((silent, failure)) = admitted {
-            // A connection that was given back late shows where its server was, not where a new one would connect.
-            if !used {
-                return Err(Some(failure));
-            }
-            tracing::debug!(generation = id.get(), "a used connection is closed: {failure}");
-            if silent {
-                dialer.cluster.suspect(id, Suspicion::Connection);
-            }
-            return Err(None);
-        }
-        let Some(object) = asked.0.take() else { return Err(None) };
-        generation.opened();
-        dialer.let_in();
-        let trail = Arc::new(Trail::of::<C>(&object));
-        self.trails.add(&trail);
-        let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default()), trail));
-        self.remember(object_id, &facts);
-        lend(object, facts)
-    }
-
-    fn known(&self, object: ObjectId, id: GenerationId) -> Option<Arc<Facts>> {
-        self.existing.count_traffic();
-        lock(&self.known).get(&object).filter(|facts| facts.generation == id).cloned()
-    }
-
-    /// The wrapped pool does not report which connections it closes. So from time to time everything known is
-    /// forgotten, and open connections are asked once more.
-    fn remember(&self, object: ObjectId, facts: &Arc<Facts>) {
-        let most = self.status().max_size.saturating_mul(4).max(64);
-        let mut known = lock(&self.known);
-        if known.len() >= most {
-            known.clear();
-        }
-        known.retain(|_, other| other.generation == facts.generation);
-        known.insert(object, Arc::clone(facts));
-    }
-}
+use crate::server::{Open, Questions, SessionClient};
+use crate::topology::{Address, Endpoint, Settings, View};
 
 /// Configures a [wrapped pool](Pool::wrap). Setters take the builder by value and never fail; [`WrapBuilder::build`]
 /// reports all errors.
@@ -300,6 +147,7 @@ where
             questions: Questions::default(),
             traffic: AtomicU64::new(0),
             evicted_for: AtomicU64::new(1),
+            returns: Arc::default(),
         });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));
@@ -317,11 +165,7 @@ where
             sleep_after: None,
         });
         tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<M::Type>>, cluster.watch()));
-        let source = Source::Wrapped(Arc::new(Wrapped {
-            existing: Arc::clone(&existing) as _,
-            known: Mutex::default(),
-            trails: Trails::default(),
-        }));
+        let source = Source::Wrapped(Arc::new(Wrapped::new(Arc::clone(&existing) as _)));
         let dialer = Arc::new(Dialer::new(cluster, existing, open_timeout, seed, Handle::current()));
         Ok(Pool { source, dialer, shared })
     }

@@ -1,14 +1,15 @@
 //! The wrapped pool as a source: connections of its own, and sessions that its manager opens.
 
 use std::error::Error as StdError;
-use std::ops::DerefMut;
+use std::ops::{Deref, DerefMut};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use deadpool::managed::{self, Object, ObjectId, PoolError};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tokio::sync::Notify;
 use tokio_postgres::{CancelToken, NoTls};
 use tokio_util::sync::CancellationToken;
 
@@ -34,29 +35,78 @@ pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     }
 }
 
-impl<M> WrappedObject<M::Type> for Object<M>
+/// What tells this pool that a connection of the wrapped pool has come back, or has freed its slot.
+#[derive(Default)]
+pub(super) struct Returns {
+    /// How many callers wait. It is read whenever a connection comes back.
+    pub(super) waiting: AtomicUsize,
+    pub(super) changed: Notify,
+}
+
+struct Returned(Arc<Returns>);
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        if self.0.waiting.load(Ordering::SeqCst) > 0 {
+            self.0.changed.notify_one();
+        }
+    }
+}
+
+/// A connection that this pool has got. The fields are dropped in this order.
+struct Got<M: managed::Manager> {
+    object: Object<M>,
+    returned: Returned,
+}
+
+impl<M: managed::Manager> Deref for Got<M> {
+    type Target = M::Type;
+
+    fn deref(&self) -> &M::Type {
+        &self.object
+    }
+}
+
+impl<M: managed::Manager> DerefMut for Got<M> {
+    fn deref_mut(&mut self) -> &mut M::Type {
+        &mut self.object
+    }
+}
+
+impl<M> WrappedObject<M::Type> for Got<M>
 where
     M: managed::Manager,
     M::Type: Send + Sync,
 {
     fn id(&self) -> ObjectId {
-        Object::id(self)
+        Object::id(&self.object)
     }
 
     fn is_used(&self) -> bool {
-        Object::metrics(self).recycle_count > 0
+        Object::metrics(&self.object).recycle_count > 0
     }
 
     fn take(self: Box<Self>) -> M::Type {
-        Object::take(*self)
+        let Self { object, returned } = *self;
+        let taken = Object::take(object);
+        drop(returned);
+        taken
     }
 }
 
+/// A connection of the wrapped pool that is being got.
+pub(super) type Getting<C> = BoxFuture<'static, Result<Box<dyn WrappedObject<C>>, NoObject>>;
+
 /// The wrapped pool, without the type of its manager.
 pub(super) trait WrappedPool<C>: Send + Sync {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<C>>, NoObject>>;
+    fn get(self: Arc<Self>) -> Getting<C>;
 
     fn status(&self) -> managed::Status;
+
+    /// The number of idle connections. Unlike [`managed::Status::available`], it is right while others connect.
+    fn idle(&self) -> usize;
+
+    fn returns(&self) -> &Returns;
 
     /// Closes the idle connections at the first call for `id`, as they are to the previous primary.
     fn evict_for(&self, id: GenerationId);
@@ -86,6 +136,7 @@ pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) traffic: AtomicU64,
     /// The newest generation for which idle connections were closed; at first 0, which stands for none.
     pub(super) evicted_for: AtomicU64,
+    pub(super) returns: Arc<Returns>,
 }
 
 impl<M> Open<M::Type> for ExistingPool<M>
@@ -143,7 +194,7 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn get(&self) -> BoxFuture<'_, Result<Box<dyn WrappedObject<M::Type>>, NoObject>> {
+    fn get(self: Arc<Self>) -> Getting<M::Type> {
         Box::pin(async move {
             // A panic of the manager, or of a hook of the wrapped pool, costs only this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
@@ -152,7 +203,10 @@ where
                 Err(panic) => return Err(NoObject::Failed(panicked(MANAGER, &*panic))),
             };
             match got {
-                Ok(object) => Ok(Box::new(object) as Box<dyn WrappedObject<M::Type>>),
+                Ok(object) => {
+                    let returned = Returned(Arc::clone(&self.returns));
+                    Ok(Box::new(Got { object, returned }) as Box<dyn WrappedObject<M::Type>>)
+                }
                 Err(PoolError::Backend(error)) => Err(NoObject::Failed(not_created(error))),
                 Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NoObject::NoneFree),
                 Err(PoolError::Closed) => Err(NoObject::Closed),
@@ -163,6 +217,19 @@ where
 
     fn status(&self) -> managed::Status {
         self.existing.status()
+    }
+
+    fn idle(&self) -> usize {
+        let mut idle = 0;
+        self.existing.retain(|_, _| {
+            idle += 1;
+            true
+        });
+        idle
+    }
+
+    fn returns(&self) -> &Returns {
+        &self.returns
     }
 
     fn evict_for(&self, id: GenerationId) {

@@ -134,7 +134,9 @@ pub(super) async fn drive(
     if busy && !notices.activity.is_committing() {
         tokio::spawn(cancelling);
         log_safely(|| {
-            tracing::debug!("a connection was given back with something under way: it is closed, and that is cancelled");
+            tracing::debug!(
+                "a connection was given back with something under way: it is closed, and that is cancelled"
+            );
         });
     }
 }

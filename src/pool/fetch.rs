@@ -1,0 +1,280 @@
+//! One fetch from a wrapped pool: the task that gets a connection, asks where it leads to, and hands it to a caller of
+//! `fetches.rs`.
+
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::connection::Facts;
+use super::dialer::Dialer;
+use super::fetches::{Fetched, Queue, Wrapped};
+use super::trail::Trail;
+use super::wrapped_pool::{Getting, NoObject, WrappedObject};
+use crate::cluster::Generation;
+use crate::error::Error;
+use crate::server::{Notices, SessionClient};
+use crate::sync::{lock, log_safely};
+use crate::topology::{FailureKind, GenerationId, ProbeFailure, Refusal, Suspicion};
+
+/// A connection that has not said for this long which server it leads to is given up if nobody waits for it.
+const ASKED_FOR: Duration = Duration::from_secs(1);
+
+/// A connection with a question under way. Dropping it closes the connection, as one without an answer must not go
+/// back.
+struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
+
+impl<C> Drop for Asked<C> {
+    fn drop(&mut self) {
+        if let Some(object) = self.0.take() {
+            object.discard();
+        }
+    }
+}
+
+/// A fetch that is counted as under way.
+pub(super) struct Fetching<C: SessionClient> {
+    wrapped: Arc<Wrapped<C>>,
+    id: GenerationId,
+    counted: bool,
+    young: bool,
+}
+
+impl<C: SessionClient> Drop for Fetching<C> {
+    fn drop(&mut self) {
+        let wrapped = Arc::clone(&self.wrapped);
+        let mut queue = wrapped.queue();
+        self.leave(&mut queue);
+        // However it ended, each caller needs a fetch. Without its sender, the first one asks again.
+        let lacking = queue.generation == self.id && queue.fetches < queue.waiters.len();
+        let left = if lacking { queue.waiters.pop_front() } else { None };
+        drop(queue);
+        wrapped.existing.returns().waiting.fetch_sub(usize::from(left.is_some()), Ordering::SeqCst);
+    }
+}
+
+impl<C: SessionClient> Fetching<C> {
+    pub(super) fn new(wrapped: Arc<Wrapped<C>>, queue: &mut Queue<C>, id: GenerationId) -> Self {
+        let counted = queue.generation == id;
+        queue.fetches += usize::from(counted);
+        queue.young += usize::from(counted);
+        Self { wrapped, id, counted, young: counted }
+    }
+
+    fn leave(&mut self, queue: &mut Queue<C>) {
+        if queue.generation == self.id {
+            queue.fetches -= usize::from(self.counted);
+            queue.young -= usize::from(self.young);
+        }
+        (self.counted, self.young) = (false, false);
+    }
+
+    /// It takes long, so no caller may rely on it: starts another one beside it, unless the wrapped pool has no room.
+    fn grow_old(&mut self, dialer: &Weak<Dialer<C>>, generation: &Arc<Generation<C>>) {
+        let wrapped = Arc::clone(&self.wrapped);
+        let status = wrapped.existing.status();
+        let mut queue = wrapped.queue();
+        if queue.generation != self.id {
+            return;
+        }
+        queue.young -= usize::from(self.young);
+        self.young = false;
+        let lacking = queue.young < queue.waiters.len() && status.size < status.max_size;
+        let other = lacking.then(|| Self::new(Arc::clone(&wrapped), &mut queue, self.id));
+        drop(queue);
+        if let (Some(other), Some(dialer)) = (other, dialer.upgrade()) {
+            spawn(&dialer, other, generation, None);
+        }
+    }
+
+    /// Leaves if more fetches are under way than callers wait.
+    fn is_surplus(&mut self) -> bool {
+        let wrapped = Arc::clone(&self.wrapped);
+        let mut queue = wrapped.queue();
+        let surplus = queue.generation != self.id || queue.fetches > queue.waiters.len();
+        if surplus {
+            self.leave(&mut queue);
+        }
+        surplus
+    }
+
+    /// Gets connections until one leads to the primary, and hands it over. Ends early if nobody waits.
+    async fn run(
+        mut self,
+        dialer: &Weak<Dialer<C>>,
+        generation: &Arc<Generation<C>>,
+        mut getting: Option<Getting<C>>,
+    ) -> Option<()> {
+        let wrapped = Arc::clone(&self.wrapped);
+        let mut until = None;
+        loop {
+            let began = Instant::now();
+            let mut cleared = None;
+            let get = if let Some(getting) = getting.take() {
+                getting
+            } else {
+                match wrapped.clearance(dialer, generation, began, until).await? {
+                    Ok(clearance) => cleared = clearance,
+                    Err(refused) => {
+                        wrapped.refused(generation, &refused, began);
+                        if self.is_surplus() {
+                            return None;
+                        }
+                        continue;
+                    }
+                }
+                Arc::clone(&wrapped.existing).get()
+            };
+            let failure = match self.wait_for(get, dialer, generation).await? {
+                Ok(object) => match self.identify(dialer, generation, object).await? {
+                    Ok(fetched) => {
+                        wrapped.hand(fetched);
+                        return Some(());
+                    }
+                    Err(Some(failure)) => failure,
+                    Err(None) => continue,
+                },
+                Err(NoObject::Failed(failure)) => failure,
+                Err(NoObject::Closed) => {
+                    let dialer = dialer.upgrade()?;
+                    wrapped.closed(&dialer);
+                    return None;
+                }
+                Err(NoObject::NoneFree) => {
+                    let strong = dialer.upgrade()?;
+                    wrapped.none_free(&strong, began);
+                    drop(strong);
+                    if self.is_surplus() {
+                        return None;
+                    }
+                    continue;
+                }
+            };
+            let pause = {
+                let dialer = dialer.upgrade()?;
+                dialer.note_refused(began, &failure);
+                let (error, pause) = dialer.failed(generation, failure.clone());
+                if matches!(error, Error::Refused(_)) {
+                    wrapped.refused(generation, &failure, began);
+                }
+                pause
+            };
+            until = Some(Instant::now() + pause);
+            *lock(&wrapped.next_at) = until;
+            drop(cleared);
+            if self.is_surplus() {
+                return None;
+            }
+        }
+    }
+
+    /// Waits for the wrapped pool, and hands on what comes back to it meanwhile. `None`: nobody waits any more.
+    async fn wait_for(
+        &mut self,
+        mut getting: Getting<C>,
+        dialer: &Weak<Dialer<C>>,
+        generation: &Arc<Generation<C>>,
+    ) -> Option<Result<Box<dyn WrappedObject<C>>, NoObject>> {
+        let within = dialer.upgrade()?.open_timeout;
+        let mut old_at = Instant::now() + within;
+        let wrapped = Arc::clone(&self.wrapped);
+        loop {
+            tokio::select! {
+                biased;
+                got = getting.as_mut() => return Some(got),
+                () = wrapped.existing.returns().changed.notified() => wrapped.serve_idle(dialer, generation).await,
+                () = sleep_until(old_at) => {
+                    if self.is_surplus() {
+                        return None;
+                    }
+                    self.grow_old(dialer, generation);
+                    old_at = Instant::now() + within;
+                }
+            }
+        }
+    }
+
+    /// Asks a connection once in each generation which server it is connected to. `Err(None)`: try the next connection.
+    /// The outer `None`: nobody waits any more.
+    async fn identify(
+        &mut self,
+        dialer: &Weak<Dialer<C>>,
+        generation: &Arc<Generation<C>>,
+        object: Box<dyn WrappedObject<C>>,
+    ) -> Option<Result<Fetched<C>, Option<ProbeFailure>>> {
+        let object = match self.wrapped.as_known(generation, object) {
+            Ok(fetched) => return Some(Ok(fetched)),
+            Err(object) => object,
+        };
+        if object.is_used() && object.is_closed() {
+            object.discard();
+            return Some(Err(None));
+        }
+        let (object_id, used) = (object.id(), object.is_used());
+        let address = generation.endpoint().address;
+        let (opener, within) = dialer.upgrade().map(|dialer| (Arc::clone(&dialer.opener), dialer.open_timeout))?;
+        let mut asked = Asked(Some(object));
+        let answer = {
+            let object = asked.0.as_deref()?;
+            let mut asking = pin!(timeout(within, opener.ask(&address, object, None)));
+            loop {
+                tokio::select! {
+                    biased;
+                    answer = asking.as_mut() => break answer,
+                    () = sleep(ASKED_FOR) => {
+                        if self.is_surplus() {
+                            return None;
+                        }
+                        self.grow_old(dialer, generation);
+                    }
+                }
+            }
+        };
+        let report = answer.unwrap_or_else(|_| {
+            let message = format!("no answer within {within:?}");
+            Err(ProbeFailure::new(FailureKind::TimedOut, message))
+        });
+        let admitted = report.map_err(|failure| (true, failure)).and_then(|report| {
+            let refused = |refusal: Refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string());
+            generation.primary.admits(&report).map_err(|refusal| (false, refused(refusal)))
+        });
+        let dialer = dialer.upgrade()?;
+        if let Err((silent, failure)) = admitted {
+            // A connection that was given back late shows where its server was, not where a new one would connect.
+            if !used {
+                return Some(Err(Some(failure)));
+            }
+            log_safely(|| tracing::debug!(generation = self.id.get(), "a used connection is closed: {failure}"));
+            if silent {
+                dialer.cluster.suspect(self.id, Suspicion::Connection);
+            }
+            return Some(Err(None));
+        }
+        let object = asked.0.take()?;
+        if !used {
+            generation.opened();
+            dialer.let_in();
+        }
+        let trail = Arc::new(Trail::of::<C>(&object));
+        self.wrapped.trails.add(&trail);
+        let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default()), trail));
+        self.wrapped.remember(object_id, &facts);
+        Some(Ok(Fetched { object, facts, generation: Arc::clone(generation) }))
+    }
+}
+
+/// Runs a fetch on the pool's runtime. It ends with the generation.
+pub(super) fn spawn<C: SessionClient>(
+    dialer: &Arc<Dialer<C>>,
+    fetching: Fetching<C>,
+    generation: &Arc<Generation<C>>,
+    getting: Option<Getting<C>>,
+) {
+    let (weak, generation) = (Arc::downgrade(dialer), Arc::clone(generation));
+    drop(dialer.dials.runtime().spawn(async move {
+        let scope = generation.scope.clone();
+        scope.run_until_cancelled(fetching.run(&weak, &generation, getting)).await;
+    }));
+}
