@@ -5,8 +5,9 @@ use std::time::Duration;
 
 const SCHEMA: &str = "failover";
 const TABLE: &str = "ledger";
-/// The shortest time for which a row is kept.
+/// The shortest and the longest time for which a row is kept. The server's clock takes no time that is much later.
 const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
+const KEEP_AT_MOST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// A table that records which transactions were committed, for [`Guarantee::Ledger`](crate::Guarantee::Ledger).
 ///
@@ -49,14 +50,14 @@ impl Ledger {
         Self { schema: schema.into(), table: table.into(), keep: Duration::from_secs(3600) }
     }
 
-    /// Sets how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes.
+    /// Sets how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes,
     /// Default: one hour.
     ///
     /// For a transaction that was not committed, the outcome is known for half of this time after its BEGIN. Later it
     /// counts as unknown.
     #[must_use]
     pub fn keep(mut self, keep: Duration) -> Self {
-        self.keep = keep.max(KEEP_AT_LEAST);
+        self.keep = keep.clamp(KEEP_AT_LEAST, KEEP_AT_MOST);
         self
     }
 
@@ -80,5 +81,6 @@ mod tests {
     #[test]
     fn rows_are_kept_for_ten_minutes_at_least() {
         assert_eq!(Ledger::default().keep(Duration::ZERO).kept_for(), KEEP_AT_LEAST);
+        assert_eq!(Ledger::default().keep(Duration::MAX).kept_for(), KEEP_AT_MOST);
     }
 }

@@ -36,6 +36,13 @@ pub enum BuildError {
     /// `build` was called outside a tokio runtime.
     #[error("no tokio runtime: call `build` from within one, as in #[tokio::main]")]
     NoRuntime,
+    /// `build` was called on a tokio runtime that was built without timers, or without sockets.
+    #[error("the tokio runtime lacks what a pool needs; call `{lacks}`, or `enable_all`, on its builder")]
+    #[non_exhaustive]
+    Runtime {
+        /// The method of [`tokio::runtime::Builder`] that enables what is missing.
+        lacks: &'static str,
+    },
 }
 
 impl fmt::Debug for BuildError {
@@ -46,6 +53,7 @@ impl fmt::Debug for BuildError {
             Self::Invalid { .. } => write!(f, "Invalid: {self}"),
             Self::Resolver(_) => write!(f, "Resolver: {self}"),
             Self::NoRuntime => write!(f, "NoRuntime: {self}"),
+            Self::Runtime { .. } => write!(f, "Runtime: {self}"),
         }
     }
 }

@@ -9,13 +9,14 @@ use std::time::Duration;
 use deadpool::managed::{self, QueueMode};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
 use super::config::{Configuration, IntoConfig, names, targets, template};
 use super::dialer::Dialer;
 use super::idle::{Idle, Keeper};
-use super::options::{CallOptions, checked, not_zero, resolver, seed_or_random};
+use super::options::{CallOptions, checked, not_zero, resolver, seed_or_random, usable_size};
 use super::security::{Security, make_opener};
 use super::ssl::Ssl;
 use super::{Manager, Pool, Source};
@@ -200,8 +201,8 @@ impl PoolBuilder {
     /// errors and logs, so keep the secret out of it.
     ///
     /// If the server refuses a password before any was accepted, callers get [`Error::Refused`](crate::Error::Refused)
-    /// at once. After a password was accepted, a refusal is taken for a change under way, and callers wait in the same
-    /// way.
+    /// at once. After a password was accepted, a refusal is taken for a change under way: callers wait in the same way,
+    /// and a password is tried once a second.
     ///
     /// [`PoolBuilder::build`] fails if the connection string contains a password as well.
     ///
@@ -362,8 +363,8 @@ impl PoolBuilder {
         self
     }
 
-    /// The most connections that are opened at the same time. Default: 4. A newly promoted server should not be
-    /// flooded.
+    /// The most connections that are opened at the same time. Default: 4; `usize::MAX`: no limit. A newly promoted
+    /// server should not be flooded.
     pub fn connection_gate(mut self, at_once: usize) -> Self {
         self.gate = at_once;
         self
@@ -407,9 +408,7 @@ impl PoolBuilder {
     /// Creates the pool. Needs no server, but a tokio runtime, on which it starts its tasks.
     pub fn build(self) -> Result<Pool, BuildError> {
         let max_size = self.max_size;
-        if max_size == 0 {
-            return Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"));
-        }
+        usable_size(max_size)?;
         if self.idle.min > max_size {
             let problem = format!("{} is more than max_size, {max_size}; lower it, or raise max_size", self.idle.min);
             return Err(BuildError::invalid("min_idle", problem));
@@ -470,7 +469,7 @@ impl PoolBuilder {
             configured: targets.addresses,
             resolver,
             opener: Arc::clone(&opener),
-            gate: self.gate,
+            gate: self.gate.min(Semaphore::MAX_PERMITS),
             seed,
             observer: Arc::new(Observer::new(names)),
             sleep_after: self.sleep_after.filter(|_| self.knows_loans).map(|after| after.min(FAR)),

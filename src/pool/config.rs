@@ -23,6 +23,10 @@ const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
 /// Idle time, interval and count of TCP keep-alive probes. They notice a vanished host within eight seconds.
 const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
 
+/// What Linux takes at most for the first two, in seconds, and for the last one.
+const LONGEST_KEEPALIVE: u64 = 32_767;
+const MOST_KEEPALIVES: u32 = 127;
+
 /// What [`Pool::builder`](crate::Pool::builder) takes: a connection string or a [`tokio_postgres::Config`]. Sealed.
 pub trait IntoConfig: sealed::Sealed {
     #[doc(hidden)]
@@ -118,6 +122,9 @@ pub(super) fn targets(config: &Config, hosts: &Hosts) -> Result<Targets, BuildEr
 impl Targets {
     fn add(&mut self, Target { host, address, port }: Target) -> Result<(), BuildError> {
         let name = match &host {
+            // As in libpq, an address says where to connect to.
+            #[cfg(unix)]
+            Some(Host::Unix(_)) if address.is_some() => None,
             #[cfg(unix)]
             Some(Host::Unix(folder)) => {
                 self.addresses.push(Endpoint { host: None, address: Address::Unix(folder.clone(), port) });
@@ -164,6 +171,9 @@ pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Resu
     if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
         return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
     }
+    if config.get_keepalives() {
+        usable_keepalives(config)?;
+    }
     let mut template = Config::new();
     if let Some(user) = config.get_user() {
         template.user(user);
@@ -201,6 +211,23 @@ pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) 
     Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
 }
 
+/// Refuses what Linux does not take: no session could be opened.
+fn usable_keepalives(config: &Config) -> Result<(), BuildError> {
+    let times = [
+        ("keepalives_idle", Some(config.get_keepalives_idle())),
+        ("keepalives_interval", config.get_keepalives_interval()),
+    ];
+    for (option, time) in times {
+        if time.is_some_and(|time| !(1..=LONGEST_KEEPALIVE).contains(&time.as_secs())) {
+            return Err(BuildError::invalid(option, format!("must be between 1 s and {LONGEST_KEEPALIVE} s")));
+        }
+    }
+    if config.get_keepalives_retries().is_some_and(|retries| !(1..=MOST_KEEPALIVES).contains(&retries)) {
+        return Err(BuildError::invalid("keepalives_retries", format!("must be between 1 and {MOST_KEEPALIVES}")));
+    }
+    Ok(())
+}
+
 fn keep_alive(config: &Config, template: &mut Config) {
     let idle = config.get_keepalives_idle();
     template
@@ -236,6 +263,23 @@ mod tests {
         for option in ["host", "user", "dbname", "options", "application_name", "sslrootcert"] {
             let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
             assert!(refused(&text).contains("has no value"), "{text}");
+        }
+    }
+
+    /// As in libpq, `hostaddr` is where to connect to, whatever `host` says.
+    #[test]
+    fn an_address_beside_a_socket_counts() {
+        for (text, expected) in [
+            ("host=/run/pg hostaddr=10.0.0.1", &["10.0.0.1:5432"][..]),
+            ("host=/run/pg,/run/pg hostaddr=,10.0.0.1 port=7", &["/run/pg/.s.PGSQL.7", "10.0.0.1:7"]),
+            ("postgres:///app?host=/run/pg&hostaddr=fdaa::1", &["[fdaa::1]:5432"]),
+            ("host=/run/pg", &["/run/pg/.s.PGSQL.5432"]),
+        ] {
+            let Configuration { config, ssl } = text.into_configuration().unwrap();
+            let targets = targets(&config, &ssl.hosts).unwrap();
+            let found: Vec<_> = targets.addresses.iter().map(ToString::to_string).collect();
+            assert_eq!(found, expected, "{text}");
+            assert!(targets.names.is_empty(), "{text}");
         }
     }
 

@@ -3,11 +3,13 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
+use std::panic::catch_unwind;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::time::sleep;
 
 use super::lacking::Lacking;
 use super::shared::Shared;
@@ -59,6 +61,7 @@ impl CallOptions {
 /// Checks that the settings are valid and within limits, and that there is a runtime.
 pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
     Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
+    has_drivers()?;
     for (option, duration) in [
         ("heartbeat_interval", &mut settings.heartbeat),
         ("heartbeat_timeout", &mut settings.heartbeat_timeout),
@@ -83,6 +86,36 @@ pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
         return Err(BuildError::invalid("poll_interval", "the shortest pause is longer than the longest"));
     }
     Ok(())
+}
+
+/// Fails on a runtime that was built without timers or without sockets, on which tokio would panic later. It cannot be
+/// asked, so this tries both.
+fn has_drivers() -> Result<(), BuildError> {
+    if catch_unwind(|| drop(sleep(Duration::ZERO))).is_err() {
+        return Err(BuildError::Runtime { lacks: "enable_time" });
+    }
+    #[cfg(unix)]
+    if catch_unwind(|| drop(tokio::net::UnixStream::pair())).is_err() {
+        return Err(BuildError::Runtime { lacks: "enable_io" });
+    }
+    Ok(())
+}
+
+/// The most connections that PostgreSQL can be configured for.
+const MOST_CONNECTIONS: usize = 262_143;
+
+pub(super) fn usable_size(max_size: usize) -> Result<(), BuildError> {
+    match max_size {
+        0 => Err(BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing")),
+        1..=MOST_CONNECTIONS => Ok(()),
+        _ => {
+            let problem = format!(
+                "{max_size} is more than any server takes ({MOST_CONNECTIONS}); choose what the server's \
+                 max_connections leaves for this pool"
+            );
+            Err(BuildError::invalid("max_size", problem))
+        }
+    }
 }
 
 pub(super) fn seed_or_random(seed: Option<u64>) -> u64 {

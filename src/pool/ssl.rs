@@ -33,18 +33,45 @@ impl Mode {
     }
 }
 
-/// libpq's other options, which nothing here honours. They are refused here by name: the driver does not name an
-/// unknown option, as it may be a piece of a password.
-const NOT_HONOURED: [&str; 9] = [
-    "sslcertmode",
-    "sslcompression",
-    "sslcrl",
-    "sslcrldir",
-    "sslkeylogfile",
-    "sslpassword",
-    "sslsni",
-    "ssl_max_protocol_version",
-    "ssl_min_protocol_version",
+/// What to do about most of [`NOT_HONOURED`].
+const REMOVE: &str = "is not honoured here; remove it";
+/// libpq's other options, which nothing here honours, and what to do instead. They are refused here by name: the driver
+/// does not name an unknown option, as it may be a piece of a password.
+const NOT_HONOURED: [(&str, &str); 31] = [
+    ("client_encoding", "is always UTF8 here; remove it"),
+    ("fallback_application_name", "is not honoured here; use `application_name`"),
+    ("gssdelegation", REMOVE),
+    ("gssencmode", REMOVE),
+    ("gsslib", REMOVE),
+    ("keepalives_count", "is called `keepalives_retries` here"),
+    ("krbsrvname", REMOVE),
+    ("max_protocol_version", REMOVE),
+    ("min_protocol_version", REMOVE),
+    ("oauth_client_id", REMOVE),
+    ("oauth_client_secret", REMOVE),
+    ("oauth_issuer", REMOVE),
+    ("oauth_scope", REMOVE),
+    (
+        "passfile",
+        "is not honoured here; put the password into the connection string, or use `PoolBuilder::password_provider`",
+    ),
+    ("replication", REMOVE),
+    ("require_auth", "is not honoured here; `channel_binding=require` over TLS asks for SCRAM"),
+    ("requirepeer", REMOVE),
+    ("requiressl", "is not honoured here; use `sslmode=require`"),
+    ("scram_client_key", REMOVE),
+    ("scram_server_key", REMOVE),
+    ("service", REMOVE),
+    ("servicefile", REMOVE),
+    ("ssl_max_protocol_version", REMOVE),
+    ("ssl_min_protocol_version", REMOVE),
+    ("sslcertmode", REMOVE),
+    ("sslcompression", REMOVE),
+    ("sslcrl", REMOVE),
+    ("sslcrldir", REMOVE),
+    ("sslkeylogfile", REMOVE),
+    ("sslpassword", REMOVE),
+    ("sslsni", REMOVE),
 ];
 
 /// The options that were taken out. As in libpq, an empty value counts as none.
@@ -91,8 +118,12 @@ impl Ssl {
             "sslcert" => &mut self.certificate,
             "sslkey" => &mut self.key,
             _ => {
-                let option = NOT_HONOURED.iter().find(|option| **option == key)?;
-                self.refused = Some((option, "is not honoured here; remove it"));
+                let (option, problem) = NOT_HONOURED.iter().find(|(option, _)| *option == key)?;
+                // The driver speaks nothing else.
+                let is_utf8 = matches!(&*value.to_ascii_lowercase(), "utf8" | "utf-8");
+                if !(*option == "client_encoding" && is_utf8) {
+                    self.refused = Some((option, problem));
+                }
                 return Some("");
             }
         };

@@ -12,7 +12,7 @@ use tokio_postgres::{NoTls, Socket};
 use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{Error, Pool, deadpool, deadpool_postgres};
+use tokio_postgres_failover::{BuildError, Error, Pool, deadpool, deadpool_postgres};
 
 /// For what comes at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -392,5 +392,86 @@ async fn a_panic_in_the_log_costs_no_question() {
         let _guard = tracing::subscriber::set_default(PanicsAtCopies(AtomicU64::new(4)));
         let pool = Pool::builder(url).unwrap().dns_servers([cluster.dns().addr()]).build().unwrap();
         drop(timeout(PATIENCE, pool.get()).await.expect("the primary is asked").unwrap());
+    }
+}
+
+fn logs_to(writer: PanicsAt) -> tracing::subscriber::DefaultGuard {
+    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false);
+    tracing::subscriber::set_default(subscriber.with_writer(move || writer.clone()).finish())
+}
+
+/// A listener outlives a panic in the log: it subscribes again, and tells of the gap.
+#[tokio::test]
+async fn a_panic_in_the_log_ends_no_listener() {
+    for word in ["a subscription was lost", "subscribed again", "a session could not be opened"] {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let _guard = logs_to(PanicsAt(word));
+        let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
+        let mut listener = pool.listen(["a"]).await.unwrap();
+        cluster.kill(Node(0)).await;
+        cluster.start_node(Node(0)).await;
+        let mut told = timeout(PATIENCE, listener.recv()).await;
+        while let Ok(Some(Err(Error::Unavailable(_)))) = told {
+            told = timeout(PATIENCE, listener.recv()).await;
+        }
+        assert!(matches!(told, Ok(Some(Ok(Message::MayHaveGap)))), "{word}: {told:?}");
+        pool.get().await.unwrap().batch_execute("NOTIFY a, 'after'").await.unwrap();
+        let told = timeout(PATIENCE, listener.recv()).await;
+        assert!(matches!(told, Ok(Some(Ok(Message::Notification(_))))), "{word}: {told:?}");
+    }
+}
+
+/// A notice of the server, or the end of a session, is logged in the task that drives the session: a panic there costs the
+/// line.
+#[tokio::test]
+async fn a_panic_in_the_log_ends_no_session() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let _guard = logs_to(PanicsAt("planted notice"));
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
+    let client = pool.get().await.unwrap();
+    let notice = "DO $$ BEGIN RAISE WARNING 'planted notice'; END $$";
+    client.batch_execute(notice).await.unwrap();
+    client.batch_execute("SELECT 1").await.unwrap();
+    let call = pool.transaction(async |tx| Ok(tx.batch_execute(notice).await?)).await;
+    assert!(call.is_ok(), "{call:?}");
+    drop(client);
+
+    // What the server said last is known, although the line about the end is lost.
+    let _guard = logs_to(PanicsAt("a session ended"));
+    let client = pool.get().await.unwrap();
+    client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await.unwrap_err();
+    let said = client.session_end().await;
+    assert!(said.as_ref().is_some_and(|said| said.code().code() == "57P01"), "{said:?}");
+    drop(client);
+    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}
+
+/// A runtime without timers, or without sockets, cannot run a pool, which `build` says.
+#[test]
+fn a_runtime_that_lacks_a_driver_is_refused() {
+    type Set = fn(&mut tokio::runtime::Builder) -> &mut tokio::runtime::Builder;
+    let with: [(&str, Set); 3] = [
+        ("enable_time", |builder| builder.enable_io()),
+        ("enable_io", |builder| builder.enable_time()),
+        ("enable_time", |builder| builder),
+    ];
+    for (lacks, set) in with {
+        let runtime = set(&mut tokio::runtime::Builder::new_current_thread()).build().unwrap();
+        runtime.block_on(async {
+            let pool = Pool::builder("postgres://app@127.0.0.1/app").unwrap();
+            let error = pool.build().map(drop).unwrap_err();
+            assert!(matches!(error, BuildError::Runtime { .. }), "{error:?}");
+            assert!(error.to_string().contains(lacks), "{error}");
+            let manager = Pool::builder("postgres://app@127.0.0.1/app").unwrap().build_manager();
+            assert!(matches!(manager.map(drop), Err(BuildError::Runtime { .. })));
+            let existing = deadpool_postgres::Config {
+                host: Some("127.0.0.1".into()),
+                dbname: Some("app".into()),
+                user: Some("app".into()),
+                ..Default::default()
+            };
+            let wrapped = Pool::wrap(existing.create_pool(None, NoTls).unwrap()).build();
+            assert!(matches!(wrapped.map(drop), Err(BuildError::Runtime { .. })));
+        });
     }
 }

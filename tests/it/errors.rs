@@ -53,6 +53,17 @@ async fn bad_connection_strings_are_refused() {
         ("postgres://app@db/app?target_session_attrs=standby", "target_session_attrs", &["standby", "remove"]),
         ("host=db target_session_attrs=prefer-standby", "target_session_attrs", &["prefer-standby", "remove"]),
         ("postgres://app@db/app?load_balance_hosts=random", "load_balance_hosts", &["primary", "remove"]),
+        ("postgres://app@db/app?passfile=/x", "passfile", &["not honoured", "password"]),
+        ("postgres://app@db/app?service=x", "service", &["not honoured", "remove"]),
+        ("host=db gssencmode=disable", "gssencmode", &["not honoured", "remove"]),
+        ("host=db client_encoding=latin1", "client_encoding", &["UTF8"]),
+        ("host=db require_auth=scram-sha-256", "require_auth", &["not honoured", "channel_binding"]),
+        ("host=/run/pg requirepeer=postgres", "requirepeer", &["not honoured", "remove"]),
+        ("host=db keepalives_count=3", "keepalives_count", &["keepalives_retries"]),
+        ("host=db fallback_application_name=x", "fallback_application_name", &["application_name"]),
+        ("host=db scram_client_key=x", "scram_client_key", &["not honoured"]),
+        ("host=db oauth_issuer=x", "oauth_issuer", &["not honoured"]),
+        ("host=db min_protocol_version=3.2", "min_protocol_version", &["not honoured"]),
         (
             "postgres://app@db/app?sslmode=disable&channel_binding=require",
             "channel_binding",
@@ -104,6 +115,8 @@ async fn harmless_options_are_taken() {
         "postgres://app@127.0.0.1/app?sslmode=prefer",
         "postgres://app@127.0.0.1/app?connect_timeout=5&keepalives=0&tcp_user_timeout=7",
         "host=/var/run/postgresql user=app",
+        "host=127.0.0.1 user=app client_encoding=UTF8",
+        "postgres://app@127.0.0.1/app?client_encoding=utf-8",
     ] {
         assert!(Pool::builder(url).unwrap().build().is_ok(), "{url}");
     }
