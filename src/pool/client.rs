@@ -105,6 +105,12 @@ impl<C: SessionClient> Loan<C> {
         &self.facts().notices.activity
     }
 
+    /// Returns whether the server may run something for the session that a cancel request would end.
+    fn may_run_something(&self) -> bool {
+        let notices = &self.facts().notices;
+        !notices.are_driven() || notices.activity.may_be_busy()
+    }
+
     fn usable(&self) -> bool {
         if self.activity().is_condemned() {
             return false;
@@ -218,8 +224,8 @@ impl<C: SessionClient> Client<C> {
         if self.facts().poisoned.swap(true, Ordering::AcqRel) {
             return;
         }
-        // A session that the pool itself has closed may still run on the server.
-        if !self.is_closed() || self.pool.cluster().is_closed() {
+        // A session that the pool itself has closed may still run something on the server.
+        if (!self.is_closed() || self.pool.cluster().is_closed()) && self.loan().may_run_something() {
             self.pool.dialer.cancel_running(self, self.facts());
         }
         if let Loan::Own(object) = self.loan() {
@@ -392,7 +398,8 @@ impl<C: SessionClient> Drop for Client<C> {
         }
         let closed = self.pool.cluster().is_closed();
         let busy = loan.activity().is_busy();
-        if (closed || busy) && !loan.facts().is_poisoned() {
+        // A session that the pool itself has closed may still run something on the server.
+        if (busy || (closed && loan.may_run_something())) && !loan.facts().is_poisoned() {
             self.pool.dialer.cancel_running(loan.client(), loan.facts());
         }
         if closed || busy || !loan.usable() {

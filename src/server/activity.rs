@@ -77,6 +77,12 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & !STALLED != 0 && self.is_settled()
     }
 
+    /// Returns whether a request may be under way, or a transaction be open. So it was at the end of a session that has
+    /// ended.
+    pub(crate) fn may_be_busy(&self) -> bool {
+        self.flags.load(Ordering::Acquire) != 0 || !self.is_settled()
+    }
+
     /// Returns whether a transaction is open and no request is under way, so that waiting would not end the
     /// transaction.
     pub(crate) fn in_transaction(&self) -> bool {

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, eventually};
+use testbed::{Cluster, Tap, eventually};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::resolve::{Addresses, BoxFuture, Resolve, ResolveError};
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy};
+use tokio_postgres_failover::{BuildError, CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy};
 
 use crate::load::create_table;
 
@@ -221,11 +221,11 @@ fn c7_a_pool_whose_runtime_has_ended_is_closed() {
     outer.block_on(async move { drop(cluster) });
 }
 
-/// Settings that mean "never" are taken as such.
+/// Settings that mean "never" and "no limit" are taken as such.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_longest_durations_are_usable() {
     let cluster = single().await;
-    let settings: [fn(PoolBuilder) -> PoolBuilder; 7] = [
+    let settings: [fn(PoolBuilder) -> PoolBuilder; 15] = [
         |builder| builder.checkout_timeout(Duration::MAX),
         |builder| builder.dead_after(Duration::MAX),
         |builder| builder.patrol_interval(Duration::MAX),
@@ -233,12 +233,94 @@ async fn the_longest_durations_are_usable() {
         |builder| builder.heartbeat_timeout(Duration::MAX),
         |builder| builder.probe_timeout(Duration::MAX),
         |builder| builder.poll_interval(Duration::MAX, Duration::MAX),
+        |builder| builder.idle_timeout(Duration::MAX),
+        |builder| builder.max_lifetime(Duration::MAX),
+        |builder| builder.test_idle_after(Duration::MAX),
+        |builder| builder.sleep_after(Duration::MAX),
+        |builder| builder.accept_new_cluster_after(Duration::MAX),
+        |builder| builder.retry(RetryPolicy::new().deadline(Duration::MAX).attempt_timeout(Duration::MAX)),
+        |builder| builder.connection_gate(usize::MAX),
+        |builder| builder.connection_gate(usize::MAX).max_size(1000).min_idle(1),
     ];
     for (index, setting) in settings.into_iter().enumerate() {
         let pool = setting(builder(&cluster)).build().unwrap();
-        let client = timeout(10 * SECOND, pool.get()).await.unwrap();
-        assert!(client.is_ok(), "setting {index}: {client:?}");
+        let client = timeout(10 * SECOND, pool.get()).await;
+        assert!(matches!(client, Ok(Ok(_))), "setting {index}: {client:?}");
+        let call = timeout(10 * SECOND, pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?))).await;
+        assert!(matches!(call, Ok(Ok(()))), "setting {index}: {call:?}");
     }
+}
+
+/// A number that no server can serve is refused, and names its option.
+#[tokio::test]
+async fn absurd_numbers_are_refused() {
+    type Setting = fn(PoolBuilder) -> PoolBuilder;
+    let settings: [(&str, Setting); 3] = [
+        ("max_size", |builder| builder.max_size(usize::MAX)),
+        ("max_size", |builder| builder.max_size(usize::MAX / 64).min_idle(usize::MAX / 64)),
+        ("min_idle", |builder| builder.min_idle(usize::MAX)),
+    ];
+    for (option, setting) in settings {
+        let error = setting(Pool::builder("postgres://app@127.0.0.1/app").unwrap()).build().map(drop).unwrap_err();
+        assert!(matches!(error, BuildError::Invalid { option: named, .. } if named == option), "{error:?}");
+    }
+    let mut config = tokio_postgres::Config::new();
+    config.host("127.0.0.1").user("app");
+    let with = |set: fn(&mut tokio_postgres::Config) -> &mut tokio_postgres::Config| {
+        let mut config = config.clone();
+        set(&mut config);
+        Pool::builder(config).unwrap().build().map(drop)
+    };
+    for (option, built) in [
+        ("keepalives_idle", with(|config| config.keepalives_idle(Duration::MAX))),
+        ("keepalives_idle", with(|config| config.keepalives_idle(Duration::from_millis(1)))),
+        ("keepalives_interval", with(|config| config.keepalives_interval(Duration::from_secs(40_000)))),
+        ("keepalives_retries", with(|config| config.keepalives_retries(1000))),
+        ("tcp_user_timeout", with(|config| config.tcp_user_timeout(Duration::MAX))),
+    ] {
+        let error = built.expect_err(option);
+        assert!(matches!(error, BuildError::Invalid { option: named, .. } if named == option), "{error:?}");
+    }
+    with(|config| config.connect_timeout(Duration::MAX)).unwrap();
+    with(|config| config.keepalives(false).keepalives_idle(Duration::MAX)).unwrap();
+}
+
+/// Rows that are kept for ever are a ledger all the same.
+#[tokio::test]
+async fn a_ledger_that_is_kept_for_ever_works() {
+    let cluster = single().await;
+    let ledger = Ledger::default().keep(Duration::MAX);
+    let pool = builder(&cluster).guarantee(Guarantee::Ledger(ledger.clone())).build().unwrap();
+    ledger.install(&pool.get().await.unwrap()).await.unwrap();
+    let call = pool.transaction(async |tx| Ok(tx.batch_execute("CREATE TABLE kept (id int)").await?)).await;
+    assert!(call.is_ok(), "{call:?}");
+}
+
+/// Callers that hold connections when the pool is closed have nothing to cancel, unless something is under way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closed_pool_cancels_only_what_runs() {
+    let cluster = single().await;
+    let tap = Tap::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(cluster.primary())).await;
+    let pool = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(9).build().unwrap();
+    let mut held = Vec::new();
+    for _ in 0..9 {
+        held.push(pool.get().await.unwrap());
+    }
+    let busy = held.pop().unwrap();
+    assert!(timeout(Duration::from_millis(300), busy.batch_execute("SELECT pg_sleep(600)")).await.is_err());
+    pool.close();
+    drop(held);
+    drop(busy);
+    let observer = cluster.direct(cluster.primary()).await;
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)' AND state = 'active'";
+    eventually("what runs is cancelled", 20 * SECOND, async || {
+        observer.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
+    // A cancel request is sent three times, over about half a second.
+    eventually("all requests are sent", 20 * SECOND, async || tap.counts().cancels >= 3).await;
+    sleep(SECOND).await;
+    assert_eq!(tap.counts().cancels, 3, "idle sessions were cancelled");
 }
 
 /// Answers once, then panics.
