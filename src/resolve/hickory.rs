@@ -112,6 +112,7 @@ impl HickoryResolver {
         });
         Self::new(Source::Given(Arc::new(Setup {
             name_servers: name_servers.collect(),
+            scoped: None,
             search: Vec::new(),
             ndots: 0,
             edns0: false,
@@ -189,6 +190,13 @@ impl HickoryResolver {
         }
         if let Some(scoped) = setup.hosts.scoped(host) {
             let problem = format!("/etc/hosts has {scoped}, and the driver connects to no address with an interface");
+            return Err(ResolveError::custom(host, problem));
+        }
+        if let (Some(scoped), true) = (&setup.scoped, setup.name_servers.is_empty()) {
+            let problem = format!(
+                "the only name server in resolv.conf, {scoped}, cannot be asked, as its address includes an interface; name \
+                 another one, there or with `PoolBuilder::dns_servers`"
+            );
             return Err(ResolveError::custom(host, problem));
         }
         let client = self.client(&setup).map_err(|error| failure(host, error, Duration::ZERO))?;

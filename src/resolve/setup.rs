@@ -1,7 +1,8 @@
 //! Which name servers to ask, and for which names. Either the user gives them, or the files of the system do, which are
 //! read again when they change.
 
-use std::io::ErrorKind;
+use std::error::Error;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -9,7 +10,6 @@ use std::time::SystemTime;
 use std::{fmt, fs};
 
 use hickory_resolver::config::{ConnectionConfig, NameServerConfig};
-use hickory_resolver::net::NetError;
 use hickory_resolver::proto::rr::Name;
 
 use super::ResolveError;
@@ -35,6 +35,8 @@ impl Source {
 /// Which name servers to ask, and for which names.
 pub(super) struct Setup {
     pub(super) name_servers: Vec<NameServerConfig>,
+    /// A name server that cannot be asked, as its address includes an interface.
+    pub(super) scoped: Option<String>,
     pub(super) search: Vec<Name>,
     pub(super) ndots: usize,
     pub(super) edns0: bool,
@@ -43,15 +45,17 @@ pub(super) struct Setup {
 
 impl Setup {
     /// Reads the files. `before` is what was read last.
-    fn read(files: &Files, before: Option<&Self>) -> Result<Self, NetError> {
+    fn read(files: &Files, before: Option<&Self>) -> Result<Self, Unusable> {
         let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
         // A missing or empty file is probably about to be written, so what it said last stays in force until then.
         if let Some(before) = before.filter(|_| !files.tell_servers()) {
             let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
-            return Ok(Self { name_servers, search, ndots: before.ndots, edns0: before.edns0, hosts });
+            let scoped = before.scoped.clone();
+            return Ok(Self { name_servers, scoped, search, ndots: before.ndots, edns0: before.edns0, hosts });
         }
         let (name_servers, conf) = read_resolv_conf(&files.resolv_conf)?;
-        Ok(Self { name_servers, search: conf.search, ndots: conf.ndots, edns0: conf.edns0, hosts })
+        let ResolvConf { scoped, search, ndots, edns0, .. } = conf;
+        Ok(Self { name_servers, scoped, search, ndots, edns0, hosts })
     }
 
     /// The absolute names that `name` may stand for, in the order in which to try them.
@@ -85,13 +89,30 @@ impl fmt::Debug for Setup {
     }
 }
 
-/// The text of the file, whatever bytes it holds. `None` if there is no such file.
-fn read_text(file: &Path) -> Result<Option<String>, NetError> {
+/// The text of the file, whatever bytes it holds. `None` if it cannot be read for a reason that lies in the file system:
+/// as in glibc, such a file counts as missing. Other failures may pass, for instance a lack of file descriptors.
+fn read_text(file: &Path) -> Result<Option<String>, Unusable> {
     match fs::read(file) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error.into()),
+        Err(error) if lies_in_the_file_system(&error) => Ok(None),
+        Err(error) => Err(Unusable { file: file.to_owned(), source: Arc::new(error) }),
     }
+}
+
+/// The number of the error for a circle of symbolic links, for which `ErrorKind` has no stable name.
+const LINKS_IN_A_CIRCLE: i32 = if cfg!(target_os = "linux") { 40 } else { 62 };
+
+/// glibc's list in `resolv/res_init.c`.
+fn lies_in_the_file_system(error: &io::Error) -> bool {
+    let kinds = [ErrorKind::NotFound, ErrorKind::PermissionDenied, ErrorKind::IsADirectory, ErrorKind::NotADirectory];
+    kinds.contains(&error.kind()) || (cfg!(unix) && error.raw_os_error() == Some(LINKS_IN_A_CIRCLE))
+}
+
+/// A file that cannot be used, and why.
+#[derive(Debug)]
+struct Unusable {
+    file: PathBuf,
+    source: Arc<dyn Error + Send + Sync>,
 }
 
 fn name_server(ip: IpAddr) -> NameServerConfig {
@@ -99,19 +120,20 @@ fn name_server(ip: IpAddr) -> NameServerConfig {
 }
 
 #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
-fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
+fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), Unusable> {
     let own_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let conf = ResolvConf::parse(&read_text(file)?.unwrap_or_default(), own_name.trim()).or_local();
     Ok((conf.servers.iter().copied().map(name_server).collect(), conf))
 }
 
 #[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]
-fn read_resolv_conf(_: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), NetError> {
-    let (config, options) = hickory_resolver::system_conf::read_system_conf()?;
+fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), Unusable> {
+    let unusable = |error| Unusable { file: file.to_owned(), source: Arc::new(error) };
+    let (config, options) = hickory_resolver::system_conf::read_system_conf().map_err(unusable)?;
     let (domain, search, name_servers) = config.into_parts();
     // Without a search list, the domain of the host's own name is searched.
     let search = if search.is_empty() { Vec::from_iter(domain) } else { search };
-    let conf = ResolvConf { servers: Vec::new(), search, ndots: options.ndots, edns0: options.edns0 };
+    let conf = ResolvConf { servers: Vec::new(), scoped: None, search, ndots: options.ndots, edns0: options.edns0 };
     Ok((name_servers, conf))
 }
 
@@ -124,9 +146,9 @@ pub(super) struct System {
 impl System {
     pub(super) fn new(files: Files) -> Result<Self, ResolveError> {
         let stamps = files.stamps();
-        let setup = Setup::read(&files, None).map_err(|error| ResolveError::NoConfiguration {
-            file: files.resolv_conf.display().to_string(),
-            source: Arc::new(error),
+        let setup = Setup::read(&files, None).map_err(|unusable| ResolveError::NoConfiguration {
+            file: unusable.file.display().to_string(),
+            source: unusable.source,
         })?;
         Ok(Self { files, last: Mutex::new((stamps, Arc::new(setup))) })
     }
@@ -140,9 +162,9 @@ impl System {
             match Setup::read(&self.files, Some(&last.1)) {
                 Ok(setup) => *last = (stamps, Arc::new(setup)),
                 // The file may be half written. The old stamps are kept, so that each question tries again.
-                Err(error) => tracing::warn!(
-                    %error,
-                    file = %self.files.resolv_conf.display(),
+                Err(unusable) => tracing::warn!(
+                    error = %unusable.source,
+                    file = %unusable.file.display(),
                     "the resolver configuration has changed and cannot be used; the last one stays in force"
                 ),
             }
@@ -168,7 +190,8 @@ impl Files {
     #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
     fn tell_servers(&self) -> bool {
         let text = read_text(&self.resolv_conf).ok().flatten().unwrap_or_default();
-        !ResolvConf::parse(&text, "").servers.is_empty()
+        let conf = ResolvConf::parse(&text, "");
+        !conf.servers.is_empty() || conf.scoped.is_some()
     }
 
     #[cfg(not(all(unix, not(any(target_os = "android", target_vendor = "apple")))))]

@@ -22,6 +22,8 @@ const MAX_SEARCH: usize = 32;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ResolvConf {
     pub(super) servers: Vec<IpAddr>,
+    /// A name server whose address includes an interface, as in `fe80::1%eth0`. glibc would ask it.
+    pub(super) scoped: Option<String>,
     pub(super) search: Vec<Name>,
     pub(super) ndots: usize,
     pub(super) edns0: bool,
@@ -30,7 +32,7 @@ pub(super) struct ResolvConf {
 impl ResolvConf {
     /// `own_name` is the name of this host. Its domain is searched if the file names no search domain.
     pub(super) fn parse(text: &str, own_name: &str) -> Self {
-        let mut found = Self { servers: Vec::new(), search: Vec::new(), ndots: 1, edns0: false };
+        let mut found = Self { servers: Vec::new(), scoped: None, search: Vec::new(), ndots: 1, edns0: false };
         let mut search: Option<Vec<&str>> = None;
         for line in text.lines() {
             // As in glibc, a keyword must begin its line, so an indented one is skipped.
@@ -40,7 +42,13 @@ impl ResolvConf {
             let mut words = rest.split_ascii_whitespace();
             match keyword {
                 "nameserver" if found.servers.len() < MAX_SERVERS => {
-                    found.servers.extend(words.next().and_then(name_server));
+                    // A comment may follow the address without a space.
+                    let word = words.next().and_then(|word| word.split(['#', ';']).next()).unwrap_or_default();
+                    match word.parse() {
+                        Ok(server) => found.servers.push(server),
+                        Err(_) if is_scoped(word) => found.scoped = Some(word.to_owned()),
+                        Err(_) => {}
+                    }
                 }
                 // The last line of these two kinds counts.
                 "domain" => search = Some(words.take(1).collect()),
@@ -67,20 +75,18 @@ impl ResolvConf {
 
     /// Adds the name server on this host if the file names none, as glibc does.
     pub(super) fn or_local(mut self) -> Self {
-        if self.servers.is_empty() {
+        if self.servers.is_empty() && self.scoped.is_none() {
             self.servers.push(IpAddr::V4(Ipv4Addr::LOCALHOST));
         }
         self
     }
 }
 
-fn name_server(word: &str) -> Option<IpAddr> {
-    // A comment may follow the address without a space.
-    let word = word.split(['#', ';']).next().unwrap_or_default();
-    word.parse().ok()
-}
-
+/// The root, which `search .` names to switch the search list off, would only repeat the question for the name itself.
 fn domain(word: &str) -> Option<Name> {
+    if word == "." {
+        return None;
+    }
     let mut name = Name::from_str_relaxed(word).ok()?;
     name.set_fqdn(true);
     Some(name)
@@ -174,6 +180,9 @@ mod tests {
         assert_eq!(search("search a.example\ndomain b.example c.example"), ["b.example."]);
         assert_eq!(search("search a.example b.example.\n"), ["a.example.", "b.example."]);
         assert_eq!(search("search\n"), ["corp.example."]);
+        // systemd-resolved writes this to switch the search list off: the name itself is asked for anyway.
+        assert_eq!(search("search ."), [""; 0]);
+        assert_eq!(search("search . a.example"), ["a.example."]);
         assert_eq!(ResolvConf::parse("", "web").search, []);
         let many: Vec<String> = (0..100).map(|n| format!("d{n}.example")).collect();
         assert_eq!(search(&format!("search {}", many.join(" "))).len(), MAX_SEARCH);

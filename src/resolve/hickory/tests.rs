@@ -104,6 +104,51 @@ async fn d7_without_a_name_server_the_one_on_this_host_is_asked() {
     assert_eq!(servers(&resolver), ["127.0.0.2"]);
 }
 
+/// As in the C library: a file that cannot be read for a reason that lies in the file system counts as missing.
+#[tokio::test]
+async fn d7_a_file_that_cannot_be_read_is_no_file() {
+    let etc = Etc::new("d7-unreadable");
+    let is_a_directory = etc.0.join("directory");
+    fs::create_dir(&is_a_directory).unwrap();
+    let in_no_directory = etc.0.join("hosts").join("file");
+    let itself = etc.0.join("itself");
+    std::os::unix::fs::symlink(&itself, &itself).unwrap();
+    for unreadable in [is_a_directory, in_no_directory, itself] {
+        let files = Files { resolv_conf: unreadable.clone(), hosts: etc.0.join("hosts") };
+        etc.write("hosts", "10.0.0.1 pg.internal\n");
+        let resolver = HickoryResolver::from_files(files).unwrap();
+        assert_eq!(servers(&resolver), ["127.0.0.1"], "{unreadable:?}");
+        assert_eq!(found(&resolver, "pg.internal").await, ["10.0.0.1"], "{unreadable:?}");
+        let files = Files { resolv_conf: etc.0.join("resolv.conf"), hosts: unreadable.clone() };
+        let resolver = HickoryResolver::from_files(files).unwrap();
+        assert_eq!(servers(&resolver), ["127.0.0.1"], "{unreadable:?}");
+    }
+    // A file that becomes unreadable leaves what it said in force.
+    let resolver = etc.resolver().unwrap();
+    etc.write("resolv.conf", "nameserver 127.0.0.9\n");
+    assert_eq!(servers(&resolver), ["127.0.0.9"]);
+    fs::remove_file(etc.0.join("resolv.conf")).unwrap();
+    fs::create_dir(etc.0.join("resolv.conf")).unwrap();
+    assert_eq!(servers(&resolver), ["127.0.0.9"]);
+}
+
+/// A name server whose address includes an interface cannot be asked. If there is no other, nobody else is asked in its
+/// place, and the error names it.
+#[tokio::test]
+async fn d7_a_name_server_with_an_interface_is_named() {
+    let etc = Etc::new("d7-scoped");
+    etc.write("resolv.conf", "nameserver fe80::1%eth0\n");
+    let resolver = etc.resolver().unwrap();
+    assert_eq!(servers(&resolver), [""; 0]);
+    let error = resolver.resolve("pg.internal").await.unwrap_err();
+    for word in ["fe80::1%eth0", "interface"] {
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    assert!(!error.is_answer(), "it says nothing about the name");
+    etc.write("resolv.conf", "nameserver fe80::1%eth0\nnameserver 127.0.0.2\n");
+    assert_eq!(servers(&resolver), ["127.0.0.2"]);
+}
+
 #[tokio::test]
 async fn d7_names_of_the_hosts_file_are_followed_too() {
     let etc = Etc::new("d7-hosts");
