@@ -5,9 +5,9 @@ set -eu
 
 have_server() {
     for folder in "${PG_BIN:-}" /usr/lib/postgresql/*/bin /usr/pgsql-*/bin /opt/homebrew/opt/postgresql*/bin; do
-        if [ -n "$folder" ] && [ -x "$folder/postgres" ] && [ -x "$folder/pg_rewind" ]; then return 0; fi
+        if [ -n "$folder" ] && [ -x "$folder/postgres" ] && [ -x "$folder/pg_basebackup" ]; then return 0; fi
     done
-    command -v postgres >/dev/null 2>&1 && command -v pg_rewind >/dev/null 2>&1
+    command -v postgres >/dev/null 2>&1 && command -v pg_basebackup >/dev/null 2>&1
 }
 
 have() {
@@ -80,7 +80,7 @@ install_proxies() {
 
 if ! have_server; then install_server; fi
 if ! have_server; then
-    echo "PostgreSQL's server programs are missing: install PostgreSQL 14 or newer, or set PG_BIN to their folder." >&2
+    echo "PostgreSQL's server programs are missing: install PostgreSQL 13 or newer, or set PG_BIN to their folder." >&2
     exit 1
 fi
 
