@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture bench bench-report bench-docs test test-long soak exactly-once model fuzz lint features api size
+.PHONY: help setup demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once model fuzz lint features api size
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,11 @@ model: ## The rule of settling against random histories of a modelled cluster (H
 test-long: test ## All tests, five minutes of the soak, and a tenth of the proof
 	MINUTES=5 cargo test --release --all-features --test soak
 	CUTS=200 FAILOVERS=20 ASYNC=10 cargo test --release --all-features --test exactly_once
+
+VERSIONS ?= 13 14 16 17 18
+
+test-versions: setup ## Every test against other PostgreSQL servers, which it fetches (VERSIONS="13 14 16 17 18" SUITES="it testbed" TESTS="settle:: tls::")
+	@sh scripts/versions.sh $(VERSIONS)
 
 SECONDS ?= 600
 TARGETS ?= lsn wal_file_name probe_answer connection_string password
