@@ -366,6 +366,13 @@ impl Cluster {
         Ok(client)
     }
 
+    /// The first number of the servers' version, as 15. `PG_BIN` names the folder of the servers' programs.
+    pub async fn version(&self) -> u32 {
+        let sql = "SELECT current_setting('server_version_num')::int / 10000";
+        let row = self.direct(self.primary()).await.query_one(sql, &[]).await;
+        row.expect("the version").get::<_, i32>(0).unsigned_abs()
+    }
+
     /// The folder of this cluster's files; it is gone when the cluster is.
     pub fn folder(&self) -> &Path {
         &self.folder

@@ -41,6 +41,7 @@ autovacuum = off
 jit = off
 bgwriter_lru_maxpages = 0
 restart_after_crash = on
+password_encryption = 'scram-sha-256'
 logging_collector = off
 log_checkpoints = off
 log_line_prefix = '%m [%p] '
@@ -70,9 +71,8 @@ const SCHEMA: [(&str, &str); 2] = [
 ];
 
 /// `initdb`'s choices. Small WAL segments make a small template.
-const INITDB: [&str; 8] = [
+const INITDB: [&str; 7] = [
     "--no-sync",
-    "--no-instructions",
     "--locale=C",
     "--encoding=UTF8",
     "--auth=trust",
@@ -91,10 +91,11 @@ const SMALL: [&str; 5] = [
     "max_locks_per_transaction=10",
 ];
 
-/// A folder must hold all of these: some installations link only a few programs into PATH.
-const PROGRAMS: [&str; 4] = ["postgres", "initdb", "pg_rewind", "pg_basebackup"];
+/// A folder must hold all of these: some installations link only a few programs into PATH. Without `pg_rewind` an old
+/// primary is copied anew.
+const PROGRAMS: [&str; 3] = ["postgres", "initdb", "pg_basebackup"];
 
-const MISSING: &str = "testbed: no PostgreSQL server programs (postgres, initdb, pg_rewind, pg_basebackup) in $PG_BIN, $PATH or the usual folders: \
+const MISSING: &str = "testbed: no PostgreSQL server programs (postgres, initdb, pg_basebackup) in $PG_BIN, $PATH or the usual folders: \
      install them (Debian: apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; Homebrew: brew install postgresql) \
      or set PG_BIN to their folder";
 
