@@ -325,7 +325,7 @@ async fn write_in_read_is_returned() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn zombie_is_never_used() {
     let beside = Duration::from_secs(from_env("ZOMBIE_SECONDS", 3));
-    let cluster = Cluster::builder().asynchronous().start().await;
+    let cluster = Cluster::builder().asynchronous().setting("log_connections", "on").start().await;
     create_table(&cluster).await;
     let pool = by_name(&cluster)
         .patrol_interval(Duration::from_millis(200))
@@ -347,11 +347,7 @@ async fn zombie_is_never_used() {
     let zombie = cluster.direct(old).await;
     zombie.batch_execute("UPDATE testbed.probe SET writes = writes + 1").await.expect("the zombie takes writes");
     let rows = async || zombie.query_one("SELECT count(*) FROM entries", &[]).await.unwrap().get::<_, i64>(0);
-    let administrator = cluster.direct(successor).await;
-    let opened = async || {
-        let sql = "SELECT sessions FROM pg_stat_database WHERE datname = 'app'";
-        administrator.query_one(sql, &[]).await.unwrap().get::<_, i64>(0)
-    };
+    let opened = async || cluster.log(successor).await.matches("connection authorized: user=app").count();
     let (before, written_before, opened_before) = (rows().await, load.acknowledged(), opened().await);
     assert!(before > 0, "what was written to it as the primary is there");
     // The zombie first, then last.

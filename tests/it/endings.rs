@@ -7,6 +7,7 @@ use testbed::{Cluster, Node, PgBouncer, eventually};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::transaction::{PATIENCE, Runs, insert, sql, stored};
+use crate::versions::has_idle_session_timeout;
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("sold out")]
@@ -126,11 +127,20 @@ async fn a_limit_that_ends_commit_ends_the_call() {
 #[tokio::test]
 async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
     let cluster = started().await;
-    let options = "?options=-c%20idle_in_transaction_session_timeout%3D100ms%20-c%20idle_session_timeout%3D100ms";
-    let pool = builder(&cluster, options).max_size(1).build().unwrap();
+    let limit = |name: &str| format!("-c%20{name}%3D100ms");
+    let mut limits = vec![limit("idle_in_transaction_session_timeout")];
+    let limits_idleness = has_idle_session_timeout(&cluster).await;
+    if limits_idleness {
+        limits.push(limit("idle_session_timeout"));
+    }
+    let options = format!("?application_name=victim&options={}", limits.join("%20"));
+    let pool = builder(&cluster, &options).max_size(1).build().unwrap();
     for begin in ["BEGIN", "SELECT 1"] {
         let client = pool.get().await.unwrap();
         client.batch_execute(begin).await.unwrap();
+        if begin != "BEGIN" && !limits_idleness {
+            cluster.terminate_backends(Node(0), "victim").await;
+        }
         eventually("the session is closed", PATIENCE, async || client.is_closed()).await;
         drop(client);
         let runs = Runs::default();
@@ -144,16 +154,22 @@ async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
     }
 }
 
-/// `idle_session_timeout`, of a connection that its user keeps.
+/// `idle_session_timeout`, or an administrator where there is none, of a connection that its user keeps.
 #[tokio::test]
 async fn a_user_of_get_is_told_how_the_session_ended() {
     let cluster = started().await;
-    let pool = builder(&cluster, "?options=-c%20idle_session_timeout%3D100ms").build().unwrap();
+    let limits_idleness = has_idle_session_timeout(&cluster).await;
+    let limit = if limits_idleness { "&options=-c%20idle_session_timeout%3D100ms" } else { "" };
+    let pool = builder(&cluster, &format!("?application_name=victim{limit}")).build().unwrap();
     let client = pool.get().await.unwrap();
     assert!(client.session_end().await.is_none());
+    if !limits_idleness {
+        cluster.terminate_backends(Node(0), "victim").await;
+    }
     eventually("the session is closed", PATIENCE, async || client.is_closed()).await;
     assert!(client.batch_execute("SELECT 1").await.unwrap_err().is_closed());
-    assert_eq!(client.session_end().await.unwrap().code().code(), "57P05");
+    let code = if limits_idleness { "57P05" } else { "57P01" };
+    assert_eq!(client.session_end().await.unwrap().code().code(), code);
 
     // A report that was the answer to a statement is kept, too.
     let client = pool.get().await.unwrap();
@@ -222,6 +238,9 @@ async fn a_crash_is_known_by_its_warning_and_run_again() {
 #[tokio::test]
 async fn an_idle_session_outside_of_its_transaction_is_not_run_again() {
     let cluster = started().await;
+    if !has_idle_session_timeout(&cluster).await {
+        return;
+    }
     let pool = builder(&cluster, "?options=-c%20idle_session_timeout%3D100ms").build().unwrap();
     let runs = Runs::default();
     let error = pool

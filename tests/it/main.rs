@@ -44,6 +44,7 @@ mod stale;
 mod tls;
 mod transaction;
 mod tune;
+mod versions;
 #[cfg(feature = "metrics")]
 mod watch;
 mod wrap;

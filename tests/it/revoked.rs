@@ -15,6 +15,8 @@ use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::view::{Answer, Part, Parts, State};
 use tokio_postgres_failover::{Event, Pool, Transaction, deadpool_postgres};
 
+use crate::versions::signature;
+
 /// For conditions that come at once on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// What was refused is asked for again after a minute.
@@ -80,6 +82,14 @@ const EACH: &[(Hidden, &[Part])] = &[
 ];
 
 impl Hidden {
+    /// With the parameters that this server gives it.
+    async fn on(self, server: &Client) -> Self {
+        match self {
+            Function(name) => Function(signature(server, name).await),
+            View(name) => View(name),
+        }
+    }
+
     fn revoke(self) -> String {
         match self {
             Function(name) => format!("REVOKE EXECUTE ON FUNCTION pg_catalog.{name} FROM PUBLIC, app"),
@@ -237,6 +247,7 @@ async fn what_is_taken_from_the_role_costs_that_part_alone_until_it_is_given_bac
     for (index, (what, parts)) in EACH.iter().copied().enumerate() {
         let name = format!("case_{index}");
         let admin = database(&cluster, &name).await;
+        let what = what.on(&admin).await;
         let (cluster, turns) = (Arc::clone(&cluster), Arc::clone(&turns));
         cases.spawn(async move {
             let turn = turns.acquire().await;
@@ -274,6 +285,7 @@ async fn what_the_server_lacks_costs_that_part_alone() {
         let parts = if matches!(what, Function("pg_ls_waldir()")) { &[Evidence] } else { parts };
         let name = format!("case_{index}");
         let admin = database(&cluster, &name).await;
+        let what = what.on(&admin).await;
         let (cluster, turns) = (Arc::clone(&cluster), Arc::clone(&turns));
         cases.spawn(async move {
             let _turn = turns.acquire().await;

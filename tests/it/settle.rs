@@ -20,6 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::load::{LONG, by_name, create_table, generation, primary_lost};
 use crate::transaction::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
+use crate::versions::signature;
 
 /// What the pool gives a settler at least, and time for what comes around it.
 const GRANTED: Duration = Duration::from_secs(5);
@@ -440,13 +441,12 @@ async fn k3_a_history_function_that_fails_does_no_harm() {
 async fn k3_a_clean_restart_is_seen_through() {
     for (cut, runs) in [(Cut::CommitAnswerDropped, 1), (Cut::CommitUndelivered { server_stays: false }, 2)] {
         with_each_settler(single, async |bench| {
-            let sql = "SELECT current_setting('server_version_num')::int";
-            let version: i32 = bench.cluster.direct(Node(0)).await.query_one(sql, &[]).await.unwrap().get(0);
+            let version = bench.cluster.version().await;
             bench.cut_with(cut, async |cluster| {
                 cluster.stop_fast(Node(0)).await;
                 cluster.start_node(Node(0)).await;
             });
-            if version < 150_000 && bench.guarantee == Guarantee::ExactlyOnce {
+            if version < 15 && bench.guarantee == Guarantee::ExactlyOnce {
                 return bench.assert_unknown(bench.call(), Unsettled::Restarted).await;
             }
             bench.write().await.unwrap();
@@ -758,6 +758,7 @@ async fn without_the_right_to_mark_it_is_at_most_once() {
             .finish();
         let _guard = tracing::subscriber::set_default(subscriber);
         let bench = Bench::new(single(), Guarantee::ExactlyOnce).await;
+        let function = signature(&bench.cluster.direct(Node(0)).await, function).await;
         sql(&bench.cluster, &format!("REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")).await;
         assert_eq!(bench.pool.status().fallback, None, "it is not known before the first transaction");
         for _ in 0..3 {

@@ -17,17 +17,14 @@ async fn several_clean_restarts_are_seen_through() {
     for (cut, answer) in [(Cut::CommitAnswerDropped, Answer::Committed), (UNDELIVERED, Answer::Lost)] {
         for seen in [false, true] {
             let case = Case::new(single(), Right::Nothing).await;
-            let sql = "SELECT current_setting('server_version_num')::int";
-            let server = case.bench.cluster.direct(Node(0)).await;
-            let version: i32 = server.query_one(sql, &[]).await.unwrap().get(0);
-            drop(server);
+            let version = case.bench.cluster.version().await;
             let (steps, restarts) = if seen { (3, 1) } else { (1, 3) };
             let step = async |scene: &Scene, _| {
                 for _ in 0..restarts {
                     restart(&scene.cluster).await;
                 }
             };
-            let answer = if version < 150_000 {
+            let answer = if version < 15 {
                 Answer::Unknown(&[Unsettled::Restarted, Unsettled::SeveralFailovers])
             } else {
                 answer

@@ -1,0 +1,73 @@
+//! What differs between the versions of PostgreSQL. A test that has to know the version asks the server.
+
+use testbed::{Cluster, Node, eventually};
+use tokio::time::timeout;
+use tokio_postgres::Client;
+use tokio_postgres_failover::listen::Message;
+use tokio_postgres_failover::{Guarantee, Pool};
+
+use crate::load::{LONG, create_table, generation};
+use crate::settle::single;
+use crate::transaction::{insert, sql, stored};
+
+/// Functions whose parameters are others in some versions.
+const CHANGED: [[&str; 2]; 2] = [
+    // Up to 16, and since 17.
+    ["pg_logical_emit_message(boolean, text, text)", "pg_logical_emit_message(boolean, text, text, boolean)"],
+    // Since 14, and up to 13.
+    ["pg_terminate_backend(int, bigint)", "pg_terminate_backend(int)"],
+];
+
+/// A function of `pg_catalog`, with the parameters that this server gives it.
+pub(crate) async fn signature(server: &Client, function: &'static str) -> &'static str {
+    let signatures = CHANGED.iter().find(|signatures| signatures.contains(&function));
+    for signature in signatures.into_iter().flatten() {
+        let sql = "SELECT to_regprocedure('pg_catalog.' || $1) IS NOT NULL";
+        if server.query_one(sql, &[signature]).await.unwrap().get(0) {
+            return signature;
+        }
+    }
+    function
+}
+
+/// Up to 13 the server cannot end a session that is idle outside of a transaction.
+pub(crate) async fn has_idle_session_timeout(cluster: &Cluster) -> bool {
+    let known = cluster.version().await >= 14;
+    if !known {
+        println!("this server has no idle_session_timeout");
+    }
+    known
+}
+
+/// What a server says before its first answer: a setting of the role that it cannot apply, and since 17 what a trigger
+/// on the log-in says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn notices_at_connect_disturb_nobody() {
+    let cluster = single().start().await;
+    create_table(&cluster).await;
+    sql(&cluster, "CREATE ROLE gone; GRANT gone TO app; ALTER ROLE app SET role = 'gone'; DROP ROLE gone").await;
+    if cluster.version().await >= 17 {
+        let function = "CREATE FUNCTION public.greets() RETURNS event_trigger LANGUAGE plpgsql AS
+                        'BEGIN RAISE NOTICE ''hello''; RAISE WARNING ''you there''; END'";
+        let trigger = "CREATE EVENT TRIGGER greets ON login EXECUTE FUNCTION public.greets();
+                       ALTER EVENT TRIGGER greets ENABLE ALWAYS";
+        sql(&cluster, &format!("{function}; {trigger}")).await;
+    }
+    let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
+    let client = pool.get().await.unwrap();
+    client.batch_execute("SELECT 1").await.unwrap();
+    for guarantee in [Guarantee::ExactlyOnce, Guarantee::AtMostOnce] {
+        let call = pool.build_transaction().guarantee(guarantee);
+        call.run(async |tx| insert(&tx, 1).await).await.unwrap();
+    }
+    let mut listener = pool.listen(["news"]).await.unwrap();
+    client.batch_execute("NOTIFY news, 'one'").await.unwrap();
+    let message = timeout(LONG, listener.recv()).await.unwrap().unwrap().unwrap();
+    assert!(matches!(&message, Message::Notification(it) if it.payload() == "one"), "{message:?}");
+    assert!(client.session_end().await.is_none());
+    eventually("the log has the warning", LONG, async || {
+        cluster.log(Node(0)).await.contains("\"gone\" does not exist")
+    })
+    .await;
+    assert_eq!((stored(&cluster).await, generation(&pool)), (vec![1, 1], 1));
+}
