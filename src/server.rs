@@ -33,14 +33,17 @@ use std::time::Duration;
 use deadpool_postgres::ClientWrapper;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio_postgres::config::SslMode;
+use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 use tokio_util::sync::CancellationToken;
 
-use crate::classify::{Verdict, explain, hung_up, links, not_let_in, verdict_of_open};
+use crate::classify::{
+    NO_DIRECT_TLS, NO_TLS, Verdict, explain, hung_up, hung_up_in_handshake, links, not_let_in, verdict_of_open,
+};
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
 use session::{Driver, drive};
+use stranger::{Peer, what_answers};
 
 /// Appended to the failure of a peer that hung up before any session was ever opened.
 const HUNG_UP: &str = "; it hung up first: a proxy without a server behind it, or not PostgreSQL";
@@ -155,29 +158,55 @@ impl Opener {
         endpoint: &Endpoint,
         notices: Arc<Notices>,
     ) -> Result<(Client, Driver), ProbeFailure> {
-        let dialling = self.dial(endpoint, notices);
+        let dialling = self.dial(endpoint, Arc::clone(&notices));
         if self.worked.load(Ordering::Relaxed) {
             return dialling.await;
         }
         let mut dialling = pin!(dialling);
         let dialled = tokio::time::timeout(STRANGER_AFTER, dialling.as_mut()).await.ok();
-        let looked_at = stranger::what_answers(&endpoint.address);
-        let (dialled, name) = match dialled {
+        let looked_at = what_answers(&endpoint.address);
+        let (dialled, peer) = match dialled {
             // The peer answers slowly, or waits for more of a request that it does not understand.
             None => tokio::select! {
                 dialled = dialling.as_mut() => (Some(dialled), None),
-                name = looked_at => (None, name),
+                peer = looked_at => (None, peer),
             },
             Some(Err(failure)) if failure.message.ends_with(HUNG_UP) => (Some(Err(failure)), looked_at.await),
             Some(dialled) => (Some(dialled), None),
         };
-        if let Some(name) = name {
-            return Err(ProbeFailure::new(FailureKind::NotPostgres, format!("what answers there speaks {name}")));
+        match (dialled, peer) {
+            (_, Some(Peer::Stranger(name))) => {
+                Err(ProbeFailure::new(FailureKind::NotPostgres, format!("what answers there speaks {name}")))
+            }
+            (Some(Err(_)), Some(Peer::Postgres { offers_tls })) if self.begins_with_tls() => {
+                Box::pin(self.dial_again(endpoint, notices, offers_tls)).await
+            }
+            (Some(dialled), _) => dialled,
+            (None, _) => dialling.await,
         }
-        match dialled {
-            Some(dialled) => dialled,
-            None => dialling.await,
+    }
+
+    /// Whether a session begins with TLS, and does not ask for it first. Older servers do not know that and hang up.
+    fn begins_with_tls(&self) -> bool {
+        self.template.get_ssl_negotiation() == SslNegotiation::Direct
+    }
+
+    /// Tries once more to begin with TLS, after the peer has hung up on that and answered to a request for it: a server
+    /// that was just stopped may also hang up, but not twice.
+    async fn dial_again(
+        &self,
+        endpoint: &Endpoint,
+        notices: Arc<Notices>,
+        offers_tls: bool,
+    ) -> Result<(Client, Driver), ProbeFailure> {
+        let mut dialled = self.dial(endpoint, notices).await;
+        if let Err(failure) = &mut dialled
+            && failure.message.ends_with(HUNG_UP)
+        {
+            failure.kind = FailureKind::Refused;
+            failure.message = if offers_tls { NO_DIRECT_TLS } else { NO_TLS }.to_owned();
         }
+        dialled
     }
 
     async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
@@ -203,7 +232,8 @@ impl Opener {
 
     fn not_opened(&self, error: Error) -> ProbeFailure {
         // A server that has worked before may also hang up, if it or its machine was killed.
-        let hung_up = hung_up(&error) && !self.worked.load(Ordering::Relaxed);
+        let hung_up = hung_up(&error) || self.begins_with_tls() && hung_up_in_handshake(&error);
+        let hung_up = hung_up && !self.worked.load(Ordering::Relaxed);
         let mut failure = failure(verdict_of_open(&error), error);
         if hung_up && failure.kind == FailureKind::Unreachable {
             failure.message.push_str(HUNG_UP);

@@ -104,6 +104,11 @@ pub(crate) fn hung_up(error: &Error) -> bool {
     }
 }
 
+/// Whether the peer ended the connection in the TLS handshake, without a TLS alert that says why.
+pub(crate) fn hung_up_in_handshake(error: &Error) -> bool {
+    Kind::of(error) == Kind::Tls && links(error).any(cut_short)
+}
+
 /// Whether the driver did not expect the server's answer to the statement. This is so for a `COPY` through a method that
 /// is not meant for it.
 pub(crate) fn unexpected(error: &Error) -> bool {

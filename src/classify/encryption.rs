@@ -10,6 +10,8 @@ pub(crate) enum TlsTrouble {
     Certificate(BadCertificate),
     /// The client requires TLS, and the server does not offer it.
     NotOffered,
+    /// The client began with TLS, and the server offers TLS only to those who ask for it first.
+    NotDirect,
     /// The server requires TLS, and the client did not use it.
     Wanted,
 }
@@ -25,6 +27,12 @@ pub(crate) enum BadCertificate {
     Unusable,
 }
 
+/// The driver's line about a server without TLS.
+pub(crate) const NO_TLS: &str = "error performing TLS handshake: server does not support TLS";
+/// This crate's line about a server that offers TLS, but hangs up on a client that begins with it.
+pub(crate) const NO_DIRECT_TLS: &str =
+    "error performing TLS handshake: the server hangs up on a client that does not ask for TLS first";
+
 /// What the line says about TLS, if it says anything about it.
 pub(crate) fn tls_trouble(line: &str) -> Option<TlsTrouble> {
     if line.starts_with("FATAL 28000") && (line.ends_with("no encryption") || line.ends_with("SSL off"))
@@ -32,10 +40,13 @@ pub(crate) fn tls_trouble(line: &str) -> Option<TlsTrouble> {
     {
         return Some(TlsTrouble::Wanted);
     }
-    let told = line.strip_prefix("error performing TLS handshake: ")?;
-    if told.starts_with("server does not support TLS") {
+    if line.starts_with(NO_TLS) {
         return Some(TlsTrouble::NotOffered);
     }
+    if line.starts_with(NO_DIRECT_TLS) {
+        return Some(TlsTrouble::NotDirect);
+    }
+    let told = line.strip_prefix("error performing TLS handshake: ")?;
     bad_certificate(&told.to_ascii_lowercase()).map(TlsTrouble::Certificate)
 }
 
@@ -128,6 +139,7 @@ mod tests {
         }
         let none = "error performing TLS handshake: server does not support TLS";
         assert_eq!(tls_trouble(none), Some(TlsTrouble::NotOffered));
+        assert_eq!(tls_trouble(NO_DIRECT_TLS), Some(TlsTrouble::NotDirect));
         for line in [
             "FATAL 28000: no pg_hba.conf entry for host \"127.0.0.1\", user \"app\", database \"app\", no encryption",
             "FATAL 28000: pg_hba.conf rejects connection for host \"127.0.0.1\", database \"app\", SSL off",

@@ -81,6 +81,10 @@ fn advice_on_tls(trouble: TlsTrouble) -> &'static str {
         TlsTrouble::NotOffered => {
             "set `ssl = on` on the server, or a weaker sslmode than `require` in the connection string"
         }
+        TlsTrouble::NotDirect => {
+            "sslnegotiation=direct needs PostgreSQL 17 or newer, a proxy in front of it that knows it too, and a \
+             connector that offers the protocol `postgresql` (ALPN); leave it out: it only saves a round trip"
+        }
         TlsTrouble::Wanted => {
             "the server does not let this user log in without TLS: set sslmode=verify-full or `require` if the server \
              offers TLS, or allow logins without it in pg_hba.conf"

@@ -20,12 +20,21 @@ const MORE_WITHIN: Duration = Duration::from_millis(100);
 const TLS_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 const ALERT_OR_HANDSHAKE: [u8; 2] = [21, 22];
 
-/// Names what answers, if it is known not to be PostgreSQL.
-pub(super) async fn what_answers(address: &Address) -> Option<&'static str> {
+/// What answers at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Peer {
+    /// PostgreSQL, or what speaks its protocol.
+    Postgres { offers_tls: bool },
+    /// The name of what is not PostgreSQL.
+    Stranger(&'static str),
+}
+
+/// `None`: it is not known what answers.
+pub(super) async fn what_answers(address: &Address) -> Option<Peer> {
     let Address::Tcp(address) = address else {
         return None;
     };
-    named(&first_words(*address).await?)
+    peer(&first_words(*address).await?)
 }
 
 async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
@@ -48,19 +57,22 @@ async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
 }
 
 /// `None`: the peer hung up without an answer, or may be PostgreSQL.
-fn named(words: &[u8]) -> Option<&'static str> {
+fn peer(words: &[u8]) -> Option<Peer> {
     let starts = |start: &[u8]| words.starts_with(start);
-    match words {
-        [] | [b'S' | b'N'] | [b'E', 0, ..] => None,
+    let name = match words {
+        [b'S'] => return Some(Peer::Postgres { offers_tls: true }),
+        [b'N'] => return Some(Peer::Postgres { offers_tls: false }),
+        [] | [b'E', 0, ..] => return None,
         // This may be a proxy that accepts only TLS.
-        [first, ..] if ALERT_OR_HANDSHAKE.contains(first) => None,
-        _ if starts(b"HTTP/") => Some("HTTP"),
-        _ if starts(b"SSH-") => Some("SSH"),
-        _ if starts(b"-") || starts(b"+") => Some("the protocol of Redis"),
-        _ if starts(b"220") => Some("SMTP or FTP"),
-        [_, _, _, 0, 10, ..] => Some("the protocol of MySQL"),
-        _ => Some("something else"),
-    }
+        [first, ..] if ALERT_OR_HANDSHAKE.contains(first) => return None,
+        _ if starts(b"HTTP/") => "HTTP",
+        _ if starts(b"SSH-") => "SSH",
+        _ if starts(b"-") || starts(b"+") => "the protocol of Redis",
+        _ if starts(b"220") => "SMTP or FTP",
+        [_, _, _, 0, 10, ..] => "the protocol of MySQL",
+        _ => "something else",
+    };
+    Some(Peer::Stranger(name))
 }
 
 #[cfg(test)]
@@ -69,10 +81,11 @@ mod tests {
 
     #[test]
     fn what_speaks_is_told_by_its_first_words() {
+        for (words, offers_tls) in [(b"S", true), (b"N", false)] {
+            assert_eq!(peer(words), Some(Peer::Postgres { offers_tls }));
+        }
         for (words, name) in [
             (&b""[..], None),
-            (b"S", None),
-            (b"N", None),
             (b"E\0\0\0\x2eSFATAL", None),
             (b"\x15\x03\x03\0\x02\x02\x28", None),
             (b"HTTP/1.1 400 Bad Request\r\n", Some("HTTP")),
@@ -84,7 +97,7 @@ mod tests {
             (b"SOMETHING", Some("something else")),
             (b"\0\0\0\0", Some("something else")),
         ] {
-            assert_eq!(named(words), name, "{words:?}");
+            assert_eq!(peer(words), name.map(Peer::Stranger), "{words:?}");
         }
     }
 }

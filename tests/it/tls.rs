@@ -274,6 +274,31 @@ async fn t5_a_server_that_wants_tls() {
     works_encrypted(&pool(&cluster, "sslmode=prefer")).await;
 }
 
+/// T5: `sslnegotiation=direct` is known to PostgreSQL 17 and newer. Older ones hang up, and so does one without TLS.
+#[tokio::test]
+async fn t5_tls_without_asking_for_it_first() {
+    let authority = Authority::new();
+    let cluster = with_tls(&authority).hba(TLS_ONLY).start().await;
+    let (direct, root) = ("sslnegotiation=direct", trusted(&cluster, &authority));
+    let full = format!("sslmode=verify-full&sslrootcert={}&{direct}", root.display());
+    let by_the_users_own =
+        || builder(&cluster, &format!("sslmode=verify-full&{direct}")).tls(own_connector(&authority));
+    let too_old = ["hangs up", "sslnegotiation=direct needs PostgreSQL 17", "leave it out"];
+    if cluster.version().await >= 17 {
+        works_encrypted(&pool(&cluster, &full)).await;
+        works_encrypted(&pool(&cluster, &format!("sslmode=require&{direct}"))).await;
+    } else {
+        refused(&pool(&cluster, &full), &too_old).await;
+        refused(&pool(&cluster, &format!("sslmode=require&{direct}")), &too_old).await;
+    }
+    // Wants the name of its protocol in the handshake, which this connector does not give.
+    refused(&by_the_users_own().build().unwrap(), &["needs PostgreSQL 17", "ALPN"]).await;
+    drop(cluster);
+
+    let plain = Cluster::builder().nodes(1).start().await;
+    refused(&pool(&plain, &format!("sslmode=require&{direct}")), &["server does not support TLS", "ssl = on"]).await;
+}
+
 /// T6: the password's proof is bound to the certificate: who ends the TLS in between learns nothing and gets nowhere.
 #[tokio::test]
 async fn t6_channel_binding() {
