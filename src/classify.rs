@@ -197,6 +197,12 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether a limit on the time of a statement or transaction ended it, or somebody cancelled it. `transaction_timeout`
+/// (17 and later) ends the session too.
+pub(crate) fn cut_off(error: &Error) -> bool {
+    error.code().is_some_and(|code| *code == SqlState::QUERY_CANCELED || code.code() == "25P04")
+}
+
 /// Whether the error is about a prepared statement, and not about what that asks for: it is gone, or it is there already.
 /// A proxy may give each transaction another session, and `DEALLOCATE ALL` takes every statement away.
 pub(crate) fn not_prepared(error: &Error) -> bool {

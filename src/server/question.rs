@@ -4,12 +4,11 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use futures_util::TryStreamExt;
-use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use super::failure;
 use super::withheld::{self, Withheld};
-use crate::classify::{Verdict, about_a_part, classify, explain, not_offered};
+use crate::classify::{Verdict, about_a_part, classify, cut_off, explain, not_offered};
 use crate::topology::{
     Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
 };
@@ -65,8 +64,9 @@ impl Questions {
     }
 
     /// Asks on a session that was opened earlier. The question is sent together with the promotion wait, but in a
-    /// transaction of its own, as a transaction that began on a standby stays read-only. If the server refuses to wait,
-    /// because of a missing privilege or a `statement_timeout`, it is asked without the wait.
+    /// transaction of its own, as a transaction that began on a standby stays read-only. If the server does not wait,
+    /// because a privilege is missing or a limit cuts the wait off, it is asked without the wait for a while: each cut by
+    /// `transaction_timeout` also ends the session.
     pub(crate) async fn ask_after(
         &self,
         promotion_wait: Option<PromotionWait>,
@@ -79,7 +79,7 @@ impl Questions {
             };
             let Err(error) = rows(client, &wait_for_promotion(promotion_wait)).await else { return };
             tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
-            if not_offered(&error) || error.code() == Some(&SqlState::QUERY_CANCELED) {
+            if not_offered(&error) || cut_off(&error) {
                 self.promotion_wait.note(address, (), |(), ()| ());
             }
         };

@@ -1,12 +1,14 @@
 //! What differs between the versions of PostgreSQL. A test that has to know the version asks the server.
 
+use std::time::Duration;
+
 use testbed::{Cluster, Node, eventually};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
 use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::{Guarantee, Pool};
 
-use crate::load::{LONG, create_table, generation};
+use crate::load::{LONG, create_table, generation, primary_lost};
 use crate::settle::single;
 use crate::transaction::{insert, sql, stored};
 
@@ -37,6 +39,33 @@ pub(crate) async fn has_idle_session_timeout(cluster: &Cluster) -> bool {
         println!("this server has no idle_session_timeout");
     }
     known
+}
+
+/// `transaction_timeout` (17 and later) ends a session that waits for a promotion for longer. One round finds that out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_timeout_ends_no_session_in_each_round_of_a_search() {
+    let cluster = Cluster::builder().nodes(2).start().await;
+    create_table(&cluster).await;
+    if cluster.version().await >= 17 {
+        sql(&cluster, "ALTER ROLE app SET transaction_timeout = '100ms'").await;
+    } else {
+        println!("this server has no transaction_timeout; the search is the usual one");
+    }
+    cluster.wait_replayed(Node(1)).await;
+    let pool =
+        Pool::builder(cluster.url_hosts()).unwrap().heartbeat_interval(Duration::from_millis(200)).build().unwrap();
+    pool.transaction(async |tx| insert(&tx, 1).await).await.unwrap();
+    cluster.kill(Node(0)).await;
+    primary_lost(&pool).await;
+    // A dozen rounds and more on an idle machine.
+    sleep(Duration::from_secs(4)).await;
+    // The server logs the statement of a session that it ends. A slow machine may meet the limit in others, too.
+    let log = cluster.log(Node(1)).await;
+    let ended = log.matches("SELECT FROM generate_series").count();
+    assert!(ended <= 2, "{ended} waits were cut off:\n{log}");
+    cluster.promote(Node(1)).await;
+    timeout(LONG, pool.transaction(async |tx| insert(&tx, 2).await)).await.unwrap().unwrap();
+    assert_eq!((stored(&cluster).await, generation(&pool)), (vec![1, 2], 2));
 }
 
 /// What a server says before its first answer: a setting of the role that it cannot apply, and since 17 what a trigger
