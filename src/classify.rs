@@ -197,6 +197,11 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
+/// Whether the server does not know a function: it is older than the function, or only imitates PostgreSQL.
+pub(crate) fn lacks_function(error: &Error) -> bool {
+    error.code() == Some(&SqlState::UNDEFINED_FUNCTION)
+}
+
 /// Whether a limit on the time of a statement or transaction ended it, or somebody cancelled it. `transaction_timeout`
 /// (17 and later) ends the session too.
 pub(crate) fn cut_off(error: &Error) -> bool {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::attempt::Attempt;
 use super::finish::{OPEN, remember};
 use super::settle::{Mark, Settler};
-use crate::classify::{Verdict, classify, explain, not_offered};
+use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
 use crate::commit::Ledger;
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
@@ -63,7 +63,11 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
             Err(error) if matches!(begin.marks, MarkWith::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
-                self.pool().set_unmarked(client.generation(), &explain(&error));
+                let mut why = explain(&error);
+                if lacks_function(&error) {
+                    why.push_str("; PostgreSQL 13 is the oldest version that tells what became of a commit");
+                }
+                self.pool().set_unmarked(client.generation(), &why);
                 client.batch_execute("ROLLBACK").await?;
                 client.batch_execute(&self.unmarked(begin)).await?;
                 return Ok(None);

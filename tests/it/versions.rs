@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use testbed::{Cluster, Node, eventually};
+use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
+use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::listen::Message;
-use tokio_postgres_failover::{Guarantee, Pool};
+use tokio_postgres_failover::{Error, Guarantee, Pool};
 
 use crate::load::{LONG, create_table, generation, primary_lost};
 use crate::settle::single;
@@ -39,6 +40,26 @@ pub(crate) async fn has_idle_session_timeout(cluster: &Cluster) -> bool {
         println!("this server has no idle_session_timeout");
     }
     known
+}
+
+/// PostgreSQL 12 and older have no `pg_current_xact_id`: work is done, nothing is settled, and the pool says why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_before_13_is_named_as_too_old_to_settle_on() {
+    let cluster = single().start().await;
+    create_table(&cluster).await;
+    let hide = "ALTER FUNCTION pg_catalog.pg_current_xact_id() RENAME TO pg_gone";
+    sql(&cluster, &format!("SET allow_system_table_mods = on; {hide}")).await;
+    let cutter = Cutter::start((cluster.spare_addr(0), cluster.port()).into(), cluster.socket_addr(Node(0))).await;
+    let pool = Pool::builder(format!("postgres://app@{}/app", cutter.addr())).unwrap().build().unwrap();
+    pool.transaction(async |tx| insert(&tx, 1).await).await.unwrap();
+    let why = pool.status().fallback.expect("a reason");
+    assert!(why.contains("42883") && why.contains("PostgreSQL 13 is the oldest version"), "{why}");
+    let cut = cutter.arm(Cut::CommitAnswerDropped);
+    let error = pool.transaction(async |tx| insert(&tx, 2).await).await.unwrap_err();
+    timeout(LONG, cut.happened()).await.unwrap();
+    let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
+    assert_eq!(unknown.reason(), Unsettled::NoMarker, "{error}");
+    assert_eq!(stored(&cluster).await, [1, 2]);
 }
 
 /// `transaction_timeout` (17 and later) ends a session that waits for a promotion for longer. One round finds that out.
