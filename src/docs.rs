@@ -17,6 +17,7 @@
 //! | know what is promised, and why it is true | [exactly_once] |
 //! | look up a failure, and the tests of it | [scenarios] |
 //! | see what was measured | [figures] |
+//! | know which PostgreSQL was tested, and what differs | [versions] |
 //! | look up a word | [glossary] |
 //!
 //! Each page defines its links at its end, for readers of the files themselves. Here `docs/links.md` defines them
@@ -98,3 +99,7 @@ pub mod metrics {}
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/proxies.md")]
 pub mod proxies {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/versions.md")]
+pub mod versions {}
