@@ -8,10 +8,11 @@ use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use testbed::lock;
 use tokio::io::{AsyncBufReadExt as _, AsyncRead, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
@@ -166,7 +167,7 @@ impl Peer for Program {
             let _ = child.start_kill();
             // Its last words come before the end of the pipe.
             let _ = timeout(STOP_WITHIN, listening).await;
-            let said = said.lock().unwrap_or_else(PoisonError::into_inner);
+            let said = lock(&said);
             return Err(format!("{why}; it said: {}", Vec::from(said.clone()).join(" | ")));
         }
         let reading = tokio::spawn(read(lines, recorder));
@@ -197,7 +198,7 @@ async fn read(mut lines: Lines<BufReader<ChildStdout>>, recorder: Arc<Recorder>)
 async fn listen(errors: impl AsyncRead + Unpin, said: Arc<Mutex<VecDeque<String>>>) {
     let mut lines = BufReader::new(errors).lines();
     while let Ok(Some(line)) = lines.next_line().await {
-        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut said = lock(&said);
         if said.len() == SAID {
             said.pop_front();
         }

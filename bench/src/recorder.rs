@@ -1,6 +1,8 @@
 //! Every answer that the workers of one peer got, in the order of its arrival.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use testbed::lock;
 
 use crate::peer::Event;
 
@@ -24,7 +26,7 @@ impl Recorder {
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.log)
     }
 
     /// Adds an event.

@@ -13,7 +13,7 @@ use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{fmt::Write as _, process as this_process, thread};
 
@@ -30,6 +30,7 @@ use crate::dns::Dns;
 use crate::limit;
 use crate::process::{self, Reaper};
 use crate::server::{self, Server};
+use crate::sync::lock;
 use crate::wait::until;
 
 pub use timelines::Background;
@@ -385,7 +386,7 @@ impl Cluster {
 
     fn postmaster(&self, node: Node) -> MutexGuard<'_, Postmaster> {
         let postmaster = self.nodes.get(node.0).unwrap_or_else(|| panic!("there is no {node:?}"));
-        postmaster.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(postmaster)
     }
 
     fn running(&self, node: Node) -> u32 {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::frames::{self, Frame, Frames, Head};
+use crate::sync::lock;
 
 /// Where a transaction's connection is cut.
 ///
@@ -151,7 +152,7 @@ struct Shared {
 
 impl Shared {
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.book)
     }
 }
 
@@ -200,7 +201,7 @@ impl Cutter {
 
     /// Where new connections go; open ones stay where they are.
     pub fn set_upstream(&self, upstream: SocketAddr) {
-        *self.shared.upstream.lock().unwrap_or_else(PoisonError::into_inner) = upstream;
+        *lock(&self.shared.upstream) = upstream;
     }
 
     /// Cuts the next connection that reaches the point, once; a `READ ONLY` transaction is none the safer. What was
@@ -292,7 +293,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 async fn serve(client: TcpStream, shared: Arc<Shared>) {
-    let upstream = *shared.upstream.lock().unwrap_or_else(PoisonError::into_inner);
+    let upstream = *lock(&shared.upstream);
     let Ok(server) = TcpStream::connect(upstream).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let link = Link {

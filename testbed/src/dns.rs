@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     io::ErrorKind,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -27,6 +27,8 @@ use hickory_server::{
     zone_handler::MessageResponseBuilder,
 };
 use tokio::net::{TcpListener, UdpSocket};
+
+use crate::sync::lock;
 
 /// The name that [`Dns::set`] and [`Dns::answer`] speak of.
 const NAME: &str = "pg.internal";
@@ -202,7 +204,7 @@ impl Default for Pages {
 
 impl Book {
     fn lock(&self) -> MutexGuard<'_, Pages> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Counts a query and says how long its answer shall wait.

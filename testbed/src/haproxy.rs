@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::process::Child;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -18,6 +18,7 @@ use tokio_postgres::{Config, NoTls};
 
 use crate::cluster::{Cluster, Node};
 use crate::program::{Program, ended, is_installed};
+use crate::sync::lock;
 use crate::wait::{eventually, until};
 
 const NAME: &str = "haproxy";
@@ -70,7 +71,7 @@ impl FlyChecks {
 
     /// From now on this node says that it is a zombie, as one does whose lock file was written; or no longer.
     pub fn set_zombie(&self, node: Node, zombie: bool) {
-        *self.endpoints[node.0].zombie.lock().unwrap_or_else(PoisonError::into_inner) = zombie;
+        *lock(&self.endpoints[node.0].zombie) = zombie;
     }
 
     /// The end point of this node refuses connections, as its machine does when it is gone.
@@ -102,7 +103,7 @@ impl FlyChecks {
     }
 
     fn task(&self, node: Node) -> std::sync::MutexGuard<'_, Option<JoinHandle<()>>> {
-        self.nodes[node.0].lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.nodes[node.0])
     }
 }
 
@@ -131,7 +132,7 @@ impl Endpoint {
     }
 
     async fn role(&self) -> Result<&'static str, tokio_postgres::Error> {
-        if *self.zombie.lock().unwrap_or_else(PoisonError::into_inner) {
+        if *lock(&self.zombie) {
             return Ok("zombie");
         }
         let (client, connection) = self.server.connect(NoTls).await?;

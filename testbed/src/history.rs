@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::sync::lock;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Answer {
@@ -70,7 +72,7 @@ impl<Id: Ord + Clone + Debug> History<Id> {
     }
 
     fn answers(&self) -> MutexGuard<'_, BTreeMap<Id, Answer>> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.answers)
     }
 
     /// Compares with the rows read back: each id with how often it is there.

@@ -5,10 +5,12 @@
 
 use std::cell::RefCell;
 use std::io::{Write as _, stderr, stdout};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, Once};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 use std::{env, fs, process};
+
+use crate::sync::lock;
 
 /// A multiple of what the longest test takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -29,7 +31,7 @@ struct Entry(ThreadId);
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        RUNNING.lock().unwrap_or_else(PoisonError::into_inner).retain(|(thread, ..)| *thread != self.0);
+        lock(&RUNNING).retain(|(thread, ..)| *thread != self.0);
     }
 }
 
@@ -41,7 +43,7 @@ pub(crate) fn begin() {
     THIS.with_borrow_mut(|this| {
         if this.is_none() {
             *this = Some(Entry(thread.id()));
-            let mut running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut running = lock(&RUNNING);
             running.push((thread.id(), name.to_owned(), Instant::now()));
         }
     });
@@ -53,7 +55,7 @@ fn watch() {
     let limit = told.unwrap_or(LIMIT);
     loop {
         thread::sleep(INTERVAL);
-        let running = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = lock(&RUNNING);
         if let Some((_, name, begun)) = running.iter().find(|(.., begun)| begun.elapsed() > limit) {
             // Written past `print!`, which the harness keeps until the test ends. Nobody is left to tell of a failed write.
             let _ = writeln!(stdout(), "\ntest {name} ... FAILED");

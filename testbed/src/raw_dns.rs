@@ -2,11 +2,13 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::task::{JoinHandle, JoinSet};
+
+use crate::sync::lock;
 
 /// The header of a message.
 const HEADER: usize = 12;
@@ -79,7 +81,7 @@ struct Stage {
 impl Stage {
     fn answer(&self, question: &Question) -> Option<Vec<u8>> {
         self.questions.fetch_add(1, Ordering::SeqCst);
-        let answer = Arc::clone(&self.answer.lock().unwrap_or_else(PoisonError::into_inner));
+        let answer = Arc::clone(&lock(&self.answer));
         // What is shorter has no id, and is no question.
         (question.bytes.len() > HEADER + 4).then(|| answer(question)).flatten()
     }
@@ -124,7 +126,7 @@ impl RawDns {
 
     /// From now on questions are answered so.
     pub fn answer(&self, answer: impl Fn(&Question) -> Option<Vec<u8>> + Send + Sync + 'static) {
-        *self.stage.answer.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(answer);
+        *lock(&self.stage.answer) = Arc::new(answer);
     }
 
     /// How many questions came.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::frames::{self, Frames, Head};
+use crate::sync::lock;
 
 /// What passed through a [`Tap`] from clients to the server.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -76,7 +77,7 @@ struct Shared {
 
 impl Shared {
     fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.counts)
     }
 }
 
@@ -143,7 +144,7 @@ impl Tap {
 
     /// Where new connections go; open ones stay where they are.
     pub fn set_upstream(&self, upstream: SocketAddr) {
-        *self.shared.upstream.lock().unwrap_or_else(PoisonError::into_inner) = upstream;
+        *lock(&self.shared.upstream) = upstream;
     }
 }
 
@@ -238,7 +239,7 @@ async fn turn_away(client: &mut TcpStream, how: TurnAway) -> End {
 async fn forward(client: &mut TcpStream, shared: &Shared) {
     let mut order = shared.order.subscribe();
     flowing(&mut order).await;
-    let upstream = *shared.upstream.lock().unwrap_or_else(PoisonError::into_inner);
+    let upstream = *lock(&shared.upstream);
     let Ok(mut server) = TcpStream::connect(upstream).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (client_reads, client_writes) = client.split();

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, History};
+use testbed::{Cluster, History, lock};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::ledger::Ledger;
@@ -296,7 +296,7 @@ async fn one(pool: &Pool, id: i64, pause: Option<Duration>, impatient: bool) -> 
 
 impl Shared {
     fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.record)
     }
 
     fn say(&self, what: &str) {

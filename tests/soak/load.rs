@@ -1,10 +1,10 @@
 //! Those who use the pool: writers whose answers are recorded, readers, and calls that are dropped half-way.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, History, Verdict};
+use testbed::{Cluster, History, Verdict, lock};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool};
@@ -291,8 +291,4 @@ impl Shared {
             println!("           {candidate}");
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
