@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
 
 use crate::frames::{self, Frame, Frames, Head};
+use crate::port::{Port, connect, drain};
 use crate::sync::lock;
 
 /// Where a transaction's connection is cut.
@@ -174,29 +174,27 @@ impl Shared {
 /// # }
 /// ```
 pub struct Cutter {
-    addr: SocketAddr,
+    port: Port,
     shared: Arc<Shared>,
-    task: JoinHandle<()>,
 }
 
 impl Cutter {
     /// Listens on `listen` and connects each client to `upstream`. A client is closed when this cannot be reached.
     pub async fn start(listen: SocketAddr, upstream: SocketAddr) -> Self {
-        let listener = TcpListener::bind(listen).await.unwrap_or_else(|error| panic!("cutter on {listen}: {error}"));
         let shared = Arc::new(Shared {
             book: Mutex::default(),
             upstream: Mutex::new(upstream),
             released: watch::Sender::new(0),
             held: AtomicUsize::new(0),
         });
-        let addr = listener.local_addr().expect("a bound socket");
-        let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
-        Self { addr, shared, task }
+        let served = Arc::clone(&shared);
+        let port = Port::open("cutter", listen, move |client| serve(client, Arc::clone(&served))).await;
+        Self { port, shared }
     }
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
-        self.addr
+        self.port.addr()
     }
 
     /// Where new connections go; open ones stay where they are.
@@ -272,30 +270,9 @@ impl Cutter {
     }
 }
 
-impl Drop for Cutter {
-    fn drop(&mut self) {
-        // The connections' tasks belong to this one and end with it.
-        self.task.abort();
-    }
-}
-
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((client, _)) = accepted else { continue };
-                connections.spawn(serve(client, Arc::clone(&shared)));
-            }
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
 async fn serve(client: TcpStream, shared: Arc<Shared>) {
     let upstream = *lock(&shared.upstream);
-    let Ok(server) = TcpStream::connect(upstream).await else { return };
-    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let Some(server) = connect(&client, upstream).await else { return };
     let link = Link {
         client: Side::new(client, Frames::of_client()),
         server: Side::new(server, Frames::of_server()),
@@ -362,7 +339,7 @@ impl Side {
 
     /// Reads to the end.
     async fn drain(&mut self) {
-        while self.reads.read(&mut self.buffer).await.is_ok_and(|read| read > 0) {}
+        drain(&mut self.reads).await;
     }
 }
 
@@ -416,7 +393,6 @@ impl Link {
             }
             self.transfer().await;
         }
-        // A close with unread bytes would be a RST, which can overtake the server's last words.
         self.client.finish().await;
         drop(self.server);
         self.client.drain().await;
@@ -612,7 +588,6 @@ impl Link {
                 held.hold().await;
             }
         };
-        // A close with unread bytes would be a RST, which can overtake what was passed on.
         tokio::join!(self.client.drain(), holding);
     }
 }

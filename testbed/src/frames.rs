@@ -106,6 +106,12 @@ fn length(bytes: &[u8]) -> Option<usize> {
     bytes.first_chunk().map(|size| u32::from_be_bytes(*size) as usize)
 }
 
+/// A message with its letter and its length.
+pub(crate) fn framed(letter: u8, body: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(4 + body.len()).expect("a message of less than 4 GiB");
+    [&[letter][..], &length.to_be_bytes(), body].concat()
+}
+
 /// For the tests of whatever is built on this.
 #[cfg(test)]
 pub(crate) mod samples {
@@ -113,16 +119,11 @@ pub(crate) mod samples {
         let length = u32::try_from(8 + body.len()).unwrap();
         [&length.to_be_bytes(), &code.to_be_bytes(), body].concat()
     }
-
-    pub(crate) fn message(letter: u8, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(4 + body.len()).unwrap();
-        [&[letter][..], &length.to_be_bytes(), body].concat()
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::samples::{message, startup};
+    use super::samples::startup;
     use super::*;
 
     fn heads(mut frames: Frames, stream: &[u8], size: usize) -> Vec<Head> {
@@ -140,8 +141,8 @@ mod tests {
 
     #[test]
     fn frames_are_found_however_they_are_cut() {
-        let client = [startup(TLS, b""), startup(196_608, b"user\0app\0\0"), message(b'Q', b"SELECT 1\0")].concat();
-        let server = [b"N".to_vec(), message(b'N', b"S\0"), message(b'Z', b"I")].concat();
+        let client = [startup(TLS, b""), startup(196_608, b"user\0app\0\0"), framed(b'Q', b"SELECT 1\0")].concat();
+        let server = [b"N".to_vec(), framed(b'N', b"S\0"), framed(b'Z', b"I")].concat();
         for size in 1..=client.len() {
             let expected = [Head::Request(TLS), Head::Request(196_608), Head::Message(b'Q')];
             assert_eq!(heads(Frames::of_client(), &client, size), expected);
@@ -155,7 +156,7 @@ mod tests {
     #[test]
     fn a_body_comes_without_its_header() {
         let mut frames = Frames::of_server();
-        frames.feed(&message(b'Z', b"T"));
+        frames.feed(&framed(b'Z', b"T"));
         assert_eq!(frames.next().unwrap().body(), b"T");
     }
 

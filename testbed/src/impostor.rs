@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::net::TcpStream;
 use tokio_rustls::rustls::crypto::ring::default_provider;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -14,14 +13,14 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::certificate::{Authority, Certificate};
+use crate::port::Port;
 
 /// How a client, and how he himself, asks for TLS.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
 /// Stands between clients and one server. Dropping it closes its connections and its port.
 pub struct Impostor {
-    addr: SocketAddr,
-    task: JoinHandle<()>,
+    port: Port,
 }
 
 impl Impostor {
@@ -34,26 +33,13 @@ impl Impostor {
         authority: &Authority,
     ) -> Self {
         let (acceptor, connector) = (acceptor(certificate), connector(authority));
-        let listener = TcpListener::bind(listen).await.unwrap_or_else(|error| panic!("impostor on {listen}: {error}"));
-        let addr = listener.local_addr().expect("a bound socket");
-        let task = tokio::spawn(async move {
-            let mut victims = JoinSet::new();
-            while let Ok((client, _)) = listener.accept().await {
-                victims.spawn(relay(client, upstream, acceptor.clone(), connector.clone()));
-            }
-        });
-        Self { addr, task }
+        let serve = move |client| relay(client, upstream, acceptor.clone(), connector.clone());
+        Self { port: Port::open("impostor", listen, serve).await }
     }
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
-        self.addr
-    }
-}
-
-impl Drop for Impostor {
-    fn drop(&mut self) {
-        self.task.abort();
+        self.port.addr()
     }
 }
 

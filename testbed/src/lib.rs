@@ -37,6 +37,7 @@ mod limit;
 mod path;
 mod pgbouncer;
 mod pooler;
+mod port;
 mod process;
 mod program;
 mod raw_dns;

@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::sleep;
 
-use crate::frames::{self, Frame, Frames, Head};
+use crate::frames::{self, Frame, Frames, Head, framed};
+use crate::port::{Port, drain};
 use crate::sync::lock;
 
 /// Between two tries to log in to a server that takes nobody, and two looks at what a client waits for.
@@ -33,9 +33,8 @@ const AUTHENTICATED: [u8; 4] = [0; 4];
 /// client that goes away within a transaction takes its server connection along. While the target takes nobody, clients
 /// wait.
 pub struct Pooler {
-    addr: SocketAddr,
+    port: Port,
     shared: Arc<Shared>,
-    task: JoinHandle<()>,
 }
 
 struct Shared {
@@ -51,21 +50,20 @@ struct Shared {
 impl Pooler {
     /// Listens on `listen`; transactions run on `target`.
     pub async fn start(listen: SocketAddr, target: SocketAddr) -> Self {
-        let listener = TcpListener::bind(listen).await.unwrap_or_else(|error| panic!("pooler on {listen}: {error}"));
         let shared = Arc::new(Shared {
             target: Mutex::new(Some(target)),
             idle: Mutex::default(),
             busy: Mutex::default(),
             clients: AtomicI32::default(),
         });
-        let addr = listener.local_addr().expect("a bound socket");
-        let task = tokio::spawn(accept(listener, Arc::clone(&shared)));
-        Self { addr, shared, task }
+        let served = Arc::clone(&shared);
+        let serve = move |client| serve(Wire::new(client, Frames::of_client()), Arc::clone(&served));
+        Self { port: Port::open("pooler", listen, serve).await, shared }
     }
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
-        self.addr
+        self.port.addr()
     }
 
     /// Where transactions run that begin from now on; those that have begun end where they are. Ends a pause.
@@ -87,26 +85,6 @@ impl Pooler {
     }
 }
 
-impl Drop for Pooler {
-    fn drop(&mut self) {
-        // The sessions' tasks belong to this one and end with it.
-        self.task.abort();
-    }
-}
-
-async fn accept(listener: TcpListener, shared: Arc<Shared>) {
-    let mut sessions = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((client, _)) = accepted else { continue };
-                sessions.spawn(serve(Wire::new(client, Frames::of_client()), Arc::clone(&shared)));
-            }
-            Some(_) = sessions.join_next() => {}
-        }
-    }
-}
-
 /// A client, from its first byte to its end. `None`, as everywhere below: it or its server has gone.
 async fn serve(mut client: Wire, shared: Arc<Shared>) -> Option<()> {
     let startup = loop {
@@ -120,10 +98,10 @@ async fn serve(mut client: Wire, shared: Arc<Shared>) -> Option<()> {
     };
     let number = shared.clients.fetch_add(1, Ordering::Relaxed);
     let (server, busy) = client.wait_for(shared.take(&startup, number)).await?;
-    let mut greeting = message(b'R', &AUTHENTICATED);
+    let mut greeting = framed(b'R', &AUTHENTICATED);
     greeting.extend_from_slice(&server.parameters);
-    greeting.extend(message(b'K', &[number.to_be_bytes(), [0; 4]].concat()));
-    greeting.extend(message(b'Z', b"I"));
+    greeting.extend(framed(b'K', &[number.to_be_bytes(), [0; 4]].concat()));
+    greeting.extend(framed(b'Z', b"I"));
     busy.give_back(server);
     client.send(&greeting).await?;
     loop {
@@ -154,7 +132,7 @@ async fn transact(client: &mut Wire, server: &mut Wire, first: Frame) -> Option<
             frame = client.next() => asked = Some(frame?),
             frame = server.next() => {
                 let Some(frame) = frame else {
-                    client.send(&message(b'E', CRASHED)).await?;
+                    client.send(&framed(b'E', CRASHED)).await?;
                     return client.finish().await;
                 };
                 client.send(&frame.bytes).await?;
@@ -317,17 +295,12 @@ impl Wire {
         }
     }
 
-    /// Sends a FIN and reads to the end: a close with unread bytes would be a RST, which can overtake what was sent.
+    /// Sends a FIN and reads to the end.
     async fn finish(&mut self) -> Option<()> {
         self.writes.shutdown().await.ok()?;
-        while self.read().await.is_some() {}
+        drain(&mut self.reads).await;
         None
     }
-}
-
-fn message(letter: u8, body: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(4 + body.len()).expect("a short message");
-    [&[letter][..], &length.to_be_bytes(), body].concat()
 }
 
 #[cfg(test)]

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::net::TcpStream;
 
+use crate::frames::framed;
+use crate::port::{Port, drain};
 use crate::sync::lock;
 
 const PROTOCOL_3: i32 = 196_608;
@@ -110,7 +111,6 @@ type Tampering = Arc<dyn Fn(u64) -> Tamper + Send + Sync>;
 struct Stage {
     answer: Mutex<Answer>,
     tamper: Mutex<Tampering>,
-    accepted: AtomicU64,
     sent: AtomicU64,
 }
 
@@ -131,9 +131,8 @@ struct Stage {
 /// # }
 /// ```
 pub struct Script {
-    addr: SocketAddr,
+    port: Port,
     stage: Arc<Stage>,
-    task: JoinHandle<()>,
 }
 
 impl Script {
@@ -154,16 +153,19 @@ impl Script {
     /// Listens on `addr` and answers each simple query by `answer`, which gets the whole text: also several statements.
     pub async fn start(addr: SocketAddr, answer: impl Fn(&str) -> Reply + Send + Sync + 'static) -> Self {
         crate::limit::begin();
-        let listener = TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("script on {addr}: {error}"));
-        let addr = listener.local_addr().expect("a bound socket");
         let stage = Arc::new(Stage {
             answer: Mutex::new(Arc::new(answer)),
             tamper: Mutex::new(Arc::new(|_| Tamper::Nothing)),
-            accepted: AtomicU64::new(0),
             sent: AtomicU64::new(0),
         });
-        let task = tokio::spawn(accept(listener, Arc::clone(&stage)));
-        Self { addr, stage, task }
+        let (served, mut number) = (Arc::clone(&stage), 0);
+        let serve = move |stream| {
+            let tampering = Arc::clone(&lock(&served.tamper));
+            let tamper = tampering(number);
+            number += 1;
+            session(Wire { stream, tamper, stage: Arc::clone(&served) })
+        };
+        Self { port: Port::open("script", addr, serve).await, stage }
     }
 
     /// A primary that knows the probe, `SELECT 1` and the ends of transactions: the beginning of most scripts.
@@ -179,7 +181,7 @@ impl Script {
 
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
-        self.addr
+        self.port.addr()
     }
 
     /// From now on queries are answered so, also in the sessions that are open.
@@ -194,34 +196,12 @@ impl Script {
 
     /// How many sessions were begun.
     pub fn accepted(&self) -> u64 {
-        self.stage.accepted.load(Ordering::SeqCst)
+        self.port.accepted()
     }
 
     /// How many bytes were sent, in all sessions.
     pub fn sent(&self) -> u64 {
         self.stage.sent.load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for Script {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn accept(listener: TcpListener, stage: Arc<Stage>) {
-    let mut sessions = JoinSet::new();
-    loop {
-        tokio::select! {
-            connected = listener.accept() => {
-                let Ok((stream, _)) = connected else { continue };
-                let number = stage.accepted.fetch_add(1, Ordering::SeqCst);
-                let tampering = Arc::clone(&lock(&stage.tamper));
-                let tamper = tampering(number);
-                sessions.spawn(session(Wire { stream, tamper, stage: Arc::clone(&stage) }));
-            }
-            Some(_) = sessions.join_next() => {}
-        }
     }
 }
 
@@ -260,21 +240,15 @@ impl Wire {
         self.stream.read_exact(&mut body).await.ok()?;
         Some(body)
     }
-
-    /// Sends a FIN and reads to the end: a close with unread bytes would be a RST, which can overtake what was sent.
-    async fn close(mut self) {
-        if self.stream.shutdown().await.is_ok() {
-            let mut buffer = [0; 1024];
-            while self.stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
-        }
-    }
 }
 
 async fn session(mut wire: Wire) {
     if !matches!(wire.tamper, Tamper::Cut(0)) && start_up(&mut wire).await.is_some() {
         while converse(&mut wire).await.is_some() {}
     }
-    wire.close().await;
+    if wire.stream.shutdown().await.is_ok() {
+        drain(&mut wire.stream).await;
+    }
 }
 
 async fn start_up(wire: &mut Wire) -> Option<()> {
@@ -287,11 +261,11 @@ async fn start_up(wire: &mut Wire) -> Option<()> {
             _ => return None,
         }
     }
-    let mut bytes = frame(b'R', &0_i32.to_be_bytes());
+    let mut bytes = framed(b'R', &0_i32.to_be_bytes());
     for (name, value) in [("server_version", "17.0"), ("client_encoding", "UTF8")] {
-        bytes.extend(frame(b'S', format!("{name}\0{value}\0").as_bytes()));
+        bytes.extend(framed(b'S', format!("{name}\0{value}\0").as_bytes()));
     }
-    bytes.extend(frame(b'K', &[0, 0, 0, 1, 0, 0, 0, 2]));
+    bytes.extend(framed(b'K', &[0, 0, 0, 1, 0, 0, 0, 2]));
     bytes.extend(ready());
     wire.send(bytes).await
 }
@@ -335,18 +309,18 @@ fn encode(bytes: &mut Vec<u8>, reply: &Reply) -> bool {
     match reply {
         Reply::Rows { columns, rows, tag } => {
             if !columns.is_empty() || !rows.is_empty() {
-                bytes.extend(frame(b'T', &description(columns)));
+                bytes.extend(framed(b'T', &description(columns)));
             }
             for row in rows {
-                bytes.extend(frame(b'D', &data(row)));
+                bytes.extend(framed(b'D', &data(row)));
             }
-            bytes.extend(frame(b'C', format!("{tag}\0").as_bytes()));
+            bytes.extend(framed(b'C', format!("{tag}\0").as_bytes()));
             false
         }
         Reply::Error { sqlstate, severity, routine, message } => {
             let routine = routine.as_ref().map_or_else(String::new, |routine| format!("R{routine}\0"));
             let body = format!("S{severity}\0V{severity}\0C{sqlstate}\0M{message}\0{routine}\0");
-            bytes.extend(frame(b'E', body.as_bytes()));
+            bytes.extend(framed(b'E', body.as_bytes()));
             severity != "ERROR"
         }
         Reply::Several(replies) => replies.iter().any(|reply| encode(bytes, reply)),
@@ -384,12 +358,7 @@ fn count(of: usize) -> Vec<u8> {
 }
 
 fn ready() -> Vec<u8> {
-    frame(b'Z', b"I")
-}
-
-fn frame(tag: u8, body: &[u8]) -> Vec<u8> {
-    let length = i32::try_from(body.len() + 4).expect("less than 2 GiB");
-    [&[tag], &length.to_be_bytes()[..], body].concat()
+    framed(b'Z', b"I")
 }
 
 #[cfg(test)]

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::frames::{self, Frames, Head};
+use crate::port;
 use crate::sync::lock;
 
 /// What passed through a [`Tap`] from clients to the server.
@@ -60,18 +60,12 @@ pub enum TurnAway {
     Delay(Duration),
 }
 
-/// What all connections look at.
-#[derive(Clone, Copy, Debug)]
-struct Order {
-    stalled: bool,
-    /// Connections that began before this one was given end in the way it says.
-    ends: (u64, End),
-}
-
 struct Shared {
     counts: Mutex<Counts>,
     upstream: Mutex<SocketAddr>,
-    order: watch::Sender<Order>,
+    stalled: watch::Sender<bool>,
+    /// Connections that began before the newest number was given end in the way that stands beside it.
+    ends: watch::Sender<(u64, End)>,
     away: watch::Sender<Option<TurnAway>>,
 }
 
@@ -91,11 +85,12 @@ pub struct Tap {
 impl Tap {
     /// Listens on `listen` and connects each client to `upstream`.
     pub async fn start(listen: SocketAddr, upstream: SocketAddr) -> Self {
-        let listener = TcpListener::bind(listen).await.unwrap_or_else(|error| panic!("tap on {listen}: {error}"));
+        let listener = port::listen("tap", listen).await;
         let shared = Arc::new(Shared {
             counts: Mutex::default(),
             upstream: Mutex::new(upstream),
-            order: watch::Sender::new(Order { stalled: false, ends: (0, End::Close) }),
+            stalled: watch::Sender::new(false),
+            ends: watch::Sender::new((0, End::Close)),
             away: watch::Sender::new(None),
         });
         let addr = listener.local_addr().expect("a bound socket");
@@ -129,12 +124,12 @@ impl Tap {
     }
 
     fn end(&self, how: End) {
-        self.shared.order.send_modify(|order| order.ends = (order.ends.0 + 1, how));
+        self.shared.ends.send_modify(|ends| *ends = (ends.0 + 1, how));
     }
 
     /// While stalled, connections are accepted and stay open, and nothing is forwarded in either direction.
     pub fn stall(&self, stalled: bool) {
-        self.shared.order.send_modify(|order| order.stalled = stalled);
+        self.shared.stalled.send_replace(stalled);
     }
 
     /// From now on new connections fare so; open ones go on. `None`: they are forwarded again.
@@ -165,7 +160,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
         if refuses {
             listener = None;
         } else if listener.is_none() {
-            listener = Some(TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("tap on {addr}: {error}")));
+            listener = Some(port::listen("tap", addr).await);
         }
         let accepting = async {
             match &listener {
@@ -186,11 +181,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
-    let mut order = shared.order.subscribe();
-    let begun = order.borrow().ends.0;
+    let mut ends = shared.ends.subscribe();
+    let begun = ends.borrow().0;
     let ended = async {
         // The sender lives in `shared`, which this task holds.
-        order.wait_for(|order| order.ends.0 > begun).await.map_or(End::Close, |order| order.ends.1)
+        ends.wait_for(|ends| ends.0 > begun).await.map_or(End::Close, |ends| ends.1)
     };
     let away = *shared.away.borrow();
     let served = async {
@@ -237,48 +232,12 @@ async fn turn_away(client: &mut TcpStream, how: TurnAway) -> End {
 }
 
 async fn forward(client: &mut TcpStream, shared: &Shared) {
-    let mut order = shared.order.subscribe();
-    flowing(&mut order).await;
+    let mut stalled = shared.stalled.subscribe();
+    port::flowing(&mut stalled).await;
     let upstream = *lock(&shared.upstream);
-    let Ok(mut server) = TcpStream::connect(upstream).await else { return };
-    let _ = (client.set_nodelay(true), server.set_nodelay(true));
-    let (client_reads, client_writes) = client.split();
-    let (server_reads, server_writes) = server.split();
+    let Some(mut server) = port::connect(client, upstream).await else { return };
     let mut frontend = Frontend::default();
-    let to_server =
-        pump(client_reads, server_writes, order.clone(), |bytes| frontend.feed(bytes, &mut shared.counts()));
-    let to_client = pump(server_reads, client_writes, order, |_| {});
-    tokio::join!(to_server, to_client);
-}
-
-async fn flowing(order: &mut watch::Receiver<Order>) {
-    // An error means that the tap is gone, and this task is about to end.
-    let _ = order.wait_for(|order| !order.stalled).await;
-}
-
-/// Forwards one direction to its end, and the end itself.
-async fn pump(
-    mut from: ReadHalf<'_>,
-    mut to: WriteHalf<'_>,
-    mut order: watch::Receiver<Order>,
-    mut saw: impl FnMut(&[u8]),
-) {
-    let mut buffer = vec![0; 16 * 1024];
-    loop {
-        flowing(&mut order).await;
-        let read = from.read(&mut buffer).await.unwrap_or(0);
-        // The stall may have come while this waited for bytes.
-        flowing(&mut order).await;
-        if read == 0 {
-            let _ = to.shutdown().await;
-            return;
-        }
-        // Counted before it is sent, so that a client that has its answer finds it counted.
-        saw(&buffer[..read]);
-        if to.write_all(&buffer[..read]).await.is_err() {
-            return;
-        }
-    }
+    port::relay(client, &mut server, stalled, |bytes| frontend.feed(bytes, &mut shared.counts())).await;
 }
 
 /// Counts what a client's byte stream holds.
@@ -311,20 +270,20 @@ impl Frontend {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frames::samples::{message, startup};
-    use crate::frames::{CANCEL, TLS};
+    use crate::frames::samples::startup;
+    use crate::frames::{CANCEL, TLS, framed};
 
     #[test]
     fn messages_are_counted_however_they_are_cut() {
         let stream = [
             startup(TLS, b""),
             startup(196_608, b"user\0app\0\0"),
-            message(b'Q', b"SELECT 1\0"),
-            message(b'P', b"\0SELECT 1\0\0\0"),
-            message(b'B', &[0; 8]),
-            message(b'E', &[0; 5]),
-            message(b'S', b""),
-            message(b'X', b""),
+            framed(b'Q', b"SELECT 1\0"),
+            framed(b'P', b"\0SELECT 1\0\0\0"),
+            framed(b'B', &[0; 8]),
+            framed(b'E', &[0; 5]),
+            framed(b'S', b""),
+            framed(b'X', b""),
         ]
         .concat();
         for size in 1..stream.len() {

@@ -2,13 +2,13 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
+
+use crate::port::{Port, drain};
 
 /// After this long without an answer, a connect to a [`Blackhole`] counts as hanging. Loopback answers in microseconds;
 /// the kernel repeats a SYN only after a second.
@@ -45,73 +45,34 @@ impl Blackhole {
     }
 }
 
-/// What the accepting traps share.
-struct Trap {
-    addr: SocketAddr,
-    accepted: Arc<AtomicU64>,
-    task: JoinHandle<()>,
-}
-
-impl Trap {
-    async fn start<F>(addr: SocketAddr, handle: impl Fn(TcpStream) -> F + Send + 'static) -> Self
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let listener = TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("trap on {addr}: {error}"));
-        let addr = listener.local_addr().expect("a bound socket");
-        let accepted = Arc::new(AtomicU64::new(0));
-        let count = Arc::clone(&accepted);
-        let task = tokio::spawn(async move {
-            let mut connections = JoinSet::new();
-            loop {
-                tokio::select! {
-                    connected = listener.accept() => {
-                        let Ok((stream, _)) = connected else { continue };
-                        count.fetch_add(1, Ordering::SeqCst);
-                        connections.spawn(handle(stream));
-                    }
-                    Some(_) = connections.join_next() => {}
-                }
-            }
-        });
-        Self { addr, accepted, task }
-    }
-}
-
-impl Drop for Trap {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 macro_rules! trap_methods {
     () => {
         /// Where it listens.
         pub fn addr(&self) -> SocketAddr {
-            self.0.addr
+            self.0.addr()
         }
 
         /// How many connections it has accepted.
         pub fn accepted(&self) -> u64 {
-            self.0.accepted.load(Ordering::SeqCst)
+            self.0.accepted()
         }
     };
 }
 
 /// Accepts connections, reads what comes, and never answers.
-pub struct Silent(Trap);
+pub struct Silent(Port);
 
 impl Silent {
     /// Listens on `addr`.
     pub async fn start(addr: SocketAddr) -> Self {
-        Self(Trap::start(addr, drain).await)
+        Self(Port::open("trap", addr, async |mut stream| drain(&mut stream).await).await)
     }
 
     trap_methods!();
 }
 
 /// Answers the first bytes of a client with something that is not PostgreSQL, and closes.
-pub struct Garbage(Trap);
+pub struct Garbage(Port);
 
 impl Garbage {
     /// Listens on `addr` and says `bytes`: `b"HTTP/1.1 400 Bad Request\r\n\r\n"` is what a web server would.
@@ -122,31 +83,24 @@ impl Garbage {
             async move {
                 let first = stream.read(&mut [0; 1024]).await;
                 if first.is_ok() && stream.write_all(&bytes).await.is_ok() && stream.shutdown().await.is_ok() {
-                    // A close with unread bytes would be a RST, which can overtake the answer.
-                    drain(stream).await;
+                    drain(&mut stream).await;
                 }
             }
         };
-        Self(Trap::start(addr, answer).await)
+        Self(Port::open("trap", addr, answer).await)
     }
 
     trap_methods!();
 }
 
 /// Accepts connections and closes them at once, like a load balancer without a backend.
-pub struct Eof(Trap);
+pub struct Eof(Port);
 
 impl Eof {
     /// Listens on `addr`.
     pub async fn start(addr: SocketAddr) -> Self {
-        Self(Trap::start(addr, async |stream| drop(stream)).await)
+        Self(Port::open("trap", addr, async |stream| drop(stream)).await)
     }
 
     trap_methods!();
-}
-
-/// Reads to the end.
-async fn drain(mut stream: TcpStream) {
-    let mut buffer = [0; 1024];
-    while stream.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
 }
