@@ -18,7 +18,8 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::peer::{Event, Load, Peer, Target};
+use crate::event::Event;
+use crate::peer::{Load, Peer, Target};
 use crate::recorder::Recorder;
 
 /// A virtual machine starts, and a pool opens its connections, within this.

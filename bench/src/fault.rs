@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::error::Error;
+use crate::event::now_micros;
 use crate::isolation::Network;
-use crate::peer::now_micros;
 use crate::stage::Stage;
 
 /// How long after the new primary's first write DNS leads to it, where DNS moves late.

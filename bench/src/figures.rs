@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use testbed::longest_gap;
 
+use crate::event::Event;
 use crate::fault::Timeline;
-use crate::peer::Event;
 
 /// All figures of one failover.
 #[derive(Clone, Debug, PartialEq)]

@@ -12,9 +12,9 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_postgres_failover::Pool;
 
+use crate::console::say;
 use crate::error::Error;
 use crate::isolation::Network;
-use crate::recovery::say;
 use crate::settings::Settings;
 use crate::stage::Stage;
 

@@ -11,12 +11,12 @@ use tokio::time::{interval, sleep};
 use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::resolve::{HickoryResolver, Resolve};
 
+use crate::console::{command, say};
 use crate::error::Error;
+use crate::event::now_micros;
 use crate::isolation::Network;
 use crate::measurement::Measurement;
-use crate::peer::now_micros;
 use crate::random::Random;
-use crate::recovery::{command, say};
 use crate::results::Results;
 use crate::settings::Settings;
 use crate::stage::{NAME, Stage, TABLE};

@@ -3,8 +3,10 @@
 #![allow(clippy::must_use_candidate, reason = "getters of a benchmark")]
 #![allow(clippy::doc_markdown, reason = "PostgreSQL and its pools are names")]
 
+pub mod console;
 pub mod counting;
 pub mod error;
+pub mod event;
 pub mod external;
 pub mod fault;
 pub mod figures;

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use failover_bench::error::Error;
+use failover_bench::event::now_micros;
 use failover_bench::isolation::{self, Network};
-use failover_bench::peer::now_micros;
 use failover_bench::report::{self, Places};
 use failover_bench::results::Results;
 use failover_bench::settings::{Case, Settings};
 use failover_bench::versions::Machine;
-use failover_bench::{fleet, floor, growth, quiet, recovery};
+use failover_bench::{console, fleet, floor, growth, quiet, recovery};
 
 fn main() -> ExitCode {
     // Silent unless RUST_LOG asks: RUST_LOG=tokio_postgres_failover=debug shows what this crate did when.
@@ -78,7 +78,7 @@ async fn quiet_path(settings: &Settings) -> Result<(), Error> {
     if settings.quick && settings.rounds.is_none() {
         options = quiet::Options { rounds: 3, slice: Duration::from_millis(200), tasks: vec![1, 8], ..options };
     }
-    let measurements = quiet::run(&options, recovery::say).await.map_err(failed)?;
+    let measurements = quiet::run(&options, console::say).await.map_err(failed)?;
     let network = Arc::new(Network::here().await);
     let results = Results {
         case: "quiet".to_owned(),
@@ -87,7 +87,7 @@ async fn quiet_path(settings: &Settings) -> Result<(), Error> {
              same round; a primary with a synchronous standby, fsync on",
             options.slice
         ),
-        command: recovery::command(settings, "CASES=quiet", options.rounds),
+        command: console::command(settings, "CASES=quiet", options.rounds),
         at: now_micros() / 1_000_000,
         machine: Machine::this(failover_bench::postgres_version(&network).await?),
         rounds: options.rounds,

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use testbed::lock;
 
-use crate::peer::Event;
+use crate::event::Event;
 
 /// Shared by a peer's workers and whoever looks at them. Cheap enough to stand beside a write.
 #[derive(Debug)]

@@ -7,13 +7,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use testbed::Cluster;
 use tokio::time::sleep;
 
+use crate::console::{command, say};
 use crate::error::Error;
+use crate::event::{Event, now_micros};
 use crate::fault::{Failure, Timeline};
 use crate::figures::Figures;
 use crate::floor::{self, NAME_OF_FLOOR, detection};
 use crate::isolation::Network;
 use crate::measurement::Measurement;
-use crate::peer::{Event, Peer, now_micros};
+use crate::peer::Peer;
 use crate::recorder::Recorder;
 use crate::results::{PeerInfo, Results};
 use crate::settings::Settings;
@@ -135,13 +137,6 @@ pub async fn run(settings: &Settings, network: &Arc<Network>, failure: Failure) 
     Ok(())
 }
 
-/// What repeats a case, from the project's root.
-pub fn command(settings: &Settings, case: &str, rounds: usize) -> String {
-    let quick = if settings.quick { " QUICK=1" } else { "" };
-    let (peers, seed, workers) = (&settings.peers, settings.seed, settings.workers);
-    format!("make bench {case} PEERS={peers} ROUNDS={rounds} SEED={seed} WORKERS={workers}{quick}")
-}
-
 fn rounds(settings: &Settings, failure: Failure) -> usize {
     settings.rounds.unwrap_or(match failure {
         _ if !settings.quick => 7,
@@ -260,9 +255,4 @@ fn tell(failure: Failure, round: usize, name: &str, outcome: &Outcome) {
         ms(first_write),
         ms(all_workers)
     ));
-}
-
-/// Progress goes to the screen as it comes.
-pub fn say(text: &str) {
-    println!("{text}");
 }

@@ -16,7 +16,8 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::Config;
 use tokio_postgres::config::TargetSessionAttrs;
 
-use crate::peer::{Event, Load, PAUSE_AFTER_ERROR, Peer, Target};
+use crate::event::Event;
+use crate::peer::{Load, PAUSE_AFTER_ERROR, Peer, Target};
 use crate::recorder::Recorder;
 
 /// How long [`Load::stop`] waits for calls that are under way.

@@ -6,8 +6,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use failover_bench::event::now_micros;
 use failover_bench::external::peers;
-use failover_bench::peer::{Peer, Target, now_micros};
+use failover_bench::peer::{Peer, Target};
 use failover_bench::recorder::Recorder;
 use testbed::{Cluster, Node, eventually};
 
