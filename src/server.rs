@@ -18,7 +18,7 @@ pub(crate) use activity::{Activity, Heard};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use password::{Ask, Passwords};
-pub(crate) use question::{Questions, rows};
+pub(crate) use question::rows;
 pub use session::SessionClient;
 pub(crate) use session::{Guarded, Session};
 pub(crate) use wire::wall_clock;
@@ -42,6 +42,7 @@ use crate::classify::{
     NO_DIRECT_TLS, NO_TLS, Verdict, explain, hung_up, hung_up_in_handshake, links, not_let_in, verdict_of_open,
 };
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
+use question::Questions;
 use session::{Driver, drive};
 use stranger::{Peer, what_answers};
 
@@ -85,8 +86,18 @@ where
     }
 }
 
+/// What every opener asks and counts in the same way.
+#[derive(Default)]
+pub(crate) struct Asker {
+    pub(crate) questions: Questions,
+    /// A counter that grows whenever something is sent or received for a caller on any session of the pool.
+    pub(crate) traffic: Arc<AtomicU64>,
+}
+
 /// Opens sessions and asks servers what they are. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
+    fn asker(&self) -> &Asker;
+
     /// Opens a session and asks the question on it.
     fn open<'a>(
         &'a self,
@@ -101,10 +112,14 @@ pub(crate) trait Open<C>: Send + Sync {
         address: &'a Address,
         client: &'a Client,
         promotion_wait: Option<PromotionWait>,
-    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>>;
+    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
+        Box::pin(self.asker().questions.ask_after(promotion_wait, address, client))
+    }
 
     /// A number that changes whenever something is sent or received for a caller on any session of the pool.
-    fn traffic(&self) -> u64;
+    fn traffic(&self) -> u64 {
+        self.asker().traffic.load(Ordering::Relaxed)
+    }
 
     /// Returns whether this crate drives the pool's sessions, and so notices the end of each at once.
     fn drives(&self) -> bool;
@@ -121,9 +136,7 @@ pub(crate) struct Opener {
     dial: Arc<dyn Dial>,
     /// The password provider, if there is one; the template then holds no password.
     passwords: Option<Passwords>,
-    /// A counter that grows whenever something is sent or received for a caller on any session of the pool.
-    traffic: Arc<AtomicU64>,
-    questions: Questions,
+    asker: Asker,
     /// A session was opened once, so the peers of this pool are PostgreSQL.
     worked: AtomicBool,
 }
@@ -141,8 +154,7 @@ impl Opener {
             template,
             dial: Arc::new(TlsDial(tls)),
             passwords: None,
-            traffic: Arc::default(),
-            questions: Questions::default(),
+            asker: Asker::default(),
             worked: AtomicBool::new(false),
         }
     }
@@ -265,6 +277,10 @@ impl Opener {
 }
 
 impl Open<ClientWrapper> for Opener {
+    fn asker(&self) -> &Asker {
+        &self.asker
+    }
+
     fn open<'a>(
         &'a self,
         endpoint: &'a Endpoint,
@@ -279,27 +295,15 @@ impl Open<ClientWrapper> for Opener {
             self.worked.store(true, Ordering::Relaxed);
             let (token, dial, config) = (client.cancel_token(), Arc::clone(&self.dial), self.config_for(endpoint));
             let cancelling = cancel(move || dial.cancel(config.clone(), token.clone()));
-            let driving = drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.traffic), cancelling);
+            let driving =
+                drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.asker.traffic), cancelling);
             let task = tokio::spawn(driving);
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
             let session = Session { client, abort, scope, notices };
-            let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
+            let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
-    }
-
-    fn ask<'a>(
-        &'a self,
-        address: &'a Address,
-        client: &'a Client,
-        promotion_wait: Option<PromotionWait>,
-    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask_after(promotion_wait, address, client))
-    }
-
-    fn traffic(&self) -> u64 {
-        self.traffic.load(Ordering::Relaxed)
     }
 
     fn drives(&self) -> bool {

@@ -25,7 +25,7 @@ use crate::error::BuildError;
 use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Open, Questions, SessionClient};
+use crate::server::{Asker, Open, SessionClient};
 use crate::topology::{Address, Endpoint, Settings, View};
 
 /// Configures a [wrapped pool](Pool::wrap). Setters take the builder by value and never fail; [`WrapBuilder::build`]
@@ -144,8 +144,7 @@ where
         let open_timeout = self.settings.probe_timeout;
         let existing = Arc::new(ExistingPool {
             existing: self.existing,
-            questions: Questions::default(),
-            traffic: AtomicU64::new(0),
+            asker: Asker::default(),
             evicted_for: AtomicU64::new(1),
             returns: Arc::default(),
         });

@@ -14,10 +14,8 @@ use tokio_postgres::{CancelToken, NoTls};
 use tokio_util::sync::CancellationToken;
 
 use super::trail::clear_idle;
-use crate::server::{Guarded, Open, Opened, Questions, Session, SessionClient, not_created, panicked};
-use crate::topology::{
-    Address, Endpoint, FailureKind, GenerationId, ProbeFailure, PromotionWait, Question, ServerReport,
-};
+use crate::server::{Asker, Guarded, Open, Opened, Session, SessionClient, not_created, panicked};
+use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
 /// A connection of the wrapped pool.
 pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
@@ -132,8 +130,7 @@ pub(super) enum NoObject {
 /// Opens sessions with the wrapped pool's manager.
 pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
-    pub(super) questions: Questions,
-    pub(super) traffic: AtomicU64,
+    pub(super) asker: Asker,
     /// The newest generation for which idle connections were closed; at first 0, which stands for none.
     pub(super) evicted_for: AtomicU64,
     pub(super) returns: Arc<Returns>,
@@ -145,6 +142,10 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
+    fn asker(&self) -> &Asker {
+        &self.asker
+    }
+
     fn open<'a>(
         &'a self,
         endpoint: &'a Endpoint,
@@ -159,22 +160,9 @@ where
             // The manager may keep a record of what it created, as deadpool-postgres' does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let report = self.questions.ask(&endpoint.address, &session.client, question).await?;
+            let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
-    }
-
-    fn ask<'a>(
-        &'a self,
-        address: &'a Address,
-        client: &'a tokio_postgres::Client,
-        promotion_wait: Option<PromotionWait>,
-    ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.questions.ask_after(promotion_wait, address, client))
-    }
-
-    fn traffic(&self) -> u64 {
-        self.traffic.load(Ordering::Relaxed)
     }
 
     fn drives(&self) -> bool {
@@ -241,7 +229,7 @@ where
     }
 
     fn count_traffic(&self) {
-        self.traffic.fetch_add(1, Ordering::Relaxed);
+        self.asker.traffic.fetch_add(1, Ordering::Relaxed);
     }
 
     fn clear_idle(&self) {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, Origin, Parts, Phase, PromotionWait, RENEWED_AFTER, Refusal,
-    Search, ServerReport, Topology, primary::same_start,
+    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, Origin, Parts, Phase, PromotionWait, RENEWED_AFTER,
+    Refusal, Search, ServerReport, Topology, primary::same_start,
 };
 
 /// The most candidates that are probed at the same time. If there are more, they take turns.
