@@ -8,6 +8,7 @@
 
 mod action;
 mod candidate;
+mod deadlines;
 mod fence;
 mod identity;
 mod lives;
@@ -54,9 +55,7 @@ use crate::random::SplitMix64;
 use lives::Beside;
 use member::{MAX_MEMBERS, Member};
 use notice::Topic;
-use pace::{
-    FIRST_GRACE, FULL_PAUSE, GRACE, LONG_SEARCH, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE,
-};
+use pace::{FIRST_GRACE, FULL_PAUSE, GRACE, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE};
 use search::{Doubt, Search, Suspended};
 
 #[expect(clippy::large_enum_variant, reason = "there is one")]
@@ -157,25 +156,11 @@ impl Topology {
         topology
     }
 
-    /// Returns what is to be done now. Call it after each input and at [`Self::wake_at`].
-    pub(crate) fn poll(&mut self, now: Instant) -> Vec<Action> {
-        self.notice_pause(now);
-        self.polled_at = now;
-        self.follow_successor(now);
-        self.decide_pick(now);
-        self.judge_if_due(now);
-        self.resume_heard(now);
-        self.give_up_silent(now);
-        self.tell_of_a_long_search(now);
-        self.give_up_mute(now);
-        self.ask_if_quiet(now);
-        self.hurry_if_uneasy(now);
-        self.look_up_due_names(now);
-        self.take_turns(now);
-        self.patrol_alone(now);
-        self.ask_beside(now);
+    /// Asks the members that are due.
+    fn ask_due_members(&mut self, now: Instant) {
         let (current, suspended) = (self.primary_address(), self.suspended_address());
         let promotion_wait = self.promotion_wait(now);
+        // As the method of this name, but without borrowing the members.
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
             Phase::Known { .. } => None,
@@ -218,8 +203,6 @@ impl Topology {
             let within = within + promotion_wait.map_or(Duration::ZERO, |promotion_wait| promotion_wait.lasts);
             self.actions.push(Action::Probe { endpoint, fresh, beside: false, promotion_wait, within, opened_within });
         }
-        self.note_due(now);
-        std::mem::take(&mut self.actions)
     }
 
     /// Handles the result of a probe.
@@ -367,6 +350,13 @@ impl Topology {
 
     pub(crate) fn revision(&self) -> u64 {
         self.revision
+    }
+
+    fn search(&self) -> Option<&Search> {
+        match &self.phase {
+            Phase::Searching(search) => Some(search),
+            Phase::Known { .. } => None,
+        }
     }
 
     fn primary_address(&self) -> Option<Address> {

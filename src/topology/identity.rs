@@ -121,9 +121,7 @@ impl Topology {
     /// Follows the user's policy (`accept_new_cluster_after`): if no server of the pool's cluster has answered as its
     /// primary for that long, the cluster has been replaced by the one that answers in its place.
     pub(super) fn follow_successor(&mut self, now: Instant) {
-        let Some(after) =
-            self.settings.accept_new_cluster_after.filter(|_| self.follow_at().is_some_and(|at| at <= now))
-        else {
+        let Some(after) = self.settings.accept_new_cluster_after else {
             return;
         };
         let claimants: BTreeSet<u64> = self.claimants().filter_map(|report| report.system_identifier).collect();
@@ -146,10 +144,7 @@ impl Topology {
 
     /// Writable servers that are refused because of the cluster they belong to.
     fn claimants(&self) -> impl Iterator<Item = &ServerReport> {
-        let search = match &self.phase {
-            Phase::Searching(search) => Some(search),
-            Phase::Known { .. } => None,
-        };
+        let search = self.search();
         let claims = move |member: &'_ Member| search.is_some_and(|search| member.answered(search));
         self.members.values().filter(move |member| claims(member)).filter_map(|member| match &member.answer {
             Some(Answer::Refused(report, Refusal::OtherCluster { .. } | Refusal::Zombie { .. })) => {

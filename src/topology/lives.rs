@@ -147,11 +147,8 @@ impl Topology {
         }
     }
 
-    /// Asks the question beside the first one if it is due.
+    /// Asks the question beside the first one.
     pub(super) fn ask_beside(&mut self, now: Instant) {
-        if self.beside.asking || self.beside.due.is_none_or(|due| due > now) {
-            return;
-        }
         let (primary, fresh) = match &self.phase {
             Phase::Known { primary, .. } => (primary, true),
             Phase::Searching(Search { suspended: Some(suspended), .. }) => (&suspended.primary, false),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Action, Address, Answer, LONG_SEARCH, Parts, Phase, Probed, Refusal, Topology};
+use super::{Action, Address, Answer, Parts, Phase, Probed, Refusal, Topology};
 
 /// A notice for an operator.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,10 +43,7 @@ impl Notice {
 
 impl Topology {
     pub(super) fn tell_of_a_long_search(&mut self, now: Instant) {
-        if let Phase::Searching(search) = &mut self.phase
-            && !search.told
-            && now >= search.since + LONG_SEARCH
-        {
+        if let Phase::Searching(search) = &mut self.phase {
             search.told = true;
             self.actions.push(Action::Notice(Notice::StillSearching(now.duration_since(search.since))));
         }

@@ -1,4 +1,4 @@
-//! Decides how often each server is asked, and when the topology next has something to do.
+//! Decides how often each server is asked.
 //!
 //! The pauses grow with the time without a primary. Jitter keeps many pools from asking in step.
 
@@ -84,36 +84,9 @@ impl Default for Settings {
 }
 
 impl Topology {
-    /// The next moment at which [`Self::poll`] may have something to do without new input.
-    pub(crate) fn wake_at(&self) -> Option<Instant> {
-        let (current, log_in_at) = (self.primary_address(), self.log_in_at());
-        let probes =
-            self.members.values().filter(|member| !member.asking).map(|member| {
-                if member.must_log_in(current.as_ref()) { member.due.max(log_in_at) } else { member.due }
-            });
-        let timers = match &self.phase {
-            Phase::Searching(search) => [
-                search.judge_at,
-                self.follow_at().filter(|at| *at > self.polled_at),
-                search.pick.as_ref().map(|pick| pick.decide_at),
-                search.suspended.as_ref().map(|suspended| self.gives_up_at(suspended)),
-                (!search.told).then(|| search.since + LONG_SEARCH),
-            ],
-            Phase::Known { .. } => [
-                self.uneasy_at().filter(|at| *at > self.polled_at),
-                (self.traffic.in_use || self.traffic.moved).then(|| self.polled_at + self.listen_interval()),
-                None,
-                None,
-                None,
-            ],
-        };
-        let beside = self.beside.due.filter(|_| !self.beside.asking);
-        probes.chain(self.names_due()).chain(beside).chain(timers.into_iter().flatten()).min()
-    }
-
     /// How to wait for a standby's promotion in this search. `None` if the next session may reach another server.
     pub(super) fn promotion_wait(&self, now: Instant) -> Option<PromotionWait> {
-        let Phase::Searching(search) = &self.phase else { return None };
+        let search = self.search()?;
         let pause = self.poll_pause(now.duration_since(search.since));
         let step = (pause / LOOKS).max(Duration::from_millis(1));
         (!self.settings.roaming)
@@ -133,7 +106,7 @@ impl Topology {
     }
 
     /// When the primary's silence makes the pool uneasy; `None` while no question to it is open.
-    fn uneasy_at(&self) -> Option<Instant> {
+    pub(super) fn uneasy_at(&self) -> Option<Instant> {
         let Phase::Known { primary, .. } = &self.phase else {
             return None;
         };
@@ -165,14 +138,11 @@ impl Topology {
         }
     }
 
-    fn listen_interval(&self) -> Duration {
+    pub(super) fn listen_interval(&self) -> Duration {
         (self.settings.heartbeat / QUIET / 2).max(LISTEN_INTERVAL)
     }
 
-    pub(super) fn hurry_if_uneasy(&mut self, now: Instant) {
-        if self.uneasy_at().is_none_or(|at| at > now) {
-            return;
-        }
+    pub(super) fn hurry_others(&mut self, now: Instant) {
         for member in self.members.values_mut() {
             member.hurry(now, UNEASY_PACE);
         }

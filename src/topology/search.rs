@@ -110,12 +110,9 @@ impl Topology {
         let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
             return;
         };
-        let gives_up_at = self.gives_up_at(suspended);
-        if now >= gives_up_at {
-            let silent = self.settings.dead_after + now.duration_since(gives_up_at);
-            let id = suspended.primary.id;
-            self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
-        }
+        let silent = self.settings.dead_after + now.duration_since(self.gives_up_at(suspended));
+        let id = suspended.primary.id;
+        self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
     }
 
     /// Resumes a primary that was suspended for silence, if it has answered on an open session since. It is in the same
@@ -205,12 +202,18 @@ impl Topology {
         }
     }
 
+    /// When the best writable server so far is adopted: at once if no other server can object any more.
+    pub(super) fn pick_at(&self) -> Option<Instant> {
+        let pick = self.search()?.pick.as_ref()?;
+        let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();
+        Some(if all_answered { self.polled_at.min(pick.decide_at) } else { pick.decide_at })
+    }
+
     pub(super) fn decide_pick(&mut self, now: Instant) {
         let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {
             return;
         };
-        let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();
-        if pick.decide_at > now && !all_answered {
+        if self.pick_at().is_none_or(|at| at > now) {
             return;
         }
         let (address, report) = (pick.address.clone(), pick.report.clone());
@@ -241,14 +244,6 @@ impl Topology {
         primary.report = ServerReport { checkpointed: ancestor.or(report.checkpointed), ..report.clone() };
         self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
         self.known(now, primary, "the same server answers as the primary again");
-    }
-
-    pub(super) fn judge_if_due(&mut self, now: Instant) {
-        if let Phase::Searching(Search { judge_at: Some(at), .. }) = &self.phase
-            && *at <= now
-        {
-            self.judge_refusals(now);
-        }
     }
 
     pub(super) fn set_refused(&mut self, now: Instant, failure: Option<ProbeFailure>) {
