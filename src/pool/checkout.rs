@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use deadpool::managed::{self, PoolError};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
+use super::counted::Counted;
 use super::{Client, Manager, Pool, Source};
 use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
@@ -188,21 +188,5 @@ impl<C: SessionClient> Pool<C> {
         let current = self.cluster().current();
         let obstacle = current.map_or(Obstacle::NoPrimary, |generation| Obstacle::NoSession(generation.trouble()));
         Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
-    }
-}
-
-/// One more in a counter, for as long as it lives.
-pub(super) struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    pub(super) fn new(counter: &'a AtomicUsize) -> Self {
-        counter.fetch_add(1, Ordering::Relaxed);
-        Self(counter)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }

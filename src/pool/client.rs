@@ -14,7 +14,9 @@ use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
-use super::connection::{Connection, DRAIN_WITHIN, Facts, Manager};
+use super::connection::{Connection, DRAIN_WITHIN};
+use super::facts::Facts;
+use super::manager::Manager;
 use super::trail::Trail;
 use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;

@@ -10,9 +10,9 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::Manager;
-use super::connection::Facts;
 use super::dials::Dials;
+use super::facts::Facts;
+use super::manager::Manager;
 use super::settling::Settlers;
 use super::stale::TestAfter;
 use super::trail::Trails;

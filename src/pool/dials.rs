@@ -15,12 +15,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use deadpool::managed::WeakPool;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use super::Manager;
 use super::connection::Connection;
 use super::dialer::{Dialer, take_turn};
+use super::manager::Manager;
+use super::room::{Berth, Room};
 use crate::cluster::Generation;
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
@@ -45,16 +46,6 @@ pub(super) struct Dials<C: SessionClient> {
     /// The runtime of the dials and of their sessions' drivers: the pool's own, which outlives its callers' runtimes.
     runtime: Handle,
     room: Arc<Room>,
-}
-
-/// How much of `max_size` is taken.
-#[derive(Default)]
-struct Room {
-    /// The number of existing connections: idle, ready, on loan, and in between. It grows only under the book's lock.
-    live: AtomicUsize,
-    /// How many of them are doubted. Callers that wait may have others in their place.
-    doubted: AtomicUsize,
-    changed: Notify,
 }
 
 struct Book<C> {
@@ -152,16 +143,6 @@ impl<C: SessionClient> Dials<C> {
 
     fn book(&self) -> MutexGuard<'_, Book<C>> {
         lock(&self.book)
-    }
-}
-
-/// One connection that counts towards `max_size`, until it is dropped or leaves the pool.
-pub(super) struct Berth(Arc<Room>);
-
-impl Drop for Berth {
-    fn drop(&mut self) {
-        self.0.live.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_one();
     }
 }
 
@@ -352,7 +333,7 @@ impl<C: SessionClient> Dialer<C> {
         // Subtract up to a tenth, so that connections opened together after a failover do not expire together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
-        let berth = self.dials.berth();
+        let berth = Berth::new(&self.dials.room);
         let connection = Connection::new(session, generation, lifetime, self.cluster.observer(), berth);
         self.trails.add(&connection.facts().trail);
         connection
@@ -403,11 +384,6 @@ impl<C: SessionClient> Dials<C> {
         let doubted = if waits { self.doubted() } else { 0 };
         let live = self.room.live.load(Ordering::Acquire).saturating_sub(doubted);
         live + book.dialing < self.max_size.load(Ordering::Relaxed)
-    }
-
-    fn berth(&self) -> Berth {
-        self.room.live.fetch_add(1, Ordering::AcqRel);
-        Berth(Arc::clone(&self.room))
     }
 }
 

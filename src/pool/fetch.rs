@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::connection::Facts;
 use super::dialer::Dialer;
+use super::facts::Facts;
 use super::fetches::{Fetched, Queue, Wrapped};
 use super::trail::Trail;
 use super::wrapped_pool::{Getting, NoObject, WrappedObject};

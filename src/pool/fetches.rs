@@ -20,10 +20,10 @@ use tokio::sync::oneshot;
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 
-use super::checkout::Counted;
 use super::client::Loan;
-use super::connection::Facts;
+use super::counted::Counted;
 use super::dialer::{Dialer, Turn};
+use super::facts::Facts;
 use super::fetch::{Fetching, spawn};
 use super::trail::Trails;
 use super::wrapped_pool::{Getting, NoObject, WrappedObject, WrappedPool};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::checkout::Counted;
+use super::counted::Counted;
 use super::{Client, Pool, SideSession};
 use crate::commit::Life;
 use crate::error::Error;

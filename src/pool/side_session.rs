@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::connection;
 use super::dialer::Dialer;
+use super::facts::life_in;
 use crate::cluster::{Generation, Wanting};
 use crate::commit::Life;
 use crate::error::Error;
@@ -42,7 +42,7 @@ impl<C: SessionClient> SideSession<C> {
     }
 
     pub(crate) fn life(&self) -> Option<Life> {
-        connection::life_in(&self.generation)
+        life_in(&self.generation)
     }
 
     /// Waits until the session's generation has ended. Cancel-safe.

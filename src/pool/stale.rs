@@ -12,9 +12,9 @@ use std::time::Duration;
 use deadpool::managed::Object;
 use tokio::time::{Instant, timeout_at};
 
-use super::Manager;
 use super::connection::Connection;
 use super::dialer::Dialer;
+use super::manager::Manager;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 

@@ -1,0 +1,85 @@
+//! What is known about one session of the pool.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::trail::Trail;
+use crate::cluster::Generation;
+use crate::commit::{Life, Server};
+use crate::server::{Notices, SessionClient};
+use crate::settle::wal::MarkStatement;
+use crate::sync::lock;
+use crate::topology::{Endpoint, GenerationId, ServerReport};
+
+/// What is known about one session, whichever handle holds it.
+pub(super) struct Facts {
+    pub(super) generation: GenerationId,
+    life: Option<Life>,
+    /// What the server told only later.
+    learned: Arc<OnceLock<ServerReport>>,
+    /// How the session marks transactions.
+    pub(super) marking: Mutex<MarkStatement>,
+    /// The statement by which a COMMIT looks for its transaction is prepared.
+    pub(super) check_prepared: AtomicBool,
+    pub(super) notices: Arc<Notices>,
+    pub(super) poisoned: AtomicBool,
+    /// A COMMIT was sent, and not answered yet.
+    pub(super) committing: AtomicBool,
+    pub(super) trail: Arc<Trail>,
+    /// Where the session was opened.
+    pub(super) endpoint: Endpoint,
+}
+
+impl Facts {
+    pub(super) fn new<C: SessionClient>(generation: &Generation<C>, notices: Arc<Notices>, trail: Arc<Trail>) -> Self {
+        Self {
+            generation: generation.primary.id,
+            life: life(&generation.primary.report),
+            learned: Arc::clone(&generation.learned),
+            marking: Mutex::default(),
+            check_prepared: AtomicBool::new(false),
+            notices,
+            poisoned: AtomicBool::new(false),
+            committing: AtomicBool::new(false),
+            trail,
+            endpoint: generation.endpoint(),
+        }
+    }
+
+    pub(super) fn life(&self) -> Option<Life> {
+        self.life.or_else(|| self.learned.get().and_then(life))
+    }
+
+    pub(super) fn marking(&self) -> MarkStatement {
+        *lock(&self.marking)
+    }
+
+    pub(super) fn is_committing(&self) -> bool {
+        self.committing.load(Ordering::Acquire) || self.notices.activity.is_committing()
+    }
+
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Returns whether no other caller may use the session.
+    pub(super) fn is_unfit(&self) -> bool {
+        self.is_poisoned() || self.trail.is_retired()
+    }
+}
+
+/// The life of the generation's server, if the server has been identified by now.
+pub(super) fn life_in<C: SessionClient>(generation: &Generation<C>) -> Option<Life> {
+    life(&generation.primary.report).or_else(|| generation.learned.get().and_then(life))
+}
+
+/// The life of the server with this report, if the report identifies it.
+fn life(report: &ServerReport) -> Option<Life> {
+    let server = Server {
+        system_identifier: report.system_identifier?,
+        timeline: report.timeline?,
+        started_at: report.started_at?,
+    };
+    let ancestor = report.checkpointed.filter(|older| *older < server.timeline);
+    Some(Life { server, replayed: report.replayed, stats_reset: report.stats_reset, ancestor })
+}

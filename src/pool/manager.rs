@@ -1,0 +1,84 @@
+//! The deadpool manager that creates the pool's connections, and tests them before they are handed out again.
+
+use std::fmt;
+use std::sync::Arc;
+
+use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
+use deadpool_postgres::ClientWrapper;
+
+use super::connection::Connection;
+use super::dialer::Dialer;
+use crate::error::Error;
+use crate::server::SessionClient;
+
+/// The deadpool manager inside a [`Pool`](crate::Pool), for deadpool pools that are built by hand.
+///
+/// Its `create` waits without a limit of its own, for a primary and for a session if the primary accepts none. So give the
+/// pool time-outs, or limit each `get`.
+/// Its `recycle` does no I/O on a recently used connection; see [`PoolBuilder::test_idle_after`]. Unlike
+/// [`Pool`](crate::Pool), it offers neither transactions nor explained time-outs, and its connections end with the
+/// deadpool pool, even those in use.
+///
+/// [`PoolBuilder::test_idle_after`]: crate::PoolBuilder::test_idle_after
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use tokio_postgres_failover::{Manager, Pool, deadpool};
+///
+/// let manager: Manager = Pool::builder("postgres://app@my-pg.internal/app")?.build_manager()?;
+/// let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(8).build()?;
+/// let connection = pool.get().await?;
+/// connection.batch_execute("SELECT 1").await?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Manager<C: SessionClient = ClientWrapper> {
+    pub(super) dialer: Arc<Dialer<C>>,
+}
+
+impl<C: SessionClient> Manager<C> {
+    pub(super) fn new(dialer: Arc<Dialer<C>>) -> Self {
+        Self { dialer }
+    }
+}
+
+impl<C: SessionClient> managed::Manager for Manager<C> {
+    type Type = Connection<C>;
+    type Error = Error;
+
+    async fn create(&self) -> Result<Connection<C>, Error> {
+        // Boxed, because it is rare and large, and every waiting call would carry it.
+        Box::pin(self.dialer.connection()).await
+    }
+
+    async fn recycle(&self, connection: &mut Connection<C>, _: &Metrics) -> RecycleResult<Error> {
+        if !connection.usable() || connection.expired() {
+            return Err(RecycleError::message("the connection has ended, or is too old"));
+        }
+        if !connection.idle().await {
+            // Connections of this crate's own pool are checked when they are given back.
+            self.dialer.cancel_running(connection, connection.facts());
+            return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
+        }
+        // Those of this crate's own pool are tested outside of `recycle`, where a caller that gives up loses none.
+        if self.dialer.dials.is_pool_built_by_hand() && !self.dialer.is_alive(connection).await {
+            return Err(RecycleError::message("its server has not answered"));
+        }
+        let (cluster, id) = (&self.dialer.cluster, connection.facts().generation);
+        if cluster.is_current(id) {
+            return Ok(());
+        }
+        // No primary is verified now. If the next one is the same, its connections are as good as before.
+        let generation = cluster.primary().await.map_err(|none| RecycleError::Backend(Error::without_primary(none)))?;
+        if generation.primary.id == id && connection.usable() {
+            return Ok(());
+        }
+        Err(RecycleError::message("the connection belongs to an older generation"))
+    }
+}
+
+impl<C: SessionClient> fmt::Debug for Manager<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manager").field("view", &self.dialer.cluster.view()).finish_non_exhaustive()
+    }
+}
