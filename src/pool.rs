@@ -22,11 +22,13 @@ mod lacking;
 mod manager;
 mod nested;
 mod options;
+mod pruning;
 mod room;
 mod security;
 mod settling;
 mod shared;
 mod side_session;
+mod signing;
 mod ssl;
 mod stale;
 mod statements;
@@ -43,8 +45,8 @@ pub use connection::Connection;
 pub(crate) use lacking::Check;
 pub use manager::Manager;
 pub(crate) use settling::{SettleSession, Settling};
-pub(crate) use shared::Signing;
 pub(crate) use side_session::SideSession;
+pub(crate) use signing::Signing;
 pub(crate) use statements::{cached_statements, statements};
 pub use status::Status;
 pub(crate) use trail::Trail;
@@ -58,17 +60,15 @@ use std::time::Duration;
 
 use deadpool::managed;
 use deadpool_postgres::ClientWrapper;
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use crate::cluster::Cluster;
-use crate::commit::Nonce;
 use crate::error::{BuildError, Error};
-use crate::observe::{Events, Observer};
+use crate::observe::Events;
 use crate::retry::{FAR, RetryPolicy};
 use crate::server::SessionClient;
-use crate::topology::{Accept, CandidateReport, GenerationId, State, Suspicion, View};
+use crate::topology::{Accept, CandidateReport, State, View};
 use dialer::Dialer;
 use fetches::Wrapped;
 use shared::Shared;
@@ -412,61 +412,8 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.retry
     }
 
-    /// Opens a session outside the pool. Waits for a primary without a limit of its own. Cancel-safe.
-    pub(crate) async fn side_session(&self) -> Result<SideSession<C>, Error> {
-        SideSession::open(&self.dialer).await
-    }
-
-    /// Returns whether the connections come from a wrapped pool.
-    pub(crate) fn is_wrapped(&self) -> bool {
-        matches!(self.source, Source::Wrapped(_))
-    }
-
-    /// Registers a commit that is being settled. Hold the result for as long as that takes.
-    pub(crate) fn settling(&self) -> Settling<'_, C> {
-        Settling::new(self)
-    }
-
-    /// A nonce for the mark of one transaction.
-    pub(crate) fn next_nonce(&self) -> Nonce {
-        self.dialer.next_nonce()
-    }
-
-    /// A seed for the jitter of one call.
-    pub(crate) fn next_seed(&self) -> u64 {
-        self.dialer.next_seed()
-    }
-
-    pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
-        self.cluster().suspect(id, suspicion);
-    }
-
-    /// Returns whether callers get connections to the primary of this generation.
-    pub(crate) fn is_current(&self, id: GenerationId) -> bool {
-        self.cluster().is_current(id)
-    }
-
-    /// Reports that the primary of this generation answered.
-    pub(crate) fn heard(&self, id: GenerationId) {
-        self.cluster().heard(id);
-    }
-
-    pub(crate) fn observer(&self) -> &Observer {
-        self.cluster().observer()
-    }
-
     fn cluster(&self) -> &Cluster<C> {
         &self.dialer.cluster
-    }
-
-    /// Fails at once if the pool has ended. Uses no timer, as the runtime may have ended too.
-    pub(crate) fn not_ended(&self) -> Result<(), Error> {
-        if self.cluster().is_closed() { Err(Error::without_primary(self.cluster().ended())) } else { Ok(()) }
-    }
-
-    /// The runtime of the pool's tasks.
-    pub(crate) fn runtime(&self) -> &Handle {
-        self.dialer.dials.runtime()
     }
 }
 

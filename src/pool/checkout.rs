@@ -159,7 +159,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// Returns a new connection if a slot is free. No other user can have left anything on it. Waits for a primary
     /// without a limit of its own. Cancel-safe.
-    pub(crate) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
+    pub(super) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
         // Do this first, so that no slot is held during the wait that others could use.
         self.cluster().primary().await.map_err(Error::without_primary)?;
@@ -171,7 +171,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    pub(crate) fn unavailable(&self, began: Instant) -> Error {
+    fn unavailable(&self, began: Instant) -> Error {
         let managed::Status { size, max_size, .. } = self.source.status();
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
@@ -183,6 +183,11 @@ impl<C: SessionClient> Pool<C> {
 }
 
 impl<C: SessionClient> Pool<C> {
+    /// Fails at once if the pool has ended. Uses no timer, as the runtime may have ended too.
+    pub(crate) fn not_ended(&self) -> Result<(), Error> {
+        if self.cluster().is_closed() { Err(Error::without_primary(self.cluster().ended())) } else { Ok(()) }
+    }
+
     /// Why a primary, or a session beside the pool, was not had in time: how many connections are in use has no part in it.
     pub(crate) fn unavailable_beside(&self, began: Instant) -> Error {
         let current = self.cluster().current();

@@ -26,7 +26,7 @@ use crate::observe::{Stopwatch, Watched};
 use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
 use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
-use crate::topology::GenerationId;
+use crate::topology::{GenerationId, Suspicion};
 
 /// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
 ///
@@ -233,6 +233,16 @@ impl<C: SessionClient> Client<C> {
         if let Loan::Own(object) = self.loan() {
             object.abort();
         }
+    }
+
+    /// Doubts the primary of the session's generation, because of what happened on the session.
+    pub(crate) fn suspect(&self, suspicion: Suspicion) {
+        self.pool.suspect(self.generation(), suspicion);
+    }
+
+    /// Reports that the primary answered on the session.
+    pub(crate) fn heard(&self) {
+        self.pool.cluster().heard(self.generation());
     }
 
     /// Notes that from now on the session may be busy without a caller that waits for it.

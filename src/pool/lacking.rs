@@ -37,8 +37,9 @@ impl Check {
     }
 }
 
+/// What the transactions of a pool must do without.
 #[derive(Debug, Default)]
-pub(super) struct Lacking {
+pub(crate) struct Lacking {
     mark: Mutex<Option<Unmarked>>,
     check: Mutex<Weakened>,
 }
@@ -63,7 +64,7 @@ struct Weakened {
 
 impl Lacking {
     /// Returns whether this primary's transactions cannot be marked.
-    pub(super) fn is_unmarked(&self, id: GenerationId) -> bool {
+    pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
         let mut mark = lock(&self.mark);
         let Some(unmarked) = mark.as_mut().filter(|unmarked| unmarked.id == id) else { return false };
         unmarked.since = unmarked.since.filter(|since| since.elapsed() < REFUSED_FOR);
@@ -75,15 +76,16 @@ impl Lacking {
         mark.as_ref().filter(|unmarked| unmarked.id == id && unmarked.since.is_some()).map(|it| it.why.clone())
     }
 
-    /// Remembers it, and logs it the first time.
-    pub(super) fn set_unmarked(&self, id: GenerationId, why: &str) {
+    /// Remembers that this primary's transactions cannot be marked, and logs it the first time.
+    pub(crate) fn set_unmarked(&self, id: GenerationId, why: &str) {
         let before = lock(&self.mark).replace(Unmarked { id, why: why.to_owned(), since: Some(Instant::now()) });
         if before.is_none_or(|before| before.why != why) {
             tracing::warn!(why, "transactions cannot be settled here: ExactlyOnce is AtMostOnce");
         }
     }
 
-    pub(super) fn check(&self) -> Check {
+    /// How a COMMIT checks for its transaction.
+    pub(crate) fn check(&self) -> Check {
         let mut weakened = lock(&self.check);
         if weakened.since.is_some_and(|since| since.elapsed() >= REFUSED_FOR) {
             (weakened.check, weakened.since) = (Check::default(), None);
@@ -93,12 +95,12 @@ impl Lacking {
     }
 
     /// COMMIT was not reached, as its prepared check was gone. Each such attempt has to run again, so none is prepared any more.
-    pub(super) fn check_is_gone(&self) {
+    pub(crate) fn check_is_gone(&self) {
         lock(&self.check).unprepared = true;
     }
 
     /// Remembers that the check was refused, so that COMMIT was not reached. Logs it the first time.
-    pub(super) fn check_refused(&self, refused: Check, why: &str) {
+    pub(crate) fn check_refused(&self, refused: Check, why: &str) {
         let mut weakened = lock(&self.check);
         weakened.check = weakened.check.max(refused.weaker());
         weakened.since = weakened.since.or(Some(Instant::now()));

@@ -4,15 +4,17 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
 use std::panic::catch_unwind;
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 
 use super::lacking::Lacking;
+use super::pruning::PruneAt;
 use super::shared::Shared;
+use super::signing::Signatures;
 use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
@@ -52,8 +54,8 @@ impl CallOptions {
             guarantee,
             searching: AtomicUsize::new(0),
             lacking: Lacking::default(),
-            signature: Mutex::default(),
-            prune_at: Mutex::default(),
+            signatures: Signatures::default(),
+            prune_at: PruneAt::default(),
         }))
     }
 }

@@ -43,7 +43,8 @@ pub(crate) struct Settling<'a, C: SessionClient> {
 }
 
 impl<'a, C: SessionClient> Settling<'a, C> {
-    pub(super) fn new(pool: &'a Pool<C>) -> Self {
+    /// Registers a commit that is being settled. Hold the result for as long as that takes.
+    pub(crate) fn new(pool: &'a Pool<C>) -> Self {
         let settlers = &pool.dialer.settlers;
         settlers.pending.fetch_add(1, Ordering::AcqRel);
         Self { pool, settlers }

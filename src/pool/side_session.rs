@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::dialer::Dialer;
 use super::facts::life_in;
+use super::{Pool, Source};
 use crate::cluster::{Generation, Wanting};
 use crate::commit::Life;
 use crate::error::Error;
@@ -17,13 +17,21 @@ pub(crate) struct SideSession<C> {
     _wanting: Wanting,
 }
 
-impl<C: SessionClient> SideSession<C> {
-    pub(super) async fn open(dialer: &Dialer<C>) -> Result<Self, Error> {
-        let wanting = dialer.cluster.want();
-        let (session, generation) = dialer.session().await?;
-        Ok(Self { session, generation, _wanting: wanting })
+impl<C: SessionClient> Pool<C> {
+    /// Opens a session outside the pool. Waits for a primary without a limit of its own. Cancel-safe.
+    pub(crate) async fn side_session(&self) -> Result<SideSession<C>, Error> {
+        let wanting = self.cluster().want();
+        let (session, generation) = self.dialer.session().await?;
+        Ok(SideSession { session, generation, _wanting: wanting })
     }
 
+    /// Returns whether the connections come from a wrapped pool, whose sessions receive no notifications.
+    pub(crate) fn is_wrapped(&self) -> bool {
+        matches!(self.source, Source::Wrapped(_))
+    }
+}
+
+impl<C: SessionClient> SideSession<C> {
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         &self.session.client
     }

@@ -145,7 +145,7 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) fn new(client: Client<C>, limit: Option<Duration>) -> Self {
         Self {
             statements: client.trail().has_statements(),
-            check: client.pool().check(),
+            check: client.pool().lacking().check(),
             run: client.pool().next_nonce(),
             held: DirtyGuard::new(client),
             limit,
@@ -192,7 +192,7 @@ impl<C: SessionClient> Attempt<C> {
                 Ended::Failed(Stage::Body, failed)
             }
             Err(after) => {
-                self.pool().suspect(self.client().generation(), Suspicion::Connection);
+                self.client().suspect(Suspicion::Connection);
                 // The closure may have committed by itself before the limit was over.
                 *lost = self.unsent();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
@@ -259,7 +259,7 @@ impl<C: SessionClient> Attempt<C> {
         self.client().trail().forget();
         let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
         if !self.client().notices().are_driven() {
-            self.pool().heard(self.client().generation());
+            self.client().heard();
         }
         if self.client().notices().already_in_transaction() {
             // The open transaction is not ours to commit. Nothing was done yet, so another connection can be used.
@@ -333,12 +333,12 @@ impl<C: SessionClient> Attempt<C> {
                 Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
             }
             (Proof::Unchecked, Some(error)) => {
-                self.pool().check_refused(self.check, &explain(&error));
+                self.pool().lacking().check_refused(self.check, &explain(&error));
                 let failed = self.not_checked(known, error).await;
                 self.refused(failed, Unsent::of(mark, ended), lost)
             }
             (Proof::Unprepared, Some(error)) => {
-                self.pool().check_is_gone();
+                self.pool().lacking().check_is_gone();
                 let failed = self.not_checked(known, error).await;
                 self.refused(failed, Unsent::of(mark, ended), lost)
             }
@@ -435,7 +435,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Suspects the server if the session has ended. Other errors say nothing about the server.
     pub(super) fn suspect(&self) {
         if self.client().is_closed() {
-            self.pool().suspect(self.client().generation(), Suspicion::Connection);
+            self.client().suspect(Suspicion::Connection);
         }
     }
 

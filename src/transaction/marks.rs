@@ -67,7 +67,7 @@ impl<C: SessionClient> Attempt<C> {
                 if lacks_function(&error) {
                     why.push_str("; PostgreSQL 13 is the oldest version that tells what became of a commit");
                 }
-                self.pool().set_unmarked(client.generation(), &why);
+                self.pool().lacking().set_unmarked(client.generation(), &why);
                 client.batch_execute("ROLLBACK").await?;
                 client.batch_execute(&self.unmarked(begin)).await?;
                 return Ok(None);
@@ -95,7 +95,7 @@ impl<C: SessionClient> Attempt<C> {
             (_, None) => Ok(None),
         };
         let mark = read.unwrap_or_else(|bad| {
-            self.pool().set_unmarked(client.generation(), &bad.to_string());
+            self.pool().lacking().set_unmarked(client.generation(), &bad.to_string());
             None
         });
         if mark.is_none() || self.check == Check::ByShow {
@@ -112,7 +112,7 @@ impl<C: SessionClient> Attempt<C> {
 
     /// A proxy connected the transaction to another server than the session's verified one.
     fn elsewhere(&self) -> Error {
-        self.pool().suspect(self.client().generation(), Suspicion::Connection);
+        self.client().suspect(Suspicion::Connection);
         Error::RolledBack(RolledBack::OtherServer)
     }
 
@@ -122,14 +122,14 @@ impl<C: SessionClient> Attempt<C> {
     async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
         let (client, pool) = (self.client(), self.pool());
         let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
-        match pool.signature(client.generation()) {
+        match pool.signatures().of(client.generation()) {
             Signing::Done(signature) => return Ok(signature),
             Signing::Yours => {}
         }
         match wal::sign(client, &life, pool.next_seed()).await {
             Ok(signature) => {
                 let signature = signature.map(Arc::new);
-                pool.set_signature(client.generation(), signature.clone());
+                pool.signatures().set(client.generation(), signature.clone());
                 Ok(signature)
             }
             Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
@@ -162,12 +162,12 @@ impl<C: SessionClient> Attempt<C> {
 
     fn can_be_marked(&self) -> bool {
         let (client, pool) = (self.client(), self.pool());
-        if pool.is_unmarked(client.generation()) {
+        if pool.lacking().is_unmarked(client.generation()) {
             return false;
         }
         if client.life().is_none() {
             let why = "this role may not read the server's identity: its system identifier, start time and timeline";
-            pool.set_unmarked(client.generation(), why);
+            pool.lacking().set_unmarked(client.generation(), why);
         }
         client.life().is_some()
     }

@@ -84,7 +84,7 @@ pub(super) async fn settle<C: SessionClient>(
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut reason = Unsettled::NoPrimary;
-    let settling = pool.settling();
+    let settling = Settling::new(pool);
     let rounds = async {
         loop {
             if let Some(settled) = round(&settling, mark, began, &mut reason).await {

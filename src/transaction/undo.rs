@@ -60,7 +60,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         let read_only = answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
-            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+            self.client().suspect(Suspicion::ReadOnly);
         } else {
             self.held.clean(answer.error.is_none());
         }
@@ -92,7 +92,7 @@ impl<C: SessionClient> Attempt<C> {
         let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
             self.held.clean(false);
-            self.pool().suspect(self.client().generation(), Suspicion::ReadOnly);
+            self.client().suspect(Suspicion::ReadOnly);
         }
         (undone, read_only)
     }
