@@ -12,6 +12,7 @@ mod chain;
 mod driver;
 mod encryption;
 mod fatal;
+mod kind;
 mod report;
 mod stale;
 
@@ -27,7 +28,8 @@ use tokio_postgres::Error;
 use tokio_postgres::error::{DbError, SqlState};
 
 use chain::Found;
-use driver::{Kind, certificate_alert, of_driver};
+use driver::{certificate_alert, of_driver};
+use kind::Kind;
 use report::{Level, class, of_report, pooler_refuses};
 
 /// What an error means. What to do about it also depends on the work, so other modules decide that.

@@ -6,6 +6,7 @@
 //! tests are `tests/it/transaction.rs`, `tests/it/cancel.rs` and `tests/it/failover.rs`.
 
 mod attempt;
+mod begin;
 mod decide;
 mod earlier;
 mod finish;
@@ -33,9 +34,9 @@ use crate::error::Error;
 use crate::pool::{CancelToken, Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
+use begin::{Begin, MarkWith};
 use decide::Mode;
 use finish::OPEN;
-use marks::{Begin, MarkWith};
 
 impl<C: SessionClient> Pool<C> {
     /// Runs `work` in a transaction on the primary and commits it exactly once. If a failover, a serialization failure

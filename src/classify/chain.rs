@@ -8,8 +8,8 @@ use std::sync::Arc;
 use tokio_postgres::Error;
 use tokio_postgres::error::DbError;
 
-use super::driver::Kind;
 use super::encryption;
+use super::kind::Kind;
 
 /// The most links of a source chain that are looked at. A longer chain is most likely a loop.
 const LINKS: usize = 16;

@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::Transaction;
+use super::begin::{Begin, MarkWith};
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{ClosuresEnd, Earlier, Unsent};
 use super::finish::{Answer, Known, Look, Proof, Undone};
-use super::marks::{Begin, MarkWith};
 use super::nested;
 use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_free};

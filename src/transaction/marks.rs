@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use super::attempt::Attempt;
+use super::begin::{Begin, MarkWith};
 use super::finish::{OPEN, remember};
 use super::settle::{Mark, Settler};
 use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
-use crate::commit::Ledger;
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::pool::{Check, Signing};
@@ -21,25 +21,6 @@ use crate::topology::Suspicion;
 /// enough: a role's `client_min_messages` may hide it, and this crate does not see the notices of a wrapped pool. On a
 /// clean session it has no effect.
 const CLEAN: &str = "BEGIN; ROLLBACK";
-
-/// How a transaction begins.
-pub(super) struct Begin {
-    pub(super) sql: String,
-    /// The same for a transaction without a mark, which must be told from others in another way.
-    pub(super) unmarked: String,
-    pub(super) marks: MarkWith,
-    pub(super) read_only: bool,
-}
-
-/// What is written together with BEGIN.
-pub(super) enum MarkWith {
-    Nothing,
-    /// A mark that is never looked for. It makes COMMIT wait for the synchronous standbys even if the work finds itself
-    /// already done, and writes nothing.
-    Write,
-    Wal,
-    Ledger(Ledger),
-}
 
 impl<C: SessionClient> Attempt<C> {
     /// Sends BEGIN and the mark in one message.

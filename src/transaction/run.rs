@@ -5,9 +5,9 @@ use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
+use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
-use super::marks::MarkWith;
 use super::nested::Inner;
 use super::verdict::{Bounds, Session, Word, with_reason};
 use super::{Transaction, TransactionBuilder};
