@@ -9,12 +9,15 @@ use std::time::Duration;
 pub(crate) struct SplitMix64(u64);
 
 impl SplitMix64 {
+    /// How far the state moves with each number.
+    pub(crate) const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
     pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
     pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        self.0 = self.0.wrapping_add(Self::STEP);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -19,7 +19,7 @@ use super::trail::Trails;
 use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
-use crate::retry::Exponential;
+use crate::random::SplitMix64;
 use crate::server::{Open, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
@@ -84,13 +84,13 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     pub(super) fn random_up_to(&self, most: Duration) -> Duration {
-        Exponential::new(most, 1.0, most).jitter(self.next_seed()).next().unwrap_or_default()
+        SplitMix64::new(self.next_seed()).up_to(most)
     }
 
     /// A seed for the jitter of one decision. It differs each time, but the same seed of the pool gives the same
     /// series.
     pub(super) fn next_seed(&self) -> u64 {
-        self.seeds.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed)
+        self.seeds.fetch_add(SplitMix64::STEP, Ordering::Relaxed)
     }
 
     pub(super) fn next_nonce(&self) -> Nonce {
