@@ -33,6 +33,7 @@ mod ssl;
 mod stale;
 mod statements;
 mod status;
+mod test_after;
 mod trail;
 mod typo;
 mod wrap;

@@ -14,7 +14,7 @@ use super::dials::Dials;
 use super::facts::Facts;
 use super::manager::Manager;
 use super::settling::Settlers;
-use super::stale::TestAfter;
+use super::test_after::TestAfter;
 use super::trail::Trails;
 use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;

@@ -24,26 +24,6 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// The time limit for the answer of a connection that is doubted. Nobody waits for it, so it outlasts a stall.
 const DOUBTED_WITHIN: Duration = Duration::from_secs(2);
 
-/// The silence from which a connection is tested.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct TestAfter {
-    milliseconds: u64,
-}
-
-impl TestAfter {
-    pub(super) fn new(idle_for: Duration) -> Self {
-        Self { milliseconds: u64::try_from(idle_for.as_millis()).unwrap_or(u64::MAX) }
-    }
-
-    /// Measures by the wall clock, as the monotonic clock of Linux stops while a machine is suspended. If the wall
-    /// clock was set back, the idle time is unknown, so the test is due.
-    fn is_due(self, heard_at: u64, now: u64) -> bool {
-        self.milliseconds != u64::MAX
-            && heard_at != 0
-            && now.checked_sub(heard_at).is_none_or(|idle| idle >= self.milliseconds)
-    }
-}
-
 impl<C: SessionClient> Dialer<C> {
     /// Returns what may be handed out, and closes what may not. It may have been given back with something under way that its
     /// driver has not seen yet, and it may have been ready, or on loan without being used, for so long that its socket is
@@ -180,29 +160,5 @@ impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
                 tested.close();
             }
         }));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_silent_for_long_is_tested() {
-        let after = TestAfter::new(Duration::from_secs(1));
-        for (heard_at, now, due) in [
-            (10_000, 10_000, false),
-            (10_000, 10_999, false),
-            (10_000, 11_000, true),
-            (10_000, 99_000, true),
-            // The clock was set back.
-            (10_000, 9_999, true),
-            // No traffic is counted on this one.
-            (0, 99_000, false),
-        ] {
-            assert_eq!(after.is_due(heard_at, now), due, "{heard_at} {now}");
-        }
-        assert!(!TestAfter::new(Duration::MAX).is_due(1, u64::MAX), "never");
-        assert!(TestAfter::new(Duration::ZERO).is_due(1, 1), "always");
     }
 }
