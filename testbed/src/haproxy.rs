@@ -13,10 +13,10 @@ use rustix::process::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
 use tokio_postgres::{Config, NoTls};
 
 use crate::cluster::{Cluster, Node};
+use crate::port::Port;
 use crate::program::{Program, ended, is_installed};
 use crate::sync::lock;
 use crate::wait::{eventually, until};
@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// The role of each node by HTTP, as Fly's `/flycheck/role` tells it: `primary`, `replica` or `zombie`, or a failure where the
 /// server gives no session. Each question is a new session; nothing is kept. Dropping it closes all.
 pub struct FlyChecks {
-    nodes: Vec<Mutex<Option<JoinHandle<()>>>>,
+    nodes: Vec<Mutex<Option<Port>>>,
     endpoints: Vec<Endpoint>,
     held: watch::Sender<bool>,
 }
@@ -76,9 +76,7 @@ impl FlyChecks {
 
     /// The end point of this node refuses connections, as its machine does when it is gone.
     pub fn down(&self, node: Node) {
-        if let Some(task) = self.task(node).take() {
-            task.abort();
-        }
+        *lock(&self.nodes[node.0]) = None;
     }
 
     /// Undoes [`FlyChecks::down`].
@@ -88,30 +86,8 @@ impl FlyChecks {
             TcpListener::bind(endpoint.listen).await.map_err(|error| error.to_string())
         })
         .await;
-        *self.task(node) = Some(tokio::spawn(async move {
-            let mut questions = JoinSet::new();
-            loop {
-                tokio::select! {
-                    asked = listener.accept() => if let Ok((stream, _)) = asked {
-                        let endpoint = endpoint.clone();
-                        questions.spawn(async move { endpoint.answer(stream).await });
-                    },
-                    Some(_) = questions.join_next() => {}
-                }
-            }
-        }));
-    }
-
-    fn task(&self, node: Node) -> std::sync::MutexGuard<'_, Option<JoinHandle<()>>> {
-        lock(&self.nodes[node.0])
-    }
-}
-
-impl Drop for FlyChecks {
-    fn drop(&mut self) {
-        for node in 0..self.nodes.len() {
-            self.down(Node(node));
-        }
+        let port = Port::on(listener, move |stream| endpoint.clone().answer(stream));
+        *lock(&self.nodes[node.0]) = Some(port);
     }
 }
 

@@ -22,12 +22,19 @@ impl Port {
     pub(crate) async fn open<F>(
         name: &str,
         addr: SocketAddr,
-        mut serve: impl FnMut(TcpStream) -> F + Send + 'static,
+        serve: impl FnMut(TcpStream) -> F + Send + 'static,
     ) -> Self
     where
         F: Future<Output: Send + 'static> + Send + 'static,
     {
-        let listener = listen(name, addr).await;
+        Self::on(listen(name, addr).await, serve)
+    }
+
+    /// The same with a listener that is there already.
+    pub(crate) fn on<F>(listener: TcpListener, mut serve: impl FnMut(TcpStream) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
         let addr = listener.local_addr().expect("a bound socket");
         let accepted = Arc::new(AtomicU64::new(0));
         let count = Arc::clone(&accepted);
