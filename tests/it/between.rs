@@ -14,9 +14,9 @@ use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder};
 
+use crate::calls::{PATIENCE, insert, stored};
 use crate::load::{Load, Write, by_url, create_table, from_env, generation, ms};
 use crate::settle::install_ledger;
-use crate::transaction::{PATIENCE, insert, stored};
 
 /// What a caller sets on Fly, where a failover takes a minute: HAProxy needs some seconds of its own.
 const DEADLINE: Duration = Duration::from_secs(90);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use testbed::{Cluster, Node, PgBouncer, eventually};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
-use crate::transaction::{PATIENCE, Runs, insert, sql, stored};
+use crate::calls::{PATIENCE, Runs, insert, sql, stored};
 use crate::versions::has_idle_session_timeout;
 
 #[derive(Debug, PartialEq, thiserror::Error)]

@@ -16,8 +16,8 @@ use tokio_postgres_failover::{
     CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, TransactionBuilder, deadpool_postgres,
 };
 
+use crate::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 use crate::settle::install_ledger;
-use crate::transaction::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 /// The pool's last cancel request for a session comes half a second after the first.
 const CANCELS_ARE_OVER: Duration = Duration::from_millis(1500);

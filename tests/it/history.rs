@@ -21,9 +21,9 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::view::Evidence;
 use tokio_postgres_failover::{Error, Guarantee};
 
+use crate::calls::{insert, sql};
 use crate::load::{LONG, by_name};
 use crate::settle::{Bench, standbys};
-use crate::transaction::{insert, sql};
 
 /// What the role of the pool may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -14,8 +14,8 @@ use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
+use crate::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 use crate::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
-use crate::transaction::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
 

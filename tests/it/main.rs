@@ -5,8 +5,8 @@
 
 mod between;
 mod busy;
+mod calls;
 mod cancel;
-mod checkout;
 mod clusters;
 mod costs;
 mod deadline;
@@ -16,7 +16,6 @@ mod ended;
 mod endings;
 mod errors;
 mod evidence;
-mod failover;
 mod fetches;
 mod finish;
 mod get;
@@ -26,9 +25,11 @@ mod hygiene;
 mod idle;
 mod impatient;
 mod inside;
+mod limits;
 mod listen;
 mod lives;
 mod load;
+mod outages;
 mod pace;
 mod pooler;
 mod quiet;
@@ -42,7 +43,6 @@ mod shapes;
 mod stale;
 #[cfg(feature = "rustls")]
 mod tls;
-mod transaction;
 mod tune;
 mod versions;
 #[cfg(feature = "metrics")]

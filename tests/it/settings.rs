@@ -25,9 +25,9 @@ use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::view::{Answer, Evidence, Refusal, State};
 use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
+use crate::calls::Runs;
 use crate::load::{LONG, generation};
 use crate::settle::settlers;
-use crate::transaction::Runs;
 use rows::{Row, SHADOWS, rows};
 
 /// Rows that run at the same time.

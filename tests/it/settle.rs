@@ -18,8 +18,8 @@ use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, TransactionBuilder};
 use tracing_subscriber::EnvFilter;
 
+use crate::calls::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 use crate::load::{LONG, by_name, create_table, generation, primary_lost};
-use crate::transaction::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 use crate::versions::signature;
 
 /// What the pool gives a settler at least, and time for what comes around it.

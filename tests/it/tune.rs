@@ -17,8 +17,8 @@ use tokio_postgres_failover::resolve::{HickoryResolver, ResolveError};
 use tokio_postgres_failover::retry::Retry;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
+use crate::calls::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};
 use crate::load::{LONG, by_name, by_url, create_table};
-use crate::transaction::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};
 
 /// What the hook was told.
 #[derive(Debug, PartialEq)]

@@ -9,9 +9,9 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
+use crate::calls::{insert, sql, stored};
 use crate::load::{LONG, create_table, generation, primary_lost};
 use crate::settle::single;
-use crate::transaction::{insert, sql, stored};
 
 /// Functions whose parameters are others in some versions.
 const CHANGED: [[&str; 2]; 2] = [

@@ -13,8 +13,8 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::view::{Eviction, Settlement};
 use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres};
 
+use crate::calls::{CONFLICT, Runs, insert};
 use crate::load::{LONG, by_name, by_url, create_table};
-use crate::transaction::{CONFLICT, Runs, insert};
 
 /// What a pool's figures are read from: Prometheus' text, as a server would scrape it. One recorder for all tests; the
 /// pool's name tells their figures apart.

@@ -6,8 +6,8 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::{Guarantee, Pool};
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, write_no_more};
+use crate::calls::insert;
 use crate::settle::single;
-use crate::transaction::insert;
 
 const UNDELIVERED: Cut = Cut::CommitUndelivered { server_stays: false };
 

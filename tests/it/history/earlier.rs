@@ -13,9 +13,9 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
 use super::{NOWHERE, Right, grant, hold, write_wal};
+use crate::calls::{PATIENCE, insert, stored};
 use crate::load::LONG;
 use crate::settle::{Bench, settlers};
-use crate::transaction::{PATIENCE, insert, stored};
 
 /// A connection that stands still: when that has happened, and what ends it.
 type Held = (oneshot::Receiver<()>, oneshot::Sender<()>);

@@ -5,8 +5,8 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
+use crate::calls::PATIENCE;
 use crate::settle::single;
-use crate::transaction::PATIENCE;
 
 /// What becomes of the COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -4,8 +4,8 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_wal};
+use crate::calls::PATIENCE;
 use crate::settle::{cut_replication, standbys};
-use crate::transaction::PATIENCE;
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()

@@ -5,8 +5,8 @@ use testbed::{Cluster, ClusterBuilder, Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, recycle, write_wal};
+use crate::calls::PATIENCE;
 use crate::settle::cut_replication;
-use crate::transaction::PATIENCE;
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()

@@ -10,8 +10,8 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
+use crate::calls::{Runs, insert, sql, stored};
 use crate::load::{LONG, create_table};
-use crate::transaction::{Runs, insert, sql, stored};
 
 const GRANTS: &str = "GRANT USAGE ON SCHEMA failover TO app; \
                       GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";

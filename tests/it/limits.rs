@@ -8,8 +8,8 @@ use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::{Error, Pool, RetryPolicy, deadpool_postgres};
 
+use crate::calls::PATIENCE;
 use crate::finish::{KINDS, Kind, pool_of};
-use crate::transaction::PATIENCE;
 
 const SHORT: Duration = Duration::from_millis(300);
 /// Far above [`SHORT`], and below the deadline of the policy.
