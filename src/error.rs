@@ -6,7 +6,7 @@
 // The public errors are made of what the layers below report.
 //
 // Invariants: an error that says "not committed" is true. Every error says what happened and what to do. A time-out
-// never hides its cause. Tests: `tests/it/errors.rs`.
+// never hides its cause. Tests: `tests/it/observe/errors.rs`.
 
 pub(crate) mod build;
 pub(crate) mod call;

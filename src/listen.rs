@@ -6,7 +6,7 @@
 // per listener keeps a session of its own to the verified primary, and subscribes again when that session ends.
 //
 // Invariants: the reader gets every notification that comes after the gap mark of a new subscription. A dropped
-// listener leaves neither a task nor a session. Tests: `tests/it/listen.rs`.
+// listener leaves neither a task nor a session. Tests: `tests/it/sessions/listen.rs`.
 
 mod backlog;
 

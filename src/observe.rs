@@ -3,7 +3,7 @@
 //!
 //! This module decides nothing. The caller decides what is worth a report. Invariants: a reader of events never holds
 //! up the pool. The labels of a figure have few values, and none of them is an address or a secret. Without the feature
-//! `metrics` the figures cost nothing. Tests: `tests/it/watch.rs`, `tests/dashboard.rs`.
+//! `metrics` the figures cost nothing. Tests: `tests/it/observe/watch.rs`, `tests/dashboard.rs`.
 
 mod event;
 #[cfg(feature = "metrics")]

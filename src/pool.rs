@@ -2,8 +2,8 @@
 //!
 //! It decides nothing about servers: the cluster's snapshot says what may be handed out. It does not know how the
 //! primary was found. Invariants: a checkout does no I/O on an idle connection that was used lately; a new connection
-//! has answered the probe in this generation; a poisoned connection never goes back. The tests are `tests/it/get.rs`
-//! and `tests/it/errors.rs`.
+//! has answered the probe in this generation; a poisoned connection never goes back. The tests are
+//! `tests/it/checkout/get.rs` and `tests/it/observe/errors.rs`.
 
 mod builder;
 mod checkout;

@@ -7,7 +7,7 @@
 // This file has the trait and knows nothing of DNS servers, sockets and clocks. `resolve/hickory.rs` is the
 // implementation that asks DNS, `resolve/fixed.rs` the one whose addresses are given. `resolve/addresses.rs` merges the
 // answers of two address families, and `resolve/error.rs` decides which of two failures is reported. Tests:
-// `resolve/tests.rs`, `tests/it/resolve.rs`.
+// `resolve/tests.rs`, `tests/it/failover/resolve.rs`.
 
 mod addresses;
 mod error;

@@ -2,7 +2,7 @@
 //!
 //! This module decides nothing, and does not know which server is wanted: it turns bytes into a [`ServerReport`] or a
 //! [`ProbeFailure`]. A session's driver task ends with the session, its scope or the socket, whichever ends first.
-//! The tests are `tests/it/errors.rs`, and every test that fails over.
+//! The tests are `tests/it/observe/errors.rs`, and every test that fails over.
 
 mod activity;
 mod end;

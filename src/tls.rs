@@ -3,7 +3,7 @@
 //! Feature `rustls`. Any other connector can be given to [`PoolBuilder::tls`](crate::PoolBuilder::tls).
 
 // It knows nothing of pools. Certificates are rotated while pools live, so the next session reads files again that have
-// changed. No type of rustls leaves this module. Tests: `tests/it/tls.rs`.
+// changed. No type of rustls leaves this module. Tests: `tests/it/sessions/tls.rs`.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};

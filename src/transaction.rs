@@ -3,7 +3,7 @@
 //! The table in `decide` says what follows from a failed attempt. This module does not know how connections are made.
 //! Invariants: COMMIT is sent at most once per attempt; after an in-doubt COMMIT nothing is run again unless the caller
 //! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool. The
-//! tests are `tests/it/calls.rs`, `tests/it/cancel.rs` and `tests/it/outages.rs`.
+//! tests are `tests/it/transaction/calls.rs`, `tests/it/transaction/cancel.rs` and `tests/it/failover/outages.rs`.
 
 mod attempt;
 mod begin;

@@ -2,7 +2,7 @@
 //! to the user depends on it.
 //!
 //! It goes by words. The connectors of all TLS libraries end in the same driver error, and their own error types are
-//! not known here. `tests/it/tls.rs` pins the words of rustls.
+//! not known here. `tests/it/sessions/tls.rs` pins the words of rustls.
 
 /// Why encryption, or the lack of it, kept a session from being opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

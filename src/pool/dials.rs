@@ -4,7 +4,7 @@
 //! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
 //! meanwhile. Invariants: connections and dials together never exceed `max_size`; a delivery to a waiter that has just
 //! given up goes to the next one; callers are served in the order in which they came. The tests are in
-//! `tests/it/impatient.rs`.
+//! `tests/it/checkout/impatient.rs`.
 
 mod kept;
 

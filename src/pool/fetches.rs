@@ -6,7 +6,7 @@
 //! caller gives up, the task goes on, and serves the next one; what nobody waits for goes back to the wrapped pool.
 //! While log-ins will most likely fail, one task tries them, and takes connections that come back meanwhile.
 //! Invariants: at least as many fetches as callers are under way; a fetch ends with its generation; one that nobody
-//! waits for ends after the time limit for opening a session. The tests are in `tests/it/fetches.rs`.
+//! waits for ends after the time limit for opening a session. The tests are in `tests/it/checkout/fetches.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{pending, poll_fn, ready};

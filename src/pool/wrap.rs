@@ -1,7 +1,7 @@
 //! A wrapped deadpool pool: its manager opens the sessions, and this crate verifies them and runs the work.
 //!
 //! The manager chooses where each new session connects, so there is one candidate, [`Address::Wrapped`]. The tests are
-//! in `tests/it/wrap.rs`.
+//! in `tests/it/checkout/wrap.rs`.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -9,7 +9,8 @@
 //! A question that is asked after a failover could then get the answer to one that was asked before. A shared client
 //! would also slow down its retransmissions after slow answers, which is just when packets get lost.
 //!
-//! Tests: `tests/it/resolve.rs`, and `resolve/hickory/tests.rs` for those that need their own `/etc/resolv.conf`.
+//! Tests: `tests/it/failover/resolve.rs`, and `resolve/hickory/tests.rs` for those that need their own
+//! `/etc/resolv.conf`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;

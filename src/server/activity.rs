@@ -3,7 +3,7 @@
 //! It counts requests (`Query` and `Sync`) on the way to the server and their ends (`ReadyForQuery`) on the way back,
 //! and keeps the last transaction state. Two messages that the driver sends by itself, and that no caller waits for, do
 //! not make a session busy: the closing of a statement, and the ROLLBACK of a dropped transaction. The module is pure
-//! except for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/busy.rs`.
+//! except for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/checkout/busy.rs`.
 
 mod commits;
 

@@ -2,7 +2,7 @@
 //!
 //! A provider that fails or is slow says nothing about the server, which was not asked. So such a failure must be
 //! neither [`FailureKind::TimedOut`] nor [`FailureKind::Unreachable`], which would end working connections. The tests
-//! are in `tests/it/rotation.rs`.
+//! are in `tests/it/sessions/rotation.rs`.
 
 use std::error::Error;
 use std::fmt::Write;

@@ -1,4 +1,5 @@
-//! Finds out which parts of a question a server refuses, and remembers them. The tests are in `tests/it/revoked.rs`.
+//! Finds out which parts of a question a server refuses, and remembers them. The tests are in
+//! `tests/it/sessions/revoked.rs`.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard};

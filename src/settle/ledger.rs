@@ -1,5 +1,5 @@
 //! Settles commits by a table of the user's database. Each transaction writes a row with BEGIN; to find out whether it
-//! was committed, a settler inserts the same id. Decides nothing. The tests are in `tests/it/settle.rs`.
+//! was committed, a settler inserts the same id. Decides nothing. The tests are in `tests/it/commit/settle.rs`.
 
 use std::time::Duration;
 

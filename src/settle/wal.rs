@@ -1,5 +1,5 @@
 //! Settles commits by the write-ahead log: writes a transaction's marker, and asks a server what it says about one.
-//! Decides nothing. The tests are in `tests/it/settle.rs`.
+//! Decides nothing. The tests are in `tests/it/commit/settle.rs`.
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@
 //! and later another one that has the transaction. So before the work runs on a primary that has not been asked yet,
 //! that primary is asked. By the lemma of docs/exactly-once.md, no history then contains two attempts of one call. For
 //! the same reason an error means "not committed" only while the primary that said so remains the primary. The tests
-//! are `tests/it/history/earlier.rs` and `commit/tests/calls.rs`.
+//! are `tests/it/commit/history/earlier.rs` and `commit/tests/calls.rs`.
 
 use std::time::Duration;
 

@@ -4,7 +4,8 @@
 //! ROLLBACK. The closure may have ended the transaction itself, and then COMMIT ends another one, or none. And an error
 //! or a lost connection may come after COMMIT was carried out. So COMMIT is the last of three statements in one
 //! message. The first fails in an aborted transaction, the second fails in any transaction but ours, and the answers
-//! are counted. In the first message of a session, one more prepares the second. Pure functions decide what an answer means. The tests are in `tests/it/finish.rs`.
+//! are counted. In the first message of a session, one more prepares the second. Pure functions decide what an answer
+//! means. The tests are in `tests/it/commit/finish.rs`.
 
 use std::pin::pin;
 use std::time::Duration;

@@ -1,0 +1,13 @@
+//! How callers get connections and give them back.
+
+mod busy;
+mod costs;
+mod deadline;
+mod fetches;
+mod get;
+mod hygiene;
+mod idle;
+mod impatient;
+mod limits;
+mod quiet;
+mod wrap;

@@ -1,0 +1,7 @@
+//! How a transaction ends: COMMIT, the loss of its answer, and what is found out afterwards.
+
+mod evidence;
+pub(crate) mod finish;
+mod history;
+mod inside;
+pub(crate) mod settle;

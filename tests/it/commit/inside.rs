@@ -1,0 +1,378 @@
+//! Closures that end their transaction themselves where the session tells nothing any more, or leave it in a COPY; and a COMMIT
+//! that is sent by hand.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use testbed::{Cluster, Node, Tap, eventually};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres::Client;
+use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
+
+use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
+use crate::transaction::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+
+const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
+
+fn marked() -> [Guarantee; 2] {
+    [Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())]
+}
+
+fn told(error: &Error, ending: Ending, what: &str) {
+    let Error::EndedInside(inside) = error else { panic!("{what}: {error:?}") };
+    assert_eq!(EndedInside::ending(inside), ending, "{what}: {error}");
+    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{what}");
+}
+
+async fn waits(admin: &Client) {
+    let waits = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND usename = 'app'";
+    eventually("COMMIT waits for the standby", PATIENCE, async || !admin.query(waits, &[]).await.unwrap().is_empty())
+        .await;
+}
+
+/// What is prepared is not over, and another run would do the work twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_was_prepared_before_its_session_ended_is_not_run_again() {
+    let cluster = started(single()).await;
+    let admin = cluster.direct(Node(0)).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            let what = format!("{kind:?} {guarantee:?}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+            let runs = Runs::default();
+            let result: Result<(), Error> = pool
+                .build_transaction()
+                .guarantee(guarantee)
+                .retry(RetryPolicy::new().attempts(3))
+                .run(async |tx| {
+                    let run = runs.begin();
+                    insert(&tx, 1).await?;
+                    tx.batch_execute(&format!("PREPARE TRANSACTION 'run {run}'")).await?;
+                    tx.batch_execute(KILL).await?;
+                    Ok(())
+                })
+                .await;
+            told(&result.expect_err(&what), Ending::Prepared, &what);
+            assert_eq!(runs.count(), 1, "{what}");
+            admin.batch_execute("ROLLBACK PREPARED 'run 1'").await.unwrap();
+        }
+    }
+}
+
+/// The COMMIT of a closure waits for the standby when its connection is lost: the server goes on with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
+    for guarantee in marked() {
+        let what = format!("{guarantee:?}");
+        let cluster = started(Cluster::builder().nodes(2)).await;
+        cluster.wait_replayed(Node(1)).await;
+        let admin = cluster.direct(Node(0)).await;
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, tap.addr(), 2);
+        pool.connect().await.unwrap();
+        cluster.freeze(Node(1));
+        let runs = Runs::default();
+        let work = pool.build_transaction().guarantee(guarantee).run(async |tx| {
+            // A later run would not end while the standby is frozen.
+            if runs.begin() == 1 {
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+            }
+            Ok(())
+        });
+        let fault = async {
+            waits(&admin).await;
+            tap.drop_connections();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect(&what);
+        cluster.thaw(Node(1));
+        told(&result.expect_err(&what), Ending::Committed, &what);
+        assert_eq!(runs.count(), 1, "{what}");
+        eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+    }
+}
+
+/// The COMMIT of a closure is in a deferred trigger when its connection is lost. Nothing shows yet how it ends, so the call
+/// waits for the end, in its last run, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closures_own_commit_under_way_is_waited_for() {
+    let cluster = started(single()).await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
+                    AS 'BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END';
+                CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
+                    FOR EACH ROW EXECUTE FUNCTION slow()";
+    sql(&cluster, slow).await;
+    let admin = cluster.direct(Node(0)).await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let pool = pool_of(Kind::Own, tap.addr(), 2);
+    for guarantee in marked() {
+        for attempts in [1, 3] {
+            let what = format!("{guarantee:?}, {attempts} attempts");
+            sql(&cluster, "TRUNCATE entries").await;
+            let runs = Runs::default();
+            let retry = RetryPolicy::new().attempts(attempts);
+            let work = pool.build_transaction().guarantee(guarantee.clone()).retry(retry).run(async |tx| {
+                runs.begin();
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+                Ok(())
+            });
+            let fault = async {
+                let sleeps = "SELECT FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query = 'COMMIT'";
+                let is_there = async || !admin.query(sleeps, &[]).await.unwrap().is_empty();
+                eventually("COMMIT is in the trigger", PATIENCE, is_there).await;
+                tap.drop_connections();
+            };
+            let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect(&what);
+            told(&result.expect_err(&what), Ending::Committed, &what);
+            assert_eq!(runs.count(), 1, "{what}");
+            assert_eq!(stored(&cluster).await, [1], "{what}");
+        }
+    }
+}
+
+/// What a closure keeps after its own COMMIT.
+#[derive(Clone, Copy, Debug)]
+enum Keeps {
+    Handle,
+    Stream,
+    /// The handle, and the call fails with an error after which work runs again.
+    HandleAndFails,
+}
+
+/// The session cannot be asked how the transaction ended, as the closure has kept it. Another one can.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_committed_itself_and_keeps_its_session_is_told_so() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            for keeps in [Keeps::Handle, Keeps::Stream, Keeps::HandleAndFails] {
+                let what = format!("{kind:?} {guarantee:?} {keeps:?}");
+                sql(&cluster, "TRUNCATE entries").await;
+                let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+                let (runs, kept) = (Runs::default(), RefCell::new(Vec::<Box<dyn Any>>::new()));
+                let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
+                    runs.begin();
+                    insert(&tx, 1).await?;
+                    tx.batch_execute("COMMIT").await?;
+                    let result = match keeps {
+                        Keeps::Handle => Ok(()),
+                        Keeps::HandleAndFails => tx.batch_execute(CONFLICT).await,
+                        Keeps::Stream => {
+                            let rows = tx.query_raw(MANY_ROWS, Vec::<i32>::new()).await?;
+                            kept.borrow_mut().push(Box::new(rows));
+                            return Ok(());
+                        }
+                    };
+                    kept.borrow_mut().push(Box::new(tx));
+                    Ok(result?)
+                });
+                let result = timeout(PATIENCE, work).await.expect(&what);
+                told(&result.expect_err(&what), Ending::Committed, &what);
+                assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]), "{what}");
+            }
+        }
+    }
+}
+
+/// A call whose closure writes a row, and sends these statements after that.
+async fn commits_itself(
+    pool: &Pool,
+    guarantee: Guarantee,
+    retry: RetryPolicy,
+    statements: [&str; 2],
+) -> Result<(), Error> {
+    let call = pool.build_transaction().guarantee(guarantee).retry(retry);
+    call.run(async |tx| {
+        insert(&tx, 1).await?;
+        for statement in statements {
+            tx.batch_execute(statement).await?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// The last run that is allowed, too, says "not committed" only where it is so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            for ends in ["COMMIT", "COMMIT AND CHAIN", "COMMIT; BEGIN"] {
+                let what = format!("{kind:?} {guarantee:?} {ends}");
+                let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+                let result =
+                    commits_itself(&pool, guarantee.clone(), RetryPolicy::new().attempts(1), [ends, KILL]).await;
+                told(&result.expect_err(&what), Ending::Committed, &what);
+            }
+        }
+    }
+}
+
+/// … and so does an attempt whose time is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            let what = format!("{kind:?} {guarantee:?}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+            pool.connect().await.unwrap();
+            let retry = RetryPolicy::new().attempt_timeout(Duration::from_secs(2));
+            let result = commits_itself(&pool, guarantee, retry, ["COMMIT", "SELECT pg_sleep(60)"]).await;
+            told(&result.expect_err(&what), Ending::Committed, &what);
+        }
+    }
+}
+
+/// The ledger is asked in the same words under any `search_path`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
+    let cluster = started(single()).await;
+    sql(
+        &cluster,
+        "CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO app; \
+         CREATE FUNCTION evil.eq(uuid, uuid) RETURNS boolean LANGUAGE sql AS 'SELECT false'; \
+         CREATE OPERATOR evil.= (FUNCTION = evil.eq, LEFTARG = uuid, RIGHTARG = uuid); \
+         ALTER ROLE app SET search_path = evil, pg_catalog, public",
+    )
+    .await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
+    let runs = Runs::default();
+    let result: Result<(), Error> = pool
+        .build_transaction()
+        .guarantee(Guarantee::Ledger(Ledger::default()))
+        .run(async |tx| {
+            // A later run would be committed.
+            if runs.begin() == 1 {
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+                tx.batch_execute(KILL).await?;
+            }
+            Ok(())
+        })
+        .await;
+    told(&result.unwrap_err(), Ending::Committed, "ledger");
+    assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]));
+}
+
+/// COPY through a method that knows nothing of it: the server waits for data, and takes COMMIT for a mistake of the protocol.
+/// Such work was run again until the deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
+    let cluster = started(single()).await;
+    for kind in KINDS {
+        for way in ["batch_execute", "execute", "query", "savepoint"] {
+            let what = format!("{kind:?} {way}");
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
+            let runs = Runs::default();
+            let work = pool.transaction(async |mut tx| {
+                runs.begin();
+                let copy = "COPY entries FROM STDIN";
+                let misread = match way {
+                    "batch_execute" => tx.batch_execute(copy).await,
+                    "execute" => tx.execute(copy, &[]).await.map(drop),
+                    "query" => tx.query(copy, &[]).await.map(drop),
+                    _ => tx.savepoint().await?.batch_execute(copy).await,
+                };
+                assert!(misread.is_err(), "{what}");
+                Ok(())
+            });
+            let error = timeout(PATIENCE, work).await.expect(&what).expect_err(&what);
+            assert!(matches!(error, Error::RolledBack(RolledBack::StreamKept)), "{what}: {error:?}");
+            assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}");
+            pool.transaction(async |tx| {
+                // This one needs no data, and its rows were thrown away.
+                assert!(tx.batch_execute("COPY entries TO STDOUT").await.is_err());
+                Ok(())
+            })
+            .await
+            .unwrap();
+        }
+    }
+}
+
+/// A COMMIT that is sent on a connection of [`Pool::get`](tokio_postgres_failover::Pool::get) is as little cut off as the pool's
+/// own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
+    for kind in KINDS {
+        for way in ["COMMIT", "/* by hand */ END WORK", "COMMIT; SELECT 1", "execute", "transaction"] {
+            let what = format!("{kind:?} {way}");
+            let cluster = started(Cluster::builder().nodes(2)).await;
+            cluster.wait_replayed(Node(1)).await;
+            let admin = cluster.direct(Node(0)).await;
+            let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+            let pool = pool_of(kind, tap.addr(), 2);
+            let mut client = pool.get().await.unwrap();
+            cluster.freeze(Node(1));
+            let work = async {
+                if way == "transaction" {
+                    let tx = client.transaction().await?;
+                    tx.batch_execute("INSERT INTO entries VALUES (1)").await?;
+                    return tx.commit().await;
+                }
+                client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await?;
+                if way == "execute" {
+                    return client.execute("COMMIT", &[]).await.map(drop);
+                }
+                client.batch_execute(way).await
+            };
+            tokio::select! {
+                result = work => panic!("{what}: no standby has it: {result:?}"),
+                () = waits(&admin) => {}
+            }
+            drop(client);
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(1500) {
+                assert_eq!(stored(&cluster).await, [0_i64; 0], "{what}: it shows, and no standby has it");
+                sleep(Duration::from_millis(10)).await;
+            }
+            assert_eq!(tap.counts().cancels, 0, "{what}");
+            cluster.thaw(Node(1));
+            eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+        }
+    }
+}
+
+/// Dropped before the driver's task has even seen it, which a single thread makes certain.
+#[tokio::test]
+async fn a_commit_by_hand_that_is_dropped_at_once_is_not_cancelled() {
+    for way in ["batch", "transaction", "discard"] {
+        let cluster = started(Cluster::builder().nodes(2)).await;
+        cluster.wait_replayed(Node(1)).await;
+        let admin = cluster.direct(Node(0)).await;
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, tap.addr(), 2);
+        let mut client = pool.get().await.unwrap();
+        cluster.freeze(Node(1));
+        if way == "transaction" {
+            let tx = client.transaction().await.unwrap();
+            tx.batch_execute("INSERT INTO entries VALUES (1)").await.unwrap();
+            assert!(tx.commit().now_or_never().is_none());
+        } else {
+            client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await.unwrap();
+            assert!(client.batch_execute("COMMIT").now_or_never().is_none());
+        }
+        if way == "discard" {
+            client.discard();
+        } else {
+            drop(client);
+        }
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(1500) {
+            let rows = admin.query("SELECT FROM entries", &[]).await.unwrap().len();
+            assert_eq!(rows, 0, "{way}: it shows, and no standby has it");
+            sleep(Duration::from_millis(10)).await;
+        }
+        // What is discarded ends before it has sent anything, and may be cancelled.
+        assert!(tap.counts().cancels == 0 || way == "discard", "{way}");
+        cluster.thaw(Node(1));
+    }
+}

@@ -1,0 +1,310 @@
+//! Only *new* sessions fail: what is open serves on, nothing is lost, nothing evicted. And a server that dies in the midst of
+//! it is found as ever.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use testbed::{Authority, Cluster, ClusterBuilder, Node, Tap, TurnAway, eventually};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_postgres_failover::{Event, Pool, PoolBuilder};
+
+use crate::support::load::{by_url, create_table, from_env, generation, ms};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Of the pools here: a sixtieth of it is a heartbeat, and three times as long new sessions fail.
+const DEAD_AFTER: Duration = Duration::from_secs(3);
+
+/// A cluster whose primary is reached through a proxy.
+struct Stage {
+    tap: Tap,
+    cluster: Cluster,
+}
+
+impl Stage {
+    async fn start() -> Self {
+        Self::on(Cluster::builder()).await
+    }
+
+    async fn on(cluster: ClusterBuilder) -> Self {
+        let cluster = cluster.start().await;
+        create_table(&cluster).await;
+        let listen = (cluster.spare_addr(0), cluster.port()).into();
+        let tap = Tap::start(listen, cluster.socket_addr(cluster.primary())).await;
+        Self { tap, cluster }
+    }
+
+    fn builder(&self) -> PoolBuilder {
+        let standbys = [Node(1), Node(2)].map(|node| self.cluster.socket_addr(node).to_string());
+        by_url(format!("postgres://app@{},{}/app", self.tap.addr(), standbys.join(",")))
+            .max_size(6)
+            .heartbeat_interval(Duration::from_millis(200))
+            .heartbeat_timeout(Duration::from_millis(500))
+            .probe_timeout(Duration::from_millis(500))
+            .patrol_interval(Duration::from_secs(1))
+            .dead_after(DEAD_AFTER)
+    }
+}
+
+/// Callers whom the open connections can serve, and what came of it.
+struct Callers {
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicUsize>,
+    tasks: JoinSet<Vec<String>>,
+}
+
+impl Callers {
+    /// Two hold a connection for good, and two take an idle one again and again. A fifth wants more than there are, and gets
+    /// none: that is what makes the pool open sessions.
+    async fn start(pool: &Pool) -> Self {
+        let (stop, served) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let mut tasks = JoinSet::new();
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            held.push(pool.get().await.unwrap());
+        }
+        let idle = held.split_off(2);
+        for client in held {
+            let (stop, served) = (Arc::clone(&stop), Arc::clone(&served));
+            tasks.spawn(async move {
+                let mut errors = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    match timeout(PATIENCE, client.simple_query("SELECT 1")).await {
+                        Ok(Ok(_)) => drop(served.fetch_add(1, Ordering::Relaxed)),
+                        Ok(Err(error)) => errors.push(format!("on loan: {error}")),
+                        Err(_) => errors.push("on loan: no answer".to_owned()),
+                    }
+                    sleep(Duration::from_millis(30)).await;
+                }
+                errors
+            });
+        }
+        for _ in 0..2 {
+            let (pool, stop, served) = (pool.clone(), Arc::clone(&stop), Arc::clone(&served));
+            tasks.spawn(async move {
+                let mut errors = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    match pool.get_within(Duration::from_secs(2)).await {
+                        Ok(client) => match client.simple_query("SELECT 1").await {
+                            Ok(_) => drop(served.fetch_add(1, Ordering::Relaxed)),
+                            Err(error) => errors.push(format!("taken: {error}")),
+                        },
+                        Err(error) => errors.push(format!("get: {error}")),
+                    }
+                    sleep(Duration::from_millis(5)).await;
+                }
+                errors
+            });
+        }
+        let (pool, stopped) = (pool.clone(), Arc::clone(&stop));
+        tasks.spawn(async move {
+            while !stopped.load(Ordering::Relaxed) {
+                let more = (0..3).map(|_| pool.get_within(Duration::from_millis(150)));
+                drop(futures_util::future::join_all(more).await);
+                sleep(Duration::from_millis(50)).await;
+            }
+            Vec::new()
+        });
+        drop(idle);
+        Self { stop, served, tasks }
+    }
+
+    async fn stop(mut self) -> (usize, Vec<String>) {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut errors = Vec::new();
+        while let Some(joined) = self.tasks.join_next().await {
+            errors.extend(joined.unwrap());
+        }
+        (self.served.load(Ordering::Relaxed), errors)
+    }
+}
+
+/// The heartbeat's question waits for a lock on a catalog, and so does each new session; callers of `get` are answered all the
+/// while. So it is when `VACUUM FULL` waits behind an open transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_answers_callers_is_not_left_while_the_question_is_held_up() {
+    let stage = Stage::start().await;
+    let pool = stage.builder().build().unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap()];
+    drop(pool.get().await.unwrap());
+    let mut events = pool.subscribe();
+    let other = stage.cluster.direct(stage.cluster.primary()).await;
+    let lock = "BEGIN; LOCK TABLE pg_catalog.pg_db_role_setting IN ACCESS EXCLUSIVE MODE";
+    other.batch_execute(lock).await.unwrap();
+    let until = Instant::now() + DEAD_AFTER * 2;
+    while Instant::now() < until {
+        for client in &held {
+            timeout(PATIENCE, client.batch_execute("SELECT 1")).await.expect("an answer").unwrap();
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let idle = pool.get_within(Duration::from_secs(1)).await.expect("an idle one is handed out");
+    idle.batch_execute("SELECT 1").await.unwrap();
+    other.batch_execute("ROLLBACK").await.unwrap();
+    let seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let lost: Vec<Event> =
+        seen.filter(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. })).collect();
+    assert!(lost.is_empty(), "{lost:#?}");
+    assert_eq!(generation(&pool), 1);
+}
+
+async fn new_sessions_fail(how: TurnAway) {
+    let encrypted = how == TurnAway::HangInTls;
+    let authority = Authority::new();
+    let cluster = Cluster::builder();
+    let cluster = if encrypted { cluster.tls(&authority.issue(&["pg.internal"])) } else { cluster };
+    let stage = Stage::on(cluster).await;
+    let pool = stage.builder();
+    #[cfg(feature = "rustls")]
+    let pool = if encrypted { pool.rustls(tokio_postgres_failover::tls::Tls::unverified()) } else { pool };
+    let pool = pool.build().unwrap();
+    drop(pool.get().await.unwrap());
+    let mut events = pool.subscribe();
+    let callers = Callers::start(&pool).await;
+    // The heartbeat has its session.
+    sleep(Duration::from_millis(400)).await;
+
+    stage.tap.turn_away(Some(how));
+    let seconds = from_env("SECONDS", DEAD_AFTER.as_secs() * 3);
+    sleep(Duration::from_secs(seconds)).await;
+    let seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let seen: Vec<Event> = seen.collect();
+    let lost: Vec<_> =
+        seen.iter().filter(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. })).collect();
+    assert!(lost.is_empty(), "{how:?}: {lost:#?}");
+    let (served, errors) = callers.stop().await;
+    assert_eq!(errors, Vec::<String>::new(), "{how:?}");
+    assert!(served > usize::try_from(seconds).unwrap() * 40, "{how:?}: only {served} were served");
+    assert_eq!(generation(&pool), 1);
+
+    // In the midst of it the server dies, and another one is promoted.
+    let held = pool.get().await.unwrap();
+    let died = Instant::now();
+    stage.cluster.kill(Node(0)).await;
+    let accepted = stage.cluster.promote_timed(stage.cluster.most_advanced_standby().await).await.accepted_at;
+    let client = timeout(PATIENCE, pool.get()).await.unwrap().unwrap();
+    client.batch_execute("INSERT INTO entries (id) VALUES (1)").await.unwrap();
+    println!(
+        "{how:?}: {served} served; left {} ms after the death, {} ms after the promotion",
+        ms(died.elapsed()),
+        ms(accepted.elapsed())
+    );
+    assert!(accepted.elapsed() < Duration::from_secs(3), "{how:?}: {:?}", accepted.elapsed());
+    assert!(held.simple_query("SELECT 1").await.is_err());
+    assert_eq!(generation(&pool), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_are_refused() {
+    new_sessions_fail(TurnAway::Refuse).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_are_reset() {
+    new_sessions_fail(TurnAway::Reset).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_hang() {
+    new_sessions_fail(TurnAway::Hang).await;
+}
+
+#[cfg(feature = "rustls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_hang_in_tls() {
+    new_sessions_fail(TurnAway::HangInTls).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_hang_in_authentication() {
+    new_sessions_fail(TurnAway::HangInAuthentication).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_meet_an_error_that_nobody_knows() {
+    new_sessions_fail(TurnAway::Error).await;
+}
+
+/// The same, and the server falls silent in the midst of it: its sessions stay open, and nothing comes on them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_falls_silent_while_new_sessions_fail_is_found() {
+    for how in [TurnAway::Reset, TurnAway::Hang] {
+        let stage = Stage::start().await;
+        let pool = stage.builder().build().unwrap();
+        let held = pool.get().await.unwrap();
+        let mut events = pool.subscribe();
+        sleep(Duration::from_millis(400)).await;
+        stage.tap.turn_away(Some(how));
+        sleep(Duration::from_secs(1)).await;
+        // A caller that goes on sending on the session that it holds is no sign of the server.
+        let sender = tokio::spawn(async move {
+            while !held.is_closed() {
+                let _ = timeout(Duration::from_millis(50), held.simple_query("SELECT 1")).await;
+            }
+        });
+        let silent = Instant::now();
+        stage.tap.stall(true);
+        let lost =
+            timeout(PATIENCE, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
+        lost.await.expect("it is lost");
+        println!("{how:?}: lost after {} ms", ms(silent.elapsed()));
+        assert!(silent.elapsed() < Duration::from_secs(2), "{how:?}: {:?}", silent.elapsed());
+        let evicted =
+            timeout(PATIENCE, async { while !matches!(events.next().await.unwrap(), Event::Evicted { .. }) {} });
+        evicted.await.expect("its connections end");
+        assert!(silent.elapsed() < DEAD_AFTER + Duration::from_secs(3), "{how:?}: {:?}", silent.elapsed());
+        timeout(PATIENCE, sender).await.unwrap().unwrap();
+    }
+}
+
+/// A session takes longer to open than a heartbeat may take: that is no reason to lose the primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_connects_do_not_flap() {
+    let stage = Stage::start().await;
+    stage.tap.turn_away(Some(TurnAway::Delay(Duration::from_millis(800))));
+    let builder = stage.builder().heartbeat_timeout(Duration::from_millis(300)).probe_timeout(Duration::from_secs(2));
+    let pool = builder.build().unwrap();
+    let mut events = pool.subscribe();
+    let taken = pool.get().await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < deadline {
+        let all = futures_util::future::join_all((0..3).map(|_| pool.get())).await;
+        assert!(all.iter().all(Result::is_ok));
+        sleep(Duration::from_millis(100)).await;
+    }
+    drop(taken);
+    let seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let lost: Vec<Event> = seen.filter(|event| matches!(event, Event::PrimaryLost { .. })).collect();
+    assert!(lost.is_empty(), "{lost:#?}");
+}
+
+/// The heartbeat's own session is ended while no other can be had: what the pool has open serves on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
+    let stage = Stage::start().await;
+    let pool = stage.builder().build().unwrap();
+    let client = pool.get().await.unwrap();
+    sleep(Duration::from_millis(400)).await;
+    let mut events = pool.subscribe();
+    stage.tap.turn_away(Some(TurnAway::Reset));
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let admin = stage.cluster.direct(Node(0)).await;
+    let others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
+    eventually("the heart-beat's session is ended", PATIENCE, async || {
+        admin.query_one(others, &[&pid]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    drop(client);
+    let began = Instant::now();
+    while began.elapsed() < DEAD_AFTER * 2 {
+        let client = pool.get_within(Duration::from_secs(1)).await.unwrap();
+        client.simple_query("SELECT 1").await.unwrap();
+        drop(client);
+        sleep(Duration::from_millis(20)).await;
+    }
+    let seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let lost: Vec<Event> =
+        seen.filter(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. })).collect();
+    assert!(lost.is_empty(), "{lost:#?}");
+}

@@ -1,0 +1,6 @@
+//! What a pool tells: events, figures and errors.
+
+mod ended;
+mod errors;
+#[cfg(feature = "metrics")]
+mod watch;

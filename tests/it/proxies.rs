@@ -1,0 +1,4 @@
+//! Programs between the pool and the servers.
+
+mod between;
+mod pooler;

@@ -1,0 +1,9 @@
+//! What sessions need and what surrounds them: settings, rights, passwords, TLS, LISTEN.
+
+mod listen;
+mod revoked;
+mod rotation;
+mod settings;
+#[cfg(feature = "rustls")]
+mod tls;
+pub(crate) mod versions;

@@ -1,0 +1,8 @@
+//! What a call of `transaction` and its relatives makes of its closure, of errors and of its options.
+
+pub(crate) mod calls;
+mod cancel;
+mod endings;
+mod shapes;
+mod stale;
+mod tune;
