@@ -1,3 +1,94 @@
 //! What the tests share.
 
 pub(crate) mod load;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use testbed::{Cluster, Node, eventually};
+use tokio_postgres_failover::{Error, Transaction};
+
+/// For conditions that come at once on an idle machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Fails like a conflict of serializable transactions, without needing a second one.
+pub(crate) const CONFLICT: &str = "DO $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$";
+/// Key of the advisory lock behind which COMMIT waits, see [`close_gate`].
+const GATE: i64 = 4711;
+
+/// One server, and the table that [`insert`] fills.
+pub(crate) async fn server() -> Cluster {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
+    cluster
+}
+
+/// As the superuser, on a session of its own on the first server.
+pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
+    cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
+}
+
+/// All that is stored, smallest first.
+pub(crate) async fn stored(cluster: &Cluster) -> Vec<i64> {
+    let rows = cluster.direct(cluster.primary()).await.query("SELECT id FROM entries ORDER BY id", &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+pub(crate) async fn insert(tx: &Transaction, id: i64) -> Result<(), Error> {
+    tx.execute("INSERT INTO entries VALUES ($1)", &[&id]).await?;
+    Ok(())
+}
+
+/// Counts the runs of a closure.
+#[derive(Clone, Default)]
+pub(crate) struct Runs(Arc<AtomicU32>);
+
+impl Runs {
+    pub(crate) fn begin(&self) -> u32 {
+        self.0.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// From now on a COMMIT waits, inside the first server, while the returned session holds the lock.
+pub(crate) async fn close_gate(cluster: &Cluster) -> tokio_postgres::Client {
+    sql(
+        cluster,
+        &format!(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+                 'BEGIN PERFORM pg_advisory_xact_lock_shared({GATE}); RETURN NULL; END';
+             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW EXECUTE FUNCTION wait()"
+        ),
+    )
+    .await;
+    let gate = cluster.direct(Node(0)).await;
+    gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
+    gate
+}
+
+/// The process of the backend that waits at the gate.
+pub(crate) async fn committing(gate: &tokio_postgres::Client) -> i32 {
+    let mut waits = None;
+    eventually("a COMMIT waits in the server", PATIENCE, async || {
+        let sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        waits = gate.query_opt(sql, &[]).await.unwrap().map(|row| row.get(0));
+        waits.is_some()
+    })
+    .await;
+    waits.unwrap()
+}
+
+pub(crate) async fn open_gate(gate: &tokio_postgres::Client) {
+    gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
+}
+
+pub(crate) async fn wait_gone(gate: &tokio_postgres::Client, pid: i32) {
+    eventually("the cut-off backend has ended", PATIENCE, async || {
+        gate.query("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await.unwrap().is_empty()
+    })
+    .await;
+}

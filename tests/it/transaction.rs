@@ -1,6 +1,6 @@
 //! What a call of `transaction` and its relatives makes of its closure, of errors and of its options.
 
-pub(crate) mod calls;
+mod calls;
 mod cancel;
 mod endings;
 mod shapes;

@@ -9,7 +9,7 @@ use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::{Error, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::commit::finish::{KINDS, Kind, pool_of};
-use crate::transaction::calls::PATIENCE;
+use crate::support::PATIENCE;
 
 const SHORT: Duration = Duration::from_millis(300);
 /// Far above [`SHORT`], and below the deadline of the policy.

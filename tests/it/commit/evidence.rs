@@ -5,8 +5,8 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::Pool;
 use tokio_postgres_failover::view::Evidence;
 
+use crate::support::PATIENCE;
 use crate::support::load::by_name;
-use crate::transaction::calls::PATIENCE;
 
 async fn shows(pool: &Pool, evidence: Evidence) {
     let shown = async || pool.status().evidence == Some(evidence);

@@ -17,7 +17,7 @@ use tokio_postgres_failover::{
 };
 
 use crate::commit::settle::install_ledger;
-use crate::transaction::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 /// The pool's last cancel request for a session comes half a second after the first.
 const CANCELS_ARE_OVER: Duration = Duration::from_millis(1500);

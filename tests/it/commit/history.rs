@@ -23,7 +23,7 @@ use tokio_postgres_failover::{Error, Guarantee};
 
 use crate::commit::settle::{Bench, standbys};
 use crate::support::load::{LONG, by_name};
-use crate::transaction::calls::{insert, sql};
+use crate::support::{insert, sql};
 
 /// What the role of the pool may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

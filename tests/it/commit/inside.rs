@@ -15,7 +15,7 @@ use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
 use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
-use crate::transaction::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
 

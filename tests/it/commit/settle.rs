@@ -20,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::sessions::versions::signature;
 use crate::support::load::{LONG, by_name, create_table, generation, primary_lost};
-use crate::transaction::calls::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
+use crate::support::{PATIENCE, Runs, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 
 /// What the pool gives a settler at least, and time for what comes around it.
 const GRANTED: Duration = Duration::from_secs(5);

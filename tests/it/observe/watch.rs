@@ -14,7 +14,7 @@ use tokio_postgres_failover::view::{Eviction, Settlement};
 use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres};
 
 use crate::support::load::{LONG, by_name, by_url, create_table};
-use crate::transaction::calls::{CONFLICT, Runs, insert};
+use crate::support::{CONFLICT, Runs, insert};
 
 /// What a pool's figures are read from: Prometheus' text, as a server would scrape it. One recorder for all tests; the
 /// pool's name tells their figures apart.

@@ -16,7 +16,7 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder
 
 use crate::commit::settle::install_ledger;
 use crate::support::load::{Load, Write, by_url, create_table, from_env, generation, ms};
-use crate::transaction::calls::{PATIENCE, insert, stored};
+use crate::support::{PATIENCE, insert, stored};
 
 /// What a caller sets on Fly, where a failover takes a minute: HAProxy needs some seconds of its own.
 const DEADLINE: Duration = Duration::from_secs(90);

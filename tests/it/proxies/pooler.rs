@@ -9,7 +9,7 @@ use tokio_postgres_failover::{Client, Guarantee, PoolBuilder};
 
 use crate::commit::settle::{install_ledger, settlers};
 use crate::support::load::{Load, Write, by_url, create_table, from_env, generation};
-use crate::transaction::calls::{PATIENCE, Runs, insert, sql, stored};
+use crate::support::{PATIENCE, Runs, insert, sql, stored};
 
 /// Two servers, one of them synchronous, behind a pooler that leads to the first. A commit takes its time, so that most
 /// of the writers are in one when something happens.

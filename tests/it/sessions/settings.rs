@@ -26,8 +26,8 @@ use tokio_postgres_failover::view::{Answer, Evidence, Refusal, State};
 use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
 use crate::commit::settle::settlers;
+use crate::support::Runs;
 use crate::support::load::{LONG, generation};
-use crate::transaction::calls::Runs;
 use rows::{Row, SHADOWS, rows};
 
 /// Rows that run at the same time.

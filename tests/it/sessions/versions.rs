@@ -11,7 +11,7 @@ use tokio_postgres_failover::{Error, Guarantee, Pool};
 
 use crate::commit::settle::single;
 use crate::support::load::{LONG, create_table, generation, primary_lost};
-use crate::transaction::calls::{insert, sql, stored};
+use crate::support::{insert, sql, stored};
 
 /// Functions whose parameters are others in some versions.
 const CHANGED: [[&str; 2]; 2] = [

@@ -14,7 +14,7 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, CommitOutcome, Error, Pool, PoolBuilder};
 use tracing_subscriber::EnvFilter;
 
-use crate::transaction::calls::insert;
+use crate::support::insert;
 
 /// Ten times and more of what an idle machine takes: a busy one passes, a time-out that nobody should have waited for
 /// does not. What it really took is printed; docs/figures.md has it.

@@ -2,7 +2,6 @@
 
 use std::error::Error as StdError;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,23 +13,9 @@ use tokio_postgres_failover::error::{RolledBack, Unsettled};
 use tokio_postgres_failover::retry::RetryBudget;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction};
 
-/// For conditions that come at once on an idle machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-/// Key of the advisory lock behind which COMMIT waits, see [`slow_commit`].
-const GATE: i64 = 4711;
-/// Fails like a conflict of serializable transactions, without needing a second one.
-pub(crate) const CONFLICT: &str = "DO $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$";
-
-async fn server() -> Cluster {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
-    cluster
-}
-
-/// As the superuser, on a session of its own on the first server.
-pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
-    cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
-}
+use crate::support::{
+    CONFLICT, PATIENCE, Runs, close_gate, committing, insert, open_gate, server, sql, stored, wait_gone,
+};
 
 fn builder(addr: SocketAddr) -> PoolBuilder {
     Pool::builder(format!("postgres://app@{addr}/app")).unwrap().max_size(4)
@@ -38,17 +23,6 @@ fn builder(addr: SocketAddr) -> PoolBuilder {
 
 fn pool(cluster: &Cluster) -> Pool {
     builder(cluster.socket_addr(Node(0))).build().unwrap()
-}
-
-/// All that is stored, smallest first.
-pub(crate) async fn stored(cluster: &Cluster) -> Vec<i64> {
-    let rows = cluster.direct(cluster.primary()).await.query("SELECT id FROM entries ORDER BY id", &[]).await.unwrap();
-    rows.iter().map(|row| row.get(0)).collect()
-}
-
-pub(crate) async fn insert(tx: &Transaction, id: i64) -> Result<(), Error> {
-    tx.execute("INSERT INTO entries VALUES ($1)", &[&id]).await?;
-    Ok(())
 }
 
 async fn backend(pool: &Pool) -> i32 {
@@ -65,20 +39,6 @@ struct SoldOut {
 #[derive(Debug, thiserror::Error)]
 #[error("the order failed")]
 struct OrderFailed(#[source] Box<dyn StdError + Send + Sync>);
-
-/// Counts the runs of a closure.
-#[derive(Clone, Default)]
-pub(crate) struct Runs(Arc<AtomicU32>);
-
-impl Runs {
-    pub(crate) fn begin(&self) -> u32 {
-        self.0.fetch_add(1, Ordering::SeqCst) + 1
-    }
-
-    pub(crate) fn count(&self) -> u32 {
-        self.0.load(Ordering::SeqCst)
-    }
-}
 
 /// Both ways to end a closure, with what is captured by reference and by move.
 #[tokio::test]
@@ -380,46 +340,6 @@ async fn slow_commit() -> (Cluster, tokio_postgres::Client) {
     let cluster = server().await;
     let gate = close_gate(&cluster).await;
     (cluster, gate)
-}
-
-/// From now on a COMMIT waits, inside the first server, while the returned session holds the lock.
-pub(crate) async fn close_gate(cluster: &Cluster) -> tokio_postgres::Client {
-    sql(
-        cluster,
-        &format!(
-            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
-                 'BEGIN PERFORM pg_advisory_xact_lock_shared({GATE}); RETURN NULL; END';
-             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
-                 FOR EACH ROW EXECUTE FUNCTION wait()"
-        ),
-    )
-    .await;
-    let gate = cluster.direct(Node(0)).await;
-    gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
-    gate
-}
-
-/// The process of the backend that waits at the gate.
-pub(crate) async fn committing(gate: &tokio_postgres::Client) -> i32 {
-    let mut waits = None;
-    eventually("a COMMIT waits in the server", PATIENCE, async || {
-        let sql = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
-        waits = gate.query_opt(sql, &[]).await.unwrap().map(|row| row.get(0));
-        waits.is_some()
-    })
-    .await;
-    waits.unwrap()
-}
-
-pub(crate) async fn open_gate(gate: &tokio_postgres::Client) {
-    gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
-}
-
-pub(crate) async fn wait_gone(gate: &tokio_postgres::Client, pid: i32) {
-    eventually("the cut-off backend has ended", PATIENCE, async || {
-        gate.query("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await.unwrap().is_empty()
-    })
-    .await;
 }
 
 /// K2 for `AtMostOnce`: cut off after COMMIT was sent, and the server goes on and commits: unknown, and never run again.

@@ -7,7 +7,7 @@ use testbed::{Cluster, Node, PgBouncer, eventually};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::sessions::versions::has_idle_session_timeout;
-use crate::transaction::calls::{PATIENCE, Runs, insert, sql, stored};
+use crate::support::{PATIENCE, Runs, insert, sql, stored};
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("sold out")]

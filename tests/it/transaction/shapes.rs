@@ -12,7 +12,7 @@ use tokio_postgres_failover::{
     CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres,
 };
 
-use crate::transaction::calls::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 type Driver = tokio_postgres::Error;
 type Boxed = Box<dyn StdError + Send + Sync>;

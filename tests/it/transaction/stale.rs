@@ -8,7 +8,7 @@ use tokio_postgres::types::private::BytesMut;
 use tokio_postgres::types::{IsNull, Kind, ToSql, Type, to_sql_checked};
 use tokio_postgres_failover::{Error, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
-use crate::transaction::calls::{Runs, sql};
+use crate::support::{Runs, sql};
 
 const SELECT: &str = "SELECT * FROM entries";
 

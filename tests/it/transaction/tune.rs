@@ -18,7 +18,7 @@ use tokio_postgres_failover::retry::Retry;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
 use crate::support::load::{LONG, by_name, by_url, create_table};
-use crate::transaction::calls::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};
+use crate::support::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};
 
 /// What the hook was told.
 #[derive(Debug, PartialEq)]

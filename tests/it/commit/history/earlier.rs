@@ -15,7 +15,7 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy
 use super::{NOWHERE, Right, grant, hold, write_wal};
 use crate::commit::settle::{Bench, settlers};
 use crate::support::load::LONG;
-use crate::transaction::calls::{PATIENCE, insert, stored};
+use crate::support::{PATIENCE, insert, stored};
 
 /// A connection that stands still: when that has happened, and what ends it.
 type Held = (oneshot::Receiver<()>, oneshot::Sender<()>);

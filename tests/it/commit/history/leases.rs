@@ -6,7 +6,7 @@ use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
 use crate::commit::settle::single;
-use crate::transaction::calls::PATIENCE;
+use crate::support::PATIENCE;
 
 /// What becomes of the COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

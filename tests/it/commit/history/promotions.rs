@@ -5,7 +5,7 @@ use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_wal};
 use crate::commit::settle::{cut_replication, standbys};
-use crate::transaction::calls::PATIENCE;
+use crate::support::PATIENCE;
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()

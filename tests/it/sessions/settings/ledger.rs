@@ -11,7 +11,7 @@ use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
 use crate::support::load::{LONG, create_table};
-use crate::transaction::calls::{Runs, insert, sql, stored};
+use crate::support::{Runs, insert, sql, stored};
 
 const GRANTS: &str = "GRANT USAGE ON SCHEMA failover TO app; \
                       GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app";
