@@ -9,12 +9,28 @@ use std::time::Duration;
 use testbed::{Cluster, Node, eventually};
 use tokio_postgres_failover::{Error, Transaction};
 
+use load::create_table;
+
 /// For conditions that come at once on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Fails like a conflict of serializable transactions, without needing a second one.
 pub(crate) const CONFLICT: &str = "DO $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$";
 /// Key of the advisory lock behind which COMMIT waits, see [`close_gate`].
 const GATE: i64 = 4711;
+
+/// A primary and two standbys, and the tables that the writers of [`load`] fill.
+pub(crate) async fn started() -> Cluster {
+    let cluster = Cluster::start().await;
+    create_table(&cluster).await;
+    cluster
+}
+
+/// [`started`], with one server.
+pub(crate) async fn started_single() -> Cluster {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    create_table(&cluster).await;
+    cluster
+}
 
 /// One server, and the table that [`insert`] fills.
 pub(crate) async fn server() -> Cluster {

@@ -16,17 +16,12 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy};
 
 use crate::support::load::create_table;
+use crate::support::started_single;
 
 const SECOND: Duration = Duration::from_secs(1);
 
 fn builder(cluster: &Cluster) -> PoolBuilder {
     Pool::builder(cluster.url()).unwrap().dns_servers([cluster.dns().addr()])
-}
-
-async fn single() -> Cluster {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    create_table(&cluster).await;
-    cluster
 }
 
 async fn stored(cluster: &Cluster) -> i64 {
@@ -36,7 +31,7 @@ async fn stored(cluster: &Cluster) -> i64 {
 /// C6: a handle that outlives a closure which failed must not write after the rollback, outside any transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_stray_handle_writes_nothing_after_a_failed_closure() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(2).build().unwrap();
     let (go, went) = oneshot::channel::<()>();
     let (tell, told) = oneshot::channel();
@@ -126,7 +121,7 @@ async fn k7_a_cancelled_wait_for_the_standby_counts_once_the_standby_has_it() {
 /// C1: a caller of `get` that began a transaction by hand and left it open must not have it committed by the next one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c1_a_transaction_left_open_by_hand_is_not_committed_by_the_next_caller() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(1).build().unwrap();
     for left_behind in ["BEGIN; INSERT INTO entries (id) VALUES (7)", "BEGIN; SELECT 1/0"] {
         let client = pool.get().await.unwrap();
@@ -140,7 +135,7 @@ async fn c1_a_transaction_left_open_by_hand_is_not_committed_by_the_next_caller(
 /// A transaction that a caller of `get` began twice and ended is no concern of the next one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_connection_was_told_before_does_not_count() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(1).retry(RetryPolicy::none()).build().unwrap();
     pool.get().await.unwrap().batch_execute("BEGIN; BEGIN; COMMIT").await.unwrap();
     pool.transaction(async |tx| Ok(tx.batch_execute("INSERT INTO entries (id) VALUES (1)").await?)).await.unwrap();
@@ -150,7 +145,7 @@ async fn what_a_connection_was_told_before_does_not_count() {
 /// S11: a server without a slot to spare, not even for the heartbeat, serves those who have one, without a pause.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_is_neither_left_nor_stalled() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let admin = cluster.direct(cluster.primary()).await;
     admin.batch_execute("ALTER ROLE app CONNECTION LIMIT 4").await.unwrap();
     let pool = builder(&cluster)
@@ -207,7 +202,7 @@ async fn a_dial_to_the_old_primary_is_left_when_a_new_one_is_found() {
 fn c7_a_pool_whose_runtime_has_ended_is_closed() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let (outer, inner) = (runtime(), runtime());
-    let cluster = outer.block_on(single());
+    let cluster = outer.block_on(started_single());
     let pool = inner.block_on(async {
         let pool = builder(&cluster).build().unwrap();
         pool.connect().await.unwrap();
@@ -224,7 +219,7 @@ fn c7_a_pool_whose_runtime_has_ended_is_closed() {
 /// Settings that mean "never" and "no limit" are taken as such.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_longest_durations_are_usable() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let settings: [fn(PoolBuilder) -> PoolBuilder; 15] = [
         |builder| builder.checkout_timeout(Duration::MAX),
         |builder| builder.dead_after(Duration::MAX),
@@ -288,7 +283,7 @@ async fn absurd_numbers_are_refused() {
 /// Rows that are kept for ever are a ledger all the same.
 #[tokio::test]
 async fn a_ledger_that_is_kept_for_ever_works() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let ledger = Ledger::default().keep(Duration::MAX);
     let pool = builder(&cluster).guarantee(Guarantee::Ledger(ledger.clone())).build().unwrap();
     ledger.install(&pool.get().await.unwrap()).await.unwrap();
@@ -299,7 +294,7 @@ async fn a_ledger_that_is_kept_for_ever_works() {
 /// Callers that hold connections when the pool is closed have nothing to cancel, unless something is under way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closed_pool_cancels_only_what_runs() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let tap = Tap::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(cluster.primary())).await;
     let pool = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(9).build().unwrap();
     let mut held = Vec::new();
@@ -339,7 +334,7 @@ impl Resolve for Faulty {
 /// A panic in a user's resolver costs that one answer, not the pool.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panicking_resolver_does_not_end_the_pool() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let faulty = Arc::new(Faulty { asked: AtomicUsize::new(0), address: cluster.addr(cluster.primary()) });
     let pool =
         builder(&cluster).resolver(Arc::clone(&faulty)).patrol_interval(Duration::from_millis(100)).build().unwrap();
@@ -354,7 +349,7 @@ async fn a_panicking_resolver_does_not_end_the_pool() {
 /// A connection past its lifetime is not handed out again; the ages at which that happens are spread.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_old_connection_is_renewed() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(1).max_lifetime(Duration::from_millis(300)).build().unwrap();
     let backend = async || -> i32 {
         let client = pool.get().await.unwrap();
@@ -369,7 +364,7 @@ async fn an_old_connection_is_renewed() {
 /// Idle connections are closed down to `min_idle`, and the pool that closes them still serves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_are_reaped_to_the_minimum() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(6).min_idle(2).idle_timeout(Duration::from_millis(300)).build().unwrap();
     let mut held = Vec::new();
     for _ in 0..6 {
@@ -391,7 +386,7 @@ async fn idle_connections_are_reaped_to_the_minimum() {
 /// C2: an attempt past its limit is stopped on the server, its locks are free, and nothing of it is stored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c2_an_attempt_past_its_limit_is_stopped_on_the_server() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = builder(&cluster).max_size(2).build().unwrap();
     let limit = RetryPolicy::new().attempt_timeout(Duration::from_millis(300));
     let runs = AtomicUsize::new(0);

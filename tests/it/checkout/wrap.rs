@@ -17,12 +17,7 @@ use tokio_postgres_failover::session::SessionClient;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::support::load::{LONG, Load, PROMPT, Write, create_table, generation};
-
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
+use crate::support::started;
 
 /// As deadpool-postgres' documentation has it, with every host in the URL.
 fn existing(cluster: &Cluster) -> deadpool_postgres::Pool {

@@ -14,15 +14,10 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::load::{Hung, Load, Spread, Write, by_name, create_table, from_env, generation, ms, primary_lost};
+use crate::support::started;
 
 /// Ten times what the issue asks of the writers after a demotion.
 const PROMPT: Duration = Duration::from_secs(1);
-
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
 
 /// One connection that was handed out: what its server said of itself.
 struct Sighting {

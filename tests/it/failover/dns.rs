@@ -10,12 +10,7 @@ use tokio_postgres_failover::view::{Address, State};
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::load::{Load, Write, by_name, create_table, generation};
-
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
+use crate::support::started;
 
 async fn fail_over(cluster: &Cluster) -> Instant {
     cluster.kill(cluster.primary()).await;

@@ -10,12 +10,7 @@ use crate::support::load::{
     Load, Outcome, PROMPT, Write, by_name, by_url, create_table, from_env, generation, primary_lost, server_of,
     silent_primaries_hold_nobody,
 };
-
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
+use crate::support::started;
 
 /// Kills the primary and promotes the best standby.
 async fn fail_over(cluster: &Cluster) -> Promotion {

@@ -21,20 +21,9 @@ use crate::support::load::{
     Hung, LONG, Load, Write, by_name, by_url, create_table, generation, primary_lost, silent_primaries_hold_nobody,
     stalls_are_no_failure, unless_default,
 };
+use crate::support::{started, started_single};
 
 const SECOND: Duration = Duration::from_secs(1);
-
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
-
-async fn single() -> Cluster {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    create_table(&cluster).await;
-    cluster
-}
 
 async fn pid_of(client: &Client) -> i32 {
     client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
@@ -160,7 +149,7 @@ impl Drop for Lanes {
 /// connections, the generation and the primary stay.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s9_a_connection_that_breaks_within_a_result_is_one_connection() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let lanes = Lanes::start((cluster.spare_addr(0), cluster.port()).into(), cluster.socket_addr(Node(0))).await;
     cluster.dns().set(&[lanes.addr.ip()]);
     let pool = by_name(&cluster).build().unwrap();
@@ -357,7 +346,7 @@ async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
 /// R8: a proxy without a primary behind it accepts and hangs up, before the first connection and in the middle of the work.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r8_a_proxy_that_hangs_up_is_asked_again() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let nobody = Eof::start((cluster.spare_addr(0), cluster.port()).into()).await;
     let proxy = Tap::start((cluster.spare_addr(1), cluster.port()).into(), nobody.addr()).await;
     cluster.dns().set(&[proxy.addr().ip()]);
@@ -429,7 +418,7 @@ async fn r12_a_feature_that_a_standby_lacks_is_a_read_only_error() {
 /// `DEAD_AFTER=default` for the figure with the pool's own settings.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let builder = by_name(&cluster);
     let (builder, heartbeat, dead_after) = match unless_default("DEAD_AFTER", Duration::from_millis(1500)) {
         Some(dead_after) => {
@@ -533,7 +522,7 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
 /// S11, S12: no slot for a heartbeat, and a stall that costs it the session it had: the pool's own connections still serve.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_that_stalls_is_used_again() {
-    let cluster = single().await;
+    let cluster = started_single().await;
     let pool = by_name(&cluster).max_size(3).checkout_timeout(5 * SECOND).build().unwrap();
     let taken = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
     sleep(SECOND).await;

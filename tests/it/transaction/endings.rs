@@ -7,17 +7,11 @@ use testbed::{Cluster, Node, PgBouncer, eventually};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::sessions::versions::has_idle_session_timeout;
-use crate::support::{PATIENCE, Runs, insert, sql, stored};
+use crate::support::{PATIENCE, Runs, insert, server, sql, stored};
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("sold out")]
 struct SoldOut;
-
-async fn started() -> Cluster {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
-    cluster
-}
 
 fn builder(cluster: &Cluster, options: &str) -> PoolBuilder {
     Pool::builder(format!("postgres://app@{}/app{options}", cluster.socket_addr(Node(0)))).unwrap().max_size(2)
@@ -55,7 +49,7 @@ async fn do_then(tx: &Transaction, then: Then) -> Result<(), Error> {
 /// `idle_in_transaction_session_timeout`: 25 runs in 30 s once, and "connection closed" at the end.
 #[tokio::test]
 async fn a_limit_that_would_end_the_next_run_too_ends_the_call() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster, "?options=-c%20idle_in_transaction_session_timeout%3D100ms").build().unwrap();
     for then in THEN {
         for read in [false, true] {
@@ -94,7 +88,7 @@ async fn a_limit_that_would_end_the_next_run_too_ends_the_call() {
 /// nothing was committed, and does not run the work again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_limit_that_ends_commit_ends_the_call() {
-    let cluster = started().await;
+    let cluster = server().await;
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
                     AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END';
                 CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
@@ -126,7 +120,7 @@ async fn a_limit_that_ends_commit_ends_the_call() {
 /// The next caller is not told of what ended a session that somebody left in a transaction.
 #[tokio::test]
 async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
-    let cluster = started().await;
+    let cluster = server().await;
     let limit = |name: &str| format!("-c%20{name}%3D100ms");
     let mut limits = vec![limit("idle_in_transaction_session_timeout")];
     let limits_idleness = has_idle_session_timeout(&cluster).await;
@@ -157,7 +151,7 @@ async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
 /// `idle_session_timeout`, or an administrator where there is none, of a connection that its user keeps.
 #[tokio::test]
 async fn a_user_of_get_is_told_how_the_session_ended() {
-    let cluster = started().await;
+    let cluster = server().await;
     let limits_idleness = has_idle_session_timeout(&cluster).await;
     let limit = if limits_idleness { "&options=-c%20idle_session_timeout%3D100ms" } else { "" };
     let pool = builder(&cluster, &format!("?application_name=victim{limit}")).build().unwrap();
@@ -181,7 +175,7 @@ async fn a_user_of_get_is_told_how_the_session_ended() {
 /// An administrator, or a shutdown: run again, whatever the closure makes of it; and the reason is told where nothing is.
 #[tokio::test]
 async fn what_an_administrator_ended_is_run_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster, "?application_name=victim").build().unwrap();
     for then in THEN {
         let runs = Runs::default();
@@ -213,7 +207,7 @@ async fn what_an_administrator_ended_is_run_again() {
 /// The crash of another backend comes as a warning, and the session's end without a word.
 #[tokio::test]
 async fn a_crash_is_known_by_its_warning_and_run_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster, "").build().unwrap();
     let held = pool.get().await.unwrap();
     for then in THEN {
@@ -237,7 +231,7 @@ async fn a_crash_is_known_by_its_warning_and_run_again() {
 /// A closure that ends its transaction by itself and is then idle for too long.
 #[tokio::test]
 async fn an_idle_session_outside_of_its_transaction_is_not_run_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     if !has_idle_session_timeout(&cluster).await {
         return;
     }
@@ -263,7 +257,7 @@ async fn the_limits_of_a_pooler_end_the_call_too() {
     if !PgBouncer::is_installed() {
         return println!("no PgBouncer here");
     }
-    let cluster = started().await;
+    let cluster = server().await;
     let server = cluster.socket_addr(Node(0));
     for (setting, slow) in [("query_timeout", true), ("idle_transaction_timeout", false)] {
         let bouncer = PgBouncer::builder("session")
@@ -293,7 +287,7 @@ async fn the_limits_of_a_pooler_end_the_call_too() {
 /// A wrapped pool's driver tells nothing: what its statements are told is what the attempt is judged by.
 #[tokio::test]
 async fn a_wrapped_pool_knows_what_its_statements_were_told() {
-    let cluster = started().await;
+    let cluster = server().await;
     let mut config = deadpool_postgres::Config::new();
     config.url = Some(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))));
     let runtime = Some(deadpool_postgres::Runtime::Tokio1);

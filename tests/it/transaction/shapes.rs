@@ -12,7 +12,7 @@ use tokio_postgres_failover::{
     CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres,
 };
 
-use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+use crate::support::{CONFLICT, PATIENCE, Runs, insert, server, sql, stored};
 
 type Driver = tokio_postgres::Error;
 type Boxed = Box<dyn StdError + Send + Sync>;
@@ -121,12 +121,6 @@ enum Fault {
 
 const FAULTS: [Fault; 4] = [Fault::LostIdle, Fault::LostInAStatement, Fault::Serialization, Fault::Deadlock];
 
-async fn started() -> Cluster {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
-    cluster
-}
-
 fn builder(cluster: &Cluster) -> PoolBuilder {
     Pool::builder(format!("postgres://app@{}/app", cluster.socket_addr(Node(0)))).unwrap().max_size(2)
 }
@@ -166,7 +160,7 @@ async fn runs_again(pool: &Pool, cluster: &Cluster, id: i64, name: &str, fault: 
 /// Every shape in which an application's error holds the driver's, hides it or swallows it.
 #[tokio::test]
 async fn whatever_the_closure_makes_of_the_error_its_work_is_run_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster).build().unwrap();
     let mut id = 0;
     for fault in FAULTS {
@@ -180,7 +174,7 @@ async fn whatever_the_closure_makes_of_the_error_its_work_is_run_again() {
 /// The driver of a wrapped pool's session tells nothing, its handle does.
 #[tokio::test]
 async fn so_it_is_in_a_wrapped_pool() {
-    let cluster = started().await;
+    let cluster = server().await;
     let mut config = deadpool_postgres::Config::new();
     config.url = Some(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))));
     let existing = config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), tokio_postgres::NoTls).unwrap();
@@ -199,7 +193,7 @@ const CALL: &str = "SELECT conflict()";
 /// Whichever method ran the statement, the session knows its error; on a savepoint, too.
 #[tokio::test]
 async fn each_method_of_the_handle_notes_what_failed() {
-    let cluster = started().await;
+    let cluster = server().await;
     sql(
         &cluster,
         "CREATE FUNCTION conflict() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN
@@ -253,7 +247,7 @@ async fn each_method_of_the_handle_notes_what_failed() {
 /// What comes after the error that counts: the server's refusal of all further statements, and a COMMIT.
 #[tokio::test]
 async fn what_follows_an_abort_does_not_hide_it() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster).build().unwrap();
     // 25P02 by `?`.
     let runs = Runs::default();
@@ -286,7 +280,7 @@ async fn what_follows_an_abort_does_not_hide_it() {
 /// A conflict that the closure undid is over: what it fails with later is its own.
 #[tokio::test]
 async fn a_conflict_that_was_undone_runs_nothing_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster).max_size(1).build().unwrap();
     for by_hand in [false, true] {
         let runs = Runs::default();
@@ -316,7 +310,7 @@ async fn a_conflict_that_was_undone_runs_nothing_again() {
 /// An error that no re-run would mend stays the application's, in whatever it is wrapped.
 #[tokio::test]
 async fn an_application_error_is_returned_once_in_every_shape() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster).build().unwrap();
     for (name, shape) in shapes() {
         let runs = Runs::default();
@@ -334,7 +328,7 @@ async fn an_application_error_is_returned_once_in_every_shape() {
 /// The user's word counts for what the closure swallowed, too.
 #[tokio::test]
 async fn the_users_word_is_asked_about_what_was_swallowed() {
-    let cluster = started().await;
+    let cluster = server().await;
     let policy = RetryPolicy::new().classify(|report| match report.code().code() {
         "40001" => Some(false),
         "22012" => Some(true),
@@ -360,7 +354,7 @@ async fn the_users_word_is_asked_about_what_was_swallowed() {
 /// The word of another call of a pool stands, whatever became of this one's session and whatever was made of the word.
 #[tokio::test]
 async fn the_doubt_of_another_call_is_not_run_again() {
-    let cluster = started().await;
+    let cluster = server().await;
     sql(
         &cluster,
         "CREATE FUNCTION dies() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -399,7 +393,7 @@ async fn the_doubt_of_another_call_is_not_run_again() {
 /// The closure's own error is found again where a report of anyhow or eyre holds it.
 #[tokio::test]
 async fn an_own_error_is_found_within_a_report() {
-    let cluster = started().await;
+    let cluster = server().await;
     let pool = builder(&cluster).build().unwrap();
     let own = || SoldOut { left: 2 };
     let makers: [(&str, Maker); 7] = [

@@ -17,8 +17,8 @@ use tokio_postgres_failover::resolve::{HickoryResolver, ResolveError};
 use tokio_postgres_failover::retry::Retry;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
-use crate::support::load::{LONG, by_name, by_url, create_table};
-use crate::support::{PATIENCE, Runs, close_gate, committing, insert, sql, stored};
+use crate::support::load::{LONG, by_name, by_url};
+use crate::support::{PATIENCE, Runs, close_gate, committing, insert, sql, started, started_single, stored};
 
 /// What the hook was told.
 #[derive(Debug, PartialEq)]
@@ -55,15 +55,8 @@ impl Hook {
     }
 }
 
-async fn started() -> Cluster {
-    let cluster = Cluster::start().await;
-    create_table(&cluster).await;
-    cluster
-}
-
 async fn one_node() -> (Cluster, Pool) {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    create_table(&cluster).await;
+    let cluster = started_single().await;
     let pool = by_url(cluster.url_hosts()).build().unwrap();
     (cluster, pool)
 }
