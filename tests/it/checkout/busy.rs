@@ -10,8 +10,8 @@ use tokio::time::{Instant, timeout};
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 use tokio_postgres_failover::{Client, Manager, Pool, deadpool};
 
-/// For conditions that come at once on an idle machine. Far below [`SLOW`].
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// What runs longer than every test.
 const SLOW: &str = "SELECT pg_sleep(600)";
 const NAME: &str = "busy";

@@ -7,7 +7,8 @@ use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::sleep;
 use tokio_postgres_failover::Pool;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// Longer than the test.
 const NEVER: Duration = Duration::from_secs(3600);
 

@@ -10,8 +10,8 @@ use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 const DEADLINE: Duration = Duration::from_millis(800);
 
 /// With [`DEADLINE`] for all that waits.

@@ -10,8 +10,8 @@ use tokio_postgres_failover::deadpool_postgres::{self, RecyclingMethod};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Pool};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// What a log-in takes here, and less, which is what the callers have.
 const LOG_IN: Duration = Duration::from_millis(400);
 const SHORT: Duration = Duration::from_millis(300);

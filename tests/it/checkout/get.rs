@@ -13,8 +13,7 @@ use tokio_postgres_failover::session::Connection;
 use tokio_postgres_failover::view::{State, View};
 use tokio_postgres_failover::{Client, Manager, Pool, PoolBuilder, deadpool, deadpool_postgres};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
 
 async fn server() -> Cluster {
     Cluster::builder().nodes(1).start().await

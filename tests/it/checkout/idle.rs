@@ -9,8 +9,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Manager, Pool, PoolBuilder, deadpool};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// Far below `tcp_user_timeout`, which is what a statement on a dead socket waits for.
 const SOON: Duration = Duration::from_secs(8);
 const IDLE: Duration = Duration::from_millis(300);

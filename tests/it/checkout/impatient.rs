@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::resolve::BoxFuture;
 use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// What a log-in takes here, and less, which is what the callers have.
 const LOG_IN: Duration = Duration::from_millis(400);
 const SHORT: Duration = Duration::from_millis(300);

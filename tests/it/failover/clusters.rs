@@ -9,10 +9,7 @@ use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Event, Pool, PoolBuilder, deadpool_postgres};
 
-use crate::support::load::primary_lost;
-
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::support::load::{LONG, primary_lost};
 
 async fn one(foreign: bool) -> Cluster {
     let builder = Cluster::builder().nodes(1);
@@ -58,7 +55,7 @@ async fn r11_of_two_clusters_in_the_first_search_none_is_guessed() {
         assert!(text.contains("system_identifier") && text.contains("accept_cluster"), "{text}");
         // The application says which one.
         pool.accept_cluster(copy_id);
-        eventually("the copy is used", PATIENCE, async || pool.get().await.is_ok()).await;
+        eventually("the copy is used", LONG, async || pool.get().await.is_ok()).await;
         assert_eq!(leads_to(&pool).await, copy_id);
     }
     for identifier in [our_id, copy_id] {
@@ -93,7 +90,7 @@ async fn r11_the_next_cluster_is_accepted_without_a_restart() {
         drop(transaction);
         drop(doubtful);
         if !patient {
-            eventually("the green one is refused", PATIENCE, async || {
+            eventually("the green one is refused", LONG, async || {
                 let error = pool.get().await.map(drop).unwrap_err();
                 let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
                 unavailable.reason() == UnavailableReason::OtherCluster
@@ -103,7 +100,7 @@ async fn r11_the_next_cluster_is_accepted_without_a_restart() {
             .await;
             if accepts { pool.accept_cluster(green_id) } else { pool.forget_cluster() }
         }
-        eventually("the green one is used", PATIENCE, async || pool.get().await.is_ok()).await;
+        eventually("the green one is used", LONG, async || pool.get().await.is_ok()).await;
         assert_eq!(leads_to(&pool).await, green_id);
         // The blue one is the stranger now.
         blue.start_node(Node(0)).await;
@@ -122,7 +119,7 @@ async fn r11_a_sleeping_pool_is_told_which_cluster_is_its_own() {
         let builder = builder(&[&blue, &green]).checkout_timeout(Duration::from_secs(5));
         let pool = builder.sleep_after(Duration::from_millis(300)).build().unwrap();
         assert_eq!(leads_to(&pool).await, blue_id);
-        eventually("it sleeps", PATIENCE, async || matches!(pool.status().view.state, State::Asleep)).await;
+        eventually("it sleeps", LONG, async || matches!(pool.status().view.state, State::Asleep)).await;
         blue.kill(Node(0)).await;
         green.thaw(Node(0));
         let mut events = pool.subscribe();
@@ -131,7 +128,7 @@ async fn r11_a_sleeping_pool_is_told_which_cluster_is_its_own() {
         } else {
             pool.forget_cluster();
         }
-        let told = timeout(PATIENCE, events.next()).await.expect("it is told at once");
+        let told = timeout(LONG, events.next()).await.expect("it is told at once");
         assert!(matches!(told, Some(Event::ClusterAccepted { .. })), "{told:?}");
         assert!(matches!(pool.status().view.state, State::Asleep), "the word alone wakes nobody");
         assert_eq!(leads_to(&pool).await, green_id);
@@ -148,10 +145,10 @@ async fn r4_an_older_timeline_is_accepted_at_the_users_word() {
     pool.get().await.unwrap();
     cluster.kill(Node(0)).await;
     cluster.promote(Node(1)).await;
-    eventually("the promoted one is used", PATIENCE, async || pool.get().await.is_ok()).await;
+    eventually("the promoted one is used", LONG, async || pool.get().await.is_ok()).await;
     cluster.kill(Node(1)).await;
     cluster.start_node(Node(0)).await;
-    eventually("the old one is refused", PATIENCE, async || {
+    eventually("the old one is refused", LONG, async || {
         let Err(error) = pool.get().await else { return false };
         let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
         unavailable.reason() == UnavailableReason::OldPrimary
@@ -160,7 +157,7 @@ async fn r4_an_older_timeline_is_accepted_at_the_users_word() {
     })
     .await;
     pool.accept_cluster(identifier);
-    eventually("the restored one is used", PATIENCE, async || pool.get().await.is_ok()).await;
+    eventually("the restored one is used", LONG, async || pool.get().await.is_ok()).await;
     let State::Primary { endpoint, report } = pool.status().view.state else { panic!() };
     assert_eq!(report.timeline, Some(1), "{endpoint}");
 }
@@ -182,13 +179,13 @@ async fn r11_a_wrapped_pool_accepts_the_next_cluster_too() {
     let error = pinned.get().await.map(drop).unwrap_err();
     assert!(error.to_string().contains("another cluster"), "{error}");
     blue.kill(Node(0)).await;
-    eventually("the green one is refused", PATIENCE, async || {
+    eventually("the green one is refused", LONG, async || {
         let Err(error) = pool.get().await else { return false };
         error.to_string().contains(&format!("accept_cluster({green_id})"))
     })
     .await;
     pool.accept_cluster(green_id);
-    eventually("the green one is used", PATIENCE, async || pool.get().await.is_ok()).await;
+    eventually("the green one is used", LONG, async || pool.get().await.is_ok()).await;
     assert_eq!(leads_to(&pool).await, green_id);
 }
 

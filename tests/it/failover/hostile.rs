@@ -16,8 +16,8 @@ use tokio_postgres_failover::resolve::{HickoryResolver, Resolve, ResolveError};
 use tokio_postgres_failover::view::{Address, State};
 use tokio_postgres_failover::{Error, Pool, PoolBuilder};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// The default deadline is thirty seconds: what ends before this did not wait for it.
 const AT_ONCE: Duration = Duration::from_secs(3);
 /// For calls that nobody can serve.

@@ -10,9 +10,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::{Event, Pool, PoolBuilder};
 
-use crate::support::load::{by_url, create_table, from_env, generation, ms};
+use crate::support::load::{LONG, by_url, create_table, from_env, generation, ms};
 
-const PATIENCE: Duration = Duration::from_secs(30);
 /// Of the pools here: a sixtieth of it is a heartbeat, and three times as long new sessions fail.
 const DEAD_AFTER: Duration = Duration::from_secs(3);
 
@@ -70,7 +69,7 @@ impl Callers {
             tasks.spawn(async move {
                 let mut errors = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    match timeout(PATIENCE, client.simple_query("SELECT 1")).await {
+                    match timeout(LONG, client.simple_query("SELECT 1")).await {
                         Ok(Ok(_)) => drop(served.fetch_add(1, Ordering::Relaxed)),
                         Ok(Err(error)) => errors.push(format!("on loan: {error}")),
                         Err(_) => errors.push("on loan: no answer".to_owned()),
@@ -135,7 +134,7 @@ async fn a_server_that_answers_callers_is_not_left_while_the_question_is_held_up
     let until = Instant::now() + DEAD_AFTER * 2;
     while Instant::now() < until {
         for client in &held {
-            timeout(PATIENCE, client.batch_execute("SELECT 1")).await.expect("an answer").unwrap();
+            timeout(LONG, client.batch_execute("SELECT 1")).await.expect("an answer").unwrap();
         }
         sleep(Duration::from_millis(50)).await;
     }
@@ -183,7 +182,7 @@ async fn new_sessions_fail(how: TurnAway) {
     let died = Instant::now();
     stage.cluster.kill(Node(0)).await;
     let accepted = stage.cluster.promote_timed(stage.cluster.most_advanced_standby().await).await.accepted_at;
-    let client = timeout(PATIENCE, pool.get()).await.unwrap().unwrap();
+    let client = timeout(LONG, pool.get()).await.unwrap().unwrap();
     client.batch_execute("INSERT INTO entries (id) VALUES (1)").await.unwrap();
     println!(
         "{how:?}: {served} served; left {} ms after the death, {} ms after the promotion",
@@ -245,16 +244,14 @@ async fn a_server_that_falls_silent_while_new_sessions_fail_is_found() {
         });
         let silent = Instant::now();
         stage.tap.stall(true);
-        let lost =
-            timeout(PATIENCE, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
+        let lost = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
         lost.await.expect("it is lost");
         println!("{how:?}: lost after {} ms", ms(silent.elapsed()));
         assert!(silent.elapsed() < Duration::from_secs(2), "{how:?}: {:?}", silent.elapsed());
-        let evicted =
-            timeout(PATIENCE, async { while !matches!(events.next().await.unwrap(), Event::Evicted { .. }) {} });
+        let evicted = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::Evicted { .. }) {} });
         evicted.await.expect("its connections end");
         assert!(silent.elapsed() < DEAD_AFTER + Duration::from_secs(3), "{how:?}: {:?}", silent.elapsed());
-        timeout(PATIENCE, sender).await.unwrap().unwrap();
+        timeout(LONG, sender).await.unwrap().unwrap();
     }
 }
 
@@ -291,7 +288,7 @@ async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
     let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     let admin = stage.cluster.direct(Node(0)).await;
     let others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
-    eventually("the heart-beat's session is ended", PATIENCE, async || {
+    eventually("the heart-beat's session is ended", LONG, async || {
         admin.query_one(others, &[&pid]).await.unwrap().get::<_, i64>(0) > 0
     })
     .await;

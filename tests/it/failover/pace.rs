@@ -8,8 +8,8 @@ use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// How long the questions are counted.
 const COUNTED: Duration = Duration::from_secs(4);
 

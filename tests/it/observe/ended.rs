@@ -14,8 +14,7 @@ use tokio_postgres_failover::resolve::{Addresses, BoxFuture, Resolve, ResolveErr
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, Error, Pool, deadpool, deadpool_postgres};
 
-/// For what comes at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
 
 fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()

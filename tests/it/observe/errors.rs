@@ -8,8 +8,8 @@ use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 /// The default deadline is thirty seconds: what ends before this did not wait for it.
 const AT_ONCE: Duration = Duration::from_secs(3);
 

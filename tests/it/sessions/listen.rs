@@ -12,9 +12,9 @@ use tokio_postgres_failover::listen::{Listener, Message};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool};
 
+use crate::support::PATIENCE;
 use crate::support::load::{LONG, by_name, by_url, generation};
 
-const PATIENCE: Duration = Duration::from_secs(20);
 /// The sessions that listen, by what they asked last.
 const LISTENING: &str =
     "SELECT pid FROM pg_stat_activity WHERE query LIKE '%SELECT pg_listening_channels%' AND pid <> pg_backend_pid()";

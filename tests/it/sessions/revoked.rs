@@ -16,9 +16,8 @@ use tokio_postgres_failover::view::{Answer, Part, Parts, State};
 use tokio_postgres_failover::{Event, Pool, Transaction, deadpool_postgres};
 
 use crate::sessions::versions::signature;
+use crate::support::load::LONG;
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// What was refused is asked for again after a minute.
 const BACK_WITHIN: Duration = Duration::from_secs(150);
 const HEARTBEAT: Duration = Duration::from_millis(200);
@@ -137,7 +136,7 @@ async fn database(cluster: &Cluster, name: &str) -> Client {
 fn pool(cluster: &Cluster, database: &str) -> Pool {
     let url = format!("postgres://app@{}/{database}", cluster.socket_addr(Node(0)));
     let builder = Pool::builder(url).unwrap().heartbeat_interval(HEARTBEAT).patrol_interval(Duration::from_secs(1));
-    builder.max_size(2).heartbeat_timeout(PATIENCE).checkout_timeout(PATIENCE).build().unwrap()
+    builder.max_size(2).heartbeat_timeout(LONG).checkout_timeout(LONG).build().unwrap()
 }
 
 fn wrapped(cluster: &Cluster, database: &str) -> Pool {
@@ -145,7 +144,7 @@ fn wrapped(cluster: &Cluster, database: &str) -> Pool {
     config.url = Some(format!("postgres://app@{}/{database}", cluster.socket_addr(Node(0))));
     config.pool = Some(deadpool_postgres::PoolConfig::new(2));
     let builder = Pool::wrap(config.create_pool(None, NoTls).unwrap()).heartbeat_interval(HEARTBEAT);
-    builder.heartbeat_timeout(PATIENCE).checkout_timeout(PATIENCE).build().unwrap()
+    builder.heartbeat_timeout(LONG).checkout_timeout(LONG).build().unwrap()
 }
 
 /// Everything that callers do, once.
@@ -205,7 +204,7 @@ fn withheld(pool: &Pool) -> Option<Parts> {
 
 /// `None`: it tells that just these are kept back, when it has been asked for all of them.
 async fn tells(pool: &Pool, parts: Parts) -> Option<String> {
-    let told = timeout(PATIENCE, async {
+    let told = timeout(LONG, async {
         while withheld(pool) != Some(parts) {
             sleep(HEARTBEAT).await;
         }
@@ -329,7 +328,7 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     let hosts = Pool::builder(cluster.url_hosts()).unwrap().heartbeat_interval(HEARTBEAT);
     let pool = hosts.patrol_interval(Duration::from_secs(1)).build().unwrap();
     pool.get().await.unwrap();
-    eventually("all members have told", PATIENCE, async || {
+    eventually("all members have told", LONG, async || {
         pool.candidates().iter().all(|candidate| candidate.answer.is_some())
     })
     .await;
@@ -337,7 +336,7 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     for function in ["pg_control_system()", "pg_walfile_name(pg_lsn)"] {
         admin.batch_execute(&Function(function).revoke()).await.unwrap();
     }
-    eventually("it is noticed", PATIENCE, async || withheld(&pool) == Some([Identity, Timeline].into_iter().collect()))
+    eventually("it is noticed", LONG, async || withheld(&pool) == Some([Identity, Timeline].into_iter().collect()))
         .await;
     cluster.wait_replayed(Node(1)).await;
     cluster.wait_replayed(Node(2)).await;
@@ -348,7 +347,7 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     cluster.kill(Node(0)).await;
     cluster.promote(Node(1)).await;
     let leads_to = async |node: Node| {
-        eventually("the next primary is used", PATIENCE, async || {
+        eventually("the next primary is used", LONG, async || {
             let Ok(client) = pool.get().await else { return false };
             let row = client.query_one("SELECT host(inet_server_addr())", &[]).await;
             row.is_ok_and(|row| row.get::<_, String>(0) == cluster.addr(node).to_string())
@@ -359,7 +358,7 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     // An old primary comes back writable. Its last checkpoint tells its timeline.
     cluster.start_node(Node(0)).await;
     cluster.direct(Node(1)).await.batch_execute("CHECKPOINT").await.unwrap();
-    eventually("the old primary was asked", PATIENCE, async || {
+    eventually("the old primary was asked", LONG, async || {
         let old = pool
             .candidates()
             .into_iter()
@@ -387,7 +386,7 @@ async fn a_listener_that_may_not_read_its_channels_listens() {
     sleep(HEARTBEAT * 12).await;
     admin.batch_execute("NOTIFY news, 'one'").await.unwrap();
     for listener in [&mut before, &mut after] {
-        let message = timeout(PATIENCE, listener.recv()).await.unwrap().unwrap().unwrap();
+        let message = timeout(LONG, listener.recv()).await.unwrap().unwrap().unwrap();
         assert!(matches!(&message, Message::Notification(it) if it.payload() == "one"), "{message:?}");
     }
 }

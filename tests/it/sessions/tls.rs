@@ -16,10 +16,9 @@ use tokio_postgres_failover::view::Answer;
 use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use crate::support::PATIENCE;
 use crate::support::load::{Load, Write, by_url, create_table, generation};
 
-/// For conditions that come at once on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// The name that the test bed's DNS knows, and that the certificates are for. None is for an address.
 const NAME: &str = "pg.internal";
 /// The role may come by TLS alone.

@@ -17,8 +17,8 @@ use tokio_postgres::NoTls;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool, PoolBuilder, Transaction, deadpool_postgres};
 
-/// For conditions that come at once on an idle machine. Far below [`SLOW`].
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::support::PATIENCE;
+
 const NAME: &str = "cancelled";
 const MAX_SIZE: usize = 4;
 /// What runs longer than every test: gone from the server only if it was cancelled.
