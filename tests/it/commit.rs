@@ -4,4 +4,4 @@ mod evidence;
 pub(crate) mod finish;
 mod history;
 mod inside;
-pub(crate) mod settle;
+mod settle;

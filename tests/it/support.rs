@@ -1,5 +1,6 @@
 //! What the tests share.
 
+pub(crate) mod bench;
 pub(crate) mod load;
 
 use std::sync::Arc;

@@ -16,7 +16,7 @@ use tokio_postgres_failover::{
     CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, TransactionBuilder, deadpool_postgres,
 };
 
-use crate::commit::settle::install_ledger;
+use crate::support::bench::install_ledger;
 use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
 
 /// The pool's last cancel request for a session comes half a second after the first.

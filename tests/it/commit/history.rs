@@ -21,7 +21,7 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::view::Evidence;
 use tokio_postgres_failover::{Error, Guarantee};
 
-use crate::commit::settle::{Bench, standbys};
+use crate::support::bench::{Bench, standbys};
 use crate::support::load::{LONG, by_name};
 use crate::support::{insert, sql};
 

@@ -14,7 +14,7 @@ use tokio_postgres::{Config, NoTls};
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder};
 
-use crate::commit::settle::install_ledger;
+use crate::support::bench::install_ledger;
 use crate::support::load::{Load, Write, by_url, create_table, from_env, generation, ms};
 use crate::support::{PATIENCE, insert, stored};
 

@@ -7,7 +7,7 @@ use testbed::{Cluster, Node, Pooler, eventually};
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{Client, Guarantee, PoolBuilder};
 
-use crate::commit::settle::{install_ledger, settlers};
+use crate::support::bench::{install_ledger, settlers};
 use crate::support::load::{Load, Write, by_url, create_table, from_env, generation};
 use crate::support::{PATIENCE, Runs, insert, sql, stored};
 

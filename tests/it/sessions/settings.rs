@@ -25,8 +25,8 @@ use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::view::{Answer, Evidence, Refusal, State};
 use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
-use crate::commit::settle::settlers;
 use crate::support::Runs;
+use crate::support::bench::settlers;
 use crate::support::load::{LONG, generation};
 use rows::{Row, SHADOWS, rows};
 

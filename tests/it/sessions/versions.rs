@@ -9,7 +9,7 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
-use crate::commit::settle::single;
+use crate::support::bench::single;
 use crate::support::load::{LONG, create_table, generation, primary_lost};
 use crate::support::{insert, sql, stored};
 

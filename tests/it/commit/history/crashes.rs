@@ -6,7 +6,7 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::{Guarantee, Pool};
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, write_no_more};
-use crate::commit::settle::single;
+use crate::support::bench::single;
 use crate::support::insert;
 
 const UNDELIVERED: Cut = Cut::CommitUndelivered { server_stays: false };

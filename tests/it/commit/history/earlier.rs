@@ -13,7 +13,7 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
 use super::{NOWHERE, Right, grant, hold, write_wal};
-use crate::commit::settle::{Bench, settlers};
+use crate::support::bench::{Bench, settlers};
 use crate::support::load::LONG;
 use crate::support::{PATIENCE, insert, stored};
 

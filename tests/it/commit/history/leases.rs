@@ -5,8 +5,8 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
-use crate::commit::settle::single;
 use crate::support::PATIENCE;
+use crate::support::bench::single;
 
 /// What becomes of the COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -228,7 +228,7 @@ async fn a_successor_that_was_restarted_is_settled_by_the_log() {
         for crash in [false, true] {
             let case = Case::new(cluster(), Right::Function).await;
             if lost {
-                crate::commit::settle::cut_replication(&case.bench.cluster, &[Node(1)]).await;
+                crate::support::bench::cut_replication(&case.bench.cluster, &[Node(1)]).await;
             }
             burn_ids(&case.bench.cluster).await;
             let fault = async |scene: &Scene| {

@@ -4,8 +4,8 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_wal};
-use crate::commit::settle::{cut_replication, standbys};
 use crate::support::PATIENCE;
+use crate::support::bench::{cut_replication, standbys};
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()

@@ -5,8 +5,8 @@ use testbed::{Cluster, ClusterBuilder, Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, recycle, write_wal};
-use crate::commit::settle::cut_replication;
 use crate::support::PATIENCE;
+use crate::support::bench::cut_replication;
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()
