@@ -89,8 +89,7 @@ async fn k2_a_commit_under_way_is_waited_for() {
             assert_eq!(committing(&gate).await, pid, "a session that commits is left alone");
             open_gate(&gate).await;
         };
-        let (result, ()) = tokio::join!(bench.write(), fault);
-        result.unwrap();
+        bench.settles_during(fault).await;
         bench.assert_once(1).await;
     })
     .await;
@@ -112,8 +111,7 @@ async fn k2_a_settler_commits_nobody_elses_work() {
             drop(left_open);
             open_gate(&gate).await;
         };
-        let (result, ()) = tokio::join!(bench.write(), fault);
-        result.unwrap();
+        bench.settles_during(fault).await;
         bench.assert_once(1).await;
         assert!(gate.query("SELECT FROM drafts", &[]).await.unwrap().is_empty());
     })
@@ -132,8 +130,7 @@ async fn k2_the_ledger_can_be_asked_in_strict_isolation() {
         told_in_progress(&gate).await;
         open_gate(&gate).await;
     };
-    let (result, ()) = tokio::join!(bench.write(), fault);
-    result.unwrap();
+    bench.settles_during(fault).await;
     bench.assert_once(1).await;
 }
 
@@ -148,8 +145,7 @@ async fn k2_work_whose_session_was_ended_in_commit_runs_again() {
             wait_gone(&gate, pid).await;
             open_gate(&gate).await;
         };
-        let (result, ()) = tokio::join!(bench.write(), fault);
-        result.unwrap();
+        bench.settles_during(fault).await;
         bench.assert_once(2).await;
     })
     .await;
@@ -227,8 +223,7 @@ async fn k2_work_whose_commit_a_partition_swallowed_runs_again_on_the_same_serve
             assert_eq!(bench.cutter.held(), 1, "the server does not know");
             way.stall(false);
         };
-        let (result, ()) = tokio::join!(bench.write(), healing);
-        result.unwrap();
+        bench.settles_during(healing).await;
         bench.assert_once(2).await;
         assert_eq!(generation(&bench.pool), 2);
         eventually("the server has ended the session", PATIENCE, async || bench.cutter.held() == 0).await;
@@ -396,8 +391,7 @@ async fn k6_a_commit_that_waits_for_a_standby_is_waited_for() {
                 waits_for_standby(&admin, COMMIT).await;
                 bench.cluster.thaw(Node(1));
             };
-            let (result, ()) = tokio::join!(bench.write(), fault);
-            result.unwrap();
+            bench.settles_during(fault).await;
             bench.assert_once(1).await;
         },
     )
@@ -419,8 +413,7 @@ async fn k6_a_commit_that_no_standby_got_runs_again_on_the_survivor() {
                 bench.cluster.kill(Node(0)).await;
                 bench.cluster.promote(Node(1)).await;
             };
-            let (result, ()) = tokio::join!(bench.write(), fault);
-            result.unwrap();
+            bench.settles_during(fault).await;
             bench.assert_once(2).await;
         },
     )
@@ -439,8 +432,7 @@ async fn k6_the_ledgers_fence_waits_for_a_standby() {
         assert_eq!(bench.runs.count(), 1);
         bench.cluster.thaw(Node(1));
     };
-    let (result, ()) = tokio::join!(bench.write(), fault);
-    result.unwrap();
+    bench.settles_during(fault).await;
     bench.assert_once(2).await;
 }
 

@@ -81,6 +81,12 @@ impl Bench {
         self.run(self.call()).await
     }
 
+    /// A write that succeeds while this happens.
+    pub(crate) async fn settles_during(&self, fault: impl Future<Output = ()>) {
+        let (result, ()) = tokio::join!(self.write(), fault);
+        result.unwrap();
+    }
+
     /// A write whose outcome is unknown for this reason. It ran once, and the text tells what to do.
     pub(crate) async fn assert_unknown(&self, call: TransactionBuilder<'_>, reason: Unsettled) {
         let error = self.run(call).await.unwrap_err();
