@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use testbed::{Cluster, Node, eventually};
+use testbed::{Answer, Cluster, Node, eventually};
 use tokio_postgres_failover::{Error, Transaction};
 
 use load::create_table;
@@ -108,4 +108,9 @@ pub(crate) async fn wait_gone(gate: &tokio_postgres::Client, pid: i32) {
         gate.query("SELECT FROM pg_stat_activity WHERE pid = $1", &[&pid]).await.unwrap().is_empty()
     })
     .await;
+}
+
+/// A name server that answers differently for each family of addresses.
+pub(crate) fn split(a: Answer, aaaa: Answer) -> Answer {
+    Answer::Split { a: Box::new(a), aaaa: Box::new(aaaa) }
 }

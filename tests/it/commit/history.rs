@@ -25,6 +25,10 @@ use crate::support::bench::{Bench, standbys};
 use crate::support::load::{LONG, by_name};
 use crate::support::{insert, sql};
 
+fn asynchronous(nodes: usize) -> ClusterBuilder {
+    Cluster::builder().nodes(nodes).asynchronous()
+}
+
 /// What the role of the pool may use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Right {

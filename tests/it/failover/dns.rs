@@ -10,7 +10,7 @@ use tokio_postgres_failover::view::{Address, State};
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::load::{Load, Write, by_name, create_table, generation};
-use crate::support::started;
+use crate::support::{split, started};
 
 async fn fail_over(cluster: &Cluster) -> Instant {
     cluster.kill(cluster.primary()).await;
@@ -22,10 +22,6 @@ async fn asked_again(cluster: &Cluster) {
     let before = cluster.dns().queries();
     eventually("the pool asks DNS again", Duration::from_secs(10), async || cluster.dns().queries() >= before + 4)
         .await;
-}
-
-fn split(a: Answer, aaaa: Answer) -> Answer {
-    Answer::Split { a: Box::new(a), aaaa: Box::new(aaaa) }
 }
 
 /// D1: with a primary, a failing name server is noticed by nobody: not by the work, not by the growth of the pool.

@@ -12,6 +12,8 @@ use testbed::{Answer, Dns};
 use tokio::{net::UdpSocket, task::JoinSet};
 use tokio_postgres_failover::resolve::{Addresses, HickoryResolver, Resolve, ResolveError};
 
+use crate::support::split;
+
 const HOST: &str = "pg.internal";
 const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
 
@@ -32,10 +34,6 @@ fn v4(last: u8) -> IpAddr {
 
 fn v6(last: u16) -> IpAddr {
     IpAddr::V6(Ipv6Addr::new(0xfdaa, 0, 0, 0, 0, 0, 0, last))
-}
-
-fn split(a: Answer, aaaa: Answer) -> Answer {
-    Answer::Split { a: Box::new(a), aaaa: Box::new(aaaa) }
 }
 
 /// All that was found, and that nothing failed along the way.

@@ -3,13 +3,9 @@
 use testbed::{Background, Cluster, ClusterBuilder, Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
-use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_wal};
+use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, asynchronous, burn_ids, checkpoint, write_wal};
 use crate::support::PATIENCE;
 use crate::support::bench::{cut_replication, standbys};
-
-fn asynchronous(nodes: usize) -> ClusterBuilder {
-    Cluster::builder().nodes(nodes).asynchronous()
-}
 
 /// Fails over so many times; each node that is promoted has all that the one before it had.
 async fn fail_over(cluster: &Cluster, times: usize) {

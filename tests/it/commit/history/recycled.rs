@@ -1,16 +1,12 @@
 //! The segment that held the mark is not there any more: the log cannot be looked at, nor does a file show that the timeline
 //! was followed. What else there is decides, or nothing is claimed.
 
-use testbed::{Cluster, ClusterBuilder, Cut, Node, eventually};
+use testbed::{Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
 
-use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, recycle, write_wal};
+use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, asynchronous, burn_ids, checkpoint, recycle, write_wal};
 use crate::support::PATIENCE;
 use crate::support::bench::cut_replication;
-
-fn asynchronous(nodes: usize) -> ClusterBuilder {
-    Cluster::builder().nodes(nodes).asynchronous()
-}
 
 /// The transaction runs on the second timeline, and its successor has no file of that any more. Its role without rights goes by
 /// what the pool has signed the timeline with.
