@@ -216,7 +216,7 @@ impl Opener {
             && failure.message.ends_with(HUNG_UP)
         {
             failure.kind = FailureKind::Refused;
-            failure.message = if offers_tls { NO_DIRECT_TLS } else { NO_TLS }.to_owned();
+            failure.message = String::from(if offers_tls { NO_DIRECT_TLS } else { NO_TLS });
         }
         dialled
     }

@@ -56,7 +56,6 @@ impl Commits {
 
     fn step(&mut self, byte: u8) -> Place {
         match (self.place, byte) {
-            (Place::Outside, _) => self.outside(byte),
             (Place::Word, _) if is_letter(byte) => {
                 self.word.push(byte);
                 Place::Word
@@ -82,7 +81,7 @@ impl Commits {
                 self.tag.push(byte);
                 Place::Tag
             }
-            (Place::Tag, _) => self.outside(byte),
+            (Place::Outside | Place::Tag, _) => self.outside(byte),
             (Place::ClosingTag(matched), b'$') if matched == self.tag.length => Place::Outside,
             (Place::ClosingTag(matched), _) if self.tag.byte(matched) == Some(byte) => Place::ClosingTag(matched + 1),
             (Place::Dollars | Place::ClosingTag(_), b'$') => Place::ClosingTag(0),
