@@ -11,6 +11,7 @@ mod clusters;
 mod fence;
 mod held;
 mod lives;
+mod paces;
 mod pauses;
 mod roaming;
 mod scenarios;
