@@ -26,17 +26,17 @@ impl Topology {
             }
             Answer::Refused(..) | Answer::Failed(_) => return,
         };
-        if !report.fence_pending {
-            if !report.withheld.contains(Part::Fence) {
-                self.fence = Fence::default();
+        if probed.fresh {
+            // A new session is not asked for the setting: it has it. One that was opened before the fence was seen may be
+            // older than the fence.
+            let is_newer = self.fence.seen_at.is_some_and(|seen_at| asked_at.is_some_and(|asked| asked >= seen_at));
+            if is_newer {
+                self.fence.lifted_at = Some(now);
             }
-            return;
-        }
-        // A session that was opened before the fence was seen may be older than the fence.
-        let is_newer = self.fence.seen_at.is_some_and(|seen_at| asked_at.is_some_and(|asked| asked >= seen_at));
-        self.fence.seen_at = self.fence.seen_at.or(Some(now));
-        if probed.fresh && is_newer {
-            self.fence.lifted_at = Some(now);
+        } else if report.fence_pending {
+            self.fence.seen_at = self.fence.seen_at.or(Some(now));
+        } else if !report.withheld.contains(Part::Fence) {
+            self.fence = Fence::default();
         }
     }
 

@@ -26,7 +26,7 @@ impl Bench {
     /// New sessions have shown that the fence is lifted.
     fn lifted() -> Self {
         let mut bench = Self::settled();
-        bench.answered_for(3, &pending(1, 1), &pending(1, 1));
+        bench.answered_for(3, &pending(1, 1), &primary(1, 1));
         bench.log.clear();
         bench
     }
@@ -35,7 +35,7 @@ impl Bench {
 #[test]
 fn a_fence_that_new_sessions_do_not_show_is_looked_at_once_in_each_patrol() {
     let mut bench = Bench::settled();
-    let opened = bench.answered_for(20, &pending(1, 1), &pending(1, 1));
+    let opened = bench.answered_for(20, &pending(1, 1), &primary(1, 1));
     assert!((1..=5).contains(&opened), "{opened} new sessions in twenty seconds");
     assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
 }
@@ -75,7 +75,7 @@ fn only_a_session_that_was_opened_after_the_fence_was_seen_denies_it() {
     let mut bench = Bench::settled();
     bench.suspect(1);
     bench.wait(ms(20));
-    bench.answer(1, Ok(pending(1, 1)), true, true);
+    bench.answer(1, Ok(primary(1, 1)), true, true);
     bench.wait(ms(1000));
     bench.answer(1, Ok(pending(1, 1)), false, true);
     bench.wait(ms(100));
