@@ -15,7 +15,7 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{fmt::Write as _, process as this_process, thread};
+use std::{fmt::Write as _, thread};
 
 use rustix::process::Signal;
 use tokio::net::TcpStream;
@@ -27,9 +27,9 @@ use tokio_postgres::{Client, Config, NoTls};
 use crate::block::Block;
 use crate::certificate::{Authority, Certificate};
 use crate::dns::Dns;
-use crate::limit;
 use crate::process::{self, Reaper};
 use crate::server::{self, Server};
+use crate::site::Site;
 use crate::sync::lock;
 use crate::wait::until;
 
@@ -46,7 +46,6 @@ const TURNING_PATIENCE: Duration = Duration::from_millis(500);
 const CALM: Duration = Duration::from_millis(250);
 /// What takes longer than this does not go as usual.
 const UNHURRIED: Duration = Duration::from_millis(100);
-const DNS_PORT: u16 = 15353;
 
 /// A member of a cluster, counted from 0. `Node(0)` is the first primary.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -194,23 +193,9 @@ impl Cluster {
     }
 
     async fn launch(choices: ClusterBuilder) -> Self {
-        limit::begin();
         let ClusterBuilder { nodes, synchronous, foreign, archive, settings, hba, password, certificate, clients } =
             choices;
-        let (server, template) = ended(spawn_blocking(move || {
-            let server = Server::installed();
-            (server, server.template(foreign))
-        }))
-        .await;
-        let block = Block::claim();
-        // Unique on the machine: the reaper finds the cluster's processes by it. It fits into `cluster_name` (63 bytes).
-        let tag = format!("testbed-{}-{}-{}", this_process::id(), block.node(0), unique());
-        let folder = server.cluster_folder(&tag);
-        process::adopt_orphans();
-        let reaper = Reaper::watch(&folder);
-        server::make_folder(&folder);
-        server.give(&folder);
-        let dns = Dns::start(SocketAddr::new(block.dns(), DNS_PORT)).await;
+        let Site { server, template, tag, folder, dns, reaper, block } = Site::claim(foreign).await;
         let cluster = Arc::new(Self {
             nodes: (0..nodes).map(|_| Mutex::default()).collect(),
             primary: AtomicUsize::new(0),
@@ -898,13 +883,8 @@ fn name(node: Node) -> String {
     format!("n{}", node.0)
 }
 
-fn unique() -> String {
-    use std::hash::{BuildHasher as _, RandomState};
-    format!("{:08x}", RandomState::new().hash_one(0) & 0xffff_ffff)
-}
-
 /// The task's result, or its panic.
-pub(super) async fn ended<T>(task: JoinHandle<T>) -> T {
+pub(crate) async fn ended<T>(task: JoinHandle<T>) -> T {
     task.await.unwrap_or_else(|error| resume_unwind(error.into_panic()))
 }
 

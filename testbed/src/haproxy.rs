@@ -265,7 +265,7 @@ struct Behind {
 }
 
 /// One question to the proxy's administration port.
-async fn ask(stats: SocketAddr, question: &str) -> Result<String, String> {
+pub(crate) async fn ask(stats: SocketAddr, question: &str) -> Result<String, String> {
     let asked = async {
         let mut stream = TcpStream::connect(stats).await?;
         stream.write_all(format!("{question}\n").as_bytes()).await?;

@@ -1,4 +1,4 @@
-//! A network path to one server that is long, or that vanishes without a word.
+//! A network path to one server that is long, that is cut for a while, or that vanishes without a word.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -16,6 +16,7 @@ struct Shared {
     delay: Mutex<Duration>,
     /// How often [`Path::vanish`] was called.
     vanished: watch::Sender<u64>,
+    held: watch::Sender<bool>,
 }
 
 /// A proxy in front of one server. Dropping it closes its connections and its port.
@@ -31,6 +32,7 @@ impl Path {
             upstream: Mutex::new(upstream),
             delay: Mutex::default(),
             vanished: watch::Sender::new(0),
+            held: watch::Sender::new(false),
         });
         let served = Arc::clone(&shared);
         let port = Port::open("path", listen, move |client| serve(client, Arc::clone(&served))).await;
@@ -58,6 +60,12 @@ impl Path {
         self.shared.vanished.send_modify(|times| *times += 1);
     }
 
+    /// While held nothing passes in either direction, on open connections and on new ones, and neither side is told: a
+    /// network that is cut. Afterwards all of them go on. The port still takes connections, as the kernel does that.
+    pub fn hold(&self, held: bool) {
+        self.shared.held.send_replace(held);
+    }
+
     /// How many connections have come.
     pub fn accepted(&self) -> u64 {
         self.port.accepted()
@@ -70,9 +78,11 @@ async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
     let delay = *lock(&shared.delay);
     let upstream = *lock(&shared.upstream);
     sleep(delay).await;
+    let mut held = shared.held.subscribe();
+    // The sender lives in `shared`, which this task holds.
+    let _ = held.wait_for(|held| !held).await.map(drop);
     let Some(mut server) = connect(&client, upstream).await else { return };
-    let (_, never_stalled) = watch::channel(false);
-    let passing = relay(&mut client, &mut server, never_stalled, |_| {});
+    let passing = relay(&mut client, &mut server, held, |_| {});
     let vanished = async {
         // The sender lives in `shared`, which this task holds.
         let _ = vanished.wait_for(|times| *times > begun).await.map(drop);

@@ -27,6 +27,11 @@ fn state(id: u32) -> Option<char> {
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
+/// Whether this is a server's process that lives, or waits to be reaped.
+pub(crate) fn is_postgres(id: u32) -> bool {
+    fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|name| name.trim() == "postgres")
+}
+
 /// Lets the children of a killed server become children of this process, which reaps them. A container's first process
 /// often reaps nobody, and the dead would fill the process table.
 pub(crate) fn adopt_orphans() {
@@ -45,7 +50,7 @@ fn pid(id: u32) -> Pid {
     i32::try_from(id).ok().and_then(Pid::from_raw).expect("a process id")
 }
 
-fn children(id: u32) -> Vec<u32> {
+pub(crate) fn children(id: u32) -> Vec<u32> {
     // The file is missing from kernels built without CONFIG_PROC_CHILDREN.
     if let Ok(list) = fs::read_to_string(format!("/proc/{id}/task/{id}/children")) {
         return list.split_whitespace().filter_map(|child| child.parse().ok()).collect();
@@ -103,7 +108,7 @@ pub(crate) fn kill_tree(id: u32) -> Vec<u32> {
 /// Ends the processes of one folder and removes it: when told to, or when this process dies in any way.
 ///
 /// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process holds.
-/// It ends the PostgreSQL programs, and the proxies in front of them, that carry the folder's name in their command line, by
+/// It ends the PostgreSQL programs, their managers, and the proxies in front of them, that carry the folder's name in their command line, by
 /// id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
 pub(crate) struct Reaper {
     folder: PathBuf,
@@ -128,7 +133,7 @@ while :; do
         name=
         { read -r name <"/proc/$id/comm"; } 2>/dev/null
         case $name in
-        postgres | initdb | cp | pg_rewind | pg_basebackup | haproxy | pgbouncer)
+        postgres | initdb | cp | pg_ctl | pg_rewind | pg_basebackup | haproxy | pgbouncer | etcd | python3 | repmgr | repmgrd)
             kill -9 "$id" 2>/dev/null
             found=yes
             ;;

@@ -49,6 +49,11 @@ impl Program {
     /// Makes the folder `label` below the cluster's; nothing runs yet.
     pub(crate) fn new(name: &'static str, label: &str, server: &'static Server, cluster: &Path) -> Self {
         let path = find(name).unwrap_or_else(|| panic!("testbed: {name} is not installed"));
+        Self::at(path, name, label, server, cluster)
+    }
+
+    /// The same for a program at this path, or for one of the server's own by its name.
+    pub(crate) fn at(path: PathBuf, name: &'static str, label: &str, server: &'static Server, cluster: &Path) -> Self {
         let folder = cluster.join(label);
         make_folder(&folder);
         server.give(&folder);
@@ -82,6 +87,15 @@ impl Program {
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", self.path.display()));
         self.child.replace(child)
+    }
+
+    /// Its process, unless it has ended.
+    pub(crate) fn running(&mut self) -> Option<u32> {
+        let child = self.child.as_mut()?;
+        if child.try_wait().expect("a child can be waited for").is_some() {
+            self.child = None;
+        }
+        self.id()
     }
 
     pub(crate) fn id(&self) -> Option<u32> {

@@ -138,6 +138,11 @@ impl Server {
         })
     }
 
+    /// The folder of the server's programs.
+    pub(crate) fn programs(&self) -> &Path {
+        &self.programs
+    }
+
     /// The folder of a new cluster; not made yet.
     pub(crate) fn cluster_folder(&self, tag: &str) -> PathBuf {
         self.clusters.join(tag)

@@ -6,6 +6,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 /// How often a condition is looked at.
 const INTERVAL: Duration = Duration::from_millis(3);
+const SLOWLY: Duration = Duration::from_millis(50);
 
 /// Waits until `condition` holds, looking every few milliseconds.
 ///
@@ -37,7 +38,22 @@ pub async fn eventually(what: &str, deadline: Duration, mut condition: impl Asyn
 /// [`eventually`] for a value, and with the reason of the last failure in the panic.
 ///
 /// Takes a plain closure: futures built on `AsyncFnMut` are not provably `Send`, and a fault is often injected from a spawned task.
-pub(crate) async fn until<T, F>(what: &str, deadline: Duration, mut attempt: impl FnMut() -> F) -> T
+pub(crate) async fn until<T, F>(what: &str, deadline: Duration, attempt: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, String>>,
+{
+    until_every(INTERVAL, what, deadline, attempt).await
+}
+
+/// [`until`] for what is slow to answer: it looks every 50 ms.
+pub(crate) async fn until_slowly<T, F>(what: &str, deadline: Duration, attempt: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, String>>,
+{
+    until_every(SLOWLY, what, deadline, attempt).await
+}
+
+async fn until_every<T, F>(interval: Duration, what: &str, deadline: Duration, mut attempt: impl FnMut() -> F) -> T
 where
     F: Future<Output = Result<T, String>>,
 {
@@ -49,7 +65,7 @@ where
                 Ok(value) => return value,
                 Err(reason) => last = reason,
             }
-            sleep(INTERVAL).await;
+            sleep(interval).await;
         }
     });
     let found = found.await.ok();

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use testbed::{Cluster, Node, eventually};
+use testbed::{Cluster, Node, Part, Patroni, eventually};
 
 const VICTIM: &str = "TESTBED_LEAK_VICTIM";
+/// Set for a victim whose cluster is Patroni's.
+const PATRONI: &str = "TESTBED_LEAK_PATRONI";
 
 /// Processes with the cluster's name in their command line; those that only wait to be reaped have none.
 fn processes(folder: &Path) -> usize {
@@ -83,11 +85,37 @@ async fn a_killed_test_leaves_nothing() {
     assert_eq!(abandoned_segments(&servers), 0);
 }
 
+/// etcd, the managers, what they have started, and one that cannot be asked to end.
+#[tokio::test]
+async fn a_killed_test_leaves_nothing_of_patroni() {
+    if !Patroni::is_installed() {
+        return;
+    }
+    let mut victim = victim_of(PATRONI, "yes").spawn().unwrap();
+    let lines = BufReader::new(victim.stdout.take().unwrap()).lines();
+    let folder =
+        lines.map_while(Result::ok).find_map(|line| Some(PathBuf::from(line.split_once("folder=")?.1))).unwrap();
+    let servers = server_ids(&folder);
+    assert_eq!(servers.len(), 3);
+    assert!(processes(&folder) > 7, "{}", processes(&folder));
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    eventually("the folder is gone", Duration::from_secs(10), async || !folder.exists()).await;
+    assert_eq!(processes(&folder), 0);
+    assert_eq!(abandoned_segments(&servers), 0);
+}
+
 #[tokio::test]
 #[ignore = "it is run, and ended, by other tests of this file"]
 async fn victim() {
     if std::env::var_os(VICTIM).is_none() {
         return;
+    }
+    if std::env::var_os(PATRONI).is_some() {
+        let patroni = Patroni::start().await;
+        patroni.freeze(patroni.leader().await, Part::Patroni).await;
+        println!("folder={}", patroni.folder().display());
+        std::future::pending::<()>().await;
     }
     let cluster = Cluster::start().await;
     cluster.kill(Node(0)).await;
