@@ -10,6 +10,7 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool};
 
 use crate::dice::Dice;
+use crate::entries;
 
 /// Pause between two calls of one worker. It leaves two processor cores room for three servers.
 const PACE: Duration = Duration::from_millis(5);
@@ -85,14 +86,6 @@ pub(crate) struct Outcome {
     pub(crate) dropped: usize,
 }
 
-pub(crate) async fn create_tables(cluster: &Cluster) {
-    let client = cluster.direct(cluster.primary()).await;
-    let sql = "CREATE TABLE entries (id bigint NOT NULL);
-               CREATE TABLE keyed (id bigint PRIMARY KEY, at timestamptz NOT NULL DEFAULT now());
-               GRANT ALL ON entries, keyed TO app";
-    client.batch_execute(sql).await.expect("CREATE TABLE");
-}
-
 impl Load {
     pub(crate) fn start(pool: &Pool, seed: u64) -> Self {
         let shared = Arc::new(Shared {
@@ -148,10 +141,7 @@ impl Load {
             workers.shutdown().await;
         }
         self.watchdog.abort();
-        let client = cluster.direct(cluster.primary()).await;
-        let sql = "SELECT id, count(*) FROM (SELECT id FROM entries UNION ALL SELECT id FROM keyed) e GROUP BY id";
-        let rows = client.query(sql, &[]).await.expect("the tables");
-        let stored: Vec<(i64, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let stored = entries::stored(&cluster.direct(cluster.primary()).await).await;
         let verdict = self.shared.history.check(&stored);
         let record = self.shared.record();
         Outcome {
@@ -183,23 +173,8 @@ async fn work(shared: Arc<Shared>, desk: usize, mut dice: Dice) {
 
 async fn one(pool: &Pool, kind: Kind, id: i64) -> Result<(), Error> {
     match kind {
-        Kind::Idempotent => {
-            pool.idempotent(async |tx| {
-                let sql = "INSERT INTO keyed (id) VALUES ($1) ON CONFLICT (id) DO NOTHING";
-                let statement = tx.prepare_cached(sql).await?;
-                tx.execute(&statement, &[&id]).await?;
-                Ok(())
-            })
-            .await
-        }
-        Kind::Transaction => {
-            pool.transaction(async |tx| {
-                let statement = tx.prepare_cached("INSERT INTO entries (id) VALUES ($1)").await?;
-                tx.execute(&statement, &[&id]).await?;
-                Ok(())
-            })
-            .await
-        }
+        Kind::Idempotent => pool.idempotent(async |tx| entries::keyed(&tx, id).await).await,
+        Kind::Transaction => pool.transaction(async |tx| entries::plain(&tx, id).await).await,
         Kind::Read => {
             pool.read(async |tx| {
                 let statement = tx.prepare_cached("SELECT max(id) FROM keyed").await?;

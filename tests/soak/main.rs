@@ -13,6 +13,7 @@
 
 mod command;
 mod dice;
+mod entries;
 mod faults;
 mod growth;
 mod load;
@@ -62,7 +63,7 @@ async fn soak(seed: u64, until: Until) -> bool {
     let begun = Instant::now();
     println!("\nrunning 1 test\nseed={seed}");
     let cluster = Cluster::start().await;
-    load::create_tables(&cluster).await;
+    entries::create_tables(&cluster.direct(cluster.primary()).await).await;
     let pool = Pool::builder(cluster.url())
         .and_then(|builder| builder.dns_servers([cluster.dns().addr()]).max_size(CONNECTIONS).seed(seed).build())
         .expect("a pool");
