@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes sure that PostgreSQL's server programs are here, and HAProxy and PgBouncer if they can be had; the test bed finds them by
-# itself afterwards. Only the programs are wanted: no service is started.
+# Makes sure that PostgreSQL's server programs are here, and HAProxy, PgBouncer, etcd, Patroni and repmgr if they can be had; the
+# test bed finds them by itself afterwards. Only the programs are wanted: no service is started.
 set -eu
 
 have_server() {
@@ -50,7 +50,7 @@ install_server() {
 POLICY=/usr/sbin/policy-rc.d
 
 # In a subshell, which takes back what it forbade however it ends.
-install_proxies_debian() (
+install_quiet_debian() (
     # Debian's packages would start what they install, now and at each boot.
     if [ ! -e "$POLICY" ]; then
         trap '$as_root rm -f "$POLICY"' EXIT
@@ -61,7 +61,9 @@ install_proxies_debian() (
     $as_root apt-get update -q || return 1
     install_debian "$@" || return 1
     if command -v systemctl >/dev/null 2>&1; then
-        $as_root systemctl disable --quiet "$@" || return 1
+        for service in haproxy pgbouncer etcd repmgrd; do
+            $as_root systemctl disable --quiet "$service" 2>/dev/null || true
+        done
     fi
 )
 
@@ -70,7 +72,7 @@ install_proxies_debian() (
 install_proxies() {
     if [ -n "$as_root" ]; then as_root="sudo -n"; fi
     if command -v apt-get >/dev/null 2>&1; then
-        install_proxies_debian $1
+        install_quiet_debian $1
     elif command -v dnf >/dev/null 2>&1; then
         $as_root dnf install -y $1
     elif command -v brew >/dev/null 2>&1; then
@@ -84,9 +86,70 @@ if ! have_server; then
     exit 1
 fi
 
+# Patroni gets a folder of its own, made with the system's Python: another one may lie where the servers' user cannot run it.
+VENV="$(dirname "$0")/../target/patroni"
+PYTHON=/usr/bin/python3
+if [ ! -x "$PYTHON" ]; then PYTHON=python3; fi
+
+# pip puts a program there when all that it needs is there.
+have_patroni() { [ -x "$VENV/bin/patroni" ] && "$VENV/bin/python3" -c '' 2>/dev/null; }
+
+have_venv() { "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; }
+
+# In the background, beside apt-get. What it says is of interest only if it fails.
+install_patroni() {
+    log=$(mktemp)
+    if ! { { [ -x "$VENV/bin/pip" ] || "$PYTHON" -m venv "$VENV"; } && timeout 90 "$VENV/bin/pip" install --quiet --disable-pip-version-check --retries 1 \
+        --timeout 10 'patroni[etcd3,psycopg3]' 'psycopg[binary]'; } >"$log" 2>&1; then tail -n 1 "$log" >&2; fi
+    rm -f "$log"
+}
+
+# The one that the test bed takes.
+server_folder() {
+    if [ -n "${PG_BIN:-}" ]; then echo "$PG_BIN"; return; fi
+    for folder in /usr/lib/postgresql/*/bin; do
+        if [ -x "$folder/postgres" ]; then echo "$folder"; fi
+    done | sort -V | tail -n 1
+}
+
+have_repmgr() { [ -x "$(server_folder)/repmgrd" ]; }
+
+missing_managers() {
+    have etcd || printf 'etcd '
+    have_patroni || printf 'patroni '
+    have_repmgr || printf 'repmgr '
+}
+
+# Debian's names: the package of repmgr is for one version of PostgreSQL.
+manager_packages() {
+    have etcd || printf 'etcd-server '
+    have_venv || printf 'python3-venv '
+    have_repmgr || printf 'postgresql-%s-repmgr ' "$("$(server_folder)/postgres" --version | sed 's/[^0-9]*\([0-9]*\).*/\1/')"
+}
+
+install_managers() {
+    patroni=""
+    if ! have_patroni && have_venv; then
+        install_patroni &
+        patroni=$!
+    fi
+    if command -v apt-get >/dev/null 2>&1; then
+        if [ -n "$as_root" ]; then as_root="sudo -n"; fi
+        packages=$(manager_packages)
+        # All at once, or else each that can be had.
+        # shellcheck disable=SC2086 # a list of words
+        if [ -n "$packages" ] && ! install_quiet_debian $packages; then
+            for package in $packages; do install_quiet_debian "$package" || true; done
+        fi
+    fi
+    if [ -n "$patroni" ]; then wait "$patroni"; elif ! have_patroni; then install_patroni; fi
+}
+
 missing=$(missing_proxies)
 if [ -n "$missing" ]; then install_proxies "$missing" || true; fi
-missing=$(missing_proxies)
+missing=$(missing_managers)
+if [ -n "$missing" ]; then install_managers || true; fi
+missing="$(missing_proxies)$(missing_managers)"
 if [ -n "$missing" ]; then
     echo "Not installed, so the tests that need it are skipped: $missing" >&2
 fi
