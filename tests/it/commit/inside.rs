@@ -180,6 +180,30 @@ async fn a_closure_that_committed_itself_and_keeps_its_session_is_told_so() {
     }
 }
 
+/// With `exit_on_error`, what COMMIT looks for its transaction by ends the session instead of failing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_ends_its_transaction_is_told_so_where_errors_end_sessions() {
+    let cluster = started(single()).await;
+    sql(&cluster, "ALTER ROLE app SET exit_on_error = on").await;
+    for kind in KINDS {
+        for guarantee in marked() {
+            let what = format!("{kind:?} {guarantee:?}");
+            sql(&cluster, "TRUNCATE entries").await;
+            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+            let runs = Runs::default();
+            let work = pool.build_transaction().guarantee(guarantee).run(async |tx| {
+                runs.begin();
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT; BEGIN; INSERT INTO entries VALUES (2)").await?;
+                Ok(())
+            });
+            let error = timeout(PATIENCE, work).await.expect(&what).expect_err(&what);
+            assert!(matches!(error, Error::EndedInside(_)), "{what}: {error:?}");
+            assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]), "{what}");
+        }
+    }
+}
+
 /// A call whose closure writes a row, and sends these statements after that.
 async fn commits_itself(
     pool: &Pool,
