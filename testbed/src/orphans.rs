@@ -4,13 +4,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use crate::process;
+use crate::sync::lock;
 
 const INTERVAL: Duration = Duration::from_millis(50);
 
@@ -60,8 +61,4 @@ fn look(known: &Mutex<BTreeSet<u32>>, folders: &[PathBuf]) {
         known.extend(children);
     }
     lock(known).retain(|id| !process::reap(*id));
-}
-
-fn lock(known: &Mutex<BTreeSet<u32>>) -> MutexGuard<'_, BTreeSet<u32>> {
-    known.lock().unwrap_or_else(PoisonError::into_inner)
 }

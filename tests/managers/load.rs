@@ -1,10 +1,10 @@
 //! Eight writers of all kinds, and what they were told.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use testbed::{History, Verdict};
+use testbed::{History, Verdict, lock};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
@@ -211,7 +211,7 @@ async fn one(pool: &Pool, kind: Kind, id: i64) -> Answer {
 
 impl Shared {
     fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.record)
     }
 
     /// `None`: the call did not end in time, so nobody knows.
