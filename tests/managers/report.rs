@@ -102,7 +102,7 @@ pub(crate) const HEAD: &str = "\
 
 /// The table's row: the least and the most of all rounds.
 pub(crate) fn row(name: &str, rounds: &[Round]) -> String {
-    let count = |of: fn(&Round) -> usize| span(rounds.iter().map(of), |count| count.to_string());
+    let count = |of: fn(&Round) -> usize| span(rounds.iter().map(of), ToString::to_string);
     let seconds = |of: fn(&Round) -> Duration| span(rounds.iter().map(of), |time| format!("{:.1}", time.as_secs_f64()));
     let ms = |of: fn(&Round) -> Duration| span(rounds.iter().map(of), |time| time.as_millis().to_string());
     let sum = |of: fn(&Round) -> usize| rounds.iter().map(of).sum::<usize>();

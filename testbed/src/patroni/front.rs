@@ -91,8 +91,8 @@ async fn leads_to_primary(addr: SocketAddr) -> Result<(), String> {
     }
 }
 
-async fn is_sure(stats: SocketAddr, health: u32) -> Result<(), String> {
-    let csv = ask(stats, "show stat").await?;
+async fn is_sure(page: SocketAddr, health: u32) -> Result<(), String> {
+    let csv = ask(page, "show stat").await?;
     let mut lines = csv.lines().map(|line| line.trim_start_matches("# ").split(',').collect::<Vec<_>>());
     let names = lines.next().unwrap_or_default();
     let at = |name| names.iter().position(|known| *known == name);

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use testbed::{Cluster, Node, PgBouncer, eventually};
+use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::sessions::versions::has_idle_session_timeout;
@@ -112,7 +113,7 @@ async fn a_limit_that_ends_commit_ends_the_call() {
         }
         let error = result.unwrap_err();
         assert_eq!(error.commit_outcome(), CommitOutcome::NotCommitted, "{error}");
-        assert_eq!(error.code().map(|code| code.code()), Some("25P04"), "{error:?}");
+        assert_eq!(error.code().map(SqlState::code), Some("25P04"), "{error:?}");
     }
     assert_eq!(stored(&cluster).await, [1]);
 }
