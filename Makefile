@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers model fuzz lint features api size
+.PHONY: help setup setup-managers demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,11 +35,17 @@ soak: setup ## Random faults under load, held against what is stored (MINUTES=5,
 exactly-once: setup ## Cut COMMITs and kill primaries; nothing may be lost, doubled or untrue (CUTS=1000 FAILOVERS=200 ASYNC=100 LEASES=3 SEED=..., and in each round PROMOTIONS=2 ARCHIVE=1 HISTORY=1)
 	CUTS=$${CUTS:-1000} FAILOVERS=$${FAILOVERS:-200} ASYNC=$${ASYNC:-100} cargo test --release --all-features --test exactly_once
 
-managers: setup ## Patroni with etcd, repmgr and HAProxy, for real: each trial under load, and the table of all (ROUNDS=3, TRIAL=zombie)
+managers: setup-managers ## Patroni with etcd, repmgr and HAProxy, for real: each trial under load, and the table of all (ROUNDS=3, TRIAL=zombie)
 	ROUNDS=$${ROUNDS:-1} cargo test --release --all-features --test managers -- --ignored --exact --nocapture table::table
 
 model: ## The rule of settling against random histories of a modelled cluster (HISTORIES=1000000)
 	HISTORIES=$${HISTORIES:-1000000} cargo test --release --all-features --lib a_search_finds_naive_rules -- --nocapture
+
+test-managers: setup-managers ## One round of the most important trials with Patroni, etcd and repmgr
+	cargo test --all-features --test managers -- --ignored short::
+
+setup-managers:
+	@sh scripts/setup.sh managers
 
 test-long: test ## All tests, five minutes of the soak, and a tenth of the proof
 	MINUTES=5 cargo test --release --all-features --test soak

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes sure that PostgreSQL's server programs are here, and HAProxy, PgBouncer, etcd, Patroni and repmgr if they can be had; the
-# test bed finds them by itself afterwards. Only the programs are wanted: no service is started.
+# Makes sure that PostgreSQL's server programs are here, and HAProxy and PgBouncer if they can be had. With the word `managers`:
+# etcd, Patroni and repmgr, too. The test bed finds them by itself afterwards. Only the programs are wanted: no service is started.
 set -eu
 
 have_server() {
@@ -147,9 +147,13 @@ install_managers() {
 
 missing=$(missing_proxies)
 if [ -n "$missing" ]; then install_proxies "$missing" || true; fi
-missing=$(missing_managers)
-if [ -n "$missing" ]; then install_managers || true; fi
-missing="$(missing_proxies)$(missing_managers)"
+missing=""
+if [ "${1:-}" = managers ]; then
+    missing=$(missing_managers)
+    if [ -n "$missing" ]; then install_managers || true; fi
+    missing=$(missing_managers)
+fi
+missing="$(missing_proxies)$missing"
 if [ -n "$missing" ]; then
     echo "Not installed, so the tests that need it are skipped: $missing" >&2
 fi

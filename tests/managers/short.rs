@@ -1,4 +1,4 @@
-//! One round of the most important trials, for `cargo test`. Each passes with a line that says so where its manager is not
+//! One round of the most important trials, for `make test-managers`. Each passes with a line that says so where its manager is not
 //! installed. HAProxy in front of a zombie: `between::haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols` in `it`.
 
 use crate::trials::{self, Trial};
@@ -13,31 +13,37 @@ async fn round(trial: Trial) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn patroni_a_leader_is_killed() {
     round(trials::kill()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn patroni_a_switchover() {
     round(trials::switchover()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn patroni_a_frozen_patroni_leaves_a_zombie() {
     round(trials::zombie()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn patroni_a_leader_is_cut_off() {
     round(trials::cut()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn patroni_a_leader_is_back_within_its_lease() {
     round(trials::lease()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "starts ten servers and more: make test-managers"]
 async fn repmgr_an_old_primary_is_started_again() {
     round(trials::two_primaries()).await;
 }
