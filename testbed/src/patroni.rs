@@ -282,6 +282,12 @@ impl Patroni {
         self.leader_among(&self.others(of)).await
     }
 
+    /// The standby to hand over to: the one that commits wait for, as Patroni takes no other then, or else any.
+    pub async fn candidate(&self, leader: Node) -> Node {
+        let others = self.others(leader);
+        self.answering(&others, "/sync").await.first().copied().unwrap_or(others[0])
+    }
+
     async fn leader_among(&self, nodes: &[Node]) -> Node {
         until("Patroni has a leader", PATIENCE, || async {
             match self.leaders(nodes).await[..] {

@@ -130,9 +130,8 @@ async fn happen(patroni: &Patroni, old: Node, fault: Fault) -> (Instant, Instant
     if !succeeds(fault) {
         return pass(patroni, old, fault).await;
     }
-    let others = patroni.others(old);
-    let to = others[0];
-    let successor = FirstWrite::watch(others.into_iter().map(|node| patroni.socket_addr(node)));
+    let to = patroni.candidate(old).await;
+    let successor = FirstWrite::watch(patroni.others(old).into_iter().map(|node| patroni.socket_addr(node)));
     // A zombie takes writes until the end.
     let gone = (fault != Fault::Zombie).then(|| tokio::spawn(ended(patroni.socket_addr(old))));
     match fault {
