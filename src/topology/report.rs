@@ -100,14 +100,16 @@ pub(crate) const CHECKPOINTED: &str = "(SELECT timeline_id FROM pg_control_check
 
 /// What this role can read about the history of the server's WAL: see [`Evidence`]. The function is looked up in the
 /// catalogue, as calling a missing or forbidden function is an error. A superuser must own it, because any role that
-/// may create schemas could create one of this name.
+/// may create schemas could create one of this name. From PostgreSQL 17 on the files prove nothing; it is known by a function
+/// that came with it, because a role may read that where it may not ask for the version.
 pub(crate) const EVIDENCE: &str = "\
     CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n, pg_roles r \
                        WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
                          AND p.pronargs = 2 AND p.prosecdef AND p.proowner = r.oid AND r.rolsuper \
                          AND has_schema_privilege(n.oid, 'usage') AND has_function_privilege(p.oid, 'execute')) \
          THEN 'function' \
-         WHEN current_setting('server_version_num') < '170000' AND has_function_privilege('pg_ls_waldir()', 'execute') \
+         WHEN has_function_privilege('pg_ls_waldir()', 'execute') \
+              AND NOT EXISTS (SELECT FROM pg_proc WHERE proname = 'pg_get_wal_summarizer_state') \
          THEN 'files' \
          ELSE 'none' END";
 
