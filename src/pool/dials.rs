@@ -3,7 +3,8 @@
 //! A dial belongs to the pool and not to the caller that needed it first: if that caller gives up, the dial goes on,
 //! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
 //! meanwhile. Invariants: connections and dials together never exceed `max_size`; a delivery to a waiter that has just
-//! given up goes to the next one; callers are served in the order in which they came. The tests are in
+//! given up goes to the next one; callers are served in the order in which they
+//! joined the queue. The tests are in
 //! `tests/it/checkout/impatient.rs`.
 
 mod kept;
@@ -50,7 +51,7 @@ pub(super) struct Dials<C: SessionClient> {
 
 struct Book<C> {
     waiters: VecDeque<Waiter<C>>,
-    /// Connections that no caller has had yet, the newest last.
+    /// Connections outside of deadpool's idle ones that wait for the next caller, the newest last.
     ready: Vec<Ready<C>>,
     dialing: usize,
     next_ticket: u64,
@@ -213,7 +214,7 @@ impl<C: SessionClient> Dialer<C> {
                     // Only this crate's pool asks again by itself for as long as its caller waits.
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
-                    // A waiter without an answer is dropped only with the pool itself.
+                    // It cannot happen, as this place keeps the queue alive.
                     Err(_) => return Err(Error::without_primary(self.cluster.ended())),
                 },
                 () = self.cluster.left(generation.primary.id) => {}
@@ -222,8 +223,9 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before does. The
-    /// pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it. Never returns.
+    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before
+    /// does. The pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it.
+    /// Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
         if !self.dials.is_pool_built_by_hand() {
             return pending().await;
@@ -296,8 +298,8 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Gives the waiters what is ready, and closes what is of no use any more: neither may stand for a dial. Where waiters
-    /// and connections meet here, a connection has arrived while its primary was suspended.
+    /// Gives the waiters what is ready, and closes what is of no use any more: neither may stand for a dial. Where
+    /// waiters and connections meet here, a connection has arrived while its primary was suspended.
     fn serve_waiters(&self) {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
@@ -318,7 +320,7 @@ impl<C: SessionClient> Dialer<C> {
                 book.ready.push(Ready { connection, since });
             }
         }
-        // A connection that ends takes the lock.
+        // Dropping a connection runs foreign code, so release the lock first.
         drop(book);
     }
 

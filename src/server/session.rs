@@ -79,7 +79,8 @@ impl<C> DerefMut for Guarded<C> {
     }
 }
 
-/// Runs the end of a session however its driver ends, even if it is aborted.
+/// Notes the end of a session when the future of its driver is dropped, also if the driver is aborted. It exists from
+/// the first poll on.
 struct AtTheEnd(Arc<Notices>);
 
 impl Drop for AtTheEnd {

@@ -197,9 +197,9 @@ async fn offered(client: &Client) -> [&'static str; 7] {
     parts
 }
 
-/// NULL if the server was no standby since its memory was last set up. A leader that comes back within its lease
-/// streams from no server, and replays its own WAL as a standby does. Only archive recovery notes the time of a
-/// transaction's end (`recoveryStopsAfter` in `xlogrecovery.c`), while crash recovery does not.
+/// Not NULL proves that the server was a standby since its memory was last set up. A leader that comes back within its
+/// lease, as with Patroni, streams from no server, and replays its own WAL as a standby does. Only archive recovery
+/// notes the time of a transaction's end (`recoveryStopsAfter` in `xlogrecovery.c`), while crash recovery does not.
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
                                  CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
@@ -264,9 +264,9 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
     Ok(Proof::Nothing)
 }
 
-/// A condition on whether `pg_wal` has a file of this timeline. From PostgreSQL 17 on that proves nothing: `pg_rewind`
-/// may keep the segment in which it found the fork under the name of the abandoned timeline (`keepwal_add_entry` in
-/// `filemap.c`).
+/// SQL that tells whether `pg_wal` has a file of this timeline. It is false from PostgreSQL 17 on, where that proves
+/// nothing: `pg_rewind` may keep the segment in which it found the fork under the name of the abandoned timeline
+/// (`keepwal_add_entry` in `filemap.c`).
 fn followed(timeline: u32) -> String {
     format!(
         "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \

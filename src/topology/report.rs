@@ -13,7 +13,8 @@ use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 pub(crate) enum Question {
     /// Which server is this? Asked on a session opened for the question, whose own settings show what new sessions get.
     Candidate,
-    /// The same on an older session, which must look up what new sessions get ([`FENCE`]).
+    /// The same on an older session. It also asks for [`FENCE`], as an older session does not show the settings of new
+    /// ones, and for [`EVIDENCE`].
     Again,
     /// Does this new session reach the known primary, in the same life?
     Identity,
@@ -100,8 +101,8 @@ pub(crate) const CHECKPOINTED: &str = "(SELECT timeline_id FROM pg_control_check
 
 /// What this role can read about the history of the server's WAL: see [`Evidence`]. The function is looked up in the
 /// catalogue, as calling a missing or forbidden function is an error. A superuser must own it, because any role that
-/// may create schemas could create one of this name. From PostgreSQL 17 on the files prove nothing; it is known by a function
-/// that came with it, because a role may read that where it may not ask for the version.
+/// may create schemas could create one of this name. From PostgreSQL 17 on the files prove nothing; it is known by a
+/// function that came with it, because a role may read that where it may not ask for the version.
 pub(crate) const EVIDENCE: &str = "\
     CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n, pg_roles r \
                        WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
@@ -211,14 +212,14 @@ pub enum Role {
     Standby,
     /// Not in recovery, but new transactions are read-only by default: fenced.
     Fenced,
-    /// Not in recovery, but the statement that asked began during recovery: the server has just been promoted.
+    /// Not in recovery any more, but the transaction that asked began in it: the server has just been promoted.
     Promoting,
 }
 
 /// What a server reported about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-#[expect(clippy::struct_excessive_bools, reason = "four settings of the server, as it told them")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct ServerReport {
     /// `pg_is_in_recovery()`: the server is a standby, or recovers from a crash.
     pub in_recovery: bool,
@@ -245,7 +246,8 @@ pub struct ServerReport {
     /// The timeline of a primary's last checkpoint, which is older than [`timeline`](Self::timeline) for a while after
     /// a promotion. `None` on a standby.
     pub checkpointed: Option<u32>,
-    /// What settles a commit in doubt on this server. `None` if it has not been asked yet.
+    /// What settles a commit in doubt on this server. `None` until an older session was asked, and if the
+    /// answer was withheld.
     pub evidence: Option<Evidence>,
     /// The parts that the server withholds from this role. Some may still be known from before they were withheld.
     pub withheld: Parts,
@@ -290,7 +292,7 @@ impl ServerReport {
         u32::from_str_radix(digits, 16).ok().filter(|timeline| *timeline > 0).ok_or_else(bad)
     }
 
-    /// Reads the answer to a [`Question`]. Missing columns stay unknown.
+    /// Reads the answer to a [`Question`]. The first three columns must be there; others that are missing stay unknown.
     pub(crate) fn parse(row: &[Option<&str>]) -> Result<Self, BadReport> {
         let column = |index: usize| row.get(index).copied().flatten();
         let flag = |index: usize| {

@@ -129,7 +129,7 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
     pub(super) check: Check,
-    /// The value of `remember` in `finish`, for a transaction without a mark.
+    /// The value that `remember` in `finish` writes, where COMMIT cannot look for the transaction's id.
     pub(super) run: Nonce,
 }
 

@@ -22,7 +22,7 @@ pub(super) enum Mode {
 pub(super) enum Stage {
     /// COMMIT was not sent.
     Body,
-    /// COMMIT was sent, and the transaction was rolled back: the answer to COMMIT proves it, or settling found it out.
+    /// COMMIT's message was sent, and the transaction was rolled back: the answer proves it, or settling found it out.
     Refused,
     /// COMMIT was sent, and it is unknown whether it was carried out.
     InDoubt,

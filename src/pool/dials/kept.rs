@@ -32,7 +32,7 @@ impl<C: SessionClient> Dials<C> {
                 book.ready.push(ready);
             }
         }
-        // Dropping a connection takes the lock, so release it first.
+        // Dropping a connection runs foreign code, so release the lock first.
         drop(book);
         reaped.len()
     }
