@@ -266,12 +266,12 @@ impl<C: SessionClient> Cluster<C> {
         self.snapshot.borrow().generation.clone()
     }
 
-    /// Returns whether there is a current generation.
     /// Whether the task sleeps or falls asleep. Call this after [`Self::lend`].
     pub(crate) fn is_asleep(&self) -> bool {
         self.shared.asleep.load(Ordering::SeqCst)
     }
 
+    /// Returns whether there is a current generation.
     pub(crate) fn has_primary(&self) -> bool {
         self.shared.current.load(Ordering::Acquire) != GenerationId::default().get()
     }

@@ -4,7 +4,8 @@
 //! A test belongs to the pool and not to the caller that needed it first: if that caller gives up, the test goes on, and a
 //! good connection stays in the pool. So callers with less time than a round trip takes close nothing. If a server gives no
 //! answer in time, that connection alone is closed. The others that have been idle for as long are doubted: nobody gets
-//! one before it has answered, and a stall of the server or the network closes none of them.
+//! one before it has answered, and a stall of the server or the network closes none of them, unless callers have got others
+//! in their place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,9 +70,8 @@ impl<C: SessionClient> Dialer<C> {
         drop(self.dials.runtime().spawn(async move {
             let fit = answers(&connection, Instant::now() + DOUBTED_WITHIN).await && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
-                dialer.dials.take_back(connection);
+                dialer.dials.take_back(connection, doubt);
             }
-            drop(doubt);
         }));
     }
 }

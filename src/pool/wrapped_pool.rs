@@ -131,7 +131,7 @@ pub(super) enum NoObject {
 pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
     pub(super) asker: Asker,
-    /// The newest generation for which idle connections were closed; at first 0, which stands for none.
+    /// The newest generation for which idle connections were closed. The first one needs none of it.
     pub(super) evicted_for: AtomicU64,
     pub(super) returns: Arc<Returns>,
 }

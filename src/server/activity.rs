@@ -240,8 +240,9 @@ pub(super) struct Counter {
     last_rollback: u64,
     /// The last request that commits.
     last_commit: u64,
-    /// The last statement that was parsed commits.
-    parsed_commit: bool,
+    /// How many of the next requests may carry out a statement that commits and was just parsed: the driver parses it in one
+    /// request, and carries it out in the next.
+    parsed_commit: u8,
     /// The request being sent does more than close a statement.
     begun: bool,
     /// The request being answered has failed. Its end follows soon, and tells whether a transaction is open.
@@ -268,7 +269,7 @@ impl Counter {
             last_request: 1,
             last_rollback: 0,
             last_commit: 0,
-            parsed_commit: false,
+            parsed_commit: 0,
             begun: false,
             failed: false,
             transaction: false,
@@ -289,7 +290,8 @@ impl Counter {
                 *requests += 1;
                 if std::mem::take(begun) {
                     *last_request = *requests;
-                    if *parsed_commit {
+                    if *parsed_commit > 0 {
+                        *parsed_commit -= 1;
                         *last_commit = *requests;
                     }
                 }
@@ -305,7 +307,7 @@ impl Counter {
             _ => {
                 *begun = true;
                 if letter == b'P' {
-                    *parsed_commit = commit;
+                    *parsed_commit = if commit { 2 } else { 0 };
                 }
             }
         });
@@ -424,8 +426,10 @@ impl Messages {
                     let [_, length @ ..] = self.header;
                     self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
                     self.matched = Some(0);
-                    self.commits = Commits::default();
                     self.named = self.header[0] == b'P';
+                    if matches!(self.header[0], b'Q' | b'P') {
+                        self.commits = Commits::default();
+                    }
                 }
             } else {
                 let (body, rest) = bytes.split_at(self.left.min(bytes.len()));
@@ -441,7 +445,8 @@ impl Messages {
                         b'Z' => self.matched == Some(1),
                         _ => self.matched == Some(ROLLBACK.len()),
                     };
-                    tell(self.header[0], found, self.commits.found());
+                    let commits = matches!(self.header[0], b'Q' | b'P') && self.commits.found();
+                    tell(self.header[0], found, commits);
                 }
                 self.have = 0;
             }

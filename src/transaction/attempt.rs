@@ -25,6 +25,9 @@ use crate::server::SessionClient;
 use crate::settle::wal::MarkStatement;
 use crate::topology::Suspicion;
 
+/// How long a session's driver takes at most to see what was sent.
+const SEEN_WITHIN: Duration = Duration::from_secs(1);
+
 /// How an attempt ended.
 pub(super) enum Ended<T> {
     Committed(T),
@@ -193,7 +196,9 @@ impl<C: SessionClient> Attempt<C> {
             }
             Err(after) => {
                 self.client().suspect(Suspicion::Connection);
-                // The closure may have committed by itself before the limit was over.
+                // The closure may have committed by itself before the limit was over, with a message that the session's
+                // driver has not seen yet.
+                let _ = timeout(SEEN_WITHIN, self.client().notices().activity.settles()).await;
                 *lost = self.unsent();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }

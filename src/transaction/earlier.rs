@@ -108,12 +108,10 @@ impl Unsent {
     async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
         let found = ended_inside(client, &self.mark).await;
         match (&found, self.closures) {
-            (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay) => {}
+            (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay | ClosuresEnd::Sent) => {}
             // Only a settler can tell of a ledger's row in another life of the server.
             (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
-            (Some(Inside::Untold), ClosuresEnd::Sent | ClosuresEnd::Unwatched) => {
-                return Some(Inside::Ended(Ending::Unknown));
-            }
+            (Some(Inside::Untold), ClosuresEnd::Unwatched) => return Some(Inside::Ended(Ending::Unknown)),
             _ => return found,
         }
         // The server may still be busy with the closure's COMMIT. Boxed, as it is rare and large.

@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::classify::{commit_refused, is_the_servers, no_transaction, not_offered, not_ours, not_prepared};
@@ -174,29 +174,30 @@ impl Answer {
             Ok(messages) => messages,
             Err(error) => return Self { error: Some(error), ..answer },
         };
-        let mut messages = pin!(messages);
+        let (mut messages, mut until) = (pin!(messages), None);
         loop {
-            let next = match answer.error {
+            let next = match until {
                 None => messages.next().await,
-                Some(_) => match timeout(ENDS_WITHIN, messages.next()).await {
+                Some(until) => match timeout_at(until, messages.next()).await {
                     Ok(next) => next,
                     Err(_) => return answer,
                 },
             };
             let Some(message) = next else { break };
             match message {
+                Ok(_) if answer.error.is_some() => {}
                 Ok(SimpleQueryMessage::CommandComplete(_)) => answer.completed += 1,
                 Ok(SimpleQueryMessage::Row(row)) if !row.is_empty() => {
                     answer.values.push(row.try_get(0).ok().flatten().map(str::to_owned));
                 }
                 Ok(_) => {}
-                // More may follow: an error, and then the end of the server.
-                Err(error) if error.as_db_error().is_some() => {
-                    answer.error.get_or_insert(error);
-                }
                 Err(error) => {
+                    let more_may_follow = error.as_db_error().is_some();
                     answer.error.get_or_insert(error);
-                    return answer;
+                    if !more_may_follow {
+                        return answer;
+                    }
+                    until.get_or_insert_with(|| Instant::now() + ENDS_WITHIN);
                 }
             }
         }

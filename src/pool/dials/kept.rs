@@ -43,8 +43,11 @@ impl<C: SessionClient> Dials<C> {
         if min == 0 {
             return;
         }
-        let pool = self.pool.get().and_then(WeakPool::upgrade);
-        if pool.is_some_and(|pool| pool.status().available + self.ready() < min) {
+        if self.room.live.load(Ordering::Acquire) >= self.max_size.load(Ordering::Relaxed) {
+            return;
+        }
+        let available = self.pool.get().and_then(WeakPool::upgrade).map_or(min, |pool| pool.status().available);
+        if available < min && available + self.ready() < min {
             self.room.changed.notify_one();
         }
     }
@@ -75,8 +78,10 @@ impl<C: SessionClient> Dials<C> {
     }
 
     /// Takes back a connection that was doubted, unless another one has been opened in its place.
-    pub(in crate::pool) fn take_back(&self, connection: Connection<C>) {
+    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt) {
         let mut book = self.book();
+        // From now on it takes its place again.
+        drop(doubt);
         if self.room.live.load(Ordering::Acquire) + book.dialing > self.max_size.load(Ordering::Relaxed) {
             // Dropping a connection runs foreign code, so release the lock first.
             drop(book);

@@ -1,8 +1,9 @@
 //! Recognises a statement that commits in the text of a query, which may arrive in pieces.
 
-/// A statement that begins with one of these words ends a transaction or prepares it. `PREPARE` may also prepare a
-/// statement, which takes no time, so nobody needs to cancel it.
-const WORDS: [&str; 3] = ["COMMIT", "END", "PREPARE"];
+/// A statement that begins with one of these words commits.
+const WORDS: [&str; 2] = ["COMMIT", "END"];
+/// So does one that begins with these two. The first alone prepares a statement.
+const PREPARE: [&str; 2] = ["PREPARE", "TRANSACTION"];
 /// How much of a word or a tag is kept.
 const LONGEST: usize = 16;
 
@@ -37,6 +38,8 @@ pub(super) struct Commits {
     place: Place,
     /// The current statement has begun.
     begun: bool,
+    /// It has begun with the first word of [`PREPARE`], and its second word is next.
+    prepares: bool,
     word: Word,
     tag: Word,
     found: bool,
@@ -50,6 +53,9 @@ impl Commits {
 
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         for byte in bytes {
+            if self.found {
+                return;
+            }
             self.place = self.step(*byte);
         }
     }
@@ -61,7 +67,9 @@ impl Commits {
                 Place::Word
             }
             (Place::Word, _) => {
-                self.found |= WORDS.iter().any(|known| self.word.is(known));
+                let [first, second] = PREPARE;
+                self.found = WORDS.iter().any(|known| self.word.is(known)) || (self.prepares && self.word.is(second));
+                self.prepares = !self.prepares && self.word.is(first);
                 self.outside(byte)
             }
             (Place::Slash, b'*') => Place::Comment,
@@ -93,7 +101,7 @@ impl Commits {
     fn outside(&mut self, byte: u8) -> Place {
         match byte {
             b';' => {
-                self.begun = false;
+                (self.begun, self.prepares) = (false, false);
                 return Place::Outside;
             }
             b'/' => return Place::Slash,
@@ -101,7 +109,7 @@ impl Commits {
             _ if byte.is_ascii_whitespace() => return Place::Outside,
             _ => {}
         }
-        let begins = !std::mem::replace(&mut self.begun, true);
+        let begins = !std::mem::replace(&mut self.begun, true) || self.prepares;
         match byte {
             b'\'' | b'"' => Place::Quoted(byte),
             b'$' => {
@@ -119,7 +127,7 @@ impl Commits {
 }
 
 fn is_letter(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || byte == b'_'
+    byte.is_ascii_alphanumeric() || byte == b'_' || !byte.is_ascii()
 }
 
 /// The beginning of a word.

@@ -184,6 +184,11 @@ const TEXTS: &[(&str, bool)] = &[
     ("End", true),
     ("END WORK;", true),
     ("PREPARE TRANSACTION 'a'", true),
+    ("prepare /* it */ transaction 'a'", true),
+    ("PREPARE transactions AS SELECT 1", false),
+    ("PREPARE a AS SELECT 1; TRANSACTION", false),
+    ("SELECT TRANSACTION", false),
+    ("PREPARE; TRANSACTION", false),
     ("INSERT INTO entries VALUES (1); COMMIT;", true),
     ("COMMIT; SELECT 1", true),
     ("/* trace * id=1 **/ -- why\n COMMIT", true),
@@ -239,6 +244,9 @@ fn a_prepared_commit_is_known() {
         counter.received(&ready(b'I'));
         counter.drained();
         assert_eq!(counter.flags(), 0, "{sql:?}");
+        // Another statement, which was parsed long ago.
+        counter.sent(&extended());
+        assert_eq!(counter.flags() & COMMIT, 0, "{sql:?}");
     }
 }
 

@@ -338,7 +338,8 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     let script = script(Script::honest).await;
     let addr = script.addr().to_string();
     // Each of these comes at once, if the machine is not too busy.
-    let patient = builder(&addr).heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE);
+    // What is held keeps this pool, which meets the garbage at the end, too.
+    let patient = builder(&addr).heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE).dead_after(PATIENCE * 10);
     let pool = patient.checkout_timeout(DEADLINE).build().unwrap();
     let held = pool.get().await.unwrap();
     // What a new session says is no word of the primary's while `held` is open. The heartbeat's session is new, too, until it
