@@ -81,9 +81,8 @@ impl Pace {
         Self { free_at: now.checked_sub(LOG_IN_INTERVAL).unwrap_or(now) }
     }
 
-    /// However many log-ins were under way when the first was refused, the next one is an interval away at most.
     pub(super) fn spend(&mut self, now: Instant) {
-        self.free_at = (self.free_at + LOG_IN_INTERVAL).max(now).min(now + LOG_IN_INTERVAL);
+        self.free_at = (self.free_at + LOG_IN_INTERVAL).max(now);
     }
 }
 
