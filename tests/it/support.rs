@@ -70,18 +70,23 @@ impl Runs {
     }
 }
 
-/// From now on a COMMIT waits, inside the first server, while the returned session holds the lock.
-pub(crate) async fn close_gate(cluster: &Cluster) -> tokio_postgres::Client {
+/// From now on a COMMIT calls this, inside the first server, in a deferred trigger.
+pub(crate) async fn commits_call(cluster: &Cluster, function: &str) {
     sql(
         cluster,
         &format!(
             "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
-                 'BEGIN PERFORM pg_advisory_xact_lock_shared({GATE}); RETURN NULL; END';
+                 'BEGIN PERFORM {function}; RETURN NULL; END';
              CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
                  FOR EACH ROW EXECUTE FUNCTION wait()"
         ),
     )
     .await;
+}
+
+/// From now on a COMMIT waits, inside the first server, while the returned session holds the lock.
+pub(crate) async fn close_gate(cluster: &Cluster) -> tokio_postgres::Client {
+    commits_call(cluster, &format!("pg_advisory_xact_lock_shared({GATE})")).await;
     let gate = cluster.direct(Node(0)).await;
     gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
     gate

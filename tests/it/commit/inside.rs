@@ -15,7 +15,7 @@ use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
 
 use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
-use crate::support::{CONFLICT, PATIENCE, Runs, insert, sql, stored};
+use crate::support::{CONFLICT, PATIENCE, Runs, commits_call, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
 
@@ -102,11 +102,7 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closures_own_commit_under_way_is_waited_for() {
     let cluster = started(single()).await;
-    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
-                    AS 'BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END';
-                CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
-                    FOR EACH ROW EXECUTE FUNCTION slow()";
-    sql(&cluster, slow).await;
+    commits_call(&cluster, "pg_sleep(1.5)").await;
     let admin = cluster.direct(Node(0)).await;
     let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let pool = pool_of(Kind::Own, tap.addr(), 2);

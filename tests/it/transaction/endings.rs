@@ -8,7 +8,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::sessions::versions::has_idle_session_timeout;
-use crate::support::{PATIENCE, Runs, insert, server, sql, stored};
+use crate::support::{PATIENCE, Runs, commits_call, insert, server, stored};
 
 #[derive(Debug, PartialEq, thiserror::Error)]
 #[error("sold out")]
@@ -90,11 +90,7 @@ async fn a_limit_that_would_end_the_next_run_too_ends_the_call() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_limit_that_ends_commit_ends_the_call() {
     let cluster = server().await;
-    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql
-                    AS 'BEGIN PERFORM pg_sleep(2); RETURN NULL; END';
-                CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
-                    FOR EACH ROW EXECUTE FUNCTION slow()";
-    sql(&cluster, slow).await;
+    commits_call(&cluster, "pg_sleep(2)").await;
     let known = "SELECT name FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')";
     for row in cluster.direct(Node(0)).await.query(known, &[]).await.unwrap() {
         let limit: &str = row.get(0);
