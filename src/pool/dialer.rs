@@ -32,9 +32,6 @@ const FULL_PAUSE: Duration = Duration::from_secs(1);
 /// may come after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long a driver's task takes at most to see what was sent through it.
-const SEEN_WITHIN: Duration = Duration::from_secs(1);
-
 pub(super) struct Dialer<C: SessionClient> {
     pub(super) cluster: Cluster<C>,
     pub(super) opener: Arc<dyn Open<C>>,
@@ -119,15 +116,15 @@ impl<C: SessionClient> Dialer<C> {
         if facts.is_committing() {
             return;
         }
-        let activity = Arc::clone(&facts.notices.activity);
+        let notices = Arc::clone(&facts.notices);
         // A connection may be dropped outside of any runtime. And where there is one, the pool's may have ended.
         let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
         let opener = Arc::clone(&self.opener);
         let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
         runtime.spawn(async move {
             // The driver's task may not have seen yet that the last request is a COMMIT.
-            let _ = timeout(SEEN_WITHIN, activity.settles()).await;
-            if !activity.is_committing() {
+            notices.requests_are_seen().await;
+            if !notices.activity.is_committing() {
                 cancel(|| opener.cancel(&endpoint, token.clone())).await;
             }
         });

@@ -119,21 +119,25 @@ impl Activity {
 
     /// Waits until it is known whether the session is idle, and returns it. Cancel-safe.
     pub(crate) async fn idle(&self) -> bool {
-        loop {
-            let settled = self.settled.notified();
-            if let Some(idle) = self.is_idle() {
-                return idle;
-            }
-            settled.await;
-        }
+        self.until(Self::is_idle).await
     }
 
     /// Waits until nothing is under way. Cancel-safe.
     pub(crate) async fn becomes_idle(&self) {
+        self.until(|this| (this.is_settled() && this.flags.load(Ordering::Acquire) == 0).then_some(())).await;
+    }
+
+    /// Waits until the driver's task has seen all requests. Cancel-safe.
+    pub(super) async fn settles(&self) {
+        self.until(|this| this.is_settled().then_some(())).await;
+    }
+
+    /// Looks each time that the driver's task has handled all wake-ups.
+    async fn until<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
         loop {
             let settled = self.settled.notified();
-            if self.is_settled() && self.flags.load(Ordering::Acquire) == 0 {
-                return;
+            if let Some(found) = look(self) {
+                return found;
             }
             settled.await;
         }
@@ -189,17 +193,6 @@ impl Activity {
     /// The number of the last request that commits, as far as its text shows. It changes with each of them.
     pub(crate) fn last_commit(&self) -> u64 {
         self.last_commit.load(Ordering::Acquire)
-    }
-
-    /// Waits until the driver's task has seen all requests. Cancel-safe.
-    pub(crate) async fn settles(&self) {
-        loop {
-            let settled = self.settled.notified();
-            if self.is_settled() {
-                return;
-            }
-            settled.await;
-        }
     }
 
     /// From now on, signs of the server's life on this session are noted there. The first call counts.

@@ -5,13 +5,18 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
+use tokio::time::timeout;
 use tokio_postgres::Notification;
 use tokio_postgres::error::{DbError, SqlState};
 
 use super::{Activity, End};
 use crate::sync::{lock, log_safely};
 use crate::topology::shortened;
+
+/// How long a driver's task takes at most to see what was sent through it.
+const SEEN_WITHIN: Duration = Duration::from_secs(1);
 
 /// Is told how a session of the pool ended. The driving task calls it at once, even while the connection is held.
 pub(crate) trait SessionEndListener: Send {
@@ -135,6 +140,11 @@ impl Notices {
     /// A number that changes whenever something is sent or received on this session.
     pub(crate) fn traffic(&self) -> u64 {
         self.traffic.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the session's driver has seen what was sent, for a moment at most. Cancel-safe.
+    pub(crate) async fn requests_are_seen(&self) {
+        let _ = timeout(SEEN_WITHIN, self.activity.settles()).await;
     }
 
     /// Returns whether this crate sees what the session sends and receives.

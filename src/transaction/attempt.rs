@@ -25,9 +25,6 @@ use crate::server::SessionClient;
 use crate::settle::wal::MarkStatement;
 use crate::topology::Suspicion;
 
-/// How long a session's driver takes at most to see what was sent.
-const SEEN_WITHIN: Duration = Duration::from_secs(1);
-
 /// How an attempt ended.
 pub(super) enum Ended<T> {
     Committed(T),
@@ -198,7 +195,7 @@ impl<C: SessionClient> Attempt<C> {
                 self.client().suspect(Suspicion::Connection);
                 // The closure may have committed by itself before the limit was over, with a message that the session's
                 // driver has not seen yet.
-                let _ = timeout(SEEN_WITHIN, self.client().notices().activity.settles()).await;
+                self.client().notices().requests_are_seen().await;
                 *lost = self.unsent();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
