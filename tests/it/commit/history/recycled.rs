@@ -6,7 +6,7 @@ use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, asynchronous, burn_ids, checkpoint, recycle, write_wal};
 use crate::support::PATIENCE;
-use crate::support::bench::cut_replication;
+use crate::support::bench::{cut_replication, standbys};
 
 /// The transaction runs on the second timeline, and its successor has no file of that any more. Its role without rights goes by
 /// what the pool has signed the timeline with.
@@ -50,6 +50,9 @@ async fn two_promotions_over_a_recycled_segment_are_not_guessed() {
     for right in RIGHTS {
         let case = Case::new(asynchronous(3), right).await;
         let fault = async |scene: &Scene| {
+            for standby in standbys(&scene.cluster) {
+                scene.cluster.wait_replayed(standby).await;
+            }
             scene.cluster.fail_over().await;
             scene.cluster.fail_over().await;
             recycle(&scene.cluster, 1).await;
