@@ -36,7 +36,7 @@ use crate::wait::until;
 pub use timelines::Background;
 
 /// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a dead node tries to follow before it is copied anew.
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a promotion waits for the other standbys to turn to the new primary.

@@ -15,7 +15,7 @@ use crate::server::{Server, make_folder};
 use crate::wait::until;
 
 /// As for the steps of a cluster.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Where system packages put servers, which is not in everybody's PATH.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin"];
 

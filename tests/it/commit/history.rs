@@ -254,7 +254,8 @@ impl Case {
                 over.send(()).expect("the cutter waits");
             }
         };
-        let work = bench.call().run(async |tx| {
+        // A history takes its time on a busy machine, and the pool shall not give up meanwhile.
+        let work = bench.call().deadline(LONG).run(async |tx| {
             let sql = "SELECT pg_current_xact_id()::text::bigint, pg_current_wal_insert_lsn()::text";
             let row = tx.query_one(sql, &[]).await?;
             if bench.runs.begin() == 1 {

@@ -20,7 +20,7 @@ use crate::support::insert;
 /// does not. What it really took is printed; docs/figures.md has it.
 pub(crate) const PROMPT: Duration = Duration::from_secs(2);
 /// For what comes at once on an idle machine.
-pub(crate) const LONG: Duration = Duration::from_secs(30);
+pub(crate) const LONG: Duration = Duration::from_secs(90);
 
 /// How the writers write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
