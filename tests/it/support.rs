@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod load;
+pub(crate) mod stalls;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -43,6 +44,17 @@ pub(crate) async fn server() -> Cluster {
 /// As the superuser, on a session of its own on the first server.
 pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
     cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
+}
+
+/// Waits until the heartbeat has a session of its own to the primary, and has asked again on it: only then it asks for what
+/// a new session need not be asked for.
+pub(crate) async fn heart_beats(cluster: &Cluster) {
+    let administrator = cluster.direct(cluster.primary()).await;
+    let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND query LIKE '%pg_db_role_setting%'";
+    eventually("the heart beats on a session of its own", PATIENCE, async || {
+        administrator.execute(sql, &[]).await.unwrap() > 0
+    })
+    .await;
 }
 
 /// All that is stored, smallest first.

@@ -14,7 +14,7 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, CommitOutcome, Error, Pool, PoolBuilder};
 use tracing_subscriber::EnvFilter;
 
-use crate::support::insert;
+use crate::support::{insert, stalls};
 
 /// Ten times and more of what an idle machine takes: a busy one passes, a time-out that nobody should have waited for
 /// does not. What it really took is printed; docs/figures.md has it.
@@ -159,6 +159,8 @@ pub(crate) async fn primary_lost(pool: &Pool) {
 
 impl Load {
     pub(crate) fn start(pool: &Pool, writers: usize, write: Write) -> Self {
+        // How much the machine stood still is asked by those who wait for the writers.
+        stalls::watch();
         let stop = Arc::new(AtomicBool::new(false));
         let record = Arc::new(Mutex::new(Record { successes: vec![Vec::new(); writers], ..Record::default() }));
         let next = Arc::new(AtomicI64::new(1));
@@ -315,6 +317,7 @@ pub(crate) async fn silent_primaries_hold_nobody(
     let load = Load::warm(pool, 8, Write::Transaction).await;
     for delay in [Duration::ZERO, Duration::from_millis(1500)] {
         let [mut promoted, mut released, mut first, mut all] = [const { Spread(Vec::new()) }; 4];
+        let mut prompt = PROMPT;
         for round in 1..=rounds {
             // At another moment between two heartbeats in each round.
             sleep(Duration::from_millis(round * 370 % 1000)).await;
@@ -332,6 +335,7 @@ pub(crate) async fn silent_primaries_hold_nobody(
             let (first_write, all_writers) = load.recovery(accepted);
             first.0.push(first_write);
             all.0.push(all_writers);
+            prompt = prompt.max(PROMPT + stalls::slack_since(accepted));
             let last = |spread: &Spread| ms(spread.0[spread.0.len() - 1]);
             println!(
                 "round={round} fault={fault} promoted_after={} released_ms={} first_write_ms={} all_writers_ms={}",
@@ -343,11 +347,14 @@ pub(crate) async fn silent_primaries_hold_nobody(
 
             let found = pool.status().view.changed.at;
             silence(old, false);
-            let heard = Instant::now();
+            let heard = stalls::now();
             while heard.elapsed() < Duration::from_secs(1) {
                 assert_eq!(server_of(pool).await, cluster.addr(cluster.primary()).to_string());
             }
-            assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
+            // The new primary may be suspended for a stall of the machine.
+            if stalls::lost_since(heard) < PROMPT / 2 {
+                assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
+            }
             cluster.restart_as_standby(old).await;
             load.all_written_since(Instant::now()).await;
         }
@@ -356,7 +363,7 @@ pub(crate) async fn silent_primaries_hold_nobody(
              from then on: hanging call released {released}, first write {first}, all 8 writers {all}",
             delay.as_millis()
         );
-        assert!(released.0.iter().chain(&all.0).all(|took| *took < PROMPT), "somebody was stuck");
+        assert!(released.0.iter().chain(&all.0).all(|took| *took < prompt), "somebody was stuck");
     }
     load.stop(cluster).await.assert_flawless();
     assert_eq!(generation(pool), 2 * rounds + 1);
@@ -373,13 +380,15 @@ pub(crate) async fn stalls_are_no_failure(cluster: &Cluster, pool: &Pool, fault:
     let transaction = client.transaction().await.unwrap();
     transaction.batch_execute("INSERT INTO entries (id) VALUES (-1)").await.unwrap();
     let found = pool.status().view.changed.at;
-    let (begun, mut stalls) = (Instant::now(), 0);
+    let (begun, mut stalled, mut lost) = (stalls::now(), 0, Duration::ZERO);
     while begun.elapsed() < stalling {
+        let silent = Instant::now();
         stall(cluster.primary(), true);
         sleep(Duration::from_millis(1500)).await;
         stall(cluster.primary(), false);
-        stalls += 1;
+        stalled += 1;
         load.all_written_since(Instant::now()).await;
+        lost = lost.max(stalls::lost_since(silent));
         // At another moment between two heartbeats each time.
         sleep(Duration::from_millis(700)).await;
     }
@@ -387,7 +396,7 @@ pub(crate) async fn stalls_are_no_failure(cluster: &Cluster, pool: &Pool, fault:
     drop(client);
     let outcome = load.stop(cluster).await;
     println!(
-        "{fault}: {stalls} stalls of 1.5 s within {:?}: {} writes, {} errors, {} generation(s), suspended: {}",
+        "{fault}: {stalled} stalls of 1.5 s within {:?}: {} writes, {} errors, {} generation(s), suspended: {}",
         begun.elapsed(),
         outcome.verdict.acknowledged,
         outcome.errors.len(),
@@ -396,5 +405,8 @@ pub(crate) async fn stalls_are_no_failure(cluster: &Cluster, pool: &Pool, fault:
     );
     outcome.assert_flawless();
     assert_eq!(generation(pool), 1);
-    assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
+    // With what the machine stood still itself, one may have been as long as `heartbeat_timeout`, which is 2 s.
+    if lost < Duration::from_millis(400) && stalls::lost_since(begun) < Duration::from_millis(1500) {
+        assert_eq!(pool.status().view.changed.at, found, "{:?}", pool.status().view);
+    }
 }
