@@ -4,13 +4,14 @@ use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Garbage, Node, Promotion, Tap, eventually};
 use tokio::time::sleep;
+use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Error, Pool};
 
 use crate::support::load::{
-    Load, Outcome, PROMPT, Write, by_name, by_url, create_table, from_env, generation, primary_lost, server_of,
+    LONG, Load, Outcome, PROMPT, Write, by_name, by_url, create_table, from_env, generation, primary_lost, server_of,
     silent_primaries_hold_nobody,
 };
-use crate::support::started;
+use crate::support::{stalls, started};
 
 /// Kills the primary and promotes the best standby.
 async fn fail_over(cluster: &Cluster) -> Promotion {
@@ -21,10 +22,11 @@ async fn fail_over(cluster: &Cluster) -> Promotion {
 /// Waits for all writers, stops them and holds their answers against the table.
 async fn finish(load: Load, cluster: &Cluster, promotion: Promotion) -> Outcome {
     load.all_written_since(Instant::now()).await;
+    let slack = stalls::slack_since(promotion.accepted_at);
     let outcome = load.stop(cluster).await;
     let (first, all) = outcome.recovery(promotion.accepted_at);
     println!("first write after {first:?}, all writers after {all:?}; {} acknowledged", outcome.verdict.acknowledged);
-    assert!(all < PROMPT, "the last writer wrote only after {all:?}");
+    assert!(all < PROMPT + slack, "the last writer wrote only after {all:?}");
     outcome
 }
 
@@ -53,13 +55,13 @@ async fn a_standby_looks_by_itself_whether_it_was_promoted() {
     let pool = by_name(&cluster).build().unwrap();
     pool.connect().await.unwrap();
     let standby = cluster.most_advanced_standby().await;
-    eventually("the first search is over", PROMPT, async || promotion_waits(&cluster, standby).await == 0).await;
+    eventually("the first search is over", LONG, async || promotion_waits(&cluster, standby).await == 0).await;
     cluster.kill(cluster.primary()).await;
-    eventually("the standby waits for its promotion", PROMPT, async || promotion_waits(&cluster, standby).await == 1)
+    eventually("the standby waits for its promotion", LONG, async || promotion_waits(&cluster, standby).await == 1)
         .await;
     cluster.promote(standby).await;
     pool.connect().await.unwrap();
-    eventually("the wait has ended", PROMPT, async || promotion_waits(&cluster, standby).await == 0).await;
+    eventually("the wait has ended", LONG, async || promotion_waits(&cluster, standby).await == 0).await;
 }
 
 /// R1, where the role may not call `pg_sleep`.
@@ -72,11 +74,11 @@ async fn a_standby_that_refuses_to_wait_is_found_all_the_same() {
     let load = Load::warm(&pool, 4, Write::Transaction).await;
     let promotion = fail_over(&cluster).await;
     finish(load, &cluster, promotion).await.assert_flawless();
-    let timeline = |said: &tokio_postgres_failover::view::State| match said {
-        tokio_postgres_failover::view::State::Primary { report, .. } => report.timeline,
+    let timeline = || match pool.status().view.state {
+        State::Primary { report, .. } => report.timeline,
         _ => None,
     };
-    assert_eq!(timeline(&pool.status().view.state), Some(2), "its identity is asked for as ever");
+    eventually("its identity is told as ever", LONG, async || timeline() == Some(2)).await;
 }
 
 /// S1, R2
@@ -115,16 +117,18 @@ async fn twenty_failovers_in_a_row() {
     let mut promotions = Vec::new();
     for _ in 0..failovers {
         let old = cluster.primary();
-        promotions.push(fail_over(&cluster).await);
+        let promotion = fail_over(&cluster).await;
         load.all_written_since(Instant::now()).await;
+        let slack = stalls::slack_since(promotion.accepted_at);
+        promotions.push((promotion, slack));
         cluster.restart_as_standby(old).await;
         load.all_written_since(Instant::now()).await;
     }
     let outcome = load.stop(&cluster).await;
-    for promotion in promotions {
+    for (promotion, slack) in promotions {
         let (first, all) = outcome.recovery(promotion.accepted_at);
         println!("first write after {first:?}, all writers after {all:?}");
-        assert!(all < PROMPT, "the last writer wrote only after {all:?}");
+        assert!(all < PROMPT + slack, "the last writer wrote only after {all:?}");
     }
     outcome.assert_flawless();
     assert_eq!(generation(&pool), failovers + 1);
@@ -175,7 +179,7 @@ async fn backend_crash_is_the_next_generation() {
     let open = pool.get().await.unwrap();
     cluster.kill_backend(cluster.primary()).await;
     // The server ends the others when it has seen that one is dead.
-    eventually("the crash has ended the other sessions", Duration::from_secs(10), async || open.is_closed()).await;
+    eventually("the crash has ended the other sessions", LONG, async || open.is_closed()).await;
     drop(open);
     // The standbys stream again before commits are acknowledged again.
     load.all_written_since(Instant::now()).await;
@@ -187,7 +191,8 @@ async fn backend_crash_is_the_next_generation() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn terminated_backends_cost_nothing_else() {
     let cluster = started().await;
-    let pool = by_name(&cluster).build().unwrap();
+    // Nobody is silent here: what a stall of the machine keeps back is no reason for doubt.
+    let pool = by_name(&cluster).heartbeat_timeout(LONG).build().unwrap();
     let load = Load::warm(&pool, 8, Write::Transaction).await;
     let found = pool.status().view.changed.at;
     let administrator = cluster.direct(cluster.primary()).await;
@@ -197,6 +202,9 @@ async fn terminated_backends_cost_nothing_else() {
         administrator.execute(sql, &[]).await.unwrap();
         load.all_written_since(Instant::now()).await;
     }
+    // Each loss is a reason to ask on a new session, and the loss of one that was opened to ask is a reason for doubt. The
+    // last of these has been answered by then.
+    sleep(Duration::from_millis(300)).await;
     // All at once, the heartbeat's own among them.
     let ended = cluster.terminate_backends(cluster.primary(), "tokio-postgres-failover").await;
     assert!(ended >= 8, "{ended} sessions were ended");
@@ -210,7 +218,8 @@ async fn terminated_backends_cost_nothing_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn terminated_heart_beat_is_no_lost_primary() {
     let cluster = Cluster::builder().nodes(1).start().await;
-    let pool = by_name(&cluster).heartbeat_interval(Duration::from_millis(100)).build().unwrap();
+    let pool = by_name(&cluster).heartbeat_interval(Duration::from_millis(100)).heartbeat_timeout(LONG);
+    let pool = pool.build().unwrap();
     let client = pool.get().await.unwrap();
     let own = backend_pid_of(&client).await;
     let found = pool.status().view.changed.at;
@@ -219,12 +228,12 @@ async fn terminated_heart_beat_is_no_lost_primary() {
         // One that has answered before: the loss of a session that was opened to ask is a reason for doubt.
         let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                    WHERE usename = 'app' AND pid <> $1 AND state = 'idle' AND query LIKE '%pg_is_in_recovery%'";
-        eventually("the next heart-beat's session is there, and ended", Duration::from_secs(10), async || {
+        eventually("the next heart-beat's session is there, and ended", LONG, async || {
             administrator.execute(sql, &[&own]).await.unwrap() == 1
         })
         .await;
     }
-    eventually("the heart beats again", Duration::from_secs(10), async || {
+    eventually("the heart beats again", LONG, async || {
         let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1 AND state = 'idle'";
         administrator.execute(sql, &[&own]).await.unwrap() == 1
     })
@@ -243,9 +252,13 @@ async fn server_that_starts_up_is_waited_for() {
     let front = Tap::start((cluster.spare_addr(1), cluster.port()).into(), starting.addr()).await;
     cluster.dns().set(&[front.addr().ip()]);
     let impatient = by_name(&cluster).checkout_timeout(Duration::from_millis(500)).build().unwrap();
-    let Err(Error::Unavailable(unavailable)) = impatient.get().await else { panic!("nobody can be the primary") };
-    let text = unavailable.to_string();
-    assert!(text.contains("the database system is starting up"), "{text}");
+    // A slow machine may not get to the answer within the first of these times.
+    eventually("the error says that it starts up", LONG, async || {
+        let Err(Error::Unavailable(unavailable)) = impatient.get().await else { panic!("nobody can be the primary") };
+        println!("{unavailable}");
+        unavailable.to_string().contains("the database system is starting up")
+    })
+    .await;
 
     let pool = by_name(&cluster).build().unwrap();
     let waiting = tokio::spawn({
@@ -253,7 +266,7 @@ async fn server_that_starts_up_is_waited_for() {
         async move { backend_pid(&pool).await }
     });
     let before = starting.accepted();
-    eventually("it is asked again and again", Duration::from_secs(10), async || starting.accepted() > before + 3).await;
+    eventually("it is asked again and again", LONG, async || starting.accepted() > before + 3).await;
     assert!(!waiting.is_finished());
     front.set_upstream(cluster.socket_addr(Node(0)));
     waiting.await.unwrap();
@@ -333,17 +346,20 @@ async fn five_hundred_tasks_on_eight_connections() {
     let standby = cluster.most_advanced_standby().await;
     let starts = async || cluster.log(standby).await.matches("connection authorized: user=app").count();
     let before = starts().await;
+    let killed = Instant::now();
     cluster.kill(cluster.primary()).await;
     let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;
     load.all_written_since(Instant::now()).await;
     let after = starts().await;
+    // In a longer search there are more polls, each of which may be a session.
+    let polls = usize::try_from(stalls::lost_since(killed).as_millis() / 100).unwrap();
     let outcome = load.stop(&cluster).await;
     println!("connection starts at the new primary: {before} before, {} after", after - before);
     println!("first write after {:?}", outcome.recovery(promotion.accepted_at).0);
     outcome.assert_flawless();
     if cluster.primary() == standby {
         // Eight, the heartbeat's, the one that found it, and room for a patrol and for those ended in the turmoil.
-        assert!(after - before <= 24, "{} connection starts", after - before);
+        assert!(after - before <= 24 + polls, "{} connection starts", after - before);
     }
 }
 
