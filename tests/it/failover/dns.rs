@@ -9,8 +9,8 @@ use tokio_postgres_failover::resolve::HickoryResolver;
 use tokio_postgres_failover::view::{Address, State};
 use tokio_postgres_failover::{Error, Pool};
 
-use crate::support::load::{Load, Write, by_name, create_table, generation};
-use crate::support::{split, started};
+use crate::support::load::{LONG, Load, Write, by_name, create_table, generation};
+use crate::support::{split, stalls, started};
 
 async fn fail_over(cluster: &Cluster) -> Instant {
     cluster.kill(cluster.primary()).await;
@@ -20,8 +20,7 @@ async fn fail_over(cluster: &Cluster) -> Instant {
 /// Waits until the pool has asked DNS twice more, and so has the first of these answers.
 async fn asked_again(cluster: &Cluster) {
     let before = cluster.dns().queries();
-    eventually("the pool asks DNS again", Duration::from_secs(10), async || cluster.dns().queries() >= before + 4)
-        .await;
+    eventually("the pool asks DNS again", LONG, async || cluster.dns().queries() >= before + 4).await;
 }
 
 /// D1: with a primary, a failing name server is noticed by nobody: not by the work, not by the growth of the pool.
@@ -29,7 +28,9 @@ async fn asked_again(cluster: &Cluster) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failing_dns_after_the_first_success() {
     let cluster = started().await;
-    let pool = by_name(&cluster).patrol_interval(Duration::from_millis(100)).build().unwrap();
+    // A killed server hangs up: only a stall of the machine is silence here, and that is not to be noticed either.
+    let builder = by_name(&cluster).heartbeat_timeout(LONG);
+    let pool = builder.patrol_interval(Duration::from_millis(100)).build().unwrap();
     let load = Load::warm(&pool, 8, Write::Transaction).await;
     let found = pool.status().view.changed.at;
     let failures = [Answer::NxDomain, Answer::Empty, Answer::ServFail, Answer::Refused];
@@ -71,8 +72,13 @@ async fn failing_dns_before_the_first_success() {
         cluster.dns().answer(answer.clone());
         let pool = by_name(&cluster).checkout_timeout(deadline).build().unwrap();
         let began = Instant::now();
-        let Err(Error::Unavailable(unavailable)) = pool.get().await else { panic!("{answer:?}: no error") };
+        let mut told = pool.get().await.map(drop);
         assert!(began.elapsed() >= deadline, "{answer:?} ended after {:?}", began.elapsed());
+        // A slow machine may not get to the answer before the deadline.
+        while began.elapsed() < LONG && !told.as_ref().is_err_and(|error| error.to_string().contains(said)) {
+            told = pool.get().await.map(drop);
+        }
+        let Err(Error::Unavailable(unavailable)) = told else { panic!("{answer:?}: {told:?}") };
         assert_eq!(unavailable.reason(), UnavailableReason::Dns, "{answer:?}: {unavailable}");
         let text = unavailable.to_string();
         assert!(text.contains(said) && text.contains("pg.internal"), "{answer:?}: {text}");
@@ -80,7 +86,7 @@ async fn failing_dns_before_the_first_success() {
 
         // It was waiting, not given up: the name comes up, and so does the pool.
         cluster.dns().set(&[cluster.addr(Node(0))]);
-        pool.connect().await.unwrap();
+        eventually("it connects", LONG, async || pool.connect().await.is_ok()).await;
     }
 }
 
@@ -106,18 +112,19 @@ async fn silent_dns_during_a_failover() {
     let load = Load::warm(&pool, 8, Write::Transaction).await;
     cluster.dns().answer(Answer::Silent);
     let before = cluster.dns().queries();
-    eventually("the pool asks in vain", Duration::from_secs(10), async || cluster.dns().queries() > before).await;
+    eventually("the pool asks in vain", LONG, async || cluster.dns().queries() > before).await;
     let ended = Instant::now();
     assert!(cluster.terminate_backends(cluster.primary(), "tokio-postgres-failover").await > 0);
     load.all_written_since(ended).await;
-    assert!(ended.elapsed() < patience, "the pool grew only after {:?}", ended.elapsed());
+    assert!(ended.elapsed() < patience + stalls::slack_since(ended), "the pool grew only after {:?}", ended.elapsed());
     let accepted = fail_over(&cluster).await;
     load.all_written_since(Instant::now()).await;
+    let slack = stalls::slack_since(accepted);
     let outcome = load.stop(&cluster).await;
     let (first, all) = outcome.recovery(accepted);
     println!("first write after {first:?}, all writers after {all:?}");
     outcome.assert_flawless();
-    assert!(all < patience / 2, "the last writer wrote only after {all:?}");
+    assert!(all < patience / 2 + slack, "the last writer wrote only after {all:?}");
 }
 
 /// D2: an answer that takes three seconds is one that comes later.
@@ -131,11 +138,12 @@ async fn slow_dns_during_a_failover() {
     cluster.dns().delay(slow);
     let accepted = fail_over(&cluster).await;
     load.all_written_since(Instant::now()).await;
+    let slack = stalls::slack_since(accepted);
     let outcome = load.stop(&cluster).await;
     let (first, all) = outcome.recovery(accepted);
     println!("first write after {first:?}, all writers after {all:?}");
     outcome.assert_flawless();
-    assert!(all < slow / 3 * 2, "the last writer wrote only after {all:?}");
+    assert!(all < slow / 3 * 2 + slack, "the last writer wrote only after {all:?}");
 }
 
 /// D4: thirty addresses, the dead ones first: some refuse, some swallow what is sent, one never completes a connect.
@@ -152,11 +160,11 @@ async fn thirty_addresses_the_dead_ones_first() {
     cluster.dns().set(&[dead, vec![cluster.addr(Node(0))]].concat());
     let probe = Duration::from_secs(10);
     let pool = by_name(&cluster).probe_timeout(probe).build().unwrap();
-    let began = Instant::now();
+    let began = stalls::now();
     pool.connect().await.unwrap();
     let took = began.elapsed();
     println!("connected after {took:?}");
-    assert!(took < probe / 4, "a dead candidate held up the living one: {took:?}");
+    assert!(took < probe / 4 + stalls::slack_since(began), "a dead candidate held up the living one: {took:?}");
     assert!(traps.iter().all(|trap| trap.accepted() <= 1), "a silent candidate is asked again before it has answered");
     assert_eq!(pool.get().await.unwrap().generation().get(), 1);
 }
@@ -190,9 +198,9 @@ async fn one_name_holds_back_no_other() {
     let resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(patience);
     let patrol = Duration::from_millis(50);
     let pool = Pool::builder(url).unwrap().resolver(resolver).patrol_interval(patrol).build().unwrap();
-    let began = Instant::now();
+    let began = stalls::now();
     pool.connect().await.unwrap();
-    assert!(began.elapsed() < patience / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() < patience / 2 + stalls::slack_since(began), "{:?}", began.elapsed());
     for n in 1..=40 {
         let asked = dns.queries_for("pg.internal");
         dns.set(&[cluster.addr(Node(0)), IpAddr::from([127, 251, 1, n])]);
@@ -213,15 +221,14 @@ async fn addresses_change_while_the_server_lives_on() {
     };
     let (old, new) = (tap(0).await, tap(1).await);
     cluster.dns().set(&[old.addr().ip()]);
-    let pool = by_name(&cluster).patrol_interval(Duration::from_millis(100)).build().unwrap();
+    // It is asked on the session that it has: a stall of the machine is no reason to leave that.
+    let builder = by_name(&cluster).heartbeat_timeout(LONG);
+    let pool = builder.patrol_interval(Duration::from_millis(100)).build().unwrap();
     let held = pool.get().await.unwrap();
     held.batch_execute("BEGIN; INSERT INTO entries (id) VALUES (1)").await.unwrap();
 
     cluster.dns().set(&[new.addr().ip()]);
-    eventually("the server was seen at its new address", Duration::from_secs(10), async || {
-        new.counts().round_trips > 0
-    })
-    .await;
+    eventually("the server was seen at its new address", LONG, async || new.counts().round_trips > 0).await;
     assert_eq!(generation(&pool), 1);
 
     // Open connections through the old address stay; nobody gets a new one there.
@@ -258,7 +265,7 @@ async fn long_time_to_live_is_not_trusted() {
     let moved = Instant::now();
     load.all_written_since(moved).await;
     println!("all writers {:?} after the record moved", moved.elapsed());
-    assert!(moved.elapsed() < Duration::from_secs(10), "{:?}", moved.elapsed());
+    assert!(moved.elapsed() < Duration::from_secs(10) + stalls::slack_since(moved), "{:?}", moved.elapsed());
     load.stop(&cluster).await.assert_flawless();
     assert_eq!(generation(&pool), 2);
 }
