@@ -1,7 +1,7 @@
 //! The primary changes its role, or somebody else claims it: what may no longer be used is no longer handed out.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -13,8 +13,10 @@ use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool};
 
-use crate::support::load::{Hung, Load, Spread, Write, by_name, create_table, from_env, generation, ms, primary_lost};
-use crate::support::started;
+use crate::support::load::{
+    Hung, LONG, Load, Spread, Write, by_name, create_table, from_env, generation, ms, primary_lost,
+};
+use crate::support::{stalls, started};
 
 /// Ten times what the issue asks of the writers after a demotion.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -29,13 +31,14 @@ struct Sighting {
 /// Takes connections, some at a time, and asks each where it leads.
 struct Watch {
     stop: Arc<AtomicBool>,
+    looked: Arc<AtomicUsize>,
     task: JoinHandle<Vec<Sighting>>,
 }
 
 impl Watch {
     fn start(pool: &Pool, at_once: usize) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (pool, stopped) = (pool.clone(), Arc::clone(&stop));
+        let (stop, looked) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (pool, stopped, count) = (pool.clone(), Arc::clone(&stop), Arc::clone(&looked));
         let task = tokio::spawn(async move {
             let mut seen = Vec::new();
             while !stopped.load(Ordering::Relaxed) {
@@ -47,16 +50,20 @@ impl Watch {
                     // A connection may end under the question: that is what a failover does.
                     if let Ok(row) = client.query_one(sql, &[]).await {
                         seen.push(Sighting { asked_at, server: row.get(0), in_recovery: row.get(1) });
+                        count.fetch_add(1, Ordering::Relaxed);
                     }
                 }
             }
             seen
         });
-        Self { stop, task }
+        Self { stop, looked, task }
     }
 
     /// Every connection from `since` on led to `server`, and none ever to a standby.
     async fn assert_only(self, server: String, since: Instant) {
+        // Some that were begun before `since` may be counted after it.
+        let enough = self.looked.load(Ordering::Relaxed) + 30;
+        eventually("enough were looked at", LONG, async || self.looked.load(Ordering::Relaxed) >= enough).await;
         self.stop.store(true, Ordering::Relaxed);
         let seen = self.task.await.unwrap();
         assert!(seen.iter().all(|sighting| !sighting.in_recovery), "a standby was handed out");
@@ -79,23 +86,22 @@ async fn stale_dns_leads_nobody_to_the_demoted_primary() {
     cluster.dns().set(&[cluster.addr(old)]);
     // Asked for A and AAAA: the pool has seen the new answer, which no longer names the others.
     let asked = cluster.dns().queries();
-    eventually("the pool asks again", Duration::from_secs(10), async || cluster.dns().queries() >= asked + 4).await;
+    eventually("the pool asks again", LONG, async || cluster.dns().queries() >= asked + 4).await;
 
     cluster.kill(old).await;
     let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;
     cluster.restart_as_standby(old).await;
     load.all_written_since(Instant::now()).await;
-    eventually("three seconds have passed", Duration::from_secs(10), async || {
-        promotion.accepted_at.elapsed() > Duration::from_secs(3)
-    })
-    .await;
+    eventually("three seconds have passed", LONG, async || promotion.accepted_at.elapsed() > Duration::from_secs(3))
+        .await;
     cluster.dns().set(&[cluster.addr(cluster.primary())]);
     load.all_written_since(Instant::now()).await;
 
+    let slack = stalls::slack_since(promotion.accepted_at);
     let outcome = load.stop(&cluster).await;
     let (first, all) = outcome.recovery(promotion.accepted_at);
     println!("first write after {first:?}, all writers after {all:?}");
-    assert!(all < 2 * PROMPT, "the last writer wrote only after {all:?}");
+    assert!(all < 2 * PROMPT + slack, "the last writer wrote only after {all:?}");
     outcome.assert_flawless();
     watch.assert_only(cluster.addr(cluster.primary()).to_string(), promotion.accepted_at).await;
     assert_eq!(generation(&pool), 2);
@@ -111,11 +117,12 @@ async fn demotion_in_place() {
     primary_lost(&pool).await;
     let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;
     load.all_written_since(Instant::now()).await;
+    let slack = stalls::slack_since(promotion.accepted_at);
     let outcome = load.stop(&cluster).await;
     let (first, all) = outcome.recovery(promotion.accepted_at);
     println!("first write after {first:?}, all writers after {all:?}");
     outcome.assert_flawless();
-    assert!(all < PROMPT, "the last writer wrote only after {all:?}");
+    assert!(all < PROMPT + slack, "the last writer wrote only after {all:?}");
 }
 
 /// R5: a fence that open sessions do not feel. A standby takes over, and the fence, which is a row of the catalog, is
@@ -138,10 +145,7 @@ async fn writes_leave_a_fenced_primary() {
     let lifted = Instant::now();
     load.all_written_since(lifted).await;
     let watch = Watch::start(&pool, 1);
-    eventually("connections were taken for a while", Duration::from_secs(10), async || {
-        lifted.elapsed() > Duration::from_secs(1)
-    })
-    .await;
+    eventually("connections were taken for a while", LONG, async || lifted.elapsed() > Duration::from_secs(1)).await;
     watch.assert_only(cluster.addr(successor).to_string(), lifted).await;
     load.stop(&cluster).await.assert_flawless();
 }
@@ -158,6 +162,7 @@ async fn fenced_primary_is_left_within_two_heart_beats() {
     let unaware = cluster.direct(cluster.primary()).await;
     let rounds = from_env("ROUNDS", 1);
     let [mut last_write, mut ended] = [const { Spread(Vec::new()) }; 2];
+    let mut slack = Duration::ZERO;
     for round in 1..=rounds {
         // At another moment between two heartbeats in each round.
         sleep(Duration::from_millis(round * 370 % 1000)).await;
@@ -170,6 +175,7 @@ async fn fenced_primary_is_left_within_two_heart_beats() {
         ended.0.push(end - fenced);
         // A writer may be acknowledged while the fence is being made.
         last_write.0.push(load.last_acknowledged().saturating_duration_since(fenced));
+        slack = slack.max(stalls::slack_since(fenced));
         println!(
             "round={round} fault=fence ended_ms={} last_write_ms={}",
             ms(ended.0[ended.0.len() - 1]),
@@ -181,7 +187,7 @@ async fn fenced_primary_is_left_within_two_heart_beats() {
     println!("fence, {rounds} rounds: generation ended {ended} after it, last write accepted {last_write} after it");
     load.stop(&cluster).await.assert_flawless();
     assert_eq!(generation(&pool), rounds + 1);
-    let bound = 2 * HEARTBEAT + Duration::from_secs(1);
+    let bound = 2 * HEARTBEAT + Duration::from_secs(1) + slack;
     assert!(ended.0.iter().chain(&last_write.0).all(|took| *took <= bound), "longer than {bound:?}");
 }
 
@@ -201,13 +207,13 @@ async fn fenced_alone(fence: impl AsyncFn(&Cluster, bool)) {
     // The heartbeat's session is open as well, and does not feel the fence of the database by itself.
     let administrator = cluster.direct(Node(0)).await;
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle'";
-    eventually("the heart-beat has begun", Duration::from_secs(10), async || {
+    eventually("the heart-beat has begun", LONG, async || {
         administrator.query_one(sessions, &[]).await.unwrap().get::<_, i64>(0) == 2
     })
     .await;
     fence(&cluster, true).await;
     primary_lost(&pool).await;
-    eventually("the sessions of before are ended", Duration::from_secs(10), async || opened_before.is_closed()).await;
+    eventually("the sessions of before are ended", LONG, async || opened_before.is_closed()).await;
     drop(opened_before);
 
     let began = Instant::now();
@@ -225,7 +231,7 @@ async fn fenced_alone(fence: impl AsyncFn(&Cluster, bool)) {
     fence(&cluster, false).await;
     let mut taken = Vec::new();
     for id in 0..4_i64 {
-        let client = pool.get().await.expect("the fence is lifted");
+        let client = pool.get_within(LONG).await.expect("the fence is lifted");
         let row = client.query_one("SHOW default_transaction_read_only", &[]).await.unwrap();
         assert_eq!(row.get::<_, &str>(0), "off", "a session of the time under the fence");
         client.execute("INSERT INTO entries (id) VALUES ($1)", &[&id]).await.unwrap();
@@ -259,7 +265,9 @@ async fn fence_of_the_database_without_a_successor() {
 async fn own_read_only_transaction_that_writes_evicts_nobody() {
     let cluster = Cluster::builder().nodes(1).start().await;
     create_table(&cluster).await;
-    let pool = by_name(&cluster).max_size(1).build().unwrap();
+    // Nor is it left for a slow answer.
+    let builder = by_name(&cluster).heartbeat_timeout(LONG).test_idle_after(Duration::MAX);
+    let pool = builder.max_size(1).build().unwrap();
     let pid = backend_pid(&pool).await;
     let found = pool.status().view.changed.at;
     let runs = AtomicU32::new(0);
@@ -301,7 +309,9 @@ async fn own_read_only_transaction_that_writes_evicts_nobody() {
 async fn write_in_read_is_returned() {
     let cluster = Cluster::builder().nodes(1).start().await;
     create_table(&cluster).await;
-    let pool = by_name(&cluster).max_size(1).build().unwrap();
+    // Nor is it left for a slow answer.
+    let builder = by_name(&cluster).heartbeat_timeout(LONG).test_idle_after(Duration::MAX);
+    let pool = builder.max_size(1).build().unwrap();
     let pid = backend_pid(&pool).await;
     let runs = AtomicU32::new(0);
     let answer = pool.read(async |tx| {
@@ -349,7 +359,7 @@ async fn zombie_is_never_used() {
     for named in [[old, successor], [successor, old]] {
         cluster.dns().set(&named.map(|node| cluster.addr(node)));
         let begun = Instant::now();
-        eventually("half the time beside the zombie", beside, async || begun.elapsed() > beside / 2).await;
+        eventually("half the time beside the zombie", beside + LONG, async || begun.elapsed() > beside / 2).await;
     }
     let opened = opened().await - opened_before;
     assert_eq!(generation(&pool), 2, "{:?}", pool.status().view);
@@ -360,12 +370,17 @@ async fn zombie_is_never_used() {
     load.all_written_since(Instant::now()).await;
     cluster.stop_immediate(successor).await;
     primary_lost(&pool).await;
-    let alone = pool
-        .build_transaction()
-        .deadline(Duration::from_secs(1))
-        .run(async |tx| Ok(tx.query_one("SELECT host(inet_server_addr())", &[]).await?.get::<_, String>(0)));
-    let error = alone.await.unwrap_err();
-    assert!(error.to_string().contains("an old primary: timeline 1"), "{error}");
+    // A slow machine may not get to the zombie's answer within the first of these times.
+    eventually("the zombie is refused", LONG, async || {
+        let alone = pool
+            .build_transaction()
+            .deadline(Duration::from_secs(1))
+            .run(async |tx| Ok(tx.query_one("SELECT host(inet_server_addr())", &[]).await?.get::<_, String>(0)));
+        let error = alone.await.unwrap_err();
+        println!("{error}");
+        error.to_string().contains("an old primary: timeline 1")
+    })
+    .await;
     cluster.start_node(successor).await;
 
     load.all_written_since(Instant::now()).await;
@@ -384,14 +399,10 @@ async fn another_cluster_behind_the_name_is_refused() {
     let foreign = Cluster::builder().nodes(1).foreign().start().await;
     let address = (cluster.spare_addr(0), cluster.port()).into();
     let stranger = Tap::start(address, foreign.socket_addr(Node(0))).await;
-    let pool = by_name(&cluster)
-        .patrol_interval(Duration::from_millis(100))
-        .checkout_timeout(Duration::from_secs(1))
-        .build()
-        .unwrap();
+    let pool = by_name(&cluster).patrol_interval(Duration::from_millis(100)).build().unwrap();
     let load = Load::warm(&pool, 4, Write::Transaction).await;
     cluster.dns().set(&[address.ip(), cluster.addr(cluster.primary())]);
-    eventually("the stranger was asked", Duration::from_secs(10), async || stranger.counts().round_trips > 1).await;
+    eventually("the stranger was asked", LONG, async || stranger.counts().round_trips > 1).await;
     load.all_written_since(Instant::now()).await;
     assert_eq!(generation(&pool), 1, "{:?}", pool.status().view);
 
@@ -400,10 +411,7 @@ async fn another_cluster_behind_the_name_is_refused() {
         cluster.kill(cluster.primary()).await;
         primary_lost(&pool).await;
         let asked = stranger.counts().round_trips;
-        eventually("the stranger was asked in the search", Duration::from_secs(10), async || {
-            stranger.counts().round_trips > asked
-        })
-        .await;
+        eventually("the stranger was asked in the search", LONG, async || stranger.counts().round_trips > asked).await;
         cluster.promote_timed(cluster.most_advanced_standby().await).await
     };
     load.all_written_since(promotion.accepted_at).await;
@@ -417,9 +425,14 @@ async fn another_cluster_behind_the_name_is_refused() {
         }
     }
     primary_lost(&pool).await;
-    let error = pool.get().await.unwrap_err();
-    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
-    assert!(error.to_string().contains("another cluster: system identifier"), "{error}");
+    // A slow machine may not get to its answer within the first of these times.
+    eventually("the stranger is refused", LONG, async || {
+        let error = pool.get_within(Duration::from_secs(1)).await.unwrap_err();
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+        println!("{error}");
+        error.to_string().contains("another cluster: system identifier")
+    })
+    .await;
 }
 
 async fn backend_pid(pool: &Pool) -> i32 {
