@@ -203,7 +203,7 @@ async fn fenced_alone(fence: impl AsyncFn(&Cluster, bool)) {
         .max_size(4)
         .build()
         .unwrap();
-    let opened_before = pool.get().await.unwrap();
+    let opened_before = pool.get_within(LONG).await.unwrap();
     // The heartbeat's session is open as well, and does not feel the fence of the database by itself.
     let administrator = cluster.direct(Node(0)).await;
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND state = 'idle'";

@@ -15,13 +15,13 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{Client, Error};
+use tokio_postgres_failover::{Client, Error, RetryPolicy};
 
 use crate::support::load::{
     Hung, LONG, Load, Write, by_name, by_url, create_table, generation, primary_lost, silent_primaries_hold_nobody,
     stalls_are_no_failure, unless_default,
 };
-use crate::support::{started, started_single};
+use crate::support::{heart_beats, stalls, started, started_single};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -72,7 +72,7 @@ async fn s4_a_smart_shutdown_leaves_open_sessions_alone() {
     let (generation, client) = timeout(LONG, growth).await.unwrap().unwrap().expect("the next primary is found");
     assert_eq!(generation, 2);
     assert_eq!(server_of(&client).await, cluster.addr(cluster.primary()).to_string());
-    assert!(open.is_closed());
+    eventually("what was open has ended", LONG, async || open.is_closed()).await;
 }
 
 /// A proxy in front of each node, by the node's number.
@@ -152,7 +152,8 @@ async fn s9_a_connection_that_breaks_within_a_result_is_one_connection() {
     let cluster = started_single().await;
     let lanes = Lanes::start((cluster.spare_addr(0), cluster.port()).into(), cluster.socket_addr(Node(0))).await;
     cluster.dns().set(&[lanes.addr.ip()]);
-    let pool = by_name(&cluster).build().unwrap();
+    // A slow answer is no reason for doubt here.
+    let pool = by_name(&cluster).heartbeat_timeout(LONG).build().unwrap();
     let bystander = pool.get().await.unwrap();
     let pid = pid_of(&bystander).await;
     let found = pool.status().view.changed.at;
@@ -206,6 +207,7 @@ async fn r4b_writes_leave_a_primary_that_was_replaced_behind_its_back() {
     let mut states = pool.watch();
     let view = timeout(LONG, states.wait_for(|view| view.generation.get() == 2)).await.unwrap().unwrap().clone();
     let moved = view.changed.at.into_std().saturating_duration_since(accepted);
+    let slack = stalls::slack_since(accepted);
     let released = hung.released().await.saturating_duration_since(accepted);
     assert!(matches!(view.state, State::Primary { .. }), "{view:?}");
     load.all_written_since(Instant::now()).await;
@@ -238,7 +240,7 @@ async fn r4b_writes_leave_a_primary_that_was_replaced_behind_its_back() {
     );
     assert!(outcome.errors.is_empty(), "{:#?}", outcome.errors);
     assert!(outcome.verdict.doubled.is_empty() && outcome.verdict.untrue.is_empty(), "{:?}", outcome.verdict);
-    assert!(moved < 2 * patrol + 2 * SECOND, "{moved:?}");
+    assert!(moved < 2 * patrol + 2 * SECOND + slack, "{moved:?}");
     assert_eq!(generation(&pool), 2);
 }
 
@@ -258,15 +260,26 @@ async fn r4_a_new_pool_prefers_the_higher_timeline_to_a_zombie_named_first() {
     let hosts =
         format!("postgres://app@{}:{port},{}:{port}/app", cluster.addr(old), cluster.addr(new), port = cluster.port());
     for id in 0..20_i64 {
-        let builder = if id % 2 == 0 { by_name(&cluster) } else { by_url(hosts.clone()) };
-        let pool = builder.build().unwrap();
-        pool.transaction(async |tx| Ok(tx.execute("INSERT INTO entries (id) VALUES ($1)", &[&id]).await?))
-            .await
-            .unwrap();
-        let client = pool.get().await.unwrap();
-        let said = || pool.candidates().iter().map(|said| format!("{said} after {:?}", said.took)).collect::<Vec<_>>();
-        assert_eq!(server_of(&client).await, cluster.addr(new).to_string(), "pool {id}: {:#?}", said());
-        assert_eq!(generation(&pool), 1, "pool {id}: the zombie was the primary for a while: {:#?}", said());
+        // The first search gives other servers a moment to object. A stall of the machine may last longer than that.
+        stalls::unless_stalled(async || {
+            let builder = if id % 2 == 0 { by_name(&cluster) } else { by_url(hosts.clone()) };
+            let pool = builder.build().unwrap();
+            pool.transaction(async |tx| Ok(tx.execute("INSERT INTO entries (id) VALUES ($1)", &[&id]).await?))
+                .await
+                .unwrap();
+            let client = pool.get().await.unwrap();
+            let (server, generation) = (server_of(&client).await, generation(&pool));
+            let written = count(&zombie, "entries").await;
+            if server == cluster.addr(new).to_string() && (generation, written) == (1, 0) {
+                return Ok(());
+            }
+            zombie.batch_execute("TRUNCATE entries").await.unwrap();
+            let said = pool.candidates().iter().map(|said| format!("{said} after {:?}", said.took)).collect::<Vec<_>>();
+            Err(format!(
+                "pool {id} is on {server}, in generation {generation}, with {written} writes on the zombie: {said:#?}"
+            ))
+        })
+        .await;
     }
     assert_eq!(count(&zombie, "entries").await, 0);
 }
@@ -303,21 +316,23 @@ async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
     let proxy = Tap::start((cluster.spare_addr(0), cluster.port()).into(), standby).await;
     cluster.dns().set(&[proxy.addr().ip()]);
     let pool = by_name(&cluster).patrol_interval(Duration::from_millis(200)).build().unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, settled) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+    // How often each of them has looked, and how often after the proxy had settled.
+    let looked: Arc<[[AtomicU32; 2]; 4]> = Arc::default();
     let mut takers = JoinSet::new();
-    for _ in 0..4 {
-        let (pool, stop) = (pool.clone(), Arc::clone(&stop));
+    for taker in 0..4 {
+        let (pool, stop, settled, looked) =
+            (pool.clone(), Arc::clone(&stop), Arc::clone(&settled), Arc::clone(&looked));
         takers.spawn(async move {
-            let (mut looked, mut last) = (0, Instant::now());
             while !stop.load(Ordering::Relaxed) {
+                let late = settled.load(Ordering::Relaxed);
                 let client = pool.get().await.expect("a primary comes by");
                 // A connection may be ended under the question.
                 if let Ok(row) = client.query_one("SELECT pg_is_in_recovery()", &[]).await {
                     assert!(!row.get::<_, bool>(0), "a standby was handed out");
-                    (looked, last) = (looked + 1, Instant::now());
+                    looked[taker][usize::from(late)].fetch_add(1, Ordering::Relaxed);
                 }
             }
-            (looked, last)
         });
     }
     for round in 0..20_u64 {
@@ -329,17 +344,17 @@ async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
         }
     }
     proxy.set_upstream(primary);
-    let settled = Instant::now();
-    sleep(SECOND).await;
+    settled.store(true, Ordering::Relaxed);
+    let sum = || looked.iter().flatten().map(|count| count.load(Ordering::Relaxed)).sum::<u32>();
+    eventually("each taker goes on after the proxy has settled, and many were looked at", LONG, async || {
+        sum() > 100 && looked.iter().all(|[_, late]| late.load(Ordering::Relaxed) > 0)
+    })
+    .await;
     stop.store(true, Ordering::Relaxed);
-    let mut sum = 0;
     while let Some(taker) = timeout(LONG, takers.join_next()).await.expect("nobody is stuck") {
-        let (looked, last) = taker.unwrap();
-        assert!(last > settled, "a taker got nothing after the proxy had settled");
-        sum += looked;
+        taker.unwrap();
     }
-    println!("{sum} connections were looked at, {} opened by the proxy", proxy.counts().connections);
-    assert!(sum > 100, "{sum}");
+    println!("{} connections were looked at, {} opened by the proxy", sum(), proxy.counts().connections);
     assert_eq!(generation(&pool), 1, "it was one server all the time: {:?}", pool.status().view);
 }
 
@@ -430,8 +445,9 @@ async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after()
     };
     let pool = builder.build().unwrap();
     let hung = Hung::on(pool.get().await.unwrap());
-    // So that the heart has beaten on a session of its own.
-    sleep(SECOND).await;
+    heart_beats(&cluster).await;
+    let beaten = stalls::now();
+    sleep(SECOND / 2).await;
     cluster.freeze(Node(0));
     let frozen = Instant::now();
     let work = tokio::spawn({
@@ -440,9 +456,11 @@ async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after()
     });
     let ended = hung.released().await - frozen;
     println!("the hanging call ended {ended:?} after the freeze, dead_after is {dead_after:?}");
-    // It counts from the last answer, which came up to one heartbeat before the freeze.
-    assert!(ended + 3 * heartbeat / 2 > dead_after, "too early: {ended:?}");
-    assert!(ended < dead_after + SECOND, "too late: {ended:?}");
+    // It counts from the last answer, which came up to one heartbeat before the freeze; after a stall of the machine it
+    // counts anew.
+    let slack = stalls::slack_since(beaten);
+    assert!(ended + 3 * heartbeat / 2 + slack > dead_after, "too early: {ended:?}");
+    assert!(ended < dead_after + SECOND + slack, "too late: {ended:?}");
     assert!(!work.is_finished(), "what can be run again waits for a primary");
     cluster.thaw(Node(0));
     timeout(LONG, work).await.unwrap().unwrap().expect("the server is back");
@@ -475,7 +493,9 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
     const TASKS: i64 = 2000;
     let cluster = Cluster::builder().setting("log_connections", "on").start().await;
     create_table(&cluster).await;
-    let pool = by_name(&cluster).max_size(16).build().unwrap();
+    // Each task has the time that all of them take on a slow machine.
+    let patient = RetryPolicy::new().deadline(2 * LONG);
+    let pool = by_name(&cluster).max_size(16).checkout_timeout(2 * LONG).retry(patient).build().unwrap();
     pool.connect().await.unwrap();
     cluster.kill(cluster.primary()).await;
     primary_lost(&pool).await;
@@ -496,9 +516,12 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
     let waiting = resident();
     let successor = cluster.most_advanced_standby().await;
     let (starts_before, _) = starts(&cluster.log(successor).await);
+    stalls::watch();
     let promotion = cluster.promote_timed(successor).await;
     sleep(SECOND.saturating_sub(promotion.accepted_at.elapsed())).await;
     let starts_in_a_second = starts(&cluster.log(successor).await).0 - starts_before;
+    // In what was more than a second there may be more.
+    let polls = usize::try_from(stalls::lost_since(promotion.accepted_at).as_millis() / 100).unwrap();
     let mut last = promotion.accepted_at;
     while let Some(task) = timeout(2 * LONG, tasks.join_next()).await.expect("nobody is stuck") {
         last = last.max(task.unwrap().expect("all finish"));
@@ -512,7 +535,7 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
         waiting.saturating_sub(before) / usize::try_from(TASKS).unwrap()
     );
     // Sixteen, the heartbeat's, the one that found it, and some for the polls of the search.
-    assert!(starts_in_a_second <= 24, "{starts_in_a_second} connection starts");
+    assert!(starts_in_a_second <= 24 + polls, "{starts_in_a_second} connection starts");
     // The gate's four, and the cluster's own: a probe of the search, or the heartbeat's session.
     assert!(at_once <= 6, "{at_once} connections were being opened at the same time");
     assert_eq!(count(&cluster.direct(successor).await, "keyed").await, TASKS);
@@ -523,9 +546,9 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_that_stalls_is_used_again() {
     let cluster = started_single().await;
-    let pool = by_name(&cluster).max_size(3).checkout_timeout(5 * SECOND).build().unwrap();
+    let pool = by_name(&cluster).max_size(3).build().unwrap();
     let taken = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
-    sleep(SECOND).await;
+    heart_beats(&cluster).await;
     let administrator = cluster.direct(Node(0)).await;
     administrator.batch_execute("ALTER ROLE app CONNECTION LIMIT 1").await.unwrap();
     drop(taken);
