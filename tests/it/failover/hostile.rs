@@ -13,10 +13,10 @@ use tokio::time::timeout;
 use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
 use tokio_postgres_failover::resolve::{HickoryResolver, Resolve, ResolveError};
-use tokio_postgres_failover::view::{Address, State};
+use tokio_postgres_failover::view::{self, Address, State};
 use tokio_postgres_failover::{Error, Pool, PoolBuilder};
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, stalls};
 
 /// The default deadline is thirty seconds: what ends before this did not wait for it.
 const AT_ONCE: Duration = Duration::from_secs(3);
@@ -249,9 +249,9 @@ async fn nonsense_is_refused_at_once_and_by_name() {
     for (name, reply, word) in nonsense() {
         let script = script(probed(reply)).await;
         let pool = builder(&script.addr().to_string()).probe_timeout(PATIENCE).build().unwrap();
-        let began = Instant::now();
+        let began = stalls::now();
         let error = pool.get().await.map(drop).expect_err(name);
-        assert!(began.elapsed() < AT_ONCE, "{name}: {:?}", began.elapsed());
+        assert!(began.elapsed() < AT_ONCE + stalls::slack_since(began), "{name}: {:?}", began.elapsed());
         let Error::Refused(refused) = &error else { panic!("{name}: {error:?}") };
         assert_eq!(refused.failure().kind, FailureKind::NotPostgres, "{name}: {error}");
         let said = pool.candidates().iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
@@ -286,9 +286,10 @@ async fn garbage_for_an_answer_ends_no_pool() {
     for (name, bytes) in garbage() {
         let script = script(probed(Reply::Raw(bytes))).await;
         let pool = builder(&script.addr().to_string()).checkout_timeout(DEADLINE).build().unwrap();
-        let began = Instant::now();
+        let began = stalls::now();
         let error = pool.get().await.map(drop).expect_err(name);
-        assert!(began.elapsed() < DEADLINE + AT_ONCE, "{name}: {:?}", began.elapsed());
+        let slack = stalls::slack_since(began);
+        assert!(began.elapsed() < DEADLINE + AT_ONCE + slack, "{name}: {:?}", began.elapsed());
         assert!(matches!(error, Error::Refused(_) | Error::Unavailable(_)), "{name}: {error:?}");
         eventually(name, PATIENCE, async || pool.candidates().iter().any(|candidate| candidate.answer.is_some())).await;
         assert_short(&error.to_string());
@@ -315,9 +316,9 @@ async fn a_liar_beside_the_primary_is_never_used() {
         let patient = builder(&hosts).heartbeat_timeout(PATIENCE).probe_timeout(Duration::from_secs(1));
         let pause = Duration::from_millis(10);
         let pool = patient.poll_interval(pause, pause).patrol_interval(pause).build().unwrap();
-        let began = Instant::now();
+        let began = stalls::now();
         let client = pool.get().await.unwrap_or_else(|error| panic!("{name}: {error}"));
-        assert!(began.elapsed() < AT_ONCE, "{name}: {:?}", began.elapsed());
+        assert!(began.elapsed() < AT_ONCE + stalls::slack_since(began), "{name}: {:?}", began.elapsed());
         let server = client.query_one("SELECT inet_server_addr()", &[]).await.expect(name).get::<_, IpAddr>(0);
         assert_eq!(server, primary.ip(), "{name}");
         // The patrol asks it again, and changes its mind as little.
@@ -390,9 +391,15 @@ async fn a_server_that_does_not_tell_its_identity_is_not_believed_later() {
     pool.connect().await.unwrap();
     for reply in [with(4, None), Reply::rows([values(&Script::PRIMARY)[..3].to_vec()]), text(4, "1")] {
         script.answer(probed(reply));
-        eventually("it is left", PATIENCE, async || matches!(pool.status().view.state, State::Searching { .. })).await;
-        let error = pool.get().await.unwrap_err().to_string();
-        assert!(error.contains("not identified") || error.contains("another cluster"), "{error}");
+        // It may have been suspended for a slow answer before, of which the error would tell.
+        eventually("it is left for what it tells", PATIENCE, async || {
+            let Err(error) = pool.get().await.map(drop) else { return false };
+            let (state, error) = (pool.status().view.state, error.to_string());
+            println!("{error}");
+            matches!(state, State::Searching { .. })
+                && (error.contains("not identified") || error.contains("another cluster"))
+        })
+        .await;
         script.answer(Script::honest);
         found(&pool, "it tells again").await;
     }
@@ -424,7 +431,8 @@ async fn a_close_at_every_byte_is_waited_out() {
             _ => Tamper::Nothing,
         });
         let url = format!("postgres://app{password}@{}/app", script.addr());
-        let pool = Pool::builder(url).unwrap().poll_interval(INTERVAL, INTERVAL).build().unwrap();
+        let builder = Pool::builder(url).unwrap().poll_interval(INTERVAL, INTERVAL);
+        let pool = builder.checkout_timeout(5 * PATIENCE).build().unwrap();
         let began = Instant::now();
         let client = pool.get().await.unwrap();
         client.batch_execute("SELECT 1").await.unwrap();
@@ -593,10 +601,19 @@ const ATTEMPT: Duration = Duration::from_millis(200);
 const LIMIT: Duration = Duration::from_secs(2);
 
 async fn asked(addr: SocketAddr, name: &str) -> Result<usize, ResolveError> {
-    let resolver = HickoryResolver::with_name_servers([addr]).timeout(ATTEMPT);
-    let began = Instant::now();
+    asked_within(ATTEMPT, addr, name).await
+}
+
+/// How many addresses come of an answer that makes sense: at once, but for a stall of the machine.
+async fn found_addresses(addr: SocketAddr, name: &str) -> usize {
+    asked_within(PATIENCE / 4, addr, name).await.unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+async fn asked_within(attempt: Duration, addr: SocketAddr, name: &str) -> Result<usize, ResolveError> {
+    let resolver = HickoryResolver::with_name_servers([addr]).timeout(attempt);
+    let began = stalls::now();
     let answer = timeout(PATIENCE, resolver.resolve(HOST)).await.unwrap_or_else(|_| panic!("{name}: no end"));
-    assert!(began.elapsed() < LIMIT, "{name} took {:?}", began.elapsed());
+    assert!(began.elapsed() < LIMIT + stalls::slack_since(began), "{name} took {:?}", began.elapsed());
     if let Err(error) = &answer {
         println!("{name}: {error}");
         assert_eq!(error.name(), HOST, "{name}: {error:?}");
@@ -627,7 +644,7 @@ async fn aliases_without_an_end_are_given_up() {
     asked(dns.addr(), "an alias of a name that does not exist").await.unwrap_err();
     assert!(dns.queries() - before < 100, "{} questions for four look-ups", dns.queries() - before);
     dns.set(&[IpAddr::from(LOOPBACK)]);
-    assert_eq!(asked(dns.addr(), "honest").await.unwrap(), 1);
+    assert_eq!(found_addresses(dns.addr(), "honest").await, 1);
 }
 
 /// What is said of a question; `None` is silence.
@@ -698,7 +715,7 @@ async fn no_answer_of_a_name_server_is_more_than_a_named_failure() {
         let error = asked(dns.addr(), name).await.expect_err(name);
         assert!(error.to_string().contains(HOST), "{name}: {error}");
         dns.answer(|question| Some(question.address(Ipv4Addr::LOCALHOST)));
-        assert_eq!(asked(dns.addr(), "honest").await.unwrap(), 1, "after {name}");
+        assert_eq!(found_addresses(dns.addr(), "honest").await, 1, "after {name}");
     }
 }
 
@@ -722,7 +739,7 @@ async fn random_answers_of_a_name_server_are_survived() {
     let resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(Duration::from_millis(20));
     let (mut answers, mut failures) = (0, 0);
     for _ in 0..300 {
-        match timeout(LIMIT, resolver.resolve(HOST)).await.unwrap_or_else(|_| panic!("seed {seed}: no end")) {
+        match timeout(PATIENCE, resolver.resolve(HOST)).await.unwrap_or_else(|_| panic!("seed {seed}: no end")) {
             Ok(_) => answers += 1,
             Err(error) => {
                 assert_eq!(error.name(), HOST, "seed {seed}: {error:?}");
@@ -733,7 +750,7 @@ async fn random_answers_of_a_name_server_are_survived() {
     println!("{answers} answers, {failures} failures");
     assert!(answers > 0 && failures > 0, "seed {seed}: {answers} answers, {failures} failures");
     dns.answer(|question| Some(question.address(Ipv4Addr::LOCALHOST)));
-    assert_eq!(asked(dns.addr(), "honest").await.unwrap(), 1, "seed {seed}");
+    assert_eq!(found_addresses(dns.addr(), "honest").await, 1, "seed {seed}");
 }
 
 /// As many addresses as fit into a message, the first of them this one, and the others of no server.
@@ -754,7 +771,7 @@ const THOUSANDS: u16 = 4094;
 async fn thousands_of_addresses_are_an_answer() {
     let _watch = NoPanic::watch();
     let dns = RawDns::start((LOOPBACK, 0).into(), |question| Some(thousands(question, Ipv4Addr::LOCALHOST))).await;
-    assert_eq!(asked(dns.addr(), "by TCP").await.unwrap(), usize::from(THOUSANDS));
+    assert_eq!(found_addresses(dns.addr(), "by TCP").await, usize::from(THOUSANDS));
 }
 
 /// A pool that knows its primary: no answer of the name server changes anything, neither for who is connected nor for
@@ -768,16 +785,18 @@ async fn a_hostile_name_server_is_nothing_to_a_pool_that_knows_its_members() {
     let dns = RawDns::start((LOOPBACK, 0).into(), honest).await;
     let resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(Duration::from_millis(50));
     let hosts = format!("{HOST}:{}", cluster.port());
-    let pool = builder(&hosts).resolver(resolver).patrol_interval(Duration::from_millis(5)).build().unwrap();
+    // The primary may be slow on a loaded machine.
+    let patient = builder(&hosts).probe_timeout(Duration::from_secs(1)).heartbeat_timeout(Duration::from_secs(1));
+    let pool = patient.resolver(resolver).patrol_interval(Duration::from_millis(5)).build().unwrap();
     let held = pool.get().await.unwrap();
     for (name, say) in no_answers() {
         dns.answer(say);
         let before = dns.questions();
         eventually(name, PATIENCE, async || dns.questions() >= before + 6).await;
         assert!(cluster.terminate_backends(Node(0), "tokio-postgres-failover").await > 0, "{name}");
-        let began = Instant::now();
+        let began = stalls::now();
         found(&pool, name).await;
-        assert!(began.elapsed() < AT_ONCE, "{name}: {:?}", began.elapsed());
+        assert!(began.elapsed() < AT_ONCE + stalls::slack_since(began), "{name}: {:?}", began.elapsed());
         assert_eq!(pool.status().view.generation.get(), 1, "{name}");
     }
     drop(held);
@@ -826,7 +845,11 @@ async fn thousands_of_addresses_do_not_crowd_out_the_standbys() {
     found(&pool, "with three members").await;
     eventually("each member has answered", PATIENCE, async || {
         let candidates = pool.candidates();
-        candidates.len() == 3 && candidates.iter().all(|candidate| candidate.answer.is_some())
+        // A probe that was too slow proves nobody to be a member.
+        let told = candidates.iter().filter(|candidate| {
+            matches!(&candidate.answer, Some(view::Answer::Primary(_) | view::Answer::Refused(..)))
+        });
+        (candidates.len(), told.count()) == (3, 3)
     })
     .await;
     dns.answer(|question| Some(thousands(question, Ipv4Addr::new(127, 255, 0, 1))));
