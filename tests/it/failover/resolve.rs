@@ -5,14 +5,14 @@
 
 use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use testbed::{Answer, Dns};
 use tokio::{net::UdpSocket, task::JoinSet};
 use tokio_postgres_failover::resolve::{Addresses, HickoryResolver, Resolve, ResolveError};
 
-use crate::support::split;
+use crate::support::{split, stalls};
 
 const HOST: &str = "pg.internal";
 const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
@@ -36,9 +36,15 @@ fn v6(last: u16) -> IpAddr {
     IpAddr::V6(Ipv6Addr::new(0xfdaa, 0, 0, 0, 0, 0, 0, last))
 }
 
-/// All that was found, and that nothing failed along the way.
-fn whole(found: Result<Addresses, ResolveError>) -> Vec<IpAddr> {
-    let found = found.expect("the name resolves");
+/// All that is found, and that nothing fails along the way.
+async fn whole(resolver: &impl Resolve, host: &str) -> Vec<IpAddr> {
+    // Behind the other family's answer a family has 100 ms for its own, which a stall of the machine may exceed.
+    let found = stalls::unless_stalled(async || {
+        let found = resolver.resolve(host).await.expect("the name resolves");
+        let late = matches!(found.partial(), Some(ResolveError::TimedOut { .. }));
+        if late { Err(format!("half an answer: {found:?}")) } else { Ok(found) }
+    })
+    .await;
     assert!(found.partial().is_none(), "{found:?}");
     found.into_iter().collect()
 }
@@ -61,7 +67,7 @@ async fn d1_each_failure_has_its_name_and_ends_at_once() {
 
         // No failure is kept: the next question already gets the new answer.
         dns.set(&[v4(1)]);
-        assert_eq!(whole(resolver.resolve(HOST).await), [v4(1)]);
+        assert_eq!(whole(&resolver, HOST).await, [v4(1)]);
     }
 }
 
@@ -77,13 +83,13 @@ async fn d2_silence_ends_after_two_attempts() {
     let (dns, resolver) = dns().await;
     let resolver = resolver.timeout(SHORT);
     dns.answer(Answer::Silent);
-    let started = Instant::now();
+    let started = stalls::now();
     let error = resolver.resolve(HOST).await.unwrap_err();
     let ResolveError::TimedOut { after, .. } = &error else {
         panic!("{error:?}");
     };
     assert!(*after + Duration::from_millis(20) >= SHORT * 2, "{after:?}");
-    assert!(started.elapsed() < SHORT * 5, "{:?}", started.elapsed());
+    assert!(started.elapsed() < SHORT * 5 + stalls::slack_since(started), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -91,7 +97,7 @@ async fn d2_a_slow_answer_is_an_answer() {
     let (dns, resolver) = dns().await;
     dns.set(&[v4(1), v6(1)]);
     dns.delay(Duration::from_millis(700));
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(1), v6(1)]);
+    assert_eq!(whole(&resolver, HOST).await, [v4(1), v6(1)]);
 }
 
 #[tokio::test]
@@ -102,9 +108,9 @@ async fn d2_a_family_that_is_never_answered_does_not_hold_up_the_other() {
         (split(Answer::Silent, Answer::Addresses(vec![v6(1)])), v6(1)),
     ] {
         dns.answer(answer);
-        let started = Instant::now();
+        let started = stalls::now();
         let found = resolver.resolve(HOST).await.unwrap();
-        assert!(started.elapsed() < TIMEOUT / 2, "{:?}", started.elapsed());
+        assert!(started.elapsed() < TIMEOUT / 2 + stalls::slack_since(started), "{:?}", started.elapsed());
         assert_eq!(found.iter().collect::<Vec<_>>(), [address]);
         let partial = found.partial();
         assert!(matches!(partial, Some(ResolveError::TimedOut { .. })), "{partial:?}");
@@ -123,17 +129,17 @@ async fn d2_an_empty_family_is_no_reason_to_give_up_on_the_silent_one() {
 async fn d3_aaaa_only() {
     let (dns, resolver) = dns().await;
     dns.set(&[v6(2), v6(1)]);
-    assert_eq!(whole(resolver.resolve(HOST).await), [v6(2), v6(1)]);
+    assert_eq!(whole(&resolver, HOST).await, [v6(2), v6(1)]);
     // Some servers deny the whole name to those who ask for the wrong family.
     dns.answer(split(Answer::NxDomain, Answer::Addresses(vec![v6(3)])));
-    assert_eq!(whole(resolver.resolve(HOST).await), [v6(3)]);
+    assert_eq!(whole(&resolver, HOST).await, [v6(3)]);
 }
 
 #[tokio::test]
 async fn d3_a_only() {
     let (dns, resolver) = dns().await;
     dns.set(&[v4(2), v4(1)]);
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(2), v4(1)]);
+    assert_eq!(whole(&resolver, HOST).await, [v4(2), v4(1)]);
 }
 
 #[tokio::test]
@@ -141,7 +147,7 @@ async fn d3_both_families_are_merged_in_a_steady_order() {
     let (dns, resolver) = dns().await;
     dns.set(&[v6(1), v4(2), v6(2), v4(1)]);
     for _ in 0..10 {
-        assert_eq!(whole(resolver.resolve(HOST).await), [v4(2), v4(1), v6(1), v6(2)]);
+        assert_eq!(whole(&resolver, HOST).await, [v4(2), v4(1), v6(1), v6(2)]);
     }
 }
 
@@ -173,14 +179,14 @@ async fn d4_thirty_addresses_of_each_family() {
     // More than a UDP answer holds, so this takes the way by TCP.
     let members: Vec<IpAddr> = (1..=30).map(v4).chain((1..=30).map(v6)).collect();
     dns.set(&members);
-    assert_eq!(whole(resolver.resolve(HOST).await), members);
+    assert_eq!(whole(&resolver, HOST).await, members);
 }
 
 #[tokio::test]
 async fn d6_a_truncated_answer_is_asked_for_by_tcp() {
     let (dns, resolver) = dns().await;
     dns.answer(Answer::Truncated(vec![v4(1), v6(1)]));
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(1), v6(1)]);
+    assert_eq!(whole(&resolver, HOST).await, [v4(1), v6(1)]);
 }
 
 #[tokio::test]
@@ -188,12 +194,12 @@ async fn d6_aliases_are_followed() {
     let (dns, resolver) = dns().await;
     // The answer holds the address.
     dns.answer(Answer::Cname("leader.internal".to_owned(), vec![v4(1)]));
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(1)]);
+    assert_eq!(whole(&resolver, HOST).await, [v4(1)]);
     // It has to be asked for, over two links.
     dns.answer(Answer::Cname("leader.internal".to_owned(), vec![]));
     dns.answer_name("leader.internal", Answer::Cname("node-2.internal.".to_owned(), vec![]));
     dns.answer_name("node-2.internal", Answer::Addresses(vec![v4(2)]));
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(2)]);
+    assert_eq!(whole(&resolver, HOST).await, [v4(2)]);
     // It leads to nothing.
     dns.answer_name("node-2.internal", Answer::Empty);
     let error = resolver.resolve(HOST).await.unwrap_err();
@@ -211,9 +217,10 @@ async fn d6_spellings_of_a_name() {
     for (host, address) in
         [("pg.internal", v4(1)), ("pg.internal.", v4(1)), ("PG.Internal", v4(1)), ("pg_master.service.consul", v4(2))]
     {
-        assert_eq!(whole(resolver.resolve(host).await), [address], "{host}");
+        assert_eq!(whole(&resolver, host).await, [address], "{host}");
     }
-    assert_eq!(dns.queries_for(HOST), 6);
+    // Three spellings of it, A and AAAA each; more when a stall had one asked again.
+    assert!(dns.queries_for(HOST) >= 6, "{}", dns.queries_for(HOST));
 }
 
 #[tokio::test]
@@ -232,9 +239,10 @@ async fn d8_a_long_time_to_live_is_not_trusted() {
     dns.ttl(3600);
     for last in 1..=20 {
         dns.set(&[v4(last)]);
-        assert_eq!(whole(resolver.resolve(HOST).await), [v4(last)]);
+        assert_eq!(whole(&resolver, HOST).await, [v4(last)]);
     }
-    assert_eq!(dns.queries(), 40);
+    // A and AAAA each; more when a stall had one asked again.
+    assert!(dns.queries() >= 40, "{}", dns.queries());
 }
 
 /// A question that begins after a failover must not be given the answer to one that began before.
@@ -247,10 +255,10 @@ async fn questions_under_way_are_not_shared() {
     let mut asking = JoinSet::new();
     for _ in 0..10 {
         let resolver = std::sync::Arc::clone(&resolver);
-        asking.spawn(async move { whole(resolver.resolve(HOST).await) });
+        asking.spawn(async move { resolver.resolve(HOST).await });
     }
     for found in asking.join_all().await {
-        assert_eq!(found, [v4(1)]);
+        assert_eq!(found.expect("the name resolves").into_iter().collect::<Vec<_>>(), [v4(1)]);
     }
     // A and AAAA each; more when the machine is so slow that packets are sent again.
     assert!(dns.queries() >= 20, "{}", dns.queries());
@@ -260,7 +268,7 @@ async fn questions_under_way_are_not_shared() {
 async fn an_address_stands_for_itself() {
     let (dns, resolver) = dns().await;
     for address in [v4(1), v6(1)] {
-        assert_eq!(whole(resolver.resolve(&address.to_string()).await), [address]);
+        assert_eq!(whole(&resolver, &address.to_string()).await, [address]);
     }
     assert_eq!(dns.queries(), 0);
 }
@@ -277,10 +285,10 @@ async fn garbage_is_no_answer() {
             socket.send_to(&packet[..len], from).await.unwrap();
         }
     });
-    let started = Instant::now();
+    let started = stalls::now();
     let error = resolver.resolve(HOST).await.unwrap_err();
     assert_eq!(error.name(), HOST);
-    assert!(started.elapsed() < SHORT * 5, "{error:?}");
+    assert!(started.elapsed() < SHORT * 5 + stalls::slack_since(started), "{error:?}");
 }
 
 #[tokio::test]
@@ -289,10 +297,10 @@ async fn a_dead_name_server_is_passed_over() {
     dns.set(&[v4(1)]);
     let silent = UdpSocket::bind(SocketAddr::from((LOOPBACK, 0))).await.unwrap();
     let servers = [silent.local_addr().unwrap(), dns.addr()];
-    let started = Instant::now();
+    let started = stalls::now();
     let resolver = HickoryResolver::with_name_servers(servers).timeout(TIMEOUT);
-    assert_eq!(whole(resolver.resolve(HOST).await), [v4(1)]);
-    assert!(started.elapsed() < TIMEOUT / 2, "{:?}", started.elapsed());
+    assert_eq!(whole(&resolver, HOST).await, [v4(1)]);
+    assert!(started.elapsed() < TIMEOUT / 2 + stalls::slack_since(started), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -306,7 +314,7 @@ async fn without_a_name_server_the_error_says_so() {
 async fn a_time_out_may_be_as_long_as_one_likes() {
     let (dns, resolver) = dns().await;
     dns.set(&[v4(1)]);
-    assert_eq!(whole(resolver.timeout(Duration::MAX).resolve(HOST).await), [v4(1)]);
+    assert_eq!(whole(&resolver.timeout(Duration::MAX), HOST).await, [v4(1)]);
 }
 
 #[tokio::test]
@@ -315,5 +323,5 @@ async fn a_resolver_is_an_object() {
     dns.set(&[v4(1)]);
     let resolver: Box<dyn Resolve> = Box::new(resolver);
     let found = tokio::spawn(async move { resolver.resolve(HOST).await }).await.unwrap();
-    assert_eq!(whole(found), [v4(1)]);
+    assert_eq!(found.expect("the name resolves").into_iter().collect::<Vec<_>>(), [v4(1)]);
 }
