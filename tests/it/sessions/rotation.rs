@@ -13,7 +13,7 @@ use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, tokio_postgres};
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, stalls};
 
 /// The default deadline is thirty seconds: what ends before this did not wait for it.
 const AT_ONCE: Duration = Duration::from_secs(3);
@@ -93,6 +93,12 @@ impl Vault {
     }
 }
 
+/// Opens no session but those that its callers and the heartbeat need, however slow the machine is.
+fn undisturbed(builder: PoolBuilder) -> PoolBuilder {
+    let builder = builder.patrol_interval(30 * PATIENCE).test_idle_after(Duration::MAX);
+    builder.heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE)
+}
+
 async fn one_node() -> Cluster {
     Cluster::builder().nodes(1).password("first").start().await
 }
@@ -125,7 +131,7 @@ fn lacks_nothing(error: &Error, words: &[&str]) {
 async fn c10_new_sessions_give_the_password_of_the_moment() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("first"));
-    let pool = vault.builder(&cluster).build().unwrap();
+    let pool = undisturbed(vault.builder(&cluster)).build().unwrap();
     let old = pool.get().await.unwrap();
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
     rotate(&cluster, "second").await;
@@ -148,7 +154,7 @@ async fn c10_new_sessions_give_the_password_of_the_moment() {
 async fn c10_a_rotation_under_way_is_waited_for() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("first"));
-    let pool = vault.builder(&cluster).build().unwrap();
+    let pool = undisturbed(vault.builder(&cluster)).build().unwrap();
     let old = pool.get().await.unwrap();
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
     rotate(&cluster, "second").await;
@@ -163,7 +169,8 @@ async fn c10_a_rotation_under_way_is_waited_for() {
     assert!(matches!(view.state, State::Primary { .. }), "{view:?}");
     assert!(!waits.is_finished());
     vault.says(Says::Password("second"));
-    let new = timeout(AT_ONCE, waits).await.unwrap().unwrap().unwrap();
+    // It is tried once a second.
+    let new = timeout(PATIENCE, waits).await.unwrap().unwrap().unwrap();
     assert_eq!(new.generation(), old.generation());
 }
 
@@ -173,9 +180,9 @@ async fn c10_a_password_that_was_never_right_is_refused_at_once() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("wrong"));
     let pool = vault.builder(&cluster).build().unwrap();
-    let began = Instant::now();
+    let began = stalls::now();
     let error = pool.get().await.unwrap_err();
-    assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
+    assert!(began.elapsed() < AT_ONCE + stalls::slack_since(began), "{:?}", began.elapsed());
     assert!(matches!(error, Error::Refused(_)), "{error:?}");
     lacks_nothing(&error, &["28P01", "check user, password"]);
     vault.says(Says::Password("first"));
@@ -193,20 +200,19 @@ async fn c10_a_failing_provider_is_named() {
     ] {
         let vault = Vault::new(says.clone());
         let limit = Duration::from_secs(1);
-        let builder =
-            || vault.builder(&cluster).probe_timeout(limit).heartbeat_timeout(limit).checkout_timeout(limit * 2);
+        let builder = || undisturbed(vault.builder(&cluster)).probe_timeout(limit).checkout_timeout(limit * 2);
         let none_yet = builder().build().unwrap();
-        let error = none_yet.get().await.unwrap_err();
+        let error = tells(&none_yet, words).await;
         assert!(matches!(&error, Error::Unavailable(u) if u.reason() == UnavailableReason::NoPrimary), "{error:?}");
         lacks_nothing(&error, &[words, &cluster.socket_addr(Node(0)).to_string()]);
         drop(none_yet);
 
         vault.says(Says::Password("first"));
         let pool = builder().build().unwrap();
-        let held = pool.get().await.unwrap();
+        let held = pool.get_within(PATIENCE).await.unwrap();
         eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
         vault.says(says);
-        let error = pool.get().await.unwrap_err();
+        let error = tells(&pool, words).await;
         let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
         assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{error}");
         lacks_nothing(&error, &[words]);
@@ -217,8 +223,19 @@ async fn c10_a_failing_provider_is_named() {
         assert_eq!(link.is_some(), words.contains("sealed"), "{error:?}");
         works(&held).await;
         drop(held);
-        works(&pool.get().await.unwrap()).await;
+        works(&pool.get_within(PATIENCE).await.unwrap()).await;
     }
+}
+
+/// The error of a call that nobody can serve. A slow machine may not get to the provider's answer within the first one's
+/// time.
+async fn tells(pool: &Pool, words: &str) -> Error {
+    let mut error = pool.get().await.unwrap_err();
+    let began = Instant::now();
+    while !error.to_string().contains(words) && began.elapsed() < PATIENCE {
+        error = pool.get().await.unwrap_err();
+    }
+    error
 }
 
 /// C10: not to ask a server is not its silence: although the pool cannot ask the primary for longer than `dead_after`,
@@ -248,7 +265,8 @@ async fn c10_a_provider_that_is_away_ends_no_connection() {
         assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
         works(&held).await;
         vault.says(Says::Password("first"));
-        let another = pool.get().await.unwrap();
+        // A password that was refused is tried again once a second.
+        let another = pool.get_within(PATIENCE).await.unwrap();
         assert_eq!(another.generation(), held.generation());
     }
 }
@@ -259,30 +277,37 @@ async fn c10_a_slow_provider_stalls_nobody_else() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("first"));
     let deadline = Duration::from_secs(2);
-    let pool = vault.builder(&cluster).checkout_timeout(deadline).build().unwrap();
-    let held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    // The provider has three quarters of this.
+    let builder = undisturbed(vault.builder(&cluster)).probe_timeout(Duration::from_secs(2));
+    let pool = builder.checkout_timeout(deadline).build().unwrap();
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        held.push(pool.get_within(PATIENCE).await.unwrap());
+    }
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 4).await;
     vault.says(Says::Nothing);
-    let began = Instant::now();
+    let began = stalls::now();
     let waits = tokio::spawn({
         let pool = pool.clone();
         async move { pool.get().await }
     });
     eventually("the provider is asked", PATIENCE, async || vault.open() > 0).await;
-    let [held, one, two] = held;
-    // Who waits takes one of them, when the provider has been given up; the other is for those who come meanwhile.
-    drop((one, two));
-    let mut slowest = Duration::ZERO;
-    while !waits.is_finished() {
+    // Who waits takes one of these, when the provider has been given up; the other is for those who come meanwhile.
+    held.truncate(1);
+    loop {
         let asked = Instant::now();
-        works(&held).await;
+        works(&held[0]).await;
         pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
-        slowest = slowest.max(asked.elapsed());
+        let took = asked.elapsed();
+        assert!(took < Duration::from_secs(1) + stalls::slack_since(asked), "{took:?}");
+        if waits.is_finished() {
+            break;
+        }
     }
     let waited = waits.await.unwrap();
-    assert!(began.elapsed() < deadline + Duration::from_secs(1), "{:?}", began.elapsed());
+    let (took, slack) = (began.elapsed(), stalls::slack_since(began));
+    assert!(took < deadline + Duration::from_secs(1) + slack, "{took:?}");
     assert!(waited.is_ok() || matches!(waited, Err(Error::Unavailable(_))), "{waited:?}");
-    assert!(Duration::ZERO < slowest && slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
 /// C10: a dropped `get` leaves the question to the provider under way, whose session is the next caller's; the end of the pool
@@ -291,7 +316,7 @@ async fn c10_a_slow_provider_stalls_nobody_else() {
 async fn c10_a_dropped_get_leaves_the_providers_future_to_the_pool() {
     let cluster = one_node().await;
     let vault = Vault::new(Says::Password("first"));
-    let pool = vault.builder(&cluster).build().unwrap();
+    let pool = undisturbed(vault.builder(&cluster)).build().unwrap();
     let held = pool.get().await.unwrap();
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 2).await;
     let give_up = async || {
@@ -315,7 +340,7 @@ async fn c10_a_dropped_get_leaves_the_providers_future_to_the_pool() {
 
     give_up().await;
     pool.close();
-    eventually("the pool drops the provider's future", AT_ONCE, async || vault.open() == 0).await;
+    eventually("the pool drops the provider's future", PATIENCE, async || vault.open() == 0).await;
 }
 
 /// C10: the recipe of docs/tuning.md for a file: it is replaced as an orchestrator does it, and read for the next session.
@@ -417,7 +442,8 @@ impl<S> MakeTlsConnect<S> for Reloads {
 async fn c10_a_connector_is_asked_for_each_session() {
     let cluster = Cluster::builder().nodes(1).start().await;
     let asked = Arc::new(AtomicUsize::new(0));
-    let pool = Pool::builder(cluster.url_hosts()).unwrap().tls(Reloads(Arc::clone(&asked))).build().unwrap();
+    let builder = undisturbed(Pool::builder(cluster.url_hosts()).unwrap());
+    let pool = builder.tls(Reloads(Arc::clone(&asked))).build().unwrap();
     let _held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
     eventually("the heart-beat has its session", PATIENCE, async || sessions(&cluster).await == 4).await;
     assert_eq!(asked.load(Ordering::SeqCst), 4);
