@@ -20,6 +20,11 @@ impl Row {
         Self { name, role, settings, options: "", setup: String::new(), database: "app", encoding: None }
     }
 
+    /// A time limit of the role's that a stall of the machine may exceed.
+    pub(super) fn is_timed(&self) -> bool {
+        self.settings.iter().any(|(name, _)| name.ends_with("_timeout"))
+    }
+
     fn set(name: &str, value: &str) -> Self {
         Self::new(&format!("{name} = {value}"), &[(name, value)])
     }
