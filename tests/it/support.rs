@@ -46,8 +46,8 @@ pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
     cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
 }
 
-/// Waits until the heartbeat has a session of its own to the primary, and has asked again on it: only then it asks for what
-/// a new session need not be asked for.
+/// Waits until the heartbeat has a session of its own to the primary, and has asked on it a second time. Only an older
+/// session is asked for the settings of new ones.
 pub(crate) async fn heart_beats(cluster: &Cluster) {
     let administrator = cluster.direct(cluster.primary()).await;
     let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND query LIKE '%pg_db_role_setting%'";

@@ -10,7 +10,7 @@ use std::{
 
 use testbed::{Answer, Dns};
 use tokio::{net::UdpSocket, task::JoinSet};
-use tokio_postgres_failover::resolve::{Addresses, HickoryResolver, Resolve, ResolveError};
+use tokio_postgres_failover::resolve::{HickoryResolver, Resolve, ResolveError};
 
 use crate::support::{split, stalls};
 

@@ -320,7 +320,7 @@ async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
     // How often each of them has looked, and how often after the proxy had settled.
     let looked: Arc<[[AtomicU32; 2]; 4]> = Arc::default();
     let mut takers = JoinSet::new();
-    for taker in 0..4 {
+    for taker in 0..4_usize {
         let (pool, stop, settled, looked) =
             (pool.clone(), Arc::clone(&stop), Arc::clone(&settled), Arc::clone(&looked));
         takers.spawn(async move {
