@@ -202,8 +202,8 @@ async fn terminated_backends_cost_nothing_else() {
         administrator.execute(sql, &[]).await.unwrap();
         load.all_written_since(Instant::now()).await;
     }
-    // Each loss is a reason to ask on a new session, and the loss of one that was opened to ask is a reason for doubt. The
-    // last of these has been answered by then.
+    // After each loss the pool asks on a new session, and the loss of such a session would be a reason for doubt. The last
+    // of them has been answered by then.
     sleep(Duration::from_millis(300)).await;
     // All at once, the heartbeat's own among them.
     let ended = cluster.terminate_backends(cluster.primary(), "tokio-postgres-failover").await;

@@ -227,8 +227,8 @@ async fn c10_a_failing_provider_is_named() {
     }
 }
 
-/// The error of a call that nobody can serve. A slow machine may not get to the provider's answer within the first one's
-/// time.
+/// The error of a call that nobody can serve. A slow machine may not get to the provider's answer within the time of the
+/// first call.
 async fn tells(pool: &Pool, words: &str) -> Error {
     let mut error = pool.get().await.unwrap_err();
     let began = Instant::now();
