@@ -12,7 +12,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use std::{fmt::Write as _, thread};
@@ -35,7 +35,8 @@ use crate::wait::until;
 
 pub use timelines::Background;
 
-/// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time.
+/// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time,
+/// and so does a standby that waits ten seconds for its WAL receiver, see [`Cluster::wake`].
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a dead node tries to follow before it is copied anew.
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
@@ -694,7 +695,7 @@ impl Cluster {
     /// Waits until a standby streams from this node, but not for long: one that is ahead of the new primary never will.
     /// Returns whether it streams.
     async fn wait_following(&self, standby: Node, session: &Client, primary: Node, timeline: i32) -> bool {
-        let begun = Instant::now();
+        let (begun, alarm) = (Instant::now(), Alarm::set());
         // One that is ahead streams the old timeline once more, up to its end.
         let sql =
             "SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming' AND sender_host = $1 AND received_tli = $2";
@@ -703,7 +704,7 @@ impl Cluster {
             if streams.is_ok_and(|row| row.is_some()) {
                 return true;
             }
-            if begun.elapsed() > UNHURRIED {
+            if alarm.rings() {
                 self.wake(standby).await;
             }
             sleep(Duration::from_millis(3)).await;
@@ -795,9 +796,9 @@ impl Cluster {
     /// Waits until so many standbys stream from this node.
     pub async fn wait_streaming(&self, primary: Node, standbys: usize) {
         let session = self.direct(primary).await;
-        let begun = Instant::now();
+        let alarm = Alarm::set();
         until(&format!("{standbys} standbys stream from {primary:?}"), PATIENCE, || async {
-            if begun.elapsed() > UNHURRIED {
+            if alarm.rings() {
                 for standby in self.awake_others(primary) {
                     self.wake(standby).await;
                 }
@@ -821,7 +822,11 @@ impl Cluster {
         let row = primary.query_one("SELECT pg_current_wal_flush_lsn()::text", &[]).await;
         let target: String = row.expect("the LSN").get(0);
         let session = self.direct(standby).await;
+        let alarm = Alarm::set();
         until(&format!("{standby:?} has replayed {target}"), PATIENCE, || async {
+            if alarm.rings() {
+                self.wake(standby).await;
+            }
             let sql = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn, pg_last_wal_replay_lsn()::text";
             let row = session.query_one(sql, &[&target]).await.map_err(|error| format!("{error:?}"))?;
             if row.get::<_, Option<bool>>(0) == Some(true) {
@@ -875,6 +880,28 @@ impl Drop for Cluster {
             }
         }
         drop(self.reaper.take());
+    }
+}
+
+/// Tells somebody who waits for a standby, and looks every few milliseconds, when it is to be woken: what takes longer than
+/// usual is a reason, and each wake-up costs the server a process.
+struct Alarm {
+    set: Instant,
+    rung: AtomicU32,
+}
+
+impl Alarm {
+    fn set() -> Self {
+        Self { set: Instant::now(), rung: AtomicU32::new(0) }
+    }
+
+    fn rings(&self) -> bool {
+        let rung = self.rung.load(Ordering::Relaxed);
+        let rings = self.set.elapsed() > UNHURRIED + UNHURRIED / 4 * rung;
+        if rings {
+            self.rung.store(rung + 1, Ordering::Relaxed);
+        }
+        rings
     }
 }
 
