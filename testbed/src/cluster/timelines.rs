@@ -91,9 +91,15 @@ impl Cluster {
 
     /// Stops one process of a server (SIGSTOP). The server's next start has a new one. A clean shutdown waits for it for ever.
     pub async fn stop_background(&self, node: Node, which: Background) {
-        let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = $1";
-        let row = self.direct(node).await.query_one(sql, &[&which.name()]).await;
-        process::stop(row.expect("a process of the server").get::<_, i32>(0).unsigned_abs());
+        let session = self.direct(node).await;
+        // A server that has just started may not have started this one yet.
+        let pid: i32 = until(&format!("{node:?} has a {}", which.name()), PATIENCE, || async {
+            let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = $1";
+            let row = session.query_opt(sql, &[&which.name()]).await.map_err(|error| format!("{error:?}"))?;
+            row.map(|row| row.get(0)).ok_or_else(|| String::from("there is none"))
+        })
+        .await;
+        process::stop(pid.unsigned_abs());
     }
 
     /// Kills a node and starts it as it was, so that it recovers from its own log: a crash. What was not written is lost.

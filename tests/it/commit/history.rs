@@ -13,6 +13,7 @@ mod recycled;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio::sync::oneshot;
@@ -23,7 +24,7 @@ use tokio_postgres_failover::{Error, Guarantee};
 
 use crate::support::bench::{Bench, standbys};
 use crate::support::load::{LONG, by_name};
-use crate::support::{insert, sql};
+use crate::support::{PATIENCE, insert, sql};
 
 fn asynchronous(nodes: usize) -> ClusterBuilder {
     Cluster::builder().nodes(nodes).asynchronous()
@@ -39,6 +40,9 @@ enum Right {
     /// What every role may.
     Nothing,
 }
+
+/// How long a call may wait for the end of a history, in which servers start, crash and are promoted one after the other.
+const HISTORY: Duration = Duration::from_secs(120);
 
 /// The number of an address where nobody listens, for [`Cluster::spare_addr`].
 const NOWHERE: u8 = 9;
@@ -173,7 +177,8 @@ async fn recycle(cluster: &Cluster, timeline: u32) {
         server.batch_execute(sql).await.unwrap();
     }
     let files = format!("SELECT count(*) FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'");
-    for _ in 0..10 {
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
         write_wal(cluster, 1000).await;
         server.batch_execute("SELECT pg_switch_wal()").await.unwrap();
         server.batch_execute("CHECKPOINT").await.unwrap();
@@ -254,8 +259,7 @@ impl Case {
                 over.send(()).expect("the cutter waits");
             }
         };
-        // A history takes its time on a busy machine, and the pool shall not give up meanwhile.
-        let work = bench.call().deadline(LONG).run(async |tx| {
+        let work = bench.call().deadline(HISTORY).run(async |tx| {
             let sql = "SELECT pg_current_xact_id()::text::bigint, pg_current_wal_insert_lsn()::text";
             let row = tx.query_one(sql, &[]).await?;
             if bench.runs.begin() == 1 {
@@ -264,7 +268,7 @@ impl Case {
             insert(&tx, 1).await
         });
         let both = async { tokio::join!(work, history) };
-        let (result, ()) = timeout(LONG, both).await.expect("the call hangs");
+        let (result, ()) = timeout(HISTORY + LONG, both).await.expect("the call hangs");
         println!("{right:?}: {result:?}, {:?}", doubt.lock().unwrap());
         match (answer, result) {
             (Answer::Committed, Ok(())) => bench.assert_once(1).await,
