@@ -19,12 +19,14 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, RetryPolicy, Tran
 use tracing_subscriber::EnvFilter;
 
 use crate::sessions::versions::signature;
-use crate::support::bench::{Bench, cut_replication, list, settlers, single, standbys};
+use crate::support::bench::{Bench, crash_backend, cut_replication, list, settlers, single, standbys};
 use crate::support::load::{LONG, by_name, generation, primary_lost};
 use crate::support::{PATIENCE, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 
 /// What the pool gives a settler at least, and time for what comes around it.
 const GRANTED: Duration = Duration::from_secs(5);
+/// A call's deadline that is over before that, and that leaves a slow machine time to begin.
+const SHORT: Duration = Duration::from_secs(4);
 /// As a transaction ends, for LIKE.
 const COMMIT: &str = "SET LOCAL%; %; COMMIT";
 /// As a settler asks the ledger.
@@ -225,7 +227,7 @@ async fn k2_work_whose_commit_a_partition_swallowed_runs_again_on_the_same_serve
         };
         bench.settles_during(healing).await;
         bench.assert_once(2).await;
-        assert_eq!(generation(&bench.pool), 2);
+        assert!(generation(&bench.pool) >= 2, "the partition was shorter than `dead_after`");
         eventually("the server has ended the session", PATIENCE, async || bench.cutter.held() == 0).await;
     })
     .await;
@@ -263,7 +265,7 @@ async fn k3_a_crash_is_seen_through() {
         })
         .await;
         with_each_settler(single, async |bench| {
-            bench.cut_with(cut, async |cluster| cluster.kill_backend(Node(0)).await);
+            bench.cut_with(cut, async |cluster| crash_backend(&cluster, Node(0)).await);
             bench.write().await.unwrap();
             bench.assert_once(runs).await;
         })
@@ -445,7 +447,7 @@ async fn unknown_while_it_is_in_progress() {
             bench.cluster.freeze(Node(1));
             bench.hold_commit();
             let began = Instant::now();
-            bench.assert_unknown(bench.call().deadline(Duration::from_secs(1)), Unsettled::InProgress).await;
+            bench.assert_unknown(bench.call().deadline(SHORT), Unsettled::InProgress).await;
             assert!(began.elapsed() >= GRANTED, "a settler has five seconds: {:?}", began.elapsed());
             bench.cluster.thaw(Node(1));
             eventually("it lands", PATIENCE, async || stored(&bench.cluster).await == [1]).await;
@@ -460,7 +462,7 @@ async fn unknown_without_a_primary() {
     with_each_settler(single, async |bench| {
         bench.cut_with(Cut::CommitAnswerDropped, async |cluster| cluster.kill(Node(0)).await);
         let began = Instant::now();
-        bench.assert_unknown(bench.call().deadline(Duration::from_secs(1)), Unsettled::NoPrimary).await;
+        bench.assert_unknown(bench.call().deadline(SHORT), Unsettled::NoPrimary).await;
         assert!(began.elapsed() >= GRANTED, "a settler has five seconds: {:?}", began.elapsed());
     })
     .await;

@@ -5,8 +5,7 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
-use crate::support::PATIENCE;
-use crate::support::bench::single;
+use crate::support::bench::{crash_backend, cut_replication, single};
 
 /// What becomes of the COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -189,7 +188,7 @@ async fn a_crash_behind_a_lease_is_not_taken_for_the_lease() {
                 scene.give_id_away().await;
                 scene.pass_mark().await;
                 if of_backend {
-                    crash_backend(cluster).await;
+                    crash_backend(cluster, Node(0)).await;
                 } else {
                     cluster.crash(Node(0)).await;
                 }
@@ -205,21 +204,6 @@ async fn a_crash_behind_a_lease_is_not_taken_for_the_lease() {
     }
 }
 
-/// Returns when the server has recovered.
-async fn crash_backend(cluster: &Cluster) {
-    let replayed = async || -> Option<String> {
-        let session = cluster.try_direct(Node(0)).await.ok()?;
-        session.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.ok()?.get(0)
-    };
-    let before = replayed().await;
-    cluster.kill_backend(Node(0)).await;
-    testbed::eventually("the server recovers", PATIENCE, async || {
-        let now = replayed().await;
-        now.is_some() && now != before
-    })
-    .await;
-}
-
 /// A standby was promoted, has the commit or lacks it, and was restarted cleanly, or crashed, before the pool asks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_that_was_restarted_is_settled_by_the_log() {
@@ -228,7 +212,7 @@ async fn a_successor_that_was_restarted_is_settled_by_the_log() {
         for crash in [false, true] {
             let case = Case::new(cluster(), Right::Function).await;
             if lost {
-                crate::support::bench::cut_replication(&case.bench.cluster, &[Node(1)]).await;
+                cut_replication(&case.bench.cluster, &[Node(1)]).await;
             }
             burn_ids(&case.bench.cluster).await;
             let fault = async |scene: &Scene| {
