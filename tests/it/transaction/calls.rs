@@ -680,13 +680,19 @@ async fn the_retry_policy_ends_a_call() {
     assert_eq!(runs, 3);
     exhausted(&error, 3, "schedule");
 
-    // A deadline of the call's own.
-    let began = Instant::now();
-    let deadline = Duration::from_millis(300);
-    let (error, runs) = conflicts(pool.build_transaction().retry(quick.clone()).deadline(deadline)).await;
-    assert!(runs > 1);
-    exhausted(&error, runs, "deadline");
-    assert!(began.elapsed() >= deadline * 9 / 10 && began.elapsed() < deadline + Duration::from_secs(2));
+    // A deadline of the call's own. A slow machine may need the shorter one for the first run.
+    for deadline in [300, 3000].map(Duration::from_millis) {
+        let began = Instant::now();
+        let (error, runs) = conflicts(pool.build_transaction().retry(quick.clone()).deadline(deadline)).await;
+        let took = began.elapsed();
+        // The pool's own deadline is thirty seconds.
+        assert!(took >= deadline * 9 / 10 && took < deadline + Duration::from_secs(10), "{took:?}");
+        if runs > 1 {
+            exhausted(&error, runs, "deadline");
+            break;
+        }
+        assert!(deadline < Duration::from_secs(1), "one run took {took:?}");
+    }
 
     // The budget: two re-runs for all calls together, and nothing flows back.
     let thrifty = builder(addr).retry(quick).retry_budget(RetryBudget::new(2, 0).ratio(0.0)).build().unwrap();

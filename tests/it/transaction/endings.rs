@@ -94,7 +94,8 @@ async fn a_limit_that_ends_commit_ends_the_call() {
     let known = "SELECT name FROM pg_settings WHERE name IN ('statement_timeout', 'transaction_timeout')";
     for row in cluster.direct(Node(0)).await.query(known, &[]).await.unwrap() {
         let limit: &str = row.get(0);
-        let pool = builder(&cluster, &format!("?options=-c%20{limit}%3D400ms")).build().unwrap();
+        // Less than COMMIT takes, and more than a slow machine needs for what comes before it.
+        let pool = builder(&cluster, &format!("?options=-c%20{limit}%3D1500ms")).build().unwrap();
         let runs = Runs::default();
         let work = pool.transaction(async |tx| {
             runs.begin();
@@ -118,18 +119,15 @@ async fn a_limit_that_ends_commit_ends_the_call() {
 #[tokio::test]
 async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
     let cluster = server().await;
-    let limit = |name: &str| format!("-c%20{name}%3D100ms");
-    let mut limits = vec![limit("idle_in_transaction_session_timeout")];
-    let limits_idleness = has_idle_session_timeout(&cluster).await;
-    if limits_idleness {
-        limits.push(limit("idle_session_timeout"));
-    }
-    let options = format!("?application_name=victim&options={}", limits.join("%20"));
-    let pool = builder(&cluster, &options).max_size(1).build().unwrap();
-    for begin in ["BEGIN", "SELECT 1"] {
+    // In this session alone: the next caller's must not end before it is used.
+    let idle_inside = "SET idle_in_transaction_session_timeout = '100ms'; BEGIN";
+    let idle_outside = has_idle_session_timeout(&cluster).await.then_some("SET idle_session_timeout = '100ms'");
+    let pool = builder(&cluster, "?application_name=victim").max_size(1).build().unwrap();
+    for limit in [Some(idle_inside), idle_outside] {
         let client = pool.get().await.unwrap();
-        client.batch_execute(begin).await.unwrap();
-        if begin != "BEGIN" && !limits_idleness {
+        if let Some(limit) = limit {
+            client.batch_execute(limit).await.unwrap();
+        } else {
             cluster.terminate_backends(Node(0), "victim").await;
         }
         eventually("the session is closed", PATIENCE, async || client.is_closed()).await;
@@ -150,11 +148,13 @@ async fn what_ended_a_session_before_it_was_used_costs_nobody_anything() {
 async fn a_user_of_get_is_told_how_the_session_ended() {
     let cluster = server().await;
     let limits_idleness = has_idle_session_timeout(&cluster).await;
-    let limit = if limits_idleness { "&options=-c%20idle_session_timeout%3D100ms" } else { "" };
-    let pool = builder(&cluster, &format!("?application_name=victim{limit}")).build().unwrap();
+    let pool = builder(&cluster, "?application_name=victim").build().unwrap();
     let client = pool.get().await.unwrap();
     assert!(client.session_end().await.is_none());
-    if !limits_idleness {
+    if limits_idleness {
+        // Not for the sessions to come: they must not end before they are used.
+        client.batch_execute("SET idle_session_timeout = '100ms'").await.unwrap();
+    } else {
         cluster.terminate_backends(Node(0), "victim").await;
     }
     eventually("the session is closed", PATIENCE, async || client.is_closed()).await;

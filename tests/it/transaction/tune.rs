@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
@@ -264,7 +264,7 @@ async fn a_calls_policy_replaces_the_pools() {
     let cluster = started().await;
     let (pools, calls) = (Hook::default(), Hook::default());
     let pool = by_name(&cluster).retry(pools.policy(RetryPolicy::none(), 9)).build().unwrap();
-    let (result, runs) = across_a_failover(&cluster, &pool, Some(calls.policy(RetryPolicy::interactive(), 9))).await;
+    let (result, runs) = across_a_failover(&cluster, &pool, Some(calls.policy(RetryPolicy::new(), 9))).await;
     result.unwrap();
     assert!(runs >= 2 && calls.count() >= 1, "{runs} runs");
     assert_eq!((pools.count(), stored(&cluster).await), (0, vec![1]));
@@ -284,16 +284,25 @@ async fn presets_across_a_failover() {
     for (policy, survives) in
         [(RetryPolicy::interactive(), true), (RetryPolicy::batch(), true), (RetryPolicy::none(), false)]
     {
-        let cluster = started().await;
-        let pool = by_name(&cluster).retry(policy.clone()).build().unwrap();
-        let (result, runs) = across_a_failover(&cluster, &pool, None).await;
-        match result {
-            Ok(()) => assert!(survives && runs >= 2, "{policy:?}: {runs}"),
-            Err(error) => {
-                assert!(!survives && runs == 1 && matches!(error, Error::Database(_)), "{policy:?}: {error:?}");
+        // The failover of a slow machine may take longer than the five seconds of the first one: then there is another one.
+        for round in 1..=3 {
+            let cluster = started().await;
+            let pool = by_name(&cluster).retry(policy.clone()).build().unwrap();
+            pool.connect().await.unwrap();
+            let began = Instant::now();
+            let (result, runs) = across_a_failover(&cluster, &pool, None).await;
+            if survives && round < 3 && result.is_err() && began.elapsed() >= Duration::from_secs(5) {
+                continue;
             }
+            match result {
+                Ok(()) => assert!(survives && runs >= 2, "{policy:?}: {runs}"),
+                Err(error) => {
+                    assert!(!survives && runs == 1 && matches!(error, Error::Database(_)), "{policy:?}: {error:?}");
+                }
+            }
+            assert_eq!(stored(&cluster).await, if survives { vec![1] } else { vec![] });
+            break;
         }
-        assert_eq!(stored(&cluster).await, if survives { vec![1] } else { vec![] });
     }
 }
 
