@@ -281,9 +281,13 @@ async fn haproxy_r8_without_a_primary_callers_wait_and_are_told() {
         proxy.wait_none().await;
     }
     let impatient = fly.builder().checkout_timeout(Duration::from_secs(1)).build().unwrap();
-    let error = impatient.get().await.map(drop).unwrap_err().to_string();
-    println!("{error}");
-    assert!(error.contains("a proxy without a server behind it"), "{error}");
+    // On a slow machine a second may be over before the pool has asked anybody.
+    eventually("the caller is told of the proxy", LONG, async || {
+        let error = impatient.get().await.map(drop).unwrap_err().to_string();
+        println!("{error}");
+        error.contains("a proxy without a server behind it")
+    })
+    .await;
     fly.cluster.promote(Node(1)).await;
     traffic.flows().await;
     assert_eq!(generation(&pool), 2);
@@ -391,7 +395,8 @@ async fn haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols() {
     let both = Instant::now();
     eventually("the old primary is left", LONG, async || generation(&pool) == 2).await;
     println!("left {} ms after HAProxy led to both", ms(both.elapsed()));
-    assert!(both.elapsed() < patrol * 2 + Duration::from_secs(1), "{:?}", both.elapsed());
+    // One second for the way, and two for a stall of the machine.
+    assert!(both.elapsed() < patrol * 2 + Duration::from_secs(3), "{:?}", both.elapsed());
     eventually("the new primary is written to", LONG, async || since.load(Ordering::Relaxed) > 100).await;
     stop.store(true, Ordering::Relaxed);
     let acknowledged = writer.await.unwrap();
@@ -480,9 +485,9 @@ async fn follows_with(mode: &str, change: Change, guarantee: Guarantee) {
     let bouncer = builder.start(&cluster, cluster.spare_addr(0), &target, cluster.port()).await;
     let pool = through(&bouncer).guarantee(guarantee).build().unwrap();
     let traffic = Traffic::warm(&pool).await;
-    for round in 2..=3 {
+    for _ in 0..2 {
         let (old, new) = (cluster.primary(), cluster.most_advanced_standby().await);
-        let fault = Instant::now();
+        let (fault, before) = (Instant::now(), generation(&pool));
         match change {
             Change::Crash | Change::Dns => cluster.kill(old).await,
             Change::Pause => drop(bouncer.command("PAUSE app").await),
@@ -498,7 +503,7 @@ async fn follows_with(mode: &str, change: Change, guarantee: Guarantee) {
         }
         traffic.load.all_written_since(accepted).await;
         traffic.report(&format!("PgBouncer, {mode} mode, {change:?}"), accepted, fault);
-        eventually("the pool knows the new primary", PATIENCE, async || generation(&pool) == round).await;
+        eventually("the pool knows the new primary", PATIENCE, async || generation(&pool) > before).await;
         cluster.restart_as_standby(old).await;
         traffic.flows().await;
     }
