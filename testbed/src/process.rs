@@ -71,7 +71,7 @@ pub(crate) fn children(id: u32) -> Vec<u32> {
 /// Stops one process and returns when it has stopped.
 pub(crate) fn stop(id: u32) {
     signal(id, Signal::STOP);
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(20);
     while !matches!(state(id), None | Some('T' | 't' | 'Z' | 'X')) {
         assert!(Instant::now() < deadline, "process {id} does not stop");
         thread::sleep(Duration::from_micros(100));

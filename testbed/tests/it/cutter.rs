@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Config, Error, NoTls};
 
 use crate::value;
 
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(30);
 /// The lock that a slow COMMIT waits for.
 const GATE: i64 = 7;
 /// As the pool sends it.

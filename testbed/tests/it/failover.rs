@@ -25,7 +25,7 @@ async fn writes_go_on_after_a_failover_and_the_old_primary_rejoins() {
     let candidate = cluster.most_advanced_standby().await;
     let begun = Instant::now();
     let promotion = cluster.promote_timed(candidate).await;
-    assert!(promotion.accepted_at > begun && promotion.took < Duration::from_secs(5));
+    assert!(promotion.accepted_at > begun && promotion.took < Duration::from_secs(20));
     assert_eq!(cluster.primary(), candidate);
 
     // Waits for the other standby, which follows the new primary by now or soon.

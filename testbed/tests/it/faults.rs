@@ -10,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use crate::value;
 
 const SECOND: Duration = Duration::from_secs(1);
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(30);
 
 async fn write(session: &Client) -> Option<SqlState> {
     let result = session.batch_execute("CREATE TEMP TABLE IF NOT EXISTS t (id int); INSERT INTO t VALUES (1)").await;

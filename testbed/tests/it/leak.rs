@@ -59,13 +59,21 @@ fn victim_of(name: &str, value: &str) -> Command {
 
 #[tokio::test]
 async fn a_test_that_hangs_is_named_and_ended() {
-    let ended = victim_of("TESTBED_LIMIT", "1").output().unwrap();
-    let (told, why) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
-    assert_eq!(ended.status.code(), Some(101), "{told}{why}");
-    assert!(told.contains("\ntest leak::victim ... FAILED\n"), "{told}");
-    assert!(why.contains("leak::victim hangs"), "{why}");
-    let folder = told.lines().find_map(|line| Some(PathBuf::from(line.split_once("folder=")?.1))).unwrap();
-    eventually("the folder is gone", Duration::from_secs(10), async || !folder.exists()).await;
+    let mut folder = None;
+    for limit in ["1", "10"] {
+        let ended = victim_of("TESTBED_LIMIT", limit).output().unwrap();
+        let (told, why) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert_eq!(ended.status.code(), Some(101), "{told}{why}");
+        assert!(told.contains("\ntest leak::victim ... FAILED\n"), "{told}");
+        assert!(why.contains("leak::victim hangs"), "{why}");
+        // A slow machine has not started the servers within a second.
+        folder = told.lines().find_map(|line| Some(PathBuf::from(line.split_once("folder=")?.1)));
+        if folder.is_some() {
+            break;
+        }
+    }
+    let folder = folder.expect("the victim comes to its cluster");
+    eventually("the folder is gone", Duration::from_secs(30), async || !folder.exists()).await;
     assert_eq!(processes(&folder), 0);
 }
 
@@ -80,7 +88,7 @@ async fn a_killed_test_leaves_nothing() {
     assert!(processes(&folder) > 3);
     victim.kill().unwrap();
     victim.wait().unwrap();
-    eventually("the folder is gone", Duration::from_secs(10), async || !folder.exists()).await;
+    eventually("the folder is gone", Duration::from_secs(30), async || !folder.exists()).await;
     assert_eq!(processes(&folder), 0);
     assert_eq!(abandoned_segments(&servers), 0);
 }
@@ -100,7 +108,7 @@ async fn a_killed_test_leaves_nothing_of_patroni() {
     assert!(processes(&folder) > 7, "{}", processes(&folder));
     victim.kill().unwrap();
     victim.wait().unwrap();
-    eventually("the folder is gone", Duration::from_secs(10), async || !folder.exists()).await;
+    eventually("the folder is gone", Duration::from_secs(30), async || !folder.exists()).await;
     assert_eq!(processes(&folder), 0);
     assert_eq!(abandoned_segments(&servers), 0);
 }

@@ -10,7 +10,7 @@ use tokio_postgres::{Client, Config, NoTls};
 use crate::value;
 
 const SOON: Duration = Duration::from_millis(200);
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(30);
 
 async fn connect(addr: SocketAddr) -> Client {
     let mut config = Config::new();

@@ -63,7 +63,7 @@ async fn a_standby_that_cannot_follow_takes_the_next_free_timeline() {
         if archive {
             cluster.wait_archived(2).await;
         }
-        eventually("the history file is fetched", Duration::from_secs(10), async || {
+        eventually("the history file is fetched", Duration::from_secs(30), async || {
             archive || cluster.history_of(Node(2), 2).is_some()
         })
         .await;
@@ -155,5 +155,5 @@ async fn commits_do_not_wait_for_a_standby_that_cannot_follow() {
     cluster.promote(Node(1)).await;
     let new = cluster.direct(Node(1)).await;
     let commit = new.batch_execute("CREATE TABLE waits_for_nobody (id bigint)");
-    tokio::time::timeout(Duration::from_secs(10), commit).await.expect("the commit waits for ever").unwrap();
+    tokio::time::timeout(Duration::from_secs(30), commit).await.expect("the commit waits for ever").unwrap();
 }
