@@ -16,7 +16,7 @@ use crate::growth::Held;
 use crate::load::Load;
 
 /// For what the test bed waits for.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// From this failover on nothing may grow.
 const SETTLED: u32 = 10;
 /// Growth is judged in runs of at least so many failovers.
