@@ -34,7 +34,7 @@ use crate::sync::lock;
 const NAME: &str = "pg.internal";
 
 /// How long [`Dns::start`] waits for a port that an earlier server is still letting go.
-const PORT_PATIENCE: Duration = Duration::from_secs(5);
+const PORT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the server says about one name.
 #[derive(Clone, Debug, PartialEq, Eq)]
