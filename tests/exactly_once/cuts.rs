@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Cut, Cutter, Done, Node, eventually};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::dice::Dice;
@@ -23,6 +24,9 @@ const OUTAGE: usize = 12;
 const ANSWER: usize = 100;
 /// For the next cuts, or for an outage and the way back.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// For the first commit that is to stand still. Shorter than the time after which a standby that is not sent anything gives up
+/// its connection.
+const COMES: Duration = Duration::from_millis(500);
 
 /// In a settler's BEGIN, and in no writer's.
 const SETTLES: &str = "SET LOCAL";
@@ -147,7 +151,7 @@ fn any_cut(dice: &mut Dice) -> Cut {
 }
 
 /// Anywhere between COMMIT and its answer.
-pub(crate) fn commit_cut(dice: &mut Dice) -> Cut {
+fn commit_cut(dice: &mut Dice) -> Cut {
     match dice.below(6) {
         0 => Cut::CommitUndelivered { server_stays: false },
         1 => Cut::CommitUndelivered { server_stays: true },
@@ -155,6 +159,40 @@ pub(crate) fn commit_cut(dice: &mut Dice) -> Cut {
         3 => Cut::CommitAnswerDropped,
         4 => Cut::CommitAnswerHalf(dice.below(ANSWER)),
         _ => Cut::CommitHeld,
+    }
+}
+
+/// Commits that stand still, some on their way to the server and some on the way back, until it is gone.
+pub(crate) struct Withheld {
+    gone: watch::Sender<bool>,
+    stands: mpsc::UnboundedReceiver<()>,
+}
+
+impl Withheld {
+    /// So many at most.
+    pub(crate) fn arm(cutter: &Cutter, dice: &mut Dice, most: usize) -> Self {
+        let (gone, is_gone) = watch::channel(false);
+        let (standing, stands) = mpsc::unbounded_channel();
+        for _ in 0..dice.below(most + 1) {
+            let (mut is_gone, standing) = (is_gone.clone(), standing.clone());
+            cutter.arm_with(commit_cut(dice), async move || {
+                // Errors: nobody waits for the first one any more, and the end of the run.
+                let _told = standing.send(());
+                let _ended = is_gone.wait_for(|gone| *gone).await;
+            });
+        }
+        Self { gone, stands }
+    }
+
+    /// Waits until one stands still, if there is to be any, as a slow machine may not have come to a COMMIT before. Not for
+    /// long: a server that waits for its standbys answers nobody.
+    pub(crate) async fn first(&mut self) {
+        let _late = timeout(COMES, self.stands.recv()).await;
+    }
+
+    /// The server is gone.
+    pub(crate) fn end(self) {
+        self.gone.send_replace(true);
     }
 }
 

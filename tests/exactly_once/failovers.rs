@@ -8,11 +8,10 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Cutter, Node, eventually};
-use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
 
-use crate::cuts::commit_cut;
+use crate::cuts::Withheld;
 use crate::dice::Dice;
 use crate::writers::{Outcome, Settler, Unreplicated, Writers, create_tables};
 
@@ -206,18 +205,12 @@ impl Director<'_> {
     /// Kills a server while commits are on their way to it and back.
     async fn kill(&mut self, node: Node) {
         let cutter = &self.cutters[node.0];
-        let (dead, is_dead) = watch::channel(false);
-        for _ in 0..self.dice.below(WITHHELD + 1) {
-            let mut is_dead = is_dead.clone();
-            cutter.arm_with(commit_cut(&mut self.dice), async move || {
-                // An error is the end of the run.
-                let _ended = is_dead.wait_for(|dead| *dead).await;
-            });
-        }
+        let mut withheld = Withheld::arm(cutter, &mut self.dice, WITHHELD);
         sleep(self.dice.milliseconds(0, 20)).await;
+        withheld.first().await;
         self.cluster.kill(node).await;
         cutter.disarm();
-        dead.send_replace(true);
+        withheld.end();
     }
 
     /// Waits until the standbys have all that was acknowledged. In vain, and not for long, where one is ahead of its primary.

@@ -4,10 +4,9 @@
 use std::time::Instant;
 
 use testbed::{Background, Cluster};
-use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::cuts::commit_cut;
+use crate::cuts::Withheld;
 use crate::dice::Dice;
 use crate::failovers::in_front_of;
 use crate::writers::{Outcome, Settler, Writers, create_tables};
@@ -49,22 +48,16 @@ pub(crate) async fn run(
         if exit == Exit::CrashOfUnwritten {
             cluster.stop_background(leader, Background::WalWriter).await;
         }
-        let (gone, is_gone) = watch::channel(false);
-        for _ in 0..dice.below(WITHHELD + 1) {
-            let mut is_gone = is_gone.clone();
-            cutter.arm_with(commit_cut(&mut dice), async move || {
-                // An error is the end of the run.
-                let _ended = is_gone.wait_for(|gone| *gone).await;
-            });
-        }
+        let mut withheld = Withheld::arm(&cutter, &mut dice, WITHHELD);
         sleep(dice.milliseconds(0, 20)).await;
+        withheld.first().await;
         if exit == Exit::Demotion {
             cluster.stop_fast(leader).await;
         } else {
             cluster.kill(leader).await;
         }
         cutter.disarm();
-        gone.send_replace(true);
+        withheld.end();
         cluster.start_read_only(leader).await;
         let promotion = cluster.promote_timed(leader).await;
         let session = cluster.direct(leader).await;
