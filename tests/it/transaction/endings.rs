@@ -276,7 +276,8 @@ async fn the_limits_of_a_pooler_end_the_call_too() {
             .await
             .unwrap_err();
         println!("{setting}: {} runs: {error}", runs.count());
-        assert_eq!(runs.count(), 1, "{setting}: {error}");
+        // The limit may be over in BEGIN, where the machine stands still for so long.
+        assert!(runs.count() <= 1, "{setting}: {error}");
         assert!(error.to_string().contains(setting), "{error}");
     }
 }
