@@ -1,10 +1,9 @@
-//! The parts of a server's report, each of which the server may withhold from the pool's role, and how to find out
-//! which.
+//! The parts of a server's report, and how the pool finds out which of them the server withholds from the pool's role.
 //!
 //! A managed service, a proxy or a careful administrator may revoke functions and views of the catalogue. The pool then
-//! asks for each part alone to find out which are refused, and repeats the question without those. The question stays
-//! one message and one transaction: parts read apart from each other may come from two servers, or from before and
-//! after a promotion.
+//! asks for each part alone to find out which ones are refused, and repeats the question without those. The question
+//! stays one message and one transaction, because parts that are read separately may come from two servers, or from
+//! before and after a promotion.
 
 use std::fmt;
 
@@ -25,8 +24,8 @@ use super::{BadReport, ServerReport};
 #[non_exhaustive]
 #[repr(u8)]
 pub enum Part {
-    /// Whether a new session would be read-only. Without it, only new sessions notice a fence by `ALTER DATABASE`; each
-    /// patrol opens one.
+    /// Whether a new session would be read-only. Without it, only a new session shows a fence by `ALTER DATABASE`, so
+    /// each patrol opens one.
     Fence,
     /// The system identifier. Without it, another cluster cannot be told from this one, and the write-ahead log does
     /// not settle commits in doubt.
@@ -37,9 +36,9 @@ pub enum Part {
     /// The timeline. Without it, an old primary that comes back writable cannot be told from the new one, and the
     /// write-ahead log does not settle commits in doubt.
     Timeline,
-    /// The end of the write-ahead log, by which two servers on one timeline are compared.
+    /// The end of the write-ahead log. The pool compares two servers on one timeline by it.
     Position,
-    /// Where replay ended. Without it, the crash of one backend is noticed only by the sessions that it ends.
+    /// Where replay ended. Without it, only the sessions that the crash of one backend ends show that crash.
     Replay,
     /// When the statistics were reset. Without it, fewer commits in doubt are settled.
     Statistics,
@@ -204,7 +203,7 @@ impl Piece {
 pub(crate) struct Refused(u16);
 
 impl Refused {
-    /// All pieces but `SHOW in_hot_standby`: only `SHOW` is left to ask with.
+    /// All pieces except `SHOW in_hot_standby`. The question then consists of `SHOW` alone.
     pub(crate) const ALL: Self = Self(u16::MAX ^ 1 << 14);
 
     pub(crate) fn of(pieces: impl IntoIterator<Item = Piece>) -> Self {
@@ -257,8 +256,8 @@ impl Question {
         tells(0, shown.in_recovery);
         tells(1, shown.settings);
         tells(2, shown.settings);
-        // Before PostgreSQL 14 no setting tells. A new transaction is read-only either by its default or because of
-        // recovery.
+        // Before PostgreSQL 14 no setting shows recovery. But a new transaction is read-only either by default or
+        // because of recovery.
         if refused.holds(Piece::Recovery)
             && !shown.in_recovery
             && let [in_recovery, Some(read_only), Some(default), ..] = &mut row[..]
@@ -309,11 +308,11 @@ fn undisturbed(refused: Refused) -> String {
     super::UNDISTURBED.to_owned()
 }
 
-/// A condition that guards what must not be asked during recovery.
+/// Returns the SQL condition for recovery. It guards the columns that are an error during recovery.
 pub(super) fn in_recovery(refused: Refused) -> &'static str {
     match (refused.holds(Piece::Recovery), refused.holds(Piece::Settings)) {
         (false, _) => IN_RECOVERY,
-        // This is also true on a fenced primary, which is refused whatever else it reports.
+        // This is also true on a fenced primary. The pool refuses such a server, so its other columns do not matter.
         (true, false) => "current_setting('transaction_read_only') = 'on'",
         (true, true) => "(SELECT setting FROM pg_settings WHERE name = 'transaction_read_only') = 'on'",
     }

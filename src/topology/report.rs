@@ -7,16 +7,17 @@ use std::time::{Duration, SystemTime};
 use super::PromotionWait;
 use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 
-/// The questions that the pool asks. A newly opened session has an empty catalogue cache, so each function, operator
-/// and view in a question is expensive. Each question therefore asks only for what is used.
+/// The questions that the pool asks a server. Each asks only for what is used, because a new session has an empty
+/// catalogue cache, which makes each function, operator and view in a question expensive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Question {
-    /// Which server is this? Asked on a session opened for the question, whose own settings show what new sessions get.
+    /// Which server is this? The pool asks this on a session that was opened for it, so the session's own settings are
+    /// those of a new session.
     Candidate,
-    /// The same on an older session. It also asks for [`FENCE`], as an older session does not show the settings of new
-    /// ones, and for [`EVIDENCE`].
+    /// The same question on an older session. It also asks for [`EVIDENCE`], and for [`FENCE`], because an older
+    /// session does not show the settings of new ones.
     Again,
-    /// Does this new session reach the known primary, in the same life?
+    /// Does this new session reach the known primary, and has that not restarted or crashed since it was verified?
     Identity,
 }
 
@@ -53,11 +54,12 @@ impl Question {
     }
 }
 
-/// Precedes a question in the same message. Its effect ends with the question, as the statements of one message are one
-/// transaction. It keeps settings of the role, the database, the connection string or the session from changing the
-/// question: names always mean PostgreSQL's own objects, even if others have the same names; a standby answers even if
-/// `default_transaction_isolation` is `serializable`, which a standby does not support; no `statement_timeout` cancels
-/// the question, as the pool has time limits of its own; and JIT is off, as compiling takes longer than answering.
+/// Precedes a question in the same message, so that no setting of the role, the database, the connection string or the
+/// session changes the question. The statements of one message are one transaction, so the effect ends with the
+/// question. Names always mean PostgreSQL's own objects, even if others have the same names. A standby answers even if
+/// `default_transaction_isolation` is `serializable`, which a standby does not support. No `statement_timeout` cancels
+/// the question, because the pool has time limits of its own. JIT is off, because compiling takes longer than
+/// answering.
 pub(crate) const UNDISTURBED: &str = "\
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED; \
     SET LOCAL search_path = pg_catalog, pg_temp; \
@@ -70,9 +72,9 @@ pub(super) const REPLAYED: &str = "pg_last_wal_replay_lsn()";
 /// The first eight digits of this name are the timeline.
 pub(crate) const TIMELINE: &str = "pg_walfile_name(pg_current_wal_insert_lsn())";
 
-/// The value of `default_transaction_read_only` that `ALTER DATABASE` and `ALTER ROLE … SET` give to a new session, in
-/// the order in which PostgreSQL applies them (`process_settings` in `postinit.c`). The text is returned as the
-/// administrator wrote it. It is not cast to a boolean, as the database may define a cast from text of its own.
+/// The value of `default_transaction_read_only` that `ALTER DATABASE` and `ALTER ROLE … SET` give to a new session. The
+/// most specific setting wins, as in `process_settings` (`postinit.c`). The text is returned as the administrator wrote
+/// it. It is not cast to a boolean, because the database may define a cast from text of its own.
 pub(super) const FENCE: &str = "\
     (SELECT split_part(c, '=', 2) \
        FROM pg_db_role_setting s, unnest(s.setconfig) c \
@@ -82,27 +84,28 @@ pub(super) const FENCE: &str = "\
       ORDER BY s.setrole <> 0 DESC, s.setdatabase <> 0 DESC LIMIT 1)";
 
 /// When the server was started; [`microseconds`] reads it. Up to PostgreSQL 13, `extract` returns a floating-point
-/// number, whose digits depend on `extra_float_digits`. Cast to numeric it always has fifteen digits. The names are
-/// qualified, as a mark asks for this under the user's `search_path`.
+/// number, whose digits depend on `extra_float_digits`. The cast to numeric always keeps fifteen digits, so every
+/// session reads the same value. The names are qualified, because a mark runs this SQL under the user's `search_path`.
 pub(crate) const STARTED_AT: &str =
     "pg_catalog.round(extract(epoch FROM pg_catalog.pg_postmaster_start_time())::numeric, 6)";
 
-/// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15, asking for it reads a
-/// file, and the answer says less.
+/// When the server's statistics were reset; [`microseconds`] reads it. Before PostgreSQL 15 the value does not show
+/// crashes, and reading it costs a file access, so the older versions are not asked.
 pub(crate) const STATS_RESET: &str = "\
     CASE WHEN pg_catalog.current_setting('server_version_num') OPERATOR(pg_catalog.>=) '150000' \
          THEN (SELECT extract(epoch FROM stats_reset)::numeric FROM pg_catalog.pg_stat_bgwriter) END";
 
-/// The timeline of the last checkpoint. After a promotion this is an older timeline until the first checkpoint of the
-/// new one is complete, and a server that recovers from a crash completes a checkpoint before it accepts work. So an
-/// older timeline shows that the server was promoted, has not crashed since, and had followed that timeline
-/// (`CreateEndOfRecoveryRecord` and `PerformRecoveryXLogAction` in `xlog.c`). On a standby it says nothing.
+/// The timeline of the last checkpoint. After a promotion, this is an older timeline until the first checkpoint of the
+/// new one is complete (`CreateEndOfRecoveryRecord` in `xlog.c`). A server that recovers from a crash completes a
+/// checkpoint before it accepts work (`PerformRecoveryXLogAction`). So an older timeline proves that the server
+/// followed it, was promoted from it, and has not crashed since. On a standby the value proves nothing.
 pub(crate) const CHECKPOINTED: &str = "(SELECT timeline_id FROM pg_control_checkpoint())";
 
 /// What this role can read about the history of the server's WAL: see [`Evidence`]. The function is looked up in the
-/// catalogue, as calling a missing or forbidden function is an error. A superuser must own it, because any role that
-/// may create schemas could create one of this name. From PostgreSQL 17 on the files prove nothing; it is known by a
-/// function that came with it, because a role may read that where it may not ask for the version.
+/// catalogue, because calling a missing or forbidden function is an error. A superuser must own it, because any role
+/// that may create schemas could create one of this name. From PostgreSQL 17 on, the file names prove nothing. That
+/// version is recognised by a function that it introduced, because a role that may not ask for the version may still
+/// read the catalogue.
 pub(crate) const EVIDENCE: &str = "\
     CASE WHEN EXISTS (SELECT FROM pg_proc p, pg_namespace n, pg_roles r \
                        WHERE n.nspname = 'failover' AND p.proname = 'wal_history' AND p.pronamespace = n.oid \
@@ -114,7 +117,8 @@ pub(crate) const EVIDENCE: &str = "\
          THEN 'files' \
          ELSE 'none' END";
 
-/// Ends when the server is no longer a standby, or the promotion wait is over. The returned rows do not matter.
+/// Returns SQL that runs until the server is no longer a standby, or until the promotion wait is over. Its rows do not
+/// matter.
 pub(crate) fn wait_for_promotion(promotion_wait: PromotionWait) -> String {
     let step = promotion_wait.step.max(Duration::from_millis(1));
     let steps = promotion_wait.lasts.as_micros().div_ceil(step.as_micros());
@@ -176,9 +180,10 @@ impl BadReport {
     }
 }
 
-/// What a server lets the pool read about the history of its write-ahead log, by which a commit in doubt is settled.
+/// What a server lets the pool read about the history of its write-ahead log. The pool settles a commit in doubt by it.
 ///
-/// Each kind includes the ones below it. docs/exactly-once.md explains what each kind settles.
+/// The kinds are listed from the weakest to the strongest, and each proves what the weaker ones prove.
+/// docs/exactly-once.md explains what each kind settles.
 ///
 /// ```
 /// use tokio_postgres_failover::view::Evidence;
@@ -189,12 +194,12 @@ impl BadReport {
 #[non_exhaustive]
 pub enum Evidence {
     /// What every role may read: the position at which replay ended, and the timeline of the last checkpoint. This
-    /// settles a commit after one crash or promotion if the pool asks before the new primary has completed a
-    /// checkpoint, or if the cluster has never failed over before.
+    /// settles a commit after one crash. After one promotion, it settles a commit only if the pool asks before the new
+    /// primary's first checkpoint is complete, or if the cluster had never failed over before.
     Checkpoint,
     /// `pg_ls_waldir()`, which members of `pg_monitor` may call: the names of the files in `pg_wal` show that a
-    /// timeline was followed. This settles a commit after one crash or promotion. From PostgreSQL 17 on the names prove
-    /// nothing, because `pg_rewind` may keep a file of a timeline that it leaves.
+    /// timeline was followed. Up to PostgreSQL 16, this settles a commit after one crash or promotion. From PostgreSQL
+    /// 17 on the names prove nothing, because `pg_rewind` may keep a file of a timeline that it leaves.
     Files,
     /// `failover.wal_history` of `sql/history.sql`, which a superuser creates once: it shows the ancestors of the
     /// timeline, and whether the transaction's mark is in the WAL. This settles a commit after any number of crashes
@@ -237,11 +242,11 @@ pub struct ServerReport {
     pub timeline: Option<u32>,
     /// A primary's end of WAL, or a standby's end of replay.
     pub wal: Option<Lsn>,
-    /// Where a primary's last replay ended, which distinguishes its lives: the crash of one backend, which ends every
-    /// session, changes it but not the start time. `None` after a clean start, and on a standby.
+    /// Where a primary's last replay ended. The crash of one backend ends every session; it changes this position, but
+    /// not the start time. `None` after a clean start, and on a standby.
     pub(crate) replayed: Option<Lsn>,
-    /// When the server's statistics were reset, in microseconds since 1970. A reset is made by hand, or by a crash,
-    /// which statistics do not survive. Only PostgreSQL 15 and newer tell it.
+    /// When the server's statistics were reset, in microseconds since 1970. They are reset by hand or by a crash, not
+    /// by a clean restart. Only PostgreSQL 15 and newer report it.
     pub(crate) stats_reset: Option<i64>,
     /// The timeline of a primary's last checkpoint, which is older than [`timeline`](Self::timeline) for a while after
     /// a promotion. `None` on a standby.
@@ -249,7 +254,8 @@ pub struct ServerReport {
     /// What settles a commit in doubt on this server. `None` until an older session was asked, and if the
     /// answer was withheld.
     pub evidence: Option<Evidence>,
-    /// The parts that the server withholds from this role. Some may still be known from before they were withheld.
+    /// The parts that the server withholds from this role now. A field of such a part may still have the value that the
+    /// server reported earlier.
     pub withheld: Parts,
 }
 
@@ -311,8 +317,7 @@ impl ServerReport {
             wal: column(7).map(str::parse).transpose()?,
             replayed: column(8).map(str::parse).transpose()?,
             stats_reset: column(9).map(|text| microseconds(text, "a time")).transpose()?,
-            // These two columns decide nothing here, so a server that reports them in an unknown form is still
-            // accepted.
+            // No server is accepted or refused by these two columns, so a value in an unknown form counts as unknown.
             checkpointed: column(10).and_then(|text| text.parse().ok()),
             evidence: column(11).and_then(|text| evidence(text).ok()),
             withheld: Parts::default(),
