@@ -1,5 +1,5 @@
-//! Settles commits by the write-ahead log: writes a transaction's marker, and asks a server what it says about one.
-//! Decides nothing. The tests are in `tests/it/commit/settle.rs`.
+//! The SQL that settles commits by the write-ahead log: it writes a transaction's marker, and asks a server about one.
+//! `commit` decides what the answers mean. The tests are in `tests/it/commit/settle.rs`.
 
 #[cfg(test)]
 mod tests;
@@ -20,12 +20,12 @@ use crate::topology::{
 
 /// Returns the SELECT that marks a transaction. The first two columns are NULL if the transaction cannot write anyway,
 /// so that a fenced primary is not made to write WAL. The second one writes a WAL record that carries the id and the
-/// nonce, and returns its end. The third and the fifth tell the server's life, as a proxy may have connected this
-/// transaction to another server than the session's verified one. The last tells whether the same message also began
-/// the transaction: if so, both times that it compares are the message's.
+/// nonce, and returns its end. The third and the fifth identify the server's life, because a proxy may have connected
+/// this transaction to another server than the one that was verified. The last is true if this message also began the
+/// transaction: then the transaction's start time is the time of the message.
 ///
-/// The mark is part of the user's transaction and must not change its settings. So each name is qualified, as the
-/// `search_path` could otherwise lead to other objects.
+/// The mark is part of the user's transaction and must not change its settings. So each name is qualified, because
+/// otherwise the user's `search_path` could lead to other objects.
 fn mark(nonce: &str) -> String {
     format!(
         "SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END, \
@@ -38,11 +38,12 @@ fn mark(nonce: &str) -> String {
     )
 }
 
-/// True if the message that asks also began the transaction. It did not if the session was given back with one open.
+/// True if the message that asks also began the transaction. False if the session was already in a transaction, because
+/// it was given back with one open.
 pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
 
 /// The name of the mark's prepared statement: executing it costs the server a fraction of planning [`mark`]. Change the
-/// number whenever the columns change, as different versions of this crate may share a session behind a proxy.
+/// number whenever the columns change, because different versions of this crate may share a session behind a proxy.
 const PREPARED: &str = "tokio_postgres_failover_mark_5";
 
 /// How a session marks its transactions.
@@ -52,7 +53,8 @@ pub(crate) enum MarkStatement {
     #[default]
     New,
     Prepared,
-    /// The statement was missing, or was there already, because a proxy gives each transaction another session.
+    /// The session does not prepare the statement: it was missing, or already there, because a proxy gives each
+    /// transaction another session.
     Plain,
 }
 
@@ -69,7 +71,7 @@ impl MarkStatement {
         }
     }
 
-    /// Returns whether the error is about the prepared statement itself, and not about what it does.
+    /// Returns whether the error says that the prepared statement is missing, or is there already.
     pub(crate) fn failed(self, error: &Error) -> bool {
         self != Self::Plain && not_prepared(error)
     }
@@ -77,14 +79,14 @@ impl MarkStatement {
 
 /// Begins a settler's transaction. All its questions are in one transaction, which a proxy keeps on one server. It
 /// waits for the synchronous standbys, whatever the role's default is, and receives the notice if that wait is
-/// cancelled. The call's deadline limits its statements, not `statement_timeout`. If the network path to its session is
-/// lost, the server ends the session soon: it must not keep a ledger's row locked, or no later settler would get an
-/// answer.
+/// cancelled. The call's deadline limits its statements, not `statement_timeout`. The server ends the session after it
+/// has been idle for two seconds: if this client has vanished, the transaction would otherwise keep a ledger's row
+/// locked, and no later settler would get an answer.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
 
-/// A COMMIT that is under way usually arrives within this time. Ending its session earlier would often make the work
+/// A COMMIT that is under way usually arrives within this time. If its session were ended earlier, the work would often
 /// run again needlessly.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
 
@@ -110,9 +112,9 @@ pub(crate) enum MarkAnswer {
     By(Marker, Backend),
     /// The transaction cannot write, so it leaves no mark and needs none.
     ReadOnly,
-    /// The server is not in the life that the session was verified in.
+    /// Another server answered than the verified one, or it has restarted or crashed since.
     Elsewhere,
-    /// The transaction was open already, so a COMMIT would also commit another one's work.
+    /// The transaction was open already, so COMMIT would also commit work that is not this call's.
     Joined,
 }
 
@@ -138,7 +140,8 @@ pub(super) fn is_of(life: &Life, row: &Row, started_at: usize, replayed: usize) 
     Ok(life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }))
 }
 
-/// What a server says about itself, and about a transaction id, which need not be that of the transaction in doubt.
+/// What a server says about itself, and about a transaction id. After a crash or a promotion, another transaction may
+/// have this id.
 #[derive(Debug)]
 pub(crate) struct Said {
     pub(crate) now: Now,
@@ -147,8 +150,8 @@ pub(crate) struct Said {
     pub(crate) evidence: Evidence,
 }
 
-/// Begins a settler's transaction, and asks. `Err(None)`: the answer cannot be read, or does not show which server
-/// answers.
+/// Begins a settler's transaction, and asks. `Err(None)`: the answer cannot be read, or it does not identify the
+/// server.
 ///
 /// `verified` is the life in which the pool has verified the session's server.
 pub(crate) async fn look(
@@ -167,8 +170,8 @@ pub(crate) async fn look(
     said(&row, primaries_since, verified).map_err(|_| None)
 }
 
-/// The parts of the answer that the rule can do without, and what stands for each that is withheld. Without one of the
-/// last five the rule settles less; the first two are known of a verified server.
+/// The parts of the answer that the rule can do without, and what stands for each that is withheld. A verified server's
+/// first two are known already. Without one of the last five, the rule settles less.
 const PARTS: [(&str, &str); 7] = [
     (IDENTIFIER, "NULL"),
     (TIMELINE, "NULL"),
@@ -197,17 +200,19 @@ async fn offered(client: &Client) -> [&'static str; 7] {
     parts
 }
 
-/// Not NULL proves that the server was a standby since its memory was last set up. A leader that comes back within its
-/// lease, as with Patroni, streams from no server, and replays its own WAL as a standby does. Only archive recovery
-/// notes the time of a transaction's end (`recoveryStopsAfter` in `xlogrecovery.c`), while crash recovery does not.
+/// If this is not NULL, the server has been a standby since its shared memory was last set up. It is the position that
+/// a standby has received. A Patroni leader that comes back before its lease has expired receives nothing: it replays
+/// its own WAL as a standby does. Such a server is recognised by the time of the last replayed commit, which archive
+/// recovery notes and crash recovery does not (`recoveryStopsAfter` in `xlogrecovery.c`).
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
                                  CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
 
-/// Up to where this server surely continues the WAL that it had before, if its last checkpoint ended a shutdown or a
-/// recovery and the last replay ended right behind it. A failover manager may run crash recovery in single-user mode,
-/// which no client sees, before it starts the server as a standby on its own WAL. In most cases the position is the
-/// checkpoint itself. If WAL is archived, as under Patroni, a shutdown begins a new segment first. Then the checkpoint
-/// is the first record there, however far the recovery had come in the segment before, and it proves nothing.
+/// The position of the last checkpoint, if it ended a shutdown or a recovery and the last replay ended right behind it.
+/// This server continues the WAL that it had before that position. A failover manager may run crash recovery in
+/// single-user mode, which no client sees, before it starts the server as a standby on its own WAL; then this position
+/// shows it. If WAL is archived, as under Patroni, a shutdown begins a new segment first. Then the checkpoint is the
+/// first record of that segment, however far the recovery had come in the segment before. Such a checkpoint proves
+/// nothing, so this is `0/0`.
 const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_segment * \
                                         div(checkpoint_lsn - '0/0', bytes_per_wal_segment) < 512 \
                                     THEN '0/0' ELSE checkpoint_lsn END \
@@ -216,7 +221,8 @@ const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_
 
 fn question(xid: u64, parts: [&str; 7]) -> String {
     let [identifier, timeline, received, stats_reset, checkpointed, evidence, stopped] = parts;
-    // Asking for the status of an id that was not given out yet is an error. The settler's own id is the newest one.
+    // Asking for the status of an id that was not given out yet is an error. So the id is compared with the settler's
+    // own id first, which is the newest one.
     format!(
         "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
          SELECT {identifier}, \
@@ -238,8 +244,9 @@ fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Said,
     Ok(Said { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
 }
 
-/// Asks, within a settler's transaction, what the server shows about the history of its WAL. If the function is
-/// useless, as its creator may not read the files, the next kind of evidence is asked for. The transaction goes on.
+/// Asks, within a settler's transaction, what the server shows about the history of its WAL. If one kind of evidence
+/// fails, for instance because the function's owner may not read the files, the next weaker kind is asked for in the
+/// same transaction.
 pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
     let function = format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
@@ -264,9 +271,9 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
     Ok(Proof::Nothing)
 }
 
-/// SQL that tells whether `pg_wal` has a file of this timeline. It is false from PostgreSQL 17 on, where that proves
-/// nothing: `pg_rewind` may keep the segment in which it found the fork under the name of the abandoned timeline
-/// (`keepwal_add_entry` in `filemap.c`).
+/// Returns SQL that asks whether `pg_wal` has a file of this timeline. From PostgreSQL 17 on the answer is always
+/// false, because such a file proves nothing there: `pg_rewind` may keep the segment in which it found the fork, under
+/// the name of the abandoned timeline (`keepwal_add_entry` in `filemap.c`).
 fn followed(timeline: u32) -> String {
     format!(
         "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \
@@ -274,16 +281,17 @@ fn followed(timeline: u32) -> String {
     )
 }
 
-/// How many transactions sign a timeline. They are as many random bits, so no other history has them by chance.
+/// How many transactions sign a timeline. Each of them commits or aborts at random, so the probability that another
+/// history has the same outcomes is 2⁻³².
 const SIGNED_BY: u32 = 32;
 
-/// Signs the timeline of a server in this life. Rolls back what is open on the session. `None`: another server
-/// answered, or its answer cannot be read.
+/// Signs the timeline of a server in this life. Rolls back a transaction that is open on the session. Returns `None` if
+/// another server answered, or if its answer cannot be read.
 pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<Option<Signature>, Error> {
     let outcomes: Vec<bool> = (0..SIGNED_BY).map(|bit| pattern >> bit & 1 == 1).collect();
-    // These commits need no wait for the disk: a history with a later WAL record contains them too.
+    // These commits do not wait for the disk, because a history that contains a later WAL record contains them, too.
     let begin = "START TRANSACTION; SET LOCAL synchronous_commit = off; SELECT pg_catalog.pg_current_xact_id()";
-    // A wrapped pool may hand on a connection in somebody's open transaction, which the first END would commit.
+    // A wrapped pool may hand out a connection with somebody's open transaction, which the first END would commit.
     let clean = "BEGIN; ROLLBACK";
     let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
     let signing: String = outcomes.iter().map(one).collect();
@@ -370,23 +378,24 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
 }
 
 /// Ends a settler's transaction. It writes WAL, so its COMMIT waits for the synchronous standbys. WAL is replicated in
-/// order: once the standbys have this, they have all that was committed before. If an administrator cancels the wait,
-/// the server sends a notice, for which the role's `client_min_messages` is overridden.
+/// order, so once the standbys have this record, they have all that was committed before it. If an administrator
+/// cancels the wait, the server sends a notice. `client_min_messages` is set so that the notice is sent, whatever the
+/// role's setting is.
 pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
     let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'failover', ''); \
          SET LOCAL client_min_messages = warning; COMMIT";
     client.batch_execute(sql).await
 }
 
-/// Ends the session that an undelivered COMMIT has left idle in its transaction, holding its locks: the server may not
-/// learn for hours that its client is gone. A session that is committing is left alone. Also ends a settler's
-/// transaction.
+/// Ends the session of a transaction whose COMMIT has not arrived. Such a session is idle in its transaction and holds
+/// its locks, and the server may not learn for hours that the client is gone. A session that is committing is left
+/// alone. Also ends a settler's transaction.
 ///
 /// `late`: the connection was lost so long ago that COMMIT would have arrived by now. The session's state shows whether
-/// it is idle, unless `track_activities` is off. Then only its wait event is known, which is the wait for its client.
+/// it is idle. If `track_activities` is off, only its wait event is known: an idle session waits for its client.
 ///
-/// The question runs as the role that logged in, like the abandoned session: `ALTER ROLE … SET role` may have changed
-/// this role to one that may not see that session.
+/// The statement runs as the role that logged in, as the abandoned session did. `ALTER ROLE … SET role` may have
+/// changed this session's role to one that may not see the other session.
 pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
     let Backend { pid, xid } = backend;
     // `pg_stat_activity` shows the id without its epoch.
@@ -402,7 +411,7 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool)
     client.batch_execute(&sql).await
 }
 
-/// How far the end of a transaction has come that is still in progress.
+/// How a transaction that is still in progress is about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ends {
     /// `PREPARE TRANSACTION` has stored it.
