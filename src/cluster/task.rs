@@ -1,6 +1,6 @@
-//! The task that owns the [`Topology`]: it carries out the topology's actions, and feeds the answers to it.
+//! The task that owns the [`Topology`]: it carries out the topology's actions, and passes the answers to it.
 //!
-//! It decides only when to sleep. The tests are in `tests/it/`.
+//! The task itself decides only when to sleep, and which sessions to keep. The tests are in `tests/it/`.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -44,10 +44,12 @@ pub(super) struct Task<C: SessionClient> {
     /// Sessions kept for the next question to their server.
     sessions: Kept<Session<C>>,
     work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
-    /// The newest generation until it ends; published only while `live`.
+    /// The newest generation, until it ends. Callers see it only while `live` is true, that is, not during a
+    /// suspension.
     generation: Option<Arc<Generation<C>>>,
     live: bool,
-    /// What the topology wants to be done. A panic of the program's log costs at most one event.
+    /// The topology's actions that are still to be carried out. They stay here if the program's log panics, so a panic
+    /// costs at most one event.
     actions: VecDeque<Action>,
     /// Scopes to end once the newer state is published.
     ended: VecDeque<CancellationToken>,
@@ -68,7 +70,7 @@ pub(super) struct Task<C: SessionClient> {
 }
 
 impl<C: SessionClient> Task<C> {
-    /// Creates the task, which does not run yet, with the receivers of what it publishes.
+    /// Creates the task, and the receivers of what it publishes. The task does not run yet.
     pub(super) fn new(
         setup: Setup<C>,
         shared: Arc<Shared>,
@@ -162,7 +164,7 @@ impl<C: SessionClient> Task<C> {
         let shared = Arc::clone(&self.shared);
         let wanted = || shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
-            // What was asked for before the sleep is of no interest any more, but for the user's word on the cluster.
+            // Signals from before the sleep are outdated, except the user's choice of a cluster.
             let signals = std::mem::take(&mut *lock(&self.shared.signals));
             if let Some(accepted) = signals.accept {
                 self.topology.accept(now, accepted);
@@ -195,11 +197,11 @@ impl<C: SessionClient> Task<C> {
         false
     }
 
-    /// Closes all sessions, and forgets the work under way.
+    /// Ends the generation, closes all sessions, and drops the questions that are under way.
     fn fall_asleep(&mut self, now: Instant, after: Duration) {
         self.topology.sleep(now, &format!("asleep: nobody asked for a connection for {after:?}"));
         let actions = self.topology.lie_down();
-        // What a panic has left is done, but for the questions.
+        // A panic may have left actions. They are carried out now, except for the questions.
         self.actions.retain(|action| !matches!(action, Action::Probe { .. } | Action::Resolve(_)));
         self.actions.extend(actions);
         (self.live, self.search) = (false, None);
@@ -271,7 +273,7 @@ impl<C: SessionClient> Task<C> {
             }
             Action::Learned { report } => {
                 if let Some(generation) = self.generation.as_ref().filter(|_| report.is_identified()) {
-                    // What identifies a server in one life does not change.
+                    // The identity of a server does not change within a generation, so it is set once.
                     let _ = generation.learned.set(report);
                 }
             }
@@ -319,11 +321,11 @@ impl<C: SessionClient> Task<C> {
     fn begin(&mut self, primary: &Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
         self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
-        // If the next session may reach another server, keep the session that is known to reach the primary for the
-        // heartbeat.
+        // Behind a proxy the next session may reach another server. So the session that is known to reach the primary
+        // is kept for the heartbeat.
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
-        // A pooler may connect the older generation's session to the new primary. That session ends with its own
-        // generation.
+        // A pooler may have connected a session of the older generation to the new primary. Do not take that session,
+        // because it ends with its own generation.
         let ends = |scope: &CancellationToken| scope.is_cancelled() || self.ended.contains(scope);
         let spare = spare.filter(|session| !ends(&session.scope));
         let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
@@ -342,8 +344,8 @@ impl<C: SessionClient> Task<C> {
         self.found(primary, took, false);
     }
 
-    /// Takes the session kept for questions to this server, if it is open. The session that proved the primary serves
-    /// as well if it has not been taken, so that an idle pool needs only one session.
+    /// Takes the open session that is kept for questions to this server. If there is none, takes the session that
+    /// proved the primary, unless a caller has taken that. So an idle pool needs only one session.
     fn kept(&mut self, address: &Address) -> Option<(Number, Session<C>)> {
         self.sessions.ask(address).or_else(|| {
             let generation =
@@ -355,8 +357,8 @@ impl<C: SessionClient> Task<C> {
 
     fn happened(&mut self, event: Event<C>) {
         let now = Instant::now();
-        // An answer to a caller may be newer than the last sample, and shows that a question without an answer is no
-        // silence.
+        // A caller may have received an answer since the last sample. Such an answer shows that the server is not
+        // silent, even if a question has no answer.
         if self.take_heard() {
             self.topology.heard(now);
         }
@@ -418,8 +420,8 @@ impl<C: SessionClient> Task<C> {
         }
     }
 
-    /// Publishes the state, and only then sends events and ends the older generation. So whoever receives an event or
-    /// loses a connection finds the newer state.
+    /// Publishes the state, and only then ends the older generation and sends events. So a caller that loses a
+    /// connection or receives an event finds the newer state.
     fn publish(&mut self) {
         *lock(&self.shared.log_in_at) = Some(self.topology.log_in_at());
         let refused_as_of = std::mem::replace(&mut self.refused_as_of, self.topology.refused_as_of());
@@ -427,10 +429,11 @@ impl<C: SessionClient> Task<C> {
             self.revision = self.topology.revision();
             self.send(self.topology.view());
         } else if refused_as_of != self.refused_as_of {
-            // The view is unchanged, but it answers a newer question, which only waiting callers need to know.
+            // The view is unchanged, but the refusal in it is newer. Callers that began to wait meanwhile need that.
             self.send_snapshot(self.topology.view());
         }
-        // The log and the metrics are the user's and may panic, so the scopes come first, and each event on its own.
+        // The log and the metrics are user code and may panic. So the scopes are ended first, and each event is removed
+        // before it is sent.
         while let Some(scope) = self.ended.pop_front() {
             scope.cancel();
         }
@@ -453,14 +456,14 @@ impl<C: SessionClient> Task<C> {
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
     }
 
-    /// The span of the search. To copy it calls the program's log, whose panic must not cost the work itself.
+    /// Copies the span of the search. Copying calls the program's log, and a panic there must not end the work.
     fn span(&self) -> Span {
         let copied = catch_unwind(AssertUnwindSafe(|| self.search.clone()));
         copied.ok().flatten().unwrap_or_else(Span::none)
     }
 }
 
-/// However the task ends (closed, or with its runtime), no connection is handed out afterwards.
+/// After the task has ended, no connection is handed out, whether the pool was closed or the runtime has ended.
 impl<C: SessionClient> Drop for Task<C> {
     fn drop(&mut self) {
         self.live = false;
@@ -471,7 +474,7 @@ impl<C: SessionClient> Drop for Task<C> {
         self.shared.closed.store(true, Ordering::Release);
         self.send(View { state: State::Closed, changed, ..self.topology.view() });
         self.root.cancel();
-        // The log and the metrics are the user's: a panic here, perhaps during another one, would end the process.
+        // The log and the metrics are user code, and a panic in a `drop` during another panic would end the process.
         let _ = catch_unwind(AssertUnwindSafe(|| self.observer.closed()));
     }
 }
