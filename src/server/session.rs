@@ -22,8 +22,8 @@ use crate::sync::log_safely;
 /// Reads and writes the socket of one session until it ends.
 pub(super) type Driver = BoxFuture<'static, Result<(), Error>>;
 
-/// A session's client, whoever opened it: deadpool-postgres' `ClientWrapper`, or what the manager of another deadpool
-/// pool creates. Implemented for everything that derefs to a [`tokio_postgres::Client`].
+/// The client of a session: deadpool-postgres' `ClientWrapper`, or the object of another deadpool pool. Implemented for
+/// every type that derefs to a [`tokio_postgres::Client`].
 pub trait SessionClient: DerefMut<Target = Client> + Send + Sync + 'static {}
 
 impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {}
@@ -31,16 +31,17 @@ impl<C: DerefMut<Target = Client> + Send + Sync + 'static> SessionClient for C {
 /// One open session. Dropping it closes the socket.
 pub(crate) struct Session<C = ClientWrapper> {
     pub(crate) client: Guarded<C>,
-    /// Ends the driver from outside although the client is still held, if the driver is this crate's.
+    /// Ends the driver although the client is still held. `None` for a wrapped pool's session, which this crate does
+    /// not drive.
     pub(crate) abort: Option<AbortHandle>,
-    /// All sessions of this scope end with it, if their drivers are this crate's.
+    /// When this scope ends, all its sessions end, except those of a wrapped pool, which this crate does not drive.
     pub(crate) scope: CancellationToken,
     pub(crate) notices: Arc<Notices>,
 }
 
 type OnDrop<C> = Box<dyn FnOnce(&mut C) + Send + Sync>;
 
-/// A client, with what to do when it is dropped.
+/// A client, and a function that runs before the client is dropped.
 pub(crate) struct Guarded<C> {
     client: C,
     on_drop: Option<OnDrop<C>>,
@@ -79,8 +80,8 @@ impl<C> DerefMut for Guarded<C> {
     }
 }
 
-/// Notes the end of a session when the future of its driver is dropped, also if the driver is aborted. It exists from
-/// the first poll on.
+/// Notes the end of a session when the future of its driver is dropped, even if the driver was aborted. This exists
+/// from the first poll of the driver on.
 struct AtTheEnd(Arc<Notices>);
 
 impl Drop for AtTheEnd {
@@ -89,8 +90,8 @@ impl Drop for AtTheEnd {
     }
 }
 
-/// Drives a session until its scope ends. Spawns `cancelling` if the connection was given back while the session is
-/// busy.
+/// Drives a session until its scope ends. If the connection was given back and something is still under way, this
+/// closes the session and spawns `cancelling`.
 pub(super) async fn drive(
     mut driver: Driver,
     scope: CancellationToken,
@@ -107,7 +108,7 @@ pub(super) async fn drive(
         Waker::from(Arc::new(Counted { activity: Arc::clone(activity), scope_waker: Arc::clone(&scope_waker) }));
     let mut left = pin!(scope.cancelled());
     let mut busy = false;
-    // Except for the scope's waker, only data to send and received data wake the driver.
+    // Data to send, received data and the scope's waker are all that wakes the driver.
     let ended = poll_fn(|context| {
         scope_waker.driver.register(context.waker());
         if scope_waker.rung.swap(false, Ordering::AcqRel)
@@ -119,7 +120,7 @@ pub(super) async fn drive(
         let woken = activity.before_poll();
         let worked = activity.is_working();
         let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
-        // What the server sends unasked, such as the end of an idle session, must not keep the pool awake.
+        // Only work keeps the pool awake, not what the server sends by itself, such as the end of an idle session.
         if worked || activity.is_working() {
             notices.count_work(&traffic);
         }
@@ -131,7 +132,7 @@ pub(super) async fn drive(
         at_the_end.0.ended(true);
         log_safely(|| tracing::debug!("a session ended: {}", explain(&error)));
     }
-    // To cancel a COMMIT would end its wait for a synchronous standby.
+    // Do not cancel a COMMIT: that would end its wait for a synchronous standby.
     if busy && !notices.activity.is_committing() {
         tokio::spawn(cancelling);
         log_safely(|| {
@@ -142,7 +143,7 @@ pub(super) async fn drive(
     }
 }
 
-/// Counts the driver's wake-ups: each stands for a new request, or for received data.
+/// Counts the driver's wake-ups. Each one stands for a new request or for received data.
 struct Counted {
     activity: Arc<Activity>,
     scope_waker: Arc<ScopeWaker>,
@@ -159,8 +160,9 @@ impl Wake for Counted {
     }
 }
 
-/// Tells a driver that the scope of its session has ended. All sessions of a generation share the scope and its locks,
-/// so a driver checks the scope only when this waker was woken, and not each time that something is sent or received.
+/// Tells a driver that the scope of its session has ended. Checking the scope takes a lock that all sessions of a
+/// generation share. So a driver checks it only when this waker was woken, not each time that something is sent or
+/// received.
 struct ScopeWaker {
     rung: AtomicBool,
     driver: AtomicWaker,
