@@ -30,7 +30,7 @@ pub(super) enum Ended<T> {
     Committed(T),
     Failed(Stage, Failed),
     InDoubt(Unanswered<T>),
-    /// COMMIT was sent, but the transaction is not in the primary's history; `Failed` is the original failure.
+    /// COMMIT was sent, and the settler found that it did not commit. `Failed` says why the answer to COMMIT was lost.
     Absent(Earlier<T>, Failed),
     /// COMMIT was sent, and its outcome could not be found out.
     Unknown(Error),
@@ -63,7 +63,7 @@ impl<T> Unanswered<T> {
         }
         let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
         let Failed { verdict, error, session } = failed;
-        // Boxed, as it is rare and large, and every waiting call would carry it.
+        // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
             Ok((Outcome::NotCommitted, absent_from)) => {
@@ -85,8 +85,8 @@ impl<T> Ended<T> {
     }
 }
 
-/// A connection whose session may be in the middle of something. Dropping this closes the connection unless it is known
-/// to be clean. So a future that is dropped at any point, or a closure that panics, leaves no open transaction behind.
+/// The connection of an attempt. Dropping this closes the connection unless `clean` was set. So a future that is
+/// dropped at any point, or a closure that panics, leaves no open transaction behind.
 pub(super) struct DirtyGuard<C: SessionClient> {
     client: Arc<Client<C>>,
     pub(super) clean: bool,
@@ -117,7 +117,7 @@ impl<C: SessionClient> Drop for DirtyGuard<C> {
 /// One connection during one attempt.
 pub(super) struct Attempt<C: SessionClient> {
     pub(super) held: DirtyGuard<C>,
-    /// The time limit from BEGIN to COMMIT. Without one, no timer is created, which each attempt would set and clear.
+    /// The time limit from BEGIN until COMMIT is sent. `None` saves the attempt from setting and clearing a timer.
     limit: Option<Duration>,
     /// The mark by which the transaction can be found later. Set once the transaction has begun.
     mark: OnceLock<Mark>,
@@ -129,13 +129,13 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
     pub(super) check: Check,
-    /// The value that `remember` in `finish` writes, where COMMIT cannot look for the transaction's id.
+    /// The value that `remember` in `finish` writes if COMMIT cannot look for the transaction's id.
     pub(super) run: Nonce,
 }
 
-/// Why there is nothing to commit after BEGIN and the closure.
+/// Why an attempt does not reach COMMIT.
 enum Fault {
-    /// A failure before the closure ran, or from outside it.
+    /// BEGIN failed, or the session was evicted.
     Met(Verdict, Error),
     /// The closure failed.
     Closure(Error),
@@ -155,7 +155,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// `lost` receives the transaction of an attempt whose session ended, or whose time was over, before COMMIT was sent.
+    /// `lost` receives the transaction if the session ended, or the time was over, before COMMIT was sent. The closure
+    /// may have committed that transaction itself, so a later primary is asked about it.
     pub(super) async fn run<T, F, Fut>(
         mut self,
         begin: &Begin,
@@ -228,7 +229,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// What the closure has kept, which makes COMMIT impossible.
+    /// Returns what the closure has kept, if that makes COMMIT impossible.
     async fn kept(&self) -> Option<RolledBack> {
         if self.is_shared() {
             return Some(RolledBack::HandleKept);
@@ -242,7 +243,8 @@ impl<C: SessionClient> Attempt<C> {
         None
     }
 
-    /// Waits for what ends the closure early: the time limit, or the eviction of its session.
+    /// Waits until the closure must end early. Returns the limit if the time is over, or `None` if the session was
+    /// evicted.
     async fn cut_off(&self) -> Option<Duration> {
         let Some(limit) = self.limit else {
             self.client().evicted().await;
@@ -264,7 +266,8 @@ impl<C: SessionClient> Attempt<C> {
             self.client().heard();
         }
         if self.client().notices().already_in_transaction() {
-            // The open transaction is not ours to commit. Nothing was done yet, so another connection can be used.
+            // The open transaction is not ours to commit. The work has not begun, so it can begin on another
+            // connection.
             let strange = Error::RolledBack(RolledBack::StrangeSession);
             return Err(Fault::Met(Verdict::ConnectionLost, strange));
         }
@@ -292,7 +295,7 @@ impl<C: SessionClient> Attempt<C> {
             let (verdict, error) = evicted();
             return Ended::before_commit(verdict, error);
         }
-        // On a session that has ended the pool sends no COMMIT. But the closure may have sent one.
+        // The pool sends no COMMIT on a session that has ended, but the closure may have sent one.
         let (never_sent, ended) = (self.client().is_closed(), self.closures_end());
         let known = self.known(mode);
         let look = self.look(known);
@@ -329,7 +332,8 @@ impl<C: SessionClient> Attempt<C> {
                 let ending = self.ended_before(known).await;
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
-            // No answer without an error leaves it open.
+            // This does not happen: if there is no error, the answer proves something. If it did, the outcome would be
+            // unknown.
             (_, None) => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
                 Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
@@ -360,7 +364,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// A session that has kept the mark's statement keeps this one, too.
+    /// Returns how COMMIT looks for the transaction. It prepares the check only if the session has kept the mark's
+    /// prepared statement, because then no proxy gives each transaction another session.
     fn look(&self, known: Known) -> Look {
         let keeps = self.client().marking() == MarkStatement::Prepared;
         match (known, self.check) {
@@ -370,7 +375,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// COMMIT was not reached. The work runs again, unless the closure had ended its transaction itself.
+    /// The check before COMMIT failed, so COMMIT did not run. The work runs again, unless the closure had ended its
+    /// transaction itself.
     async fn not_checked(&mut self, known: Known, error: tokio_postgres::Error) -> Failed {
         let (undone, _) = self.undo(Some(known), None).await;
         undone.explains(Failed::new(Verdict::Conflict, error))
@@ -402,8 +408,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Prunes the ledger from time to time, on the connection of a finished call. It runs in a task, so that no caller
-    /// waits for it. The task ends with the session, and so with the pool.
+    /// Prunes the ledger from time to time, on the connection that this call no longer needs. It runs in a task, so
+    /// that no caller waits for it. The task ends with the session, and so with the pool.
     fn prune(&self, begin: &Begin) {
         let MarkWith::Ledger(ledger) = &begin.marks else {
             return;
@@ -453,8 +459,8 @@ impl<C: SessionClient> Attempt<C> {
 pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
     match error {
         Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
-        // The connection was not lost: the primary was left, or its commit not replicated. Keep that reason unless a
-        // settler found a better one.
+        // This error already says why: the session was evicted, or the commit was not replicated. Only what a settler
+        // has found replaces that reason.
         Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
             Error::CommitUnknown(Box::new(unknown.because(why)))
         }
@@ -462,7 +468,8 @@ pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
     }
 }
 
-/// The generation ended, and so must the session, although no driver of this crate could say so.
+/// Returns the failure of an attempt whose generation has ended. The session of a wrapped pool may still be open then,
+/// because its driver is not this crate's.
 pub(super) fn evicted() -> (Verdict, Error) {
     (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }
