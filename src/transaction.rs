@@ -46,17 +46,18 @@ impl<C: SessionClient> Pool<C> {
     /// `synchronous_commit` asks for it, as its default does. An error means not committed, except for
     /// [`Error::CommitUnknown`]. If the connection is lost between COMMIT and its answer, the new primary is asked
     /// whether the transaction is in its history, and the work runs again if it is not; see [`Guarantee::ExactlyOnce`].
-    /// If even that gives no answer, the error is `CommitUnknown`. If your work can be applied twice without harm, use
-    /// [`Pool::idempotent`], which runs it again in that case, too.
+    /// If even that does not show the outcome, the error is `CommitUnknown`. If your work can be applied twice without
+    /// harm, use [`Pool::idempotent`], which runs it again in that case, too.
     ///
-    /// For this question, each such transaction writes a mark, even if it otherwise only reads: use [`Pool::read`] for
-    /// work that only reads. The mark is also the transaction's first query: set the isolation level with
-    /// [`Pool::build_transaction`], as `SET TRANSACTION ISOLATION LEVEL` within the closure would come too late.
+    /// Each such transaction writes a mark by which the pool can ask for it later. It does so even if it otherwise only
+    /// reads, so use [`Pool::read`] for work that only reads. The mark is also the transaction's first query. So set
+    /// the isolation level with [`Pool::build_transaction`]: `SET TRANSACTION ISOLATION LEVEL` within the closure comes
+    /// too late.
     ///
     /// The closure may run several times, each time with a new [`Transaction`] at the start of a new transaction, so
-    /// delay any effect on the outside world until the call has returned. Its own errors roll back and are returned
-    /// unchanged, see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails with
-    /// [`Error::EndedInside`].
+    /// cause effects outside of the database only after the call has returned. Its own errors roll back and are
+    /// returned unchanged, see [`Error::abort`]. Do not send `COMMIT`, `ROLLBACK` or `BEGIN` in it: the call then fails
+    /// with [`Error::EndedInside`].
     ///
     /// The policy's deadline limits the waiting and the start of attempts; it does not cut off a running attempt. While
     /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout)
@@ -110,7 +111,8 @@ impl<C: SessionClient> Pool<C> {
 
     /// Like [`Pool::transaction`], but read-only, so that it can be run again at any point. A statement that writes
     /// fails with SQLSTATE 25006, and is not run again. Do not make it writable in the closure (`SET TRANSACTION READ
-    /// WRITE`), and do not send `NOTIFY` in it, which PostgreSQL allows: both may then happen twice.
+    /// WRITE`), and do not send `NOTIFY` in it. PostgreSQL allows both, but the writes and the notifications may then
+    /// happen twice.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -174,8 +176,8 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
         self
     }
 
-    /// Begins `READ ONLY`, and so may be run again at any point. `false`, the default, leaves the access mode to the
-    /// server: `READ WRITE` is never requested, since that would break through a fence.
+    /// Begins `READ ONLY`, so the work may run again at any point. `false`, the default, leaves the access mode to the
+    /// server. `READ WRITE` is never requested, because that would override a fence.
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.read_only = read_only;
         self
@@ -342,7 +344,8 @@ impl<C: SessionClient> fmt::Debug for Transaction<C> {
 /// A savepoint within a [`Transaction`]. Dropping it without [`Savepoint::release`] rolls back to it.
 pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
     client: &'a Client<C>,
-    /// How deeply it is nested. Names must differ only within one line of nesting.
+    /// The number of savepoints that it is nested in, including itself. Its name contains this number, so that nested
+    /// savepoints have different names.
     depth: u32,
     /// `true` until the savepoint is released or rolled back.
     open: bool,
@@ -360,13 +363,13 @@ impl<'a, C: SessionClient> Savepoint<'a, C> {
         Savepoint::set(self.client, self.depth + 1).await
     }
 
-    /// Keeps what was done since the savepoint, as a part of the transaction.
+    /// Ends the savepoint and keeps what was done since it, as a part of the transaction.
     pub async fn release(mut self) -> Result<(), Error> {
         self.open = false;
         Ok(self.client.batch_execute(&format!("RELEASE SAVEPOINT {}", self.name())).await?)
     }
 
-    /// Undoes what was done since the savepoint; the transaction goes on.
+    /// Undoes what was done since the savepoint. The transaction goes on.
     pub async fn rollback(mut self) -> Result<(), Error> {
         self.open = false;
         Ok(self.client.batch_execute(&self.undo()).await?)
@@ -399,7 +402,7 @@ impl<C: SessionClient> Deref for Savepoint<'_, C> {
 impl<C: SessionClient> Drop for Savepoint<'_, C> {
     fn drop(&mut self) {
         if self.open {
-            // The driver queues a request at the first poll of its future; the answer does not matter.
+            // The driver queues a request at the first poll of its future. The answer does not matter.
             let _ = self.client.batch_execute(&self.undo()).now_or_never();
         }
     }

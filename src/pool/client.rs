@@ -322,8 +322,8 @@ impl<C: SessionClient> Client<C> {
         &self.facts().trail
     }
 
-    /// The number of failures with a stale statement in one call after which no connection has a stale statement any
-    /// more, as each failure heals its connection.
+    /// The number of failures with a stale statement after which no connection has one any more, because each failure
+    /// heals its connection.
     pub(crate) fn fresh_after(&self) -> u32 {
         if self.trail().can_clear() { 1 } else { u32::try_from(self.pool.status().max_size).unwrap_or(u32::MAX) }
     }

@@ -5,17 +5,17 @@ use crate::commit::Ledger;
 /// How a transaction begins.
 pub(super) struct Begin {
     pub(super) sql: String,
-    /// The same for a transaction without a mark, which must be told from others in another way.
+    /// The SQL for a transaction without a mark. It sets a value by which COMMIT recognises the transaction.
     pub(super) unmarked: String,
     pub(super) marks: MarkWith,
     pub(super) read_only: bool,
 }
 
-/// What is written together with BEGIN.
+/// What the pool writes together with BEGIN.
 pub(super) enum MarkWith {
     Nothing,
-    /// A mark that is never looked for. It makes COMMIT wait for the synchronous standbys even if the work finds itself
-    /// already done, and writes nothing.
+    /// A mark that nobody looks for. An earlier attempt may have done the work already, and then this attempt writes
+    /// nothing else. The mark makes its COMMIT wait for the synchronous standbys all the same.
     Write,
     Wal,
     Ledger(Ledger),

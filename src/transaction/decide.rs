@@ -1,15 +1,16 @@
 //! The table that says what follows from a failed attempt: mode × stage × verdict → next.
 //!
-//! Pure. Afterwards the retry *schedule* is asked whether it allows another attempt; it may only refuse.
+//! Pure. If the table says that the work runs again, the retry policy is asked whether it allows another attempt. The
+//! policy can only refuse.
 
 use crate::classify::Verdict;
 
 /// What the caller allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Run again only work that is known not to be committed, and find that out.
+    /// Run again only work that is known not to be committed. If it is unknown, find out.
     Exactly,
-    /// Run again only work that is known not to be committed.
+    /// Run again only work that is known not to be committed. If it is unknown, give up.
     Once,
     /// Applying the work twice has the same effect as once.
     Idempotent,
@@ -22,7 +23,8 @@ pub(super) enum Mode {
 pub(super) enum Stage {
     /// COMMIT was not sent.
     Body,
-    /// COMMIT's message was sent, and the transaction was rolled back: the answer proves it, or settling found it out.
+    /// COMMIT's message was sent, and the transaction is not committed. The answer proves that, or settling has found
+    /// it out.
     Refused,
     /// COMMIT was sent, and it is unknown whether it was carried out.
     InDoubt,
@@ -35,17 +37,17 @@ pub(super) enum Next {
     Return,
     /// Run the closure again.
     Rerun,
-    /// Find out whether it was committed.
+    /// Find out whether the work was committed.
     Settle,
     /// Tell the caller that the outcome is unknown.
     Unknown,
 }
 
 /// `verdict`: here [`Verdict::ReadOnly`] means that the *server* refuses writes. If the transaction made itself
-/// read-only, that counts as the application's doing.
+/// read-only, the verdict is [`Verdict::Application`].
 ///
-/// `word`: the user's decision on the error, "run again" or "do not". It counts only if the attempt is known not to be
-/// committed. So no hook can run an unknown commit again, or settle it.
+/// `word`: the decision of the user's hook: run again, or do not. It counts only if the attempt is known not to be
+/// committed. So no hook can make a commit with an unknown outcome run again.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bool>) -> Next {
     match (stage, mode) {
@@ -64,8 +66,9 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bo
         Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
             Next::Rerun
         }
-        // Before COMMIT was sent, "unknown" is about a statement of a transaction that is rolled back. The session of a
-        // stale statement was healed, or is closed; if it happens again, `Bounds` changes the verdict.
+        // Before COMMIT was sent, "unknown" is about a statement of a transaction that was rolled back. A stale
+        // statement was removed from its session, or the session is closed. If it happens again, `Bounds` changes the
+        // verdict.
         Verdict::OutcomeUnknown | Verdict::Stale => Next::Rerun,
         Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
     }

@@ -1,11 +1,12 @@
-//! Remembers two kinds of earlier attempts of a call: those whose COMMIT was in doubt and is not in the primary's
-//! history, and those whose session ended before the pool sent COMMIT, as the closure may have committed by itself.
+//! Remembers two kinds of earlier attempts of a call. The first kind ([`Earlier`]) had its COMMIT in doubt, and is not
+//! in the primary's history. The second kind ([`Lost`]) lost its session before the pool sent COMMIT; its closure may
+//! have committed by itself.
 //!
-//! "Not committed" holds for one history. With asynchronous replication, a standby that lagged may be promoted first,
-//! and later another one that has the transaction. So before the work runs on a primary that has not been asked yet,
-//! that primary is asked. By the lemma of docs/exactly-once.md, no history then contains two attempts of one call. For
-//! the same reason an error means "not committed" only while the primary that said so remains the primary. The tests
-//! are `tests/it/commit/history/earlier.rs` and `commit/tests/calls.rs`.
+//! "Not committed" is true of one history only. With asynchronous replication, a standby that lagged may be promoted
+//! first, and later another standby that has the transaction. So the pool asks each new primary before the work runs on
+//! it. By the lemma of docs/exactly-once.md, no history then contains two attempts of one call. For the same reason, an
+//! error means "not committed" only while the primary that said so remains the primary. The tests are
+//! `tests/it/commit/history/earlier.rs` and `commit/tests/calls.rs`.
 
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::server::SessionClient;
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
-/// How long the error of a call that will not run again is held back at most.
+/// A call that will not run again asks for at most this long before it returns its error.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 /// An attempt whose COMMIT was not answered, and that is not in the primary's history.
@@ -28,7 +29,7 @@ pub(super) struct Earlier<T> {
     pub(super) mark: Mark,
     /// The value that its closure returned.
     pub(super) value: T,
-    /// The generation of the primary that does not have it.
+    /// The generation of the primary whose history does not contain it.
     pub(super) absent_from: GenerationId,
 }
 
@@ -44,7 +45,7 @@ pub(super) async fn find<C: SessionClient, T>(
         let Some(attempt) = earlier.get_mut(index).filter(|attempt| attempt.absent_from != generation) else {
             continue;
         };
-        // Boxed, as it is rare and large, and every waiting call would carry it.
+        // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &attempt.mark, deadline)).await? {
             (Outcome::Committed, _) => return Ok(Some(earlier.swap_remove(index).value)),
             (Outcome::NotCommitted, absent_from) => attempt.absent_from = absent_from,
@@ -53,7 +54,8 @@ pub(super) async fn find<C: SessionClient, T>(
     Ok(None)
 }
 
-/// Returns the error of a call, or "unknown" if the primary that said "not committed" is no longer the primary.
+/// Returns the error of a call. If the primary that said "not committed" is no longer the primary, returns
+/// `CommitUnknown` instead.
 pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId) -> bool, error: Error) -> Error {
     if are_denied(earlier.iter().map(|attempt| attempt.absent_from), by) {
         return error;
@@ -64,7 +66,7 @@ pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId)
     Error::CommitUnknown(Box::new(CommitUnknown::earlier(Unsettled::NoPrimary)))
 }
 
-/// `by` tells whether the primary of a generation is still the primary.
+/// Returns whether all these generations still have their primary. `by` says so of one generation.
 fn are_denied(absent_from: impl IntoIterator<Item = GenerationId>, by: impl Fn(GenerationId) -> bool) -> bool {
     absent_from.into_iter().all(by)
 }
@@ -74,7 +76,7 @@ pub(super) fn shows_primary(verdict: Verdict) -> bool {
     !verdict.is_loss() && verdict != Verdict::ReadOnly
 }
 
-/// The transaction of an attempt for which the pool sent no COMMIT, because its session was lost or its time was over.
+/// The transaction of an attempt for which the pool sent no COMMIT, because the session was lost or the time was over.
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub(super) mark: Mark,
@@ -84,12 +86,12 @@ pub(super) struct Unsent {
 /// What the closure itself has sent that would end the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClosuresEnd {
-    /// A COMMIT that was not answered.
+    /// It has sent a COMMIT, which was not answered.
     UnderWay,
-    /// A COMMIT, by the text of what was sent.
+    /// It has sent a COMMIT. The text that was sent shows this.
     Sent,
     NotSent,
-    /// The session of a wrapped pool, whose driver is not this crate's.
+    /// Nobody knows: the session belongs to a wrapped pool, and this crate does not see what is sent on it.
     Unwatched,
 }
 
@@ -109,12 +111,13 @@ impl Unsent {
         let found = ended_inside(client, &self.mark).await;
         match (&found, self.closures) {
             (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay | ClosuresEnd::Sent) => {}
-            // Only a settler can tell of a ledger's row in another life of the server.
+            // In another life of the server, only a settler finds out about a ledger's row.
             (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
             (Some(Inside::Untold), ClosuresEnd::Unwatched) => return Some(Inside::Ended(Ending::Unknown)),
             _ => return found,
         }
-        // The server may still be busy with the closure's COMMIT. Boxed, as it is rare and large.
+        // The server may still be busy with the closure's COMMIT, so ask until that has ended. Boxed, because it is
+        // rare and large.
         Some(match Box::pin(settle(client.pool(), &self.mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
             Ok((Outcome::NotCommitted, _)) => Inside::No,
@@ -137,8 +140,8 @@ impl Lost {
     }
 }
 
-/// Finds out whether a closure committed or prepared one of them itself, which nothing else would show. Asks once on each
-/// primary.
+/// Returns the call's error if a closure has committed or prepared one of the lost transactions itself. Nothing else
+/// would show that. Each primary is asked once.
 pub(super) async fn found_ended<C: SessionClient>(
     client: &Client<C>,
     lost: &mut Vec<Lost>,
@@ -155,15 +158,15 @@ pub(super) async fn found_ended<C: SessionClient>(
                 return Some(EndedInside::error(ending, Some(error)));
             }
             Some(Inside::No | Inside::InProgress | Inside::Untold) => attempt.asked = Some(generation),
-            // It is asked about again at the next attempt.
+            // The server did not say. The next attempt asks again.
             None => {}
         }
     }
     None
 }
 
-/// Returns the error of a call that finds no connection any more. If a closure has sent a COMMIT of its own that nobody can
-/// be asked about, the error says so.
+/// Returns the error of a call that gets no further connection. If a closure has sent a COMMIT of its own, there is no
+/// server to ask about it, and the error says that its outcome is unknown.
 pub(super) fn unless_sent(lost: &[Lost], error: Error) -> Error {
     if lost.iter().any(|attempt| attempt.unsent.closures.is_sent()) {
         return EndedInside::error(Ending::Unknown, Some(error));
@@ -171,10 +174,10 @@ pub(super) fn unless_sent(lost: &[Lost], error: Error) -> Error {
     error
 }
 
-/// Returns the error of a call that will not run again. If the closure of its last attempt has ended the transaction itself,
-/// the error says so. This is asked only if a primary is there: the call does not wait for one.
+/// Returns the error of a call that will not run again. If the closure of its last attempt has ended the transaction
+/// itself, the error says so. The pool asks only if a primary is known. It does not wait for one.
 pub(super) async fn or_ended_at_last<C: SessionClient>(pool: &Pool<C>, unsent: Unsent, error: Error) -> Error {
-    // This is rare and large. Without the box, every waiting call would carry it.
+    // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
     let asked = Box::pin(async {
         let within = Instant::now() + ASKED_WITHIN;
         let client = pool.get_for_transaction(within).await.ok()?;

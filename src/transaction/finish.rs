@@ -1,11 +1,11 @@
 //! How a transaction is finished: the messages that commit it or roll it back, and what their answers prove.
 //!
-//! Three things can go wrong at the end. The server may have aborted the transaction, and then turns COMMIT into a
-//! ROLLBACK. The closure may have ended the transaction itself, and then COMMIT ends another one, or none. And an error
-//! or a lost connection may come after COMMIT was carried out. So COMMIT is the last of three statements in one
-//! message. The first fails in an aborted transaction, the second fails in any transaction but ours, and the answers
-//! are counted. In the first message of a session, one more prepares the second. Pure functions decide what an answer
-//! means. The tests are in `tests/it/commit/finish.rs`.
+//! Three things can go wrong at the end. The server may have aborted the transaction: then it turns COMMIT into a
+//! ROLLBACK. The closure may have ended the transaction itself: then COMMIT ends another transaction, or none. Or an
+//! error or a lost connection comes after COMMIT was carried out. So COMMIT is the last of three statements in one
+//! message. The first one fails in an aborted transaction. The second one fails in every transaction except the pool's.
+//! The pool counts the statements that were carried out. In the first such message of a session, one more statement
+//! prepares the second. Pure functions decide what an answer means. The tests are in `tests/it/commit/finish.rs`.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -19,37 +19,37 @@ use crate::commit::Nonce;
 use crate::error::Ending;
 use crate::pool::Check;
 
-/// How long the rest of an answer may take after an error. The server sends it at once.
+/// How long the rest of an answer may take after an error. A server sends the rest immediately.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
 
-/// Set by BEGIN for one transaction. The value disappears with the transaction, however it ends.
+/// BEGIN sets this for one transaction. The value disappears at the end of the transaction, whether it commits or not.
 pub(super) const OPEN: &str = "SET LOCAL tokio_postgres_failover.transaction = off";
 
-/// Set by BEGIN if a transaction has no mark and may write. The value is unique to the transaction. It disappears with a
-/// rollback and stays after a commit, whoever sends it.
+/// BEGIN sets this if a transaction has no mark and may write. The value is unique to the transaction. It disappears
+/// with a rollback, and stays on the session after a commit, whether the pool or the closure committed.
 const RUN: &str = "tokio_postgres_failover.run";
 
 pub(super) fn remember(run: Nonce) -> String {
     format!("SET {RUN} = '{run}'")
 }
 
-/// The name of the prepared check. Its number changes with its text, because versions of this crate may share a session
-/// behind a proxy.
+/// The name of the prepared check. Change the number whenever the text changes, because different versions of this
+/// crate may share a session behind a proxy.
 const PREPARED: &str = "tokio_postgres_failover_check_1";
 
 /// How COMMIT's message looks for its transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Look {
-    /// By the session's prepared statement, which this message prepares.
+    /// It prepares the check on this session, and executes it.
     Prepare,
-    /// By the session's prepared statement.
+    /// It executes the check that the session has prepared.
     Execute,
-    /// By what this check lets it call.
+    /// It sends the check as text. `Check` says which functions the check may call.
     Plain(Check),
 }
 
 impl Look {
-    /// How many statements the message has. COMMIT is the last.
+    /// The number of statements in the message. COMMIT is the last one.
     fn statements(self) -> usize {
         if self == Self::Prepare { 4 } else { 3 }
     }
@@ -58,7 +58,7 @@ impl Look {
         matches!(self, Self::Prepare | Self::Execute)
     }
 
-    /// Is the answer's row looked at, and not insisted on?
+    /// Returns whether the pool compares the answer's row itself, because the statement does not fail on a wrong value.
     fn is_shown(self) -> bool {
         self == Self::Plain(Check::ByShow)
     }
@@ -70,18 +70,19 @@ impl Look {
 pub(super) enum Known {
     /// By the transaction id that its mark has assigned.
     ById(u64),
-    /// By the setting of [`OPEN`]. The value of [`remember`] shows after a rollback whether it was committed before.
+    /// By the setting of [`OPEN`]. After a rollback, the value of [`remember`] shows whether the closure had committed
+    /// before.
     BySetting(Nonce),
-    /// By the same setting, for a transaction that only reads: a wrong value does not stop the COMMIT. This needs no
-    /// planning, and no snapshot, for which a deferrable transaction would wait.
+    /// By the same setting, for a transaction that only reads: a wrong value does not stop the COMMIT. The statement
+    /// needs no planning and no snapshot. A deferrable transaction would wait for a snapshot.
     ByShow,
 }
 
 impl Known {
     /// Returns COMMIT in one message with the statements that check its conditions.
     ///
-    /// The first statement fails in an aborted transaction (25P02). It also enables the warning by which the server
-    /// reports that the wait for a synchronous standby was cancelled, whatever `client_min_messages` the session has.
+    /// The first statement fails in an aborted transaction (25P02). It also makes the server send its warning if the
+    /// wait for a synchronous standby is cancelled, whatever the session's `client_min_messages` was.
     pub(super) fn commit(self, look: Look) -> String {
         let looks = match (self, look) {
             (Self::ById(xid), Look::Execute) => format!("EXECUTE {PREPARED} ('{xid}')"),
@@ -101,8 +102,8 @@ impl Known {
             (Self::ById(xid), Check::Prepared | Check::Full) => {
                 Some(("pg_current_xact_id_if_assigned()", xid.to_string()))
             }
-            // The mark has called this function already. In another transaction it assigns another id, which differs
-            // from this one.
+            // The role may call this function, as the mark has called it. In another transaction it assigns an id that
+            // differs from this one.
             (Self::ById(xid), Check::Other) => Some(("pg_current_xact_id()", xid.to_string())),
             (Self::BySetting(_), Check::Prepared | Check::Full) => {
                 Some(("current_setting('tokio_postgres_failover.transaction', true)", "off".to_owned()))
@@ -118,8 +119,9 @@ impl Known {
         )
     }
 
-    /// Returns ROLLBACK, and the question `role` if given. If no transaction is open although the closure has run, the
-    /// closure has ended it, and the first statement fails (25P01).
+    /// Returns ROLLBACK, followed by the question `role` if there is one, and by [`Self::status`]. If the closure has
+    /// run (`known`) and no transaction is open, then the closure has ended it. In that case the first statement fails
+    /// (25P01).
     pub(super) fn roll_back(known: Option<Self>, role: Option<&str>) -> String {
         let mut sql = if known.is_some() { "ROLLBACK AND CHAIN; ROLLBACK" } else { "ROLLBACK" }.to_owned();
         for question in role.map(str::to_owned).into_iter().chain(known.and_then(Self::status)) {
@@ -129,7 +131,8 @@ impl Known {
         sql
     }
 
-    /// Returns the question for the transaction's outcome, if it leaves something behind that can be asked for.
+    /// Returns SQL that asks for the transaction's outcome. `None` if the transaction leaves nothing behind that shows
+    /// it.
     pub(super) fn status(self) -> Option<String> {
         match self {
             Self::ById(xid) => Some(format!("SELECT pg_catalog.pg_xact_status('{xid}')")),
@@ -138,13 +141,13 @@ impl Known {
         }
     }
 
-    /// Whether the answer to [`Known::status`] is the value that only a commit leaves on the session.
+    /// Returns whether the answer to [`Known::status`] is the value that only a commit leaves on the session.
     fn has_left(self, status: Option<&str>) -> bool {
         matches!((self, status), (Self::BySetting(run), Some(word)) if word == run.to_string())
     }
 }
 
-/// Fails with a division by zero unless the function returns this.
+/// Returns SQL that fails with a division by zero unless the function returns the expected value.
 fn insists(function: &str, expected: &str) -> String {
     format!(
         "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{function} \
@@ -159,15 +162,15 @@ pub(super) struct Answer {
     pub(super) completed: usize,
     /// The first value of each row. A row without columns has none.
     pub(super) values: Vec<Option<String>>,
-    /// The error that came after that.
+    /// The first error.
     pub(super) error: Option<Error>,
-    /// The server has finished the message, and takes the next one.
+    /// The server has answered the whole message, and is ready for the next one.
     pub(super) ready: bool,
 }
 
 impl Answer {
-    /// Sends the message and waits for the end of its answer. Cancel-safe like the driver: a message that was sent
-    /// stays sent.
+    /// Sends the message and waits for the end of its answer. If the future is dropped, a message that was already sent
+    /// is still carried out, as with the driver.
     pub(super) async fn to(client: &Client, sql: &str) -> Self {
         let mut answer = Self::default();
         let messages = match client.simple_query_raw(sql).await {
@@ -207,7 +210,8 @@ impl Answer {
 }
 
 impl Answer {
-    /// For [`Known::roll_back`]: it rolled back, and only a later question is not offered.
+    /// For the answer to [`Known::roll_back`]: returns whether the rollback succeeded, and the only error is that the
+    /// server does not offer a question that follows it.
     pub(super) fn left_idle(&self) -> bool {
         self.completed >= 2 && self.error.as_ref().is_some_and(not_offered)
     }
@@ -220,17 +224,17 @@ pub(super) enum Proof {
     Committed {
         answered: bool,
     },
-    /// COMMIT met another transaction than the one that the pool began. `committed`: that one was committed.
+    /// The open transaction was not the one that the pool began. `committed`: COMMIT has committed it.
     NotOurs {
         committed: bool,
     },
-    /// The server did not commit it, and never will. `over`: it is already rolled back.
+    /// The server did not commit the transaction, and never will. `over`: it is already rolled back.
     Refused {
         over: bool,
     },
-    /// The role may not check for the transaction, so the server did not come to COMMIT.
+    /// The role may not run the check, so COMMIT did not run.
     Unchecked,
-    /// The prepared statement that looks for the transaction was not there, so the server did not come to COMMIT.
+    /// The prepared check was missing, so COMMIT did not run.
     Unprepared,
     Nothing,
 }
@@ -241,13 +245,13 @@ impl Known {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
         let insisted = self != Self::ByShow && !look.is_shown();
-        // The numbers of completed statements after which the check is what failed.
+        // If so many statements were completed, the check is the one that failed.
         let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if ours => Proof::Committed { answered: true },
             None => Proof::NotOurs { committed: true },
-            // The server has said that it committed. A later failure of the session does not change that.
+            // The server has reported the COMMIT as done. A later failure of the session does not change that.
             Some(_) if answer.completed >= statements && ours => Proof::Committed { answered: false },
             Some(_) if answer.completed >= statements => Proof::NotOurs { committed: true },
             Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
@@ -257,7 +261,8 @@ impl Known {
             Some(error) if looked.contains(&answer.completed) && insisted && not_offered(error) => Proof::Unchecked,
             // COMMIT was not reached.
             Some(error) if answer.completed < before && is_the_servers(error) => Proof::Refused { over: false },
-            // A server that fails behind the commit record reports that error first, and then stops.
+            // If a server fails after it wrote the commit record, it reports the error and then stops. So the error is
+            // a refusal only if the server is ready for the next message.
             Some(error) if answer.ready && commit_refused(error) => Proof::Refused { over: answer.completed >= before },
             Some(_) => Proof::Nothing,
         }
@@ -269,25 +274,25 @@ impl Known {
 pub(super) enum Undone {
     /// This message rolled it back.
     Here,
-    /// There was nothing to roll back, or only another transaction, because the closure had ended the pool's.
+    /// The closure had ended the pool's transaction, so this message rolled back nothing, or another transaction.
     Before(Ending),
     /// The session gave no useful answer.
     Unanswered,
 }
 
 impl Known {
-    /// Decides what the answer to [`Known::roll_back`] proves. `None`: the session had no transaction, and must be
-    /// asked for [`Known::status`].
+    /// Decides what the answer to [`Known::roll_back`] proves. `None`: no transaction was open, so the caller must ask
+    /// for [`Known::status`].
     pub(super) fn undone(known: Option<Self>, answer: &Answer, status: Option<&str>) -> Option<Undone> {
         if answer.error.is_some() && !answer.left_idle() {
             let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
             return if idle { None } else { Some(Undone::Unanswered) };
         }
-        // If the pool's transaction was committed before, another one was rolled back.
+        // If the pool's transaction had ended before, the message has rolled back another one.
         Some(match status {
             Some("committed") => Undone::Before(Ending::Committed),
             Some("in progress") => Undone::Before(Ending::Prepared),
-            // The closure has committed or prepared it. The setting does not tell which.
+            // The closure has committed or prepared the transaction. The setting does not show which.
             _ if known.is_some_and(|known| known.has_left(status)) => Undone::Before(Ending::Unknown),
             _ => Undone::Here,
         })
@@ -299,7 +304,7 @@ pub(super) fn ending(status: Option<&str>) -> Ending {
     match status {
         Some("committed") => Ending::Committed,
         Some("aborted") => Ending::RolledBack,
-        // It is in progress, but in no session: it is prepared.
+        // The transaction is in progress, but this session is not in it any more. So it is prepared.
         Some("in progress") => Ending::Prepared,
         _ => Ending::Unknown,
     }

@@ -1,4 +1,4 @@
-//! How a transaction begins: with BEGIN and the mark in one message, by which it can be found later.
+//! How a transaction begins: one message contains BEGIN and the mark. The transaction can be found by its mark later.
 
 use std::sync::Arc;
 
@@ -16,10 +16,10 @@ use crate::settle::wal::{self, MarkAnswer, MarkStatement};
 use crate::sync::log_safely;
 use crate::topology::Suspicion;
 
-/// Precedes a BEGIN without a mark in the same message. It rolls back a transaction left open on the session, as
-/// closing the session would, so that the coming COMMIT does not commit it. The server's warning about it is not
-/// enough: a role's `client_min_messages` may hide it, and this crate does not see the notices of a wrapped pool. On a
-/// clean session it has no effect.
+/// Precedes a BEGIN without a mark in the same message. It rolls back a transaction that was left open on the session,
+/// so that the coming COMMIT does not commit it. The server's warning about it is not enough: a role's
+/// `client_min_messages` may hide it, and this crate does not see the notices of a wrapped pool. On a clean session it
+/// has no effect.
 const CLEAN: &str = "BEGIN; ROLLBACK";
 
 impl<C: SessionClient> Attempt<C> {
@@ -39,8 +39,8 @@ impl<C: SessionClient> Attempt<C> {
         };
         let row = match answer {
             Ok(row) => row,
-            // If a standby does not offer it either, like a serializable transaction, the error says nothing about the
-            // primary.
+            // A standby may refuse the same, for instance a serializable transaction. Such an error says nothing about
+            // the primary, so it does not mean that marks are unavailable.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
             Err(error) if matches!(begin.marks, MarkWith::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
@@ -67,7 +67,7 @@ impl<C: SessionClient> Attempt<C> {
             },
             (_, Some(life)) => match wal::marker(&life, nonce, &row) {
                 Ok(MarkAnswer::Elsewhere) => return Err(self.elsewhere()),
-                // A wrapped pool's session does not report this by a notice.
+                // The server also reports this by a notice, but this crate does not see the notices of a wrapped pool.
                 Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
                 Ok(MarkAnswer::ReadOnly) => Ok(None),
@@ -91,15 +91,15 @@ impl<C: SessionClient> Attempt<C> {
         if begin.read_only { sql.clone() } else { format!("{sql}; {}", remember(self.run)) }
     }
 
-    /// A proxy connected the transaction to another server than the session's verified one.
+    /// Returns the error if a proxy has connected the transaction to another server than the one that was verified.
     fn elsewhere(&self) -> Error {
         self.client().suspect(Suspicion::Connection);
         Error::RolledBack(RolledBack::OtherServer)
     }
 
-    /// Returns the signature of the timeline, by which a successor can show that it continues this timeline. Timeline 1
-    /// needs none, as it continues no other. The pool's first transaction on a primary signs; others that begin
-    /// meanwhile go without.
+    /// Returns the signature of the timeline. A successor that has the signature proves that it continues this
+    /// timeline. Timeline 1 needs no signature, because every history begins with it. The pool's first transaction on a
+    /// primary signs; transactions that begin meanwhile have no signature.
     async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
         let (client, pool) = (self.client(), self.pool());
         let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };

@@ -1,5 +1,5 @@
-//! A call within another call's closure. If its outcome is in doubt, so is the outer call's, whatever the closure makes
-//! of the error: running the outer call again would run the inner one again, too.
+//! Calls within another call's closure. If the outcome of the inner call is in doubt, the outer call must not run
+//! again, because the inner one would run again with it. This holds even if the closure hides the inner call's error.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ tokio::task_local! {
     static OUTER: Arc<Trail>;
 }
 
-/// Polls a closure's future as part of the call on this session. It is a function and not a future of its own, because
+/// Polls a closure's future as part of the call on this session. This is a function, not a future of its own, because
 /// the compiler limits the depth of nested futures.
 pub(super) fn poll_within<F: Future>(
     trail: &Arc<Trail>,
@@ -22,7 +22,7 @@ pub(super) fn poll_within<F: Future>(
     OUTER.sync_scope(Arc::clone(trail), || work.poll(context))
 }
 
-/// A call under way. If it is dropped before its end, its outcome is unknown.
+/// A call that is under way. If this is dropped before the call has ended, the call's outcome is unknown.
 pub(super) struct Inner(());
 
 impl Inner {
@@ -46,6 +46,6 @@ impl Drop for Inner {
 }
 
 fn note_doubt() {
-    // In most cases there is no outer call.
+    // This fails if there is no outer call, which is the usual case.
     let _ = OUTER.try_with(|outer| outer.note_doubt());
 }

@@ -43,7 +43,7 @@ where
     result
 }
 
-/// `unsent`: the last attempt's transaction, if its session was lost before COMMIT was sent.
+/// `unsent` receives the last attempt's transaction, if its session was lost before COMMIT was sent.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
@@ -93,14 +93,15 @@ where
         let ended = async {
             match attempt.run(&begin, mode, &mut work, unsent).await {
                 Ended::InDoubt(in_doubt) => {
-                    // Count the failure now, so that the pause runs while settling waits for a primary.
+                    // Count the failure now, so that the pause before the next attempt runs while settling waits for a
+                    // primary.
                     retries.failed(Instant::now());
                     in_doubt.settled(pool, mode, deadline).await
                 }
                 ended => ended,
             }
         };
-        // The generation of the primary that has just said that it does not have this attempt.
+        // The generation of the primary that has just reported that this attempt is not in its history.
         let mut absent_from = None;
         let (stage, failed) = match ended.instrument(span).await {
             Ended::Committed(value) => {
@@ -125,7 +126,7 @@ where
             error => error,
         };
         let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
-        // A commit in doubt stays in doubt, however its session ended.
+        // A commit in doubt stays in doubt, so the reason of the session's end is not added.
         let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
         let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
         let ended = |error| unless_denied(&earlier, denies, error);
@@ -156,7 +157,8 @@ where
     }
 }
 
-/// An error that no re-run can cure. "Not committed" must be true of every attempt, not only of the last one.
+/// Returns an error that no re-run can cure. An error says "not committed" only if that is true of every attempt. After
+/// an attempt in doubt, this returns `Exhausted` with an unknown outcome.
 fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     if !doubt {
         return error;
@@ -173,7 +175,8 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
 }
 
-/// The user's decision on what the server reported in this attempt, whether or not the closure saw it.
+/// The decision of the user's hook on what the server reported in this attempt, even if the closure did not pass the
+/// report on.
 fn users_word(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
     let word = Word::of(error);
     if matches!(word, Word::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside)) {

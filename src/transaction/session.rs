@@ -10,13 +10,14 @@ use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};
 use crate::server::SessionClient;
 
-/// Fails if the server has aborted the transaction. Needs no planning.
+/// This statement fails if the server has aborted the transaction. It needs no planning.
 const PROBE: &str = "SHOW transaction_isolation";
 
 impl<C: SessionClient> Attempt<C> {
-    /// Cleans up after a closure that has failed, and judges the attempt by its error and its session.
+    /// Cleans up after a failed closure, and judges the attempt by the closure's error and by the session.
     pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
-        // An inner call may have been committed, and would be run again with the outer one.
+        // If the outcome of an inner call is unknown, the outer call must not run again, because the inner one would
+        // run again with it.
         let doubt = self.client().trail().has_doubt();
         let word = if doubt { Word::OtherCall } else { Word::of(&error) };
         if let Some(report) = word.report() {
@@ -47,7 +48,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// COMMIT found the transaction aborted, which the closure had not reported. It is rolled back.
+    /// COMMIT found the transaction aborted, although the closure had reported no error. The transaction is rolled
+    /// back.
     pub(super) async fn failed_inside(&mut self) -> Failed {
         let error = Error::RolledBack(RolledBack::FailedInside);
         let Some(report) = self.client().trail().last() else {
@@ -62,7 +64,8 @@ impl<C: SessionClient> Attempt<C> {
         Failed { verdict, error, session }
     }
 
-    /// Asks only what the decision needs.
+    /// Finds out the state of the session after the closure has failed. Sends a question only if the decision depends
+    /// on the answer.
     async fn session(&mut self, word: Word<'_>) -> Session {
         let last = self.client().trail().last();
         if last.as_ref().is_some_and(ends_session) || self.client().is_closed() || self.client().is_evicted() {
@@ -87,8 +90,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Returns whether the server has aborted the transaction. If the handle is still held, so that the session cannot
-    /// be asked, or if it does not answer, the transaction counts as aborted.
+    /// Returns whether the server has aborted the transaction. It counts as aborted if the session does not answer, or
+    /// cannot be asked because somebody still holds the handle.
     async fn is_aborted(&self) -> bool {
         self.is_shared()
             || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))

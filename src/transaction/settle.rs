@@ -23,10 +23,10 @@ use crate::settle::wal::{self, Backend, Ends, Said};
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
-/// How long a doubt is looked into at least, even at the end of a call's time: a needless "unknown" costs the caller
-/// more than a late answer.
+/// The shortest time for settling a commit, even if the call's deadline is earlier. A needless "unknown" costs the
+/// caller more than a late answer.
 pub(super) const AT_LEAST: Duration = Duration::from_secs(5);
-/// How long a settler waits for a confirmation before it lets another one ask.
+/// How long a settler waits for a confirmation by the standbys before it lets another settler ask.
 const HOLD: Duration = Duration::from_millis(50);
 const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
 
@@ -36,9 +36,9 @@ pub(super) struct Mark {
     pub(super) by: Settler,
     pub(super) backend: Backend,
     pub(super) generation: GenerationId,
-    /// The server's life, if the server was identified.
+    /// The life of the server on which the transaction ran, if the server was identified.
     pub(super) life: Option<Life>,
-    /// The pool's earlier signature of the timeline.
+    /// The pool's signature of the timeline, written before this transaction.
     pub(super) signature: Option<Arc<Signature>>,
 }
 
@@ -73,8 +73,8 @@ pub(super) enum Outcome {
     NotCommitted,
 }
 
-/// Returns the outcome, and the generation of the primary that told it. Cancel-safe: whatever a settler has done,
-/// another one can repeat.
+/// Returns the outcome, and the generation of the primary that reported it. Cancel-safe: another settler can repeat
+/// whatever this one has done.
 pub(super) async fn settle<C: SessionClient>(
     pool: &Pool<C>,
     mark: &Mark,
@@ -93,7 +93,7 @@ pub(super) async fn settle<C: SessionClient>(
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
         }
     };
-    // The time-out is around the loop, not inside: a round that begins late then ends at once, without an answer.
+    // The time-out is around the whole loop, so that a round that begins late ends at the deadline, too.
     let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
     pool.observer().settled(mark.generation, reported(settled), began.elapsed());
     settled
@@ -108,7 +108,7 @@ fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     }
 }
 
-/// Asks one question. `None`: ask again. If no time is left, `reason` says why there is no answer.
+/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left.
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,
@@ -126,11 +126,12 @@ async fn round<C: SessionClient>(
     let (ended, clean) = tokio::select! {
         biased;
         answer = ask(settling, &witness, mark, began, reason, &mut permit) => answer,
-        // Sessions of a wrapped pool do not end with their generation, and a server that was left may never answer.
+        // The session of a wrapped pool does not end with its generation. Without this, the settler could wait for ever
+        // for a server that is no longer the primary.
         () = witness.evicted() => (None, false),
     };
     let generation = witness.generation();
-    // Do this before the permit is released, so that its next holder finds the session.
+    // Keep the session before the permit is released, so that the permit's next holder finds it.
     if clean {
         settling.keep(witness);
     }
@@ -148,7 +149,8 @@ async fn ask<C: SessionClient>(
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
     let settled = match question(witness, mark).await {
         Ok(Some(settled)) => settled,
-        // A proxy connected the question to a server that the pool has not verified, and so must not trust.
+        // A proxy has connected the question to another server. The pool has not verified that server, so its answer
+        // must not count.
         Ok(None) => {
             settling.suspect(witness.generation());
             *reason = Unsettled::NoPrimary;
@@ -168,8 +170,8 @@ async fn ask<C: SessionClient>(
     }
 }
 
-/// A confirmation usually takes a moment, and the next settler then gets this session. But one that waits for a missing
-/// standby must not keep the others from asking.
+/// Waits for a confirmation. It usually takes a moment, and the next settler then gets this session. If it takes
+/// longer, perhaps because a standby is missing, this releases the permit so that other settlers can ask.
 async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl Future<Output = T>) -> T {
     let mut confirmation = pin!(confirmation);
     if let Ok(confirmed) = timeout(HOLD, confirmation.as_mut()).await {
@@ -179,7 +181,8 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
     confirmation.await
 }
 
-/// Ends the abandoned session, and the settler's transaction too, so that the settler's session can be reused.
+/// Ends the abandoned session of the transaction, and the settler's own transaction. Returns whether the settler's
+/// session can be reused.
 async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
     if !mark.is_of(witness) {
         return false;
@@ -191,7 +194,7 @@ async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: 
     ended.is_ok()
 }
 
-/// `Ok(None)`: another server answered than the session's verified one.
+/// `Ok(None)`: the server that answered is not the one that was verified for this session.
 async fn question<C: SessionClient>(
     witness: &SettleSession<'_, C>,
     mark: &Mark,
@@ -206,7 +209,7 @@ async fn question<C: SessionClient>(
     }
 }
 
-/// `verified` is the life in which the pool verified the session's server. `Ok(None)`: the server is another one.
+/// `verified` is the life in which the pool verified the session's server. `Ok(None)`: another server answered.
 async fn ask_log(
     client: &tokio_postgres::Client,
     verified: Option<Life>,
@@ -231,15 +234,16 @@ async fn ask_log(
     Ok(Some(commit::settle(located, status)))
 }
 
-/// The server shows its previous timeline only until its first checkpoint. The pool may have verified it before that.
+/// Adds what the pool learned earlier. A server shows its previous timeline only until its first checkpoint, and the
+/// pool may have verified it before that.
 fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
     if let Some(verified) = verified.filter(|verified| verified.is(now)) {
         now.ancestor = now.ancestor.or(verified.ancestor);
     }
 }
 
-/// Waits until the synchronous standbys have what was found, so that a successor cannot contradict it. Returns the
-/// outcome, and whether the session can be reused.
+/// Waits until the synchronous standbys have all that the outcome depends on, so that no successor contradicts it.
+/// Returns the outcome, and whether the session can be reused.
 async fn confirmed<C: SessionClient>(
     witness: &SettleSession<'_, C>,
     mark: &Mark,
@@ -263,15 +267,15 @@ async fn confirmed<C: SessionClient>(
     (confirmed.then_some(Ok(outcome)), confirmed)
 }
 
-/// Returns whether the closure has ended its transaction itself, if this session's server can tell. This is asked before
-/// work runs again for which the pool itself sent no COMMIT. `None`: the server did not say. Leaves the session without a
+/// Asks this session's server whether the closure has ended its transaction itself. The pool asks this before it runs
+/// work again for which it has not sent COMMIT. `None`: the server did not say. Leaves the session without a
 /// transaction.
 pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<Inside> {
     let asked = async {
         let settled = match &mark.by {
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
-                // Usually it was rolled back, and then this question is enough.
+                // Usually the transaction was rolled back. Then this question is enough.
                 let Said { now, status, .. } =
                     wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
                 if !matches!(status, Some(XactStatus::Committed | XactStatus::InProgress)) {
@@ -281,8 +285,9 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
             }
             Settler::Ledger(ledger, entered) => {
                 let is_there = ledger.has(client, client.life(), entered).await.ok()??;
-                // The row is not visible while its transaction is in progress, so more has to be asked. In another life
-                // of the server, the transaction's id may be somebody else's.
+                // While its transaction is in progress, the row is not visible, so a missing row needs one more
+                // question. In another life of the server, that question proves nothing, because another transaction
+                // may have the same id.
                 match (is_there, mark.is_life_of(client)) {
                     (true, _) => Settled::Committed,
                     (false, true) => Settled::InProgress,
@@ -306,7 +311,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
         found = asked => found,
         () = client.evicted() => return None,
     };
-    // If this fails, so will BEGIN.
+    // An error is ignored, because BEGIN will then fail, too.
     let _ = client.batch_execute("ROLLBACK").await;
     found
 }
@@ -315,9 +320,9 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Inside {
     Ended(Ending),
-    /// The transaction is open, as far as the server shows it.
+    /// The server shows the transaction as open.
     InProgress,
-    /// The server shows a transaction of this id that was committed or is in progress, and it may be another one.
+    /// The server shows a transaction with this id that is committed or in progress. It may be another transaction.
     Untold,
     No,
 }

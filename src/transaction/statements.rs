@@ -1,5 +1,5 @@
-//! The driver's methods on a transaction and on a savepoint. Their errors are noted, so that the attempt is judged by
-//! them whatever the closure makes of them.
+//! The driver's methods on a transaction and on a savepoint. They note each error, so that the pool can judge the
+//! attempt by it even if the closure hides it.
 
 use std::fmt;
 

@@ -1,7 +1,8 @@
-//! The driver's calls that return before their answer is complete: COPY, and row streams.
+//! The driver's calls that return before their answer is complete: COPY and row streams.
 //!
-//! Their results borrow nothing, so they can be kept beyond the closure, and COMMIT then waits behind them for that
-//! time. So a transaction that has made such a call checks before COMMIT whether the session is free.
+//! Their results borrow nothing, so user code can keep them after the closure has returned. As long as it does, the
+//! session cannot answer COMMIT. So a transaction that has made such a call checks before COMMIT whether the session is
+//! free.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -11,14 +12,15 @@ use tokio::time::timeout;
 use crate::pool::Client;
 use crate::server::SessionClient;
 
-/// How long a session may be silent during this check: longer than a server pauses within an answer.
+/// How long a session may be silent during this check. This is longer than a server pauses within an answer.
 const SILENT: Duration = Duration::from_secs(2);
-/// The limit for the whole check if the session's driver is not this crate's, so that received data is not seen.
+/// The limit for the whole check on a wrapped pool's session, because this crate does not see what such a session
+/// receives.
 const UNSEEN: Duration = Duration::from_secs(5);
 
-/// Returns whether the session answers a request. This is asked if the driver did not expect the answer to a statement.
-/// After `COPY … FROM STDIN` through a method that is not meant for it, the server waits for data, and any other request
-/// makes it end the session.
+/// Returns whether the session answers a request. The pool checks this if the driver got an unexpected answer to a
+/// statement. For example, after `COPY … FROM STDIN` through a method that is not meant for it, the server waits for
+/// data, and ends the session at any other request.
 pub(super) async fn answers<C: SessionClient>(client: &Client<C>) -> bool {
     let answer = timeout(UNSEEN, client.driver().batch_execute(""));
     tokio::select! {
@@ -28,8 +30,8 @@ pub(super) async fn answers<C: SessionClient>(client: &Client<C>) -> bool {
     }
 }
 
-/// Waits until the session has answered all requests. `false`: something holds the answer back. The answer itself does
-/// not matter, even if the session has ended, as COMMIT will find that out.
+/// Waits until the session has answered all requests. `false`: a stream that was not read holds the answers back. The
+/// answer itself does not matter: if the session has ended, COMMIT will find that out.
 pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
     let mut answer = pin!(client.driver().batch_execute(""));
     let silent = if client.notices().are_driven() { SILENT } else { UNSEEN };

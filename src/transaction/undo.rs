@@ -1,5 +1,4 @@
-//! Cleans up after an attempt that failed: rolls back, and finds out whether the closure had ended its transaction
-//! itself.
+//! Cleans up after a failed attempt: rolls back, and finds out whether the closure had ended its transaction itself.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -14,12 +13,12 @@ use crate::error::{EndedInside, Ending};
 use crate::server::SessionClient;
 use crate::topology::{Suspicion, UNDISTURBED};
 
-/// Returns the question whether the session's server takes writes at all: a new transaction is read-only in recovery,
-/// or by default. Needs no privilege.
+/// Returns SQL that asks whether the session's server accepts writes. A new transaction is read-only in recovery, or by
+/// default. The question needs no privilege.
 fn role() -> String {
     format!("{UNDISTURBED} SHOW transaction_read_only")
 }
-/// The time limit for a session's ROLLBACK. After it the session is closed instead.
+/// The time limit for ROLLBACK. If it takes longer, the session is closed instead.
 pub(super) const ROLLBACK_WITHIN: Duration = Duration::from_secs(2);
 
 impl<C: SessionClient> Attempt<C> {
@@ -27,13 +26,13 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) async fn cleaned_up(&mut self, mode: Mode, failed: Failed) -> Failed {
         self.suspect();
         if self.is_shared() {
-            // The holder of the handle would continue to write after a ROLLBACK, outside any transaction. So none is
-            // sent: the session is closed as it is, which undoes all its work.
+            // Somebody still holds the transaction's handle. After a ROLLBACK, the holder's further statements would
+            // run outside any transaction. So no ROLLBACK is sent: the session is closed, which undoes all its work.
             return own_doing(failed, false);
         }
         if failed.verdict.is_loss() {
-            // If the session still exists, it is behind a proxy. It reaches another server by now, which knows nothing
-            // of this work.
+            // If the session still exists, it is behind a proxy and reaches another server now. That server knows
+            // nothing of this work, so it is not asked.
             self.roll_back().await;
             return failed;
         }
@@ -44,7 +43,8 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     pub(super) async fn roll_back(&mut self) {
-        // An evicted session is closed anyway, and its server may be frozen. A clean one has been rolled back already.
+        // An evicted session is closed anyway, and its server may be frozen. A clean session has been rolled back
+        // already.
         if !self.held.clean && !self.client().is_closed() && !self.client().is_evicted() {
             let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
             self.held.clean(matches!(rolled_back, Ok(Ok(()))));
@@ -97,7 +97,8 @@ impl<C: SessionClient> Attempt<C> {
         (undone, read_only)
     }
 
-    /// How the closure ended its transaction, once it is known that it did. Rolls back what it may have begun since.
+    /// Finds out how the closure ended its transaction. The caller knows that it did. Also rolls back what the closure
+    /// may have begun since.
     pub(super) async fn ended_before(&mut self, known: Known) -> Ending {
         let sql = known.status().map_or_else(|| "ROLLBACK".to_owned(), |status| format!("ROLLBACK; {status}"));
         let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
@@ -108,7 +109,7 @@ impl<C: SessionClient> Attempt<C> {
     }
 }
 
-/// If a transaction made itself read-only, its failure is its own doing.
+/// If the transaction made itself read-only, the failure is the application's.
 fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
     match failed.verdict {
         Verdict::ReadOnly if !server_is_read_only => Failed { verdict: Verdict::Application, ..failed },
@@ -117,7 +118,8 @@ fn own_doing(failed: Failed, server_is_read_only: bool) -> Failed {
 }
 
 impl Undone {
-    /// If the closure ended its transaction itself, that explains more than the error that followed.
+    /// Replaces the failure if the closure has ended its transaction itself, because that explains more than the error
+    /// that followed.
     pub(super) fn explains(self, failed: Failed) -> Failed {
         match self {
             Self::Before(ending) => {

@@ -1,4 +1,5 @@
-//! Judges a failed attempt by its closure's error, and by how its session ended, whatever the closure made of that.
+//! Judges a failed attempt by its closure's error and by the state of its session. The session counts even if the
+//! closure has replaced the server's error by an error of its own.
 //!
 //! Pure. The table in `decide` says what follows from the verdict.
 
@@ -13,14 +14,15 @@ use crate::classify::{
 use crate::error::{Error, InDoubt, SessionEnded};
 use crate::topology::GenerationId;
 
-/// What the closure's error tells by itself.
+/// What the closure's error alone says.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Word<'a> {
-    /// It is the final error of another call of a pool: its outcome may be unknown, or its retries are used up.
+    /// The error is the final error of another call of a pool. That call's outcome may be unknown, or its retries are
+    /// used up.
     OtherCall,
-    /// It contains a database error.
+    /// The error contains a database error.
     Of(Verdict, Option<&'a DbError>),
-    /// It contains no error known here.
+    /// The error contains no error that this crate knows.
     Nothing,
 }
 
@@ -63,10 +65,10 @@ impl<'a> Word<'a> {
     }
 }
 
-/// How the session was found after the closure had failed.
+/// The state of the session after the closure has failed.
 #[derive(Clone, Debug)]
 pub(super) enum Session {
-    /// The session is open, and as far as is known, so is its transaction.
+    /// The session is open, and as far as the pool knows, its transaction is open, too.
     Open,
     /// The server has aborted the transaction with this error.
     Aborted(DbError),
@@ -100,19 +102,18 @@ pub(super) fn judge(word: Word<'_>, session: &Session) -> Verdict {
     }
 }
 
-/// The verdict on an attempt that failed before the closure ran, so that the work cannot have ended the session.
+/// The verdict on an attempt that failed before the closure ran. The work cannot have ended this session.
 pub(super) fn judge_begin(error: &Error) -> Verdict {
     match (Word::of(error), error) {
-        // The previous user left a failed transaction on the connection, or the connection reaches another server by
-        // now.
+        // The connection has a failed transaction of its previous user, or it reaches another server now.
         (Word::Of(Verdict::Aborted, _), _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
         (Word::Of(Verdict::Application, Some(report)), _) if ends_session(report) => Verdict::ConnectionLost,
         (word, _) => word.verdict().unwrap_or(Verdict::Application),
     }
 }
 
-/// The verdict on an attempt whose COMMIT was in doubt, and that turned out not to be committed. The server may have ended
-/// the session because of this work, for instance during a deferred trigger.
+/// The verdict on an attempt whose COMMIT was in doubt, and that settling found not to be committed. The server may
+/// have ended the session because of this work, for instance during a deferred trigger.
 pub(super) fn judge_absent(verdict: Verdict, session: &Session) -> Verdict {
     match session {
         Session::Ended(Some(report)) => verdict_of_end(report),
@@ -120,7 +121,7 @@ pub(super) fn judge_absent(verdict: Verdict, session: &Session) -> Verdict {
     }
 }
 
-/// Returns whether the same work may succeed on another session, or at another time.
+/// Returns whether the same work may succeed on another session or later.
 pub(super) fn passes(verdict: Verdict) -> bool {
     match verdict {
         Verdict::ConnectionLost
@@ -134,8 +135,8 @@ pub(super) fn passes(verdict: Verdict) -> bool {
     }
 }
 
-/// Returns whether a failure may come from a statement that was prepared before a type was changed. `statements`:
-/// whether the session had prepared statements when the attempt began.
+/// Returns whether the failure may come from a statement that was prepared before a type was changed. `statements`: the
+/// session had prepared statements when the attempt began.
 pub(super) fn perhaps_stale(word: Word<'_>, session: &Session, statements: bool) -> bool {
     let report = word.report().or(session.report());
     statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
@@ -154,7 +155,7 @@ pub(super) fn with_reason(error: Error, verdict: Verdict, session: Session) -> E
     Error::SessionEnded(Box::new(SessionEnded::new(report, error)))
 }
 
-/// What a call's earlier attempts say about how often it may run again.
+/// The limits that a call's earlier attempts set to further ones.
 #[derive(Debug, Default)]
 pub(super) struct Bounds {
     stale: u32,
@@ -167,8 +168,9 @@ impl Bounds {
         self.stale > 0
     }
 
-    /// Changes the verdict in the light of earlier attempts, as a failure that repeats would repeat for ever.
-    /// `fresh_after` is the number of failures with a stale statement after which a session has none any more.
+    /// Changes the verdict to [`Verdict::Application`] if the same failure has happened before, because it would then
+    /// repeat for ever. `fresh_after`: after so many failures of one call, no connection has a stale statement any
+    /// more.
     pub(super) fn narrow(
         &mut self,
         verdict: Verdict,
