@@ -1,11 +1,12 @@
 //! Decides whether a transaction whose COMMIT was not answered has been committed. The input is what the transaction
-//! left behind at BEGIN and what the primary says now, the result is a [`Settled`]. Knows nothing of sessions, pools
-//! and time.
+//! left behind at BEGIN and what the primary says now. The result is a [`Settled`]. This module knows nothing of
+//! sessions, pools and time.
 //!
-//! Invariant: [`Settled::Committed`] and [`Settled::NotCommitted`] are true. With [`Proof::Function`] this needs no
-//! assumption about failovers; without it, the pool must have seen each crash that loses the mark. If the outcome
-//! cannot be proved, the result is [`Unsettled`]. docs/exactly-once.md has the argument. The I/O is in `settle`. The
-//! tests are `commit/tests.rs`, with a model of servers that crash, lose WAL and reuse transaction ids.
+//! Invariant: if the result is [`Settled::Committed`] or [`Settled::NotCommitted`], it is true. With
+//! [`Proof::Function`] this needs no assumption about failovers. Without it, the pool must have seen each crash that
+//! loses the mark. If the outcome cannot be proved, the result is [`Unsettled`]. docs/exactly-once.md has the argument.
+//! The I/O is in `settle`. The tests are `commit/tests.rs`, with a model of servers that crash, lose WAL and reuse
+//! transaction ids.
 
 mod ancestry;
 mod ledger;
@@ -21,23 +22,24 @@ pub use ledger::Ledger;
 
 /// What a call promises if the connection is lost between COMMIT and its answer.
 ///
-/// A failure before COMMIT is sent, or a refused COMMIT, leaves nothing in doubt: the work was not committed, and runs
+/// If a failure comes before COMMIT is sent, or the server refuses COMMIT, the work was not committed, and it runs
 /// again under each of these guarantees.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Guarantee {
     /// The pool asks the new primary whether the transaction is in its history, and runs the work again if it is not.
-    /// The question relies on a mark that the transaction wrote to the write-ahead log with BEGIN. This needs no
-    /// schema, and unmodified PostgreSQL 13 or newer. If a server does not offer what is needed, the guarantee is
+    /// The pool asks by a mark that the transaction wrote to the write-ahead log at BEGIN. This needs no schema, and
+    /// works with unmodified PostgreSQL 13 and newer. If a server does not offer what is needed, the guarantee is
     /// [`AtMostOnce`](Self::AtMostOnce), and [`Status::fallback`](crate::view::Status::fallback) says why.
     ///
     /// How many crashes and failovers between BEGIN and the question can be settled depends on what the role may read:
     /// [`Status::evidence`](crate::view::Status::evidence). With the function of `sql/history.sql` it is any number;
-    /// without it, one. After more, the call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown).
+    /// without the function it is one. After more, the call fails with
+    /// [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
-    /// Like `ExactlyOnce`, but settled by a table. It is exact under any number of failovers, and writes one row per
-    /// transaction.
+    /// Like `ExactlyOnce`, but the pool settles commits by a table. This works after any number of failovers, and costs
+    /// one row per transaction.
     Ledger(Ledger),
     /// The call fails with [`Error::CommitUnknown`](crate::Error::CommitUnknown): the work was applied once or not at
     /// all.
@@ -46,10 +48,10 @@ pub enum Guarantee {
     AtLeastOnce,
 }
 
-/// The size of two checkpoint records in bytes, generously: one has some 120.
+/// More bytes than two checkpoint records have. One has about 120.
 const TWO_CHECKPOINTS: u64 = 512;
 
-/// A server in one life, which begins with a start of its postmaster.
+/// A server in one life. A life begins when the postmaster is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Server {
     pub(crate) system_identifier: u64,
@@ -68,8 +70,9 @@ pub(crate) struct Life {
     /// When its statistics were reset, if that shows crashes: from PostgreSQL 15 on, statistics survive a clean restart
     /// but no crash (`pgstat_discard_stats` in `xlog.c`).
     pub(crate) stats_reset: Option<i64>,
-    /// The older timeline of this server's last checkpoint, until it completes a checkpoint on its own timeline. It
-    /// shows that the server followed that timeline, was promoted, and has not crashed since.
+    /// The timeline of this server's last checkpoint, if that is older than the server's own timeline. It shows that
+    /// the server followed that timeline, was promoted, and has not crashed since. `None` once a checkpoint on its own
+    /// timeline is complete.
     pub(crate) ancestor: Option<u32>,
 }
 
@@ -80,8 +83,8 @@ impl Life {
     }
 }
 
-/// A number that only this transaction has in its mark. Ids and positions are given out again after a crash has lost
-/// them, but this number is not.
+/// A random number in the mark of one transaction. If a crash loses transaction ids and WAL positions, the server uses
+/// them again, but no other mark has the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Nonce(pub(crate) u128);
 
@@ -91,9 +94,9 @@ impl fmt::Display for Nonce {
     }
 }
 
-/// Transactions without effect that a pool makes when it first writes on a primary, committed and rolled back in a
-/// random pattern. A history that continues the primary's contains their ids with just these outcomes; another one does
-/// not, by any chance.
+/// The ids and outcomes of transactions that a pool runs when it first writes on a primary. They have no effect, and
+/// are committed and rolled back in a random pattern. A history that continues the primary's contains the same ids with
+/// the same outcomes. It is practically impossible that another history does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Signature(pub(crate) Vec<(u64, bool)>);
 
@@ -113,8 +116,8 @@ pub(crate) struct Marker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
     pub(crate) life: Life,
-    /// Up to where it received WAL as a standby, or replayed its own; `None` if nothing shows that it was a standby
-    /// since its memory was last set up.
+    /// The position up to which it received WAL as a standby, or replayed its own WAL. `None` if nothing shows that it
+    /// has been a standby since its shared memory was last set up.
     pub(crate) received: Option<Lsn>,
     /// Its last checkpoint, if that ended a shutdown or a recovery and the last replay ended right behind it.
     pub(crate) stopped: Option<Lsn>,
@@ -149,7 +152,7 @@ pub(crate) enum Sighting {
     Recycled,
 }
 
-/// Whether the server's record of transactions can tell about the marker.
+/// Whether the server can be asked about the marker's transaction by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Located {
     /// The marker is in this server's history, so its id means this transaction: `pg_xact_status` decides.
@@ -157,9 +160,9 @@ pub(crate) enum Located {
     /// The marker is not in this server's history, and so neither is the commit. The id may belong to another
     /// transaction now.
     Lost,
-    /// It can be decided in a moment.
+    /// The server cannot say yet. Ask again in a moment.
     NotYet,
-    /// Neither can be proved.
+    /// It cannot be proved whether the marker is in this server's history.
     Unclear(Unsettled),
 }
 
@@ -223,22 +226,22 @@ pub enum Unsettled {
     /// The server was still committing it at the deadline, perhaps because it waited for a synchronous standby.
     #[error("it was still in progress at the deadline: look whether COMMIT waits for a synchronous standby")]
     InProgress,
-    /// No synchronous standby had confirmed what the primary says about it by the deadline, so that may be lost with
-    /// the primary.
+    /// By the deadline, no synchronous standby had confirmed what the primary says about the transaction. If the
+    /// primary fails, its successor may say something else.
     #[error("what the primary says of it had not been confirmed by a synchronous standby at the deadline")]
     NotReplicated,
     /// No primary answered before the deadline.
     #[error("there was no primary that answered before the deadline")]
     NoPrimary,
-    /// The primary does not answer the question, for lack of a function, a privilege or the table.
+    /// The primary does not answer the question, because a function, a privilege or the table is missing.
     #[error("the primary refuses to tell: it lacks a function, a right or the ledger's table")]
     NotOffered,
-    /// The ledger may already have been pruned of its row.
+    /// The transaction's row may already have been pruned from the ledger.
     #[error("it began too long ago for the ledger to tell")]
     TooOld,
 }
 
-/// Returns whether the answer depends on more than every role may read, and the server shows it.
+/// Returns whether the decision needs more than what every role may read, and the server shows more.
 pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> bool {
     if now.life.is(&marker.life) {
         return false;
@@ -270,7 +273,8 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     if server.timeline < then.timeline || is_another_of_this_number(marker, now) {
         return Located::Unclear(Unsettled::OtherHistory);
     }
-    // This life of the server wrote everything after the end of the last replay, but another life wrote the marker.
+    // The marker comes after the end of the last replay. This life of the server wrote everything from there on, but an
+    // earlier life wrote the marker. So the marker is not there any more.
     if now.life.replayed.is_some_and(|replayed| replayed < marker.lsn) {
         return Located::Lost;
     }
@@ -289,12 +293,12 @@ fn is_another_of_this_number(marker: &Marker, now: &Now) -> bool {
     now.life.server.timeline == marker.life.server.timeline && promoted
 }
 
-/// Decides for a later life of the server on the marker's timeline. If it crashed only once, it has not lost the
-/// marker.
+/// Decides for a later life of the server on the marker's timeline. If the server has crashed only once, it has not
+/// lost the marker.
 fn restarted(marker: &Marker, now: &Now) -> Located {
     let (before, after) = (marker.life.stats_reset, now.life.stats_reset);
     if before.is_some() && before == after {
-        // However often it was restarted, it never crashed, so it has lost nothing.
+        // The statistics survived, so the server has never crashed since, and has lost nothing.
         return Located::Here;
     }
     match now.life.replayed {
@@ -304,8 +308,8 @@ fn restarted(marker: &Marker, now: &Now) -> Located {
     }
 }
 
-/// Decides for a server on a newer timeline that does not show its history. The marker's timeline must be the one
-/// before, and replay must have ended where that timeline ended.
+/// Decides for a server on a newer timeline that does not show its history. The marker is here if the server's timeline
+/// follows directly on the marker's, and if replay ended where the marker's timeline ended.
 fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     let then = marker.life.server.timeline;
     if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
@@ -315,9 +319,9 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     if then > 1 && now.life.ancestor != Some(then) && !followed {
         return Located::Unclear(Unsettled::Unproven);
     }
-    // Otherwise it may have crashed after its promotion, and `replayed` would be the end of that recovery. If the
-    // statistics survived, a clean shutdown left them and it was then started as a standby: a crash recovery would have
-    // reset them.
+    // If the server has crashed after its promotion, `replayed` is the end of the crash recovery. One of three facts
+    // rules that out. If the statistics survived, the server was shut down cleanly and then started as a standby,
+    // because crash recovery would have reset them.
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
     match now.life.replayed {
@@ -326,16 +330,16 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     }
 }
 
-/// An unseen recovery followed by a shutdown ends with two checkpoints. The server has kept all WAL before both of
-/// them.
+/// Returns whether a crash recovery that no client saw may have lost the marker. Such a recovery, followed by a
+/// shutdown, ends with two checkpoints. The server has kept all WAL before both of them.
 fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
 }
 
 /// Decides for a server on a newer timeline that shows its history, but not the WAL at the marker. A crash on the
-/// marker's timeline may have lost the marker. There was no such crash if there was one promotion and the pool has seen
-/// only that.
+/// marker's timeline may have lost the marker. If there was one promotion, and the pool has seen one new primary, there
+/// was no such crash.
 fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
     let then = marker.life.server.timeline;
     match ancestry.end_of(then) {
@@ -350,9 +354,9 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
 /// Decides what became of the transaction. `status` is what the server says about its id; `None` means that the server
 /// has not given out the id yet.
 ///
-/// If the mark is in the history, the server has moved its next id beyond the mark's. So an id that was not given out
-/// proves that the mark is missing, whatever else is unknown. If the mark seems to be there all the same, an assumption
-/// of the rule does not hold.
+/// If the mark is in the history, the server's next id is greater than the mark's. So if the id was not given out yet,
+/// the mark is missing, whatever else is unknown. If `located` nevertheless says that the mark is here, an assumption
+/// of the rule does not hold, and the outcome is unknown.
 pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
     use Unsettled::{OtherHistory, Restarted, SeveralFailovers, Unproven};
     match (located, status) {
@@ -376,18 +380,18 @@ impl From<XactStatus> for Settled {
     }
 }
 
-/// What the ledger's row with the transaction's id is, once the settler has tried to insert it.
+/// Whose row the ledger has for the transaction's id, after a settler has tried to insert one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// The transaction's own row, which was committed with it.
     Own,
-    /// A settler's row. The transaction can no longer commit, as its own row would be a duplicate.
+    /// A settler's row. The transaction can no longer commit, because its own row would be a duplicate.
     Fence,
 }
 
-/// What the entry says about a transaction that began `age` ago, by the server's clock. Its own row is pruned once it
-/// is older than `keep`, and then a settler would insert a fence. So a fence is only trusted for half of that time; the
-/// other half allows for differences between the clocks of two servers.
+/// Decides by the entry what became of a transaction that began `age` ago, by the server's clock. The transaction's own
+/// row may be pruned once it is older than `keep`, and then a settler would insert a fence. So a fence is trusted only
+/// for half of that time. The other half allows for differences between the clocks of two servers.
 pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> Settled {
     match entry {
         Entry::Own => Settled::Committed,

@@ -14,11 +14,11 @@ impl Ancestry {
         lines.map(ancestor).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Returns where the history left this timeline; `None` if the timeline is no ancestor.
+    /// Returns the position at which the history left this timeline, or `None` if the timeline is no ancestor.
     ///
-    /// A standby may be promoted while it is to follow a newer timeline, but before it has reached the fork. It then
-    /// has that timeline as its parent, with an end before its start. So the end is the smallest one from this timeline
-    /// on.
+    /// A standby that follows a newer timeline may be promoted before it has reached that timeline's fork. Its history
+    /// then contains the newer timeline, with an end before its start. So this returns the smallest end of this
+    /// timeline and of all that follow it.
     pub(crate) fn end_of(&self, timeline: u32) -> Option<Lsn> {
         let at = self.0.iter().position(|(ancestor, _)| *ancestor == timeline)?;
         self.0.iter().skip(at).map(|(_, end)| *end).min()

@@ -1,18 +1,19 @@
-//! The table that tells what became of a transaction, and how long it does. The SQL is in `settle/ledger.rs`.
+//! The table that records committed transactions, and how long it keeps its rows. The SQL is in `settle/ledger.rs`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 const SCHEMA: &str = "failover";
 const TABLE: &str = "ledger";
-/// The shortest and the longest time for which a row is kept. The server's clock takes no time that is much later.
+/// The shortest and the longest time for which a row is kept. The upper limit keeps the time within what the server can
+/// store.
 const KEEP_AT_LEAST: Duration = Duration::from_secs(600);
 const KEEP_AT_MOST: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// A table that records which transactions were committed, for [`Guarantee::Ledger`](crate::Guarantee::Ledger).
 ///
-/// It is exact under any number of crashes and failovers. The price is a table, a row per transaction, and its pruning.
-/// `sql/ledger.sql` contains the table and explains it; [`Ledger::install`] creates it.
+/// It settles commits after any number of crashes and failovers. The price is a table, one row per transaction, and the
+/// pruning of old rows. `sql/ledger.sql` contains the table and explains it; [`Ledger::install`] creates it.
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -50,10 +51,10 @@ impl Ledger {
         Self { schema: schema.into(), table: table.into(), keep: Duration::from_secs(3600) }
     }
 
-    /// Sets how long the rows of this pool's transactions are kept, by the server's clock; at least ten minutes,
-    /// Default: one hour.
+    /// Sets how long the rows of this pool's transactions are kept, by the server's clock. The shortest time is ten
+    /// minutes. Default: one hour.
     ///
-    /// For a transaction that was not committed, the outcome is known for half of this time after its BEGIN. Later it
+    /// If a transaction was not committed, the ledger proves that for half of this time after BEGIN. Later the outcome
     /// counts as unknown.
     #[must_use]
     pub fn keep(mut self, keep: Duration) -> Self {

@@ -1,4 +1,4 @@
-//! Creates the function by which a server shows the history of its WAL.
+//! Creates the function that shows the history of a server's WAL.
 
 use tokio_postgres::{Client, Error};
 
@@ -14,12 +14,12 @@ impl Evidence {
         DDL
     }
 
-    /// Creates the schema `failover` and the function `failover.wal_history` in it, all or nothing. Only a superuser
-    /// may do so, as the function reads files of the server. Idempotent. Cancel-safe.
+    /// Creates the schema `failover` and the function `failover.wal_history` in it: either both or nothing. Only a
+    /// superuser may do so, because the function reads files of the server. Idempotent. Cancel-safe.
     ///
     /// `client` must be connected to the primary, to the database that the pool uses. Afterwards grant the pool's role
-    /// what the end of [`Evidence::ddl`] lists. The pool notices it at its next heartbeat, and [`Status::evidence`]
-    /// shows it.
+    /// what the end of [`Evidence::ddl`] lists. The pool notices the function at its next heartbeat, and
+    /// [`Status::evidence`] shows it.
     ///
     /// ```no_run
     /// # async fn example(admin: tokio_postgres::Client) -> Result<(), tokio_postgres::Error> {

@@ -1,5 +1,6 @@
-//! Settles commits by a table of the user's database. Each transaction writes a row with BEGIN; to find out whether it
-//! was committed, a settler inserts the same id. Decides nothing. The tests are in `tests/it/commit/settle.rs`.
+//! The SQL that settles commits by a table of the user's database. Each transaction writes a row at BEGIN. To find out
+//! whether it was committed, a settler inserts a row with the same id. `commit` decides what the answer means. The
+//! tests are in `tests/it/commit/settle.rs`.
 
 use std::time::Duration;
 
@@ -13,17 +14,17 @@ use crate::topology::{BadReport, STARTED_AT};
 /// The documented SQL file; its names are those of [`Ledger::default`].
 const DDL: &str = include_str!("../../sql/ledger.sql");
 
-/// The longest time for which a settler waits for a lock, as others queue behind it meanwhile.
+/// The longest time for which a settler waits for a lock. Other settlers queue behind it meanwhile.
 const LOCK_TIMEOUT: &str = "250ms";
-/// The most rows that one pruning removes, so that it stays a short transaction.
+/// The most rows that one pruning transaction removes. The limit keeps the transaction short.
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// The current time in microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
-/// The life of the server that answers: a proxy may connect the transaction to another server than the session's
-/// verified one.
+/// Columns that identify the life of the server that answers. A proxy may connect the transaction to another server
+/// than the one that was verified.
 const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
-/// Precedes the pool's own pruning in the same message. Pruning competes with that of other pools, and a
-/// `statement_timeout` that ended each attempt would let the ledger grow for ever.
+/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off: several pools prune at the
+/// same time and wait for each other, and if the time-out ended each attempt, the ledger would grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
 
 impl Ledger {
@@ -37,8 +38,8 @@ impl Ledger {
             .replace("SCHEMA IF NOT EXISTS \"failover\"", &format!("SCHEMA IF NOT EXISTS {}", quoted(self.schema())))
     }
 
-    /// Creates the schema, table and index if they are missing, all or none of them. This needs the privilege to create
-    /// them. Several callers may do so at once. Cancel-safe.
+    /// Creates the schema, the table and the index if they are missing: either all of them or none. This needs the
+    /// privilege to create them. Several callers may call this at the same time. Cancel-safe.
     ///
     /// `client` must be connected to the primary, like those of [`Pool::get`](crate::Pool::get).
     pub async fn install(&self, client: &Client) -> Result<(), Error> {
@@ -51,8 +52,8 @@ impl Ledger {
         self.prune_once(client, "").await
     }
 
-    /// All names are qualified, here and elsewhere, instead of setting `search_path`, as a trigger of the user's may
-    /// need the role's own.
+    /// All names are qualified, here and elsewhere. `search_path` is not set, because a trigger of the user's may need
+    /// the role's own `search_path`.
     async fn prune_once(&self, client: &Client, first: &str) -> Result<u64, Error> {
         let table = self.path();
         let sql = format!(
@@ -79,7 +80,7 @@ impl Ledger {
         }
     }
 
-    /// Returns the statement to send with BEGIN. The server makes the id from its own strong source of randomness.
+    /// Returns the statement to send with BEGIN. The server creates the id, from its own strong source of randomness.
     pub(crate) fn enter(&self) -> String {
         format!(
             "INSERT INTO {} (until) VALUES ({}) \
@@ -93,16 +94,16 @@ impl Ledger {
     }
 
     /// Begins a settler's transaction, and tries to insert the id. If the id's transaction is in progress, this waits
-    /// for a while and then says so; in that case the settler's transaction has ended. `Ok(None)`: the server is not
-    /// the `verified` one.
+    /// for a while and returns [`Settled::InProgress`]. The server has then aborted the settler's transaction.
+    /// `Ok(None)`: the server is not the `verified` one.
     pub(crate) async fn ask(
         &self,
         client: &Client,
         verified: Option<Life>,
         entered: &Entered,
     ) -> Result<Option<Settled>, Option<Error>> {
-        // On a conflict, an update that changes nothing writes WAL, so that COMMIT waits until a synchronous standby
-        // has what was found.
+        // On a conflict, an update that changes nothing writes WAL. So COMMIT waits until a synchronous standby has the
+        // row that was found.
         let sql = format!(
             "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
@@ -132,13 +133,13 @@ impl Ledger {
             _ => return Err(None),
         };
         let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
-        // A clock that went back does not make a row older.
+        // If the clock was set back, the age would be negative. It counts as zero.
         let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
         Ok(Some(settle_entry(entry, Duration::from_micros(age), self.kept_for())))
     }
 
-    /// Returns whether the transaction's own row is there, without changing anything. `None`: the server is not the
-    /// `verified` one.
+    /// Returns whether the transaction's own row is there. Changes nothing. `None`: the server is not the `verified`
+    /// one.
     pub(crate) async fn has(
         &self,
         client: &Client,
@@ -188,9 +189,9 @@ fn is_verified(verified: Option<&Life>, row: &Row, who: usize) -> Result<bool, B
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Entering {
     As(Entered, Backend),
-    /// The server is not in the life that the session was verified in.
+    /// Another server answered than the verified one, or it has restarted or crashed since.
     Elsewhere,
-    /// The transaction was open already, so a COMMIT would also commit another one's work.
+    /// The transaction was open already, so COMMIT would also commit work that is not this call's.
     Joined,
 }
 
@@ -203,7 +204,7 @@ pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, Ba
         return Ok(Entering::Elsewhere);
     }
     let id = text(row, 0).unwrap_or("NULL");
-    // The id is inserted literally into a statement.
+    // The id is put into a statement as text, so nothing else is accepted.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
