@@ -1,10 +1,9 @@
 //! Decides which server is the primary, when a generation begins and ends, and which server to ask next.
 //!
-//! This module knows nothing of sockets, tasks, DNS or clocks: answers and the time come in as values, [`Action`]s go
-//! out.
-//! Invariants: the published timeline never goes back; generation numbers only grow; a signal from an older generation
-//! changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes, `dead_after`).
-//! The tests are in `topology/tests/`.
+//! This module knows nothing of sockets, tasks, DNS or clocks. Answers and the time come in as values, and [`Action`]s
+//! go out. Invariants: the published timeline never goes back; generation numbers only grow; a signal from an older
+//! generation changes nothing; a generation ends only on proof (a newer primary, the same server refusing writes,
+//! `dead_after`). The tests are in `topology/tests/`.
 
 mod action;
 mod candidate;
@@ -69,13 +68,13 @@ pub(crate) struct Topology {
     members: BTreeMap<Address, Member>,
     phase: Phase,
     generation: GenerationId,
-    /// How often the user has accepted another cluster since the last generation began.
+    /// How many times the user has accepted another cluster since the last generation began.
     crossings: u64,
     system_identifier: Option<u64>,
     newest_timeline: Option<u32>,
     /// When the newest timeline was found.
     newest_at: Instant,
-    /// The parts that the primary withholds, or withheld when it was lost.
+    /// The parts that the primary withholds. After the primary is lost, the parts that it withheld before.
     untold: Parts,
     /// When a server of this cluster last answered as its primary.
     own_primary_at: Instant,
@@ -92,25 +91,25 @@ pub(crate) struct Topology {
     unasked: unasked::Unasked,
     traffic: TrafficSample,
     moved_at: Instant,
-    /// When the primary last answered on a session other than the one that the heartbeat asks on, as far as that can be
-    /// observed.
+    /// When the primary last answered on another session than the heartbeat's. Answers on a wrapped pool's sessions are
+    /// not seen, unless a caller reports them.
     received_at: Option<Instant>,
-    /// When connections came to be on loan, after none had been.
+    /// When the first connection was lent after none had been on loan.
     lent_at: Instant,
     /// The second question to the primary, which runs beside the first one.
     beside: Beside,
     fence: fence::Fence,
-    /// How long after a question a silent primary is asked the next one.
+    /// The pause between two questions to a primary that is silent while connections are in use.
     quiet_pause: Duration,
-    /// When a new session was last opened to see which server it reaches.
+    /// When a patrol last opened a new session to see which server it reaches.
     patrolled_at: Instant,
-    /// The primary's address that it was opened to.
+    /// The address of the primary to which that session was opened.
     patrolled: Option<Address>,
-    /// Grows whenever [`Self::view`] would show something else.
+    /// Grows whenever the result of [`Self::view`] changes.
     revision: u64,
     noticed: HashSet<Topic>,
     actions: Vec<Action>,
-    /// Spreads the questions of many pools, so that they do not ask in step.
+    /// Spreads the questions of many pools, so that they do not all ask at the same moment.
     random: SplitMix64,
 }
 
@@ -160,7 +159,7 @@ impl Topology {
     fn ask_due_members(&mut self, now: Instant) {
         let (current, suspended) = (self.primary_address(), self.suspended_address());
         let promotion_wait = self.promotion_wait(now);
-        // As the method of this name, but without borrowing the members.
+        // This is what the method `search` returns, but the members stay free to be borrowed.
         let search = match &self.phase {
             Phase::Searching(search) => Some(search),
             Phase::Known { .. } => None,
@@ -190,12 +189,11 @@ impl Topology {
             member.asking = true;
             member.prompt = false;
             member.asked_at = Some(now);
-            // The kept session to the suspended primary is asked by the question beside, so this one opens a new
-            // session.
+            // The question beside uses the kept session to the suspended primary, so this question opens a new session.
             let fresh = std::mem::take(&mut member.fresh)
                 || suspended.as_ref() == Some(address)
                 || search.is_some_and(|search| member.outlived(search, now));
-            // In a new search, ask plainly first; only then wait for the promotion.
+            // In a new search, ask for a report first. Only the next questions wait for the promotion.
             let waits = !fresh && member.is_standby() && search.is_some_and(|search| member.answered(search));
             member.promotion_wait =
                 promotion_wait.filter(|_| waits).map(|promotion_wait| member.spares(promotion_wait));
@@ -219,7 +217,7 @@ impl Topology {
         let current = self.primary_address().as_ref() == Some(&probed.address);
         let result = probed.result.as_ref().map(|report| self.completed(probed, report));
         let answer = match &result {
-            // An open session does not notice the fence, so the next probe opens a new one.
+            // An open session stays writable although new ones are fenced, so the next probe opens a new session.
             Ok(report) if self.is_fenced(report) && !probed.fresh && !current && !report.in_recovery => {
                 Answer::Refused(report.clone(), Refusal::Fenced)
             }
@@ -274,7 +272,7 @@ impl Topology {
                 member.heard_at = Some(now);
                 member.report = Some(report.clone());
             }
-            // If the primary answers on its kept session, failing to open a second session is not the server's answer.
+            // If the question beside could not open a new session to the primary, keep the answer of the kept session.
             if !(current && probed.beside && probed.result.is_err()) {
                 member.answer = Some(answer.clone());
             }
@@ -293,17 +291,18 @@ impl Topology {
         }
     }
 
-    /// The kept session answered the question beside the first one, or failed to.
+    /// Handles the result of the question beside on a kept session.
     fn kept_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
         match (&self.phase, answer) {
             (Phase::Searching(_), _) => self.suspended_answered(now, probed, answer),
-            // The search in which the question was asked is over.
+            // The question was asked in a search that is over.
             (Phase::Known { .. }, _) => {}
         }
     }
 
-    /// Returns whether the session to a standby should have been renewed, but the server has no slot or no time for a
-    /// new one. The open session will see the promotion all the same, and may be the only one that does.
+    /// Returns whether a new session to a standby could not be opened, because the server has no free slot or does not
+    /// answer in time, while an older session is open. The result is then ignored, because the older session will see
+    /// the promotion, and no other session may be possible.
     fn is_vain_renewal(&self, probed: &Probed) -> bool {
         let busy = |failure: &ProbeFailure| matches!(failure.kind, FailureKind::Full | FailureKind::TimedOut);
         matches!(self.phase, Phase::Searching(_))
@@ -313,7 +312,7 @@ impl Topology {
             && self.is_standby(&probed.address)
     }
 
-    /// Takes in what the sessions in use did since the last call. Call it before each [`Self::poll`].
+    /// Notes what the pool's sessions did since the last call. Call this before each [`Self::poll`].
     pub(crate) fn traffic(&mut self, now: Instant, traffic: TrafficSample) {
         if traffic.in_use && !self.traffic.in_use {
             self.lent_at = now;

@@ -1,10 +1,10 @@
-//! The messages between the topology and its shell: what the shell reports, and what it has to do.
+//! The messages between the topology and its shell, the cluster's task: what the shell reports, and what it has to do.
 
 use std::time::Duration;
 
 use super::{Address, Endpoint, Eviction, GenerationId, Notice, Primary, ProbeFailure, ServerReport};
 
-/// Why a user of the pool doubts that the primary is still one.
+/// Why a caller doubts that the primary is still one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Suspicion {
     /// A session ended or could not be opened.
@@ -20,7 +20,7 @@ pub(crate) struct TrafficSample {
     pub(crate) in_use: bool,
     /// Something was sent or received.
     pub(crate) moved: bool,
-    /// Something was certainly received. Sent messages do not count, as they prove nothing about the server.
+    /// Something was certainly received. Sent messages do not count, because they prove nothing about the server.
     pub(crate) received: bool,
     /// The number of the pool's sessions to the primary that have not ended.
     pub(crate) open: usize,
@@ -44,11 +44,12 @@ pub(crate) struct Probed {
 pub(crate) enum Action {
     /// Ask for the addresses behind this configured name.
     Resolve(usize),
-    /// Probe this server: on a new session if `fresh`; on an open session, run the promotion wait first.
+    /// Probe this server. If `fresh`, open a new session for it. On an open session, run the promotion wait first.
     Probe {
         endpoint: Endpoint,
         fresh: bool,
-        /// A question to the same server may be under way. Unless `fresh`, only a session that is already open is used.
+        /// This is the second question to the server: another one may be under way. Unless `fresh`, only a session that
+        /// is already open is used.
         beside: bool,
         promotion_wait: Option<PromotionWait>,
         /// Time limit for the answer on an open session, including the promotion wait.
@@ -58,21 +59,23 @@ pub(crate) enum Action {
     },
     /// Checkouts wait, but the generation's connections stay open.
     Suspend { why: String },
-    /// The suspended generation's server is the verified primary again, perhaps at another address.
+    /// The primary of the suspended generation is verified again, perhaps at another address.
     Resume { primary: Primary, lost_for: Duration },
-    /// The primary tells more about itself than when its generation began.
+    /// The primary has reported more about itself than when its generation began.
     Learned { report: ServerReport },
     /// From now on, new sessions to the primary connect to this address.
     Move { endpoint: Endpoint },
-    /// All connections of this generation end now. `lost`: it was in use until now, without a suspension before.
+    /// All connections of this generation end now. `lost`: the generation was in use until now, and was not suspended
+    /// before.
     End { id: GenerationId, cause: Eviction, why: String, lost: bool },
     /// A new generation begins.
     Begin { primary: Primary, lost_for: Option<Duration> },
-    /// An operator should know this. Each notice is given once.
+    /// The operator should know this. Each notice is given once.
     Notice(Notice),
 }
 
-/// A wait on the server for the end of its recovery, so that a promotion is seen the moment it happens.
+/// A wait on a standby for its promotion. The statement runs on the server, so the pool sees the promotion as soon as
+/// it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PromotionWait {
     /// The wait ends after this time in any case.

@@ -1,4 +1,4 @@
-//! The types that describe a candidate: where it is, why it is asked, what it answered.
+//! The types that describe a candidate: where it is, why it is asked, and what it answered.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -26,7 +26,7 @@ pub enum Address {
 }
 
 impl Address {
-    /// Returns whether the address is itself this host name, so that its text already shows the name.
+    /// Returns whether the host name is the address itself, so that the address already shows the name.
     fn is_named(&self, host: &str) -> bool {
         matches!(self, Self::Tcp(address) if host.trim_matches(['[', ']']).parse() == Ok(address.ip()))
     }
@@ -90,7 +90,7 @@ pub enum FailureKind {
     Full,
     /// The server refuses these credentials, this database or this kind of TLS. Asking again does not help.
     Refused,
-    /// What answered is not PostgreSQL, or its answer makes no sense.
+    /// Something that is not PostgreSQL answered, or the answer makes no sense.
     NotPostgres,
     /// Servers of several clusters answer, and it is not known which cluster is meant. Or all servers that answer
     /// belong to another cluster than the [configured one](crate::PoolBuilder::system_identifier).
@@ -102,7 +102,7 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    /// Returns whether the failure is not silence: the server itself answered, or it was not asked for lack of a
+    /// Returns whether the failure is not silence: the server itself answered, or it was not asked because there was no
     /// password.
     pub(super) fn is_an_answer(self) -> bool {
         matches!(self, Self::NotNow | Self::Full | Self::Refused | Self::Errored)
@@ -119,7 +119,7 @@ pub struct ProbeFailure {
     /// What happened, in one line.
     pub message: String,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
-    /// The server refused a log-in, although callers are told that it may pass.
+    /// The server refused a log-in, but callers are told that a later one may succeed.
     may_pass: bool,
 }
 
@@ -128,14 +128,14 @@ impl ProbeFailure {
         Self { kind, message: shortened(message.into()), source: None, may_pass: false }
     }
 
-    /// The server refused a log-in whose password is being changed: callers wait, and the next log-ins are as rare as
-    /// after any refusal.
+    /// Marks a refused log-in that may succeed later, because the password is being changed. Callers wait, and the next
+    /// log-ins are as rare as after any refusal.
     pub(crate) fn that_may_pass(self) -> Self {
         Self { kind: FailureKind::NotNow, may_pass: true, ..self }
     }
 
-    /// Returns whether the server refused a log-in, whatever callers are told. The next one will most likely be refused
-    /// too.
+    /// Returns whether the server refused a log-in, so that the next one will most likely be refused, too. What callers
+    /// are told does not matter here.
     pub(crate) fn is_refused_log_in(&self) -> bool {
         self.kind == FailureKind::Refused || self.may_pass
     }
@@ -145,7 +145,7 @@ impl ProbeFailure {
     }
 }
 
-/// Shortens what an unknown server said, which is kept and copied into logs and errors.
+/// Shortens a message of an unknown server, because the message is kept and copied into logs and errors.
 pub(crate) fn shortened(mut message: String) -> String {
     if let Some((end, _)) = message.char_indices().nth(LONGEST_MESSAGE) {
         message.truncate(end);
@@ -180,16 +180,16 @@ pub enum Refusal {
         /// The identifier that the server gave.
         found: u64,
     },
-    /// It is writable, but a newer timeline is known: an old primary that came back.
+    /// It is writable, but a newer timeline is known: it is an old primary that came back.
     Zombie {
         /// The server's timeline.
         timeline: u32,
         /// The newest timeline seen.
         newest: u32,
     },
-    /// It withholds its system identifier, while the cluster that this pool knows has one.
+    /// It withholds its system identifier, although this pool knows the identifier of its cluster.
     Unidentified,
-    /// It withholds its timeline, while this pool knows one: it may be an old primary that came back.
+    /// It withholds its timeline, although this pool knows a timeline. So it may be an old primary that came back.
     NoTimeline {
         /// The newest timeline seen.
         newest: u32,
@@ -204,8 +204,8 @@ impl Refusal {
         matches!(self, Self::Unidentified | Self::NoTimeline { .. })
     }
 
-    /// Returns the reason to evict if the server itself refuses writes. The other refusals only say that its identity
-    /// is unknown, or that it is another server.
+    /// Returns the reason to evict, if the refusal proves that the server itself refuses writes. The other refusals
+    /// only say that its identity is unknown, or that it is another server.
     pub(super) fn proof(self) -> Option<Eviction> {
         match self {
             Self::Standby => Some(Eviction::Demoted),

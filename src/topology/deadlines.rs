@@ -1,7 +1,8 @@
-//! What the topology does by itself, and when: one table, which both [`Topology::poll`] and [`Topology::wake_at`] read.
+//! What the topology does by itself, and when. Both [`Topology::poll`] and [`Topology::wake_at`] read one table, so
+//! nothing can become due without a wake-up.
 //!
-//! The idea is that of quinn-proto's `timer.rs`. There, the table stores the instants; here, each is computed from the
-//! state that it depends on, so that no second copy of it must be kept up to date.
+//! The idea comes from quinn-proto's `timer.rs`. There, the table stores the instants. Here, each instant is computed
+//! from the state that it depends on, so that no second copy must be kept up to date.
 
 use tokio::time::Instant;
 
@@ -17,39 +18,40 @@ struct Deadline {
 }
 
 enum When {
-    /// It is done when this instant has come. Doing it moves the instant, or removes it.
+    /// It is done once when this instant has come. That moves the instant, or removes it.
     At(At),
-    /// It is done at every poll from this instant on. So only the first of these polls needs a wake-up.
+    /// It is done at every poll from this instant on, so only the first of these polls needs a wake-up.
     From(At),
-    /// It depends on more than the time, and is looked at with every poll. There is a poll at this instant at the latest.
+    /// It depends on more than the time, so it is called at every poll. This instant is the latest time for the next
+    /// poll.
     EachPoll(At),
 }
 
-/// In the order in which they are carried out: what decides about the primary, then what hurries questions, then what
-/// asks them.
+/// The deadlines in the order in which they are carried out: first decisions about the primary, then what makes
+/// questions urgent, then the questions.
 static DEADLINES: [Deadline; 14] = [
-    // The pool's own cluster has been silent for so long that another one is followed.
+    // The pool's own cluster has had no primary for so long that the pool follows another cluster.
     Deadline { when: When::From(Topology::follow_at), act: Topology::follow_successor },
-    // The other servers have had enough time to object to the best writable one.
+    // The best writable server has waited long enough for the answers of the other servers.
     Deadline { when: When::At(Topology::pick_at), act: Topology::decide_pick },
     // Every server that answers refuses the pool, and waiting has not helped.
     Deadline { when: When::At(|it| it.search()?.judge_at), act: Topology::judge_refusals },
-    // A primary that was suspended for silence is heard on an open session.
+    // A primary that was suspended for silence has answered on an open session.
     Deadline { when: When::EachPoll(|_| None), act: Topology::resume_heard },
     // A suspended primary has been silent for `dead_after`.
     Deadline { when: When::At(Topology::dead_at), act: Topology::give_up_silent },
-    // The operator is told that the search takes long.
+    // The search takes long, so the operator is told.
     Deadline { when: When::At(Topology::long_search_at), act: Topology::tell_of_a_long_search },
-    // The known primary's sessions are mute, and new ones fail. The samples of the next row show it.
+    // The known primary's sessions receive nothing, and new ones fail. The samples that the next row takes show this.
     Deadline { when: When::EachPoll(|_| None), act: Topology::give_up_mute },
     // The known primary's sessions are silent while they are in use.
     Deadline { when: When::EachPoll(Topology::sample_at), act: Topology::ask_if_quiet },
-    // The known primary takes long to answer, so the other servers are asked more often.
+    // The known primary takes long to answer, so the other servers are asked sooner.
     Deadline { when: When::From(Topology::uneasy_at), act: Topology::hurry_others },
     Deadline { when: When::At(Topology::names_due), act: Topology::look_up_due_names },
     // Queued servers take the place of members that are due now.
     Deadline { when: When::EachPoll(|_| None), act: Topology::take_turns },
-    // No other server is in sight. Heartbeats come often enough for this.
+    // No other server is in sight. This needs no wake-up of its own, because heartbeats are frequent enough.
     Deadline { when: When::EachPoll(|_| None), act: Topology::patrol_alone },
     Deadline { when: When::At(Topology::beside_at), act: Topology::ask_beside },
     Deadline { when: When::At(Topology::members_due), act: Topology::ask_due_members },

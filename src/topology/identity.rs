@@ -1,6 +1,6 @@
-//! Decides which cluster is the pool's own. The cluster is never guessed, and only the user can change it.
+//! Decides which cluster is the pool's own. The pool never guesses the cluster, and only the user can change it.
 //!
-//! Timelines are compared within one cluster only: those of two system identifiers are unrelated.
+//! Timelines are compared within one cluster only, because the timelines of two clusters are unrelated.
 
 use std::collections::BTreeSet;
 
@@ -9,11 +9,11 @@ use super::{
     Role, Search, ServerReport, Topology,
 };
 
-/// A server that named its cluster in the first search and then falls silent is remembered for this long: its silence
-/// does not make the other cluster the right one.
+/// In the first search, a server that reported its cluster and then fell silent is remembered for this long. Its
+/// silence does not prove that the other cluster is the right one.
 const REMEMBER_RIVAL: Duration = Duration::from_secs(30);
 
-/// The most servers that the error about two clusters names.
+/// The most servers that the error about several clusters lists.
 const NAMED: usize = 8;
 
 /// Which cluster the pool is to belong to from now on.
@@ -21,12 +21,12 @@ const NAMED: usize = 8;
 pub(crate) enum Accept {
     /// This cluster in its present state, even if that is an older timeline.
     Cluster(u64),
-    /// Whichever cluster the next search finds, as if it were the first search.
+    /// Any cluster that the next search finds, as in the first search.
     Any,
 }
 
-/// Returns whether both reports are of the same cluster. Two servers that withhold their identifier count as one
-/// cluster, as nothing tells them apart.
+/// Returns whether both reports are from the same cluster. Two servers that withhold their identifier count as one
+/// cluster, because nothing distinguishes them.
 pub(super) fn comparable(one: &ServerReport, other: &ServerReport) -> bool {
     one.system_identifier == other.system_identifier
 }
@@ -62,7 +62,7 @@ impl Topology {
         Some(ProbeFailure::new(FailureKind::SeveralClusters, message))
     }
 
-    /// The user names the cluster that is the pool's own from now on.
+    /// Follows the user's choice of the cluster that is the pool's own from now on.
     pub(crate) fn accept(&mut self, now: Instant, accepted: Accept) {
         let why = match accepted {
             Accept::Cluster(system_identifier) => {
@@ -89,8 +89,8 @@ impl Topology {
             self.newest_timeline = primary.report.timeline;
             return;
         }
-        // A commit begun on another cluster stays in doubt for ever, as no later primary continues that cluster's
-        // history.
+        // This makes the number of the next generation higher, so that a commit of the previous cluster stays in doubt.
+        // No later primary continues that cluster's history.
         self.crossings += u64::from(self.generation.0 > 0);
         let ended = match &mut self.phase {
             Phase::Known { primary, .. } => Some((primary.id, true)),
@@ -118,8 +118,8 @@ impl Topology {
         self.names.iter_mut().for_each(|name| name.doubt(now));
     }
 
-    /// Follows the user's policy (`accept_new_cluster_after`): if no server of the pool's cluster has answered as its
-    /// primary for that long, the cluster has been replaced by the one that answers in its place.
+    /// Applies `accept_new_cluster_after`: if no server of the pool's cluster has answered as its primary for that
+    /// long, the pool follows the one cluster that answers in its place.
     pub(super) fn follow_successor(&mut self, now: Instant) {
         let Some(after) = self.settings.accept_new_cluster_after else {
             return;
@@ -142,7 +142,7 @@ impl Topology {
         Some(self.unasked.counts_from(self.own_primary_at.max(search.since)) + after)
     }
 
-    /// Writable servers that are refused because of the cluster they belong to.
+    /// The reports of writable servers that were refused in this search because of their cluster or their timeline.
     fn claimants(&self) -> impl Iterator<Item = &ServerReport> {
         let search = self.search();
         let claims = move |member: &'_ Member| search.is_some_and(|search| member.answered(search));
@@ -156,7 +156,7 @@ impl Topology {
 }
 
 impl Member {
-    /// Forgets its answer, so that it is asked anew: the answer was judged by rules that no longer hold.
+    /// Forgets its answer, which was judged for another cluster, so that it is asked again.
     fn forget_word(&mut self) {
         self.answer = None;
         self.report = None;

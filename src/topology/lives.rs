@@ -1,12 +1,14 @@
-//! Decides whether the primary lives, as far as its sessions show, and asks a second question beside the heartbeat.
+//! Decides by the sessions to the primary whether the primary lives, and asks it a second question beside the
+//! heartbeat. A primary that seems dead is suspended. `search.rs` decides when it is given up.
 //!
 //! `topology/tests/lives.rs` checks these rules with tables and properties:
 //!
-//! - An answer on any open session of the generation proves that the server lives; so does anything received there.
-//! - A session that cannot be opened proves nothing about a server while an older session is open: ask that one.
+//! - An answer, or anything else received, on any open session of the generation proves that the server lives.
+//! - While an older session is open, a session that cannot be opened proves nothing about the server. The older session
+//!   is asked.
 //! - An error in place of a report is an answer. The server's role stays what it reported last.
-//! - An unanswered question is silence only if nothing was received meanwhile, on a session of the pool or in answer to the
-//!   second question.
+//! - An unanswered question is silence only if nothing was received meanwhile: neither on a session of the pool, nor in
+//!   answer to the second question.
 
 use std::time::Duration;
 
@@ -22,20 +24,21 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A second question to the primary, which runs at the same time as the first, on another session.
 ///
 /// While the primary is known, the first question uses the kept session, and this one opens a new session. So a server
-/// that accepts no new sessions is still asked. In a search it is the other way round: candidates are asked on new
-/// sessions, and this question uses the kept session to the suspended primary.
+/// that accepts no new sessions is still asked. In a search, the first question opens a new session to each candidate,
+/// and this one uses the kept session to the suspended primary.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
-    /// When to ask; `None` while there is no reason to.
+    /// When to ask. `None` while there is no reason to ask.
     pub(super) due: Option<Instant>,
     pub(super) asking: bool,
     pub(super) asked_at: Option<Instant>,
-    /// How many new sessions failed in a row.
+    /// How many attempts to open a new session have failed in a row.
     failures: u32,
 }
 
 impl Beside {
-    /// Asks as soon as possible. The pause between two questions doubles with each new session that fails in a row.
+    /// Asks as soon as possible, but not before the pause has passed since the last question. The pause doubles with
+    /// each attempt that fails in a row.
     pub(super) fn hurry(&mut self, now: Instant, pause: Duration) {
         let pause = pause.saturating_mul(1 << self.failures.min(10)).min(LONGEST_PAUSE.max(pause));
         let earliest = self.asked_at.map_or(now, |asked| now.max(asked + pause));
@@ -46,27 +49,27 @@ impl Beside {
         *self = Self { due: None, asking: true, asked_at: Some(now), ..*self };
     }
 
-    /// Notes that the question ended, and returns how long it took.
+    /// Notes that the question has ended, and returns how long it took.
     pub(super) fn answered(&mut self, now: Instant) -> Option<Duration> {
         self.asking = false;
         self.asked_at.map(|asked| now.duration_since(asked))
     }
 }
 
-/// What a question without a report shows about a known primary.
+/// What a question that brought no report shows about a known primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Finding {
-    /// It lives, and its role stays what it reported last.
+    /// The server lives. Its role stays what it reported last.
     Lives,
-    /// The session of the question ended, which proves nothing yet.
+    /// The session of the question has ended. That proves nothing yet.
     SessionEnded,
-    /// New sessions fail, but older ones are open and show more.
+    /// New sessions fail, but older ones are open. Those show whether the server lives.
     NewSessionsFail,
-    /// Nothing shows that it lives.
+    /// Nothing shows that the server lives.
     Gone,
 }
 
-/// What is known at the time when a question failed.
+/// What is known at the moment when a question has failed.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Sighting {
@@ -79,15 +82,15 @@ pub(super) struct Sighting {
     pub(super) pooled_open: bool,
     /// Something was received on another session to this primary since the question was asked.
     pub(super) received: bool,
-    /// A user waits for an answer on one of the pool's sessions, and nothing has come for `heartbeat_timeout`.
+    /// A caller waits on one of the pool's sessions, and nothing was sent or received for `heartbeat_timeout`.
     pub(super) mute: bool,
 }
 
 impl Sighting {
     pub(super) fn finding(self) -> Finding {
         match (self.fresh, self.kind) {
-            // The server itself answered. All its slots may be taken by this pool: if the callers waited for a free
-            // slot, they would wait for themselves.
+            // The server itself has answered. The callers must not wait for a free slot: this pool's own connections
+            // may use all of them.
             (_, FailureKind::Full) | (false, FailureKind::Errored) => Finding::Lives,
             (false, FailureKind::TimedOut) if self.received => Finding::Lives,
             // An administrator (57P01) or a proxy may have ended the session.
@@ -100,9 +103,9 @@ impl Sighting {
 }
 
 impl Topology {
-    /// Opens a new session with each patrol if no other server is in sight. A successor then appears at the primary's
-    /// own address or not at all, as there may be a proxy, and the kept session would never see it. The same is done if
-    /// nothing else shows which settings new sessions get.
+    /// Opens a new session to the primary with each patrol if no other server is in sight. There may be a proxy at the
+    /// primary's address. A successor then appears only behind this address, and the kept session would never see it.
+    /// The pool does the same if only a new session shows which settings new sessions get.
     pub(super) fn patrol_alone(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -116,7 +119,8 @@ impl Topology {
         let current = primary.endpoint.address.clone();
         let alone = !self.members.iter().any(|(address, member)| *address != current && in_sight(member));
         let due = now >= self.patrolled_at + self.settings.patrol.mul_f64(0.9);
-        // A roaming pool, which opens sessions by another pool's manager, has a patrol of its own.
+        // A roaming pool opens its sessions by another pool's manager, and has a patrol of its own in
+        // `ask_due_members`.
         if (alone || self.must_look_anew()) && due && !self.settings.roaming {
             self.patrolled_at = now;
             match self.next_address().filter(|address| *address != current && !self.must_look_anew()) {
@@ -126,7 +130,8 @@ impl Topology {
         }
     }
 
-    /// The primary's addresses take turns: the session to another one is kept, too, and would not see a successor either.
+    /// Returns the address for the next patrol. All addresses of the primary take turns, because the pool keeps a
+    /// session to each of them, and no kept session would see a successor.
     fn next_address(&mut self) -> Option<Address> {
         let Phase::Known { primary, .. } = &self.phase else {
             return None;
@@ -160,7 +165,7 @@ impl Topology {
         let endpoint = primary.endpoint.clone();
         self.beside.begin(now);
         if let Some(member) = self.members.get_mut(&endpoint.address).filter(|member| fresh && !member.asking) {
-            // Keeps the first question from opening another new session right away.
+            // The first question now counts from this moment, so that it does not open another new session right away.
             member.asked_at = Some(now);
         }
         let within = self.settings.heartbeat_timeout;
@@ -173,13 +178,14 @@ impl Topology {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
 
-    /// A caller waits on a session of the pool, and nothing was sent or received for `heartbeat_timeout`.
+    /// Returns whether a caller waits on a session of the pool, and nothing was sent or received for
+    /// `heartbeat_timeout`.
     fn is_mute(&self, now: Instant) -> bool {
         let heard_at = self.unasked.counts_from(self.moved_at.max(self.lent_at));
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
-    /// Handles a question to the known primary that brought no report.
+    /// Handles the failure of a question to the known primary.
     pub(super) fn primary_failed(&mut self, now: Instant, probed: &Probed, failure: &ProbeFailure) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -195,15 +201,15 @@ impl Topology {
             mute: self.is_mute(now),
         };
         let why = format!("{}: {failure}", primary.endpoint);
-        // An answer is not silence, so its connections must not end for silence, for instance while the password
-        // provider fails.
+        // These failures are not silence, so `dead_after` must not run. For instance, the password provider may fail
+        // while the server is well.
         if failure.kind.is_an_answer() {
             self.primary_lives(now);
         }
         match sighting.finding() {
             Finding::Lives => {
                 self.primary_lives(now);
-                // No other failure is the server's own answer to this question.
+                // This failure is the server's own answer to this question. No other one is.
                 if failure.kind == FailureKind::Full {
                     self.heard(now);
                 }
@@ -225,13 +231,14 @@ impl Topology {
         }
     }
 
-    /// Asks the primary before the usual time, on the kept session, or on a new one if there is none.
+    /// Asks the primary before the usual time: on the kept session, or on a new one if none is kept.
     pub(super) fn ask_now(&mut self, now: Instant, address: &Address, pause: Duration) {
         let Some(member) = self.members.get_mut(address).filter(|member| !member.asking) else {
             return;
         };
         let due = member.asked_at.map_or(now, |asked| now.max(asked + pause));
-        // An earlier due time counts only if the question was already urgent; otherwise it was put off on purpose.
+        // If the question was already urgent, the earlier of the two times counts. Otherwise only `pause` counts,
+        // because the caller wants that pause.
         member.due = if member.prompt { due.min(member.due) } else { due };
         member.prompt = true;
     }
@@ -253,8 +260,8 @@ impl Topology {
         }
     }
 
-    /// Gives up the primary if new sessions fail, the heartbeat's session hangs too, and the open sessions receive
-    /// nothing.
+    /// Suspends the primary if new sessions fail, the heartbeat's question has no answer, and the pool's open sessions
+    /// receive nothing.
     pub(super) fn give_up_mute(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -268,17 +275,18 @@ impl Topology {
         }
     }
 
-    /// A caller could not open a session, or lost one.
+    /// A caller could not open a session, or has lost one: opens a new session to the primary soon.
     pub(super) fn doubt(&mut self, now: Instant, address: &Address) {
         let full = self.members.get(address).and_then(super::Member::full_pause).unwrap_or_default();
         self.beside.hurry(now, self.settings.poll.0.max(full));
-        // That new sessions fail proves nothing, so ask the kept session whether the server has died meanwhile.
+        // The failure of new sessions proves nothing, so ask the kept session whether the server still lives.
         if self.beside.failures > 0 {
             self.ask_now(now, address, self.settings.heartbeat / super::QUIET);
         }
     }
 
-    /// The primary answers at another address as well. If it accepts no more sessions at its own, use the other one.
+    /// The primary answers at another address as well. If new sessions to its own address fail, use the other address
+    /// from now on.
     pub(super) fn reach_at(&mut self, now: Instant, address: &Address) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
             return;
@@ -303,7 +311,7 @@ impl Topology {
         self.beside.failures = 0;
     }
 
-    /// The kept session to the suspended primary answered, or failed to.
+    /// Handles the result of a question to the suspended primary on its kept session.
     pub(super) fn suspended_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
         let pause = self.settings.poll.1;
         let main = self.members.get(&probed.address).map(|member| member.answer.clone());
@@ -336,8 +344,8 @@ impl Topology {
         };
         *answered_at = now;
         self.untold = self.untold.and(report.withheld);
-        // An older session does not notice settings that apply to new ones. While the server's role is in doubt, only a
-        // new session can clear it, unless none can be opened.
+        // An older session does not show the settings of new ones. So if the primary's role is in doubt, only a new
+        // session can resume it, unless no new session can be opened.
         let new_sessions_fail = matches!(main, Some(Some(Answer::Failed(_))))
             && self.members.get(&probed.address).is_some_and(|member| member.answered_at.is_some_and(|at| at >= since));
         let silent = *silent;

@@ -1,4 +1,4 @@
-//! What is known of each candidate, and which candidates there are: which to add, and which to forget for a new one.
+//! What is known of each candidate, which candidates are added, and which one is forgotten to make room.
 
 use std::time::Duration;
 
@@ -16,33 +16,33 @@ pub(super) const MAX_MEMBERS: usize = 64;
 pub(super) struct Member {
     pub(super) endpoint: Endpoint,
     pub(super) origin: Origin,
-    /// When to ask next. A probe that is under way must end first.
+    /// When to ask next. If a probe is under way, it must end first.
     pub(super) due: Instant,
     pub(super) asking: bool,
-    /// The promotion wait that the last question began with.
+    /// The promotion wait of the last question, if it had one.
     pub(super) promotion_wait: Option<PromotionWait>,
     pub(super) asked_at: Option<Instant>,
     pub(super) answered_at: Option<Instant>,
     /// When its last report came.
     pub(super) heard_at: Option<Instant>,
     pub(super) answer: Option<Answer>,
-    /// When the last answered question was asked.
+    /// When the question was asked whose answer came last.
     pub(super) told_at: Option<Instant>,
     /// Its last report, which came at `heard_at`.
     pub(super) report: Option<ServerReport>,
-    /// The parts it withholds that an operator has already been told about.
+    /// The parts that it withholds. The operator has been told about these already.
     pub(super) kept_back: Parts,
     /// How many times in a row it had no free connection slot.
     pub(super) full: u32,
     pub(super) took: Option<Duration>,
-    /// How long its last report took, and the quicker one of the last two.
+    /// How long its last report took. `usually` is the shorter time of the last two reports.
     reported_in: Option<Duration>,
     pub(super) usually: Option<Duration>,
     /// The next probe must open a new session.
     pub(super) fresh: bool,
-    /// The next question must not be postponed to the usual time.
+    /// The next question is urgent, so it must not be postponed to the usual time.
     pub(super) prompt: bool,
-    /// When the session that was asked last was opened.
+    /// When the session of the last question was opened.
     pub(super) opened_at: Option<Instant>,
     /// It has proved to belong to this cluster.
     pub(super) verified: bool,
@@ -54,20 +54,21 @@ impl Member {
         matches!(&self.answer, Some(Answer::Failed(failure)) if !failure.kind.is_an_answer())
     }
 
-    /// Returns whether its session can be kept for the promotion: a session to a standby survives the promotion and
-    /// becomes the first one of the new primary. A session opened under a fence stays read-only after the fence is
-    /// lifted, so it does not count.
+    /// Returns whether it is a standby whose session can be kept. Such a session survives the promotion and becomes the
+    /// first one of the new primary. A session that was opened under a fence does not count, because it stays read-only
+    /// after the fence is lifted.
     pub(super) fn is_standby(&self) -> bool {
         matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
     }
 
-    /// Notes how long a report took. A single slow one does not count.
+    /// Notes how long a report took. A single slow report does not count.
     pub(super) fn note_pace(&mut self, took: Option<Duration>) {
         let last = std::mem::replace(&mut self.reported_in, took);
         self.usually = last.into_iter().chain(took).min();
     }
 
-    /// Adapts the wait to the server: a slow server is probably polled by many pools, so check it less often.
+    /// Adapts the promotion wait to the server. A slow server is probably polled by many pools, so it is checked less
+    /// often.
     pub(super) fn spares(&self, promotion_wait: PromotionWait) -> PromotionWait {
         let step = promotion_wait.step.max(self.took.unwrap_or_default() / 2).min(promotion_wait.lasts);
         PromotionWait { step, ..promotion_wait }
@@ -78,23 +79,24 @@ impl Member {
         self.answered_at.is_some_and(|at| at >= search.since)
     }
 
-    /// Returns whether its kept session has long enough reported a standby: the address may be a proxy's, which leads a
-    /// new session to another server.
+    /// Returns whether its kept session has reported a standby for so long that a new session should be opened. The
+    /// address may be a proxy's, and then a new session may reach another server.
     ///
-    /// The time counts from the start of the search, so a kept session is asked first, however old it is.
+    /// The time counts from the start of the search. So each search asks the kept session first, even if that is old.
     pub(super) fn outlived(&self, search: &Search, now: Instant) -> bool {
         matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
             && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
     }
 
-    /// Returns whether the next question to it is a log-in that will most likely be refused, as the last one was.
+    /// Returns whether the next question is a log-in that will most likely be refused, because the last log-in was
+    /// refused.
     pub(super) fn must_log_in(&self, current: Option<&Address>) -> bool {
         let held = current == Some(&self.endpoint.address) && !self.fresh;
         let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in());
         refused && !held
     }
 
-    /// How long to leave a server alone that had no free connection slot.
+    /// The pause before this server is asked again, if it had no free connection slot.
     pub(super) fn full_pause(&self) -> Option<Duration> {
         let doublings = self.full.checked_sub(1)?.min(16);
         Some((FULL_PAUSE.0 * 2_u32.pow(doublings)).min(FULL_PAUSE.1))
@@ -122,8 +124,8 @@ impl Topology {
         !self.settings.roaming && self.members.get(address).is_some_and(Member::is_standby)
     }
 
-    /// Members that are not forgotten, whatever DNS says: the primary, the suspended one, and the one about to be
-    /// believed.
+    /// The members that are kept even if DNS no longer names them: the primary, or the suspended primary and the server
+    /// that is about to be accepted.
     pub(super) fn needed(&self) -> Vec<Address> {
         match &self.phase {
             Phase::Known { primary, .. } => vec![primary.endpoint.address.clone()],
@@ -172,9 +174,9 @@ impl Topology {
         self.members.insert(endpoint.address, member);
     }
 
-    /// Makes room for a new member by forgetting the one that was named longest ago, among those that the newest DNS
-    /// answer does not name. A verified member may be the next primary, so a mistake in DNS pushes out at most half of
-    /// those.
+    /// Makes room for a new member. Forgets the member that was named longest ago, among those that the newest DNS
+    /// answer does not name. A verified member may be the next primary, so verified members are forgotten only while
+    /// they are more than half of all, however wrong DNS is.
     fn forget_one(&mut self, now: Instant) -> bool {
         let needed = self.needed();
         let crowded = self.members.values().filter(|member| member.verified).count() > MAX_MEMBERS / 2;

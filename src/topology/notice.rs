@@ -11,19 +11,20 @@ use super::{Action, Address, Answer, Parts, Phase, Probed, Refusal, Topology};
 pub(crate) enum Notice {
     /// A writable server was refused.
     Refused(Address, Refusal),
-    /// Two servers of one timeline are writable; the one in use stays.
+    /// Two servers are writable, and no timeline shows which is the newer one. The one in use stays.
     TwoPrimaries(Address),
     /// The server withholds these parts from the pool's role.
     Withheld(Address, Parts),
     /// There are more addresses than are probed at the same time.
     TooManyCandidates(usize),
-    /// By the user's word, another cluster is the pool's own from now on. `None`: whichever cluster is found.
+    /// The user has accepted another cluster as the pool's own. `accepted` is `None` if any cluster is accepted.
     ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
     /// There has been no primary for this long.
     StillSearching(Duration),
 }
 
-/// What makes two notices the same one, apart from their numbers: a strange server could send new numbers for ever.
+/// Two notices with the same topic count as the same notice. Numbers are not part of it, because a strange server could
+/// send new numbers for ever.
 pub(super) type Topic = (&'static str, Option<Address>, Option<std::mem::Discriminant<Refusal>>);
 
 impl Notice {
@@ -63,7 +64,8 @@ impl Topology {
         }
     }
 
-    /// Forgets what was said of servers that are no longer candidates, so that it is said again if they come back.
+    /// Forgets the notices about servers that are no longer candidates, so that they are given again if a server comes
+    /// back.
     pub(super) fn forget_notices(&mut self) {
         let members = &self.members;
         self.noticed.retain(|topic| topic.1.as_ref().is_none_or(|address| members.contains_key(address)));

@@ -8,23 +8,24 @@ use tokio::time::Instant;
 
 use super::{Address, Answer, Member, Phase, PromotionWait, Topology};
 
-/// How long a member is remembered that DNS no longer names and that does not answer.
+/// How long a verified member is remembered after DNS has last named it and it has last answered.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
-/// Shortest and longest time that the first writable server of a search waits for other servers to object.
+/// Shortest and longest time for which a search waits for the answers of other servers before it accepts the first
+/// writable one.
 pub(super) const GRACE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(100));
-/// The same in the very first search, which knows no timeline to recognise an old primary by.
+/// The same in a search that knows no timeline, and so cannot recognise an old primary.
 pub(super) const FIRST_GRACE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// Time without an answer before the pool becomes uneasy about the primary: three times as long as its answers take, but
-/// at least the first of these. The second is for a primary that has not answered yet.
+/// Time without an answer after which the pool asks the other servers sooner. It is three times as long as the
+/// primary's answers take, but at least the first value. The second value is for a primary that has not answered yet.
 const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_millis(250));
-/// Pace of asking the other servers while the pool is uneasy, so that a successor is seen before the primary is given
-/// up.
+/// How often the other servers are asked while the primary takes long to answer, so that a successor is seen before the
+/// primary is suspended.
 pub(super) const UNEASY_PACE: Duration = Duration::from_millis(100);
-/// While connections are in use, a primary that is silent for this fraction of the heartbeat's interval is asked.
+/// While connections are in use, the primary is asked if it was silent for the heartbeat's interval divided by this.
 pub(super) const QUIET: u32 = 20;
 /// Shortest pause between two samples of the sessions' traffic.
 const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
-/// A search that takes longer than this is logged, with each candidate's last answer.
+/// If a search takes longer than this, it is logged with each candidate's last answer.
 pub(super) const LONG_SEARCH: Duration = Duration::from_secs(2);
 /// Shortest pause between two DNS queries for a name while searching.
 pub(super) const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
@@ -32,12 +33,12 @@ pub(super) const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 const LOOKS: u32 = 10;
 /// Shortest and longest such wait.
 const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
-/// Candidates that do not answer are each asked at the full pace up to this number. Up to twice as many are asked half
-/// as often, and so on.
+/// Up to this number of silent candidates are each asked at the full pace. Up to twice as many are asked half as often,
+/// and so on.
 const CROWD: usize = 8;
-/// Shortest and longest pause before asking a server again that had no free connection slot.
+/// Shortest and longest pause before a server that had no free connection slot is asked again.
 pub(super) const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// In a search, a standby's open session is asked for at most this long before a new one is opened.
+/// For so long, a search asks a standby on its open session. Then it opens a new one.
 pub(super) const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
 /// The settings of a topology, mostly times.
@@ -57,7 +58,8 @@ pub(crate) struct Settings {
     pub(crate) dead_after: Duration,
     /// Whether to keep a session to each standby while there is a primary.
     pub(crate) warm_standbys: bool,
-    /// Each new session to a candidate may reach another server, because something else chooses the server.
+    /// Each new session to a candidate may reach another server, because the manager of a wrapped pool chooses the
+    /// server.
     pub(crate) roaming: bool,
     /// The system identifier of the pool's cluster, if the user set it.
     pub(crate) system_identifier: Option<u64>,
@@ -84,7 +86,7 @@ impl Default for Settings {
 }
 
 impl Topology {
-    /// How to wait for a standby's promotion in this search. `None` if the next session may reach another server.
+    /// How to wait for a standby's promotion in this search. `None` if each new session may reach another server.
     pub(super) fn promotion_wait(&self, now: Instant) -> Option<PromotionWait> {
         let search = self.search()?;
         let pause = self.poll_pause(now.duration_since(search.since));
@@ -93,8 +95,8 @@ impl Topology {
             .then_some(PromotionWait { lasts: pause.clamp(PROMOTION_WAIT.0, PROMOTION_WAIT.1), step })
     }
 
-    /// Which server may try the next log-in, among those that refused the last one. Only one of them is tried at a
-    /// time, and the one that has waited longest comes first.
+    /// Returns the server on which the next log-in is tried, among those that refused the last one. Only one of them is
+    /// tried at a time. The one that was asked longest ago comes first.
     pub(super) fn next_log_in(&self, now: Instant) -> Option<Address> {
         if self.log_in_at() > now {
             return None;
@@ -105,7 +107,8 @@ impl Topology {
         Some(next.endpoint.address.clone())
     }
 
-    /// When the primary's silence makes the pool uneasy; `None` while no question to it is open.
+    /// When the primary's silence lasts so long that the other servers are asked sooner. `None` if no question to the
+    /// primary is under way.
     pub(super) fn uneasy_at(&self) -> Option<Instant> {
         let Phase::Known { primary, .. } = &self.phase else {
             return None;
@@ -115,9 +118,9 @@ impl Topology {
         member.asked_at.map(|asked| asked + patience)
     }
 
-    /// Asks a primary that is silent while work is under way: it may be dead, or it runs a long statement. The first
-    /// question comes at once; if the silence turns out to be normal for this work, the next ones come less and less
-    /// often.
+    /// Asks a primary that is silent while work is under way. It may be dead, or it runs a long statement. The first
+    /// question comes immediately. If the primary answers, such silence is normal for this work, so the next questions
+    /// come less and less often.
     pub(super) fn ask_if_quiet(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -130,7 +133,7 @@ impl Topology {
             return;
         }
         if member.due <= now {
-            // The heartbeat is due anyway, so no silence has triggered this question.
+            // The heartbeat is due anyway, so this question does not come from silence.
             self.quiet_pause = (self.quiet_pause / 2).max(least);
         } else if now >= self.moved_at + least && member.asked_at.is_none_or(|asked| now >= asked + self.quiet_pause) {
             member.due = now;
@@ -156,15 +159,15 @@ impl Topology {
         let pause = match &self.phase {
             Phase::Known { primary, .. } if primary.endpoint.address == *address => match self.members.get(address) {
                 Some(member) if member.prompt => return,
-                // The session that proved the server was given to the pool. Open its successor soon, before the pool's
-                // sessions take what may be the server's last slots.
+                // The session that proved the server was given to the pool, so the heartbeat needs a new one. Open it
+                // soon, before the pool's sessions take the server's last free slots.
                 _ if began => self.settings.heartbeat / 10,
                 _ => self.settings.heartbeat,
             },
-            // Never later than the configured interval.
+            // The jitter only shortens this pause, so that it never exceeds the configured interval.
             Phase::Known { .. } => self.settings.patrol.mul_f64(jitter - 0.25),
-            // A promotion wait takes up the pause itself, unless it is refused. The first wait begins after a short
-            // moment, in which the primary may have answered.
+            // If the last question waited for the promotion, that wait was the pause. The first wait begins after a
+            // short moment, in which the primary may answer.
             Phase::Searching(search) if self.is_standby(address) => {
                 let pause = self.poll_pause(now.duration_since(search.since));
                 match self.members.get(address) {
@@ -177,7 +180,8 @@ impl Topology {
                 let refused = self.members.get(address).is_some_and(
                     |member| matches!(&member.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in()),
                 );
-                // Do not open a new session to each of many dead addresses a hundred times a second.
+                // Many dead addresses are asked less often, so that the pool does not open a new session to each of
+                // them a hundred times a second.
                 let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);
                 let pause = self.poll_pause(now.duration_since(search.since));
                 let pause = (pause * u32::try_from(crowd).unwrap_or(1)).min(self.settings.poll.1);
@@ -197,7 +201,8 @@ impl Topology {
         member.due = now.max(member.asked_at.unwrap_or(now) + pause);
     }
 
-    /// One per cent of the time without a primary: a short outage is found at once, a long one causes little load.
+    /// The pause between two questions in a search: one per cent of the time without a primary. So the end of a short
+    /// outage is noticed quickly, and a long outage causes little load.
     pub(super) fn poll_pause(&self, lost_for: Duration) -> Duration {
         (lost_for / 100).clamp(self.settings.poll.0, self.settings.poll.1)
     }

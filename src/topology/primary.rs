@@ -1,4 +1,4 @@
-//! Decides who may be the primary, what answers mean while there is one, and how a generation begins.
+//! Decides which server may be the primary, what answers mean while a primary is known, and how a generation begins.
 
 use std::time::Duration;
 
@@ -29,8 +29,8 @@ impl Primary {
         if self.is(&self.endpoint.address, report) { Ok(()) } else { Err(Refusal::AnotherServer) }
     }
 
-    /// Returns whether the server that answers with `report` at `address` is this one in the same life, that is,
-    /// neither restarted nor recovered from a crash since. If the start time cannot be read, the address decides.
+    /// Returns whether the server that answers with `report` at `address` is this primary in the same life: it has
+    /// neither been restarted nor recovered from a crash since. If the start time cannot be read, the address decides.
     pub(super) fn is(&self, address: &Address, report: &ServerReport) -> bool {
         let mine = &self.report;
         if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
@@ -44,6 +44,7 @@ impl Primary {
     }
 }
 
+/// Checks by the server's role whether it accepts writes.
 pub(super) fn writable(report: &ServerReport) -> Result<(), Refusal> {
     match report.role() {
         Role::Primary => Ok(()),
@@ -53,6 +54,7 @@ pub(super) fn writable(report: &ServerReport) -> Result<(), Refusal> {
     }
 }
 
+/// Returns whether both reports show the same start time, so that they are from one server.
 pub(super) fn same_start(one: &ServerReport, other: &ServerReport) -> bool {
     one.started_at.is_some() && one.started_at == other.started_at
 }
@@ -77,8 +79,8 @@ impl Topology {
         }
     }
 
-    /// Returns whether a new session reached another server than the primary, and no better one. Then the session to
-    /// the primary is kept, and this one is closed.
+    /// Returns whether a new session to the primary's address has reached another server, which cannot be the primary.
+    /// The shell then keeps the session to the primary, and closes this one.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
         let primary = match &self.phase {
             Phase::Known { primary, .. } => Some(primary),
@@ -88,6 +90,7 @@ impl Topology {
         primary.is_some_and(strays) && self.admissible(address, report, false).is_err()
     }
 
+    /// Handles an answer from the known primary's address.
     pub(super) fn primary_answered(&mut self, now: Instant, probed: &Probed, answer: &Answer) {
         let Phase::Known { primary, answered_at } = &mut self.phase else {
             return;
@@ -96,11 +99,11 @@ impl Topology {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
                 self.own_primary_at = now;
-                // It answered on another session than the one that the heartbeat may be asking on.
+                // The heartbeat may be waiting on another session. This answer shows that the server is not silent.
                 if probed.fresh {
                     self.received_at = Some(now);
                 }
-                // An open session does not notice `ALTER DATABASE … SET default_transaction_read_only`, so ask on a new
+                // `ALTER DATABASE … SET default_transaction_read_only` does not affect an open session, so ask on a new
                 // one.
                 if !probed.fresh && self.must_look_at_fence(now, report) {
                     self.beside.hurry(now, self.settings.poll.0);
@@ -110,7 +113,7 @@ impl Topology {
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
             }
-            // A new session may reach another server, or not tell which one it reached. The kept session will tell
+            // A new session may reach another server, or may not show which server it reached. So ask the kept session
             // about the primary.
             Answer::Refused(report, refusal)
                 if probed.fresh
@@ -121,7 +124,8 @@ impl Topology {
                 self.ask_now(now, &probed.address, pause);
             }
             Answer::Refused(report, refusal) => {
-                // Another server behind the same address, which a proxy chose, proves nothing about the primary.
+                // A proxy may have chosen another server behind the same address. That server proves nothing about the
+                // primary.
                 let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
@@ -134,6 +138,7 @@ impl Topology {
         }
     }
 
+    /// Handles an answer from another address than the known primary's.
     pub(super) fn member_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
         match &self.phase {
             Phase::Known { primary, .. } => {
@@ -144,7 +149,8 @@ impl Topology {
                     return self.reach_at(now, address);
                 }
                 if same_start(report, &primary.report) {
-                    // It is the same server at a second address, or a report from an earlier life.
+                    // This is the same server at a second address, or an answer that it gave before a promotion or a
+                    // crash.
                     return;
                 }
                 let newer = report.timeline > primary.report.timeline && primary.report.timeline.is_some();
@@ -160,9 +166,11 @@ impl Topology {
         }
     }
 
+    /// Begins a generation with this server as its primary. The previous generation ends.
     pub(super) fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
-            // A needed member is never forgotten. If it were, waiting for it would never end.
+            // This does not happen, because a needed member is never forgotten. If it did, the pick would never be
+            // decided.
             if let Phase::Searching(search) = &mut self.phase {
                 search.pick = None;
             }
@@ -183,12 +191,14 @@ impl Topology {
         self.new_sessions_succeed();
         self.note_told(now, &report);
         self.unasked.note_up_to_date();
-        // Before the first primary was found, no member could be verified, as the pool's cluster was unknown.
+        // Until the first primary was found, the pool's cluster was unknown, so no member could be verified. Verify
+        // them now.
         for member in self.members.values_mut() {
             let Some(Answer::Primary(said) | Answer::Refused(said, _)) = &member.answer else { continue };
             member.verified |= said.system_identifier.is_some() && said.system_identifier == self.system_identifier;
         }
-        // A server that was refused as a zombie may be refused again on a later timeline. Then say it again.
+        // A server that was refused as an old primary may be refused again on a later timeline. The operator is then
+        // told again.
         self.noticed.retain(|topic| !matches!(topic.0, "refused" | "second"));
         let primary = Primary { id: self.generation, endpoint, report };
         let rivals = self.members.iter().filter_map(|(other, member)| match &member.answer {
@@ -208,6 +218,7 @@ impl Topology {
         self.known(now, primary, why);
     }
 
+    /// Ends the search: from now on this primary is known.
     pub(super) fn known(&mut self, now: Instant, primary: Primary, why: &str) {
         let current = primary.endpoint.address.clone();
         self.changed = Change { at: now, why: why.to_owned() };

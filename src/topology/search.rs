@@ -1,5 +1,5 @@
-//! The search for a primary: when it begins, which writable server is accepted, and when the lost primary is resumed or
-//! given up.
+//! The search for a primary: when it begins, which writable server is accepted, and when the suspended primary is
+//! resumed or given up. `give_up_silent` is what gives up a primary that stays silent.
 
 use std::time::Duration;
 
@@ -10,17 +10,19 @@ use super::{
     Primary, ProbeFailure, ServerReport, Suspicion, Topology,
 };
 
+/// One search for a primary: from the loss of a primary, or from the start, until one is known.
 pub(super) struct Search {
     pub(super) since: Instant,
     pub(super) suspended: Option<Suspended>,
-    /// The best writable server so far, while others may still object.
+    /// The best writable server so far. It is accepted after a short time in which the answer of another server may
+    /// rule it out.
     pub(super) pick: Option<Pick>,
-    /// What callers are told when waiting does not help.
+    /// The failure that callers get if waiting does not help.
     pub(super) refused: Option<ProbeFailure>,
     pub(super) refused_as_of: Option<Instant>,
-    /// When it will be decided that waiting does not help, if nothing changes.
+    /// When the search will decide that waiting does not help, if no answer changes that.
     pub(super) judge_at: Option<Instant>,
-    /// An operator was told that the search takes long.
+    /// The operator was told that the search takes long.
     pub(super) told: bool,
 }
 
@@ -30,6 +32,7 @@ impl Search {
     }
 }
 
+/// The last primary, whose connections stay open until the search has decided.
 pub(super) struct Suspended {
     pub(super) primary: Primary,
     pub(super) answered_at: Instant,
@@ -39,25 +42,27 @@ pub(super) struct Suspended {
 /// Why a primary is suspended.
 #[derive(Clone, Copy)]
 pub(super) struct Doubt {
-    /// It did not answer. Otherwise, what it answered casts doubt on its role.
+    /// `true`: it did not answer. `false`: its answer casts doubt on its role.
     pub(super) silent: bool,
-    /// The kept session to it may be open.
+    /// Its kept session may still be open.
     pub(super) kept_open: bool,
 }
 
+/// A writable server that the search will accept at `decide_at`, unless a better one answers before.
 pub(super) struct Pick {
     pub(super) address: Address,
     pub(super) report: ServerReport,
     pub(super) decide_at: Instant,
 }
 
-/// Ranks writable servers: a server that tells its cluster comes first, then the newest timeline, then the most WAL.
+/// Ranks writable servers: a server that reports its cluster ranks above one that withholds it, then the newest
+/// timeline counts, then the most WAL.
 pub(super) fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
     (report.system_identifier.is_some(), report.timeline, report.wal)
 }
 
 impl Topology {
-    /// A user of generation `id` doubts its primary.
+    /// A caller with a connection of generation `id` doubts that its primary is still one.
     pub(crate) fn suspected(&mut self, now: Instant, id: GenerationId, suspicion: Suspicion) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -76,11 +81,13 @@ impl Topology {
         }
     }
 
+    /// Suspends the known primary, and begins a search. Checkouts wait, but connections in use go on.
     pub(super) fn suspend(&mut self, now: Instant, why: &str, doubt: Doubt) {
         let Phase::Known { primary, answered_at } = &self.phase else {
             return;
         };
-        // A primary that is rarely asked was silent for as long as a question takes, and not since its last answer.
+        // If the primary is rarely asked, its last answer may be old. It has been silent for at most as long as a
+        // question may take.
         let longest = self.settings.probe_timeout + self.settings.heartbeat_timeout;
         let answered_at = now.checked_sub(longest).map_or(*answered_at, |at| at.max(*answered_at));
         let suspended = Suspended { primary: primary.clone(), answered_at, silent: doubt.silent };
@@ -96,6 +103,7 @@ impl Topology {
         self.beside.due = doubt.kept_open.then_some(now);
     }
 
+    /// Ends the suspended generation `id`: all its connections are closed.
     pub(super) fn end_suspended(&mut self, id: GenerationId, cause: Eviction, why: &str) {
         let Phase::Searching(search) = &mut self.phase else {
             return;
@@ -106,6 +114,7 @@ impl Topology {
         }
     }
 
+    /// Ends the suspended generation, because its primary has been silent for `dead_after`.
     pub(super) fn give_up_silent(&mut self, now: Instant) {
         let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
             return;
@@ -115,8 +124,8 @@ impl Topology {
         self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));
     }
 
-    /// Resumes a primary that was suspended for silence, if it has answered on an open session since. It is in the same
-    /// life, so its role is what it reported last.
+    /// Resumes a primary that was suspended for silence, if it has answered on an open session since. The session is
+    /// still open, so the server was not restarted, and its role is what it reported last.
     pub(super) fn resume_heard(&mut self, now: Instant) {
         let Phase::Searching(Search { since, suspended: Some(suspended), .. }) = &self.phase else {
             return;
@@ -128,12 +137,13 @@ impl Topology {
         }
     }
 
-    /// When a suspended primary counts as dead, unless it is heard before.
+    /// When a suspended primary counts as dead, unless it answers before.
     pub(super) fn gives_up_at(&self, suspended: &Suspended) -> Instant {
         let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
         self.unasked.counts_from(heard_at) + self.settings.dead_after
     }
 
+    /// Handles a candidate's answer in a search.
     pub(super) fn candidate_answered(&mut self, now: Instant, address: &Address, answer: &Answer, took: Duration) {
         let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
             || self.names_outstanding();
@@ -145,8 +155,8 @@ impl Topology {
         if let Some(suspended) = &mut search.suspended {
             let same_address = suspended.primary.endpoint.address == *address;
             match answer {
-                // It was only silent for a while. Now it has no slot for a question, perhaps because this pool's
-                // sessions use them all.
+                // The primary was only silent for a while. It has no slot for a new session, perhaps because this
+                // pool's sessions use them all.
                 Answer::Failed(failure) if same_address && suspended.silent && failure.kind == FailureKind::Full => {
                     let report = suspended.primary.report.clone();
                     self.resume(now, address, &report);
@@ -159,7 +169,7 @@ impl Topology {
                         self.end_suspended(id, cause, &why);
                     }
                 }
-                // Whatever it is, it is not silent.
+                // The answer does not show the server's role, but it ends the silence.
                 Answer::Failed(failure) if same_address && failure.kind.is_an_answer() => suspended.answered_at = now,
                 _ => {}
             }
@@ -172,14 +182,14 @@ impl Topology {
             self.decide_pick(now);
             return;
         };
-        // On a roaming pool, the address alone does not show that it is the same server, so the start time must be
-        // readable.
+        // On a roaming pool, one address may lead to several servers. So only the start time shows that this is the
+        // suspended primary.
         let anybody = self.settings.roaming && report.started_at.is_none();
         if !anybody && search.suspended.as_ref().is_some_and(|suspended| suspended.primary.is(address, report)) {
             self.resume(now, address, report);
             return;
         }
-        // A timeline newer than any known one is a promotion, so no other server can object.
+        // A timeline newer than any known one proves a promotion, so no other answer can rule this server out.
         let identified = self.system_identifier.is_some() == report.system_identifier.is_some();
         let promoted = identified && newest.is_some() && report.timeline > newest;
         let better = search.pick.as_ref().is_none_or(|pick| rank(report) > rank(&pick.report));
@@ -202,13 +212,14 @@ impl Topology {
         }
     }
 
-    /// When the best writable server so far is adopted: at once if no other server can object any more.
+    /// When the best writable server so far is adopted. If all servers and names have answered, this is now.
     pub(super) fn pick_at(&self) -> Option<Instant> {
         let pick = self.search()?.pick.as_ref()?;
         let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();
         Some(if all_answered { self.polled_at.min(pick.decide_at) } else { pick.decide_at })
     }
 
+    /// Accepts the best writable server if its time has come.
     pub(super) fn decide_pick(&mut self, now: Instant) {
         let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {
             return;
@@ -226,6 +237,7 @@ impl Topology {
         self.adopt(now, &address, report, "verified as the primary");
     }
 
+    /// Makes the suspended primary the known one again. Its generation goes on with its connections.
     pub(super) fn resume(&mut self, now: Instant, address: &Address, report: &ServerReport) {
         let Phase::Searching(search) = &mut self.phase else {
             return;
@@ -238,14 +250,15 @@ impl Topology {
             primary.endpoint = member.endpoint.clone();
         }
         self.note_told(now, report);
-        // Its earlier timeline is visible only until its first checkpoint. It is in the same life, so keep that
-        // timeline.
+        // A server shows its previous timeline only until its first checkpoint. This server is in the same life, so
+        // what it showed before is still true.
         let ancestor = primary.report.checkpointed.filter(|older| Some(*older) < report.timeline);
         primary.report = ServerReport { checkpointed: ancestor.or(report.checkpointed), ..report.clone() };
         self.actions.push(Action::Resume { primary: primary.clone(), lost_for });
         self.known(now, primary, "the same server answers as the primary again");
     }
 
+    /// Sets or clears the failure that callers get because waiting does not help.
     pub(super) fn set_refused(&mut self, now: Instant, failure: Option<ProbeFailure>) {
         let Phase::Searching(search) = &mut self.phase else {
             return;

@@ -1,4 +1,4 @@
-//! A topology that has not been used for long: it ends its generation, and asks no server until it is woken.
+//! How an unused topology sleeps: it ends its generation, and asks no server until it is woken.
 
 use tokio::time::Instant;
 
@@ -7,7 +7,7 @@ use super::view::Eviction;
 use super::{Action, Change, Phase, Search, Topology};
 
 impl Topology {
-    /// Forgets the primary and ends its generation, as there may be another primary by the time it is needed again.
+    /// Forgets the primary and ends its generation, because another server may be the primary when one is needed again.
     /// Do not poll the topology until [`Topology::wake`].
     pub(crate) fn sleep(&mut self, now: Instant, why: &str) {
         let id = match &self.phase {
@@ -23,12 +23,13 @@ impl Topology {
         self.search_anew(now, why);
     }
 
-    /// Returns the actions that the sleep requires.
+    /// Returns the actions that falling asleep requires.
     pub(crate) fn lie_down(&mut self) -> Vec<Action> {
         std::mem::take(&mut self.actions)
     }
 
-    /// Searches as in the very first search: every server may object before one is accepted.
+    /// Searches as in the very first search: before a server is accepted, the search waits for the answers of the
+    /// others.
     pub(crate) fn wake(&mut self, now: Instant) {
         self.asleep = false;
         self.search_anew(now, "woken by a caller");
@@ -40,7 +41,7 @@ impl Topology {
         self.phase = Phase::Searching(Search::new(now));
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
-        // Forgets all questions under way, as their ends will not be reported.
+        // The shell has dropped all questions that were under way and will not report their results, so forget them.
         self.beside = Beside::default();
         for member in self.members.values_mut() {
             member.asking = false;

@@ -1,28 +1,27 @@
-//! What a server withholds, and what stands in for it.
+//! What a server withholds, and what replaces it.
 //!
-//! A withheld part costs only what it would tell. `topology/tests/untold.rs` checks these rules:
+//! If a part is withheld, the pool loses only what that part would show. `topology/tests/untold.rs` checks these rules:
 //!
-//! - What a server told before stays true of it. A kept session reaches the same server in the same life; so does a new
-//!   session if the start time is the same.
-//! - If the pool's cluster is known, a server that withholds its cluster is refused, unless the primary itself had
-//!   withheld
-//!   it and this address has proved before to belong to the cluster. A server that tells its cluster is preferred.
-//! - If a timeline is known, a server that withholds its timeline counts as an old primary, unless it was seen to be
-//!   promoted
-//!   since, its last checkpoint is not on an older timeline, or the primary itself had withheld it.
+//! - What a server reported before stays true for it. A kept session reaches the same server in the same life, and so
+//!   does a new session if the start time is the same.
+//! - If the pool's cluster is known, a server that withholds its cluster is refused, unless the primary itself withheld
+//!   it and this address has proved before that it belongs to the cluster. A server that reports its cluster is
+//!   preferred.
+//! - If a timeline is known, a server that withholds its timeline counts as an old primary. There are three exceptions:
+//!   the pool has seen its promotion since, or its last checkpoint is not on an older timeline, or the primary itself
+//!   withheld its timeline.
 
 use super::{
     Action, Address, Instant, Notice, Part, Parts, Phase, Primary, Probed, Question, Refusal, ServerReport, Topology,
 };
 
-/// The parts that remain withheld: those that this question did not ask for stay as before, the others follow the
-/// report.
+/// Returns the parts that are withheld after this report. A part that the question did not ask for stays as it was.
 fn kept_back(before: Parts, probed: &Probed, report: &ServerReport) -> Parts {
     let asked = if probed.fresh { Question::Candidate } else { Question::Again }.parts();
     before.without(asked).and(report.withheld)
 }
 
-/// Returns whether both reports are of one server in the same life. `kept`: they came over one session.
+/// Returns whether both reports are from one server in the same life. `kept`: they came over one session.
 fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool {
     match (before.started_at, report.started_at) {
         (Some(then), Some(now)) => then == now,
@@ -30,7 +29,7 @@ fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool
     }
 }
 
-/// Returns whether a primary's replay ended at the same position in both reports, if both tell it.
+/// Returns `false` if both reports show where the primary's replay ended, and the positions differ.
 pub(super) fn same_replay(before: &ServerReport, report: &ServerReport) -> bool {
     let told = |report: &ServerReport| !report.in_recovery && !report.withheld.contains(Part::Replay);
     !told(before) || !told(report) || before.replayed == report.replayed
@@ -42,8 +41,8 @@ fn fill<T: Copy>(known: &mut Option<T>, told: Option<T>) -> bool {
     gained
 }
 
-/// Fills withheld parts of the report with what the same server told before. A part that is missing without being
-/// withheld is an error of the server, and stays missing.
+/// Fills withheld parts of the report with what the same server reported before. If a part is missing without being
+/// withheld, that is an error of the server, and it stays missing.
 fn complete(report: &mut ServerReport, before: &ServerReport, kept: bool) {
     if !same_server(before, report, kept) {
         return;
@@ -74,7 +73,7 @@ impl Topology {
         }
     }
 
-    /// Returns the report, with the parts that the same server told before and now withholds.
+    /// Returns the report, completed with what the same server reported before and now withholds.
     pub(super) fn completed(&self, probed: &Probed, report: &ServerReport) -> ServerReport {
         let mut report = report.clone();
         let primary = self.primary_in_use();
@@ -88,8 +87,8 @@ impl Topology {
         report
     }
 
-    /// Returns whether a server may withhold this part: the primary did as well, and its address proved to belong to
-    /// the cluster.
+    /// Returns whether a server may withhold this part. It may if the primary withheld it as well, and the server's
+    /// address has proved before that it belongs to the cluster.
     fn may_keep_back(&self, address: &Address, report: &ServerReport, part: Part) -> bool {
         report.withheld.contains(part)
             && self.untold.contains(part)
@@ -119,8 +118,8 @@ impl Topology {
         }
     }
 
-    /// Returns whether it was a standby after the newest timeline was found, and is a primary in the same life. If so,
-    /// its timeline is newer.
+    /// Returns whether this server was a standby after the newest timeline was found, and is a primary in the same life
+    /// now. If so, its timeline is newer.
     fn saw_promotion(&self, address: &Address, report: &ServerReport, kept: bool) -> bool {
         self.members.get(address).is_some_and(|member| {
             let since = member.heard_at.is_some_and(|at| at >= self.newest_at);
@@ -129,7 +128,7 @@ impl Topology {
         })
     }
 
-    /// The primary answered, and may tell more or less than before.
+    /// Notes what the primary's answer shows in addition, and what it withholds now.
     pub(super) fn learn(&mut self, now: Instant, probed: &Probed, report: &ServerReport) {
         let Phase::Known { primary, .. } = &mut self.phase else {
             return;
@@ -163,7 +162,7 @@ impl Topology {
         self.note_told(now, &told);
     }
 
-    /// Notes what the primary tells about its cluster, and what it withholds.
+    /// Notes the primary's cluster and timeline, and what it withholds.
     pub(super) fn note_told(&mut self, now: Instant, report: &ServerReport) {
         self.untold = report.withheld;
         if self.system_identifier.is_none() {
@@ -175,7 +174,7 @@ impl Topology {
         }
     }
 
-    /// Tells an operator once what a primary withholds, and again when it withholds more.
+    /// Tells the operator what a primary withholds, and tells it again when the primary withholds more.
     pub(super) fn notice_withheld(&mut self, probed: &Probed, report: &ServerReport) {
         let Some(member) = self.members.get_mut(&probed.address) else {
             return;
@@ -188,7 +187,7 @@ impl Topology {
         }
     }
 
-    /// Returns whether this server, which tells its cluster, replaces a primary that does not.
+    /// Returns whether this server replaces the primary because it reports its cluster and the primary does not.
     pub(super) fn is_better_known(&self, primary: &Primary, report: &ServerReport) -> bool {
         primary.report.system_identifier.is_none()
             && self.system_identifier.is_some()
@@ -196,7 +195,8 @@ impl Topology {
             && report.timeline >= primary.report.timeline
     }
 
-    /// Returns whether only new sessions show if new sessions are read-only, because that cannot be looked up.
+    /// Returns whether only a new session shows if new sessions are read-only, because the primary withholds the
+    /// setting.
     pub(super) fn must_look_anew(&self) -> bool {
         matches!(&self.phase, Phase::Known { primary, .. } if primary.report.withheld.contains(Part::Fence))
     }

@@ -42,8 +42,8 @@ pub struct View {
 pub enum State {
     /// No verified primary: checkouts wait.
     Searching {
-        /// Set if every candidate gives a reason that waiting does not cure: it refuses the credentials, is not
-        /// PostgreSQL, belongs to another of several clusters, or its name is unknown.
+        /// Set if waiting does not help, because each candidate refuses the credentials, is not PostgreSQL, belongs to
+        /// another of several clusters, or has an unknown name.
         refused: Option<ProbeFailure>,
     },
     /// A verified primary.
@@ -53,7 +53,7 @@ pub enum State {
         /// What it said when it was verified.
         report: ServerReport,
     },
-    /// No caller has asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after): no session is open,
+    /// No caller has asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after). No session is open,
     /// and no server is asked. The next caller wakes the pool.
     Asleep,
     /// The pool was closed.
