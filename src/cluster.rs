@@ -1,11 +1,11 @@
 //! The task that owns a [`Topology`](crate::topology::Topology): it resolves names, probes servers, sends heartbeats
-//! and publishes the result. This file has its handle, `task.rs` the task itself, and `work.rs` what the task waits
-//! for.
+//! and publishes the result. This file has the handle to the task, `task.rs` the task itself, `work.rs` what the task
+//! waits for, and `kept.rs` the sessions that it keeps.
 //!
-//! The task decides nothing: it puts each answer into the topology and carries out each action that comes out. It knows
-//! nothing of pools and transactions; they read the published [`Snapshot`] and may report a suspicion. Invariants: a
-//! snapshot with the newer generation is published before the older generation's scope ends; no lock is held across an
-//! await; the task and all that it started end when the last [`Cluster`] is dropped. The tests are in `tests/it/`.
+//! The task passes each answer to the topology, and carries out each action that the topology returns. It knows nothing
+//! of pools and transactions. They read the published [`Snapshot`], and may report a suspicion. Invariants: a snapshot
+//! with the newer generation is published before the older generation's scope ends; no lock is held across an await;
+//! the task and all that it started end when the last [`Cluster`] is dropped. The tests are in `tests/it/`.
 
 mod kept;
 mod task;
@@ -44,14 +44,14 @@ impl Name {
     }
 }
 
-/// What the task needs to begin.
+/// What the task needs to start.
 pub(crate) struct Setup<C> {
     pub(crate) settings: Settings,
     pub(crate) names: Vec<Name>,
     pub(crate) configured: Vec<Endpoint>,
     pub(crate) resolver: Arc<dyn Resolve>,
     pub(crate) opener: Arc<dyn Open<C>>,
-    /// The most sessions of one generation that may be opening at the same time.
+    /// The most sessions of one generation that may be opened at the same time.
     pub(crate) gate: usize,
     pub(crate) seed: u64,
     pub(crate) observer: Arc<Observer>,
@@ -59,17 +59,18 @@ pub(crate) struct Setup<C> {
     pub(crate) sleep_after: Option<Duration>,
 }
 
-/// A primary as the pool uses it: the plain data, and what belongs to the generation at run time.
+/// One generation: its primary, and what the pool needs to use it.
 pub(crate) struct Generation<C> {
     pub(crate) primary: Primary,
     /// The server's report, if it could be fully identified only after the generation began.
     pub(crate) learned: Arc<OnceLock<ServerReport>>,
     pub(crate) began: Instant,
-    /// Where new sessions connect: the primary's address, or the address at which the same server was found later.
+    /// The address for new sessions: the primary's first address, or another one at which the same server was found
+    /// later.
     endpoint: Mutex<Endpoint>,
     /// Every session of the generation ends with this scope.
     pub(crate) scope: CancellationToken,
-    /// Limits how many sessions open at a time, so that a newly promoted server is not flooded.
+    /// Limits how many sessions are opened at the same time, so that a newly promoted server is not flooded.
     pub(crate) gate: Semaphore,
     /// The pool's connections of this generation.
     pub(crate) open: Tally,
@@ -91,7 +92,7 @@ impl<C: SessionClient> Generation<C> {
         spare.inspect(|session| self.listen_to(session))
     }
 
-    /// From now on, what this session receives shows that the generation's server lives.
+    /// From now on, data that this session receives counts as a sign that the generation's server lives.
     pub(crate) fn listen_to(&self, session: &Session<C>) {
         session.notices.activity.tell(&self.heard);
     }
@@ -102,7 +103,7 @@ impl<C: SessionClient> Generation<C> {
         self.heard.note();
     }
 
-    /// Notes a failure to open a session, and returns how many tries had failed in a row before it.
+    /// Notes a failure to open a session, and returns how many attempts had failed in a row before this one.
     pub(crate) fn not_opened(&self, failure: ProbeFailure) -> u32 {
         let mut trouble = lock(&self.trouble);
         let failures = trouble.1;
@@ -120,7 +121,7 @@ pub(crate) struct Snapshot<C> {
     pub(crate) view: View,
     /// Set exactly while the view's state is [`State::Primary`].
     pub(crate) generation: Option<Arc<Generation<C>>>,
-    /// When the question was sent whose answer shows that waiting does not help, if the view says so.
+    /// If the view says that waiting does not help: when the question was sent whose answer shows that.
     refused_as_of: Option<Instant>,
 }
 
@@ -129,22 +130,22 @@ pub(crate) struct Snapshot<C> {
 pub(crate) struct Diagnosis {
     pub(crate) candidates: Vec<CandidateReport>,
     pub(crate) dns: Option<String>,
-    /// The number of servers that are not asked now, because only a limited number is asked at the same time.
+    /// The number of servers that wait for their turn, because only a limited number is asked at the same time.
     pub(crate) waiting: usize,
 }
 
-/// Why there is no primary, now or ever.
+/// Why there is no primary, and why waiting does not help.
 #[derive(Debug)]
 pub(crate) enum NoPrimary {
     Closed,
-    /// The runtime of the cluster's task has ended, and so has the task.
+    /// The runtime of the cluster's task has ended, and the task with it.
     RuntimeEnded,
     Refused(Option<Endpoint>, ProbeFailure),
     /// No name server knows an address.
     UnknownName(Duration, Diagnosis),
 }
 
-/// Signals to the task; they are coalesced and never acknowledged.
+/// Signals to the task. Several signals of one kind become one, and the task acknowledges none.
 #[derive(Default)]
 struct Signals {
     suspicion: Option<(GenerationId, Suspicion)>,
@@ -160,30 +161,30 @@ struct Shared {
     diagnosis: Mutex<Diagnosis>,
     /// The earliest time for the next log-in that will most likely be refused.
     log_in_at: Mutex<Option<Instant>>,
-    /// The number of the snapshot's generation; 0 without one. Every checkout reads it. A lock shared by many, even a
-    /// read lock, would cost more than the rest of a checkout.
+    /// The number of the snapshot's generation, or 0 if there is none. Every checkout reads it. Even a read lock that
+    /// many threads share would cost more than the rest of a checkout.
     current: AtomicU64,
     closed: AtomicBool,
-    /// The task ended without being closed.
+    /// The task has ended, but nobody has closed the pool.
     runtime_ended: AtomicBool,
-    /// Connections on loan.
+    /// The number of connections on loan.
     in_use: AtomicUsize,
     /// The number of answers from the newest generation's server on sessions that this crate does not drive.
     heard: AtomicU64,
     /// The number of the newest generation.
     newest: AtomicU64,
-    /// The number of the newest generation that has ended; 0 before the first end.
+    /// The number of the newest generation that has ended, or 0 before the first end.
     ended: AtomicU64,
-    /// The task samples the traffic often enough to notice when the sessions on loan fall silent.
+    /// The task samples the traffic so often that it notices when the sessions on loan fall silent.
     listening: AtomicBool,
-    /// A connection was lent after a quiet time.
+    /// A connection was lent while the task was not listening.
     lent: AtomicBool,
-    /// The number of callers and sessions that need a primary, besides the connections on loan.
+    /// The number of callers and sessions that need a primary. Connections on loan are not counted here.
     wanting: AtomicUsize,
     asleep: AtomicBool,
 }
 
-/// The task does not fall asleep while this exists: something needs a primary.
+/// While this exists, something needs a primary, so the task does not fall asleep.
 pub(crate) struct Wanting(Arc<Shared>);
 
 impl Drop for Wanting {
@@ -213,7 +214,7 @@ impl<C: SessionClient> Cluster<C> {
         Self { snapshot, view, shared, observer, _end: root.clone().drop_guard(), root }
     }
 
-    /// Registers the need for a primary: wakes the task, and keeps it awake.
+    /// Registers that a primary is needed. This wakes the task, and keeps it awake.
     pub(crate) fn want(&self) -> Wanting {
         // Either the task sees this count before it falls asleep, or this call sees that it is asleep.
         self.shared.wanting.fetch_add(1, Ordering::SeqCst);
@@ -223,7 +224,7 @@ impl<C: SessionClient> Cluster<C> {
         Wanting(Arc::clone(&self.shared))
     }
 
-    /// Returns the current generation, and waits for one if need be. Cancel-safe.
+    /// Returns the current generation. If there is none, waits for one. Cancel-safe.
     pub(crate) async fn primary(&self) -> Result<Arc<Generation<C>>, NoPrimary> {
         if let Some(generation) = self.current() {
             return Ok(generation);
@@ -231,7 +232,8 @@ impl<C: SessionClient> Cluster<C> {
         let _wanting = self.want();
         let mut snapshot = self.snapshot.clone();
         let began = Instant::now();
-        // An answer from before this call may be outdated, so candidates are asked again first.
+        // An answer from before this call may be outdated. So the candidates are asked again before this call fails by
+        // it.
         let mut old_word = snapshot.borrow().refused_as_of.is_some();
         loop {
             {
@@ -266,7 +268,7 @@ impl<C: SessionClient> Cluster<C> {
         self.snapshot.borrow().generation.clone()
     }
 
-    /// Whether the task sleeps or falls asleep. Call this after [`Self::lend`].
+    /// Returns whether the task sleeps or is falling asleep. Call this after [`Self::lend`].
     pub(crate) fn is_asleep(&self) -> bool {
         self.shared.asleep.load(Ordering::SeqCst)
     }
@@ -280,8 +282,8 @@ impl<C: SessionClient> Cluster<C> {
         self.has_primary() && self.shared.current.load(Ordering::Acquire) == id.get()
     }
 
-    /// Returns whether generation `id` has ended for good, although its sessions may still be closing. Anything
-    /// published in a view is already visible here.
+    /// Returns whether generation `id` has ended for good. Its sessions may still be closing. If a view shows the end,
+    /// this shows it, too.
     pub(crate) fn has_ended(&self, id: GenerationId) -> bool {
         self.shared.ended.load(Ordering::Acquire) >= id.get()
     }
@@ -311,19 +313,20 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.wake.notify_one();
     }
 
-    /// A connection goes on loan: from now on the task notices when its server falls silent.
+    /// Counts a connection that is lent to a caller. From now on the task notices when the server falls silent.
     pub(crate) fn lend(&self) {
-        // All orderings here and in `Task::sample_traffic` (task.rs) are `SeqCst`, so that either the task sees the
-        // loan or it is woken.
+        // All orderings here and in `Task::sample_traffic` (task.rs) are `SeqCst`. So either the task sees the loan, or
+        // it is woken.
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
-        // The task is mostly listening already, and a read is cheaper than a write to what others read.
+        // Usually the task is listening already. Reading the flag first is cheaper than writing to memory that others
+        // read.
         if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {
             self.shared.lent.store(true, Ordering::SeqCst);
             self.shared.wake.notify_one();
         }
     }
 
-    /// A connection on loan was given back.
+    /// Counts a connection that was given back.
     pub(crate) fn returned(&self) {
         self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
     }
@@ -343,7 +346,7 @@ impl<C: SessionClient> Cluster<C> {
         self.view.clone()
     }
 
-    /// Follows what is published together with the generation.
+    /// Returns a receiver of each snapshot.
     pub(crate) fn snapshots(&self) -> watch::Receiver<Arc<Snapshot<C>>> {
         self.snapshot.clone()
     }
@@ -360,7 +363,7 @@ impl<C: SessionClient> Cluster<C> {
         lock(&self.shared.diagnosis).clone()
     }
 
-    /// The candidate that failed with this failure.
+    /// Returns the candidate whose last answer is this failure.
     fn endpoint_of(&self, failure: &ProbeFailure) -> Option<Endpoint> {
         let diagnosis = lock(&self.shared.diagnosis);
         let said =
@@ -368,7 +371,7 @@ impl<C: SessionClient> Cluster<C> {
         diagnosis.candidates.iter().find(said).map(|candidate| candidate.endpoint.clone())
     }
 
-    /// Why the cluster's task ended. Only valid after its end.
+    /// Returns why the cluster's task has ended. Call this only after its end.
     pub(crate) fn ended(&self) -> NoPrimary {
         if self.shared.runtime_ended.load(Ordering::Acquire) { NoPrimary::RuntimeEnded } else { NoPrimary::Closed }
     }
@@ -377,7 +380,7 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    /// A scope that ends with the cluster, for work that must not outlive it.
+    /// Returns the scope that ends with the cluster, for work that must not outlive it.
     pub(crate) fn scope(&self) -> &CancellationToken {
         &self.root
     }
@@ -393,13 +396,13 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.wake.notify_one();
     }
 
-    /// Sets which cluster is the pool's own from now on.
+    /// Passes on the user's choice of the cluster that is the pool's own from now on.
     pub(crate) fn accept(&self, accepted: Accept) {
         lock(&self.shared.signals).accept = Some(accepted);
         self.shared.wake.notify_one();
     }
 
-    /// Reports a refused log-in. All log-ins of the pool count, whichever part of it tried.
+    /// Reports a refused log-in. All log-ins of the pool count, whichever part of the pool tried them.
     pub(crate) fn log_in_refused(&self) {
         lock(&self.shared.signals).log_in_refused = true;
         self.shared.wake.notify_one();

@@ -1,6 +1,6 @@
-//! The sessions that are kept for the next question to each server: the newest one of each.
+//! The sessions that are kept for the next questions. For each server, the newest session is kept.
 //!
-//! Two questions to one server may run at the same time, each on a session of its own, and end in any order.
+//! Two questions to one server may run at the same time, each on a session of its own. They may end in any order.
 
 use std::collections::HashMap;
 
@@ -47,14 +47,15 @@ impl<S: Keep> Kept<S> {
         Some((number, session))
     }
 
-    /// A session from elsewhere is about to be asked.
+    /// Notes that a session that was not kept here is about to be asked, and returns its number.
     pub(super) fn ask_other(&mut self, address: &Address) -> Number {
         let number = self.next_number();
         self.being_asked.push((address.clone(), number));
         number
     }
 
-    /// The question on the session with this number has ended. Keeps the session again, if there is no newer one.
+    /// Notes that the question on the session with this number has ended. Keeps the session again, unless there is a
+    /// newer one.
     pub(super) fn answered(&mut self, address: &Address, number: Number, session: Option<S>) {
         self.being_asked.retain(|asked| *asked != (address.clone(), number));
         let newest = self.newest(address);
@@ -75,12 +76,12 @@ impl<S: Keep> Kept<S> {
         self.newest(address).is_some()
     }
 
-    /// Takes the session to this server out, open or not.
+    /// Takes the session to this server, even if it is closed.
     pub(super) fn remove(&mut self, address: &Address) -> Option<S> {
         self.sessions.remove(address).map(|(_, session)| session)
     }
 
-    /// Closes the sessions to all other servers.
+    /// Keeps the sessions to these servers, and closes all others.
     pub(super) fn retain(&mut self, keeps: impl Fn(&Address) -> bool) {
         self.sessions.retain(|address, _| keeps(address));
     }

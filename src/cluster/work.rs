@@ -1,6 +1,6 @@
 //! What the cluster's task waits for: the look-up of a name, or the answer of a server.
 //!
-//! It decides nothing, and each piece of work holds only what the task gives it.
+//! Nothing is decided here. Each piece of work holds only what the task gives it.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::resolve::{Addresses, Resolve, ResolveError};
 use crate::server::{Open, Opened, Session, SessionClient, panicked};
 use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
 
-/// Time limit for a look-up; the resolver's own limit is shorter.
+/// Time limit for a look-up. The resolver's own limit is shorter.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The result of a piece of work.
@@ -31,7 +31,7 @@ pub(super) enum Event<C> {
         fresh: bool,
         result: Opened<C>,
     },
-    /// Without its session where that was lost in a panic.
+    /// The answer on a kept session. `session` is `None` if a panic has lost it.
     Asked {
         endpoint: Endpoint,
         number: Number,
@@ -50,7 +50,8 @@ pub(super) struct Asks {
     pub(super) within: Duration,
 }
 
-/// The program's log sees what the work does, and may panic. That costs one answer: without any, nobody would be asked again.
+/// Turns a panic of the program's log during this work into a failed answer. Without an answer, the topology would wait
+/// for one for ever and never ask again.
 pub(super) async fn contained<C>(
     work: impl Future<Output = Event<C>>,
     failed: impl FnOnce(ProbeFailure) -> Event<C>,
@@ -59,7 +60,7 @@ pub(super) async fn contained<C>(
     done.unwrap_or_else(|panic| failed(panicked("what the program logs with", &*panic)))
 }
 
-/// Asks the resolver for the addresses of a name of the configuration, which is the one with this index.
+/// Asks the resolver for the addresses of the configured name with this index.
 pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> Event<C> {
     let answer = match addresses_of(&*resolver, &name.host).await {
         Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
@@ -73,7 +74,8 @@ pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resol
     Event::Resolved { name: index, answer }
 }
 
-/// The resolver may be user code: it may take too long, and its panic costs only this one answer.
+/// Asks the resolver, within a time limit. It may be user code, so it may take too long or panic; that costs only this
+/// one answer.
 async fn addresses_of(resolver: &dyn Resolve, host: &str) -> Result<Addresses, ResolveError> {
     let answer = AssertUnwindSafe(async { resolver.resolve(host).await }).catch_unwind();
     match timeout(RESOLVE_WITHIN, answer).await {
