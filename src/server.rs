@@ -1,8 +1,8 @@
 //! Opens one session to one server, asks the server what it is, and drives the session until its scope ends.
 //!
-//! This module decides nothing, and does not know which server is wanted: it turns bytes into a [`ServerReport`] or a
-//! [`ProbeFailure`]. A session's driver task ends with the session, its scope or the socket, whichever ends first.
-//! The tests are `tests/it/observe/errors.rs`, and every test that fails over.
+//! This module decides nothing, and does not know which server the pool is looking for. It turns bytes into a
+//! [`ServerReport`] or a [`ProbeFailure`]. A session's driver task ends when the session is dropped, or when its scope
+//! or its socket ends. The tests are `tests/it/observe/errors.rs`, and every test that fails over.
 
 mod activity;
 mod end;
@@ -46,19 +46,20 @@ use question::Questions;
 use session::{Driver, drive};
 use stranger::{Peer, what_answers};
 
-/// Appended to the failure of a peer that hung up before any session was ever opened.
+/// Appended to the failure if a peer hung up, and no session was ever opened.
 const HUNG_UP: &str = "; it hung up first: a proxy without a server behind it, or not PostgreSQL";
 
-/// Time limit for a cancel request, which only relieves the server and is not worth a longer wait.
+/// Time limit for a cancel request. It only saves the server work, so a longer wait is not worth it.
 const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
-/// Pauses before the cancel requests for one session. Its statement reaches the server long before the last of them.
+/// Pauses before the cancel requests for one session. The session's statement reaches the server long before the last
+/// request.
 const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), Duration::from_millis(500)];
 
-/// If the first session is not open after this time, the peer is examined: it may not be PostgreSQL.
+/// If the pool's first session is not open after this time, the pool examines whether the peer is PostgreSQL.
 const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
-/// The name of the code that panics are blamed on. Opening a session runs the driver and the connector, and the driver
+/// How an error names the code that has panicked. Opening a session runs the driver and the connector, and the driver
 /// does not panic.
 const CONNECTOR: &str = "the TLS connector";
 
@@ -86,7 +87,7 @@ where
     }
 }
 
-/// What every opener asks and counts in the same way.
+/// The parts that all openers share: how to ask, and what to count.
 #[derive(Default)]
 pub(crate) struct Asker {
     pub(crate) questions: Questions,
@@ -106,7 +107,7 @@ pub(crate) trait Open<C>: Send + Sync {
         scope: CancellationToken,
     ) -> BoxFuture<'a, Opened<C>>;
 
-    /// Asks on an open session what its server is, after the promotion wait if there is one. Takes one round trip.
+    /// Asks on an open session what its server is, after the promotion wait if there is one. Costs one round trip.
     fn ask<'a>(
         &'a self,
         address: &'a Address,
@@ -121,23 +122,23 @@ pub(crate) trait Open<C>: Send + Sync {
         self.asker().traffic.load(Ordering::Relaxed)
     }
 
-    /// Returns whether this crate drives the pool's sessions, and so notices the end of each at once.
+    /// Returns whether this crate drives the pool's sessions. If so, it notices the end of each session immediately.
     fn drives(&self) -> bool;
 
-    /// Asks the server at `endpoint` once to cancel what the session of `token` runs.
+    /// Sends one cancel request to the server at `endpoint`, for the statement that the session of `token` runs.
     fn cancel(&self, endpoint: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
 }
 
 pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
 
-/// This crate's way to open sessions. It holds the configuration except for the address.
+/// Opens sessions by this crate's own dialing. It holds the configuration except for the address.
 pub(crate) struct Opener {
     template: Config,
     dial: Arc<dyn Dial>,
-    /// The password provider, if there is one; the template then holds no password.
+    /// The password provider, if there is one. Then the template holds no password.
     passwords: Option<Passwords>,
     asker: Asker,
-    /// A session was opened once, so the peers of this pool are PostgreSQL.
+    /// A session has been opened before, so the peers of this pool are PostgreSQL.
     worked: AtomicBool,
 }
 
@@ -178,7 +179,8 @@ impl Opener {
         let dialled = tokio::time::timeout(STRANGER_AFTER, dialling.as_mut()).await.ok();
         let looked_at = what_answers(&endpoint.address);
         let (dialled, peer) = match dialled {
-            // The peer answers slowly, or waits for more of a request that it does not understand.
+            // The peer is slow, or it is not PostgreSQL and waits for the rest of a request that it does not
+            // understand.
             None => tokio::select! {
                 dialled = dialling.as_mut() => (Some(dialled), None),
                 peer = looked_at => (None, peer),
@@ -198,13 +200,14 @@ impl Opener {
         }
     }
 
-    /// Whether a session begins with TLS, and does not ask for it first. Older servers do not know that and hang up.
+    /// Returns whether a session begins with TLS immediately, without asking for it first. Servers before PostgreSQL 17
+    /// do not support that, and hang up.
     fn begins_with_tls(&self) -> bool {
         self.template.get_ssl_negotiation() == SslNegotiation::Direct
     }
 
-    /// Tries once more to begin with TLS, after the peer has hung up on that and answered to a request for it: a server
-    /// that was just stopped may also hang up, but not twice.
+    /// Tries once more to begin with TLS. The peer has hung up on that once, but has answered a request for TLS. A
+    /// server that was just stopped may also hang up, but not twice.
     async fn dial_again(
         &self,
         endpoint: &Endpoint,
@@ -243,7 +246,7 @@ impl Opener {
     }
 
     fn not_opened(&self, error: Error) -> ProbeFailure {
-        // A server that has worked before may also hang up, if it or its machine was killed.
+        // A server that has worked before may also hang up, because it or its machine was killed.
         let hung_up = hung_up(&error) || self.begins_with_tls() && hung_up_in_handshake(&error);
         let hung_up = hung_up && !self.worked.load(Ordering::Relaxed);
         let mut failure = failure(verdict_of_open(&error), error);
@@ -269,7 +272,7 @@ impl Opener {
             Address::Unix(folder, port) => {
                 config.host_path(folder).port(*port).ssl_mode(SslMode::Disable);
             }
-            // A pool that connects by itself has no such candidate.
+            // Only a wrapped pool has this candidate, and it does not use this opener.
             Address::Wrapped => {}
         }
         config
@@ -315,8 +318,8 @@ impl Open<ClientWrapper> for Opener {
     }
 }
 
-/// Sends a cancel request, and repeats it after a moment: a request that overtakes the statement finds the session idle
-/// and has no effect. Stops at the first request that the server does not accept within two seconds.
+/// Sends a cancel request, and repeats it after a moment, because a request that overtakes the statement finds the
+/// session idle and has no effect. Stops at the first request that the server does not accept within two seconds.
 pub(crate) async fn cancel<Fut>(request: impl Fn() -> Fut)
 where
     Fut: Future<Output = Result<(), Error>>,
@@ -331,7 +334,7 @@ where
     }
 }
 
-/// Describes the failure of a wrapped pool's manager to create a session.
+/// Describes the error of a wrapped pool's manager that could not create a session.
 pub(crate) fn not_created<E: std::error::Error + Send + Sync + 'static>(error: E) -> ProbeFailure {
     let driver = links(&error).find_map(|link| link.downcast_ref::<Error>());
     let verdict = driver.map_or(Verdict::ConnectionLost, verdict_of_open);

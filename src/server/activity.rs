@@ -1,9 +1,9 @@
-//! Determines from the bytes that pass whether a request is under way on a session, without sending a message.
+//! Finds out from the bytes that a session sends and receives whether a request is under way. This sends no message.
 //!
 //! It counts requests (`Query` and `Sync`) on the way to the server and their ends (`ReadyForQuery`) on the way back,
-//! and keeps the last transaction state. Two messages that the driver sends by itself, and that no caller waits for, do
-//! not make a session busy: the closing of a statement, and the ROLLBACK of a dropped transaction. The module is pure
-//! except for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/checkout/busy.rs`.
+//! and keeps the last transaction state. The driver sends two messages by itself: it closes a statement, and it rolls
+//! back a dropped transaction. No caller waits for these, so they do not make a session busy. The module is pure except
+//! for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/checkout/busy.rs`.
 
 mod commits;
 
@@ -16,31 +16,31 @@ use self::commits::Commits;
 
 /// A caller's request is under way.
 const REQUEST: u8 = 1;
-/// A transaction is open, and nothing has been sent that would end it.
+/// A transaction is open, and the driver has not sent a ROLLBACK for it.
 const TRANSACTION: u8 = 2;
 /// The server waits for COPY data.
 const COPYING: u8 = 4;
 /// The network has not accepted all data that is to be sent.
 const BLOCKED: u8 = 8;
-/// The answer is not being read: its receiver holds a stream of rows and does not read on.
+/// Nobody reads the answer: a caller holds a stream of rows and does not read on.
 const STALLED: u8 = 16;
-/// The last request has failed, but its `ReadyForQuery`, which tells whether a transaction is open, has not arrived.
-/// The server sends it at once.
+/// The last request has failed, but its `ReadyForQuery` has not arrived, which shows whether a transaction is open. The
+/// server sends it immediately.
 const FAILED: u8 = 32;
-/// A COMMIT is under way. To cancel it would end its wait for a synchronous standby, and make rows visible that no standby
-/// has.
+/// A COMMIT is under way. Do not cancel it: that would end its wait for a synchronous standby, and make rows visible
+/// that no standby has.
 const COMMIT: u8 = 64;
 
 /// What the driver's task publishes about one session to the holder of its connection.
 #[derive(Debug, Default)]
 pub(crate) struct Activity {
     flags: AtomicU8,
-    /// How often the driver's task was woken, and in `dealt_with`, how many of these wake-ups it has handled.
+    /// How many times the driver's task was woken. `dealt_with` is the number of these wake-ups that it has handled.
     woken: AtomicU64,
     dealt_with: AtomicU64,
     /// The connection was given back, so nothing may be under way on it.
     given_back: AtomicBool,
-    /// The connection turned out to have been given back with something under way.
+    /// The connection was given back with something under way, so its session is closed.
     condemned: AtomicBool,
     /// Notifies when the driver's task has handled all wake-ups.
     settled: Notify,
@@ -48,37 +48,39 @@ pub(crate) struct Activity {
     heard_at: AtomicU64,
     /// The number of the last request that commits.
     last_commit: AtomicU64,
-    /// Is told of signs of the server's life.
+    /// Where signs of the server's life are noted.
     heard: OnceLock<Heard>,
 }
 
-/// Whether any of several sessions to one server has received a sign of its life since this was last asked.
+/// Whether any of several sessions to one server has received a sign of the server's life since the last call of
+/// `take`.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Heard(Arc<AtomicBool>);
 
 impl Heard {
     pub(crate) fn note(&self) {
-        // Many sessions share it. A read is cheaper than a write to what others read, and mostly finds `true`.
+        // Many sessions share this. Reading first is cheaper than writing to memory that others read, and it usually
+        // finds `true`.
         if !self.0.load(Ordering::Relaxed) {
             self.0.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Returns it, and begins anew.
+    /// Returns the value, and resets it.
     pub(crate) fn take(&self) -> bool {
         self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::Relaxed)
     }
 }
 
 impl Activity {
-    /// Returns whether a request is known to be under way, or a transaction to be open. While the driver has not seen
-    /// all requests, nothing is known, for instance when a transaction was dropped but its ROLLBACK is not sent yet.
+    /// Returns whether a request is known to be under way, or a transaction is known to be open. Nothing is known while
+    /// the driver has not seen all requests: for instance, a transaction was dropped but its ROLLBACK is not sent yet.
     pub(crate) fn is_busy(&self) -> bool {
         self.flags.load(Ordering::Acquire) & !STALLED != 0 && self.is_settled()
     }
 
-    /// Returns whether a request may be under way, or a transaction be open. So it was at the end of a session that has
-    /// ended.
+    /// Returns whether a request may be under way, or a transaction may be open. For a session that has ended, returns
+    /// whether that was so at its end.
     pub(crate) fn may_be_busy(&self) -> bool {
         self.flags.load(Ordering::Acquire) != 0 || !self.is_settled()
     }
@@ -89,8 +91,7 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
     }
 
-    /// Whether a request is under way that commits, as far as its text shows: by the driver's `commit`, by hand, or by
-    /// `END`.
+    /// Returns whether a request is under way whose text commits: a COMMIT of the driver or of the user, or END.
     pub(crate) fn is_committing(&self) -> bool {
         self.flags.load(Ordering::Acquire) & COMMIT != 0
     }
@@ -104,8 +105,8 @@ impl Activity {
         self.woken.load(Ordering::SeqCst) == self.dealt_with.load(Ordering::SeqCst)
     }
 
-    /// Whether the session is idle. `None` while the driver's task has not seen all requests, or while the end of a
-    /// failed request has not arrived.
+    /// Returns whether the session is idle. `None`: that is not known, because the driver's task has not seen all
+    /// requests, or because the end of a failed request has not arrived.
     pub(crate) fn is_idle(&self) -> Option<bool> {
         if !self.is_settled() {
             return None;
@@ -132,7 +133,7 @@ impl Activity {
         self.until(|this| this.is_settled().then_some(())).await;
     }
 
-    /// Looks each time that the driver's task has handled all wake-ups.
+    /// Waits until `look` finds something. It looks each time that the driver's task has handled all wake-ups.
     async fn until<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
         loop {
             let settled = self.settled.notified();
@@ -161,8 +162,8 @@ impl Activity {
         self.woken.load(Ordering::SeqCst)
     }
 
-    /// The driver has handled all wake-ups up to `woken`. Returns whether the connection was given back with something
-    /// under way.
+    /// Notes that the driver has handled all wake-ups up to `woken`. Returns whether the connection was given back with
+    /// something under way.
     pub(super) fn polled(&self, woken: u64) -> bool {
         self.dealt_with.store(woken, Ordering::SeqCst);
         self.settled.notify_waiters();
@@ -174,14 +175,15 @@ impl Activity {
         left_busy
     }
 
-    /// The session has ended. Waiting tasks then learn this from their client.
+    /// Notes that the session has ended, and wakes the tasks that wait. They find out from their client that it is
+    /// closed.
     pub(super) fn end(&self) {
         self.condemned.store(true, Ordering::Release);
         self.dealt_with.store(self.woken.load(Ordering::SeqCst), Ordering::SeqCst);
         self.settled.notify_waiters();
     }
 
-    /// When the server last sent something, in milliseconds of the wall clock; 0 if unknown.
+    /// When the server last sent something, in milliseconds of the wall clock. 0 if unknown.
     pub(crate) fn heard_at(&self) -> u64 {
         self.heard_at.load(Ordering::Relaxed)
     }
@@ -190,17 +192,17 @@ impl Activity {
         self.heard_at.store(now, Ordering::Relaxed);
     }
 
-    /// The number of the last request that commits, as far as its text shows. It changes with each of them.
+    /// The number of the last request whose text commits. It changes with each such request.
     pub(crate) fn last_commit(&self) -> u64 {
         self.last_commit.load(Ordering::Acquire)
     }
 
-    /// From now on, signs of the server's life on this session are noted there. The first call counts.
+    /// From now on, signs of the server's life on this session are noted in `heard`. Only the first call counts.
     pub(crate) fn tell(&self, heard: &Heard) {
         let _ = self.heard.set(heard.clone());
     }
 
-    /// What was received shows that the server lives.
+    /// Notes that something was received which shows that the server lives.
     pub(super) fn note_life(&self) {
         if let Some(heard) = self.heard.get() {
             heard.note();
@@ -224,32 +226,33 @@ impl Activity {
 pub(super) struct Counter {
     sent: Messages,
     received: Messages,
-    /// Requests that were sent; `answered` counts those that ended.
+    /// The number of requests that were sent. `answered` is the number of those that have ended.
     requests: u64,
     answered: u64,
-    /// The number of the last request that a caller waits for; `last_rollback` is that of the driver's last own
-    /// ROLLBACK.
+    /// The number of the last request that a caller waits for. `last_rollback` is the number of the last ROLLBACK that
+    /// the driver sent by itself.
     last_request: u64,
     last_rollback: u64,
     /// The last request that commits.
     last_commit: u64,
-    /// How many of the next requests may carry out a statement that commits and was just parsed: the driver parses it in one
-    /// request, and carries it out in the next.
+    /// How many of the next requests may carry out a parsed statement that commits. The driver parses a statement in
+    /// one request, and carries it out in the next.
     parsed_commit: u8,
     /// The request being sent does more than close a statement.
     begun: bool,
-    /// The request being answered has failed. Its end follows soon, and tells whether a transaction is open.
+    /// The request that is being answered has failed. Its end follows soon, and shows whether a transaction is open.
     failed: bool,
     transaction: bool,
     copying: bool,
     blocked: bool,
     stalled: bool,
-    /// What was read last shows that the server lives.
+    /// The data that was read last shows that the server lives.
     alive: bool,
 }
 
 impl Counter {
-    /// Counts from the start of a session. `asks_for_tls`: a TLS request precedes it, and is answered with one byte.
+    /// Creates a counter for the start of a session. `asks_for_tls`: the session begins with a TLS request, which is
+    /// answered with one byte.
     pub(super) fn new(asks_for_tls: bool) -> Self {
         let asks = u8::from(asks_for_tls);
         Self {
@@ -313,7 +316,7 @@ impl Counter {
 
     /// Returns whether a request has ended.
     pub(super) fn received(&mut self, bytes: &[u8]) -> bool {
-        // What had waited in a buffer may have been sent long ago, by a server that is dead by now.
+        // Data that had waited in a buffer may have been sent long ago, by a server that is dead now.
         let fresh = !self.stalled && !bytes.is_empty();
         self.stalled = true;
         let Self { received, answered, failed, transaction, copying, .. } = self;
@@ -330,12 +333,12 @@ impl Counter {
                 *answered += 1;
                 *copying = true;
             }
-            // The driver hands an error on before the end of the request has arrived.
+            // The driver passes an error on before the end of the request has arrived.
             b'E' => *failed = true,
             _ => {}
         });
         let ended = *answered != before;
-        // An error that no end of a request follows may be a proxy's, or the server's last words.
+        // If no end of the request follows, the error may come from a proxy, or be the last message of the server.
         self.alive = (ended || fresh) && !self.failed;
         ended
     }
@@ -355,7 +358,7 @@ impl Counter {
         let sending = self.begun || self.sent.within();
         let failed = self.failed && self.last_request == self.answered + 1 && !sending;
         let under_way = sending || self.last_request > self.answered;
-        // What a failed request leaves open does not matter if a ROLLBACK follows.
+        // If a ROLLBACK follows a failed request, it does not matter whether that request has left a transaction open.
         let ending = failed && self.last_rollback < self.last_request;
         let open = self.transaction && self.last_rollback <= self.answered;
         [
@@ -373,10 +376,10 @@ impl Counter {
     }
 }
 
-/// The statement that the driver sends by itself when a transaction is dropped.
+/// The text that the driver sends by itself when a transaction is dropped.
 const ROLLBACK: &[u8] = b"ROLLBACK\0";
 
-/// Splits the bytes of one direction into messages, however the bytes are divided into chunks.
+/// Splits the bytes of one direction into messages. The bytes may come in chunks of any size.
 #[derive(Debug, Default)]
 struct Messages {
     /// The number of leading bytes without a message header.
@@ -385,11 +388,11 @@ struct Messages {
     untyped: u8,
     header: [u8; 5],
     have: usize,
-    /// How many bytes of the current body are still to come.
+    /// The number of bytes of the current body that have not come yet.
     left: usize,
-    /// How many bytes of the body match what is looked for.
+    /// How many bytes of the body match the text that is looked for. `None` if they do not match.
     matched: Option<usize>,
-    /// What the text of a query does. In `Parse` the name of the statement precedes the text.
+    /// Looks for a commit in the text of a query. `named`: the name of a prepared statement comes first, as in `Parse`.
     commits: Commits,
     named: bool,
 }
@@ -400,9 +403,9 @@ impl Messages {
         self.have > 0
     }
 
-    /// Reports each message at its end: its letter, and two flags. For `Query` the first tells whether it is a ROLLBACK. For
-    /// `Query` and `Parse` the second tells whether a statement of it commits. For `ReadyForQuery` the first tells whether
-    /// a transaction is open.
+    /// Calls `tell` at the end of each message, with its letter and two flags. The first flag of `Query` says whether
+    /// it is a ROLLBACK, and that of `ReadyForQuery` whether a transaction is open. The second flag of `Query` and
+    /// `Parse` says whether one of their statements commits.
     fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool, bool)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
@@ -446,7 +449,7 @@ impl Messages {
         }
     }
 
-    /// The part of a body that belongs to the text of a query.
+    /// Returns the part of a body that belongs to the text of a query.
     fn text_of<'a>(&mut self, body: &'a [u8]) -> &'a [u8] {
         if !self.named {
             return body;

@@ -12,11 +12,11 @@ use tokio_util::sync::CancellationToken;
 use crate::classify::announces_end;
 use crate::sync::lock;
 
-/// How long to wait for the reason: the driver closes a session a moment before its task has noted why.
+/// How long to wait for the reason. The driver closes a session a moment before its task notes the reason.
 const NOTED_WITHIN: Duration = Duration::from_secs(1);
 
-/// How a session ended, as its server reported while no statement was under way. The driver gives such a report only to
-/// the task that drives it; the next statement merely fails with "connection closed".
+/// How a session has ended, if its server reported that while no statement was under way. The driver gives such a
+/// report only to the task that drives it. The next statement merely fails with "connection closed".
 #[derive(Debug, Default)]
 pub(crate) struct End {
     report: Mutex<Option<DbError>>,
@@ -38,7 +38,7 @@ impl End {
         }
     }
 
-    /// Notes a notice that announces the end, as it may be the last message.
+    /// Notes a notice that announces the end of the session, because it may be the last message.
     pub(super) fn noticed(&self, notice: &DbError) {
         if announces_end(notice) {
             self.set(notice);
@@ -53,7 +53,7 @@ impl End {
         *lock(&self.report) = Some(report.clone());
     }
 
-    /// Returns what the server said at the end of a closed session. Cancel-safe.
+    /// Returns what the server said when it ended this session, which is closed. Cancel-safe.
     pub(crate) async fn last_words(&self) -> Option<DbError> {
         if self.driven.load(Ordering::Acquire) {
             let _ = timeout(NOTED_WITHIN, self.over.cancelled()).await;

@@ -1,4 +1,4 @@
-//! What a server says in one session besides its answers, and who is told.
+//! What a server says in one session besides its answers, and who is told about it.
 //!
 //! This module decides nothing. The session's driver writes, and the user of the connection reads.
 
@@ -15,12 +15,13 @@ use super::{Activity, End};
 use crate::sync::{lock, log_safely};
 use crate::topology::shortened;
 
-/// How long a driver's task takes at most to see what was sent through it.
+/// The longest wait until a driver's task has seen all requests of its session.
 const SEEN_WITHIN: Duration = Duration::from_secs(1);
 
-/// Is told how a session of the pool ended. The driving task calls it at once, even while the connection is held.
+/// Is told how a session of the pool has ended. The driver's task calls this immediately, even while a caller holds the
+/// connection.
 pub(crate) trait SessionEndListener: Send {
-    /// `lost`: the server or the network ended the session, not this side.
+    /// `lost`: the server or the network has ended the session, not this side.
     fn session_ended(&self, lost: bool);
 }
 
@@ -40,8 +41,8 @@ impl fmt::Debug for EndListener {
     }
 }
 
-/// What the server said in one session besides its answers. A notice precedes the answer that it belongs to, and the
-/// driver task notes it before it hands on that answer.
+/// What the server said in one session besides its answers. A notice comes before the answer that it belongs to, and
+/// the driver's task notes it before it passes that answer on.
 #[derive(Debug, Default)]
 pub(crate) struct Notices {
     already_in_transaction: AtomicBool,
@@ -51,7 +52,7 @@ pub(crate) struct Notices {
     /// Grows whenever something is sent or received on the session. It stays 0 if the driver is not this crate's.
     traffic: AtomicU64,
     end_listener: Mutex<EndListener>,
-    /// The receiver of the session's notifications, if there is one.
+    /// What receives the session's notifications, if anything does.
     sink: OnceLock<Arc<dyn NotificationSink>>,
     end: End,
     /// What is under way on the session, if its driver is this crate's.
@@ -72,14 +73,16 @@ impl Notices {
         if *notice.code() == SqlState::ACTIVE_SQL_TRANSACTION {
             self.already_in_transaction.store(true, Ordering::Release);
         }
-        // The message is translated and the code is that of all warnings, so recognise it by the routine (`syncrep.c`).
+        // The message may be translated, and all warnings have the same code. So recognise this warning by its routine
+        // (`syncrep.c`).
         if notice.routine() == Some("SyncRepWaitForLSN") {
             self.not_replicated.store(true, Ordering::Release);
         }
         log_safely(|| tracing::debug!(code = notice.code().code(), "{}", shortened(notice.message().to_owned())));
     }
 
-    /// From now on the session's traffic counts for the pool, and `listener` is told of its end.
+    /// Makes this a session of the pool: from now on its traffic counts for the pool, and `listener` is told of its
+    /// end.
     pub(crate) fn pool(&self, listener: Box<dyn SessionEndListener>) {
         self.pooled.store(true, Ordering::Relaxed);
         let mut end_listener = lock(&self.end_listener);
@@ -89,7 +92,7 @@ impl Notices {
         }
     }
 
-    /// The session has ended. The first call counts, as it knows the reason.
+    /// Tells the listener that the session has ended. Only the first call counts, because it knows the reason.
     pub(super) fn ended(&self, lost: bool) {
         let end_listener = std::mem::replace(&mut *lock(&self.end_listener), EndListener::Left);
         if let EndListener::Somebody(listener) = end_listener {
@@ -97,19 +100,19 @@ impl Notices {
         }
     }
 
-    /// The driver's task runs because something is sent or received.
+    /// Counts that the driver's task runs, because something is sent or received.
     pub(super) fn count_traffic(&self) {
         self.traffic.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Something was sent or received for a caller. `pool` counts for all sessions of the pool.
+    /// Counts that something was sent or received for a caller. `pool` is the counter of all sessions of the pool.
     pub(super) fn count_work(&self, pool: &AtomicU64) {
         if self.pooled.load(Ordering::Relaxed) {
             pool.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// The driver's task ends. Wakes everything that waits for that.
+    /// Notes that the driver's task ends, and wakes everything that waits for that.
     pub(super) fn over(&self) {
         self.end.over();
         self.ended(false);
@@ -119,14 +122,14 @@ impl Notices {
         }
     }
 
-    /// The server sent a notification on one of the session's channels.
+    /// Passes on a notification that the server sent on one of the session's channels.
     pub(super) fn notified(&self, notification: Notification) {
         if let Some(sink) = self.sink.get() {
             sink.notified(notification);
         }
     }
 
-    /// Sends notifications to `sink` from now on. A session has one sink, so the first one stays.
+    /// Sends notifications to `sink` from now on. A session has one sink, so only the first call counts.
     pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
         let _ = self.sink.set(sink);
     }
@@ -142,7 +145,7 @@ impl Notices {
         self.traffic.load(Ordering::Relaxed)
     }
 
-    /// Waits until the session's driver has seen what was sent, for a moment at most. Cancel-safe.
+    /// Waits until the session's driver has seen all requests, but not for long. Cancel-safe.
     pub(crate) async fn requests_are_seen(&self) {
         let _ = timeout(SEEN_WITHIN, self.activity.settles()).await;
     }
@@ -157,12 +160,12 @@ impl Notices {
         &self.end
     }
 
-    /// A BEGIN found a transaction already open.
+    /// Returns whether a BEGIN found a transaction already open.
     pub(crate) fn already_in_transaction(&self) -> bool {
         self.already_in_transaction.load(Ordering::Acquire)
     }
 
-    /// A COMMIT gave up waiting for a synchronous standby.
+    /// Returns whether a COMMIT gave up waiting for a synchronous standby.
     pub(crate) fn not_replicated(&self) -> bool {
         self.not_replicated.load(Ordering::Acquire)
     }

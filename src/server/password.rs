@@ -1,8 +1,8 @@
 //! Asks the user's provider for the password of each new session.
 //!
-//! A provider that fails or is slow says nothing about the server, which was not asked. So such a failure must be
-//! neither [`FailureKind::TimedOut`] nor [`FailureKind::Unreachable`], which would end working connections. The tests
-//! are in `tests/it/sessions/rotation.rs`.
+//! If a provider fails or is slow, the server was not asked, so this says nothing about the server. Such a failure must
+//! be neither [`FailureKind::TimedOut`] nor [`FailureKind::Unreachable`], because those can end working connections.
+//! The tests are in `tests/it/sessions/rotation.rs`.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -20,8 +20,8 @@ use crate::topology::{FailureKind, ProbeFailure};
 
 type Password = Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
 
-/// A link in the error's source chain, behind which the provider's own error can be downcast. This is not possible for
-/// the `Arc` that [`ProbeFailure`] holds.
+/// A link in the error's source chain. Its source is the provider's own error, which the user can downcast. That is not
+/// possible for the `Arc` that [`ProbeFailure`] holds.
 #[derive(Debug, thiserror::Error)]
 #[error("the password provider failed")]
 struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
@@ -32,7 +32,7 @@ pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync
 /// Shortest pause before a provider that failed is asked again.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A provider of passwords, and whether a server ever accepted one of them.
+/// A provider of passwords, and whether a server has ever accepted one of its passwords.
 pub(crate) struct Passwords {
     ask: Ask,
     within: Duration,
@@ -67,13 +67,13 @@ impl Passwords {
         Err(failure)
     }
 
-    /// A server accepted a password of this provider.
+    /// Notes that a server has accepted a password of this provider.
     pub(super) fn accepted(&self) {
         self.let_in.store(true, Ordering::Relaxed);
     }
 
-    /// A server refused the password. If an earlier one was accepted, the password is being changed, and the next may
-    /// be right. It is tried as rarely as after any refusal, as the change may also have gone wrong.
+    /// Handles a refused password. If an earlier password was accepted, the password is probably being changed, and the
+    /// next one may be right. It is tried as rarely as after any refusal, because the change may also have gone wrong.
     pub(super) fn refused(&self, mut failure: ProbeFailure) -> ProbeFailure {
         if !self.let_in.load(Ordering::Relaxed) {
             return failure;

@@ -1,4 +1,4 @@
-//! Asks a server what it is, and reads the answer, in which each part may be missing.
+//! Asks a server what it is, and reads the answer. Each part of the answer may be missing.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use crate::topology::{
     Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
 };
 
-/// The most rows kept and counted of one answer, and the most bytes kept of each value. No question of this crate has a
-/// longer answer.
+/// The most rows of one answer that are kept, the most that are counted, and the most bytes that are kept of each
+/// value. No question of this crate has a longer answer.
 const MOST_ROWS: usize = 64;
 const MOST_COUNTED: usize = 10_000;
 const LONGEST_VALUE: usize = 64 * 1024;
@@ -22,15 +22,15 @@ const LONGEST_VALUE: usize = 64 * 1024;
 /// Asks servers what they are.
 #[derive(Default)]
 pub(crate) struct Questions {
-    /// The parts that servers do not let this role read.
+    /// The parts that servers do not let this role read, by server.
     parts: Withheld<Refused>,
     /// The servers that did not let this role wait for a promotion.
     promotion_wait: Withheld<()>,
 }
 
 impl Questions {
-    /// Takes one round trip, unless a part of the question is refused. Then the refused parts are found out, and left
-    /// out for a while.
+    /// Asks the question. This takes one round trip, unless a part of the question is refused. Then the pool finds out
+    /// the refused parts, and leaves them out for a while.
     pub(crate) async fn ask(
         &self,
         address: &Address,
@@ -46,7 +46,8 @@ impl Questions {
                     let report = read(question, refused, answer);
                     match &report {
                         Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
-                        // The missing part may be one that was left out, so the next question asks for everything.
+                        // The answer may be unreadable because a part was left out, so the next question asks for
+                        // everything.
                         Err(_) => self.parts.forget(address),
                         Ok(_) => {}
                     }
@@ -56,7 +57,8 @@ impl Questions {
             tracing::debug!("a part of the question is refused: {}", explain(&error));
             refused = refused.and(withheld::look_for(client, question, refused).await);
             if last {
-                // Ask only for what needs no privilege. This is not remembered, as the real obstacle is unknown.
+                // Ask only for what needs no privilege. This is not remembered, because it is unknown what the server
+                // really refuses.
                 refused = refused.and(Refused::ALL);
             }
         }
@@ -64,9 +66,9 @@ impl Questions {
     }
 
     /// Asks on a session that was opened earlier. The question is sent together with the promotion wait, but in a
-    /// transaction of its own, as a transaction that began on a standby stays read-only. If the server does not wait,
-    /// because a privilege is missing or a limit cuts the wait off, it is asked without the wait for a while: each cut by
-    /// `transaction_timeout` also ends the session.
+    /// transaction of its own, because a transaction that began on a standby stays read-only. A server may not wait,
+    /// because a privilege is missing or a time limit ends the wait. Such a server is asked without the wait for a
+    /// while, because `transaction_timeout` would end the session each time.
     pub(crate) async fn ask_after(
         &self,
         promotion_wait: Option<PromotionWait>,
@@ -88,13 +90,13 @@ impl Questions {
     }
 }
 
-/// Returns the rows of the answer, within limits. A value that is not text becomes U+FFFD and not NULL, as NULL means
+/// Returns the rows of the answer, within limits. A value that is not text becomes U+FFFD, not NULL, because NULL means
 /// that the server withholds something.
 pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<String>>>, Error> {
     let mut messages = pin!(client.simple_query_raw(sql).await?);
     let mut rows = Vec::new();
     while let Some(message) = messages.try_next().await? {
-        // Everything but rows is dropped as it arrives.
+        // Everything except rows is dropped as it arrives.
         let SimpleQueryMessage::Row(row) = message else {
             continue;
         };

@@ -1,4 +1,4 @@
-//! Examines what answers at an address where no session could ever be opened.
+//! Examines what answers at an address if no session could ever be opened.
 //!
 //! PostgreSQL, and anything that speaks its protocol, answers a TLS request with one byte, `S` or `N`. The driver
 //! cannot recognise other answers: it would read a web server's text as the start of a very long message.
@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::topology::Address;
 
-/// Time limit for each step; a peer that answers does so at once.
+/// Time limit for each step. A peer that answers at all does so immediately.
 const WITHIN: Duration = Duration::from_millis(500);
 /// How long to wait for more data after the first byte.
 const MORE_WITHIN: Duration = Duration::from_millis(100);
@@ -23,13 +23,13 @@ const ALERT_OR_HANDSHAKE: [u8; 2] = [21, 22];
 /// What answers at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Peer {
-    /// PostgreSQL, or what speaks its protocol.
+    /// PostgreSQL, or something that speaks its protocol.
     Postgres { offers_tls: bool },
-    /// The name of what is not PostgreSQL.
+    /// Something else. This is the name of its protocol.
     Stranger(&'static str),
 }
 
-/// `None`: it is not known what answers.
+/// Finds out what answers at this address. `None`: that is not known.
 pub(super) async fn what_answers(address: &Address) -> Option<Peer> {
     let Address::Tcp(address) = address else {
         return None;
@@ -44,7 +44,7 @@ async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
     let first = if let Ok(read) = timeout(WITHIN, stream.read(&mut words)).await {
         read.ok()?
     } else {
-        // Some protocols only answer to whole lines. PostgreSQL would have answered by now.
+        // Some protocols answer only to whole lines, so send one. PostgreSQL would have answered by now.
         stream.write_all(b"\r\n\r\n").await.ok()?;
         timeout(WITHIN, stream.read(&mut words)).await.ok()?.ok()?
     };
@@ -56,7 +56,7 @@ async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
     Some(words)
 }
 
-/// `None`: the peer hung up without an answer, or may be PostgreSQL.
+/// Recognises a peer by its first bytes. `None`: the peer hung up without an answer, or it may be PostgreSQL.
 fn peer(words: &[u8]) -> Option<Peer> {
     let starts = |start: &[u8]| words.starts_with(start);
     let name = match words {

@@ -1,8 +1,8 @@
 //! Opens the driver's connections over streams that count messages.
 //!
-//! The driver's own `connect` fixes the type of the stream, so the socket is taken out of it: a connector passed as its
-//! TLS connector receives the socket that the driver has set up, with keep-alives and time-outs. `connect_raw` then
-//! continues the session.
+//! The driver's own `connect` does not accept a stream of another type. So this module passes it a TLS connector that
+//! only takes the socket, which the driver has set up with keep-alives and time-outs. `connect_raw` then continues the
+//! session over the counting stream.
 
 use std::any::TypeId;
 use std::future::{Ready, poll_fn, ready};
@@ -33,12 +33,13 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    // The driver recognises that its own `NoTls` cannot encrypt, but not that a connector around it cannot either.
+    // The driver recognises its own `NoTls`, which cannot encrypt. It does not recognise a connector around `NoTls`.
     if TypeId::of::<T::TlsConnect>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
         config.ssl_mode(SslMode::Disable);
     }
     let Some(plain) = open(&config).await? else {
-        // Without the socket, the driver either reports why, or opens a session that is not counted.
+        // There is no socket to count on. So the driver connects: it reports why that fails, or opens a session that is
+        // not counted.
         let (client, connection) = config.connect(tls).await?;
         return Ok((client, drive(connection, notices)));
     };
@@ -89,7 +90,7 @@ fn host_of(config: &Config) -> Option<String> {
     })
 }
 
-/// Opens the socket that the driver would use. `None`: only the driver can report why there is none.
+/// Opens the socket that the driver would use. `None`: there is none, and only the driver can report why.
 async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     #[cfg(unix)]
     if let Some(Host::Unix(folder)) = config.get_hosts().first() {
@@ -110,7 +111,7 @@ async fn open(config: &Config) -> Result<Option<Plain>, Error> {
     }
 }
 
-/// A connector that only takes the socket, and connects nothing.
+/// A TLS connector that only takes the socket out of the driver, and encrypts nothing.
 #[derive(Clone)]
 struct Thief(Arc<Mutex<Option<Socket>>>);
 
@@ -178,14 +179,14 @@ impl AsyncWrite for Plain {
     }
 }
 
-/// A stream of unencrypted protocol messages: above TLS, or without it.
+/// A stream that carries the protocol messages unencrypted: it is above TLS, or there is no TLS. It counts them.
 struct Wire<S> {
     stream: S,
     counter: Counter,
     activity: Arc<Activity>,
 }
 
-/// The clock for a connection's idle time. It goes on while the machine sleeps.
+/// The clock for a connection's idle time. Unlike a monotonic clock, it goes on while the machine sleeps.
 pub(crate) fn wall_clock() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -241,14 +242,15 @@ impl<S: TlsStream + Unpin> TlsStream for Wire<S> {
 
 type Unusable = Box<dyn std::error::Error + Send + Sync>;
 
-/// The user's TLS connector over the plain socket; messages are counted above TLS.
+/// The user's TLS connector. It encrypts the plain socket, and messages are counted above TLS.
 struct Secure<K> {
     connector: Result<K, Unusable>,
     activity: Arc<Activity>,
 }
 
 impl<K> Secure<K> {
-    /// Creates the user's connector for one session. Like the driver, it does so whether or not the server encrypts.
+    /// Creates the user's connector for one session. Like the driver, this creates it even if the server then does not
+    /// encrypt.
     fn new<T>(mut tls: T, config: &mut Config, activity: Arc<Activity>) -> Self
     where
         T: MakeTlsConnect<Socket, TlsConnect = K>,

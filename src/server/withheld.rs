@@ -16,10 +16,10 @@ use crate::topology::{Address, Question, Refused};
 
 /// The most servers whose refusals are remembered.
 const MOST_REFUSALS: usize = 256;
-/// How long a refused part is left out. Later it is asked for again, as the privilege may have been granted.
+/// How long a refused part is left out. Then it is asked for again, because the privilege may have been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
-/// What servers refused recently, and are not asked for.
+/// What servers have refused recently. The pool does not ask them for it.
 pub(super) struct Withheld<T>(Mutex<HashMap<Address, (Instant, T)>>);
 
 impl<T> Default for Withheld<T> {
@@ -29,17 +29,17 @@ impl<T> Default for Withheld<T> {
 }
 
 impl<T: Copy> Withheld<T> {
-    /// What this server refused recently. `None`: nothing.
+    /// Returns what this server has refused recently. `None`: nothing.
     pub(super) fn of(&self, address: &Address) -> Option<T> {
         let held = self.held();
         held.get(address).filter(|(since, _)| is_recent(*since)).map(|(_, refused)| *refused)
     }
 
-    /// Remembers a refusal. `and` joins it with what the server refused before.
+    /// Remembers a refusal. `and` combines it with what the server refused before.
     pub(super) fn note(&self, address: &Address, refused: T, and: impl Fn(T, T) -> T) {
         let mut held = self.held();
         held.retain(|_, (since, _)| is_recent(*since));
-        // If the map is full, the refusal is forgotten, which costs one more question.
+        // If the map is full, the refusal is not remembered. That costs one more question the next time.
         if held.len() < MOST_REFUSALS || held.contains_key(address) {
             let (_, all) = held.entry(address.clone()).or_insert_with(|| (Instant::now(), refused));
             *all = and(*all, refused);
@@ -59,7 +59,7 @@ fn is_recent(since: Instant) -> bool {
     since.elapsed() <= REFUSED_FOR
 }
 
-/// Asks for each piece of the question alone. All of it takes about one round trip.
+/// Asks for each piece of the question alone. All these questions together take about one round trip.
 pub(super) async fn look_for(client: &Client, question: Question, known: Refused) -> Refused {
     let asking = question.pieces().filter(|piece| !known.holds(*piece)).map(|piece| async move {
         let error = rows(client, &piece.alone()).await.err()?;

@@ -1,13 +1,13 @@
-//! Recognises a statement that commits in the text of a query, which may arrive in pieces.
+//! Recognises a statement that commits by the text of a query. The text may arrive in pieces.
 
-/// A statement that begins with one of these words commits.
+/// A statement commits if it begins with one of these words.
 const WORDS: [&str; 2] = ["COMMIT", "END"];
-/// So does one that begins with these two. The first alone prepares a statement.
+/// A statement also ends its transaction if it begins with these two words. The first word alone prepares a statement.
 const PREPARE: [&str; 2] = ["PREPARE", "TRANSACTION"];
-/// How much of a word or a tag is kept.
+/// The most bytes of a word or a tag that are kept.
 const LONGEST: usize = 16;
 
-/// What the last byte belongs to.
+/// The part of the text that the last byte belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Place {
     /// None of the following.
@@ -20,7 +20,7 @@ enum Place {
     /// The tag that may begin a string between dollar signs.
     Tag,
     Dollars,
-    /// The tag that may end such a string. So many of its bytes have matched.
+    /// The tag that may end such a string. The number says how many of its bytes have matched.
     ClosingTag(usize),
     /// A slash or a dash, which may begin a comment.
     Slash,
@@ -31,14 +31,14 @@ enum Place {
     LineComment,
 }
 
-/// Looks at the first word of each statement of one text. It passes over strings, quoted names and comments. It does not
-/// know nested comments, nor a backslash before a quote.
+/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It does not know
+/// nested comments, or a backslash before a quote.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Commits {
     place: Place,
     /// The current statement has begun.
     begun: bool,
-    /// It has begun with the first word of [`PREPARE`], and its second word is next.
+    /// The current statement has begun with the first word of [`PREPARE`], and its second word is next.
     prepares: bool,
     word: Word,
     tag: Word,
@@ -46,7 +46,7 @@ pub(super) struct Commits {
 }
 
 impl Commits {
-    /// Whether one of the statements commits. The text must have been fed with a byte behind its last word.
+    /// Returns whether one of the statements commits. At least one byte after the text's last word must have been fed.
     pub(super) fn found(&self) -> bool {
         self.found
     }
@@ -97,7 +97,7 @@ impl Commits {
         }
     }
 
-    /// The place after a byte that continues no word, string or comment.
+    /// Returns the place after a byte that does not continue a word, a string or a comment.
     fn outside(&mut self, byte: u8) -> Place {
         match byte {
             b';' => {
