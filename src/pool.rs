@@ -1,9 +1,9 @@
 //! Hands out connections of the current generation, and no others.
 //!
-//! It decides nothing about servers: the cluster's snapshot says what may be handed out. It does not know how the
-//! primary was found. Invariants: a checkout does no I/O on an idle connection that was used lately; a new connection
-//! has answered the probe in this generation; a poisoned connection never goes back. The tests are
-//! `tests/it/checkout/get.rs` and `tests/it/observe/errors.rs`.
+//! The pool decides nothing about servers: the cluster's snapshot says which connections may be handed out. It does not
+//! know how the primary was found. Invariants: a checkout does no I/O on an idle connection that was used recently; a
+//! new connection has answered the probe in this generation; a poisoned connection never goes back to the pool. The
+//! tests are `tests/it/checkout/get.rs` and `tests/it/observe/errors.rs`.
 
 mod builder;
 mod checkout;
@@ -88,8 +88,8 @@ use shared::Shared;
 /// # }
 /// ```
 ///
-/// Up to `max_size` connections are open for the callers, and one more for the heartbeat. For a moment after a
-/// failover, another one holds the session that found the primary. Everything that the pool started ends when the last
+/// The pool opens up to `max_size` connections for its callers, and one more for the heartbeat. For a moment after a
+/// failover, it also holds the session that found the primary. Everything that the pool has started ends when the last
 /// clone and the last [`Client`] are dropped.
 pub struct Pool<C: SessionClient = ClientWrapper> {
     source: Source<C>,
@@ -142,30 +142,34 @@ impl Pool {
 impl<C: SessionClient> Pool<C> {
     /// Starts a configuration around an existing deadpool pool. Its manager still opens the connections. This pool
     /// verifies them, runs transactions again, settles commits in doubt, and evicts connections to an older primary. A
-    /// `deadpool_postgres::Pool` becomes an ordinary [`Pool`]; the pool of another manager becomes one whose clients
-    /// are what that manager makes.
+    /// `deadpool_postgres::Pool` becomes an ordinary [`Pool`]. The pool of another manager becomes one whose clients
+    /// are that manager's objects.
     ///
-    /// In each generation, each connection is asked once which server it is connected to. After that, this crate does
-    /// no I/O at a checkout. Besides the pool's connections, the manager opens sessions for the heartbeat, one for each
-    /// patrol, and up to four at a time for settling commits. They do not run the wrapped pool's hooks.
+    /// In each generation, each connection is asked once which server it is connected to. After that, a checkout does
+    /// no I/O of this crate's own. Besides the pool's connections, the manager opens sessions for the heartbeat, one
+    /// for each patrol, and up to four at a time for settling commits. The wrapped pool's hooks are not run for these
+    /// sessions.
     ///
     /// These features of [`Pool::builder`] need connections of this crate's own, and are missing here:
     /// - The manager itself must connect to the primary: give it `target_session_attrs=read-write` with all hosts, or a
     ///   name that follows the primary. Its DNS answers and its time-outs stay as they are. If its connecting hangs on
     ///   a frozen host, so does this pool's search, for [`probe_timeout`](WrapBuilder::probe_timeout) each time.
-    /// - When the primary is lost, a statement under way on a connection from [`Pool::get`] is not ended, nor is one in
-    ///   a task that a closure has spawned. On a frozen host it holds its slot until its socket fails: set `keepalives`
-    ///   or `tcp_user_timeout` in the manager's configuration. Other statements in this pool's transactions are ended.
-    /// - There is no [`Pool::listen`]: the sessions' driver, which receives notifications, belongs to the manager.
-    /// - The server's notices are not seen. So it is not noticed that an administrator cancelled a COMMIT's wait for a
-    ///   synchronous standby. A transaction left open on a connection is noticed only with
+    /// - When the primary is lost, statements in this pool's transactions are ended. But a statement on a connection
+    ///   from [`Pool::get`], or in a task that a closure has spawned, goes on. On a frozen host, it holds its slot
+    ///   until its socket fails. So set `keepalives` or `tcp_user_timeout` in the manager's configuration.
+    /// - There is no [`Pool::listen`], because the sessions' driver, which receives notifications, belongs to the
+    ///   manager.
+    /// - The pool does not see the server's notices. So it does not notice if an administrator cancels a COMMIT's wait
+    ///   for a synchronous standby. It notices a transaction that was left open on a connection only with
     ///   [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce).
     /// - An abandoned statement is cancelled by a request without TLS, as `psql` before version 17 sends it. Under
-    ///   `sslmode=require` the driver sends none, and the statement runs on until the server misses its client.
+    ///   `sslmode=require` the driver sends no such request, and the statement runs on until the server notices that
+    ///   its client is gone.
     ///
-    /// What the pool knows about a connection is valid until that is closed. So the manager's `recycle` may refuse a
-    /// connection, but must not reconnect it in place. Connecting goes on when its caller gives up, and serves the next
-    /// one; if nobody waits any more, it is given up after [`probe_timeout`](WrapBuilder::probe_timeout).
+    /// What the pool knows about a connection is valid until the connection is closed. So the manager's `recycle` may
+    /// refuse a connection, but must not reconnect it in place. If a caller gives up while the manager connects, the
+    /// connection goes to the next caller. If nobody waits, the pool gives up connecting after
+    /// [`probe_timeout`](WrapBuilder::probe_timeout).
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -190,7 +194,8 @@ impl<C: SessionClient> Pool<C> {
 
     /// Waits until a primary was found and verified, but no longer than the checkout timeout. Cancel-safe.
     ///
-    /// Optional, as `get` and the transactions wait by themselves. Use it at start-up to fail early, with the reason.
+    /// This is optional, because `get` and the transactions wait by themselves. Use it at start-up to fail early, with
+    /// the reason.
     pub async fn connect(&self) -> Result<(), Error> {
         self.not_ended()?;
         let began = Instant::now();
@@ -209,8 +214,8 @@ impl<C: SessionClient> Pool<C> {
     /// connection that was being opened for this call goes to the next caller.
     ///
     /// If a connection is given back with a statement under way or a transaction open, the statement is cancelled and
-    /// the session is closed, so that no other caller meets what was left. Any other state stays for the next caller,
-    /// such as `SET`, temporary tables and advisory locks: undo it, or [discard](Client::discard) the connection.
+    /// the session is closed, so that no other caller gets it. Any other state of the session, such as `SET`, temporary
+    /// tables and advisory locks, stays for the next caller. Undo it, or [discard](Client::discard) the connection.
     ///
     /// A failover ends the connection: its statements then fail with [`tokio_postgres::Error`]s, and the next `get`
     /// returns a connection to the new primary. To have the work run again instead, use [`Pool::transaction`].
@@ -248,7 +253,7 @@ impl<C: SessionClient> Pool<C> {
     #[must_use]
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.source.status();
-        // These connections were opened in the background, and have not been handed out yet.
+        // The inner pool does not count these connections, which wait for the next caller.
         let ready = self.dialer.dials.ready();
         let (size, available) = (size + ready, available + ready);
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
@@ -261,7 +266,7 @@ impl<C: SessionClient> Pool<C> {
         Status { max_size, size, available, waiting, fallback, evidence, view }
     }
 
-    /// Follows the cluster's state. The receiver shows the newest state only; to get every change, use
+    /// Returns a receiver of the cluster's state. It shows only the newest state; to get every change, use
     /// [`Pool::subscribe`].
     ///
     /// ```no_run
@@ -285,10 +290,11 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Streams each event from now on, in order: primaries lost and found, connections evicted, servers refused,
-    /// commits settled. The present state is in [`Pool::status`]; the event of a change shown there may still follow.
+    /// commits settled. The present state is in [`Pool::status`]. It may already show a change whose event follows.
     ///
-    /// A reader that falls more than 256 events behind misses the oldest ones, and is told how many; the pool never
-    /// waits for it. The stream ends when the pool is closed or its last clone is dropped: it does not keep it alive.
+    /// A reader that falls more than 256 events behind misses the oldest ones, and is told how many. The pool never
+    /// waits for a reader. The stream ends when the pool is closed or its last clone is dropped; a stream does not keep
+    /// the pool alive.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) {
@@ -321,16 +327,15 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().diagnosis().dns
     }
 
-    /// Makes this cluster the pool's own from now on, without a restart of the service. Use it after an upgrade by
-    /// `pg_upgrade`, a switch to another copy (blue/green), or a restore. `system_identifier` is what
-    /// `SELECT system_identifier FROM pg_control_system()` returns on its servers. Errors that mention a server of
-    /// another cluster name it, too.
+    /// Makes this cluster the pool's own. This needs no restart of the service. Use it after an upgrade by
+    /// `pg_upgrade`, a switch to another copy (blue/green), or a restore. `system_identifier` is what `SELECT
+    /// system_identifier FROM pg_control_system()` returns on its servers. Errors that mention a server of another
+    /// cluster name it, too.
     ///
     /// Takes effect within a moment. Connections to another cluster end, even those in use, and the search that follows
-    /// accepts only servers of this cluster, on any timeline. So this also lets a pool go on after a restore of its
-    /// *own* cluster to an older timeline: call it with the identifier that the pool has had all along. If the primary
-    /// in use already belongs to the cluster, nothing is interrupted. A COMMIT that is in doubt at this time stays so:
-    /// [`Error::CommitUnknown`].
+    /// accepts only servers of this cluster, on any timeline. So after a restore of the pool's *own* cluster to an
+    /// older timeline, call this with the identifier that the pool already has. If the primary in use belongs to the
+    /// cluster, nothing is interrupted. A COMMIT that is in doubt at this time fails with [`Error::CommitUnknown`].
     ///
     /// Make sure that nothing writes to the old cluster any more. [`PoolBuilder::accept_new_cluster_after`] does the
     /// same automatically after a time. Never waits.
@@ -367,12 +372,13 @@ impl<C: SessionClient> Pool<C> {
     /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and
     /// after an error of a [`Client`]'s own methods the connection is repaired for the next call. It does not see the
     /// errors of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction), or of the driver's client
-    /// that a [`Client`] derefs to. And it cannot know of an error before the first caller gets it. To spare that
-    /// caller the error, call this in each of your processes after a migration.
+    /// that a [`Client`] derefs to. And it learns of an error only when the first caller gets it. To avoid that error,
+    /// call this in each of your processes after a migration.
     ///
     /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection, and what the driver has
-    /// read about types. Statements that callers hold stay as they are. Connections of a [wrapped](Pool::wrap) pool
-    /// whose clients are not `ClientWrapper`s are closed instead, those on loan when they come back.
+    /// read about types. Statements that callers hold stay as they are. If the clients of a [wrapped](Pool::wrap) pool
+    /// are not `ClientWrapper`s, its connections are closed instead: idle ones immediately, those on loan when they
+    /// come back.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
@@ -388,10 +394,11 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// Closes the pool at once: waiting callers get [`Error::Closed`], and every connection ends, even one in use.
-    /// Finish your work first. The server is told to cancel what still runs. If a statement outside a transaction is
-    /// waiting for a synchronous standby, that cancels the wait, and its effect becomes visible. Idempotent; affects
-    /// all clones. A [wrapped](Pool::wrap) pool stays open, with the connections that are idle in it.
+    /// Closes the pool immediately: waiting callers get [`Error::Closed`], and every connection ends, even one in use.
+    /// So finish your work first. The server is asked to cancel what still runs. If a statement outside a transaction
+    /// is waiting for a synchronous standby, the cancel request ends that wait, and the statement's effect becomes
+    /// visible. Closing is idempotent, and closes all clones. A [wrapped](Pool::wrap) pool stays open, with its idle
+    /// connections.
     pub fn close(&self) {
         if let Source::Own(inner) = &self.source {
             inner.close();

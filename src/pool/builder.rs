@@ -59,7 +59,7 @@ pub struct PoolBuilder {
     max_lifetime: Duration,
     test_idle_after: Duration,
     sleep_after: Option<Duration>,
-    /// The pool is this crate's own, which knows what is on loan.
+    /// The pool is this crate's own, so it knows which connections are on loan.
     knows_loans: bool,
     gate: usize,
     calls: CallOptions,
@@ -101,8 +101,8 @@ impl PoolBuilder {
     /// The number of connections kept idle, ready for the next callers. Default: 0.
     ///
     /// They are opened in advance in the background: when a primary was found, and when callers have taken some. They
-    /// count towards [`PoolBuilder::max_size`], and are opened through [`PoolBuilder::connection_gate`]. They are not
-    /// closed for being idle.
+    /// count towards [`PoolBuilder::max_size`], and are opened through [`PoolBuilder::connection_gate`].
+    /// [`PoolBuilder::idle_timeout`] does not close them.
     pub fn min_idle(mut self, min_idle: usize) -> Self {
         self.idle.min = min_idle;
         self
@@ -111,15 +111,15 @@ impl PoolBuilder {
     /// The time after which an idle connection is closed, down to [`PoolBuilder::min_idle`] connections. Default: 10
     /// min.
     ///
-    /// Make it shorter than what proxies in between allow (Fly's recommends 5 min). Connections are reused last in,
-    /// first out, so that a pool shrinks to what the load needs.
+    /// Make it shorter than the time that proxies in between allow (Fly's proxy recommends 5 min). The connection that
+    /// came back last is used first, so the others become idle, and the pool shrinks to what the load needs.
     pub fn idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle.timeout = timeout;
         self
     }
 
-    /// The age at which a connection is no longer handed out. Default: 30 min. A random part of up to a tenth is
-    /// subtracted, so that connections opened together after a failover are not renewed together.
+    /// The age from which a connection is no longer handed out. Default: 30 min. A random time of up to a tenth is
+    /// subtracted, so that connections that were opened together after a failover do not expire together.
     pub fn max_lifetime(mut self, lifetime: Duration) -> Self {
         self.max_lifetime = lifetime;
         self
@@ -130,10 +130,10 @@ impl PoolBuilder {
     ///
     /// This finds sockets that died without a sign, because the machine was suspended, or a router or a proxy forgot
     /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. A connection that gives
-    /// no answer is closed. All others that have been idle for as long are then tested too, before anybody gets one, and
-    /// have 2 s for their answer. If a caller gives up during a test, the test goes on. Time is measured by the wall
-    /// clock, which goes on while a machine sleeps. Connections that are used more often are handed out without a round
-    /// trip.
+    /// no answer is closed. All others that have been idle for as long are then tested, too, with 2 s for their answer.
+    /// No caller gets one of them before it has answered. If a caller gives up during a test, the test goes on. Time is
+    /// measured by the wall clock, which goes on while a machine sleeps. Connections that are used more often are
+    /// handed out without a round trip.
     pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
         self.test_idle_after = idle_for;
         self
@@ -143,10 +143,11 @@ impl PoolBuilder {
     /// and neither servers nor DNS are asked. Default: never.
     ///
     /// This is for databases that are suspended, or cost nothing, while no client is connected (Neon, Aurora's
-    /// auto-pause, Fly machines that stop). The first caller wakes the pool. A primary is then searched and verified
-    /// anew as in the very first search, since anything may have happened meanwhile. The caller waits for this and for
-    /// the server's start, so set a [`PoolBuilder::checkout_timeout`] that covers both. Connections on loan,
-    /// [listeners](Pool::listen) and [detached](crate::Client::detach) sessions keep the pool awake.
+    /// auto-pause, Fly machines that stop). The first caller wakes the pool. The pool then searches for a primary and
+    /// verifies it as at the very first start, because another server may have been promoted meanwhile. The caller
+    /// waits for the search and for the server's start, so set a [`PoolBuilder::checkout_timeout`] that is longer than
+    /// both. Connections on loan, [listeners](Pool::listen) and [detached](crate::Client::detach) sessions keep the
+    /// pool awake.
     pub fn sleep_after(mut self, without_a_caller: Duration) -> Self {
         self.sleep_after = Some(without_a_caller);
         self
@@ -158,13 +159,13 @@ impl PoolBuilder {
     /// on Patroni's defaults. If it is shorter, they fail with a list of each server's last answer.
     ///
     /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it survives a failover.
-    /// It waits for other callers to give back a connection no longer than this.
+    /// If other callers use all connections, it waits no longer than this time-out.
     pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
         self.calls.checkout_timeout = timeout;
         self
     }
 
-    /// How transactions are run again. Default: [`RetryPolicy::default`].
+    /// Whether and when failed transactions run again. Default: [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.calls.retry = policy;
         self
@@ -189,26 +190,25 @@ impl PoolBuilder {
     /// The provider is asked once before each session is opened, including the pool's own sessions (probes, heartbeat),
     /// and the password is not kept. A search for the primary asks up to a hundred times a second for each server, so a
     /// provider that calls a slow or metered service should cache its answer for as long as it is valid. It must not
-    /// block, and may be called by several tasks at a time. Open connections stay open, whatever becomes of their
-    /// password.
+    /// block, and may be called by several tasks at a time. Open connections stay open when their password changes.
     ///
     /// # Errors
     /// If the provider fails, panics or is too slow, it is asked again for the next attempt, and the callers wait as
     /// they do for a primary. At their deadline they get [`Error::Unavailable`](crate::Error::Unavailable), which
-    /// contains the provider's error; if the primary is known, that error is in the chain of sources. The provider's
-    /// time limit is three quarters of the shortest of [`PoolBuilder::probe_timeout`],
+    /// contains the text of the provider's error. If the primary is known, the provider's error itself is in the chain
+    /// of sources. The provider's time limit is three quarters of the shortest of [`PoolBuilder::probe_timeout`],
     /// [`PoolBuilder::heartbeat_timeout`] and a third of [`PoolBuilder::dead_after`]. The text of its error gets into
     /// errors and logs, so keep the secret out of it.
     ///
     /// If the server refuses a password before any was accepted, callers get [`Error::Refused`](crate::Error::Refused)
-    /// at once. After a password was accepted, a refusal is taken for a change under way: callers wait in the same way,
-    /// and a password is tried once a second.
+    /// immediately. If a password was accepted before, the pool takes a refusal as a sign that the password is being
+    /// changed. Callers then wait in the same way, and a password is tried once a second.
     ///
     /// [`PoolBuilder::build`] fails if the connection string contains a password as well.
     ///
     /// # Cancel safety
-    /// The provider's future is dropped if its session is too late, or if its primary or the pool has ended. If a
-    /// caller gives up, the future goes on, and its session goes to the next caller.
+    /// The provider's future is dropped if opening its session takes too long, if the primary is replaced, or if the
+    /// pool ends. If a caller gives up, the future goes on, and the session goes to the next caller.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -241,10 +241,8 @@ impl PoolBuilder {
     /// [`PoolBuilder::build`] fails if the connection string has `sslrootcert`, `sslcert` or `sslkey`. Without an
     /// `sslmode`, the driver prefers TLS, and does without it if the server offers none.
     ///
-    /// Each new session uses a clone of the connector. So certificates can be rotated by a [`MakeTlsConnect`] that
-    /// holds them behind an `Arc` and reads them anew from time to time. Open connections stay open with the old
-    /// certificates.
-    /// reads them anew from time to time rotates them; open connections live on with the old ones.
+    /// Each new session uses a clone of the connector. To rotate certificates, use a [`MakeTlsConnect`] that holds them
+    /// behind an `Arc` and reads them again from time to time. Open connections stay open with the old certificates.
     pub fn tls<T>(mut self, connector: T) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
@@ -256,10 +254,11 @@ impl PoolBuilder {
         self
     }
 
-    /// Requires TLS by rustls: no session is opened without it. Feature `rustls`.
+    /// Requires TLS, with rustls: no session is opened without it. Feature `rustls`.
     ///
-    /// Use it for what a connection string cannot express; otherwise `sslmode=verify-full` and `sslrootcert` do the
-    /// same. If both are given, the stricter check counts. Replaces a connector given to [`PoolBuilder::tls`].
+    /// Use it for settings that a connection string cannot express. For the others, `sslmode=verify-full` and
+    /// `sslrootcert` do the same. If both are given, the stricter check counts. This replaces a connector given to
+    /// [`PoolBuilder::tls`].
     ///
     /// # Errors
     /// [`PoolBuilder::build`] fails if a file cannot be used, if the connection string has `sslmode=disable` or
@@ -284,7 +283,7 @@ impl PoolBuilder {
         self
     }
 
-    /// The name shown in `pg_stat_activity`. Default: that of the connection string, else `tokio-postgres-failover`.
+    /// The name shown in `pg_stat_activity`. Default: that in the connection string, or else `tokio-postgres-failover`.
     pub fn application_name(mut self, name: impl Into<String>) -> Self {
         self.config.application_name(name);
         self
@@ -293,25 +292,25 @@ impl PoolBuilder {
     /// The pool's name in its metrics (feature `metrics`): their label `db.client.connection.pool.name`. Default: the
     /// first host of the configuration, its port and the database, as in `my-pg.internal:5432/app`.
     ///
-    /// Give each pool of a process a different name. Pools with the same name share their metrics: counts add up, and
-    /// `db.client.failover.generation` is that of one of them.
+    /// Give each pool of a process a different name. Pools with the same name share their metrics: their counts are
+    /// added up, and `db.client.failover.generation` shows the generation of one of them.
     pub fn pool_name(mut self, name: impl Into<String>) -> Self {
         self.pool_name = Some(name.into());
         self
     }
 
-    /// Pause between two heartbeats, which ask the primary on a connection of the pool's own. Default: 1 s.
+    /// Pause between two heartbeats, which ask the primary on a connection that the pool keeps for them. Default: 1 s.
     ///
-    /// A closed or refused connection is noticed at once, without the heartbeat. The heartbeat finds failures that give
-    /// no sign: a fence, or a host that vanished while no call was under way. If connections are on loan and all are
-    /// silent for a twentieth of this time, the primary is asked without waiting for the next heartbeat.
+    /// The pool notices a closed or refused connection immediately, without the heartbeat. The heartbeat finds failures
+    /// that give no sign: a fence, or a host that vanished while no call was under way. If connections are on loan, and
+    /// all are silent for a twentieth of this time, the pool asks the primary without waiting for the next heartbeat.
     pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
         self.settings.heartbeat = interval;
         self
     }
 
     /// The time without an answer to a heartbeat after which the pool searches for a primary. Default: 2 s. Work under
-    /// way continues, so that a server that was only slow loses nothing.
+    /// way continues, so if the server was only slow, nothing is lost.
     pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
         self.settings.heartbeat_timeout = timeout;
         self
@@ -319,7 +318,8 @@ impl PoolBuilder {
 
     /// Pause between two checks of DNS and of the other members while the primary is well. Default: 5 s.
     ///
-    /// It limits how long an old primary still gets writes if it is cut off from its peers, but not from this pool.
+    /// It limits how long this pool still writes to an old primary that is cut off from its peers, but not from this
+    /// pool.
     pub fn patrol_interval(mut self, interval: Duration) -> Self {
         self.settings.patrol = interval;
         self
@@ -329,9 +329,9 @@ impl PoolBuilder {
     /// one per cent of the time without a primary. Default: 10 ms and 250 ms. If there are more than eight addresses
     /// that do not answer, those are asked less often.
     ///
-    /// A standby with an open session checks for its own promotion ten times in that pause, and reports it at once. For
-    /// this it runs a statement of 50 to 250 ms with `pg_sleep`. If the role may not call `pg_sleep`, the standby is
-    /// asked at the usual pace.
+    /// A standby with an open session checks for its own promotion ten times in that pause, and reports it immediately.
+    /// For this it runs a statement with `pg_sleep` that takes 50 to 250 ms. If the role may not call `pg_sleep`, the
+    /// standby is asked at the usual pace.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
         self.settings.poll = (shortest, longest);
         self
@@ -354,10 +354,10 @@ impl PoolBuilder {
 
     /// Whether to keep a session to each standby while there is a primary, and to ask it in each patrol. Default: yes.
     ///
-    /// A session survives its server's promotion. So the search notices the promotion within a round trip, and at once
-    /// has a first connection to the new primary. The cost is one connection per pool to each standby. With `false`,
-    /// each patrol opens a session to each standby and closes it: up to 24 log-ins a minute from each pool in each
-    /// standby's log. docs/costs.md has the figures.
+    /// A session survives its server's promotion. So the search notices the promotion within a round trip, and this
+    /// session is the first connection to the new primary. The cost is one connection per pool to each standby. With
+    /// `false`, each patrol opens a session to each standby and closes it, so each pool logs in to each standby up to
+    /// 24 times a minute. docs/costs.md has the figures.
     pub fn warm_standbys(mut self, warm: bool) -> Self {
         self.settings.warm_standbys = warm;
         self
@@ -373,24 +373,24 @@ impl PoolBuilder {
     /// The pool's cluster, as `SELECT system_identifier FROM pg_control_system()` returns it on its servers. Default:
     /// the cluster that the first search finds.
     ///
-    /// If the first search meets servers of several clusters, it accepts none of them, and callers get
-    /// [`Error::Refused`](crate::Error::Refused), which names both. So set this if a name or a list of hosts may lead
-    /// to a copy: blue/green, a restored backup, a logical subscriber. A server that withholds its identifier is then
-    /// refused. [`Pool::accept_cluster`] changes the cluster later.
+    /// If the first search finds servers of several clusters, it accepts none of them, and callers get
+    /// [`Error::Refused`](crate::Error::Refused), which lists the servers. So set this if a name or a list of hosts may
+    /// lead to a copy: blue/green, a restored backup, a logical subscriber. A server that withholds its identifier is
+    /// then refused. [`Pool::accept_cluster`] changes the cluster later.
     pub fn system_identifier(mut self, system_identifier: u64) -> Self {
         self.settings.system_identifier = Some(system_identifier);
         self
     }
 
-    /// Follows another primary if no server of this pool's cluster has answered as its primary for this long. It may
-    /// belong to a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or to this one, restored
-    /// to an older timeline. Default: never.
+    /// Follows another primary if no server of this pool's cluster has answered as its primary for this long. The other
+    /// primary may belong to a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or to this
+    /// cluster, restored to an older timeline. Default: never.
     ///
     /// Without this, such servers are refused until [`Pool::accept_cluster`] or a restart of the service. The danger is
     /// that a copy or an old primary is reachable while the real primary is not: with this setting the pool would then
-    /// write to it. Choose a time that is longer than any failover, and longer than a network partition that you want
-    /// to sit out. If several clusters answer, none is followed. The time counts only while the pool searches and asks its
-    /// servers: not while it sleeps, and not while its process or machine is stopped.
+    /// write to it. Choose a time that is longer than any failover, and longer than a network partition that the pool
+    /// should survive. If several clusters answer, none is followed. The time counts only while the pool searches and
+    /// asks its servers: not while it sleeps, and not while its process or machine is stopped.
     ///
     /// # Errors
     /// [`PoolBuilder::build`] fails if this is zero, or if [`PoolBuilder::system_identifier`] is set too.
@@ -405,7 +405,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Creates the pool. Needs no server, but a tokio runtime, on which it starts its tasks.
+    /// Creates the pool. Starts its tasks on the current tokio runtime, which must exist. Needs no server.
     pub fn build(self) -> Result<Pool, BuildError> {
         let max_size = self.max_size;
         usable_size(max_size)?;
@@ -451,7 +451,7 @@ impl PoolBuilder {
             let problem = "the connection string holds a password too; remove one of them";
             return Err(BuildError::invalid("password_provider", problem));
         }
-        // More than one failure of the provider must fit into the silence after which connections are ended.
+        // The provider must be able to fail more than once before connections are ended for silence.
         let shortest = settings.probe_timeout.min(settings.heartbeat_timeout).min(settings.dead_after / 3);
         let names = names(self.pool_name, &targets, &template);
         let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
@@ -493,7 +493,7 @@ impl PoolBuilder {
 
 impl fmt::Debug for PoolBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The configuration is left out: if it was misread, any part of it may be a piece of the password.
+        // The configuration is left out. If it was misread, any part of it may be a piece of the password.
         f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
     }
 }

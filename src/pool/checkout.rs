@@ -14,7 +14,7 @@ use super::{Client, Manager, Pool, Source};
 use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
 
-/// The settings of deadpool that take a connection only where there is one at once.
+/// The settings of deadpool with which `get` does not wait for a free slot.
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
 
 impl<C: SessionClient> Pool<C> {
@@ -22,15 +22,15 @@ impl<C: SessionClient> Pool<C> {
         self.get_by(|| deadline, None).await
     }
 
-    /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy, which
-    /// may be longer than the checkout timeout so that the call survives a failover. While other callers use all
+    /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy. That may
+    /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
     pub(crate) async fn get_for_transaction(&self, deadline: Instant) -> Result<Client<C>, Error> {
         self.get_by(|| deadline, Some(self.shared.checkout_timeout)).await
     }
 
-    /// `in_use` is how long to wait while there is a primary and all connections are in use. Without a primary, the
-    /// deadline holds.
+    /// `in_use` limits the wait while there is a primary and all connections are in use. While there is no primary,
+    /// only the deadline limits it.
     pub(super) async fn get_by(
         &self,
         deadline: impl FnOnce() -> Instant,
@@ -38,7 +38,7 @@ impl<C: SessionClient> Pool<C> {
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
         let mut checkout = pin!(self.checkout());
-        // An idle connection is available at once, without reading a clock or creating a timer.
+        // If a connection is idle, the first poll returns it, without reading a clock or creating a timer.
         if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
             waits.ended(&checked_out);
             return checked_out;
@@ -64,7 +64,7 @@ impl<C: SessionClient> Pool<C> {
         checked_out
     }
 
-    /// `None`: there was a primary for this long, and all connections to it were in use.
+    /// Waits for the checkout. `None`: for this long there was a primary, and all connections were in use.
     async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
         loop {
             let generation = tokio::select! {
@@ -72,7 +72,7 @@ impl<C: SessionClient> Pool<C> {
                 checked_out = checkout.as_mut() => return Some(checked_out),
                 generation = self.cluster().primary() => generation,
             };
-            // The checkout reports as well why there is no primary.
+            // The checkout reports why there is no primary.
             let Ok(generation) = generation else { return Some(checkout.await) };
             tokio::select! {
                 biased;
@@ -90,13 +90,13 @@ impl<C: SessionClient> Pool<C> {
 
     async fn checkout(&self) -> Result<Client<C>, Error> {
         loop {
-            // Wait here and not in `recycle`: a caller that gives up inside `recycle` loses a good connection.
+            // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() {
                 self.not_ended()?;
                 let _counted = Counted::new(&self.shared.searching);
                 if let Err(none) = Box::pin(self.cluster().primary()).await {
-                    // A caller that asks again at once, in a loop, must let the cluster's task run, which may find
-                    // something better.
+                    // A caller may call again immediately, in a loop. Let the cluster's task run in between, so that it
+                    // can find a primary.
                     tokio::task::yield_now().await;
                     return Err(Error::without_primary(none));
                 }
@@ -107,8 +107,8 @@ impl<C: SessionClient> Pool<C> {
             };
             let Some(loan) = loan else { continue };
             let client = self.lend(loan);
-            // Either the cluster's task has seen the loan and stays awake, or this sees that it is falling asleep, which
-            // closes the connection.
+            // Either the cluster's task sees the loan and stays awake, or this sees that the task is falling asleep. In
+            // that case the connection will be closed, so do not hand it out.
             if !self.cluster().is_asleep() {
                 return Ok(client);
             }
@@ -117,14 +117,14 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// `None`: look again.
+    /// Returns an idle or a new connection of this crate's own pool. `None`: the caller must try again.
     async fn checkout_own(&self, inner: &managed::Pool<Manager<C>>) -> Result<Option<Loan<C>>, Error> {
         let object = match inner.get().await {
             Ok(object) => object,
-            // No session could be opened. Another caller may have given one back meanwhile, so look there first.
+            // No session could be opened. Another caller may have given back a connection meanwhile, so try again.
             Err(PoolError::Backend(Error::Unavailable(_))) => return Ok(None),
             Err(PoolError::Backend(error)) => return Err(error),
-            // The inner pool has no time-outs and no hooks of its own, so it can only have been closed.
+            // The inner pool has no time-outs and no hooks of its own, so this error means that it was closed.
             Err(_) => return Err(Error::without_primary(self.cluster().ended())),
         };
         let object = if self.dialer.must_be_tested(&object) {
@@ -144,7 +144,7 @@ impl<C: SessionClient> Pool<C> {
         Ok(Some(Loan::Own(object)))
     }
 
-    /// A good connection comes back.
+    /// Takes back a good connection.
     pub(super) fn give_back(&self, loan: Loan<C>) {
         if let Loan::Own(object) = loan {
             self.dialer.give_back(object);
@@ -157,11 +157,11 @@ impl<C: SessionClient> Pool<C> {
         Client::new(loan, self.clone())
     }
 
-    /// Returns a new connection if a slot is free. No other user can have left anything on it. Waits for a primary
-    /// without a limit of its own. Cancel-safe.
+    /// Returns a connection that no caller has used before, if a slot is free. Waits for a primary without a limit of
+    /// its own. Cancel-safe.
     pub(super) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
-        // Do this first, so that no slot is held during the wait that others could use.
+        // Wait before a slot is taken, so that others can use the slot meanwhile.
         self.cluster().primary().await.map_err(Error::without_primary)?;
         match inner.timeout_get(&AT_ONCE).await {
             Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
@@ -183,12 +183,13 @@ impl<C: SessionClient> Pool<C> {
 }
 
 impl<C: SessionClient> Pool<C> {
-    /// Fails at once if the pool has ended. Uses no timer, as the runtime may have ended too.
+    /// Fails immediately if the pool has ended. Uses no timer, because the runtime may have ended, too.
     pub(crate) fn not_ended(&self) -> Result<(), Error> {
         if self.cluster().is_closed() { Err(Error::without_primary(self.cluster().ended())) } else { Ok(()) }
     }
 
-    /// Why a primary, or a session beside the pool, was not had in time: how many connections are in use has no part in it.
+    /// Returns the error of a wait for a primary, or for a session outside the pool. Unlike [`Self::unavailable`], it
+    /// does not depend on how many connections are in use.
     pub(crate) fn unavailable_beside(&self, began: Instant) -> Error {
         let current = self.cluster().current();
         let obstacle = current.map_or(Obstacle::NoPrimary, |generation| Obstacle::NoSession(generation.trouble()));

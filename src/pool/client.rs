@@ -1,4 +1,4 @@
-//! A connection on loan.
+//! A connection that a caller has on loan, and what happens when it is given back.
 
 use std::fmt;
 use std::future::pending;
@@ -28,11 +28,11 @@ use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
 
-/// A connection to the primary, on loan from a [`Pool`]; dropping it gives it back.
+/// A connection to the primary, on loan from a [`Pool`]. Dropping it gives it back.
 ///
 /// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
-/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool it
-/// derefs to what that pool holds.
+/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool, it
+/// derefs to that pool's object.
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -52,20 +52,20 @@ use crate::topology::{GenerationId, Suspicion};
 pub struct Client<C: SessionClient = ClientWrapper> {
     /// Taken only by `drop`.
     loan: Option<Loan<C>>,
-    /// Keeps the cluster's task alive for as long as the connection is in use.
+    /// Keeps the cluster's task alive while the connection is in use.
     pool: Pool<C>,
     on_loan: Stopwatch,
-    /// A streaming call was made, whose answer its receiver may stop reading.
+    /// A streaming call was made. The caller may stop reading its answer.
     streamed: AtomicBool,
-    /// The connection was given back with something under way, and waits for that to end.
+    /// The connection was given back with something under way. This handle waits for the end of that.
     draining: bool,
 }
 
 /// The pool that a connection comes from.
 pub(super) enum Loan<C: SessionClient> {
     Own(Object<Manager<C>>),
-    /// A connection of a wrapped pool. `scope` ends with the generation, as nothing else would end what is under way on
-    /// it. It is observed only while on loan, as its own pool reports nothing about it.
+    /// A connection of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way here.
+    /// The connection is observed only while on loan, because its own pool reports nothing about it.
     Wrapped {
         object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
@@ -107,7 +107,7 @@ impl<C: SessionClient> Loan<C> {
         &self.facts().notices.activity
     }
 
-    /// Returns whether the server may run something for the session that a cancel request would end.
+    /// Returns whether the server may still be running something for this session.
     fn may_run_something(&self) -> bool {
         let notices = &self.facts().notices;
         !notices.are_driven() || notices.activity.may_be_busy()
@@ -121,7 +121,8 @@ impl<C: SessionClient> Loan<C> {
         !ended && !self.client().is_closed() && !self.facts().is_unfit()
     }
 
-    /// Frees the slot now. Inside the pool, the dead connection would hold it until the next checkout.
+    /// Frees the slot now. If the dead connection went back to the pool, it would hold the slot until the next
+    /// checkout.
     fn discard(self) {
         match self {
             Self::Own(object) => drop(Object::take(object)),
@@ -138,16 +139,16 @@ impl<C: SessionClient> Client<C> {
         Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false }
     }
 
-    /// The generation that the connection belongs to.
+    /// Returns the generation that the connection belongs to.
     #[must_use]
     pub fn generation(&self) -> GenerationId {
         self.facts().generation
     }
 
-    /// Ends the session instead of giving it back, so that no other caller gets it. What still runs on the server is
+    /// Ends the session instead of giving it back, so that no other caller gets it. A statement that still runs is
     /// cancelled, and an open transaction is rolled back.
     ///
-    /// Use it for a session whose state you do not trust, such as a temporary table, a `SET` or a left advisory lock.
+    /// Use it for a session with state that no other caller should get, such as a temporary table or an advisory lock.
     /// If a statement is under way or a transaction is open when the connection is dropped, the pool does this by
     /// itself.
     ///
@@ -166,8 +167,8 @@ impl<C: SessionClient> Client<C> {
 
     /// Takes the connection out of the pool. It is yours, and no longer counts towards [`PoolBuilder::max_size`].
     ///
-    /// Use it for sessions that are held for long, or that end in a state which no other caller should meet. The pool
-    /// opens no replacement before a caller needs one. The session still ends with its primary's generation, with
+    /// Use it for sessions that you hold for long, or whose state no other caller should get. The pool opens a
+    /// replacement only when a caller needs one. The session still ends with its primary's generation, with
     /// [`Pool::close`], and when it is dropped.
     ///
     /// [`PoolBuilder::max_size`]: crate::PoolBuilder::max_size
@@ -202,8 +203,7 @@ impl<C: SessionClient> Client<C> {
 
     /// Returns a token that can cancel what this session runs, from anywhere.
     ///
-    /// Take the token from here: one from the driver's own `Client`, behind two derefs, does not know the server's
-    /// address.
+    /// Use this one: the token of the driver's own `Client`, behind two derefs, does not know the server's address.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -221,12 +221,13 @@ impl<C: SessionClient> Client<C> {
         CancelToken { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
     }
 
-    /// Ends the session, which never goes back to the pool. Cancels what still runs on the server, except for a COMMIT.
+    /// Ends the session, so that it never goes back to the pool. Cancels what still runs on the server, except for a
+    /// COMMIT.
     pub(crate) fn poison(&self) {
         if self.facts().poisoned.swap(true, Ordering::AcqRel) {
             return;
         }
-        // A session that the pool itself has closed may still run something on the server.
+        // If the pool was closed, the server may still be running something for this session.
         if (!self.is_closed() || self.pool.cluster().is_closed()) && self.loan().may_run_something() {
             self.pool.dialer.cancel_running(self, self.facts());
         }
@@ -235,7 +236,7 @@ impl<C: SessionClient> Client<C> {
         }
     }
 
-    /// Doubts the primary of the session's generation, because of what happened on the session.
+    /// Reports a doubt about the primary of the session's generation.
     pub(crate) fn suspect(&self, suspicion: Suspicion) {
         self.pool.suspect(self.generation(), suspicion);
     }
@@ -245,7 +246,7 @@ impl<C: SessionClient> Client<C> {
         self.pool.cluster().heard(self.generation());
     }
 
-    /// Notes that from now on the session may be busy without a caller that waits for it.
+    /// Notes that from now on the session may be busy although no caller waits for an answer.
     pub(crate) fn set_streamed(&self) {
         self.streamed.store(true, Ordering::Relaxed);
     }
@@ -254,23 +255,24 @@ impl<C: SessionClient> Client<C> {
         self.streamed.load(Ordering::Relaxed)
     }
 
-    /// Notes that a COMMIT is being sent, or was answered.
+    /// Set this before a COMMIT is sent, and clear it after the answer.
     pub(crate) fn set_committing(&self, committing: bool) {
         self.facts().committing.store(committing, Ordering::Release);
     }
 
-    /// Whether a COMMIT was sent and not answered, by the pool or by a caller.
+    /// Returns whether a COMMIT of the pool or of a caller was sent and not answered.
     pub(crate) fn is_committing(&self) -> bool {
         self.facts().is_committing()
     }
 
-    /// The number of the session's last COMMIT; see [`Activity`](crate::server::Activity). `None`: nobody counts.
+    /// The number of the session's last COMMIT. `None` if this crate does not drive the session, so that nobody counts.
     pub(crate) fn last_commit(&self) -> Option<u64> {
         let activity = &self.facts().notices.activity;
         (activity.heard_at() > 0).then(|| activity.last_commit())
     }
 
-    /// Waits until the session is no longer usable, if nothing else ends what is under way on it. Cancel-safe.
+    /// Waits until the generation of a wrapped pool's session has ended, because such a session stays open. Waits for
+    /// ever on a session of this crate's own pool, which itself ends with the generation. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self.loan() {
             Loan::Own(_) => pending().await,
@@ -290,7 +292,7 @@ impl<C: SessionClient> Client<C> {
         self.loan().watched()
     }
 
-    /// The identity of the server, if the server reveals it.
+    /// The identity and the life of the server, if the server shows them.
     pub(crate) fn life(&self) -> Option<Life> {
         self.facts().life()
     }
@@ -304,7 +306,7 @@ impl<C: SessionClient> Client<C> {
         *lock(&self.facts().marking) = marking;
     }
 
-    /// The statement by which a COMMIT looks for its transaction is prepared in its session.
+    /// Returns whether the session has prepared the check by which a COMMIT looks for its transaction.
     pub(crate) fn check_is_prepared(&self) -> bool {
         self.facts().check_prepared.load(Ordering::Relaxed)
     }
@@ -317,7 +319,7 @@ impl<C: SessionClient> Client<C> {
         &self.facts().notices
     }
 
-    /// The errors that statements of the session have met.
+    /// The errors of the session's statements.
     pub(crate) fn trail(&self) -> &Arc<Trail> {
         &self.facts().trail
     }
@@ -329,11 +331,11 @@ impl<C: SessionClient> Client<C> {
     }
 
     /// Returns what the server said when it ended this session, if it said anything: for instance "terminating
-    /// connection due to idle-session timeout", SQLSTATE 57P05. If that comes between two statements, the next
-    /// statement is told only that the connection is closed.
+    /// connection due to idle-session timeout", SQLSTATE 57P05. If the session ends between two statements, the next
+    /// statement's error says only that the connection is closed.
     ///
-    /// Returns `None` while the session is open, if the connection was lost without a report, and if the driver belongs
-    /// to a [wrapped](Pool::wrap) pool.
+    /// Returns `None` while the session is open, if the connection was lost without a report, or if the connection
+    /// comes from a [wrapped](Pool::wrap) pool.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
@@ -359,8 +361,8 @@ impl<C: SessionClient> Client<C> {
         self.loan().facts()
     }
 
-    /// Gives the end of an answer that may be on its way a moment to arrive. Returns the loan if there is nothing to
-    /// wait for.
+    /// If a statement is under way, waits a moment for the end of its answer, in a task. Returns the loan if there is
+    /// nothing to wait for.
     fn drain(&mut self, loan: Loan<C>) -> Option<Loan<C>> {
         let ends_by_itself = loan.activity().is_busy() && !loan.activity().in_transaction() && loan.usable();
         if self.draining || !ends_by_itself || self.pool.cluster().is_closed() {
@@ -371,7 +373,7 @@ impl<C: SessionClient> Client<C> {
         let pool = self.pool.clone();
         let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true };
         self.pool.runtime().spawn(async move {
-            // Dropping the connection will show the result.
+            // The result does not matter, because dropping the connection looks again.
             let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
             drop(draining);
         });
@@ -410,7 +412,7 @@ impl<C: SessionClient> Drop for Client<C> {
         }
         let closed = self.pool.cluster().is_closed();
         let busy = loan.activity().is_busy();
-        // A session that the pool itself has closed may still run something on the server.
+        // If the pool was closed, the server may still be running something for this session.
         if (busy || (closed && loan.may_run_something())) && !loan.facts().is_poisoned() {
             self.pool.dialer.cancel_running(loan.client(), loan.facts());
         }
@@ -435,9 +437,9 @@ pub struct CancelToken {
 }
 
 impl CancelToken {
-    /// Asks the server to cancel what the session runs now. The server does not say whether it has: the statement ends
-    /// with SQLSTATE 57014, or runs to its end. Fails if the server cannot be reached. Waits without a limit of its
-    /// own.
+    /// Asks the server to cancel what the session runs now. The server does not answer whether it has done so: the
+    /// statement fails with SQLSTATE 57014, or runs to its end. Fails if the server cannot be reached. Waits without a
+    /// limit of its own.
     pub async fn cancel(&self) -> Result<(), tokio_postgres::Error> {
         (self.cancel)().await
     }
@@ -454,12 +456,12 @@ impl fmt::Debug for CancelToken {
     }
 }
 
-/// A session that has left its pool, from [`Client::detach`]. Dropping it closes it.
+/// A session that has left its pool, from [`Client::detach`]. Dropping it closes the session.
 pub struct Detached<C: SessionClient = ClientWrapper> {
     /// Always set.
     session: Option<Own<C>>,
     _wanting: Wanting,
-    /// Keeps the task alive that follows the primary, as the session ends with that task.
+    /// Keeps the cluster's task alive, because the session would end with it.
     _pool: Pool<C>,
 }
 

@@ -1,4 +1,5 @@
-//! Reads a configuration: which servers it names, how each session begins, and what cannot be honoured. No I/O.
+//! Reads a configuration: the servers that it names, the settings of each session, and the options that cannot be
+//! honoured. Does no I/O.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,14 +17,14 @@ use crate::error::BuildError;
 use crate::observe::Names;
 use crate::topology::{Address, Endpoint};
 
-/// The longest value: Linux takes it in milliseconds, in 31 bits.
+/// The longest value. Linux stores it as milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// The driver's default of `keepalives_idle`, which is too long to be useful.
 const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
 /// Idle time, interval and count of TCP keep-alive probes. They notice a vanished host within eight seconds.
 const KEEPALIVES: (Duration, Duration, u32) = (Duration::from_secs(5), Duration::from_secs(1), 3);
 
-/// What Linux takes at most for the first two, in seconds, and for the last one.
+/// The largest values that Linux accepts: in seconds for the first two, and for the last one.
 const LONGEST_KEEPALIVE: u64 = 32_767;
 const MOST_KEEPALIVES: u32 = 127;
 
@@ -33,7 +34,7 @@ pub trait IntoConfig: sealed::Sealed {
     fn into_configuration(self) -> Result<Configuration, BuildError>;
 }
 
-/// What the driver understands of a connection string, and what it does not.
+/// A connection string in two parts: what the driver reads, and the options that this crate has taken out of it.
 #[doc(hidden)]
 pub struct Configuration {
     pub(super) config: Config,
@@ -79,8 +80,8 @@ impl IntoConfig for Config {
     }
 }
 
-/// Refuses text that the driver reads, as libpq does, in a way that puts a piece of the password into the name of a
-/// host, a database or a role, where it would be shown. The error quotes nothing, as it may be that piece.
+/// Refuses text that the driver and libpq misread. They would take a piece of the password for the name of a host, a
+/// database or a role, and names are shown. The error quotes nothing, because that could be the piece.
 fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
     let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
     if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
@@ -122,7 +123,7 @@ pub(super) fn targets(config: &Config, hosts: &Hosts) -> Result<Targets, BuildEr
 impl Targets {
     fn add(&mut self, Target { host, address, port }: Target) -> Result<(), BuildError> {
         let name = match &host {
-            // As in libpq, an address says where to connect to.
+            // As in libpq, an address determines where to connect.
             #[cfg(unix)]
             Some(Host::Unix(_)) if address.is_some() => None,
             #[cfg(unix)]
@@ -149,7 +150,7 @@ impl Targets {
     }
 }
 
-/// Copies the configuration without its hosts, as it has no setter that removes them.
+/// Copies the configuration without its hosts, because it has no setter that removes them.
 pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
     if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
         let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
@@ -200,7 +201,7 @@ pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Resu
     Ok(template)
 }
 
-/// The names under which the pool is observed. Without a database name, PostgreSQL uses the user's name.
+/// Returns the names for the pool's metrics and log lines. Without a database name, PostgreSQL uses the user's name.
 pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
     let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
     let server = match (targets.names.first(), targets.addresses.first()) {
@@ -211,7 +212,7 @@ pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) 
     Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
 }
 
-/// Refuses what Linux does not take: no session could be opened.
+/// Refuses values that Linux does not accept, because no session could be opened with them.
 fn usable_keepalives(config: &Config) -> Result<(), BuildError> {
     let times = [
         ("keepalives_idle", Some(config.get_keepalives_idle())),

@@ -1,4 +1,4 @@
-//! What the pool holds.
+//! A pooled connection: its client, its facts, and when it may be handed out.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -17,7 +17,8 @@ use crate::cluster::{Cluster, Generation};
 use crate::observe::{Observer, Watched};
 use crate::server::{Guarded, Session, SessionClient};
 
-/// How long to wait for the end of an answer that is just arriving. A statement that runs longer is cancelled.
+/// How long to wait for the end of an answer when a connection is given back. A statement that runs longer is
+/// cancelled.
 pub(super) const DRAIN_WITHIN: Duration = Duration::from_millis(200);
 
 /// One pooled connection: what a deadpool pool of this [`Manager`](super::Manager) holds.
@@ -31,9 +32,9 @@ struct Inner<C> {
     abort: Option<AbortHandle>,
     facts: Facts,
     watched: Arc<Watched>,
-    /// When it is no longer handed out.
+    /// From this moment on it is not handed out any more.
     expires: Instant,
-    /// A caller has had it.
+    /// A caller has used it before.
     used: AtomicBool,
     berth: Option<Berth>,
 }
@@ -74,18 +75,18 @@ impl<C: SessionClient> Connection<C> {
         !self.inner.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
     }
 
-    /// Waits until the driver has seen all requests, and for the end of a failed one. Returns whether nothing is under
-    /// way.
+    /// Waits until the driver has seen all requests, and until a failed request has ended. Returns whether nothing is
+    /// under way.
     pub(super) async fn idle(&self) -> bool {
         let activity = &self.inner.facts.notices.activity;
-        // Most of the time the answer is known already, which spares the timer.
+        // Usually the answer is known already. Then no timer is needed.
         if let Some(idle) = activity.is_idle() {
             return idle;
         }
         timeout(DRAIN_WITHIN, activity.idle()).await.unwrap_or(false)
     }
 
-    /// It no longer counts as one of the pool's connections.
+    /// From now on, it does not count towards `max_size`.
     pub(super) fn leave_the_pool(&mut self) {
         self.inner.berth = None;
     }
@@ -100,19 +101,20 @@ impl<C: SessionClient> Connection<C> {
         Instant::now() >= self.inner.expires
     }
 
-    /// Returns whether this is a good connection of the current generation.
+    /// Returns whether a caller may get it now: it is usable, and its generation is the current one.
     pub(super) fn may_be_handed_out(&self, cluster: &Cluster<C>) -> bool {
         self.usable() && !self.expired() && cluster.is_current(self.inner.facts.generation)
     }
 
-    /// Returns whether it will never be handed out again.
+    /// Returns whether no caller may ever get it again. During a suspension, neither this nor
+    /// [`Self::may_be_handed_out`] is true.
     pub(super) fn stale(&self, cluster: &Cluster<C>) -> bool {
         !self.usable() || self.expired() || cluster.has_ended(self.inner.facts.generation)
     }
 
-    /// Notes that a caller has it. Returns whether it had never been used before.
+    /// Notes that a caller uses it. Returns whether nobody has used it before.
     pub(super) fn use_it(&self) -> bool {
-        // A read is cheaper than a write, and mostly finds `true`.
+        // Reading first is cheaper than writing, and usually finds `true`.
         !self.inner.used.load(Ordering::Relaxed) && !self.inner.used.swap(true, Ordering::Relaxed)
     }
 }

@@ -1,8 +1,8 @@
-//! A guard that counts itself.
+//! A guard that counts how many of it exist.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// One more in a counter, for as long as it lives.
+/// Adds one to a counter for as long as this exists.
 pub(super) struct Counted<'a>(&'a AtomicUsize);
 
 impl<'a> Counted<'a> {

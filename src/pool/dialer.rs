@@ -24,12 +24,12 @@ use crate::server::{Open, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
 use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
 
-/// Shortest and longest pause between attempts to open a session to a known primary that accepts none.
+/// Shortest and longest pause between two attempts to open a session, if the known primary accepts none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
-/// The longest pause if the server has no free slot, as every instance of the service waits for one.
+/// The longest pause if the server has no free slot. Every instance of the service may be waiting for one.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
-/// How long after a failover to retry credentials that were accepted before: the role, or its line in `pg_hba.conf`,
-/// may come after the promotion.
+/// For so long after a failover, refused credentials are tried again, because the new primary may get the role, or its
+/// line in `pg_hba.conf`, only after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Dialer<C: SessionClient> {
@@ -38,16 +38,16 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) open_timeout: Duration,
     pub(super) settlers: Settlers<C>,
     pub(super) dials: Arc<Dials<C>>,
-    /// The maximum age of a connection.
+    /// The age at which a connection is no longer handed out.
     pub(super) max_lifetime: Duration,
-    /// The idle time from which connections are tested.
+    /// The idle time after which a connection is tested before it is handed out.
     pub(super) test_after: TestAfter,
     seeds: AtomicU64,
     nonces: Nonces,
     pub(super) trails: Trails,
-    /// Held by the task that tries a log-in which will most likely be refused, or find no free slot.
+    /// The lock that a task holds while it tries a log-in that will most likely be refused, or find no free slot.
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// The last refusal, and when its session was dialled. Cleared when a session opens.
+    /// The last refusal, and when its log-in began. `None` after a session was opened.
     refused: Mutex<Option<(Instant, ProbeFailure)>>,
 }
 
@@ -84,8 +84,8 @@ impl<C: SessionClient> Dialer<C> {
         SplitMix64::new(self.next_seed()).up_to(most)
     }
 
-    /// A seed for the jitter of one decision. It differs each time, but the same seed of the pool gives the same
-    /// series.
+    /// Returns a seed for the jitter of one decision. Each call returns another one. Two pools with the same seed
+    /// return the same series.
     pub(super) fn next_seed(&self) -> u64 {
         self.seeds.fetch_add(SplitMix64::STEP, Ordering::Relaxed)
     }
@@ -94,7 +94,7 @@ impl<C: SessionClient> Dialer<C> {
         self.nonces.next()
     }
 
-    /// A good connection comes back. It goes to a caller that waits for a new connection, or else to the idle ones.
+    /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
     pub(super) fn give_back(&self, object: Object<Manager<C>>) {
         if !self.dials.wanted() {
             drop(object);
@@ -108,16 +108,18 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// Asks the server to cancel what `client` runs, in a task of its own that takes some seconds at most. The task
-    /// does not end with the pool, as a session without a socket still runs its statement to the end.
+    /// does not end with the pool, because the server runs a session's statement to the end even after the socket was
+    /// closed.
     ///
-    /// It never cancels a COMMIT: that would end its wait for the synchronous standbys, and the server would show its
-    /// effect, which no standby may have.
+    /// It never cancels a COMMIT. That would end the wait for the synchronous standbys, and make rows visible that
+    /// perhaps no standby has.
     pub(super) fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
         if facts.is_committing() {
             return;
         }
         let notices = Arc::clone(&facts.notices);
-        // A connection may be dropped outside of any runtime. And where there is one, the pool's may have ended.
+        // Prefer the caller's runtime, because the pool's may have ended. A connection may also be dropped outside of
+        // any runtime.
         let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
         let opener = Arc::clone(&self.opener);
         let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
@@ -150,14 +152,14 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Makes one attempt through the generation's gate. `None`: the generation was left meanwhile.
+    /// Makes one attempt through the generation's gate. `None`: the generation is no longer the current one.
     async fn open_through_gate(&self, generation: &Generation<C>, asked: Instant) -> Result<Option<Session<C>>, Error> {
         // The gate is never closed, so waiting for it cannot fail.
         let _permit = generation.gate.acquire().await;
         if let Some(session) = generation.take_spare() {
             return Ok(Some(session));
         }
-        // The turn is held during the pause, like the permit.
+        // Like the permit, the turn is held during the pause after a failure.
         let _turn = match self.turn(generation, asked).await {
             Ok(turn) => turn,
             Err(refused) => return Err(refused),
@@ -178,8 +180,9 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// If the last session was refused or found no free slot, only one log-in is tried at a time. A refusal is the
-    /// answer for every caller that asked before it, so many callers do not cause many log-ins.
+    /// Waits for this caller's turn to log in. If the last log-in was refused or found no free slot, only one is tried
+    /// at a time. A refusal answers every caller that asked before the log-in began, so many callers do not cause many
+    /// log-ins.
     pub(super) async fn turn(
         &self,
         generation: &Generation<C>,
@@ -198,14 +201,14 @@ impl<C: SessionClient> Dialer<C> {
         Ok(Some(turn))
     }
 
-    /// The lock to take before a log-in that will most likely be refused, or find no free slot.
+    /// Returns the lock to take before the next log-in, if that will most likely be refused or find no free slot.
     pub(super) fn needs_turn(&self, generation: &Generation<C>) -> Option<Arc<tokio::sync::Mutex<()>>> {
         let full = || generation.trouble().map(|failure| failure.kind) == Some(FailureKind::Full);
         let unlikely = lock(&self.refused).is_some() || full();
         unlikely.then(|| Arc::clone(&self.turn))
     }
 
-    /// When the holder of the turn may log in. Fails with a refusal that is newer than the caller's question.
+    /// Returns when the holder of the turn may log in. Fails if a log-in that began after `asked` was refused.
     pub(super) fn log_in_at(
         &self,
         generation: &Generation<C>,
@@ -221,7 +224,7 @@ impl<C: SessionClient> Dialer<C> {
         Ok(self.cluster.log_in_at())
     }
 
-    /// Remembers a refusal, and when its session was dialled. Other failures say nothing about log-ins.
+    /// Remembers a refusal, and when its log-in began. Other failures say nothing about log-ins.
     pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) {
         if failure.is_refused_log_in() {
             *lock(&self.refused) = Some((dialled, failure.clone()));
@@ -284,7 +287,7 @@ impl<C: SessionClient> Dialer<C> {
 
 pub(super) type Turn = Option<OwnedMutexGuard<()>>;
 
-/// As [`Dialer::turn`], without keeping the pool alive while it waits. `None`: the pool has gone.
+/// Like [`Dialer::turn`], but does not keep the pool alive while it waits. `None`: the pool has been dropped.
 pub(super) async fn take_turn<C: SessionClient>(
     dialer: &Weak<Dialer<C>>,
     generation: &Generation<C>,
@@ -302,8 +305,8 @@ pub(super) async fn take_turn<C: SessionClient>(
     Some(Ok(Some(turn)))
 }
 
-/// Words that no other pool gives out: a random half for the pool, and a number. A seed that a caller sets does not decide
-/// them, as two pools may have the same one.
+/// Makes numbers that no other pool makes: the first half is random for each pool, the second half is a counter. The
+/// pool's seed does not decide them, because two pools may have the same seed.
 struct Nonces {
     pool: u64,
     given: AtomicU64,
@@ -321,7 +324,7 @@ impl Nonces {
     }
 }
 
-/// Returns whether a failover to this primary has just happened.
+/// Returns whether there was a failover to this primary a short time ago.
 fn is_young<C: SessionClient>(generation: &Generation<C>) -> bool {
     generation.primary.id.get() > 1 && generation.began.elapsed() < REFUSED_PATIENCE
 }

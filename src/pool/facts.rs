@@ -15,11 +15,11 @@ use crate::topology::{Endpoint, GenerationId, ServerReport};
 pub(super) struct Facts {
     pub(super) generation: GenerationId,
     life: Option<Life>,
-    /// What the server told only later.
+    /// What the server reported only after the generation began.
     learned: Arc<OnceLock<ServerReport>>,
     /// How the session marks transactions.
     pub(super) marking: Mutex<MarkStatement>,
-    /// The statement by which a COMMIT looks for its transaction is prepared.
+    /// The session has prepared the check by which a COMMIT looks for its transaction.
     pub(super) check_prepared: AtomicBool,
     pub(super) notices: Arc<Notices>,
     pub(super) poisoned: AtomicBool,
@@ -62,13 +62,13 @@ impl Facts {
         self.poisoned.load(Ordering::Acquire)
     }
 
-    /// Returns whether no other caller may use the session.
+    /// Returns whether no further caller may use the session.
     pub(super) fn is_unfit(&self) -> bool {
         self.is_poisoned() || self.trail.is_retired()
     }
 }
 
-/// The life of the generation's server, if the server has been identified by now.
+/// The life of the generation's server, if the server has been identified.
 pub(super) fn life_in<C: SessionClient>(generation: &Generation<C>) -> Option<Life> {
     life(&generation.primary.report).or_else(|| generation.learned.get().and_then(life))
 }

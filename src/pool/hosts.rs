@@ -1,5 +1,5 @@
-//! Reads the hosts of a connection string as libpq does: the lists in `host`, `hostaddr` and `port`, which override the
-//! authority of a URL, and a requested role that this pool can serve.
+//! Reads the hosts of a connection string as libpq does: the lists in `host`, `hostaddr` and `port`, which override
+//! those in a URL before the path, and `target_session_attrs`.
 
 use std::net::IpAddr;
 
@@ -9,7 +9,7 @@ use tokio_postgres::config::Host;
 use crate::error::BuildError;
 use crate::resolve::is_scoped;
 
-/// The options about hosts outside the authority of a URL. As in libpq, an empty value counts as none.
+/// The options about hosts that come as parameters. As in libpq, an empty value counts as none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Hosts {
     pub(super) host: Option<String>,
@@ -29,7 +29,7 @@ pub(super) struct Target {
 const DEFAULT_PORT: u16 = 5432;
 
 impl Hosts {
-    /// Takes an option out of the text; `false` leaves it to the driver. If an option is repeated, the last one counts.
+    /// Takes an option out of the text. `false` leaves it to the driver. If an option is repeated, the last one counts.
     pub(super) fn take(&mut self, key: &str, value: &str) -> bool {
         let option = match key {
             "host" => &mut self.host,
@@ -42,7 +42,8 @@ impl Hosts {
         true
     }
 
-    /// Reads libpq's role names. This pool always connects to the primary, which `any` allows.
+    /// Reads the role in `target_session_attrs`. The pool always connects to the primary, which is also right for
+    /// `any`.
     fn take_role(&mut self, value: &str) -> bool {
         self.refused = match value {
             "any" | "read-write" | "primary" => None,
@@ -54,7 +55,7 @@ impl Hosts {
         true
     }
 
-    /// Reports a role that cannot be served.
+    /// Fails for a role that this pool cannot serve.
     pub(super) fn check_role(&self) -> Result<(), BuildError> {
         let Some(role) = self.refused else {
             return Ok(());
@@ -121,7 +122,7 @@ impl Target {
     }
 }
 
-/// The driver does not pass an interface to the system.
+/// The error for an address with an interface, because the driver does not pass an interface to the system.
 fn scoped(option: &'static str) -> BuildError {
     let problem = "an address with an interface, as in fe80::1%eth0, cannot be connected to by the driver; give the server's \
                    global or unique local address, or a name that leads to one";
@@ -130,7 +131,7 @@ fn scoped(option: &'static str) -> BuildError {
 
 fn address(text: &str) -> Result<Option<IpAddr>, BuildError> {
     match text.trim() {
-        // The host at the same position is looked up.
+        // An empty address means that the host at the same position is looked up.
         "" => Ok(None),
         text if is_scoped(text) => Err(scoped("hostaddr")),
         text => text.parse().map(Some).map_err(|_| invalid("hostaddr")),
@@ -144,7 +145,7 @@ fn port(text: &str) -> Result<u16, BuildError> {
     }
 }
 
-/// The driver's error text without the value, which may be a piece of a password.
+/// The driver's error text, without the value, which may be a piece of a password.
 fn invalid(option: &str) -> BuildError {
     BuildError::Url(format!("invalid connection string: invalid value for option `{option}`"))
 }

@@ -1,4 +1,5 @@
-//! Keeps the right number of connections idle: closes those idle for too long, and opens `min_idle` in advance.
+//! Keeps the right number of connections idle: closes connections that have been idle for too long, and opens
+//! `min_idle` in advance.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
@@ -16,7 +17,7 @@ use crate::server::SessionClient;
 
 /// Shortest and longest pause between two checks of the idle connections.
 const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
-/// Pause before the next attempt on a server that accepted no session, if no caller waits for one.
+/// If a server accepted no session and no caller waits for one, the pause before the next attempt.
 const FILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many connections may be idle, and for how long.
@@ -26,12 +27,13 @@ pub(super) struct Idle {
     pub(super) min: usize,
 }
 
-/// What the task that keeps the idle connections needs. It keeps neither the pool nor the dialer alive.
+/// What the task that keeps the idle connections needs. The task keeps neither the pool nor the dialer alive.
 pub(super) struct Keeper<C: SessionClient> {
     pub(super) idle: Idle,
     pub(super) pool: WeakPool<Manager<C>>,
     pub(super) dialer: Weak<Dialer<C>>,
-    /// What the connections belong to. Not the views, of which each is published a moment before its generation is.
+    /// The snapshots show the generation that connections belong to. The views would be too early: each is published a
+    /// moment before its generation.
     pub(super) snapshots: watch::Receiver<Arc<Snapshot<C>>>,
     pub(super) end: CancellationToken,
 }
@@ -48,7 +50,7 @@ impl<C: SessionClient> Keeper<C> {
             let reap = tokio::select! {
                 () = self.end.cancelled() => return,
                 () = dials.changed() => false,
-                // What belongs to an older generation is of no use any more.
+                // Connections of an older generation are useless now, so close them.
                 changed = self.snapshots.changed() => match changed {
                     Ok(()) => true,
                     Err(_) => return,
@@ -58,7 +60,7 @@ impl<C: SessionClient> Keeper<C> {
             let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
             if reap {
                 reap_at = Instant::now() + pause;
-                // The log is the program's, and may panic. Without this task callers would wait for dials that nobody starts.
+                // The program's log may panic. This task must go on, because callers wait for the dials that it starts.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.idle.reap(&pool, &dialer)));
             }
             fill_at = self.idle.fill(&pool, &dialer);
@@ -85,8 +87,8 @@ impl Idle {
 
     /// Starts the dials that waiters and `min_idle` need. Returns when to try again if the server accepts no session.
     fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
-        // With these, which nobody has had or that are being opened for nobody, `min` are idle. A connection that is doubted
-        // may be good.
+        // So many connections must be ready, or being opened for nobody, to make `min` idle ones. Doubted connections
+        // count as idle, because they may be good.
         let ahead = self.min.saturating_sub(pool.status().available + dialer.dials.doubted());
         let failed_at = dialer.cluster.current().and_then(|generation| dialer.dials.failed_at(generation.primary.id));
         let again = failed_at.map(|failed_at| failed_at + FILL_AGAIN);

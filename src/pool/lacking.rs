@@ -1,5 +1,5 @@
-//! What the role may not ask the primary for. Transactions find this out, do without it for a while, and then try
-//! again.
+//! Remembers what the role may not ask the primary for. A transaction finds this out. Then the transactions do without
+//! it for a while, and try again later.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,16 +9,16 @@ use tokio::time::Instant;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// When to try again, as the privilege may have been granted.
+/// How long transactions do without what was refused. Then they try again, because the privilege may have been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// The functions by which a COMMIT's message checks for the pool's own transaction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Check {
-    /// As a statement of the session's: to run it costs the server a quarter of what planning it does.
+    /// A prepared statement of the session. Executing it costs the server a quarter of planning it.
     #[default]
     Prepared,
-    /// The same, not prepared.
+    /// The same statement, not prepared.
     Full,
     /// Other functions with nearly the same result.
     Other,
@@ -30,7 +30,7 @@ impl Check {
     /// The check to use after this one was refused.
     fn weaker(self) -> Self {
         match self {
-            // They call the same function.
+            // Both call the same function, so both are refused together.
             Self::Prepared | Self::Full => Self::Other,
             Self::Other | Self::ByShow => Self::ByShow,
         }
@@ -49,7 +49,7 @@ pub(crate) struct Lacking {
 struct Unmarked {
     id: GenerationId,
     why: String,
-    /// When that was found; `None` means that it is tried again.
+    /// When that was found out. `None` means that marking is tried again.
     since: Option<Instant>,
 }
 
@@ -58,7 +58,8 @@ struct Weakened {
     check: Check,
     since: Option<Instant>,
     said: bool,
-    /// What is prepared does not last: a proxy gives each transaction another session, or a closure deallocates it.
+    /// Prepared statements do not last on these sessions: a proxy gives each transaction another session, or a closure
+    /// deallocates them.
     unprepared: bool,
 }
 
@@ -84,7 +85,7 @@ impl Lacking {
         }
     }
 
-    /// How a COMMIT checks for its transaction.
+    /// Returns how a COMMIT checks for its transaction.
     pub(crate) fn check(&self) -> Check {
         let mut weakened = lock(&self.check);
         if weakened.since.is_some_and(|since| since.elapsed() >= REFUSED_FOR) {
@@ -94,12 +95,13 @@ impl Lacking {
         weakened.check.max(strongest)
     }
 
-    /// COMMIT was not reached, as its prepared check was gone. Each such attempt has to run again, so none is prepared any more.
+    /// Notes that a COMMIT did not run because its prepared check was gone. Each such attempt has to run again, so from
+    /// now on the check is not prepared.
     pub(crate) fn check_is_gone(&self) {
         lock(&self.check).unprepared = true;
     }
 
-    /// Remembers that the check was refused, so that COMMIT was not reached. Logs it the first time.
+    /// Remembers that the check was refused, so that COMMIT did not run. Logs this the first time.
     pub(crate) fn check_refused(&self, refused: Check, why: &str) {
         let mut weakened = lock(&self.check);
         weakened.check = weakened.check.max(refused.weaker());

@@ -13,11 +13,10 @@ use crate::server::SessionClient;
 
 /// The deadpool manager inside a [`Pool`](crate::Pool), for deadpool pools that are built by hand.
 ///
-/// Its `create` waits without a limit of its own, for a primary and for a session if the primary accepts none. So give the
-/// pool time-outs, or limit each `get`.
-/// Its `recycle` does no I/O on a recently used connection; see [`PoolBuilder::test_idle_after`]. Unlike
-/// [`Pool`](crate::Pool), it offers neither transactions nor explained time-outs, and its connections end with the
-/// deadpool pool, even those in use.
+/// Its `create` waits for a primary, and if the primary accepts no session, until it does. It has no limit of its own,
+/// so give the pool time-outs, or limit each `get`. Its `recycle` does no I/O on a recently used connection; see
+/// [`PoolBuilder::test_idle_after`]. Unlike [`Pool`](crate::Pool), such a pool offers neither transactions nor
+/// explained time-outs, and when it is dropped, all its connections end, even those in use.
 ///
 /// [`PoolBuilder::test_idle_after`]: crate::PoolBuilder::test_idle_after
 ///
@@ -47,7 +46,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
     type Error = Error;
 
     async fn create(&self) -> Result<Connection<C>, Error> {
-        // Boxed, because it is rare and large, and every waiting call would carry it.
+        // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         Box::pin(self.dialer.connection()).await
     }
 
@@ -56,11 +55,12 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
         if !connection.idle().await {
-            // Connections of this crate's own pool are checked when they are given back.
+            // This happens only in a pool built by hand. This crate's own pool checks connections when they are given
+            // back.
             self.dialer.cancel_running(connection, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
         }
-        // Those of this crate's own pool are tested outside of `recycle`, where a caller that gives up loses none.
+        // This crate's own pool tests its connections outside of `recycle`, so that a caller that gives up loses none.
         if self.dialer.dials.is_pool_built_by_hand() && !self.dialer.is_alive(connection).await {
             return Err(RecycleError::message("its server has not answered"));
         }
@@ -68,7 +68,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         if cluster.is_current(id) {
             return Ok(());
         }
-        // No primary is verified now. If the next one is the same, its connections are as good as before.
+        // No primary is verified now. If the same server is the next primary, its connections are as good as before.
         let generation = cluster.primary().await.map_err(|none| RecycleError::Backend(Error::without_primary(none)))?;
         if generation.primary.id == id && connection.usable() {
             return Ok(());

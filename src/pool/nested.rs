@@ -1,4 +1,5 @@
-//! Calls within a transaction's closure, which can never get a connection that their own outer transactions hold.
+//! Calls within a transaction's closure. Such a call can never get a connection that an outer transaction around it
+//! holds.
 
 use std::sync::Arc;
 
@@ -20,14 +21,15 @@ struct Holder {
 impl<C: SessionClient> Pool<C> {
     /// Runs a closure's work as the holder of one of this pool's connections.
     ///
-    /// A task that the work spawns does not count as part of it. A future that is first polled here counts as part of
-    /// the work even if it finishes after the closure has returned.
+    /// A task that the work spawns does not count as part of the work. A future that is first polled here does, even if
+    /// it finishes after the closure has returned.
     pub(crate) fn holding<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F, C> {
         let outer = INNERMOST.try_with(|outer| Arc::new(outer.clone())).ok();
         INNERMOST.scope(Holder { pool: self.address(), outer }, work)
     }
 
-    /// Returns whether the transactions around this call hold all connections. Then none can ever be given back to it.
+    /// Returns whether the transactions around this call hold all connections. Then no connection can become free while
+    /// this call waits.
     pub(super) fn is_held_by_caller(&self) -> bool {
         let max_size = self.source.status().max_size;
         let held = |innermost: &Holder| {

@@ -90,8 +90,8 @@ pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// Fails on a runtime that was built without timers or without sockets, on which tokio would panic later. It cannot be
-/// asked, so this tries both.
+/// Fails on a runtime that was built without timers or without sockets, because tokio would panic there later. A
+/// runtime cannot be asked for these, so this tries both.
 fn has_drivers() -> Result<(), BuildError> {
     if catch_unwind(|| drop(sleep(Duration::ZERO))).is_err() {
         return Err(BuildError::Runtime { lacks: "enable_time" });

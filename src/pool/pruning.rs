@@ -1,4 +1,4 @@
-//! Which caller prunes a ledger, and when.
+//! Decides which caller prunes a ledger, and when.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -17,13 +17,14 @@ const PRUNE_AT_ONCE: u64 = 64;
 pub(super) type PruneAt = Mutex<HashMap<String, Instant>>;
 
 impl<C: SessionClient> Pool<C> {
-    /// Returns whether this caller must prune the ledger. One caller does, several times within the time that a row is
-    /// kept.
+    /// Returns whether this caller must prune the ledger. Several times in the period for which a row is kept, this
+    /// returns `true` to one caller.
     pub(crate) fn prunes(&self, ledger: &Ledger) -> bool {
         let (now, pause) = (Instant::now(), ledger.kept_for() / 8);
         let mut dates = lock(&self.shared.prune_at);
         let date = dates.entry(ledger.path()).or_insert_with(|| {
-            // Pools that start together must not prune together, and pools that do not live long must prune as well.
+            // Pools that start together must not prune at the same time. But short-lived pools must prune as well, so a
+            // few prune immediately.
             let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
             if at_once { now } else { now + self.dialer.random_up_to(pause) }
         });

@@ -1,4 +1,4 @@
-//! How many connections a pool has.
+//! Counts the connections of a pool.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,15 +8,16 @@ use tokio::sync::Notify;
 /// How much of `max_size` is taken.
 #[derive(Default)]
 pub(super) struct Room {
-    /// The number of existing connections: idle, ready, on loan, and in between. It grows only under the book's lock.
+    /// The number of existing connections: those that are idle in deadpool, ready, on loan, or on their way between
+    /// these. It grows only while the book is locked.
     pub(super) live: AtomicUsize,
-    /// How many of them are doubted. Callers that wait may have others in their place.
+    /// How many of them are doubted. Others may be opened in their place for callers that wait.
     pub(super) doubted: AtomicUsize,
     /// A connection or a dial has ended, or a caller has begun to wait.
     pub(super) changed: Notify,
 }
 
-/// One connection that counts towards `max_size`, until it is dropped or leaves the pool.
+/// Counts one connection towards `max_size`, until the connection is dropped or leaves the pool.
 pub(super) struct Berth(Arc<Room>);
 
 impl Berth {

@@ -19,16 +19,16 @@ pub(super) const NO_CONNECTOR: &str =
 /// Creates an [`Opener`] from the finished template, and hides the TLS connector's type.
 pub(super) type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
 
-/// How the builder was told to encrypt.
+/// What the user told the builder about encryption.
 pub(super) enum Security {
-    /// It was told nothing, so the connection string decides.
+    /// Nothing, so the connection string decides.
     Unsaid,
     Own(MakeOpener),
     #[cfg(feature = "rustls")]
     Rustls(Tls),
 }
 
-/// `None` if connections are not encrypted. May set `sslmode`.
+/// Returns what creates the opener, or `None` if connections are not encrypted. May set `sslmode`.
 pub(super) fn make_opener(
     security: Security,
     ssl: &Ssl,
@@ -44,7 +44,7 @@ pub(super) fn make_opener(
     }
 }
 
-/// Later, the template refuses options that need TLS.
+/// Options that need TLS are refused later, when the template is made.
 #[cfg(not(feature = "rustls"))]
 fn by_rustls(_: Security, ssl: &Ssl, _: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
     match ssl.files().next() {
@@ -73,8 +73,8 @@ fn by_rustls(security: Security, ssl: &Ssl, config: &mut Config) -> Result<Optio
     Ok(Some(Box::new(|template| Opener::new(template, connector))))
 }
 
-/// A connection string without `sslmode` means the same with and without the feature, as another crate may have enabled
-/// it.
+/// A connection string without `sslmode` means the same with and without the feature, because another crate may have
+/// enabled the feature.
 #[cfg(feature = "rustls")]
 fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
     ssl.mode == Some(Mode::Prefer)
@@ -83,8 +83,8 @@ fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
         || config.get_channel_binding() == ChannelBinding::Require
 }
 
-/// Adds the options of the connection string by libpq's rules, but refuses protective options that would have no
-/// effect.
+/// Adds the options of the connection string by libpq's rules. But refuses options that should protect and would have
+/// no effect.
 #[cfg(feature = "rustls")]
 fn described(tls: Tls, ssl: &Ssl, config: &Config) -> Result<Tls, BuildError> {
     if let (Some((option, _)), true) = (ssl.files().next(), config.get_ssl_mode() != SslMode::Require) {
@@ -115,7 +115,7 @@ fn with_roots(tls: Tls, ssl: &Ssl) -> Result<Tls, BuildError> {
             let problem = "`system` needs sslmode=verify-full: the platform's authorities sign for anybody";
             Err(BuildError::invalid("sslrootcert", problem))
         }
-        // With `require` too, a given authority is meant to be checked.
+        // If an authority is given, it is checked even with `require`, as in libpq.
         Some(file) => Ok(tls.root_certificates_file(file).at_least(Verify::Authority)),
     }
 }

@@ -1,6 +1,6 @@
-//! Sessions for settling commits. A settler must not queue behind callers that wait for the locks of the transaction in
-//! doubt. So it uses a new connection of the pool if there is a free slot, which the caller needs next anyway, and
-//! otherwise a session outside the pool.
+//! Sessions for settling commits. Callers may wait for the locks of the transaction in doubt, and a settler must not
+//! queue behind them. So it uses a new connection of the pool if there is a free slot; its caller needs a connection
+//! next anyway. Otherwise it uses a session outside the pool.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,17 +15,18 @@ use crate::server::{Notices, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
 
-/// The most sessions outside the pool at the same time. A failover may leave as many commits in doubt as there are
-/// connections, but a newly promoted server should not be flooded.
+/// The most sessions outside the pool at the same time. After a failover, each connection may have left a commit in
+/// doubt, but a newly promoted server should not be flooded with sessions.
 const AT_ONCE: usize = 2;
 
 pub(super) struct Settlers<C> {
     permits: Semaphore,
     /// The number of commits that are being settled.
     pending: AtomicUsize,
-    /// How many of them hold, or are about to take, a connection of the pool.
+    /// How many of them hold a connection of the pool, or are about to take one.
     pooled: AtomicUsize,
-    /// Sessions for the next settlers, while any are left.
+    /// Sessions outside the pool that are kept for the next settlers. They are closed when no commit is being settled
+    /// any more.
     idle: Mutex<Vec<SideSession<C>>>,
 }
 
@@ -36,22 +37,22 @@ impl<C> Default for Settlers<C> {
     }
 }
 
-/// One commit that is being settled. The last one to end closes the kept sessions.
+/// One commit that is being settled. When the last of them has ended, the kept sessions are closed.
 pub(crate) struct Settling<'a, C: SessionClient> {
     pool: &'a Pool<C>,
     settlers: &'a Settlers<C>,
 }
 
 impl<'a, C: SessionClient> Settling<'a, C> {
-    /// Registers a commit that is being settled. Hold the result for as long as that takes.
+    /// Registers a commit that is being settled. Hold the result until it is settled.
     pub(crate) fn new(pool: &'a Pool<C>) -> Self {
         let settlers = &pool.dialer.settlers;
         settlers.pending.fetch_add(1, Ordering::AcqRel);
         Self { pool, settlers }
     }
 
-    /// Returns a session to the current primary, and the permit to ask on it. Waits for both without a limit of its
-    /// own. Cancel-safe.
+    /// Returns a session to the current primary, and for a session outside the pool the permit to use it. Waits for
+    /// both without a limit of its own. Cancel-safe.
     pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, SettleSession<'a, C>), Error> {
         if let Some(lent) = self.lent().await? {
             return Ok((None, SettleSession::Pooled(lent)));
@@ -67,7 +68,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Ok((permit, SettleSession::Beside(self.pool.side_session().await?)))
     }
 
-    /// Leaves half of the pool to other callers, such as readers: confirming a commit may wait for a standby for long.
+    /// Takes a connection of the pool, unless settlers hold half of the pool already. The other half stays for other
+    /// callers, such as readers, because confirming a commit may wait for a standby for long.
     async fn lent(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
         let counted = Counted::new(&self.settlers.pooled);
         if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
@@ -77,7 +79,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Ok(client.map(|client| PooledSession { client, clean: false, _counted: counted }))
     }
 
-    /// Asks for the primary of this generation to be verified again.
+    /// Asks the cluster's task to verify the primary of this generation again.
     pub(crate) fn suspect(&self, id: GenerationId) {
         self.pool.suspect(id, Suspicion::Connection);
     }
@@ -104,8 +106,8 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
     }
 }
 
-/// The session that a settler asks on. Dropping it ends the session and rolls back its transaction; [`Settling::keep`]
-/// keeps the session.
+/// The session that a settler asks on. Dropping this ends the session and rolls back its transaction.
+/// [`Settling::keep`] keeps the session.
 pub(crate) enum SettleSession<'a, C: SessionClient> {
     Pooled(PooledSession<'a, C>),
     Beside(SideSession<C>),
@@ -133,8 +135,8 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// If a settler is dropped while its COMMIT waits, that wait must not be cancelled. A session outside the pool is
-    /// never cancelled.
+    /// Notes whether the settler's COMMIT is under way. If the settler is dropped meanwhile, the COMMIT is then not
+    /// cancelled. A session outside the pool is never cancelled.
     pub(crate) fn set_committing(&self, committing: bool) {
         if let Self::Pooled(lent) = self {
             lent.client.set_committing(committing);
@@ -162,7 +164,7 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// Waits until the session is no longer usable, if nothing else ends what is under way on it. Cancel-safe.
+    /// Waits until the generation of the session has ended, if the session does not end with it. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self {
             Self::Pooled(lent) => lent.client.evicted().await,

@@ -38,12 +38,12 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.guarantee
     }
 
-    /// How long a caller waits for a connection unless it says otherwise.
+    /// How long a caller waits for a connection by default.
     pub(crate) fn checkout_timeout(&self) -> Duration {
         self.shared.checkout_timeout
     }
 
-    /// Is cancelled when the pool is closed, or its runtime ends.
+    /// The scope that ends when the pool is closed, or when its runtime ends.
     pub(crate) fn closing(&self) -> &CancellationToken {
         self.cluster().scope()
     }
@@ -80,7 +80,7 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().observer()
     }
 
-    /// Doubts the primary of this generation.
+    /// Reports a doubt about the primary of this generation.
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         self.cluster().suspect(id, suspicion);
     }

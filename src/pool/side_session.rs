@@ -1,4 +1,4 @@
-//! Sessions to the primary that belong to no pool, for settlers and listeners.
+//! Sessions to the primary outside the pool, for settlers and listeners.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::server::{Notices, NotificationSink, Session, SessionClient};
 use crate::topology::GenerationId;
 
-/// A session to the primary that belongs to no pool. Dropping it closes it, and rolls back its transaction.
+/// A session to the primary outside the pool. Dropping this closes the session, and rolls back its transaction.
 pub(crate) struct SideSession<C> {
     session: Session<C>,
     generation: Arc<Generation<C>>,
@@ -40,7 +40,7 @@ impl<C: SessionClient> SideSession<C> {
         &self.session.notices
     }
 
-    /// Gives each notification of the session to `sink`, and tells it when the session has ended. Call it only once.
+    /// Gives each notification of the session to `sink`, and tells it when the session has ended. Call this only once.
     pub(crate) fn deliver_to(&self, sink: Arc<dyn NotificationSink>) {
         self.session.notices.deliver_to(sink);
     }

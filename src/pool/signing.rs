@@ -1,4 +1,4 @@
-//! The signature of a primary's timeline, which the first of a pool's transactions on the primary makes for all of them.
+//! The signature of a primary's timeline. The pool's first transaction on the primary makes it for all others.
 
 use std::sync::{Arc, Mutex};
 
@@ -6,19 +6,20 @@ use crate::commit::Signature;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// The signature of the newest primary's timeline. An inner `None`: signing is under way, or is impossible.
+/// The signature of the newest primary's timeline. The inner `None`: signing is under way, or it is impossible.
 #[derive(Default)]
 pub(crate) struct Signatures(Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>);
 
 /// The state of signing a primary's timeline.
 pub(crate) enum Signing {
-    /// The timeline is signed with this, or is not signed.
+    /// The timeline has this signature, or none.
     Done(Option<Arc<Signature>>),
     Yours,
 }
 
 impl Signatures {
-    /// Returns the signature of this primary's timeline, or the task of signing it, which only one caller gets.
+    /// Returns the signature of this primary's timeline. Only the first caller gets [`Signing::Yours`], and must sign
+    /// the timeline.
     pub(crate) fn of(&self, id: GenerationId) -> Signing {
         let mut signature = lock(&self.0);
         match &*signature {

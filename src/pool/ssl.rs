@@ -1,6 +1,6 @@
-//! libpq's options about certificates and hosts, which the driver's parser does not know or reads differently.
+//! libpq's options about certificates and hosts that the driver's parser does not know or reads differently.
 //!
-//! Takes those options out of the text, and leaves everything else for the driver to read, including mistakes.
+//! This takes those options out of the text, and leaves everything else, including mistakes, for the driver to read.
 
 use std::ops::Range;
 
@@ -33,10 +33,10 @@ impl Mode {
     }
 }
 
-/// What to do about most of [`NOT_HONOURED`].
+/// What the user should do about most of [`NOT_HONOURED`].
 const REMOVE: &str = "is not honoured here; remove it";
-/// libpq's other options, which nothing here honours, and what to do instead. They are refused here by name: the driver
-/// does not name an unknown option, as it may be a piece of a password.
+/// libpq's other options, which neither this crate nor the driver honours, and what to do instead. They are refused
+/// here by name, because the driver does not name an unknown option, which may be a piece of a password.
 const NOT_HONOURED: [(&str, &str); 31] = [
     ("client_encoding", "is always UTF8 here; remove it"),
     ("fallback_application_name", "is not honoured here; use `application_name`"),
@@ -99,7 +99,8 @@ impl Ssl {
             .filter_map(|(option, value)| Some((option, value.as_deref()?)))
     }
 
-    /// What the driver shall read instead of this option; `None` leaves it unchanged.
+    /// Takes out one option. Returns the text that the driver must read in its place; `None` leaves the option to the
+    /// driver.
     fn take(&mut self, key: &str, value: String) -> Option<&'static str> {
         if self.hosts.take(key, &value) {
             return Some("");
@@ -111,7 +112,7 @@ impl Ssl {
                     self.refused = Some(("sslmode", "`allow` is not offered; use `prefer`, or better `verify-full`"));
                     return Some("");
                 }
-                // The driver encrypts, and the connector decides what is checked.
+                // The driver only needs to know that it must encrypt. The connector decides what is checked.
                 return (self.mode >= Some(Mode::VerifyCa)).then_some("sslmode=require");
             }
             "sslrootcert" => &mut self.root,
@@ -119,7 +120,7 @@ impl Ssl {
             "sslkey" => &mut self.key,
             _ => {
                 let (option, problem) = NOT_HONOURED.iter().find(|(option, _)| *option == key)?;
-                // The driver speaks nothing else.
+                // The driver supports no other encoding.
                 let is_utf8 = matches!(&*value.to_ascii_lowercase(), "utf8" | "utf-8");
                 if !(*option == "client_encoding" && is_utf8) {
                     self.refused = Some((option, problem));
@@ -141,7 +142,7 @@ pub(super) fn split(text: &str) -> (String, Ssl) {
 }
 
 fn split_url(text: &str, ssl: &mut Ssl) -> String {
-    // As in the driver, the credentials end at the first `@`, and the parameters begin at the next `?`.
+    // The driver ends the credentials at the first `@`, and begins the parameters at the next `?`. So does this.
     let host = text.find('@').map_or(0, |at| at + 1);
     let Some(begin) = text[host..].find('?').map(|at| host + at) else {
         return text.to_owned();
@@ -187,7 +188,7 @@ fn split_pairs(text: &str, ssl: &mut Ssl) -> String {
     kept
 }
 
-/// The pairs of `key = value`, read as the driver does: quotes, and a backslash before a literal character.
+/// Reads pairs of `key = value` as the driver does, with quotes, and with a backslash before a literal character.
 struct Pairs<'a> {
     text: &'a str,
     at: usize,
@@ -205,7 +206,7 @@ impl<'a> Pairs<'a> {
         self.text[self.at..].starts_with(expected).then(|| self.at += expected.len_utf8())
     }
 
-    /// Returns the pair's position, key and value; `None` at the end, and at text that cannot be read.
+    /// Returns the next pair's position, key and value. `None` at the end, and at text that cannot be read.
     fn next(&mut self) -> Option<(Range<usize>, &'a str, String)> {
         self.take_while(char::is_whitespace);
         let begin = self.at;

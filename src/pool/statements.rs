@@ -1,6 +1,6 @@
-//! The driver's methods on this crate's handles. Each does what its namesake does, and notes its error on the session
-//! (see [`Trail`](super::trail::Trail)). Later errors of a stream are not noted, and neither are errors of the client
-//! that a handle derefs to.
+//! The driver's methods on this crate's handles. Each method does what the driver's method of the same name does, and
+//! notes the error on the session (see [`Trail`](super::trail::Trail)). Later errors of a stream are not noted. Errors
+//! of the client that a handle derefs to are not noted, either.
 
 /// The methods for one kind of handle. `$client` is an expression for the pool's [`Client`](super::Client) behind it.
 macro_rules! statements {

@@ -14,9 +14,9 @@ pub struct Status {
     pub available: usize,
     /// How many callers wait for a connection.
     pub waiting: usize,
-    /// Why [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) is only
-    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on this primary, if it is: what the server does not
-    /// offer. Known from the first transaction on.
+    /// What this primary does not offer, so that [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) is only
+    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on it. `None` if it lacks nothing, and until the first
+    /// transaction.
     pub fallback: Option<String>,
     /// The evidence that settles a commit in doubt on this primary, with
     /// [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce). `None` while there is no primary, and until its first

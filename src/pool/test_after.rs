@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// The silence from which a connection is tested.
+/// How long a connection's server must have been silent before the connection is tested.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TestAfter {
     milliseconds: u64,
@@ -13,8 +13,8 @@ impl TestAfter {
         Self { milliseconds: u64::try_from(idle_for.as_millis()).unwrap_or(u64::MAX) }
     }
 
-    /// Measures by the wall clock, as the monotonic clock of Linux stops while a machine is suspended. If the wall
-    /// clock was set back, the idle time is unknown, so the test is due.
+    /// Returns whether the test is due. Measures by the wall clock, because the monotonic clock of Linux stops while a
+    /// machine is suspended. If the wall clock was set back, the idle time is unknown, and the test is due.
     pub(super) fn is_due(self, heard_at: u64, now: u64) -> bool {
         self.milliseconds != u64::MAX
             && heard_at != 0

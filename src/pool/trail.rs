@@ -1,7 +1,7 @@
-//! The errors that the statements of one session have met, and whether its prepared statements are still usable.
+//! The errors of one session's statements, and whether its prepared statements are still usable.
 //!
-//! The driver gives an error only to the caller of the statement. So this crate's handles note it on its way. Errors on
-//! the bare driver's client are not seen.
+//! The driver gives an error only to the caller of the statement. So this crate's handles note each error that passes
+//! them. They do not see errors of the driver's own client.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,15 +18,15 @@ use crate::sync::lock;
 /// The trail of one session.
 #[derive(Debug, Default)]
 pub(crate) struct Trail {
-    /// The last error that did not merely follow from the one before.
+    /// The last error, without those that only say that the transaction has failed before.
     last: Mutex<Option<DbError>>,
-    /// Another call of a pool, made within this transaction, has an unknown outcome.
+    /// Another call of a pool was made within this transaction, and its outcome is unknown.
     doubt: AtomicBool,
-    /// The cache of prepared statements, if the client has a known one.
+    /// The cache of prepared statements, if the client is a `ClientWrapper`.
     cache: Option<Arc<StatementCache>>,
     /// The driver must forget the types that it has read.
     forget_types: AtomicBool,
-    /// The driver did not expect the server's answer to a statement.
+    /// The driver got an answer to a statement that it did not expect.
     misread: AtomicBool,
     /// No other caller may use the session.
     retired: AtomicBool,
@@ -37,7 +37,7 @@ impl Trail {
         Self { cache: wrapper(client).map(|client| Arc::clone(&client.statement_cache)), ..Self::default() }
     }
 
-    /// Forgets what was noted, so that it is not attributed to the next use.
+    /// Forgets what was noted, so that it does not count for the next use of the session.
     pub(crate) fn forget(&self) {
         *lock(&self.last) = None;
         self.doubt.store(false, Ordering::Release);
@@ -59,14 +59,15 @@ impl Trail {
         }
     }
 
-    /// Notes a report that was found in an error of the session's user, and did not pass the handles.
+    /// Notes a server's report that was found in the closure's own error. It may come from the driver's own client, so
+    /// that the handles have not seen it.
     pub(crate) fn note_report(&self, report: &DbError) {
         if let Some(cure) = stale_report(report) {
             self.heal(cure);
         }
     }
 
-    /// The error of the last statement that did not fail because of an earlier one.
+    /// The last error that is not merely the consequence of an earlier one.
     pub(crate) fn last(&self) -> Option<DbError> {
         lock(&self.last).clone()
     }
@@ -83,17 +84,17 @@ impl Trail {
         self.doubt.load(Ordering::Acquire)
     }
 
-    /// Returns whether there are known prepared statements from an earlier use.
+    /// Returns whether the session has cached prepared statements.
     pub(crate) fn has_statements(&self) -> bool {
         self.cache.as_ref().is_some_and(|cache| cache.size() > 0)
     }
 
-    /// Returns whether its prepared statements can be cleared.
+    /// Returns whether the session's prepared statements can be cleared.
     pub(crate) fn can_clear(&self) -> bool {
         self.cache.is_some()
     }
 
-    /// From now on its statements are prepared anew. If that is impossible, no other caller gets the session.
+    /// Makes the session prepare its statements again. If that is impossible, no other caller gets the session.
     pub(crate) fn heal(&self, cure: Cure) {
         match (&self.cache, cure) {
             (Some(cache), Cure::Clear) => {
@@ -129,14 +130,14 @@ fn wrapper<C: SessionClient>(client: &C) -> Option<&ClientWrapper> {
     (client as &dyn Any).downcast_ref()
 }
 
-/// The trails of a pool's sessions, idle or on loan, for changes to all of them.
+/// The trails of all sessions of a pool, idle or on loan.
 #[derive(Debug, Default)]
 pub(super) struct Trails(Mutex<Vec<Weak<Trail>>>);
 
 impl Trails {
     pub(super) fn add(&self, trail: &Arc<Trail>) {
         let mut trails = lock(&self.0);
-        // Search it only when the vector would grow, so that adding stays cheap.
+        // Remove dropped trails only when the vector would grow, so that adding stays cheap.
         if trails.len() == trails.capacity() {
             trails.retain(|trail| trail.strong_count() > 0);
         }

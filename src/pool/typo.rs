@@ -1,5 +1,5 @@
-//! Explains a connection string that the driver cannot read, without repeating any of it, as each piece may be a piece
-//! of the password.
+//! Explains why the driver cannot read a connection string. Repeats nothing of the text, because anything may be a
+//! piece of the password.
 
 /// The driver's options. A test compares them with the driver.
 const OPTIONS: [&str; 19] = [
@@ -30,7 +30,7 @@ const TYPO: usize = 2;
 pub(super) fn hint(text: &str) -> Option<String> {
     let schemes = ["postgres://", "postgresql://"];
     let Some(scheme) = schemes.iter().find(|scheme| text.starts_with(**scheme)) else {
-        // In `password=a://b`, this is not a scheme.
+        // In `password=a://b`, the text before `://` is not a scheme.
         let another = text.split_once("://").map_or(!text.contains('='), |(scheme, _)| !scheme.contains('='));
         return if another {
             Some("it must begin with postgres:// or postgresql://".to_owned())

@@ -1,7 +1,8 @@
-//! A wrapped deadpool pool: its manager opens the sessions, and this crate verifies them and runs the work.
+//! Builds a pool around an existing deadpool pool. Its manager opens the sessions, and this crate verifies them and
+//! runs the work.
 //!
-//! The manager chooses where each new session connects, so there is one candidate, [`Address::Wrapped`]. The tests are
-//! in `tests/it/checkout/wrap.rs`.
+//! The manager chooses the server for each new session, so there is only one candidate, [`Address::Wrapped`]. The tests
+//! are in `tests/it/checkout/wrap.rs`.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -90,7 +91,8 @@ where
         self
     }
 
-    /// How often a new session is opened to see whether the manager now connects to a newer primary. Default: 5 s.
+    /// Pause between two checks whether the manager now connects to a newer primary. Each check opens a new session.
+    /// Default: 5 s.
     pub fn patrol_interval(mut self, interval: Duration) -> Self {
         self.settings.patrol = interval;
         self
@@ -111,8 +113,8 @@ where
         self
     }
 
-    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: that of the first server
-    /// that answers.
+    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: the cluster of the first
+    /// server that answers.
     pub fn system_identifier(mut self, system_identifier: u64) -> Self {
         self.settings.system_identifier = Some(system_identifier);
         self
@@ -136,7 +138,7 @@ where
         self
     }
 
-    /// Wraps the pool. Needs no server, but a tokio runtime, on which it starts its tasks.
+    /// Wraps the pool. Starts its tasks on the current tokio runtime, which must exist. Needs no server.
     pub fn build(mut self) -> Result<Pool<M::Type>, BuildError> {
         checked(&mut self.settings)?;
         let shared = self.calls.shared(&self.settings)?;
@@ -160,7 +162,7 @@ where
             gate: 1,
             seed,
             observer,
-            // The open connections belong to the wrapped pool.
+            // The pool never sleeps, because the open connections belong to the wrapped pool.
             sleep_after: None,
         });
         tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<M::Type>>, cluster.watch()));
@@ -175,7 +177,7 @@ where
 async fn evict<C>(existing: Arc<dyn WrappedPool<C>>, mut views: watch::Receiver<View>) {
     while views.changed().await.is_ok() {
         let id = views.borrow_and_update().generation;
-        // The program's log and its manager may panic here: that costs this one eviction.
+        // The program's log and its manager may panic here. That costs only this one eviction.
         let _ = catch_unwind(AssertUnwindSafe(|| existing.evict_for(id)));
     }
 }

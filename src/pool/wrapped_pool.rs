@@ -1,4 +1,4 @@
-//! The wrapped pool as a source: connections of its own, and sessions that its manager opens.
+//! The wrapped pool as a source of connections, and its manager as a source of sessions.
 
 use std::error::Error as StdError;
 use std::ops::{Deref, DerefMut};
@@ -24,7 +24,7 @@ pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     /// Returns whether it has been used before, by any user.
     fn is_used(&self) -> bool;
 
-    /// Takes it out of its pool, which frees its slot.
+    /// Takes it out of its pool. This frees its slot.
     fn take(self: Box<Self>) -> C;
 
     /// Closes it, and frees its slot.
@@ -33,7 +33,7 @@ pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     }
 }
 
-/// What tells this pool that a connection of the wrapped pool has come back, or has freed its slot.
+/// Tells this pool that a connection of the wrapped pool has come back, or has freed its slot.
 #[derive(Default)]
 pub(super) struct Returns {
     /// How many callers wait. It is read whenever a connection comes back.
@@ -51,7 +51,8 @@ impl Drop for Returned {
     }
 }
 
-/// A connection that this pool has got. The fields are dropped in this order.
+/// A connection that this pool has got. The fields are dropped in this order, so `returned` notifies after the
+/// connection has gone back.
 struct Got<M: managed::Manager> {
     object: Object<M>,
     returned: Returned,
@@ -92,7 +93,7 @@ where
     }
 }
 
-/// A connection of the wrapped pool that is being got.
+/// The future that gets a connection of the wrapped pool.
 pub(super) type Getting<C> = BoxFuture<'static, Result<Box<dyn WrappedObject<C>>, NoObject>>;
 
 /// The wrapped pool, without the type of its manager.
@@ -101,12 +102,13 @@ pub(super) trait WrappedPool<C>: Send + Sync {
 
     fn status(&self) -> managed::Status;
 
-    /// The number of idle connections. Unlike [`managed::Status::available`], it is right while others connect.
+    /// The number of idle connections. Unlike [`managed::Status::available`], it is also right while others are
+    /// connecting.
     fn idle(&self) -> usize;
 
     fn returns(&self) -> &Returns;
 
-    /// Closes the idle connections at the first call for `id`, as they are to the previous primary.
+    /// Closes the idle connections at the first call for `id`, because they still point at the previous primary.
     fn evict_for(&self, id: GenerationId);
 
     /// Notes that something was sent or received.
@@ -116,7 +118,7 @@ pub(super) trait WrappedPool<C>: Send + Sync {
     fn clear_idle(&self);
 }
 
-/// The name of the code that panics are blamed on.
+/// How an error names the code that has panicked.
 const MANAGER: &str = "the wrapped pool's manager";
 
 /// Why the wrapped pool gave no connection.
@@ -131,7 +133,7 @@ pub(super) enum NoObject {
 pub(super) struct ExistingPool<M: managed::Manager> {
     pub(super) existing: managed::Pool<M>,
     pub(super) asker: Asker,
-    /// The newest generation for which idle connections were closed. The first one needs none of it.
+    /// The newest generation for which idle connections were closed. The first generation closes none.
     pub(super) evicted_for: AtomicU64,
     pub(super) returns: Arc<Returns>,
 }
@@ -157,7 +159,7 @@ where
             let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
             let created = creating.await.map_err(|panic| panicked(MANAGER, &*panic))?.map_err(not_created)?;
             let existing = self.existing.clone();
-            // The manager may keep a record of what it created, as deadpool-postgres' does.
+            // The manager may keep a record of the clients that it created, as the one of deadpool-postgres does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
             let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
@@ -169,8 +171,8 @@ where
         false
     }
 
-    /// Sends the request without TLS, which the server does not require for a cancel request. If the manager's
-    /// `sslmode` is `require`, the driver refuses to send it in this way.
+    /// Sends the request without TLS. The server does not require TLS for a cancel request. But if the manager's
+    /// `sslmode` is `require`, the driver refuses to send it.
     fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
         Box::pin(async move { token.cancel_query(NoTls).await })
     }
