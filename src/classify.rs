@@ -62,8 +62,8 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
-    /// Whether the session, or the server behind it, is lost. The client's own session may still be open, because a
-    /// proxy can keep it and connect it to another session of a server.
+    /// Returns whether the session, or the server behind it, is lost. The client's own session may still be open,
+    /// because a proxy can keep it and connect it to another session of a server.
     pub(crate) fn is_loss(self) -> bool {
         match self {
             Self::ConnectionLost
@@ -85,15 +85,15 @@ pub(crate) fn classify(error: &Error) -> Verdict {
     }
 }
 
-/// The verdict on an error of opening a session.
+/// The verdict on an error that came while a session was being opened.
 ///
-/// It differs from [`classify`] in three points. Any report ends the attempt, whatever severity a proxy gave it. More
-/// codes mean that the user's settings are wrong. And a server that rejects our certificate says so by a TLS alert,
-/// which arrives after the end of the handshake on our side since TLS 1.3.
+/// It differs from [`classify`] in three points. Any report ends the attempt, whatever its severity is, because proxies
+/// use other severities. More codes mean that the user's settings are wrong. A server that rejects our certificate
+/// reports it by a TLS alert, which since TLS 1.3 arrives after the end of the handshake on our side.
 pub(crate) fn verdict_of_open(error: &Error) -> Verdict {
     match Kind::of(error) {
         Kind::Db(db) => match *db.code() {
-            // The server does not take the options, the role may not connect, or the database takes no connections.
+            // The server does not accept the options, the role may not connect, or the database accepts no connections.
             SqlState::INSUFFICIENT_PRIVILEGE
             | SqlState::UNDEFINED_OBJECT
             | SqlState::INVALID_PARAMETER_VALUE
@@ -131,14 +131,14 @@ pub(crate) fn classify_report(report: &DbError) -> Verdict {
     of_report(report, Level::of(report))
 }
 
-/// Whether this answer to `COMMIT` proves that the transaction was rolled back, if the server was ready for the next
-/// message afterwards. If it does not, the outcome is in doubt.
+/// Returns whether this answer to `COMMIT` proves that the transaction was rolled back, if the server was ready for the
+/// next message afterwards. If it does not, the outcome is in doubt.
 ///
-/// A server that fails before it has written the commit record reports an `ERROR` and goes on. If it fails behind the
-/// record, it may report an `ERROR` too, but then it ends with a PANIC (`RecordTransactionAbort` in `xact.c`: "cannot
-/// abort transaction, it was already committed"). All this holds only for reports of the server itself. A proxy sends
-/// the same message when the server behind it is gone. A server names the reporting routine in each of its errors, and
-/// proxies do not, which tells the two apart.
+/// A server that fails before it has written the commit record reports an `ERROR` and goes on. If it fails after it has
+/// written the record, it may report an `ERROR`, too, but then it ends with a PANIC (`RecordTransactionAbort` in
+/// `xact.c`: "cannot abort transaction, it was already committed"). This is true only of reports of the server itself.
+/// A proxy may send the same message when the server behind it is gone. A server names the reporting routine in each of
+/// its errors, and a proxy does not.
 pub(crate) fn commit_refused(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -147,10 +147,10 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
         return false;
     }
     match class(db) {
-        // "Connection exception", which includes the unknown resolution (08007). Nobody can tell whose connection is
-        // meant.
+        // "Connection exception", which includes the unknown resolution (08007). The code does not show whose
+        // connection is meant.
         "08" => false,
-        // Integrity constraints, which are deferred ones at COMMIT. They mean a rollback, whoever reports them.
+        // Integrity constraints. At COMMIT, these are deferred ones. They mean a rollback, whoever reports them.
         "23" => true,
         _ => match *db.code() {
             SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN
@@ -165,20 +165,20 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
     }
 }
 
-/// Whether the server itself reports this, and no proxy.
+/// Returns whether the server itself reports this, and no proxy.
 pub(crate) fn is_the_servers(error: &Error) -> bool {
     matches!(Kind::of(error), Kind::Db(db) if db.routine().is_some())
 }
 
-/// Whether the statement that looks for the pool's own transaction before COMMIT found another one or none. That
-/// statement then divides by zero, or reads a setting that is empty or unknown.
+/// Returns whether the check before COMMIT has found another transaction than the pool's, or none. The check then
+/// divides by zero, or reads a setting that is empty or unknown.
 pub(crate) fn not_ours(error: &Error) -> bool {
     let codes = [SqlState::DIVISION_BY_ZERO, SqlState::INVALID_TEXT_REPRESENTATION, SqlState::UNDEFINED_OBJECT];
-    // With `exit_on_error`, the session ends with it.
+    // With `exit_on_error`, the server reports it as FATAL, so the severity is not checked.
     error.code().is_some_and(|code| codes.contains(code))
 }
 
-/// Whether the server had no transaction to end.
+/// Returns whether the server had no transaction to end.
 pub(crate) fn no_transaction(error: &Error) -> bool {
     reports(error, &[SqlState::NO_ACTIVE_SQL_TRANSACTION])
 }
@@ -190,8 +190,8 @@ fn reports(error: &Error, codes: &[SqlState]) -> bool {
     Level::of(db) == Level::Error && codes.contains(db.code())
 }
 
-/// Whether the server does not know, or does not permit, what the statement asked for. Managed services take functions
-/// away from ordinary roles. This says nothing about the health of the server.
+/// Returns whether the server does not know, or does not permit, what the statement asked for. Managed services take
+/// functions away from ordinary roles. This says nothing about the health of the server.
 pub(crate) fn not_offered(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -199,26 +199,26 @@ pub(crate) fn not_offered(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "42" | "0A")
 }
 
-/// Whether the server does not know a function: it is older than the function, or only imitates PostgreSQL.
+/// Returns whether the server does not know a function: it is older than the function, or only imitates PostgreSQL.
 pub(crate) fn lacks_function(error: &Error) -> bool {
     error.code() == Some(&SqlState::UNDEFINED_FUNCTION)
 }
 
-/// Whether a limit on the time of a statement or transaction ended it, or somebody cancelled it. `transaction_timeout`
-/// (17 and later) ends the session too.
+/// Returns whether a limit on the time of a statement or transaction ended it, or somebody cancelled it.
+/// `transaction_timeout` (17 and later) ends the session too.
 pub(crate) fn cut_off(error: &Error) -> bool {
     error.code().is_some_and(|code| *code == SqlState::QUERY_CANCELED || code.code() == "25P04")
 }
 
-/// Whether the error is about a prepared statement, and not about what that asks for: it is gone, or it is there already.
-/// A proxy may give each transaction another session, and `DEALLOCATE ALL` takes every statement away.
+/// Returns whether the error says that a prepared statement is missing, or is there already. A proxy may give each
+/// transaction another session, and `DEALLOCATE ALL` removes every statement.
 pub(crate) fn not_prepared(error: &Error) -> bool {
     let codes = [SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT];
     error.code().is_some_and(|code| codes.contains(code))
 }
 
-/// Whether the error may be about only one part of what a statement asked for. The server does not offer that part, or
-/// it fails each time (a file that cannot be read, an internal error). The other parts may still be answered.
+/// Returns whether the error may be about only one part of what a statement asked for. The server does not offer that
+/// part, or it fails each time (a file that cannot be read, an internal error). The other parts may still be answered.
 pub(crate) fn about_a_part(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -226,13 +226,13 @@ pub(crate) fn about_a_part(error: &Error) -> bool {
     Level::of(db) == Level::Error && matches!(class(db), "0A" | "22" | "38" | "39" | "42" | "55" | "58" | "P0" | "XX")
 }
 
-/// Whether the statement called a function that works only on a primary.
+/// Returns whether the statement called a function that works only on a primary.
 pub(crate) fn for_primaries_only(error: &Error) -> bool {
     reports(error, &[SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
 }
 
-/// Whether the server refused the role or its password. Some methods of authentication report a more general code than
-/// that of a wrong password. PAM, which RDS uses for its tokens, is one of them.
+/// Returns whether the server refused the role or its password. Some methods of authentication report a more general
+/// code than that of a wrong password. PAM, which RDS uses for its tokens, is one of them.
 pub(crate) fn not_let_in(error: &Error) -> bool {
     let codes = [SqlState::INVALID_PASSWORD, SqlState::INVALID_AUTHORIZATION_SPECIFICATION];
     error.code().is_some_and(|code| codes.contains(code))

@@ -49,7 +49,7 @@ pub(super) fn of_driver(error: &Error, kind: Kind<'_>) -> Verdict {
     }
 }
 
-/// Whether the peer ended an open connection without a message that makes sense.
+/// Returns whether the peer ended an open connection without a message that makes sense.
 pub(crate) fn hung_up(error: &Error) -> bool {
     match Kind::of(error) {
         Kind::Closed => true,
@@ -62,13 +62,13 @@ pub(crate) fn hung_up(error: &Error) -> bool {
     }
 }
 
-/// Whether the peer ended the connection in the TLS handshake, without a TLS alert that says why.
+/// Returns whether the peer ended the connection in the TLS handshake, without a TLS alert that says why.
 pub(crate) fn hung_up_in_handshake(error: &Error) -> bool {
     Kind::of(error) == Kind::Tls && links(error).any(cut_short)
 }
 
-/// Whether the driver did not expect the server's answer to the statement. This is so for a `COPY` through a method that
-/// is not meant for it.
+/// Returns whether the driver did not expect the server's answer to the statement. This is so for a `COPY` through a
+/// method that is not meant for it.
 pub(crate) fn unexpected(error: &Error) -> bool {
     Kind::of(error) == Kind::UnexpectedMessage
 }
@@ -96,7 +96,7 @@ pub(crate) fn without_code(error: &Error) -> &'static str {
     }
 }
 
-/// Whether a handshake failed because the connection was lost, and not because of what the peer said.
+/// Returns whether a handshake failed because the connection was lost, and not because of what the peer said.
 pub(super) fn cut_short(link: &(dyn StdError + 'static)) -> bool {
     let by_kind = link.downcast_ref::<io::Error>().is_some_and(|cause| {
         matches!(
@@ -115,7 +115,8 @@ pub(super) fn cut_short(link: &(dyn StdError + 'static)) -> bool {
     by_kind || link.to_string().to_ascii_lowercase().contains("unexpected eof")
 }
 
-/// Whether the text is a TLS alert that our certificate is missing or not accepted, in the words of rustls or OpenSSL.
+/// Returns whether the text is a TLS alert that our certificate is missing or not accepted, in the words of rustls or
+/// OpenSSL.
 pub(super) fn certificate_alert(text: &str) -> bool {
     let text = text.to_ascii_lowercase();
     text.contains("alert")

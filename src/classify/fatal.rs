@@ -10,19 +10,19 @@ use super::{Level, Verdict, class, of_report};
 pub(crate) enum Recurs {
     /// The session would end again: the work itself, or a setting that limits it, is the reason.
     Always,
-    /// It is not known. Running the work once more shows it.
+    /// It is not known. One more run shows it.
     Perhaps,
     /// It would not: a failover, a restart or an administrator ended the session.
     No,
 }
 
-/// Whether the report ends its session.
+/// Returns whether the report ends its session.
 pub(crate) fn ends_session(db: &DbError) -> bool {
     Level::of(db) == Level::Ends
 }
 
-/// Whether the notice is a warning after which the session ends without another report. Servers send it when another
-/// backend has crashed and before an immediate shutdown.
+/// Returns whether the notice is a warning after which the session ends without another report. Servers send it when
+/// another backend has crashed and before an immediate shutdown.
 pub(crate) fn announces_end(notice: &DbError) -> bool {
     matches!(*notice.code(), SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN)
 }
@@ -39,7 +39,7 @@ pub(crate) fn verdict_of_end(db: &DbError) -> Verdict {
     }
 }
 
-/// Whether the same work would be ended again.
+/// Returns whether the same work would be ended again.
 pub(crate) fn recurs(db: &DbError) -> Recurs {
     if pooler_limit(db).is_some() {
         return Recurs::Always;

@@ -105,7 +105,7 @@ pub(super) fn class(db: &DbError) -> &str {
     db.code().code().get(..2).unwrap_or_default()
 }
 
-/// Whether a "feature not supported" means that a standby refuses a transaction mode.
+/// Returns whether a "feature not supported" means that a standby refuses a transaction mode.
 ///
 /// The message may be translated, so the routine counts as well. Check hooks of two parameters raise both errors
 /// (`check_transaction_read_only` and `check_XactIsoLevel` in src/backend/commands/variable.c), and guc.c reports them
@@ -128,8 +128,8 @@ pub(super) fn hot_standby(db: &DbError) -> bool {
     )
 }
 
-/// Whether `PgBouncer` refuses a login for good. It reports passing troubles under the same code, 08P01, so only the
-/// text tells them apart.
+/// Returns whether `PgBouncer` refuses a login for good. It reports passing troubles under the same code, 08P01, so
+/// only the text tells them apart.
 pub(super) fn pooler_refuses(message: &str) -> bool {
     const REFUSALS: [&str; 9] = [
         "auth failed",

@@ -9,15 +9,15 @@ use super::Kind;
 /// What makes a session work again whose prepared statements cannot be used any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Cure {
-    /// Prepare the statements anew, and make the driver read the types again.
+    /// Prepare the statements again, and make the driver read the types again.
     Clear,
-    /// Close the session. The server has forgotten its statements. Those of the driver itself are among them, and
-    /// nobody can clear those.
+    /// Close the session. The server has forgotten its statements. The driver's own statements are among them, and
+    /// nobody can clear those in the driver.
     Close,
 }
 
-/// What cures the session if the error says that a prepared statement cannot be used any more. The same work succeeds
-/// on a session without that statement.
+/// Returns the cure if the error says that a prepared statement cannot be used any more. The same work succeeds on a
+/// session without that statement.
 pub(crate) fn stale(error: &Error) -> Option<Cure> {
     match Kind::of(error) {
         Kind::Db(db) => stale_report(db),
@@ -45,8 +45,8 @@ pub(crate) fn stale_report(db: &DbError) -> Option<Cure> {
         SqlState::PROTOCOL_VIOLATION if db.message().starts_with("prepared statement did not exist") => {
             Some(Cure::Close)
         }
-        // A type, function or relation was dropped or created anew between prepare and execution. Messages of `elog`
-        // are never translated.
+        // A type, function or relation was dropped, or dropped and created again, between prepare and execution.
+        // Messages of `elog` are never translated.
         SqlState::INTERNAL_ERROR
             if db.message().starts_with("cache lookup failed for ")
                 || db.message().starts_with("could not open relation with OID ") =>
@@ -58,7 +58,7 @@ pub(crate) fn stale_report(db: &DbError) -> Option<Cure> {
     }
 }
 
-/// Whether the error may come from a statement that was prepared before the type of a column or a parameter was
+/// Returns whether the error may come from a statement that was prepared before the type of a column or a parameter was
 /// changed. The server analyses such a statement again, with the types that its parameters had before. The same error
 /// can be a mistake in the statement, so it counts only on a session that has statements from an earlier time.
 pub(crate) fn may_be_stale(db: &DbError) -> bool {
