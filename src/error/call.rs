@@ -9,7 +9,7 @@ use super::{CommitUnknown, EndedInside, Exhausted, Obstacle, Refused, RolledBack
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
 
-/// What a pool or a transaction can fail with.
+/// The error of a call on a pool or a transaction.
 ///
 /// After a write, the important question is whether it may have been committed. [`Error::commit_outcome`] answers it.
 ///
@@ -188,7 +188,7 @@ impl Error {
         }
     }
 
-    /// Whether an `E` can be moved out of it.
+    /// Returns whether an `E` can be moved out of it.
     fn is_own<E: StdError + 'static>(&self) -> bool {
         match self {
             Self::Aborted(source) => source.is::<E>(),
@@ -198,7 +198,8 @@ impl Error {
         }
     }
 
-    /// Whether the work may have been committed. It is meant for the errors of `transaction`, `idempotent` and `read`.
+    /// Returns whether the work may have been committed. It is meant for the errors of `transaction`, `idempotent` and
+    /// `read`.
     #[must_use]
     pub fn commit_outcome(&self) -> CommitOutcome {
         match self {

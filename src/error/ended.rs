@@ -20,7 +20,7 @@ impl SessionEnded {
         Self { report, source }
     }
 
-    /// The last report of the server: SQLSTATE, message and all that came with them.
+    /// The last report of the server, with its SQLSTATE and message.
     #[must_use]
     pub fn report(&self) -> &DbError {
         &self.report
@@ -33,8 +33,8 @@ impl SessionEnded {
         advice(&self.report).0
     }
 
-    /// The error that the attempt failed with as a result. Mostly it says that the connection is closed, or it is what
-    /// the closure made of that.
+    /// The error of the attempt. Usually it says that the connection is closed, or it is the error that the closure
+    /// returned instead.
     #[must_use]
     pub fn last_error(&self) -> &Error {
         &self.source

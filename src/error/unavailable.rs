@@ -39,11 +39,12 @@ pub struct Unavailable {
     diagnosis: Diagnosis,
 }
 
-/// What stood between a caller and a connection.
+/// Why a caller got no connection.
 #[derive(Debug)]
 pub(crate) enum Obstacle {
     NoPrimary,
-    /// The primary is known, but it took no session. Holds how the last try failed, if one has ended.
+    /// The primary is known, but no session to it could be opened. Holds the failure of the last attempt, if one has
+    /// ended.
     NoSession(Option<ProbeFailure>),
     /// The primary is known, but all connections are in use.
     NoneFree {

@@ -19,7 +19,7 @@ pub struct CommitUnknown {
 pub(super) enum Doubt {
     /// The connection was lost.
     Lost(InDoubt),
-    /// The pool left the server before it answered.
+    /// The pool gave up the server before the answer came.
     Evicted,
     /// A warning came that the wait for a standby was cancelled.
     NotReplicated,
@@ -34,7 +34,7 @@ impl CommitUnknown {
         Self { doubt, reason }
     }
 
-    /// The pool left the primary before it answered, and the connection had not ended by itself.
+    /// The pool gave up the primary before the answer came, and the connection had not ended by itself.
     pub(crate) fn evicted(reason: Unsettled) -> Self {
         Self { doubt: Doubt::Evicted, reason }
     }
@@ -99,8 +99,8 @@ impl StdError for CommitUnknown {
     }
 }
 
-/// A link of the source chain that no wrapper skips. Code that walks the chain of an application's error has to find
-/// the doubt before the lost connection, because a lost connection alone would be a reason to run the work again.
+/// A link of the source chain that no wrapper skips. Code that walks the chain of an application's error must find this
+/// doubt before the lost connection behind it, because a lost connection alone would be a reason to run the work again.
 #[derive(Debug, thiserror::Error)]
 #[error("the outcome of a commit is not known")]
 pub(crate) struct InDoubt(#[source] pub(super) tokio_postgres::Error);
