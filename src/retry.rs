@@ -1,7 +1,7 @@
-//! What a [`RetryPolicy`] can be extended with: schedules of your own, a budget for all re-runs of a pool, and the
-//! failed attempt that a hook sees.
+//! Extensions of a [`RetryPolicy`]: schedules of your own, a budget for all re-runs of a pool, and the failed attempt
+//! that a hook gets.
 //!
-//! The presets of [`RetryPolicy`] need none of it.
+//! The presets of [`RetryPolicy`] need none of these.
 
 // Decides when failed work runs again: the schedule of delays, the deadline, the number of attempts and the budget.
 //

@@ -48,7 +48,8 @@ impl RetryPolicy {
     {
         self.schedule(move || {
             let mut schedule = make();
-            // That crate's own loop does the same. A schedule that was used before, or is a clone, starts anew.
+            // That crate's own loop does the same. So a schedule that was used before, or a clone of one, starts from
+            // the beginning.
             schedule.reset();
             Adapter(schedule)
         })

@@ -1,6 +1,6 @@
-//! What a user adds to a policy: a verdict of its own on errors, and a hook that sees each retry.
+//! What a user can add to a policy: decisions on errors, and a hook that is called before each retry.
 //!
-//! This module decides nothing. The table in `transaction/decide.rs` says where the user's verdict counts.
+//! This module decides nothing. The table in `transaction/decide.rs` says when the user's decision counts.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -15,7 +15,7 @@ use crate::error::{CommitOutcome, Error};
 type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
 type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
 
-/// It is one pointer in size, because the future of each call carries its policy.
+/// This is one pointer in size, because the future of each call contains its policy.
 #[derive(Clone, Default)]
 pub(super) struct Hooks(Option<Arc<Given>>);
 
@@ -59,7 +59,7 @@ pub struct Retry<'a> {
 }
 
 impl<'a> Retry<'a> {
-    /// `at` is the call, to which the next attempt is granted already.
+    /// `at` is the call. Its next attempt is granted already.
     pub(crate) fn new(at: &Retries, cause: &'a Error, delay: Duration, outcome: CommitOutcome) -> Self {
         Self { attempt: at.attempt().saturating_sub(1), cause, delay, elapsed: at.began.elapsed(), outcome }
     }
@@ -76,7 +76,7 @@ impl<'a> Retry<'a> {
         self.cause
     }
 
-    /// How long the call waits before the next attempt, which then still has to get a connection. The time that
+    /// How long the call waits before the next attempt. The attempt then still needs a connection. The time that
     /// settling a commit took is subtracted already.
     #[must_use]
     pub fn delay(&self) -> Duration {
@@ -89,7 +89,7 @@ impl<'a> Retry<'a> {
         self.elapsed
     }
 
-    /// Whether an attempt so far may have been committed. It is [`CommitOutcome::Unknown`] only with
+    /// Returns whether an attempt so far may have been committed. It is [`CommitOutcome::Unknown`] only with
     /// [`Guarantee::AtLeastOnce`](crate::Guarantee::AtLeastOnce), because no other work runs again in that case.
     #[must_use]
     pub fn commit_outcome(&self) -> CommitOutcome {
@@ -98,18 +98,19 @@ impl<'a> Retry<'a> {
 }
 
 impl RetryPolicy {
-    /// Your own verdict on database errors. `Some(true)` runs the transaction again, `Some(false)` returns the error,
-    /// and `None` leaves it to the built-in table. Default: no verdict. It replaces one that was set before.
+    /// Sets your own decision on database errors. `Some(true)` runs the transaction again, `Some(false)` returns the
+    /// error, and `None` leaves the decision to the built-in table. Default: `None` for all errors. A second call
+    /// replaces the function.
     ///
-    /// The function is asked about what the server reported (an SQLSTATE and all that came with it) in an attempt that
-    /// is known **not** to have been committed: COMMIT was not sent yet, or the transaction was proved to be rolled
-    /// back. So it cannot make a write happen twice, whatever it returns.
+    /// The function gets the server's report (with its SQLSTATE) of an attempt that is known **not** to have been
+    /// committed: COMMIT was not sent yet, or the transaction was proved to be rolled back. So the function cannot make
+    /// a write happen twice, whatever it returns.
     ///
     /// It is not asked in three cases: a connection was lost without a report, a COMMIT got no answer, or the closure's
-    /// own error is about *another* call of a pool. Deadline, attempts and budget also hold for what it lets run again.
+    /// own error is about *another* call of a pool. Deadline, attempts and budget also limit the re-runs that it wants.
     ///
-    /// It does not change what the pool thinks of the server. A 25006 that is returned to the caller still makes the
-    /// pool look for the primary.
+    /// It does not change what the pool concludes about the server. If a 25006 is returned to the caller, the pool
+    /// still looks for the primary.
     ///
     /// It runs within the future of the call, while no lock is held and no transaction is open. It must not block. A
     /// panic in it reaches the caller and leaves nothing behind.
@@ -135,11 +136,11 @@ impl RetryPolicy {
         self
     }
 
-    /// A hook that sees each retry before its delay: which attempt failed, why, and how long the call waits. The hook
-    /// can stop the call, which then ends with [`Error::Exhausted`] and the error of the attempt in it. Default: no
-    /// hook. It replaces one that was set before.
+    /// Sets a hook that is called before the delay of each retry. It gets the number of the failed attempt, its error,
+    /// and the delay. The hook can stop the call, which then fails with [`Error::Exhausted`] that contains the error of
+    /// the attempt. Default: no hook. A second call replaces the hook.
     ///
-    /// It is for counters, for logs, and for what a policy cannot know, such as a shutdown that has begun. An attempt
+    /// It is for counters, for logs, and for reasons to stop that a policy cannot know, such as a shutdown. An attempt
     /// that waits for a primary is not a retry. [`Pool::subscribe`](crate::Pool::subscribe) reports such searches.
     ///
     /// It runs within the future of the call, while no lock is held and no transaction is open. It must not block. A
@@ -165,12 +166,13 @@ impl RetryPolicy {
         self
     }
 
-    /// The user's verdict on an error.
+    /// Returns the user's decision on an error.
     pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
         self.hooks.classify().and_then(|classify| classify(error))
     }
 
-    /// Whether the user's hook lets this retry happen. If it does not, the token of the retry goes back to `budget`.
+    /// Returns whether the user's hook lets this retry happen. If it does not, the token of the retry goes back to
+    /// `budget`.
     pub(crate) fn allows(&self, retry: &Retry<'_>, budget: &RetryBudget) -> bool {
         let allowed = self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue());
         if !allowed {

@@ -11,10 +11,10 @@ use super::{Backoff, Exponential, FAR, Retries};
 
 type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
 
-/// How long one call goes on, how often it is run, and how long it waits in between.
+/// How long one call may take, how many attempts it makes, and how long it waits in between.
 ///
-/// A policy only says whether the caller *wants* a re-run. It never decides whether the work may run again at all (did
-/// the commit land?), so no policy can make a write happen twice.
+/// A policy only says whether the caller *wants* a re-run. The pool itself decides whether the work may run again at
+/// all, so no policy can make a write happen twice.
 ///
 /// [`TransactionBuilder::retry`](crate::TransactionBuilder::retry) gives a call a policy of its own, which replaces all
 /// of the pool's policy. Start from [`Pool::retry_policy`](crate::Pool::retry_policy) to change only a part of it.
@@ -143,16 +143,16 @@ impl RetryPolicy {
 
     /// Upper bound of the wait before the first re-run. Default: 10 ms.
     ///
-    /// A failover takes from tens of milliseconds to a minute. A small value costs a few attempts in vain, each of
-    /// which waits for the primary anyhow. A large value delays a call even if it only lost one connection. Zero stays
-    /// zero for any [`factor`](Self::factor), so each re-run follows immediately.
+    /// A failover takes from tens of milliseconds to a minute. A small value costs a few useless attempts, but each of
+    /// them waits for the primary anyway. A large value delays a call even if it has only lost one connection. Zero
+    /// stays zero for any [`factor`](Self::factor), so each re-run follows immediately.
     #[must_use]
     pub fn initial_delay(mut self, initial_delay: Duration) -> Self {
         self.initial_delay = initial_delay;
         self
     }
 
-    /// By how much each delay exceeds the one before. Default: 2. Must be finite and at least 1.
+    /// The factor by which each delay is longer than the one before. Default: 2. Must be finite and at least 1.
     ///
     /// A larger factor reaches [`max_delay`](Self::max_delay) sooner. With 1, all delays are the same.
     #[must_use]
@@ -163,14 +163,14 @@ impl RetryPolicy {
 
     /// Upper bound of every wait. Default: 1 s. Must not be below [`initial_delay`](Self::initial_delay).
     ///
-    /// A waiting call notices the end of an outage at most about this much later than it happens.
+    /// A waiting call notices the end of an outage at most about this much later.
     #[must_use]
     pub fn max_delay(mut self, max_delay: Duration) -> Self {
         self.max_delay = max_delay;
         self
     }
 
-    /// Whether each wait is drawn at random between zero and its upper bound. Default: `true`.
+    /// Sets whether each wait is drawn at random between zero and its upper bound. Default: `true`.
     ///
     /// Without jitter, calls that failed together come back together, and load a promoted server all at once.
     #[must_use]
@@ -191,16 +191,16 @@ impl RetryPolicy {
 
     /// How long one call may take in all: waits for a connection, attempts, delays. Default: 30 s. Must not be zero.
     ///
-    /// If the next wait would reach the deadline, the call ends at once with its last error. Set it above the time that
-    /// a failover takes in your set-up if calls shall survive failovers, and below that time if they shall fail. More
-    /// than 30 years count as 30 years.
+    /// If the next wait would reach the deadline, the call ends at once with its last error. If calls must survive
+    /// failovers, set it above the time that a failover takes in your set-up. If calls should fail during a failover,
+    /// set it below that time. More than 30 years count as 30 years.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// How often the work is run at most, the first run included. Default: no limit but the deadline. Must not be 0.
+    /// The most attempts of one call, including the first. Default: no limit except the deadline. Must not be 0.
     ///
     /// This limits the cost of a call that fails for reasons of its own. The deadline is the better limit for an
     /// outage, because ten attempts may be over long before a standby is promoted.
@@ -238,9 +238,9 @@ impl RetryPolicy {
     /// set PostgreSQL's own `statement_timeout`, for example by `options=-c statement_timeout=5s` in the connection
     /// string.
     ///
-    /// The pool's own COMMIT is meant. If a closure commits by itself before the limit is over, that work stays
-    /// committed. The error is [`Error::EndedInside`](crate::Error::EndedInside) then, if the transaction had a mark and
-    /// the primary answers within half a second. Leave COMMIT to the pool.
+    /// This is true as long as the closure leaves COMMIT to the pool. If the closure commits by itself before the limit
+    /// is over, that work stays committed. Then the error is [`Error::EndedInside`](crate::Error::EndedInside), if the
+    /// transaction had a mark and the primary answers within half a second.
     ///
     /// ```
     /// use std::time::Duration;
