@@ -1,8 +1,8 @@
-//! Finds the addresses that a host name has right now.
+//! Finds the present addresses of a host name.
 //!
 //! A pool asks DNS by itself. Implement [`Resolve`] if its servers are listed elsewhere, and give the resolver to
-//! [`PoolBuilder::resolver`](crate::PoolBuilder::resolver). No answer is kept: an address that was right a second ago may
-//! be wrong after a failover, so an address is only a candidate, and the pool asks the server there what it is.
+//! [`PoolBuilder::resolver`](crate::PoolBuilder::resolver). No answer is kept, because an address that was right a
+//! second ago may be wrong after a failover. An address is only a candidate: the pool asks the server there what it is.
 
 // This file has the trait and knows nothing of DNS servers, sockets and clocks. `resolve/hickory.rs` is the
 // implementation that asks DNS, `resolve/fixed.rs` the one whose addresses are given. `resolve/addresses.rs` merges the

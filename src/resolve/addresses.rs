@@ -84,7 +84,7 @@ impl Addresses {
         self.addresses.iter().copied()
     }
 
-    /// How many there are.
+    /// The number of addresses.
     ///
     /// # Examples
     /// ```
@@ -96,7 +96,7 @@ impl Addresses {
         self.addresses.len()
     }
 
-    /// Whether there is none.
+    /// Returns whether there are no addresses.
     ///
     /// # Examples
     /// ```
@@ -108,7 +108,7 @@ impl Addresses {
         self.addresses.is_empty()
     }
 
-    /// The address that `host` is, if it is an IP address and not a name. There is nothing to resolve then.
+    /// If `host` is an IP address and not a name, returns this address. Then there is nothing to resolve.
     pub(crate) fn literal(host: &str) -> Option<Self> {
         host.parse().ok().map(|address: IpAddr| Self::new([address]))
     }
@@ -117,7 +117,7 @@ impl Addresses {
     ///
     /// If one family has no addresses, those of the other one are the answer. If one family failed, the result holds
     /// that failure beside the addresses of the other one. If there are no addresses at all, a failure is reported
-    /// rather than an answer that says "none", because the name may have addresses that nobody could tell.
+    /// rather than an answer that says "none", because the failed question might have found addresses.
     pub(crate) fn merge(
         one: Result<Self, ResolveError>,
         other: Result<Self, ResolveError>,

@@ -1,11 +1,11 @@
-//! Why a name gave no addresses, and which of two failures is the one to report.
+//! Why the addresses of a name could not be found, and which of two failures is reported.
 
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Why a name gave no addresses.
+/// Why the addresses of a name could not be found.
 ///
 /// # Examples
 /// ```
@@ -113,7 +113,7 @@ impl ResolveError {
         }
     }
 
-    /// Whether this is an answer, which says that there is no address. Every other error leaves the question open.
+    /// Returns whether DNS has answered that there is no address. Every other error leaves the question open.
     pub(crate) fn is_answer(&self) -> bool {
         self.weight() <= 1
     }

@@ -3,11 +3,11 @@
 //! This module decides nothing. It asks for both address families, and [`Addresses::merge`] makes one answer of them.
 //! It knows nothing of servers and pools.
 //!
-//! Invariant: nothing outlives its question, neither an answer nor any state that could make the next answer an old
-//! one. So hickory's client is built anew for each question, which takes some ten microseconds. A shared client lets a
-//! question join an equal one that is still under way (its `NameServerPool::active_requests`, with or without a cache).
-//! A question that is asked after a failover could then get the answer to one that was asked before. A shared client
-//! would also slow down its retransmissions after slow answers, which is just when packets get lost.
+//! Invariant: nothing outlives its question: no answer, and no state that could make the next answer an old one. So
+//! each question uses a new hickory client. Building it takes about ten microseconds. A shared client lets a question
+//! join an equal one that is still under way (its `NameServerPool::active_requests`, with or without a cache). A
+//! question that is asked after a failover could then get the answer to one that was asked before. A shared client
+//! would also retransmit later after slow answers, but that is when packets get lost.
 //!
 //! Tests: `tests/it/failover/resolve.rs`, and `resolve/hickory/tests.rs` for those that need their own
 //! `/etc/resolv.conf`.
@@ -30,7 +30,7 @@ use super::setup::{Files, Setup, Source, System};
 use super::system::Hosts;
 use super::{Addresses, BoxFuture, Resolve, ResolveError};
 
-/// How often a question is sent before it counts as unanswered.
+/// How many times a question is sent before it counts as unanswered.
 const ATTEMPTS: u32 = 2;
 
 /// The longest time-out. hickory adds the time-out to the clock, and the sum must not overflow.
@@ -40,7 +40,7 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// queries. Without this limit, each question to them would last until the time-out.
 const GRACE: Duration = Duration::from_millis(100);
 
-/// A resolver that asks DNS anew for each question.
+/// A resolver that asks DNS for each question, without a cache.
 ///
 /// - It caches neither addresses nor failures, whatever their time to live says.
 /// - It asks for A and AAAA records separately and at the same time, and merges the answers, IPv4 first. When one kind
@@ -205,7 +205,7 @@ impl HickoryResolver {
         for name in setup.candidates(&name) {
             match self.both_families(&client, host, &name).await {
                 Ok(addresses) => return Ok(addresses),
-                // As in the C library, a silence ends the search list, because the other names would meet it as well.
+                // As in the C library, a time-out ends the search list, because the other names would time out as well.
                 Err(silence @ ResolveError::TimedOut { .. }) => return Err(reported.or_more_telling(silence)),
                 Err(error) => reported = reported.or_more_telling(error),
             }
@@ -251,8 +251,7 @@ impl HickoryResolver {
             slower.await
         };
         let mut merged = Addresses::merge(faster, slower)?;
-        // Which family answers first is chance, so sort by family. The sort is stable and keeps the order within each
-        // one.
+        // Either family may answer first, so sort by family. The sort is stable and keeps the order within each family.
         merged.addresses.sort_by_key(IpAddr::is_ipv6);
         Ok(merged)
     }

@@ -35,7 +35,7 @@ impl Source {
 /// Which name servers to ask, and for which names.
 pub(super) struct Setup {
     pub(super) name_servers: Vec<NameServerConfig>,
-    /// A name server that cannot be asked, as its address includes an interface.
+    /// A name server that cannot be asked, because its address includes an interface.
     pub(super) scoped: Option<String>,
     pub(super) search: Vec<Name>,
     pub(super) ndots: usize,
@@ -47,7 +47,7 @@ impl Setup {
     /// Reads the files. `before` is what was read last.
     fn read(files: &Files, before: Option<&Self>) -> Result<Self, Unusable> {
         let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
-        // A missing or empty file is probably about to be written, so what it said last stays in force until then.
+        // A missing or empty file is probably about to be written. Until then, its last contents stay in force.
         if let Some(before) = before.filter(|_| !files.tell_servers()) {
             let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
             let scoped = before.scoped.clone();
@@ -89,8 +89,9 @@ impl fmt::Debug for Setup {
     }
 }
 
-/// The text of the file, whatever bytes it holds. `None` if it cannot be read for a reason that lies in the file system:
-/// as in glibc, such a file counts as missing. Other failures may pass, for instance a lack of file descriptors.
+/// Returns the text of the file, even if it is not valid UTF-8. `None` if the file system itself is the reason that it
+/// cannot be read: as in glibc, such a file counts as missing. Other failures may be temporary, for instance a lack of
+/// file descriptors.
 fn read_text(file: &Path) -> Result<Option<String>, Unusable> {
     match fs::read(file) {
         Ok(bytes) => Ok(Some(String::from_utf8_lossy(&bytes).into_owned())),
@@ -186,7 +187,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Whether resolv.conf names a name server. It is always true on systems that do not use that file.
+    /// Returns whether resolv.conf names a name server. It is always true on systems that do not use that file.
     #[cfg(all(unix, not(any(target_os = "android", target_vendor = "apple"))))]
     fn tell_servers(&self) -> bool {
         let text = read_text(&self.resolv_conf).ok().flatten().unwrap_or_default();

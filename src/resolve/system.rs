@@ -82,7 +82,8 @@ impl ResolvConf {
     }
 }
 
-/// The root, which `search .` names to switch the search list off, would only repeat the question for the name itself.
+/// Reads a search domain, but not the root: `search .` switches the search list off, and searching the root would only
+/// repeat the question for the name itself.
 fn domain(word: &str) -> Option<Name> {
     if word == "." {
         return None;
@@ -133,7 +134,7 @@ fn key(name: &str) -> String {
     name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase()
 }
 
-/// Whether the text is an IPv6 address together with its interface, as in `fe80::1%eth0`.
+/// Returns whether the text is an IPv6 address together with its interface, as in `fe80::1%eth0`.
 pub(crate) fn is_scoped(text: &str) -> bool {
     text.split_once('%').is_some_and(|(address, scope)| !scope.is_empty() && address.parse::<Ipv6Addr>().is_ok())
 }
