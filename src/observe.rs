@@ -1,9 +1,9 @@
-//! Reports what happens. Each observation is one call, which writes the line of the log, sends the event and updates
-//! the figures.
+//! Reports what happens. Each observation is one call, which writes the log line, sends the event and updates the
+//! metrics.
 //!
 //! This module decides nothing. The caller decides what is worth a report. Invariants: a reader of events never holds
-//! up the pool. The labels of a figure have few values, and none of them is an address or a secret. Without the feature
-//! `metrics` the figures cost nothing. Tests: `tests/it/observe/watch.rs`, `tests/dashboard.rs`.
+//! up the pool. The labels of a metric have few values, and none of them is an address or a secret. Without the feature
+//! `metrics`, metrics cost nothing. Tests: `tests/it/observe/watch.rs`, `tests/dashboard.rs`.
 
 mod event;
 #[cfg(feature = "metrics")]
@@ -36,7 +36,7 @@ const EVENTS: usize = 256;
 /// The names of a pool in its reports.
 #[derive(Clone, Debug)]
 pub(crate) struct Names {
-    /// The name of the pool, in its figures.
+    /// The name of the pool, in its metrics.
     pub(crate) pool: String,
     /// The name of the database, in its spans.
     pub(crate) database: String,
@@ -292,7 +292,7 @@ impl Observer {
         self.send(Event::CommitSettled { generation, outcome, took });
     }
 
-    /// Reports a COMMIT without an answer of which no server was asked.
+    /// Reports a COMMIT without an answer about which no server was asked.
     pub(crate) fn not_settled(&self, generation: GenerationId) {
         self.settled(generation, Settlement::Unknown(Unsettled::NoMarker), Duration::ZERO);
     }
@@ -332,7 +332,7 @@ impl Tally {
     }
 }
 
-/// One connection of which the gauges show whether it is idle or in use, until its session has ended.
+/// One connection that is counted in the gauges of idle and used connections, until its session has ended.
 pub(crate) struct Watched {
     observer: Arc<Observer>,
     open: Tally,
@@ -341,7 +341,7 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Counts the open connection as idle, before anybody has had it.
+    /// Counts the open connection as idle. No caller has used it yet.
     pub(crate) fn ready(&self) {
         self.place.idle(&self.observer.meters);
     }

@@ -13,14 +13,14 @@ use tokio_util::sync::ReusableBoxFuture;
 use crate::commit::Unsettled;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId};
 
-/// Something that happened to a pool, from [`Pool::subscribe`](crate::Pool::subscribe).
+/// Something that has happened in a pool, from [`Pool::subscribe`](crate::Pool::subscribe).
 ///
 /// When an event about the primary arrives, [`Pool::status`](crate::Pool::status) already shows that state or a later
 /// one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// There is no verified primary any more. Checkouts wait, and a search begins. Open connections live on until
+    /// There is no verified primary any more. Checkouts wait, and a search begins. Connections stay open until
     /// [`Event::Evicted`].
     #[non_exhaustive]
     PrimaryLost {
@@ -40,8 +40,8 @@ pub enum Event {
         endpoint: Endpoint,
         /// How long the search took.
         took: Duration,
-        /// True if it is the server that was lost and it has not restarted. Its generation and its connections go on
-        /// then.
+        /// True if this is the server that was lost, and it has not restarted. Then its generation goes on, and its
+        /// connections stay open.
         same_server: bool,
     },
     /// A generation ended. Its connections are closed, including those in use.
@@ -49,7 +49,7 @@ pub enum Event {
     Evicted {
         /// The generation that ended.
         generation: GenerationId,
-        /// What proved that its connections are of no use any more.
+        /// What proved that its connections are useless.
         cause: Eviction,
         /// How many of its connections were still open.
         connections: usize,
@@ -126,7 +126,7 @@ pub enum Event {
     /// The reader was too slow, and this many events were dropped before the next one.
     #[non_exhaustive]
     Missed {
-        /// How many.
+        /// The number of dropped events.
         events: u64,
     },
 }

@@ -1,7 +1,7 @@
-//! The figures of a pool, which go through the `metrics` facade. They have OpenTelemetry's names for the pools of
-//! database clients, and similar names for the failover. docs/metrics.md explains each.
+//! The metrics of a pool, which go through the `metrics` facade. They have OpenTelemetry's names for the pools of
+//! database clients, and similar names for the failover. docs/metrics.md explains each one.
 //!
-//! Each figure is looked up once, when the pool is built. After that it costs a few atomic operations.
+//! Each metric is looked up once, when the pool is built. After that, an update costs a few atomic operations.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -173,7 +173,7 @@ impl Meters {
         }
     }
 
-    /// Changes the gauges by steps, as all gauges here are changed, so that the figures of two pools of one name add
+    /// Changes the gauges by increments, like all gauges here, so that the metrics of two pools with the same name add
     /// up.
     pub(super) fn sized(&self, max: usize, min_idle: usize) {
         let before = (self.sizes.0.swap(max, Ordering::Relaxed), self.sizes.1.swap(min_idle, Ordering::Relaxed));
@@ -183,8 +183,8 @@ impl Meters {
         self.idle_min.increment(number(min_idle) - number(before.1));
     }
 
-    /// Takes back what the gauges show of this pool. The gauges of connections and callers are not among them, because
-    /// each connection and each caller takes back its own when it ends.
+    /// Subtracts this pool from the gauges. The gauges of connections and callers are not among them, because each
+    /// connection and each caller subtracts itself when it ends.
     pub(super) fn closed(&self) {
         self.lost();
         self.sized(0, 0);
@@ -267,7 +267,7 @@ impl Meters {
             Verdict::ReadOnly => &self.reruns.read_only,
             Verdict::Conflict => &self.reruns.conflict,
             Verdict::Stale => &self.reruns.stale,
-            // The others run again only if they were the answer to the COMMIT of idempotent work.
+            // The others cause a re-run only if they were the answer to the COMMIT of idempotent work.
             Verdict::OutcomeUnknown
             | Verdict::Aborted
             | Verdict::Refused

@@ -1,4 +1,4 @@
-//! The figures of a build without the feature `metrics`. There are none, and the calls cost nothing.
+//! The metrics of a build without the feature `metrics`: there are none, and the calls cost nothing.
 
 #![expect(clippy::unused_self, reason = "the same calls as with the feature")]
 
