@@ -2,7 +2,7 @@
 #![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
-// Level 0: pure. Decides; no I/O, no clock, no task.
+// Level 0 is pure: it decides, without I/O, clock or task.
 mod classify;
 mod commit;
 pub mod fly;
@@ -11,31 +11,31 @@ pub mod resolve;
 mod sync;
 mod topology;
 
-// Level 1: I/O. Fetches what the decisions need, and decides nothing.
+// Level 1 does I/O: it fetches what the decisions need, and decides nothing.
 mod server;
 mod settle;
 #[cfg(feature = "rustls")]
 pub mod tls;
 
-// Also level 1: logs, events and metrics. Decides nothing.
+// Also level 1: logs, events and metrics, which decide nothing.
 mod observe;
 
-// Level 2: the one task that owns a topology.
+// Level 2 is the task that owns a topology.
 mod cluster;
 
-// Level 3: the public error, which contains the errors of the layers below, and the pure retry policy, whose hooks see
-// it.
+// Level 3 is the public error, which contains the errors of the layers below, and the pure retry policy, whose hooks
+// get that error.
 pub mod error;
 pub mod retry;
 
-// Level 4: connections of the current generation.
+// Level 4 has the connections of the current generation.
 mod pool;
 
-// Level 5: work that runs again, and subscriptions that are renewed.
+// Level 5 has the work that runs again, and the subscriptions that are renewed.
 pub mod listen;
 mod transaction;
 
-// The pages of docs/, whose examples are tests.
+// The pages of docs/. Their examples are tests.
 #[cfg(any(doc, doctest))]
 pub mod docs;
 
@@ -43,7 +43,7 @@ pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;
 
-// What everyday code names. Everything else has one path, in one of the modules.
+// The names that everyday code needs. Every other name has one path, in one of the modules.
 pub use commit::Guarantee;
 pub use error::build::BuildError;
 pub use error::call::{CommitOutcome, Error};
@@ -57,14 +57,14 @@ pub mod ledger {
     pub use crate::commit::Ledger;
 }
 
-/// What stands behind a [`Client`]: its session, how a statement on it is cancelled and how it leaves the pool, and
-/// what sessions are opened with.
+/// The types behind a [`Client`]: its session, the token that cancels a statement, a session that has left the pool,
+/// and what a builder accepts as a configuration.
 pub mod session {
     pub use crate::pool::{CancelToken, Connection, Detached, IntoConfig};
     pub use crate::server::SessionClient;
 }
 
-/// What a pool knows of itself and of its servers.
+/// What a pool knows about itself and its servers.
 ///
 /// [`Pool::status`], [`Pool::watch`] and [`Pool::candidates`] return it, and each [`Event`] has a part of it.
 pub mod view {
@@ -76,7 +76,7 @@ pub mod view {
     };
 }
 
-/// The parsers that the fuzz targets call, which are private otherwise. `cargo fuzz` sets the cfg.
+/// The parsers that the fuzz targets call. They are private in any other build. `cargo fuzz` sets the cfg.
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {
@@ -106,7 +106,7 @@ pub mod fuzzing {
         ServerReport::parse(row)
     }
 
-    /// What a report read and does not show: the fence, the start time and the reset of the statistics.
+    /// The private fields of a report: the fence, the start time and the reset of the statistics.
     #[must_use]
     pub fn hidden(report: &ServerReport) -> (bool, Option<i64>, Option<i64>) {
         (report.fence_pending, report.started_at, report.stats_reset)

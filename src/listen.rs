@@ -61,7 +61,7 @@ type Channels = Vec<Vec<Option<String>>>;
 
 /// Switches off the time limit for idle sessions. A session that listens is idle most of the time, so the
 /// `idle_session_timeout` of a role (PostgreSQL 14 and later) would end it again and again. It is a statement of its
-/// own, because the subscription shall be in force even if the server refuses this one.
+/// own, so that the subscription is in force even if the server refuses this statement.
 const STAY: &str = "SELECT pg_catalog.set_config('idle_session_timeout', '0', false) \
                      WHERE pg_catalog.current_setting('idle_session_timeout', true) IS NOT NULL";
 /// How many heartbeats lie between two checks of the subscription.
@@ -72,28 +72,27 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 impl Pool {
     /// Subscribes to these channels on a separate session to the verified primary, and again after each failover.
     ///
-    /// It returns when the subscription is in force. The listener receives what is notified from then on. It waits for
-    /// that at most for the checkout timeout. Channel names are taken as they are, including upper case and special
-    /// characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`.
+    /// This returns when the subscription is in force, and waits for that no longer than the checkout timeout. The
+    /// listener receives all notifications from then on. Channel names are taken as they are, including upper case and
+    /// special characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`.
     ///
     /// PostgreSQL keeps no notifications for a session that is not there. When the session is lost, by a failover or
-    /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. Read the state that the
-    /// notifications are about anew at that point. The pool notices a primary that died silently, and the session ends
-    /// as soon as a successor is proved, or after `dead_after`. Every tenth heartbeat (10 s) the listener asks the
+    /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. At that point, read the
+    /// state again that the notifications are about. The pool notices a primary that died silently, and the session
+    /// ends as soon as a successor is proved, or after `dead_after`. Every tenth heartbeat (10 s) the listener asks the
     /// server whether the session is still subscribed. This also keeps it alive behind proxies that close idle
     /// sessions.
     ///
-    /// The session counts neither towards `max_size` nor in [`Pool::status`]. Dropping the [`Listener`] closes it. A
-    /// listener keeps the pool alive, like a [`Client`](crate::Client).
+    /// The session does not count towards `max_size`, and [`Pool::status`] does not show it. Dropping the [`Listener`]
+    /// closes it. A listener keeps the pool alive, like a [`Client`](crate::Client).
     ///
     /// It does not work through a pooler in transaction mode (`PgBouncer`'s `pool_mode=transaction`), because the
     /// session that listens does not stay with one client there. Connect directly to the server in that case.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if there was no primary in time, and early if nobody knows the host's name;
-    /// [`Error::Refused`] if the credentials are wrong,
-    /// [`Error::Database`] if the server does not accept the name of a channel (an empty one), and [`Error::Wrapped`]
-    /// if the pool is a [wrapped](Pool::wrap) one.
+    /// [`Error::Unavailable`] if there was no primary in time, and earlier if nobody knows the host's name.
+    /// [`Error::Refused`] if the credentials are wrong. [`Error::Database`] if the server does not accept the name of a
+    /// channel (an empty one). [`Error::Wrapped`] if the pool is a [wrapped](Pool::wrap) one.
     ///
     /// # Cancel safety
     /// A dropped future leaves nothing behind.
@@ -164,8 +163,9 @@ pub enum Message {
 /// the pool has ended, [`Error::RuntimeEnded`] comes before that.
 ///
 /// Any other `Err` does not end it. Such an error says that there has been no subscription for the checkout timeout, or
-/// that the servers refuse it, and why. It is repeated as long as that lasts. The listener goes on trying, and returns
-/// [`Message::MayHaveGap`] when it succeeds. Drop the listener on an error if you have no use for late notifications.
+/// that the servers refuse one, and it gives the reason. It is repeated as long as that lasts. The listener goes on
+/// trying, and returns [`Message::MayHaveGap`] when it succeeds. Drop the listener on an error if you have no use for
+/// late notifications.
 ///
 /// Up to 1,024 notifications wait for a reader. If the reader is slower, the newer ones are dropped, and one
 /// [`Message::MayHaveGap`] takes their place. So a reader that has stopped costs no more memory, and holds up neither
@@ -236,7 +236,7 @@ async fn keep(pool: Pool, sql: String, first: Subscribed, keeping: Keeping) {
     let inbox = &keeping.0;
     let mut subscribed = Some(first);
     loop {
-        // The program's log is called here, and may panic. That costs one step.
+        // This calls the program's log, which may panic. A panic costs only one step.
         match AssertUnwindSafe(keep_once(&pool, &sql, inbox, &mut subscribed)).catch_unwind().await {
             Ok(Ok(())) => {}
             Ok(Err(Error::Closed)) => return inbox.close(),
@@ -278,7 +278,7 @@ impl Drop for Keeping {
     }
 }
 
-/// Subscribes again, however long it takes. It fails if the pool has ended.
+/// Subscribes again, without a time limit. Fails if the pool has ended.
 async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     loop {

@@ -366,7 +366,8 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().accept(Accept::Any);
     }
 
-    /// Makes every connection, idle or on loan, prepare its statements anew, as after a migration. Does no I/O.
+    /// Makes every connection, idle or on loan, prepare its statements again, for instance after a migration. Does no
+    /// I/O.
     ///
     /// A statement that was prepared before a table or a type was changed may no longer work (SQLSTATE 0A000, "cached
     /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and

@@ -1,6 +1,6 @@
-//! The random numbers of this crate: they spread out what many callers would otherwise do at the same moment.
-//! Decides nothing, and reads no clock and no entropy: the seed is an argument. No security depends on the numbers.
-//! Invariant: the same seed gives the same numbers, so a test that prints its seed can be repeated.
+//! The random numbers of this crate. They spread out actions that many callers would otherwise take at the same moment.
+//! The seed is an argument: this module reads no clock and no entropy. No security depends on the numbers. Invariant:
+//! the same seed gives the same numbers, so a test that prints its seed can be repeated.
 
 use std::time::Duration;
 

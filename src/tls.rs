@@ -1,9 +1,10 @@
-//! A ready-made TLS connector on rustls: which authorities it trusts, what it checks, and which certificate it shows.
+//! A ready-made TLS connector on rustls, and its settings: the authorities that it trusts, what it checks, and the
+//! certificate that it shows.
 //!
 //! Feature `rustls`. Any other connector can be given to [`PoolBuilder::tls`](crate::PoolBuilder::tls).
 
-// It knows nothing of pools. Certificates are rotated while pools live, so the next session reads files again that have
-// changed. No type of rustls leaves this module. Tests: `tests/it/sessions/tls.rs`.
+// This module knows nothing of pools. Certificates are rotated while pools are running, so if a file has changed, the
+// next session reads it again. No type of rustls leaves this module. Tests: `tests/it/sessions/tls.rs`.
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::sync::lock;
 
-/// What [`PoolBuilder::rustls`](crate::PoolBuilder::rustls) asks of the servers' certificates. Feature `rustls`.
+/// How [`PoolBuilder::rustls`](crate::PoolBuilder::rustls) checks the servers' certificates. Feature `rustls`.
 ///
 /// The connection string can say the same, see [`Pool::builder`](crate::Pool::builder). If both do, the stricter check
 /// counts.
@@ -211,7 +212,7 @@ impl Unusable {
     }
 }
 
-/// The connector that each session asks. All clones share what was read.
+/// The connector that each session uses. All clones share the certificates that were read.
 #[derive(Clone)]
 pub(crate) struct Connector(Arc<Shared>);
 
@@ -220,7 +221,7 @@ struct Shared {
     read: Mutex<Read>,
 }
 
-/// What a connector is made of. It is used again whenever the files change.
+/// The settings of a connector. They are used again whenever the files change.
 struct Plan {
     tls: Tls,
     platform: Vec<CertificateDer<'static>>,
@@ -235,7 +236,7 @@ struct Read {
     complaint: Option<String>,
 }
 
-/// Tells one version of a file from another. It follows links, because Kubernetes changes where a link leads.
+/// Identifies one version of a file. It follows links, because Kubernetes changes the target of a link.
 #[derive(PartialEq, Eq)]
 struct Stamp {
     modified: SystemTime,

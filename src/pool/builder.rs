@@ -165,7 +165,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Whether and when failed transactions run again. Default: [`RetryPolicy::default`].
+    /// Returns whether and when failed transactions run again. Default: [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.calls.retry = policy;
         self
