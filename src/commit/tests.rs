@@ -46,20 +46,20 @@ fn now(server: Server, replayed: Option<usize>, received: Option<usize>) -> Now 
     Now { life: life(server, replayed, Some(8)), received: received.map(lsn), stopped: None, primaries_since: 1 }
 }
 
-/// What a pool may base its decision on.
+/// The kinds of evidence that a pool may base its decision on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     /// What the server shows.
     Of(Evidence),
-    /// Only what every role may read, and the pool's signature of the timeline. A real pool always has the signature;
-    /// here each kind is tested alone.
+    /// What every role may read, and the pool's signature of the timeline. A real pool always has the signature. Here
+    /// each kind is tested alone.
     Signature,
 }
 
 const EACH: [Kind; 4] =
     [Kind::Of(Evidence::Checkpoint), Kind::Signature, Kind::Of(Evidence::Files), Kind::Of(Evidence::Function)];
 
-/// What the pool answers with this kind of evidence when it has seen this many new primaries.
+/// The decision of a pool with this kind of evidence that has seen this many new primaries.
 fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     let now = asked.says(primaries_since);
     let evidence = if let Kind::Of(evidence) = kind { evidence } else { Evidence::Checkpoint };
@@ -76,7 +76,7 @@ fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> 
 
 fn answered(located: Located, begun: &Begun, asked: &Node) -> Settled {
     match settle(located, asked.xact_status(begun.marker.xid)) {
-        // The pool asks again, and so knows nothing more yet.
+        // The pool would ask again, so it does not know more yet.
         Settled::InProgress if located == Located::NotYet => Settled::Unknown(Unsettled::InProgress),
         settled => settled,
     }
@@ -86,7 +86,7 @@ fn settled(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     settled_by(Kind::Of(Evidence::Files), begun, asked, primaries_since)
 }
 
-/// What a pool would answer that takes a timeline for the parent of the one with the next number.
+/// The decision of a pool that assumes that each timeline continues the one with the previous number.
 fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     match locate(&begun.marker, &asked.says(primaries_since), &Proof::Files { followed: true }) {
         Located::Here => naive(begun, asked),
@@ -94,7 +94,8 @@ fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
     }
 }
 
-/// What a pool would answer that trusts `pg_xact_status`, and takes the error about an id in the future for a loss.
+/// The decision of a pool that trusts `pg_xact_status`, and takes the error about an id in the future for "not
+/// committed".
 fn naive(begun: &Begun, asked: &Node) -> Settled {
     asked.xact_status(begun.marker.xid).map_or(Settled::NotCommitted, Settled::from)
 }
@@ -120,7 +121,7 @@ fn archiving(servers: usize, archive: bool, history: &[Op]) -> World {
     world
 }
 
-/// Plays a history. After each step, calls `ask` with every transaction and every primary that could be asked.
+/// Plays a history. After each step, calls `ask` for each transaction with each primary that could be asked.
 fn ask_always(
     (servers, archive): (usize, bool),
     history: &[Op],

@@ -1,18 +1,18 @@
-//! Calls that run again: an attempt in doubt, and before each further one the question whether the primary has it. Held
-//! against the same worlds: no history may ever hold two attempts of one call.
+//! Tests calls that run again, in the same worlds. Each attempt is in doubt, and before the next one begins, the
+//! primary is asked whether it has the earlier ones. No history may ever contain two attempts of one call.
 
 use super::*;
 
-/// Which of a call's earlier attempts are looked for on a primary before the next one begins there.
+/// The earlier attempts of a call that a primary is asked for before the next attempt begins there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asks {
     All,
-    /// The last one alone, whatever became of those before it.
+    /// Only the last attempt.
     Last,
 }
 
-/// Plays one call: whenever the newest primary says of the attempts that it does not have them, the work runs again there.
-/// Returns how many attempts there were, and whether some history came to hold two of them.
+/// Plays one call. Whenever the newest primary says that it does not have the attempts, the work runs again there.
+/// Returns the number of attempts, and whether a history has ever contained two of them.
 fn play(asks: Asks, (servers, archive): (usize, bool), history: &[Op], kind: Kind) -> (usize, bool) {
     let mut world = World::new(servers, archive).signing();
     let mut attempts: Vec<Begun> = Vec::new();
@@ -36,7 +36,7 @@ fn runs(asks: Asks, world: &World, attempts: &[Begun], newest: usize, kind: Kind
     let asked = if asks == Asks::Last { attempts.len().saturating_sub(1) } else { 0 };
     let node = world.node(newest);
     attempts[asked..].iter().all(|begun| {
-        // Of what cannot be seen any more nothing is claimed, and the call ends.
+        // If the marker's segment was recycled, its attempt cannot be decided, and the call ends.
         !node.has_recycled(&begun.marker)
             && settled_by(kind, begun, node, world.since(begun).primaries) == Settled::NotCommitted
     })
@@ -70,7 +70,7 @@ fn a_search_finds_who_forgets_an_attempt_wrong_and_never_who_asks_for_all() {
     assert!(forgetful > 0 && reruns > 0, "seed {seed:?}");
 }
 
-/// The lagging server is promoted first and does not have the first attempt; the one that has it is promoted next.
+/// The lagging server is promoted first, and does not have the first attempt. Then the server that has it is promoted.
 #[test]
 fn the_standby_that_was_ahead_is_asked_for_the_first_attempt() {
     let history = [
@@ -80,7 +80,7 @@ fn the_standby_that_was_ahead_is_asked_for_the_first_attempt() {
         Op::Ship { to: 1, records: 9 },
         Op::Crash { on: 0, kept: 0 },
         Op::Promote { on: 0 },
-        // The second one begins there.
+        // The second attempt begins on server 1.
         Op::Commit { client: 1, how: Commit::Held },
         Op::Crash { on: 0, kept: 0 },
         Op::Promote { on: 0 },

@@ -1,4 +1,4 @@
-//! Histories, each told by hand: those that deceive a naive rule, and those that lie beyond what the rule assumes.
+//! Histories that were written by hand: some deceive a naive rule, and some violate the assumptions of this rule.
 
 use super::*;
 
@@ -16,18 +16,19 @@ fn an_id_that_was_given_out_again_deceives_the_naive_rule_and_not_this_one() {
     world.apply(Op::Commit { client: 0, how: Commit::Flushed });
     assert_eq!(ask(&world, 0), (Truth::Committed, Settled::Committed, Settled::Committed));
 
-    // The standby has not received it, and knows no such id.
+    // The standby has not received the transaction, and has not given out its id.
     world.apply(Op::Crash { on: 0, kept: 0 });
     world.apply(Op::Promote { on: 0 });
     assert_eq!(world.node(1).xact_status(begun.marker.xid), None, "in the future");
     assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::NotCommitted, Settled::NotCommitted));
 
-    // The next writer is given the id.
+    // The next writer gets the same id.
     world.apply(Op::Write { on: 0, flush: true });
     assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::Committed, Settled::NotCommitted));
 }
 
-/// The first limit of the assumption: the second crash leaves nothing to see of the first. A pool that saw both counts them.
+/// The first limit of the assumption: after a second crash, the server shows nothing of the first one. A pool that saw
+/// both crashes counts them.
 #[test]
 fn two_crashes_of_a_backend_look_like_one() {
     let crash = Op::BackendCrash { on: 0, kept: 0 };
@@ -40,13 +41,14 @@ fn two_crashes_of_a_backend_look_like_one() {
     assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(0), 0), Settled::NotCommitted);
 }
 
-/// The second: two timelines of one number, of which the newer primary continues the other one.
+/// The second limit: there are two timelines with one number, and the newer primary continues the other one.
 #[test]
 fn a_split_brain_from_before_cannot_be_told_from_the_own_history() {
     let world = world(
         4,
         &[
-            // Servers 1 and 2 are promoted to timeline 2 each; 3 follows 1, the transaction runs on 2.
+            // Servers 1 and 2 are both promoted to timeline 2. Server 3 follows server 1, and the transaction runs on
+            // server 2.
             Op::Promote { on: 0 },
             Op::Follow { on: 3, upstream: 1 },
             Op::Promote { on: 0 },
@@ -63,7 +65,8 @@ fn a_split_brain_from_before_cannot_be_told_from_the_own_history() {
     assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(3), 0), Settled::NotCommitted);
 }
 
-/// The third: as before, and the newer primary does not even show that it was a standby, once it has completed a checkpoint.
+/// The third limit: as before, but once the newer primary has completed a checkpoint, it does not even show that it was
+/// a standby.
 #[test]
 fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_streamed() {
     let mut world = world(
@@ -74,7 +77,7 @@ fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_st
             Op::Promote { on: 1 },
             Op::Begin { on: 1 },
             Op::Crash { on: 2, kept: 0 },
-            // Server 1 does not know of timeline 2, is started again, and promoted before it asks for WAL.
+            // Server 1 does not know timeline 2. It is started again, and promoted before it asks for WAL.
             Op::Stop { on: 1 },
             Op::Start { on: 0 },
             Op::Promote { on: 0 },
@@ -89,8 +92,8 @@ fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_st
     assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), Settled::NotCommitted);
 }
 
-/// The fourth: a recovery in single-user mode shows by its two checkpoints, and to nobody once the primary that took over has
-/// completed another.
+/// The fourth limit: the two checkpoints at its end show a recovery in single-user mode. Once the next primary has
+/// completed another checkpoint, nothing shows it.
 #[test]
 fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
     for switch in [true, false] {
@@ -102,7 +105,7 @@ fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
                 Op::Begin { on: 0 },
                 Op::Crash { on: 0, kept: 0 },
                 Op::SingleUser { on: 0, switch },
-                // It is up as a standby, and the other one follows it.
+                // The server runs as a standby, and the other server follows it.
                 Op::Lease { on: 0 },
                 Op::Ship { to: 1, records: 9 },
                 Op::Promote { on: 1 },
@@ -119,8 +122,9 @@ fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
     }
 }
 
-/// From PostgreSQL 17 on `pg_rewind` may keep a segment of the timeline that it leaves. A server that is promoted later, to the
-/// number behind that timeline's, has a file of it and never continued it; so files count up to PostgreSQL 16 alone.
+/// From PostgreSQL 17 on, `pg_rewind` may keep a segment of the timeline that it leaves. If the server is later
+/// promoted to the next number, it has a file of that timeline, but has never continued it. So files count only up to
+/// PostgreSQL 16.
 #[test]
 fn a_file_that_pg_rewind_kept_would_deceive() {
     // As in the history above, but server 3 followed the lost timeline, is rewound, and promoted.
@@ -163,9 +167,10 @@ fn a_file_that_pg_rewind_kept_would_deceive() {
     assert_eq!(by_number(&begun, node, 1), Settled::Committed, "what a file would say, of somebody else's commit");
 }
 
-/// A wrong `Ok`: server 1 lags and is promoted to timeline 2. Server 2 had received more, cannot follow, and is promoted to
-/// timeline 3 when server 1 dies, as it finds that 2 is taken: in the archive, or among the histories that it was sent. The
-/// transaction's id on timeline 2 was another's on timeline 1.
+/// How a rule of numbers would return a wrong `Ok`. Server 1 lags, and is promoted to timeline 2, where the transaction
+/// runs. Server 2 has received more than server 1, so it cannot follow. When server 1 dies, server 2 is promoted to
+/// timeline 3, because it finds that number 2 is taken: in the archive, or among the histories that it was sent. On
+/// timeline 1, another transaction has the same id.
 #[test]
 fn a_standby_that_could_not_follow_deceives_the_rule_of_numbers_and_not_this_one() {
     for archive in [true, false] {

@@ -1,5 +1,6 @@
-//! A small world of servers, as far as the fate of a transaction depends on it: WAL that is lost, forks and is replayed,
-//! timelines, and transaction ids that are given out again. It knows the truth, which the rule has to find.
+//! A small model of servers, with all that the outcome of a transaction depends on: WAL that is lost, forks and is
+//! replayed, timelines, and transaction ids that are given out again. The model knows the truth that the rule has to
+//! find.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,19 +9,20 @@ use super::*;
 
 mod failures;
 
-/// What happened in a world so far, or since a moment.
+/// What has happened in a world since its beginning, or since some moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Tally {
-    /// Servers that became primaries by a promotion or by recovering from a crash. A crash of a server that stays away, or
-    /// comes back as a standby, does not count apart from the promotion that replaces it.
+    /// How many times a server became a primary, by a promotion or by recovering from a crash. If a crashed server
+    /// stays down or comes back as a standby, only the promotion that replaces it counts.
     pub(super) recoveries: u64,
-    /// Promotions of a standby that had not asked anybody for WAL since it was started: fed by an archive alone, or promoted
-    /// at once. A primary that was restarted on its own log does not count.
+    /// The number of promotions of a standby that had not asked a server for WAL since it was started: it read only an
+    /// archive, or was promoted immediately. A primary that was restarted on its own log does not count.
     pub(super) unfed: u64,
     pub(super) clean_starts: u64,
-    /// Recoveries that nobody saw.
+    /// The number of recoveries that nobody saw.
     pub(super) unseen: u64,
-    /// New primaries as a pool counts them that misses none: it goes by [`Server`].
+    /// The number of new primaries, as a pool counts them that misses none. It compares [`Server`] and the end of
+    /// replay.
     pub(super) primaries: u64,
 }
 
@@ -32,9 +34,9 @@ pub(super) struct Begun {
     pub(super) node: usize,
     term: u64,
     before: Tally,
-    /// It began on the primary that a pool would use.
+    /// The transaction began on the primary that a pool would use.
     pub(super) on_newest: bool,
-    /// When it began, its timeline was one of two with that number.
+    /// When the transaction began, there were two timelines with the number of its own.
     pub(super) split_brain: bool,
     pub(super) signed: Option<Signed>,
 }
@@ -46,18 +48,18 @@ pub(super) struct World {
     /// The timeline of each promotion.
     promotions: Vec<u32>,
     tally: Tally,
-    /// The primary that the pool has seen last, and where its last replay had ended.
+    /// The primary that the pool saw last, and where its last replay had ended.
     seen: (Server, Option<Lsn>),
-    /// For serial numbers, tokens and start times.
+    /// The source of serial numbers, tokens and start times.
     counter: u64,
-    /// The histories that are in the servers' shared archive, if they have one.
+    /// The timelines whose history files are in the servers' shared archive, if there is one.
     archive: Option<BTreeSet<u32>>,
-    /// Pools sign the timelines that they begin transactions on.
+    /// Pools sign each timeline on which they begin transactions.
     signs: bool,
 }
 
 impl World {
-    /// Server 0 is the primary, the others are its standbys.
+    /// Creates a world. Server 0 is the primary, and the others are its standbys.
     pub(super) fn new(servers: usize, archive: bool) -> Self {
         let node = |index: usize| Node {
             wal: Vec::new(),
@@ -87,7 +89,7 @@ impl World {
         Self { nodes, clients, promotions, tally, seen, counter: 0, archive, signs: false }
     }
 
-    /// The same, where pools sign the timelines that they begin transactions on.
+    /// Returns the same world, with pools that sign each timeline on which they begin transactions.
     pub(super) fn signing(self) -> Self {
         Self { signs: true, ..self }
     }
@@ -104,7 +106,8 @@ impl World {
         self.those(|node| node.role == Role::Primary)
     }
 
-    /// The primary that a pool would use: never one of a lower timeline, and of two with one number the one it has.
+    /// The primary that a pool would use. It never uses one on a lower timeline. If two have the same timeline, it
+    /// keeps the one that it has.
     pub(super) fn newest(&self) -> Option<usize> {
         let identity = |index: usize| self.nodes[index].identity;
         let is_seen = |index: usize| identity(index) == self.seen.0;
@@ -123,12 +126,13 @@ impl World {
         }
     }
 
-    /// Two servers were promoted to one timeline number, each from a history of its own.
+    /// Returns whether two servers were promoted to this timeline number, each from its own history.
     pub(super) fn is_split_brain(&self, timeline: u32) -> bool {
         self.promotions.iter().filter(|promoted| **promoted == timeline).count() > 1
     }
 
-    /// `asked` is the primary that the transaction began on, or the standby that replaced it, streaming until then.
+    /// Returns whether `asked` is the primary that the transaction began on, or the standby that replaced it and had
+    /// streamed until then.
     pub(super) fn is_plain_failover(&self, begun: &Begun, asked: usize) -> bool {
         let node = &self.nodes[asked];
         let stayed = asked == begun.node && node.term == begun.term;
@@ -136,7 +140,7 @@ impl World {
         begun.on_newest && (stayed || replaced)
     }
 
-    /// A standby asks this server for WAL from now on.
+    /// From now on, the standby asks this server for WAL.
     pub(super) fn point(&mut self, standby: usize, upstream: usize) {
         self.nodes[standby].upstream = Some(upstream);
     }
@@ -215,7 +219,8 @@ impl World {
         node.next_xid - 1
     }
 
-    /// Nobody waits for these to be flushed. The first timeline is not signed, and each life of a server once.
+    /// Signs the server's timeline. These commits are not flushed. Timeline 1 is not signed, and each life of a server
+    /// signs only once.
     fn sign(&mut self, on: usize) {
         let node = &self.nodes[on];
         if !self.signs || node.identity.timeline == 1 || node.signed.is_some() {
@@ -223,7 +228,7 @@ impl World {
         }
         let signed = std::array::from_fn(|_| {
             let (xid, token) = (self.next_xid(on), self.count());
-            // A pattern that differs from time to time.
+            // A pattern that differs from one signature to the next.
             let committed = token.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 63 == 1;
             self.append(on, if committed { What::Commit { xid, token } } else { What::Abort { xid, token } });
             (xid, committed, token)
@@ -254,7 +259,7 @@ impl World {
         }
     }
 
-    /// The transaction, if it still runs, and whether it is being committed.
+    /// The client's transaction, if it is still running, and whether it is being committed.
     fn running(&self, client: usize) -> Option<(Begun, bool)> {
         let begun = *self.clients.get(client % self.clients.len().max(1))?;
         let running = self.nodes[begun.node].running.get(&begun.marker.xid)?;
@@ -295,14 +300,14 @@ impl World {
         }
     }
 
-    /// A standby is sent what its sender has flushed, and follows it to a newer timeline. That it asked shows, even if
-    /// nobody answered.
+    /// Sends a standby what its sender has flushed. The standby follows its sender to a newer timeline. `received`
+    /// shows that the standby asked, even if nobody answered.
     fn ship(&mut self, to: usize, records: usize) {
         let Some(from) = self.nodes[to].upstream.map(|upstream| self.nodes[upstream].clone()) else { return };
         let node = &mut self.nodes[to];
         node.received = Some(node.end());
         if from.is_up() {
-            // It takes the histories of newer timelines before it looks whether it can follow them.
+            // A standby stores the histories of newer timelines before it checks whether it can follow them.
             let newer = node.identity.timeline + 1..=from.identity.timeline;
             node.histories.extend(newer.filter(|timeline| from.histories.contains(timeline)));
         }
@@ -317,7 +322,7 @@ impl World {
         node.ancestry.clone_from(&from.ancestry);
         node.received = Some(node.end());
         node.alone = false;
-        // It writes the first segment of a newer timeline when it has come to the fork.
+        // It writes the first segment of a newer timeline when it has reached the fork.
         let next = from.ancestry.iter().skip(1).map(|(timeline, _)| *timeline).chain([from.identity.timeline]);
         let forks = from.ancestry.iter().map(|(_, end)| *end);
         let end = node.end();

@@ -1,16 +1,16 @@
-//! One server of the model: its log, its timelines and its transaction ids, what it says of them, and what is true.
+//! One server of the model: its log, its timelines and its transaction ids, what it says about them, and what is true.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 
-/// Tells transactions apart that were given the same id.
+/// Distinguishes transactions that got the same id.
 pub(super) type Token = u64;
 
-/// What the first transaction of each world is given.
+/// The id of the first transaction of each world.
 pub(super) const FIRST_XID: u64 = 728;
 
-/// A record of WAL. The serial number tells apart what equals by chance on two branches.
+/// A WAL record. The serial number distinguishes records of two branches that are otherwise equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Record {
     pub(super) serial: u64,
@@ -18,7 +18,7 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Whose end it is.
+    /// The transaction that ends with this record.
     pub(super) fn token(&self) -> Option<Token> {
         match self.what {
             What::Commit { token, .. } | What::Abort { token, .. } => Some(token),
@@ -34,7 +34,7 @@ pub(super) enum What {
         xid: u64,
         nonce: Nonce,
     },
-    /// Anything else that is written under an id.
+    /// Any other record of a transaction with this id.
     Data {
         xid: u64,
     },
@@ -46,23 +46,26 @@ pub(super) enum What {
         xid: u64,
         token: Token,
     },
-    /// The end of a recovery by promotion. It is flushed before the server takes work, as is a checkpoint after a crash. So
-    /// no two recoveries end at one position: the rule tells a server's lives apart by that.
+    /// The end of recovery at a promotion. Like the checkpoint after a crash, it is flushed before the server accepts
+    /// work. So no two recoveries end at the same position, and the rule distinguishes a server's lives by that
+    /// position.
     EndOfRecovery {
         next_xid: u64,
     },
     Checkpoint {
         next_xid: u64,
         timeline: u32,
-        /// What shows of it while it is the last one: up to where it surely continues what was before.
+        /// The position up to which the server continues what it had before. The server shows this while the checkpoint
+        /// is the last one.
         stopped: Option<Lsn>,
     },
 }
 
-/// What of the pool's a timeline is signed with: ids, whether they were committed, and which transactions they were.
+/// The signature of a timeline: the ids of the pool's transactions, whether they were committed, and their tokens.
 pub(super) type Signed = [(u64, bool, Token); SIGNED_BY];
 
-/// Far fewer than a real pool makes. That all of them have the right outcome by chance is left out, see [`Node::bears`].
+/// Far fewer transactions than a real pool signs with. [`Node::bears`] excludes the case that all of them have the
+/// right outcome by chance.
 pub(super) const SIGNED_BY: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,13 +79,14 @@ pub(super) enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Running {
     pub(super) token: Token,
-    /// Its commit record is written, and it waits for the flush or for a synchronous standby.
+    /// Its commit record is written. It waits for the flush, or for a synchronous standby.
     pub(super) committing: bool,
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct Node {
-    /// All since the beginning; positions are counted in records. Servers that forked have the first part in common.
+    /// All records since the beginning. Positions are counted in records. After a fork, two servers have the first part
+    /// in common.
     pub(super) wal: Vec<Record>,
     pub(super) flushed: usize,
     pub(super) role: Role,
@@ -92,31 +96,33 @@ pub(super) struct Node {
     pub(super) received: Option<Lsn>,
     /// When the statistics were reset.
     pub(super) stats_reset: i64,
-    /// Lost in a crash, as is what runs.
+    /// The next transaction id. A crash loses it, and the running transactions.
     pub(super) next_xid: u64,
     pub(super) running: BTreeMap<u64, Running>,
-    /// Counts promotions in the whole world: which primary is newer, and whether it was another thing in between.
+    /// The number of this server's last promotion, counted in the whole world. It shows which primary is newer, and
+    /// whether a server was something else in between.
     pub(super) term: u64,
     pub(super) ancestry: Vec<(u32, Lsn)>,
     /// The timeline of the last checkpoint, as the control file has it.
     pub(super) checkpointed: u32,
-    /// Timelines whose history files are in its `pg_wal`: its own, and those that it was sent, although it may not have been
-    /// able to follow them.
+    /// The timelines whose history files are in its `pg_wal`: its own, and those that it was sent, even if it could not
+    /// follow them.
     pub(super) histories: BTreeSet<u32>,
-    /// Timelines of which there are segments in its `pg_wal`.
+    /// The timelines that have segments in its `pg_wal`.
     pub(super) segments: BTreeSet<u32>,
-    /// The records before this one are in segments that were recycled.
+    /// The records before this position are in segments that were recycled.
     pub(super) recycled: usize,
-    /// It was restarted on its own log, as a standby without a sender.
+    /// The server was restarted on its own log, as a standby without a sender.
     pub(super) alone: bool,
-    /// See [`What::Checkpoint`]: of the last checkpoint, if the last replay ended behind it.
+    /// The `stopped` position of the last checkpoint, if the last replay ended right behind it. See
+    /// [`What::Checkpoint`].
     pub(super) stopped: Option<Lsn>,
-    /// What a pool has signed its timeline with, in this life.
+    /// The pool's signature of its timeline in this life.
     pub(super) signed: Option<Signed>,
 }
 
 impl Node {
-    /// What a pool tells one primary from the next by.
+    /// The values by which a pool distinguishes one primary from the next.
     pub(super) fn seen_as(&self) -> (Server, Option<Lsn>) {
         (self.identity, self.replayed)
     }
@@ -133,7 +139,7 @@ impl Node {
         self.wal.iter().zip(&other.wal).take_while(|(mine, theirs)| mine == theirs).count()
     }
 
-    /// What recovery finds: an id that no record tells of is forgotten, and will be given out again.
+    /// The next id after recovery. An id without a record is forgotten, and will be given out again.
     pub(super) fn next_xid_by_wal(&self) -> u64 {
         let next = self.wal.iter().map(|record| match record.what {
             What::Mark { xid, .. } | What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid, .. } => xid + 1,
@@ -142,7 +148,7 @@ impl Node {
         next.max().unwrap_or(FIRST_XID)
     }
 
-    /// What was not flushed is gone, but for `kept` records that happened to be.
+    /// Loses all records that were not flushed, except `kept` of them that reached the disk by chance.
     pub(super) fn lose_memory(&mut self, kept: usize, now: i64) {
         self.wal.truncate(self.flushed + kept);
         self.flushed = self.wal.len();
@@ -156,7 +162,7 @@ impl Node {
         Now { life: self.life(), received: self.received, stopped: self.stopped, primaries_since }
     }
 
-    /// The checkpoints of its last shutdown or recovery show.
+    /// Returns whether the server shows the checkpoint of its last shutdown or recovery.
     pub(super) fn shows_stop(&self) -> bool {
         self.stopped.is_some()
     }
@@ -166,7 +172,7 @@ impl Node {
         Life { server: self.identity, replayed: self.replayed, stats_reset: Some(self.stats_reset), ancestor }
     }
 
-    /// What it shows of its log's history.
+    /// What the server shows of the history of its log.
     pub(super) fn shows(&self, marker: &Marker, evidence: Evidence) -> Proof {
         match evidence {
             Evidence::Checkpoint => Proof::Nothing,
@@ -177,7 +183,7 @@ impl Node {
         }
     }
 
-    /// Can it be seen, by this evidence, that its timeline continues the marker's?
+    /// Returns whether this kind of evidence shows that the server's timeline continues the marker's.
     pub(super) fn shows_parent(&self, begun: &Begun, kind: Kind) -> bool {
         let then = begun.marker.life.server.timeline;
         let by_kind = match kind {
@@ -189,8 +195,9 @@ impl Node {
         then == 1 || self.identity.timeline == then || self.life().ancestor == Some(then) || by_kind
     }
 
-    /// Have the transactions of a signature their outcomes here? Goes by ids, as the server does, whose transactions they may
-    /// be; but if none of them is the pool's, all outcomes are not right by chance.
+    /// Returns whether the transactions of a signature have its outcomes here. Like the server, this compares ids, and
+    /// the ids may belong to other transactions. But if none of them is the pool's, this returns `false`, because in
+    /// reality so many outcomes are never right by chance.
     pub(super) fn bears(&self, signed: &Signed) -> bool {
         let outcome = |committed| Some(if committed { XactStatus::Committed } else { XactStatus::Aborted });
         let own = |of: Token| self.wal.iter().any(|record| record.token() == Some(of));
@@ -214,7 +221,7 @@ impl Node {
         }
     }
 
-    /// The timeline of the last checkpoint in its log, which a standby's next restart point will be of.
+    /// The timeline of the last checkpoint in its log. A standby's next restart point gets this timeline.
     pub(super) fn last_checkpoint(&self) -> Option<u32> {
         self.wal.iter().rev().find_map(|record| match record.what {
             What::Checkpoint { timeline, .. } => Some(timeline),
@@ -222,7 +229,7 @@ impl Node {
         })
     }
 
-    /// `pg_xact_status`. `None`: the error "transaction ID … is in the future".
+    /// What `pg_xact_status` returns. `None`: the error "transaction ID … is in the future".
     pub(super) fn xact_status(&self, xid: u64) -> Option<XactStatus> {
         if xid >= self.next_xid {
             return None;
@@ -258,7 +265,7 @@ pub(super) fn lsn(position: usize) -> Lsn {
     format!("0/{position:X}").parse().unwrap()
 }
 
-/// Where so many records end. Two records have as many bytes as the rule takes two checkpoints for.
+/// The position at which so many records end. Two records have as many bytes as the rule assumes for two checkpoints.
 pub(super) fn at(records: usize) -> Lsn {
     lsn(records * usize::try_from(TWO_CHECKPOINTS).unwrap() / 2)
 }

@@ -1,14 +1,15 @@
-//! What may happen in the model, and how it is chosen by chance.
+//! What can happen in the model, and how a random history is made.
 
 use super::*;
 
-/// Servers are named by their number, modulo those that the operation is possible on; so are transactions.
+/// One operation. A server is given by a number, modulo the number of servers on which the operation is possible. A
+/// transaction is given in the same way.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Op {
     Begin {
         on: usize,
     },
-    /// A whole transaction of somebody else.
+    /// A whole transaction of another client.
     Write {
         on: usize,
         flush: bool,
@@ -39,30 +40,30 @@ pub(super) enum Op {
     Stop {
         on: usize,
     },
-    /// As what it was.
+    /// Starts a server in its previous role.
     Start {
         on: usize,
     },
-    /// A primary that crashed or was stopped is started as a standby on its own log, as a failover manager does while nobody
-    /// else may take the lead.
+    /// A crashed or stopped primary is started as a standby on its own log. A failover manager does this while no other
+    /// server may become the leader.
     Lease {
         on: usize,
     },
-    /// A primary that crashed is recovered in single-user mode, which nobody sees, and shut down.
+    /// A crashed primary is recovered in single-user mode, which nobody sees, and is shut down.
     SingleUser {
         on: usize,
-        /// With an archive the shutdown begins a new segment, and its checkpoint is the first record there.
+        /// If WAL is archived, the shutdown begins a new segment, and its checkpoint is the first record there.
         switch: bool,
     },
     /// A checkpoint, or a standby's restart point.
     Checkpoint {
         on: usize,
     },
-    /// Segments that no recovery needs any more are recycled.
+    /// Recycles the segments that no recovery needs any more.
     Recycle {
         on: usize,
     },
-    /// Restarted as a standby, rewound to the fork.
+    /// The server is rewound to the fork, and restarted as a standby.
     Follow {
         on: usize,
         upstream: usize,
@@ -77,7 +78,7 @@ pub(super) enum Commit {
     Flushed,
     /// `synchronous_commit = off`.
     Unflushed,
-    /// Its record is written, and it is in progress until it is finished.
+    /// The commit record is written, and the transaction is in progress until `Finish`.
     Held,
 }
 

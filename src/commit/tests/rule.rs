@@ -1,4 +1,4 @@
-//! The rule as a table: what a marker and what a server says of itself make of each other.
+//! Tests the rule as a table: for a marker and an answer of a server, the decision.
 
 use super::*;
 
@@ -23,7 +23,8 @@ fn after_crash_recovery_the_end_of_replay_decides() {
     assert_eq!(located(&marker(None), &now(AGAIN, Some(19), None)), Located::Lost);
     assert_eq!(located(&marker(None), &now(AGAIN, Some(20), None)), Located::Here);
     assert_eq!(located(&marker(None), &now(AGAIN, Some(21), None)), Located::Here);
-    // Its replay ended where that of its life before had: recovery came to nothing that the old life wrote.
+    // The last replay ended at the same position as that of the life before. So recovery found nothing that the old
+    // life had written.
     assert_eq!(located(&marker(Some(5)), &now(AGAIN, Some(5), None)), Located::Lost);
 }
 
@@ -42,10 +43,10 @@ fn a_clean_start_loses_nothing_if_the_statistics_survived() {
     );
     let unproven = Located::Unclear(Unsettled::Unproven);
     assert_eq!(located(&marker(None), &kept(NEXT, None, None)), unproven, "another server's statistics");
-    // However often: it never crashed.
+    // The number of restarts does not matter, because the server never crashed.
     let often = Now { primaries_since: 9, ..kept(AGAIN, None, None) };
     assert_eq!(located(&marker(None), &often), Located::Here);
-    // Somebody reset them by hand: it is still the same life.
+    // Somebody has reset the statistics by hand. This is still the same life.
     assert_eq!(located(&marker(Some(5)), &now(OLD, Some(5), None)), Located::Here);
 }
 
@@ -70,8 +71,8 @@ fn on_the_next_timeline_the_end_of_replay_decides() {
     assert_eq!(located(&marker(None), &next(19, 30)), Located::Lost, "the last record came in part");
 }
 
-/// A server may take the number after the marker's without having followed the marker's timeline, as it finds that number
-/// taken: in a shared archive, or among the histories that it was sent.
+/// A server may take the next number without having followed the marker's timeline, because it finds that the marker's
+/// number is taken: in a shared archive, or among the histories that it was sent.
 #[test]
 fn a_number_alone_makes_no_parent() {
     let unproven = Located::Unclear(Unsettled::Unproven);
@@ -85,8 +86,8 @@ fn a_number_alone_makes_no_parent() {
     assert_eq!(locate(&marker(None), &next, &Proof::Files { followed: false }), unproven);
 }
 
-/// A leader that was demoted and promoted again has streamed from nobody, and has replayed no transaction. Its statistics
-/// show that it has not crashed behind its promotion.
+/// A leader that was demoted and promoted again has not streamed from any server, and has replayed no transaction. Its
+/// statistics show that it has not crashed since its promotion.
 #[test]
 fn statistics_that_survived_show_that_replay_ended_at_the_promotion() {
     let first = Marker { life: Life { server: Server { timeline: 1, ..OLD }, ..marker(None).life }, ..marker(None) };
@@ -118,13 +119,13 @@ fn a_promoted_server_that_recovered_again_shows_the_end_of_a_later_replay() {
     let unclear = Located::Unclear(Unsettled::Restarted);
     let files = |now: &Now| locate(&marker(None), now, &Proof::Files { followed: true });
     assert_eq!(files(&now(NEXT, None, None)), unclear);
-    // The replay of its promotion ended there at the latest.
+    // The replay before its promotion ended there or earlier.
     assert_eq!(files(&now(NEXT, Some(19), None)), Located::Lost);
     assert_eq!(files(&now(NEXT, Some(20), None)), unclear);
     assert_eq!(files(&now(NEXT, Some(30), None)), unclear);
 }
 
-/// A leader that crashed, and was started again as a standby on its own log and promoted: it never streamed.
+/// This leader crashed, was started again as a standby on its own log, and was promoted. It never streamed.
 #[test]
 fn a_leader_that_is_promoted_on_its_own_log_shows_its_own_timeline() {
     for (replayed, expected) in [(19, Located::Lost), (20, Located::Here), (30, Located::Here)] {
@@ -133,8 +134,9 @@ fn a_leader_that_is_promoted_on_its_own_log_shows_its_own_timeline() {
     }
 }
 
-/// Recovered in single-user mode, shut down, started as a standby on its own log and promoted: nobody saw the recovery, which
-/// may have lost the marker, and replay ended behind its two checkpoints.
+/// This server was recovered in single-user mode, shut down, started as a standby on its own log and promoted. Nobody
+/// saw the recovery, which may have lost the marker. Replay ended behind the two checkpoints of the recovery and the
+/// shutdown.
 #[test]
 fn a_recovery_that_nobody_saw_may_have_lost_the_marker() {
     for (stopped, expected) in [
@@ -250,7 +252,7 @@ fn more_than_one_new_primary_is_one_too_many() {
             assert_eq!(located != unclear, is_clear, "{primaries_since} on {server:?}");
         }
     }
-    // But the same life is the same life, whoever was thought to be the primary in between.
+    // In the same life the marker is there, however many primaries the pool has seen in between.
     assert_eq!(located(&marker(None), &Now { primaries_since: 3, ..now(OLD, None, None) }), Located::Here);
 }
 

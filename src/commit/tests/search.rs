@@ -1,8 +1,8 @@
-//! The rule, held against histories made by chance: what it may assume, and that no answer is wrong.
+//! Tests the rule with random histories: no answer is wrong as long as its assumptions hold.
 
 use super::*;
 
-/// What the invariant assumes where the server does not show its log.
+/// What the rule assumes if the server does not show its log.
 fn is_assumed(world: &World, begun: &Begun) -> bool {
     let since = world.since(begun);
     since.recoveries + since.unseen <= 1 && world.since(begun).unfed == 0 && !begun.split_brain
@@ -11,7 +11,7 @@ fn is_assumed(world: &World, begun: &Begun) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
-    /// Even of a pool that has seen nothing of it, and whichever primary it asks, also one that others have left behind.
+    /// This is true even if the pool has seen nothing of the crash or promotion, and asks any primary, even an old one.
     #[test]
     fn after_one_crash_or_promotion_every_answer_is_true((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -24,7 +24,8 @@ proptest! {
         })?;
     }
 
-    /// The pool counts new primaries, each life of a server. One that misses none goes wrong by no number of them.
+    /// The pool counts each life of a server as a new primary. If it misses none, no number of them makes an answer
+    /// wrong.
     #[test]
     fn of_any_number_of_failovers_seen_every_answer_is_true((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -37,8 +38,8 @@ proptest! {
         })?;
     }
 
-    /// Nothing is assumed: crashes that nobody saw, two servers on timelines of one number, any server that is asked. As long
-    /// as the mark's segment is there, nothing is left open either.
+    /// This needs no assumption: there may be crashes that nobody saw, two timelines with one number, and any server
+    /// may be asked. As long as the mark's segment is there, no outcome is left open, either.
     #[test]
     fn a_server_that_shows_its_log_is_answered_truly_whatever_happened((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -57,7 +58,7 @@ proptest! {
             let since = world.since(begun);
             let restarted = since.clean_starts >= 1 && since.recoveries == 0;
             let seen = since.unseen == 0 && (since.clean_starts == 0 || restarted);
-            // What a standby has replayed of its primary's recovery, it shows as if that had been its own.
+            // A standby that has replayed its primary's recovery shows that recovery as if it were its own.
             let stopped_before = asked != begun.node && world.node(asked).shows_stop();
             let plain = seen && !stopped_before && world.is_plain_failover(begun, asked);
             if world.newest() == Some(asked) && is_assumed(world, begun) && plain {
@@ -75,7 +76,8 @@ proptest! {
         })?;
     }
 
-    /// Held by a synchronous standby, or its COMMIT under way: whatever else happened, it is not given up.
+    /// The transaction waits for a synchronous standby, or its COMMIT is under way. Whatever else happened, it counts
+    /// as in progress.
     #[test]
     fn a_transaction_that_runs_is_in_progress((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -89,8 +91,8 @@ proptest! {
     }
 }
 
-/// The pool asks the newest primary, and has seen each before it. No two servers were promoted to the marker's timeline, and
-/// none without having streamed. A recovery in single-user mode shows still.
+/// Returns whether the pool asks the newest primary and has seen each one before it. No two servers were promoted to
+/// the marker's timeline, and none without having streamed. The server still shows a recovery in single-user mode.
 fn misses_nothing(world: &World, begun: &Begun, asked: usize) -> bool {
     let one_history = world.since(begun).unfed == 0 && !world.is_split_brain(begun.marker.life.server.timeline);
     let unseen = world.since(begun).unseen > 0 && !world.node(asked).shows_stop();
@@ -121,7 +123,7 @@ struct Found {
     committed: u64,
     not_committed: u64,
     in_progress: u64,
-    /// The log is not on the disk yet: the pool asks again.
+    /// The log is not on the disk yet, so the pool asks again.
     not_yet: u64,
     unknown: u64,
 }
@@ -149,10 +151,10 @@ impl Found {
     }
 }
 
-/// `HISTORIES=1000000` plays so many histories, and prints how many answers each kind of evidence leaves open.
+/// `HISTORIES=1000000` plays that many histories, and prints how many outcomes each kind of evidence leaves open.
 ///
-/// The questions are those of a pool that asks the newest primary, has seen each before it, and asks in another life of the
-/// servers than the one that the transaction began in.
+/// The pool in this test asks the newest primary, and has seen each one before it. It asks only after a crash or a
+/// promotion since the transaction began.
 #[test]
 fn a_search_finds_naive_rules_wrong_and_this_one_never() {
     let seed = *b"one transaction, one outcome ...";

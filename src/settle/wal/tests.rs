@@ -1,4 +1,4 @@
-//! What servers answer to the mark, to the question and to the proof, and how it is read.
+//! Tests how the answers to the mark, to the question and to the proof are read.
 
 use super::*;
 use crate::topology::Lsn;
@@ -138,7 +138,7 @@ fn what_a_server_says_of_itself_is_read() {
     }
 }
 
-/// A server in the life that it was verified in needs not tell again who it is; one in another life has to.
+/// In its verified life, a server need not show its identity again. In another life it must.
 #[test]
 fn what_is_kept_back_is_known_of_the_life_that_was_verified() {
     let told = [

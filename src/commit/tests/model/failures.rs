@@ -1,4 +1,4 @@
-//! How the model's servers fail, recover, follow another one and are promoted.
+//! How the model's servers fail, recover, follow another server and are promoted.
 
 use super::*;
 
@@ -13,7 +13,7 @@ impl World {
         };
     }
 
-    /// The postmaster goes on, with its memory set up anew.
+    /// One backend crashes. The postmaster goes on, and sets up its shared memory again.
     pub(super) fn backend_crash(&mut self, on: usize, kept: usize) {
         let now = self.count().cast_signed();
         self.nodes[on].lose_memory(kept, now);
@@ -22,7 +22,7 @@ impl World {
         }
     }
 
-    /// The server has become a primary by replay.
+    /// The server has replayed its log and becomes a primary.
     fn recover(&mut self, on: usize, promoted: bool) {
         self.tally.recoveries += 1;
         let node = &mut self.nodes[on];
@@ -63,7 +63,8 @@ impl World {
         node.segments.retain(|timeline| *timeline == node.identity.timeline);
     }
 
-    /// A clean shutdown: what runs is aborted, waits for a standby are cancelled, all is flushed.
+    /// A clean shutdown: running transactions are aborted, waits for a standby are cancelled, and everything is
+    /// flushed.
     pub(super) fn stop(&mut self, on: usize) {
         if self.nodes[on].role != Role::Primary {
             self.nodes[on].role = Role::StoppedStandby;
@@ -130,7 +131,8 @@ impl World {
         let node = &mut self.nodes[on];
         let common = node.common_with(&from).min(from.flushed);
         if common < node.wal.len() {
-            // A rewind removes the file of the statistics, which the other server does not have while it runs.
+            // A rewind copies the files of the other server, which has no file of its statistics while it runs. So the
+            // statistics are gone.
             node.stats_reset = started_at;
         }
         node.wal.truncate(common);
@@ -147,8 +149,8 @@ impl World {
         (node.stopped, node.signed) = (None, None);
     }
 
-    /// The new timeline is the next whose history this standby finds neither with itself nor in the archive
-    /// (`findNewestTimeLine` in `timeline.c`). Others may be given the same number, where there is no archive.
+    /// The new timeline gets the next number whose history file is neither in this standby's `pg_wal` nor in the
+    /// archive (`findNewestTimeLine` in `timeline.c`). Without an archive, several servers may take the same number.
     pub(super) fn promote(&mut self, on: usize) {
         let node = &mut self.nodes[on];
         let old = node.identity.timeline;
@@ -164,7 +166,7 @@ impl World {
             archive.insert(new);
         }
         (node.role, node.upstream) = (Role::Primary, None);
-        // What it replayed of its own log shows by the time of a transaction's end.
+        // If it has replayed the end of a transaction on its own log, the noted time of that end shows it.
         let ends = |record: &&Record| matches!(record.what, What::Commit { .. } | What::Abort { .. });
         let replayed = node.wal.iter().rev().take_while(|record| !matches!(record.what, What::Checkpoint { .. }));
         if node.alone && replayed.filter(ends).count() > 0 {
