@@ -1,5 +1,5 @@
-//! Tests the topology under a virtual clock. This file has the bench that feeds it by hand; each subject has a file of
-//! tests.
+//! Tests the topology under a virtual clock. This file has the bench that passes answers to it. Each subject has its
+//! own file.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -71,7 +71,7 @@ fn failure(kind: FailureKind) -> ProbeFailure {
     ProbeFailure::new(kind, format!("{kind:?}"))
 }
 
-/// A topology, its clock, and all actions that it asked for.
+/// A topology, its clock, and all actions that it has returned.
 struct Bench {
     topology: Topology,
     now: Instant,
@@ -91,7 +91,8 @@ impl Bench {
         bench
     }
 
-    /// One address behind which something else chooses the server: at first server 1, the primary of timeline 1.
+    /// A pool with one address behind which something else chooses the server. At first it is server 1, the primary of
+    /// timeline 1.
     fn roaming() -> Self {
         let mut bench = Self::with(Settings { roaming: true, ..settings() }, 1);
         bench.report(1, primary(1, 1));
@@ -107,7 +108,7 @@ impl Bench {
         })
     }
 
-    /// Three members; the first is the primary of timeline 1, the others are standbys.
+    /// Three members: server 1 is the primary of timeline 1, the others are standbys.
     fn settled() -> Self {
         let mut bench = Self::new(3);
         bench.report(2, standby(2));
@@ -120,7 +121,7 @@ impl Bench {
         bench
     }
 
-    /// The primary of [`Self::settled`] is no longer reachable.
+    /// As [`Self::settled`], but the primary is no longer reachable.
     fn searching() -> Self {
         let mut bench = Self::settled();
         bench.suspect(1);
@@ -144,7 +145,7 @@ impl Bench {
         self.poll();
     }
 
-    /// A connection is in use for this long; `heard` says whether anything is received on it.
+    /// A connection is in use for this long. `heard`: data is received on it.
     fn work(&mut self, duration: Duration, heard: bool) {
         let until = self.now + duration;
         while self.now < until {

@@ -36,7 +36,7 @@ fn a_primary_is_read_whole() {
 fn times_are_read_to_the_microsecond() {
     for (text, read) in [
         ("1764000000.123456", 1_764_000_000_123_456),
-        // It is not rounded, so zeros at its end may be missing.
+        // The reset of the statistics is not rounded, so trailing zeros may be missing.
         ("1764000000.12", 1_764_000_000_120_000),
         ("1764000000", 1_764_000_000_000_000),
         ("-1.500000", -1_500_000),

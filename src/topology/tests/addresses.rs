@@ -2,8 +2,8 @@
 
 use super::*;
 
-/// Server 1 is the primary, and answers at address 2 too. The number of new sessions at each of the addresses 1 to 3 in
-/// thirty seconds; `standby`: server 3 is a standby in sight.
+/// Server 1 is the primary, and answers at address 2, too. Returns the number of new sessions to each of the addresses
+/// 1 to 3 in thirty seconds. `third`: what server 3 reports, if there is one.
 fn new_sessions(warm_standbys: bool, third: Option<&ServerReport>) -> [usize; 3] {
     let members = if third.is_some() { 3 } else { 2 };
     let mut bench = Bench::with(Settings { warm_standbys, ..settings() }, members);
@@ -36,15 +36,15 @@ fn new_sessions(warm_standbys: bool, third: Option<&ServerReport>) -> [usize; 3]
 #[test]
 fn the_session_to_a_second_address_of_the_primary_is_kept() {
     assert_eq!(new_sessions(true, Some(&standby(3))), [0, 0, 0]);
-    // Nothing else is in sight, so there may be a proxy at either address: each patrol looks at one of them.
+    // Nothing else is in sight, so there may be a proxy at either address. Each patrol opens a session to one of them.
     let [first, second, _] = new_sessions(true, None);
     assert!((2..=4).contains(&first) && (2..=4).contains(&second), "{first} {second}");
-    // Without warm sessions, each patrol opens one at each address but the primary's own.
+    // Without warm sessions, each patrol opens a session to each address except the primary's own.
     let [_, second, third] = new_sessions(false, Some(&standby(3)));
     assert!((6..=12).contains(&second) && (6..=12).contains(&third), "{second} {third}");
 }
 
-/// The session shows a server's new life, or another server behind the same address, and then it is not kept.
+/// If a new session shows another server behind the same address, it is not kept.
 #[test]
 fn another_server_at_the_second_address_is_seen_on_a_new_session() {
     let mut bench = Bench::with(Settings { warm_standbys: true, ..settings() }, 2);
@@ -62,7 +62,7 @@ fn another_server_at_the_second_address_is_seen_on_a_new_session() {
     assert_eq!(bench.primary(), Some(2));
 }
 
-/// Each answer takes this long. How often the standbys are asked in half a minute.
+/// Returns how many times a standby is asked in half a minute, if each answer takes this long.
 fn asked_beside(round_trip: Duration) -> usize {
     let mut bench = Bench::settled();
     for _ in 0..3000 {
@@ -92,7 +92,7 @@ fn a_long_round_trip_is_no_reason_to_be_uneasy() {
     }
 }
 
-/// One slow answer does not make the pool patient.
+/// One slow answer does not make the pool wait longer for the next one.
 #[test]
 fn a_frozen_host_is_noticed_as_soon_as_usual_after_one_slow_answer() {
     let mut bench = Bench::settled();

@@ -1,4 +1,5 @@
-//! Several clusters behind one name, several names, refusals: what is not the pool's own, and how long it is waited for.
+//! Several clusters behind one name, several names, and refusals: which servers are not the pool's own, and how long
+//! callers wait.
 
 use super::*;
 
@@ -12,7 +13,7 @@ fn anonymous(mut report: ServerReport) -> ServerReport {
     report
 }
 
-/// What callers are told, if waiting is no use.
+/// The failure that callers get, if waiting does not help.
 fn told(bench: &Bench) -> Option<(FailureKind, String)> {
     match bench.topology.view().state {
         State::Searching { refused: Some(failure) } => Some((failure.kind, failure.message)),
@@ -56,7 +57,8 @@ fn one_that_does_not_tell_its_cluster_beside_one_that_does_is_no_choice_either()
         assert_eq!(bench.primary(), None);
         assert!(several(&bench).is_some_and(|message| message.contains("does not tell")));
     }
-    // Where nobody tells, the timeline is all that there is; a standby that does not tell is no choice.
+    // If no server reports its cluster, only the timeline decides. A standby that withholds its cluster is not in
+    // conflict with the primary.
     let mut bench = Bench::new(2);
     bench.report(1, anonymous(primary(1, 1)));
     bench.report(2, anonymous(primary(2, 2)));
@@ -78,7 +80,7 @@ fn a_pinned_cluster_is_the_only_one_that_is_taken() {
     bench.report(2, anonymous(primary(2, 9)));
     bench.report(1, of(77, primary(1, 1)));
     assert_eq!(bench.primary(), Some(1));
-    // The number is wrong, or the name: waiting is no use, after a moment.
+    // Either the identifier or the name is wrong. After a moment, callers are told that waiting does not help.
     let mut bench = pinned();
     bench.report(1, of(78, primary(1, 1)));
     bench.report(2, of(78, standby(2)));
@@ -123,7 +125,7 @@ fn a_higher_timeline_of_another_cluster_is_nothing_to_one_that_did_not_tell_its_
     bench.wait(ms(6000));
     bench.report(2, of(78, primary(2, 9)));
     assert_eq!(bench.primary(), Some(1));
-    // Its role may read the identifier now.
+    // Now the role may read the identifier.
     bench.answer(1, Ok(of(77, primary(1, 1))), false, true);
     bench.wait(ms(6000));
     bench.report(2, of(78, primary(2, 9)));
@@ -133,7 +135,7 @@ fn a_higher_timeline_of_another_cluster_is_nothing_to_one_that_did_not_tell_its_
 
 #[test]
 fn an_accepted_cluster_takes_the_place_of_the_one_before() {
-    // While the old one is lost.
+    // While the old primary is lost.
     let mut bench = Bench::searching();
     bench.wait(ms(500));
     bench.report(2, of(78, primary(2, 1)));
@@ -146,7 +148,7 @@ fn an_accepted_cluster_takes_the_place_of_the_one_before() {
     bench.wait(ms(600));
     assert_eq!(bench.primary(), Some(2));
     assert!(bench.topology.view().generation.get() > 2, "nobody settles a commit of the old one by this primary");
-    // While the old one is in use.
+    // While the old primary is in use.
     let mut bench = Bench::settled();
     bench.wait(ms(500));
     bench.topology.accept(bench.now, Accept::Cluster(78));
@@ -156,7 +158,7 @@ fn an_accepted_cluster_takes_the_place_of_the_one_before() {
     bench.report(1, primary(1, 1));
     bench.wait(ms(600));
     assert_eq!(bench.primary(), None, "the old one is the stranger now");
-    // The one in use: nothing happens.
+    // If the cluster in use is accepted, nothing happens.
     let mut bench = Bench::settled();
     bench.topology.accept(bench.now, Accept::Cluster(77));
     bench.poll();
@@ -219,7 +221,7 @@ fn a_successor_is_followed_when_the_cluster_has_had_no_primary_for_long_enough()
         }
         bench.wait(ms(600));
     };
-    // Another cluster, and this one's restored self.
+    // Another cluster, and the pool's own cluster after a restore.
     for successor in [of(78, primary(2, 1)), primary(22, 2)] {
         let mut bench = lost();
         bench.wait(ms(20_000));
@@ -232,7 +234,7 @@ fn a_successor_is_followed_when_the_cluster_has_had_no_primary_for_long_enough()
         });
         assert_eq!(bench.primary(), Some(2), "{successor:?}");
     }
-    // Two of them, and one that is a standby.
+    // Nothing is followed if two other clusters answer, or if the server of another cluster is a standby.
     let mut bench = lost();
     later(&mut bench, &|bench| {
         bench.report(2, of(78, primary(2, 1)));
@@ -242,13 +244,14 @@ fn a_successor_is_followed_when_the_cluster_has_had_no_primary_for_long_enough()
     let mut bench = lost();
     later(&mut bench, &|bench| bench.report(2, of(78, standby(2))));
     assert_eq!(bench.primary(), None);
-    // Without the policy, never.
+    // Without the policy, another cluster is never followed.
     let mut bench = Bench::searching();
     later(&mut bench, &|bench| bench.report(2, of(78, primary(2, 1))));
     assert_eq!(bench.primary(), None);
 }
 
-/// One name never answers, one fails for good: the third forgets what it no longer leads to.
+/// One name is never answered, and one always fails. The addresses of the third are forgotten as usual when it no
+/// longer leads to them.
 #[test]
 fn a_name_that_fails_holds_back_nobody() {
     let now = Instant::now();
@@ -302,7 +305,7 @@ fn names_that_nobody_knows_are_told_after_a_moment_at_the_first_start_alone() {
     bench.report(1, primary(1, 1));
     bench.wait(ms(600));
     assert_eq!(bench.primary(), Some(1));
-    // In a failover, names may vanish for a while.
+    // During a failover, names may be unknown for a while.
     bench.suspect(1);
     bench.wait(ms(20));
     bench.fail(1, FailureKind::Unreachable);
@@ -322,7 +325,7 @@ fn credentials_that_were_accepted_before_are_waited_for() {
         assert_eq!(told(&bench).is_some(), second > 29, "after {second} s");
         bench.wait(ms(1000));
     }
-    // One of them lets the role in again.
+    // One of the servers accepts the role again.
     bench.report(2, primary(2, 2));
     assert_eq!(bench.primary(), Some(2));
 }
@@ -361,7 +364,7 @@ fn a_full_server_is_asked_less_and_less_often() {
     assert!((45..=85).contains(&bench.asked(1)), "asked {} times in a minute", bench.asked(1));
 }
 
-/// A name with a hundred addresses, of which the last is the primary.
+/// A name has a hundred addresses. The last one is the primary's.
 #[test]
 fn more_addresses_than_are_asked_at_once_take_turns() {
     let now = Instant::now();
@@ -377,7 +380,7 @@ fn more_addresses_than_are_asked_at_once_take_turns() {
                 if n == 100 { bench.report(n, primary(n, 1)) } else { bench.fail(n, FailureKind::TimedOut) }
             }
         }
-        // The same answer again changes nobody's turn.
+        // The same answer again does not change the order of turns.
         let before: Vec<_> = bench.topology.members.keys().cloned().collect();
         bench.topology.resolved(bench.now, 0, named((1..=100).map(endpoint)));
         assert!(bench.topology.members.keys().eq(&before));
@@ -402,8 +405,9 @@ fn a_stranger_that_makes_up_numbers_is_told_of_once() {
     assert!(bench.topology.noticed.len() < 8);
 }
 
-/// Beside a server that is just starting, nothing that another one or a name says is a reason to tell callers that waiting
-/// does not help: it may be the primary a moment later. Only the credentials are the same everywhere.
+/// While a server is just starting, no answer of another server or of DNS means that waiting does not help, because the
+/// starting server may be the primary a moment later. Only refused credentials do, because they are the same
+/// everywhere.
 #[test]
 fn a_server_that_is_just_starting_is_waited_for_whatever_the_others_say() {
     let unknown_name = || {

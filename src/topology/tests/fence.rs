@@ -1,4 +1,5 @@
-//! A fence that the pool's own `options` lift: new sessions are writable although the database says otherwise.
+//! A fence that the pool's own `options` override: new sessions are writable although the database makes them
+//! read-only.
 
 use super::*;
 
@@ -7,7 +8,7 @@ fn pending(n: u8, timeline: u32) -> ServerReport {
 }
 
 impl Bench {
-    /// Answers the questions to server 1 at once for this long, and returns how many new sessions were opened.
+    /// Answers the questions to server 1 immediately for this long, and returns how many new sessions were opened.
     fn answered_for(&mut self, seconds: u64, kept: &ServerReport, new: &ServerReport) -> usize {
         let mut opened = 0;
         for _ in 0..seconds * 100 {
@@ -23,7 +24,7 @@ impl Bench {
         opened
     }
 
-    /// New sessions have shown that the fence is lifted.
+    /// A pool whose new sessions have shown that the options override the fence.
     fn lifted() -> Self {
         let mut bench = Self::settled();
         bench.answered_for(3, &pending(1, 1), &primary(1, 1));
@@ -59,7 +60,7 @@ fn a_fence_that_begins_is_looked_at_at_once() {
         bench.answer(1, Ok(fenced(1, 1)), true, true);
         assert_eq!((bench.primary(), bench.ended()), (None, vec![1]), "{case}");
     }
-    // The options were of no use after all, for instance behind a pooler.
+    // The options turn out to have no effect, for instance behind a pooler.
     let mut bench = Bench::lifted();
     let mut seconds = 0;
     while bench.primary().is_some() {
@@ -69,7 +70,7 @@ fn a_fence_that_begins_is_looked_at_at_once() {
     }
 }
 
-/// A session that was opened in the moment of the fence shows nothing.
+/// A session that was opened before the fence was seen may be older than the fence, so it proves nothing.
 #[test]
 fn only_a_session_that_was_opened_after_the_fence_was_seen_denies_it() {
     let mut bench = Bench::settled();

@@ -1,4 +1,4 @@
-//! A primary that is in use: what suspends it, resumes it, and ends its generation, and what does not.
+//! A primary that is in use: what suspends it, what resumes it, what ends its generation, and what does none of these.
 
 use super::*;
 
@@ -55,7 +55,8 @@ fn a_slow_server_is_resumed_and_loses_no_connection() {
     assert_eq!(bench.topology.view().generation.get(), 1);
 }
 
-/// A promoted server names the timeline that it came from until it has completed a checkpoint; then nothing does.
+/// A promoted server shows the timeline that it came from until it has completed a checkpoint. Afterwards the pool must
+/// remember it.
 #[test]
 fn a_resumed_server_is_remembered_by_the_timeline_that_it_came_from() {
     for first in [Some(1), None] {
@@ -133,7 +134,7 @@ fn a_successor_is_looked_for_before_a_silent_primary_is_given_up() {
     let mut bench = Bench::settled();
     bench.wait(ms(1050));
     bench.log.clear();
-    // The heartbeat has then been open for 75 ms; its limit is 2 s.
+    // Then the heartbeat has had no answer for 75 ms. Its limit is 2 s.
     bench.wait(ms(75));
     assert!(bench.asked(2) > 0 && bench.asked(3) > 0, "the patrol would come seconds later");
     bench.report(2, standby(2));
@@ -165,7 +166,7 @@ fn a_long_statement_is_no_reason_to_go_on_asking() {
             bench.answer(1, Ok(primary(1, 1)), false, true);
         }
     }
-    // Each time after twice as long, and from then on as always.
+    // Each pause is twice as long as the one before, up to the pause between two heartbeats.
     assert!((3..=7).contains(&bench.asked(1)), "asked {} times in two seconds", bench.asked(1));
     assert_eq!(bench.asked(2), 0, "it answers");
 }
@@ -179,7 +180,7 @@ fn slow_statements_are_no_reason_either() {
         bench.answer(1, Ok(primary(1, 1)), false, true);
     }
     assert!(bench.asked(1) <= 25, "asked {} times in ten seconds", bench.asked(1));
-    // What is heard all the time is asked as soon as it falls silent.
+    // A server that has answered all the time is asked as soon as it falls silent.
     for _ in 0..6 {
         bench.work(ms(1000), true);
         bench.answer(1, Ok(primary(1, 1)), false, true);
@@ -248,7 +249,7 @@ fn a_full_server_without_a_slot_for_the_heart_beat_is_no_loss() {
 
 #[test]
 fn the_end_of_the_heartbeat_session_alone_is_no_loss() {
-    // It was closed, or an administrator ended it (57P01).
+    // The session was closed, or an administrator ended it (57P01).
     for kind in [FailureKind::Unreachable, FailureKind::NotNow] {
         let mut bench = Bench::settled();
         bench.wait(ms(1000));

@@ -1,4 +1,4 @@
-//! A server is alive while any of its sessions answers, and found dead soon after none does.
+//! A server counts as alive while any of its sessions answers. Soon after none does, it counts as dead.
 
 use proptest::prelude::*;
 
@@ -26,7 +26,7 @@ fn what_a_question_without_a_report_says() {
         let new = sighting(kind, true);
         let full = kind == FailureKind::Full;
         let expected = |finding| if full { Lives } else { finding };
-        // No failure to open a session counts while an older one is open.
+        // While an older session is open, no failure to open a new one counts.
         assert_eq!(Sighting { kept_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
         assert_eq!(Sighting { pooled_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
         assert_eq!(Sighting { pooled_open: true, mute: true, ..new }.finding(), expected(Gone), "{kind:?}");
@@ -46,19 +46,20 @@ fn what_a_question_without_a_report_says() {
     assert_eq!(held_up.finding(), Lives, "the server answers others");
 }
 
-/// Server 1 is the primary, with one session kept for the heartbeat and one of the pool; server 2 is its standby.
+/// Server 1 is the primary. The pool has a session to it for the heartbeat, and one for callers. Server 2 is its
+/// standby.
 struct Stage {
     bench: Bench,
-    /// The session that is kept is open.
+    /// The heartbeat's session is open.
     kept: bool,
-    /// Nothing is answered any more, and nothing is closed.
+    /// The server answers nothing, and closes nothing.
     silent: bool,
-    /// What comes of a new session.
+    /// How opening a new session fails. `None`: it succeeds.
     new: Option<FailureKind>,
     traffic: TrafficSample,
     /// Server 2 was promoted.
     promoted: bool,
-    /// What is under way: when it ends, and how it was asked.
+    /// The questions under way: when each ends, its server, and whether it is on a new session and beside another one.
     asked: Vec<(Instant, u8, bool, bool)>,
     suspended_at: Option<Instant>,
     ended_at: Option<Instant>,
@@ -96,7 +97,7 @@ impl Stage {
         }
     }
 
-    /// As the task does before each poll.
+    /// Passes a traffic sample, as the task does before each poll.
     fn look(&mut self) {
         self.bench.topology.traffic(self.bench.now, self.traffic);
         self.bench.poll();
@@ -138,13 +139,13 @@ impl Stage {
     }
 }
 
-/// What happens around a server that lives.
+/// What can happen around a server that lives.
 #[derive(Clone, Debug)]
 enum Noise {
-    /// New sessions fail so, or can be had again.
+    /// From now on, new sessions fail in this way, or succeed.
     New(Option<FailureKind>),
     Suspect,
-    /// Callers have connections on loan, and are answered or not.
+    /// Whether callers have connections on loan, and whether they receive answers.
     Use {
         in_use: bool,
         received: bool,
@@ -177,8 +178,8 @@ impl Stage {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever becomes of new sessions, and whoever doubts: while the session that is kept answers, nothing is suspended and
-    /// nothing ends.
+    /// While the heartbeat's session answers, nothing is suspended and nothing ends, whatever happens to new sessions,
+    /// and whoever doubts the server.
     #[test]
     fn a_server_that_answers_on_an_open_session_is_never_left(noises in prop::collection::vec(noise(), 0..30)) {
         let mut stage = Stage::new();
@@ -191,7 +192,8 @@ proptest! {
         prop_assert_eq!(stage.bench.primary(), Some(1));
     }
 
-    /// The session that is kept has ended and no other can be had; what comes on the pool's sessions is proof enough.
+    /// The heartbeat's session has ended or its question is held up, and no new session can be opened. Answers on the
+    /// pool's sessions prove that the server lives.
     #[test]
     fn a_server_that_answers_the_pool_is_never_left(
         noises in prop::collection::vec(noise(), 0..30),
@@ -201,7 +203,7 @@ proptest! {
         let mut stage = Stage::new();
         stage.traffic = TrafficSample { in_use: true, received: true, moved: true, open: 1 };
         stage.new = Some(kind);
-        // Its question is held up, or its session gone.
+        // Either the heartbeat's question is held up, or its session has ended.
         (stage.kept, stage.silent) = (held_up, held_up);
         for noise in &noises {
             if !matches!(noise, Noise::New(_) | Noise::Use { .. }) {
@@ -213,7 +215,7 @@ proptest! {
         prop_assert_eq!((stage.suspended_at, stage.ended_at), (None, None));
     }
 
-    /// The other way round: in the midst of all that, a server that dies is suspended within the usual time, its connections
+    /// The opposite: whatever happened before, a server that dies is suspended within the usual time, its connections
     /// end after `dead_after`, and a successor is used as soon as it can be seen.
     #[test]
     fn a_server_that_dies_is_found_in_the_midst_of_it(
@@ -239,7 +241,7 @@ proptest! {
         stage.promoted = successor;
         stage.run(ms(60_000));
         let settings = settings();
-        // A heartbeat, and its limit; where sessions are closed the limit of a new one.
+        // The time until the next heartbeat, its time limit, and if sessions are closed, the time limit of a new one.
         let usual = settings.heartbeat + settings.heartbeat_timeout * 2 + settings.probe_timeout;
         let after = |at: Option<Instant>| at.map(|at| at.duration_since(died));
         let suspended = after(stage.suspended_at);
@@ -249,7 +251,7 @@ proptest! {
             prop_assert!(ended.is_some_and(|took| took <= usual + ms(500)), "left after {ended:?}");
             prop_assert_eq!(stage.bench.primary(), Some(2));
         } else if closes && kind.is_an_answer() && kind != FailureKind::Full {
-            // Somebody answers there that it takes nobody: that is not silence.
+            // Something at this address answers that it accepts nobody. That is not silence.
         } else {
             let most = settings.dead_after + usual;
             prop_assert!(ended.is_some_and(|took| took <= most), "ended after {ended:?}");
@@ -265,7 +267,7 @@ fn a_primary_that_takes_no_new_session_is_asked_on_the_one_that_is_kept() {
     bench.log.clear();
     bench.answer(1, Err(failure(FailureKind::Unreachable)), true, true);
     assert_eq!((bench.primary(), bench.asked_fresh()), (Some(1), Some(false)), "at once, on the open session");
-    // That one ends, and so have the pool's: now nothing shows that it lives.
+    // The heartbeat's session ends, and the pool has no other one. Now nothing shows that the server lives.
     bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
     assert!(bench.asked_freshly(1));
     bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
@@ -292,7 +294,7 @@ fn the_session_of_a_suspended_primary_is_kept_and_asked() {
     assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
 }
 
-/// Sessions take three seconds to open: that is no reason to doubt a server that answers at once on an open one.
+/// Opening a session takes three seconds. That is no reason to doubt a server that answers immediately on an open one.
 #[test]
 fn time_to_open_a_session_is_not_time_to_answer() {
     let mut bench = Bench::settled();
@@ -335,7 +337,7 @@ fn eight_dead_addresses_are_asked_as_often_as_one() {
     assert!(seventeen < sixteen, "{sixteen} {seventeen}");
 }
 
-/// The network renumbers: the server lives on, and takes new sessions at another address alone.
+/// The server got another address. It goes on running, but accepts new sessions only there.
 #[test]
 fn a_primary_that_takes_sessions_elsewhere_is_reached_there() {
     let mut bench = Bench::settled();
@@ -350,7 +352,8 @@ fn a_primary_that_takes_sessions_elsewhere_is_reached_there() {
     assert_eq!((bench.primary(), bench.ended(), bench.topology.view().generation.get()), (Some(2), vec![], 1));
 }
 
-/// A proxy at the only address may lead new sessions to a successor while the old one is still held by the old primary.
+/// A proxy at the only address may connect new sessions to a successor, while the old session still reaches the old
+/// primary.
 #[test]
 fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol() {
     let fresh = |bench: &Bench| {
@@ -377,7 +380,7 @@ fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol()
     let mut settled = Bench::settled();
     assert_eq!(patrols(&mut settled), 0, "the standbys are in sight");
 
-    // It leads to the old primary, which changes nothing, and then to the new one.
+    // A new session reaches a standby, which changes nothing. The next one reaches the new primary.
     alone.wait(ms(5000));
     alone.answer(1, Ok(standby(9)), true, true);
     assert_eq!((alone.primary(), alone.ended()), (Some(1), vec![]));
@@ -386,13 +389,14 @@ fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol()
     assert_eq!((alone.topology.view().generation.get(), alone.ended()), (2, vec![1]));
 }
 
-/// The heartbeat's session is dead without a sign, and the server has answered on another one since it was asked.
+/// The heartbeat's session has died without a sign. But since the heartbeat was sent, the server has answered on
+/// another session.
 #[test]
 fn a_server_that_answered_the_second_question_is_not_silent() {
     for (answer, lives) in [
         (Ok(primary(1, 1)), true),
         (Err(failure(FailureKind::Full)), true),
-        // The server itself says none of these.
+        // These failures are not answers of the server itself.
         (Err(failure(FailureKind::NotNow)), false),
         (Err(failure(FailureKind::Unreachable)), false),
         // Another server behind the same address answers.
@@ -407,7 +411,7 @@ fn a_server_that_answered_the_second_question_is_not_silent() {
         bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
         assert_eq!(bench.primary(), lives.then_some(1), "{answer:?}");
         if lives {
-            // Without another answer, the next silence counts.
+            // If no other session is answered, the next silence counts.
             bench.wait(ms(1000));
             bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
             assert_eq!(bench.primary(), None, "{answer:?}");
@@ -415,7 +419,7 @@ fn a_server_that_answered_the_second_question_is_not_silent() {
     }
 }
 
-/// An answer from before the question says nothing about it.
+/// An answer that came before the heartbeat was sent does not count.
 #[test]
 fn an_earlier_answer_to_the_second_question_proves_nothing() {
     let mut bench = Bench::settled();
@@ -427,7 +431,7 @@ fn an_earlier_answer_to_the_second_question_proves_nothing() {
     assert_eq!(bench.primary(), None);
 }
 
-/// Its question is held up, and its callers were quiet for a moment. Then one of them is answered.
+/// The heartbeat's question is held up, and callers sent nothing for a moment. Then one of them receives an answer.
 #[test]
 fn a_primary_that_was_suspended_for_silence_is_resumed_when_it_is_heard() {
     let heard = |bench: &mut Bench| {
@@ -442,11 +446,11 @@ fn a_primary_that_was_suspended_for_silence_is_resumed_when_it_is_heard() {
     assert_eq!(bench.primary(), None);
     heard(&mut bench);
     assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
-    // What casts doubt on its role is not cleared by an answer to somebody else.
+    // An answer to a caller does not resume a primary that was suspended because of its role.
     bench.topology.suspected(bench.now, GenerationId(1), Suspicion::ReadOnly);
     heard(&mut bench);
     assert_eq!(bench.primary(), None);
-    // Nor does an answer on a session that may lead to another server show anything.
+    // On a roaming pool, the answer may come from another server, so it proves nothing.
     let mut bench = Bench::roaming();
     bench.wait(ms(1000));
     bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);

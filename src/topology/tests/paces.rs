@@ -1,8 +1,8 @@
-//! How often is asked what waiting does not help.
+//! How often the pool asks while waiting does not help.
 
 use super::*;
 
-/// Callers wait for the right password, but the wrong one is tried as rarely as any that is refused.
+/// Callers wait for the right password. But the wrong one is tried as rarely as any refused password.
 #[test]
 fn of_servers_that_refuse_a_password_that_may_pass_one_is_asked_in_a_second() {
     let mut bench = Bench::new(3);
@@ -26,7 +26,7 @@ fn of_servers_that_refuse_a_password_that_may_pass_one_is_asked_in_a_second() {
     assert!(asked.iter().all(|times| *times >= 19), "each has its turn: {asked:?}");
 }
 
-/// Callers that ask in a loop do not make the look-ups more frequent, nor the questions to what is no server.
+/// Callers that ask in a loop do not cause more look-ups, or more questions to something that is not PostgreSQL.
 #[test]
 fn what_waiting_does_not_help_is_asked_at_a_slow_pace() {
     let now = Instant::now();

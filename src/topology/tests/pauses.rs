@@ -1,4 +1,4 @@
-//! Time in which no server was asked, for instance because the pool slept or the process was frozen, proves nothing.
+//! Time during which no server was asked proves nothing, for instance while the pool slept or the process was frozen.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn policy() -> Settings {
     Settings { accept_new_cluster_after: Some(ms(30_000)), ..settings() }
 }
 
-/// Another cluster, and an old primary of the same one.
+/// A primary of another cluster, and an old primary of the pool's own.
 fn claimants() -> [ServerReport; 2] {
     [ServerReport { system_identifier: Some(78), ..primary(2, 1) }, primary(22, 2)]
 }
@@ -22,7 +22,7 @@ fn pair(settings: Settings) -> Bench {
     bench
 }
 
-/// A pool with one name, which led to the primary of timeline 1.
+/// A pool with one name, which leads to the primary of timeline 1.
 fn by_name() -> Bench {
     let now = Instant::now();
     let mut bench = Bench { topology: Topology::new(settings(), Vec::new(), 1, 1, now), now, log: Vec::new() };
@@ -35,7 +35,7 @@ fn by_name() -> Bench {
 }
 
 impl Bench {
-    /// Nobody needs a primary for this long, and then somebody does.
+    /// Nobody needs a primary for this long. Then a caller wakes the pool.
     fn sleep(&mut self, duration: Duration) {
         self.topology.sleep(self.now, "asleep");
         let actions = self.topology.lie_down();
@@ -51,12 +51,12 @@ impl Bench {
         self.poll();
     }
 
-    /// The heartbeat's question on its session runs out of time.
+    /// The heartbeat's question times out. Its session stays open.
     fn times_out(&mut self) {
         self.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
     }
 
-    /// Server 2 claims to be the primary for this long, and server 1 gives no answer.
+    /// For this long, server 2 reports that it is the primary, and server 1 gives no answer.
     fn claim(&mut self, claimant: &ServerReport, seconds: u64) {
         for _ in 0..seconds {
             self.report(2, claimant.clone());
@@ -87,7 +87,7 @@ fn another_cluster_is_followed_only_after_the_servers_were_asked_for_long_enough
         bench.sleep(HOUR);
         bench
     };
-    // Its primary is asked once an hour.
+    // This pool asks its primary once an hour.
     let rarely_asked = || {
         let mut bench = pair(Settings { heartbeat: HOUR, ..policy() });
         bench.wait(ms(1000));
@@ -115,7 +115,7 @@ fn another_cluster_is_followed_only_after_the_servers_were_asked_for_long_enough
     }
 }
 
-/// Polls come late on a busy machine. That is no frozen process.
+/// On a busy machine, polls come late. That does not count as a frozen process.
 #[test]
 fn a_late_poll_does_not_put_off_the_policy() {
     let [stranger, _] = claimants();
@@ -142,7 +142,7 @@ fn connections_do_not_end_because_the_process_was_frozen() {
         assert!(bench.ended().is_empty(), "it has had ten seconds to answer");
         bench.wait(ms(10_000));
         assert_eq!(bench.ended(), [1]);
-        // While it is suspended.
+        // The same while the primary is suspended.
         let mut bench = Bench::settled();
         bench.wait(ms(1000));
         bench.times_out();
@@ -154,7 +154,8 @@ fn connections_do_not_end_because_the_process_was_frozen() {
     }
 }
 
-/// A primary that is asked once an hour was silent for as long as the question took, and not for an hour.
+/// If a primary is asked once an hour and a question has no answer, it was silent for as long as the question took, not
+/// for an hour.
 #[test]
 fn a_primary_that_is_rarely_asked_is_not_silent_meanwhile() {
     let mut bench = pair(Settings { heartbeat: HOUR, ..settings() });
@@ -193,8 +194,8 @@ fn credentials_are_not_refused_for_long_because_the_process_was_frozen() {
     assert!(!bench.refused());
 }
 
-/// The primary's name may lead elsewhere since anybody asked: an old primary at its old address is not believed before DNS
-/// has answered, as in the first search.
+/// The primary's name may lead to another address by now. So, as in the first search, an old primary at the old address
+/// is not accepted before DNS has answered.
 #[test]
 fn a_search_that_knows_no_timeline_waits_for_its_names() {
     let woken = || {
@@ -211,7 +212,7 @@ fn a_search_that_knows_no_timeline_waits_for_its_names() {
             bench
         }
     };
-    // The look-up of the patrol is under way.
+    // A look-up of the patrol is under way.
     let in_a_look_up = || {
         let mut bench = by_name();
         bench.wait(ms(5000));
@@ -236,7 +237,7 @@ fn a_search_that_knows_no_timeline_waits_for_its_names() {
         ("frozen", &frozen),
     ];
     for (case, start) in cases {
-        // It has been restarted meanwhile, so that it is not the generation's server in the same life.
+        // The server was restarted meanwhile, so it is not in the life in which the generation began.
         let old = primary(11, 1);
         let mut bench = start();
         bench.now += ms(5);
@@ -263,7 +264,7 @@ fn a_search_that_knows_no_timeline_waits_for_its_names() {
     }
 }
 
-/// What is known is outdated only until the servers have been asked again.
+/// What the pool knows is outdated only until the servers have been asked again.
 #[test]
 fn some_time_after_a_freeze_a_promotion_is_believed_at_once() {
     let mut bench = Bench::settled();
@@ -278,7 +279,7 @@ fn some_time_after_a_freeze_a_promotion_is_believed_at_once() {
     assert_eq!(bench.primary(), Some(2));
 }
 
-/// DNS is often late after a failover, so a member that it does not name is asked, however long the pool slept before.
+/// DNS is often late after a failover. So a member that it does not name is still asked, even after a long sleep.
 #[test]
 fn a_member_that_dns_does_not_name_is_remembered_through_a_sleep() {
     let asleep = |bench: &mut Bench| bench.sleep(HOUR);

@@ -1,4 +1,4 @@
-//! An address that leads to one server or another.
+//! An address behind which each new session may reach another server.
 
 use super::*;
 

@@ -1,5 +1,5 @@
-//! Runs the scenario files in `tests/topology`: what the servers answer goes in, which one is the primary comes out.
-//! `tests/topology/README.md` explains the format.
+//! Runs the scenario files in `tests/topology`. Each says what the servers answer, and which one must then be the
+//! primary. `tests/topology/README.md` explains the format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Write as _};
@@ -14,20 +14,20 @@ use toml::Spanned;
 
 use super::*;
 
-/// The system identifier of a server that is given no other one.
+/// The system identifier of a server for which the scenario gives none.
 const OURS: u64 = 77;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Scenario {
     title: String,
-    /// Rows of the list in docs/scenarios.md.
+    /// The rows in docs/scenarios.md that the scenario covers.
     covers: Vec<String>,
     about: String,
-    /// Addresses that the configuration names.
+    /// The addresses in the configuration.
     #[serde(default)]
     members: Vec<u8>,
-    /// The configuration names a DNS name.
+    /// The configuration contains a DNS name.
     #[serde(default)]
     name: bool,
     #[serde(default, deserialize_with = "duration")]
@@ -49,12 +49,12 @@ struct Step {
     says: Option<Says>,
     timeline: Option<u32>,
     wal: Option<u64>,
-    /// Where its last replay ended; a crash moves it.
+    /// Where the server's last replay ended. A crash changes it.
     replayed: Option<u64>,
-    /// Which start of the server this is; a restart has another number.
+    /// The start of the server, as a number. A restart changes it.
     started: Option<i64>,
     cluster: Option<u64>,
-    /// It tells its role alone: no identity, no timeline.
+    /// The server reports only its role, without identity and timeline.
     #[serde(default)]
     anonymous: bool,
     #[serde(default)]
@@ -106,22 +106,22 @@ enum Suspect {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Expect {
-    /// Whose connections are handed out; 0 for nobody's.
+    /// The server whose connections are handed out, or 0 for none.
     primary: Option<u8>,
     generation: Option<u64>,
-    /// Every generation whose connections were ended so far.
+    /// All generations that have ended so far.
     ended: Option<Vec<u64>>,
-    /// Server → why its last answer makes it no primary.
+    /// For each server: why its last answer does not make it the primary.
     refused: Option<BTreeMap<String, String>>,
-    /// What the operator was told so far, each once.
+    /// All notices that the operator has got so far.
     told: Option<Vec<String>>,
-    /// Who was asked in or since the step before this one.
+    /// The servers that were asked in the step before this one or since.
     asked: Option<BTreeSet<u8>>,
     asked_freshly: Option<BTreeSet<u8>>,
     asked_dns: Option<bool>,
-    /// Whom the next search would ask.
+    /// The servers that the next search would ask.
     candidates: Option<BTreeSet<u8>>,
-    /// Callers hear at once that every server refuses them.
+    /// Callers fail immediately because every server refuses the pool.
     callers_refused: Option<bool>,
 }
 
@@ -191,7 +191,7 @@ impl Step {
         })
     }
 
-    /// What is wrong with the step itself.
+    /// Returns what is wrong with the step itself.
     fn mistake(&self, started: bool, named: bool) -> Option<&'static str> {
         let about_a_report = self.timeline.is_some()
             || self.wal.is_some()
@@ -224,7 +224,7 @@ impl Step {
     }
 }
 
-/// A topology, its clock, and what came of it.
+/// A topology, its clock, and what it has done so far.
 struct Run {
     topology: Topology,
     began: Instant,
@@ -302,7 +302,7 @@ impl Run {
                     self.newest = begun;
                 }
                 Action::Notice(notice) => self.told.push(told(&notice)),
-                // Suspensions and resumptions show in the view.
+                // The view shows suspensions and resumptions.
                 _ => {}
             }
         }
@@ -325,7 +325,7 @@ impl Run {
             let address = address(server);
             let beside =
                 fresh && self.topology.beside.asking && self.topology.primary_address().as_ref() == Some(&address);
-            // What is not there answers no question, on whichever session it was asked.
+            // A server that is gone does not answer on any session.
             let gone = beside && !still_open && self.topology.members[&address].asking;
             let both = gone.then(|| result.clone());
             self.topology.probed(self.now, &Probed { address: address.clone(), result, fresh, still_open, beside });
@@ -403,7 +403,7 @@ fn word(refusal: &Refusal) -> String {
         Refusal::OtherCluster { .. } => "other cluster",
         Refusal::Zombie { .. } => "zombie",
         Refusal::Unidentified => "unidentified",
-        // A variant that a scenario names before this table does is found by its own name.
+        // A variant that this table does not contain has its own name.
         other => return format!("{other:?}"),
     };
     word.to_owned()
@@ -420,7 +420,7 @@ fn told(notice: &Notice) -> String {
     }
 }
 
-/// The scenario, or what is wrong with it or with the topology, with the line.
+/// Runs a scenario. Returns it, or the error in it or in the topology, with the line.
 fn run(name: &str, text: &str) -> Result<Scenario, String> {
     let line = |offset: usize| text[..offset.min(text.len())].matches('\n').count() + 1;
     let scenario: Scenario = toml::from_str(text).map_err(|error| {

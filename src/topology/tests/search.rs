@@ -1,4 +1,4 @@
-//! The search for a primary: whom it asks, how often, and when it believes what it is told.
+//! The search for a primary: which servers it asks, how often, and when it accepts an answer.
 
 use super::*;
 
@@ -27,7 +27,7 @@ fn a_promotion_is_believed_at_once() {
     assert_eq!(bench.primary(), None);
     assert!(bench.ended().is_empty(), "a dead primary is no proof of a new one");
     bench.wait(ms(30));
-    // Servers 1 and 3 have not answered since; timeline 2 settles it.
+    // Servers 1 and 3 have not answered since. But timeline 2 proves a promotion.
     bench.report(2, primary(2, 2));
     assert_eq!(bench.primary(), Some(2));
     assert_eq!(bench.ended(), [1]);
@@ -126,7 +126,7 @@ fn the_server_of_an_open_session_waits_for_its_promotion() {
         bench.wait(ms(20));
         bench.fail(1, FailureKind::Unreachable);
         assert!(bench.topology.keeps(&address(2)), "it survives the promotion");
-        // How things stand, before anything is waited for.
+        // The first question of a search asks for a report, without a promotion wait.
         bench.wait(ms(1));
         assert_eq!(bench.promotion_waits(2), [None]);
         bench.answer(2, Ok(standby(2)), false, true);
@@ -193,7 +193,7 @@ fn a_standby_that_refuses_to_wait_is_asked_with_a_pause() {
     assert!((10..=40).contains(&bench.asked(2)), "asked {} times in 600 ms", bench.asked(2));
 }
 
-/// What it takes on purpose says nothing of how soon the server answers.
+/// The duration of a promotion wait says nothing about how fast the server answers.
 #[test]
 fn a_promotion_wait_is_not_held_against_the_server() {
     let mut bench = Bench::searching();
@@ -205,7 +205,7 @@ fn a_promotion_wait_is_not_held_against_the_server() {
     assert_eq!(bench.topology.members[&address(2)].took, took);
 }
 
-/// However old it is: what it was kept for is the moment when its server is promoted.
+/// The session is asked first even if it is old, because it was kept to see its server's promotion.
 #[test]
 fn a_warm_session_is_asked_first_and_renewed_a_second_later() {
     let mut bench = Bench::settled();
@@ -226,7 +226,7 @@ fn a_warm_session_is_asked_first_and_renewed_a_second_later() {
     assert!(fresh.len() > 1, "the first question of the search came on a new session");
 }
 
-/// A standby that has no slot for another session keeps the one that it has.
+/// If a standby has no slot for another session, the pool keeps the open one.
 #[test]
 fn a_session_to_a_standby_is_not_given_up_for_one_that_cannot_be_had() {
     for (kind, kept) in [(FailureKind::Full, true), (FailureKind::TimedOut, true), (FailureKind::Unreachable, false)] {
@@ -265,7 +265,7 @@ fn the_primary_that_is_searched_for_is_not_forgotten() {
     topology.poll(now);
     let probed = |result| Probed { address: address(1), result, fresh: false, still_open: true, beside: false };
     topology.probed(now, &probed(Ok(primary(1, 1))));
-    // DNS has named another server for longer than anybody is remembered; then one heartbeat is late.
+    // DNS has named only another server for longer than members are remembered. Then one heartbeat is late.
     let later = now + 2 * REMEMBER;
     topology.poll(later);
     topology.probed(later, &probed(Err(failure(FailureKind::TimedOut))));

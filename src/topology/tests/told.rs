@@ -1,4 +1,4 @@
-//! What a server tells of itself: zombies, fences, other clusters, and one server by two addresses.
+//! What a server reports about itself: old primaries, fences, other clusters, and one server at two addresses.
 
 use super::*;
 

@@ -1,8 +1,9 @@
-//! What a server keeps back costs that part alone, and lets nobody in who would not be without it.
+//! If a server withholds a part, only what that part would show is lost, and no server is accepted that would otherwise
+//! be refused.
 
 use super::*;
 
-/// The same report, without these parts.
+/// Returns the report without these parts.
 fn without(parts: &[Part], mut report: ServerReport) -> ServerReport {
     for part in parts {
         match part {
@@ -42,14 +43,15 @@ const ALL: [Part; 9] = [
     Part::Evidence,
 ];
 
-/// Each part, two of them, and all.
+/// Sets of parts: each part alone, each pair, and all parts.
 fn sets() -> impl Iterator<Item = Vec<Part>> {
     let one = ALL.into_iter().map(|part| vec![part]);
     let two = ALL.into_iter().flat_map(|one| ALL.into_iter().map(move |other| vec![one, other]));
     one.chain(two).chain([ALL.to_vec()])
 }
 
-/// Server 1 is the primary of timeline 2, recovered once; 2 and 3 are standbys. All have told everything.
+/// Server 1 is the primary of timeline 2, and has recovered once. Servers 2 and 3 are standbys. All have reported
+/// everything.
 fn settled() -> Bench {
     let mut bench = Bench::new(3);
     bench.report(2, standby(2));
@@ -61,7 +63,7 @@ fn settled() -> Bench {
     bench
 }
 
-/// The primary has stopped to tell these parts, as its kept session shows, and is gone.
+/// The primary has withheld these parts on its kept session, and then was lost.
 fn lost_without(parts: &[Part]) -> Bench {
     let mut bench = settled();
     bench.wait(ms(6000));
@@ -84,7 +86,7 @@ fn refusal(bench: &Bench, n: u8) -> Option<Refusal> {
     }
 }
 
-/// What is not there although nobody refused it is nonsense.
+/// If a part is missing although the server did not refuse it, the answer makes no sense.
 #[test]
 fn a_part_that_is_missing_for_no_reason_is_not_filled_in() {
     for part in [Part::Identity, Part::Timeline] {
@@ -99,7 +101,7 @@ fn a_part_that_is_missing_for_no_reason_is_not_filled_in() {
 #[test]
 fn a_primary_that_keeps_back_any_part_is_kept() {
     for parts in sets() {
-        // On a session that is kept, and then on new ones, as long as any session is open.
+        // On a kept session and on new ones, while any session is open.
         for first_fresh in [false, true] {
             let mut bench = settled();
             for fresh in [first_fresh, false, true, false, true] {
@@ -131,7 +133,7 @@ fn one_that_starts_without_any_part_is_found_and_learned_from_later() {
         bench.wait(ms(1000));
         bench.answer(1, Ok(without(&parts, recovered(primary(1, 2)))), false, true);
         assert_eq!(told(&bench).withheld, parts.iter().copied().collect(), "{parts:?}");
-        // Granted.
+        // The privileges are granted now.
         let revision = bench.topology.revision();
         bench.wait(ms(1000));
         bench.answer(1, Ok(recovered(primary(1, 2))), false, true);
@@ -142,7 +144,7 @@ fn one_that_starts_without_any_part_is_found_and_learned_from_later() {
         let vital = [Part::Identity, Part::StartTime, Part::Timeline, Part::Replay];
         let learned = bench.log.iter().any(|it| matches!(it, Action::Learned { report } if report.is_identified()));
         assert_eq!(learned, parts.iter().any(|part| vital.contains(part)), "{parts:?}");
-        // From then on a stranger and an old primary are refused.
+        // From now on, another cluster and an old primary are refused.
         bench.report(1, ServerReport { system_identifier: Some(78), ..started(9, primary(1, 2)) });
         assert!(matches!(refusal(&bench, 1), Some(Refusal::OtherCluster { .. })), "{parts:?}");
     }
@@ -164,7 +166,7 @@ fn an_operator_is_told_once_what_is_kept_back_and_again_when_it_is_more() {
         told(&bench)
     };
     assert_eq!(say(&[Part::Fence], false), ["the settings of new sessions"]);
-    // A new session is not asked for it.
+    // A new session is not asked for the fence.
     assert_eq!(say(&[], true).len(), 1);
     assert_eq!(say(&[Part::Fence], false).len(), 1);
     assert_eq!(say(&[Part::Fence, Part::Identity], false)[1..], ["the system identifier"]);
@@ -176,10 +178,10 @@ fn an_operator_is_told_once_what_is_kept_back_and_again_when_it_is_more() {
 #[test]
 fn a_successor_that_is_known_from_before_needs_to_tell_nothing() {
     for parts in sets() {
-        // In the life that it was known in, whether the primary had stopped telling or not.
+        // The successor is in the life in which it is known. The primary has withheld these parts, or nothing.
         for before in [&parts[..], &[]] {
             let mut bench = lost_without(before);
-            // It told when it was started, or its session is kept.
+            // Either the server reports its start time, or its session is kept.
             let kept = parts.contains(&Part::StartTime);
             bench.answer(2, Ok(standby(2)), !kept, true);
             bench.wait(ms(50));
@@ -196,28 +198,28 @@ fn an_unidentified_server_is_let_in_only_where_the_primary_had_stopped_telling()
     for (before, server, let_in) in [(&hidden[..], 2, true), (&[], 2, false), (&hidden, 4, false), (&[], 4, false)] {
         let mut bench = lost_without(before);
         if server == 4 {
-            // Nobody has seen it before.
+            // The pool has never seen this server.
             bench.topology.add(endpoint(4), Origin::Resolved, bench.now);
             bench.poll();
         }
-        // Another life than the one that is known.
+        // The server is in another life than the known one.
         bench.report(server, started(99, without(&hidden, primary(server, 3))));
         bench.wait(ms(500));
         assert_eq!(bench.primary() == Some(server), let_in, "{before:?} {server}");
         assert_eq!(refusal(&bench, server), (!let_in).then_some(Refusal::Unidentified));
-        // It tells again, and is let in.
+        // The server reports its cluster again, and is accepted.
         bench.report(server, started(99, primary(server, 3)));
         bench.wait(ms(500));
         assert_eq!(bench.primary(), Some(server));
     }
-    // Where the user names the cluster, nobody is let in who does not tell.
+    // If the user has configured the cluster, a server that withholds its cluster is never accepted.
     let mut bench = Bench::with(Settings { system_identifier: Some(77), ..settings() }, 1);
     bench.report(1, without(&hidden, primary(1, 1)));
     bench.wait(ms(1000));
     assert_eq!(bench.primary(), None);
 }
 
-/// Whichever of the two answers first: the one that keeps these parts back, or the one that tells them.
+/// One server withholds these parts, and another one reports them. The second one is used, whichever answers first.
 fn assert_one_that_tells_is_taken(hidden: &[Part]) {
     for first in [2, 3] {
         let mut bench = lost_without(hidden);
@@ -235,7 +237,7 @@ fn assert_one_that_tells_is_taken(hidden: &[Part]) {
 fn one_that_tells_its_cluster_goes_before_one_that_does_not() {
     let hidden = [Part::Identity];
     assert_one_that_tells_is_taken(&hidden);
-    // It comes late, on a timeline that is not older.
+    // The server that reports its cluster comes late. It is used if its timeline is not older.
     for (timeline, taken) in [(2, 2), (3, 3), (4, 3)] {
         let mut bench = lost_without(&hidden);
         bench.report(2, started(99, without(&hidden, primary(2, 3))));
@@ -262,7 +264,7 @@ fn an_old_primary_is_refused_as_far_as_its_timeline_is_known() {
         (&[], without(&all, primary(2, 3)), Some(unclear)),
         (&all, primary(2, 1), Some(old)),
     ] {
-        // It was restarted since it was a standby, if it was one.
+        // The server was restarted since it was a standby, so its promotion was not seen.
         let mut bench = lost_without(before);
         bench.report(2, started(99, report.clone()));
         bench.wait(ms(500));

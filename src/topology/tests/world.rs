@@ -1,10 +1,10 @@
-//! Any history of a small world of servers, under a virtual clock.
+//! Random histories of a small world of servers, under a virtual clock.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A world of servers: what each would answer. Commands change it; the topology asks it.
+/// One step of a history. It changes what the servers of the world answer to the topology.
 #[derive(Clone, Debug)]
 enum Command {
     Kill(usize),
@@ -86,9 +86,9 @@ fn command() -> impl Strategy<Value = Command> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
 
-    /// Over any history: the published timeline and the generation never go back, a generation ends at most once and
-    /// before a later one begins, nothing is asked twice at a time, and when the dust has settled the newest writable
-    /// primary is the one in use, or none is if there is none.
+    /// In any history, the published timeline and the generation never go back. A generation ends at most once, and
+    /// before a later one begins. No server is asked twice at the same time. In the end, the newest writable primary is
+    /// in use, or none if there is none.
     #[test]
     fn any_history_ends_on_the_newest_primary(commands in prop::collection::vec(command(), 0..40)) {
         let started = |started| Server { up: true, frozen: false, fenced: false, primary: started == 1, timeline: 1, started };
@@ -113,12 +113,12 @@ proptest! {
             State::Primary { report, .. } => report.timeline,
             _ => None,
         };
-        // A primary of an older timeline than one that was seen and died is rightly refused.
+        // It is right to refuse a primary if a newer timeline was seen and then died.
         prop_assert_eq!(used, best.filter(|timeline| Some(*timeline) >= bench.topology.newest_timeline));
     }
 }
 
-/// What must hold at every step, and the probes that are under way.
+/// Checks what must be true at every step, and holds the probes that are under way.
 #[derive(Default)]
 struct Watch {
     timeline: Option<u32>,
@@ -162,7 +162,7 @@ impl Watch {
         let index = index_of(&answered.address);
         let result = if answered.silent { Err(failure(FailureKind::TimedOut)) } else { world.answer(index) };
         let Answered { address, fresh, beside, .. } = answered;
-        // No session is kept in this world.
+        // In this world, no session is kept.
         let result = if beside && !fresh { Err(failure(FailureKind::Unreachable)) } else { result };
         let still_open = result.is_ok();
         bench.topology.probed(bench.now, &Probed { address, result, fresh, still_open, beside });
