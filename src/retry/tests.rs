@@ -12,7 +12,7 @@ fn millis(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-/// Any duration, the absurd ones as often as the common ones.
+/// Random durations. Absurd ones are as frequent as usual ones.
 fn durations() -> impl Strategy<Value = Duration> {
     prop_oneof![
         (0..5_000_u64).prop_map(Duration::from_millis),
@@ -61,7 +61,7 @@ proptest! {
         for (plain, jittered) in plain.zip(jittered).take(200) {
             prop_assert!(plain <= max);
             prop_assert!(jittered <= plain);
-            // Growing, but for the last digit of a floating-point number.
+            // The delays grow, apart from rounding errors.
             prop_assert!(before.saturating_sub(plain) <= before / 1_000_000);
             before = plain;
         }
@@ -80,7 +80,7 @@ proptest! {
         prop_assert_eq!(delays(&seeded, a), delays(&seeded, b));
     }
 
-    /// Whatever the policy and the time each attempt takes.
+    /// This is true for any policy, and for attempts of any duration.
     #[test]
     fn no_wait_reaches_the_deadline_and_no_attempt_is_one_too_many(
         policy in policies(),
@@ -113,7 +113,7 @@ proptest! {
         }
     }
 
-    /// In every window, not only from the start.
+    /// The bound holds in every window of time, not only from the start.
     #[test]
     fn the_budget_grants_no_more_than_it_says(
         burst in 0..10_u32,
@@ -153,7 +153,7 @@ proptest! {
         let budget = RetryBudget::new(burst, per_second).ratio(ratio);
         let start = Instant::now();
         for (second, what) in steps {
-            // Not in order: calls read the clock before they take the lock.
+            // The times are not in order, because calls read the clock before they take the lock.
             let now = start + Duration::from_secs(u64::from(second));
             match what {
                 0 => budget.deposit(),
@@ -203,7 +203,7 @@ fn a_hook_sees_the_retry_and_its_no_gives_the_token_back() {
     }
     let expected = [(1, millis(10), CommitOutcome::NotCommitted), (2, millis(20), CommitOutcome::Unknown)];
     assert_eq!(*seen.lock().unwrap(), expected);
-    // Two were there, one was used.
+    // There were two tokens, and one was used.
     assert_eq!(budget.withdraw(now), Duration::ZERO);
     assert_eq!(budget.withdraw(now), Duration::MAX);
 }
@@ -266,7 +266,7 @@ fn the_deadline_ends_a_call_before_a_wait_in_vain() {
     let policy = RetryPolicy::new().jitter(false).initial_delay(millis(100));
     let mut retries = policy.deadline(SECOND).start(now, 0);
     assert_eq!(retries.next(now + millis(900), &budget), Err(GiveUp::Deadline));
-    // It took no token: there is one still.
+    // The call took no token, so there is still one.
     assert_eq!(budget.withdraw(now), Duration::ZERO);
     assert_eq!(budget.withdraw(now), Duration::MAX);
     let mut late = RetryPolicy::new().start(now, 0);
@@ -278,7 +278,7 @@ fn a_schedule_of_ones_own() {
     let now = Instant::now();
     let policy = RetryPolicy::new().schedule(|| [5, 7].map(millis).into_iter());
     let budget = RetryBudget::unlimited();
-    // Each call has its own.
+    // Each call has its own schedule.
     for _ in 0..2 {
         let mut retries = policy.start(now, 0);
         assert_eq!(retries.next(now, &budget), Ok(millis(5)));
@@ -286,7 +286,7 @@ fn a_schedule_of_ones_own() {
         assert_eq!(retries.next(now, &budget), Err(GiveUp::Schedule));
     }
     assert!(format!("{policy:?}").contains("own"));
-    // It may stop a call, never prolong one.
+    // A schedule can stop a call, but cannot prolong it.
     let policy = policy.schedule(|| std::iter::repeat(Duration::MAX));
     assert_eq!(policy.start(now, 0).next(now, &budget), Err(GiveUp::Deadline));
 }
@@ -316,9 +316,9 @@ fn an_empty_budget_spaces_calls_out() {
     let budget = RetryBudget::new(2, 10);
     let waits: Vec<_> = (0..5).map(|_| budget.withdraw(now).as_millis()).collect();
     assert_eq!(waits, [0, 0, 100, 200, 300]);
-    // The three promised ones are due first.
+    // The three tokens that were promised before come first.
     assert_eq!(budget.withdraw(now + millis(300)), millis(100));
-    // The longer of the two waits counts.
+    // The longer one of the two waits counts.
     let policy = RetryPolicy::new().jitter(false);
     let mut retries = policy.start(now, 0);
     assert_eq!(retries.next(now + millis(300), &budget), Ok(millis(200)));

@@ -1,4 +1,4 @@
-//! The count of what is under way, by the messages that pass.
+//! Tests that the count of requests follows from the messages that are sent and received.
 
 use proptest::prelude::*;
 
@@ -98,14 +98,14 @@ fn a_failed_request_before_a_rollback_ends_by_itself() {
     counter.received(&[ready(b'E'), ready(b'I')].concat());
     counter.drained();
     assert_eq!(counter.flags(), 0);
-    // The one behind it does not.
+    // Another request behind the failed one is still under way.
     counter.sent(&[extended(), extended(), message(b'Q', ROLLBACK)].concat());
     counter.received(&message(b'E', b"\0"));
     counter.drained();
     assert_eq!(counter.flags(), REQUEST);
 }
 
-/// `BEGIN; SELECT 1/0`: the end alone tells that a transaction is open.
+/// `BEGIN; SELECT 1/0`: only the end of the request shows that a transaction is open.
 #[test]
 fn a_failed_request_has_failed_until_its_end() {
     let mut counter = logged_in();
@@ -131,7 +131,7 @@ fn a_copy_ends_with_its_data() {
     counter.received(&[message(b'C', b"COPY 1\0"), ready(b'I')].concat());
     counter.drained();
     assert_eq!(counter.flags(), 0);
-    // One that fails at once: both Syncs are answered.
+    // A COPY that fails immediately: both Syncs are answered.
     counter.sent(&extended());
     counter.received(&[message(b'E', b"\0"), ready(b'I')].concat());
     counter.sent(&[message(b'f', b"\0"), message(b'S', b"")].concat());
@@ -161,7 +161,7 @@ fn the_answer_to_the_question_for_tls_has_no_header() {
 }
 
 proptest! {
-    /// However the bytes are cut, the outcome is the same; and no bytes make it panic.
+    /// The result does not depend on how the bytes are cut, and no bytes cause a panic.
     #[test]
     fn cuts_change_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..400), cut in 1..50_usize) {
         let (mut whole, mut pieces) = (Counter::new(false), Counter::new(false));
@@ -175,7 +175,7 @@ proptest! {
     }
 }
 
-/// These texts commit, or do not.
+/// Texts, and whether they commit.
 const TEXTS: &[(&str, bool)] = &[
     ("COMMIT", true),
     ("commit ; ", true),
@@ -228,7 +228,7 @@ fn a_commit_is_known_by_the_first_word_of_a_statement() {
     }
 }
 
-/// A statement that is parsed first and carried out later commits when it is carried out.
+/// If a statement is parsed first and carried out later, it commits when it is carried out.
 #[test]
 fn a_prepared_commit_is_known() {
     for (sql, commits) in TEXTS {
@@ -244,7 +244,7 @@ fn a_prepared_commit_is_known() {
         counter.received(&ready(b'I'));
         counter.drained();
         assert_eq!(counter.flags(), 0, "{sql:?}");
-        // Another statement, which was parsed long ago.
+        // This carries out another statement, which was parsed long ago.
         counter.sent(&extended());
         assert_eq!(counter.flags() & COMMIT, 0, "{sql:?}");
     }
