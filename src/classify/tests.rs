@@ -80,7 +80,7 @@ fn a_proxy_is_believed_about_connections_and_not_about_commits() {
     use Verdict::*;
     #[rustfmt::skip]
     let rows = [
-        // PgBouncer: everything that befalls it
+        // PgBouncer's reports about troubles of its own
         ("FATAL", "08P01", "server conn crashed?", ConnectionLost, false),
         ("FATAL", "08P01", "query_wait_timeout", ConnectionLost, false),
         ("FATAL", "08P01", "client_login_timeout (server down)", ConnectionLost, false),
@@ -91,7 +91,7 @@ fn a_proxy_is_believed_about_connections_and_not_about_commits() {
         // pgcat
         ("FATAL", "58000", "could not get connection from the pool", ConnectionLost, false),
         ("ERROR", "58000", "server is down", Application, false),
-        // Passed on by whatever is in between: nobody says these of a commit that may have landed.
+        // A proxy passes these on from the server. They never come after a commit that may have been carried out.
         ("ERROR", "23503", "violates foreign key constraint", Application, true),
         ("ERROR", "40001", "restart transaction", Conflict, true),
         ("ERROR", "25P02", "current transaction is aborted", Aborted, true),
@@ -150,7 +150,7 @@ fn reports_while_a_session_opens() {
     }
 }
 
-/// Prints its seed on failure; SEED in the environment runs that one again.
+/// Prints its seed on failure. Set SEED in the environment to repeat a run.
 #[test]
 fn every_code_has_a_verdict() {
     let named = "08 0A 26000 28 3D 40 42P05 53300 57P01 57P02 57P03 57P04 57P05 25006 25P02 25P03 25P04";

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 
 use super::*;
 
-/// A directory with a `resolv.conf` and a `hosts`, gone when dropped.
+/// A directory with a `resolv.conf` and a `hosts`. Dropping this removes it.
 struct Etc(PathBuf);
 
 impl Etc {
@@ -16,7 +16,7 @@ impl Etc {
         etc
     }
 
-    /// As a DHCP client or an orchestrator does it: the new file takes the old one's place at once.
+    /// Replaces the file by renaming a new one, as a DHCP client or an orchestrator does.
     fn write(&self, file: &str, text: &str) {
         let new = self.0.join("new");
         fs::write(&new, text).unwrap();
@@ -57,7 +57,7 @@ fn d7_a_new_resolv_conf_is_read_before_the_next_question() {
     let etc = Etc::new("d7-new");
     let resolver = etc.resolver().unwrap();
     assert_eq!(servers(&resolver), ["127.0.0.1"]);
-    // As long as the old text, and most likely within the same tick of the file system's clock.
+    // The new text is as long as the old one, and most likely written within the same tick of the file system's clock.
     etc.write("resolv.conf", "nameserver 127.0.0.2\n");
     assert_eq!(servers(&resolver), ["127.0.0.2"]);
     etc.write("resolv.conf", "nameserver fdaa::3\nnameserver 127.0.0.4\n");
@@ -104,7 +104,7 @@ async fn d7_without_a_name_server_the_one_on_this_host_is_asked() {
     assert_eq!(servers(&resolver), ["127.0.0.2"]);
 }
 
-/// As in the C library: a file that cannot be read for a reason that lies in the file system counts as missing.
+/// As in the C library, a file counts as missing if the file system is the reason that it cannot be read.
 #[tokio::test]
 async fn d7_a_file_that_cannot_be_read_is_no_file() {
     let etc = Etc::new("d7-unreadable");
@@ -123,7 +123,7 @@ async fn d7_a_file_that_cannot_be_read_is_no_file() {
         let resolver = HickoryResolver::from_files(files).unwrap();
         assert_eq!(servers(&resolver), ["127.0.0.1"], "{unreadable:?}");
     }
-    // A file that becomes unreadable leaves what it said in force.
+    // If a file becomes unreadable, its last contents stay in force.
     let resolver = etc.resolver().unwrap();
     etc.write("resolv.conf", "nameserver 127.0.0.9\n");
     assert_eq!(servers(&resolver), ["127.0.0.9"]);
@@ -132,8 +132,8 @@ async fn d7_a_file_that_cannot_be_read_is_no_file() {
     assert_eq!(servers(&resolver), ["127.0.0.9"]);
 }
 
-/// A name server whose address includes an interface cannot be asked. If there is no other, nobody else is asked in its
-/// place, and the error names it.
+/// A name server whose address includes an interface cannot be asked. If it is the only one, no other server is asked
+/// in its place, and the error names it.
 #[tokio::test]
 async fn d7_a_name_server_with_an_interface_is_named() {
     let etc = Etc::new("d7-scoped");
