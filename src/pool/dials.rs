@@ -1,10 +1,9 @@
-//! The pool's new connections: they are opened in the background, each for the caller that has waited longest.
+//! How new connections are opened: in the background, each for the caller that has waited longest.
 //!
-//! A dial belongs to the pool and not to the caller that needed it first: if that caller gives up, the dial goes on,
+//! A dial belongs to the pool and not to the caller that needed it first. If that caller gives up, the dial goes on,
 //! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
-//! meanwhile. Invariants: connections and dials together never exceed `max_size`; a delivery to a waiter that has just
-//! given up goes to the next one; callers are served in the order in which they
-//! joined the queue. The tests are in
+//! meanwhile. Invariants: connections and dials together never exceed `max_size`; if a waiter has just given up, its
+//! delivery goes to the next one; waiters are served in the order in which they joined the queue. The tests are in
 //! `tests/it/checkout/impatient.rs`.
 
 mod kept;
@@ -31,37 +30,38 @@ use crate::topology::{GenerationId, ProbeFailure};
 
 type Delivery<C> = Result<Connection<C>, Error>;
 
-/// The connections being opened, the callers that wait for them, and opened connections that no caller waits for any
-/// more.
+/// The connections that are being opened, the callers that wait for them, and connections that are ready for the next
+/// caller.
 pub(super) struct Dials<C: SessionClient> {
     book: Mutex<Book<C>>,
-    /// How many callers wait. It is read whenever a connection is given back, and written only while connections are
-    /// opened.
+    /// The number of callers that wait. It is read whenever a connection is given back, and written only while
+    /// connections are opened.
     waiting: AtomicUsize,
-    /// The most connections and dials together.
+    /// The largest number of connections and dials together.
     max_size: AtomicUsize,
-    /// How many connections are to be idle at least.
+    /// The number of connections to keep idle.
     min_idle: AtomicUsize,
     /// The pool that the manager serves, if it is this crate's.
     pool: OnceLock<WeakPool<Manager<C>>>,
-    /// The runtime of the dials and of their sessions' drivers: the pool's own, which outlives its callers' runtimes.
+    /// The runtime that the pool was built on. Dials and the drivers of their sessions run there, because a caller's
+    /// runtime may end first.
     runtime: Handle,
     room: Arc<Room>,
 }
 
 struct Book<C> {
     waiters: VecDeque<Waiter<C>>,
-    /// Connections outside of deadpool's idle ones that wait for the next caller, the newest last.
+    /// Connections outside of deadpool that are ready for the next caller. The newest one is the last.
     ready: Vec<Ready<C>>,
     dialing: usize,
     next_ticket: u64,
-    /// When a dial failed that no caller waited for, and to which primary.
+    /// When a dial that no caller waited for has failed, and to which primary.
     failed_at: Option<(GenerationId, Instant)>,
 }
 
 struct Waiter<C> {
     ticket: u64,
-    /// When its caller asked. A refusal from before that is no answer.
+    /// When its caller asked. Only a refused log-in that began later is an answer to it.
     asked: Instant,
     deliver: oneshot::Sender<Delivery<C>>,
 }
@@ -96,32 +96,32 @@ impl<C: SessionClient> Dials<C> {
         let _ = self.pool.set(pool);
     }
 
-    /// Returns whether the manager serves a pool that the user has built, whose size is unknown.
+    /// Returns whether the manager serves a pool that the user has built. The size of such a pool is unknown.
     pub(super) fn is_pool_built_by_hand(&self) -> bool {
         self.pool.get().is_none()
     }
 
-    /// Returns whether a caller waits for a new connection. It is one load of a value that is rarely written.
+    /// Returns whether a caller waits for a new connection. This is cheap: it reads a value that is rarely written.
     pub(super) fn wanted(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
     }
 
-    /// The number of open connections that no caller has had yet.
+    /// The number of connections that are ready for the next caller.
     pub(super) fn ready(&self) -> usize {
         self.book().ready.len()
     }
 
-    /// Waits until a caller needs a new connection, or a connection has ended. Cancel-safe.
+    /// Waits until a caller needs a new connection, or until a connection or a dial has ended. Cancel-safe.
     pub(super) async fn changed(&self) {
         self.room.changed.notified().await;
     }
 
-    /// When a dial to this primary last failed that no caller waited for.
+    /// When a dial to this primary that no caller waited for has last failed.
     pub(super) fn failed_at(&self, primary: GenerationId) -> Option<Instant> {
         self.book().failed_at.filter(|(to, _)| *to == primary).map(|(_, at)| at)
     }
 
-    /// Gives a connection that is not among the pool's idle ones to the caller that has waited longest.
+    /// Gives a connection to the caller that has waited longest. If none waits, keeps it ready for the next caller.
     pub(super) fn hand(&self, connection: Connection<C>) {
         let mut book = self.book();
         let unclaimed = self.deliver(&mut book, Ok(connection));
@@ -155,12 +155,13 @@ impl<C: SessionClient> Drop for Dialing<C> {
         let mut book = self.0.book();
         book.dialing = book.dialing.saturating_sub(1);
         drop(book);
-        // However the dial ended, its waiters may need another one.
+        // The waiters may need another dial, however this one has ended.
         self.0.room.changed.notify_one();
     }
 }
 
-/// A place in the queue for new connections. Dropping it leaves the queue, and passes on a delivery that was not taken.
+/// A caller's place in the queue for new connections. Dropping it leaves the queue. If a connection was delivered and
+/// not taken, it goes to the next caller.
 struct Place<C: SessionClient> {
     dials: Arc<Dials<C>>,
     ticket: u64,
@@ -185,7 +186,7 @@ impl<C: SessionClient> Drop for Place<C> {
 
 impl<C: SessionClient> Dialer<C> {
     /// Returns a connection that no other caller holds. Waits for a primary and for a dial without a limit of its own.
-    /// Cancel-safe: the dial goes on, and its connection goes to the next caller.
+    /// Cancel-safe: the dial or the test goes on, and its connection goes to the next caller.
     pub(super) async fn connection(self: &Arc<Self>) -> Result<Connection<C>, Error> {
         let _wanting = self.cluster.want();
         let asked = Instant::now();
@@ -211,10 +212,11 @@ impl<C: SessionClient> Dialer<C> {
                     Ok(Ok(connection)) => if let Some(connection) = self.tested(connection).await {
                         return Ok(connection);
                     },
-                    // Only this crate's pool asks again by itself for as long as its caller waits.
+                    // deadpool's own `get` would fail here, so ask again. In this crate's pool, `checkout` gets the
+                    // error and asks again.
                     Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
-                    // It cannot happen, as this place keeps the queue alive.
+                    // This cannot happen, because this place keeps the queue alive.
                     Err(_) => return Err(Error::without_primary(self.cluster.ended())),
                 },
                 () = self.cluster.left(generation.primary.id) => {}
@@ -223,9 +225,9 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Starts another dial for whoever waits when one has ended without a connection, as one to the primary before
-    /// does. The pool of this crate has a task that does so (`idle.rs`); in a pool built by hand those who wait do it.
-    /// Never returns.
+    /// Starts another dial for the waiters whenever one has ended. A dial may end without a connection, for instance
+    /// with its generation. In this crate's pool a task does this (`idle.rs`); in a pool built by hand, the waiters do
+    /// it. Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
         if !self.dials.is_pool_built_by_hand() {
             return pending().await;
@@ -241,7 +243,8 @@ impl<C: SessionClient> Dialer<C> {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
         for ready in std::mem::take(&mut book.ready) {
-            // While the primary is suspended its connections are not handed out, and may be as good as before later.
+            // While the primary is suspended, its connections are not handed out. But they may be good again later, so
+            // keep them.
             if ready.connection.stale(&self.cluster) { stale.push(ready) } else { book.ready.push(ready) }
         }
         if book.ready.last().is_some_and(|newest| newest.connection.may_be_handed_out(&self.cluster))
@@ -250,7 +253,7 @@ impl<C: SessionClient> Dialer<C> {
             self.dials.room.changed.notify_one();
             return Ok(newest.connection);
         }
-        // The size of a pool built by hand is unknown. It surely has room if there are more waiters than dials.
+        // The size of a pool built by hand is unknown. It has room for this caller if each dial under way has a waiter.
         let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
         if !spoken_for
             && self.dials.has_room(&book, true)
@@ -268,15 +271,17 @@ impl<C: SessionClient> Dialer<C> {
         Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
     }
 
-    /// Starts the dials that the waiters need, and others until so many connections are ready or dialled for nobody.
+    /// Starts the dials that the waiters need, and then others until `ahead` connections are ready or being opened for
+    /// nobody.
     pub(super) fn balance(self: &Arc<Self>, ahead: usize) {
         if let Some(generation) = self.cluster.current() {
             self.dial_for_waiters(&generation, ahead);
         }
     }
 
-    /// Like [`Self::balance`], for the primary of this generation. The waiter passes the generation, as this might
-    /// otherwise find none: if the primary is suspended just now and resumed a moment later, no dial would be started.
+    /// Like [`Self::balance`], for the primary of this generation. The waiter passes its generation. If this asked the
+    /// cluster for it, the primary might be suspended just then and resumed a moment later, and no dial would be
+    /// started.
     fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, ahead: usize) {
         self.serve_waiters();
         let mut book = self.dials.book();
@@ -288,7 +293,7 @@ impl<C: SessionClient> Dialer<C> {
             book.dialing += 1;
             let dialing = Dialing(Arc::clone(&self.dials));
             let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
-            // If the runtime has ended, the task is dropped at once and takes the lock, so release it first.
+            // If the runtime has ended, the task is dropped immediately, and takes the lock. So release the lock first.
             drop(book);
             drop(self.dials.runtime.spawn(dial));
             if self.cluster.is_closed() {
@@ -298,8 +303,8 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Gives the waiters what is ready, and closes what is of no use any more: neither may stand for a dial. Where
-    /// waiters and connections meet here, a connection has arrived while its primary was suspended.
+    /// Gives ready connections to waiters, and closes stale ones, so that neither counts in place of a dial. Waiters
+    /// and ready connections exist at the same time only if a connection has arrived while its primary was suspended.
     fn serve_waiters(&self) {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
@@ -324,15 +329,16 @@ impl<C: SessionClient> Dialer<C> {
         drop(book);
     }
 
-    /// How many dials nobody waits for, and connections nobody has had.
+    /// The number of connections that are ready, or being opened, without a caller that waits for them.
     pub(super) fn ahead(&self) -> usize {
         let book = self.dials.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
     }
 
-    /// The caller holds the lock of the book.
+    /// Makes a connection of the session. The caller must hold the lock of the book.
     fn make(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
-        // Subtract up to a tenth, so that connections opened together after a failover do not expire together.
+        // Subtract up to a tenth, so that connections that were opened together after a failover do not expire
+        // together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
         let berth = Berth::new(&self.dials.room);
@@ -358,7 +364,7 @@ impl<C: SessionClient> Dialer<C> {
         drop(dialing);
     }
 
-    /// No session could be opened. Tells the caller that has waited longest.
+    /// Handles a dial that could not open a session: tells the caller that has waited longest.
     fn not_arrived(&self, generation: &Generation<C>, error: Error) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
@@ -367,7 +373,7 @@ impl<C: SessionClient> Dialer<C> {
         self.dials.deliver(&mut book, Err(error));
     }
 
-    /// The server refuses the pool, which answers all callers that asked before the session was dialled.
+    /// Handles a refused log-in. It answers all callers that asked before the log-in began.
     fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
@@ -381,7 +387,8 @@ impl<C: SessionClient> Dialer<C> {
 }
 
 impl<C: SessionClient> Dials<C> {
-    /// Whether another connection may be opened, for a caller that waits or for nobody.
+    /// Returns whether another connection may be opened. `waits`: for a caller that waits. Otherwise it would be for
+    /// nobody.
     fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
         let doubted = if waits { self.doubted() } else { 0 };
         let live = self.room.live.load(Ordering::Acquire).saturating_sub(doubted);
@@ -397,7 +404,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     let dialled = scope.run_until_cancelled(async {
         // The gate is never closed, so waiting for it cannot fail.
         let permit = generation.gate.acquire().await;
-        // The session that found the primary may have become available meanwhile.
+        // The session that proved the primary may be free by now.
         if let Some(spare) = generation.take_spare() {
             return Some((permit, None, None, Ok(spare)));
         }
@@ -422,7 +429,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         }
         Err(failure) => failure,
     };
-    // If this task dialled nothing, the failure is the refusal that another dial met, and has noted.
+    // If this task has not dialled, the failure is another dial's refusal, which that dial has noted already.
     if let Some(began) = began {
         strong.note_refused(began, &failure);
     }
@@ -431,7 +438,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     if matches!(error, Error::Refused(_)) {
         strong.refused(&generation, &failure, began);
         drop(dialing);
-        // Callers that have asked since then need an answer of their own.
+        // Callers that have asked since then need another log-in.
         return strong.balance(0);
     }
     drop(strong);

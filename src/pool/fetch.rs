@@ -1,5 +1,5 @@
-//! One fetch from a wrapped pool: the task that gets a connection, asks where it leads to, and hands it to a caller of
-//! `fetches.rs`.
+//! One fetch from a wrapped pool. This task gets a connection, asks which server it leads to, and gives it to a caller
+//! in the queue of `fetches.rs`.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;
@@ -19,11 +19,11 @@ use crate::server::{Notices, SessionClient};
 use crate::sync::{lock, log_safely};
 use crate::topology::{FailureKind, GenerationId, ProbeFailure, Refusal, Suspicion};
 
-/// A connection that has not said for this long which server it leads to is given up if nobody waits for it.
+/// If a connection has not shown for this long which server it leads to, and nobody waits for it, it is given up.
 const ASKED_FOR: Duration = Duration::from_secs(1);
 
-/// A connection with a question under way. Dropping it closes the connection, as one without an answer must not go
-/// back.
+/// A connection with a question under way. Dropping this closes the connection, because it must not go back before the
+/// answer has come.
 struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
 
 impl<C> Drop for Asked<C> {
@@ -47,7 +47,8 @@ impl<C: SessionClient> Drop for Fetching<C> {
         let wrapped = Arc::clone(&self.wrapped);
         let mut queue = wrapped.queue();
         self.leave(&mut queue);
-        // However it ended, each caller needs a fetch. Without its sender, the first one asks again.
+        // Each caller needs a fetch, however this one has ended. If there are too few, drop the sender of the first
+        // caller, which then asks again.
         let lacking = queue.generation == self.id && queue.fetches < queue.waiters.len();
         let left = if lacking { queue.waiters.pop_front() } else { None };
         drop(queue);
@@ -71,7 +72,8 @@ impl<C: SessionClient> Fetching<C> {
         (self.counted, self.young) = (false, false);
     }
 
-    /// It takes long, so no caller may rely on it: starts another one beside it, unless the wrapped pool has no room.
+    /// Notes that this fetch takes long, so that no caller relies on it. Starts another one beside it, unless the
+    /// wrapped pool has no room.
     fn grow_old(&mut self, dialer: &Weak<Dialer<C>>, generation: &Arc<Generation<C>>) {
         let wrapped = Arc::clone(&self.wrapped);
         let status = wrapped.existing.status();
@@ -89,7 +91,7 @@ impl<C: SessionClient> Fetching<C> {
         }
     }
 
-    /// Leaves if more fetches are under way than callers wait.
+    /// Returns whether more fetches are under way than callers wait. If so, this fetch no longer counts.
     fn is_surplus(&mut self) -> bool {
         let wrapped = Arc::clone(&self.wrapped);
         let mut queue = wrapped.queue();
@@ -100,7 +102,7 @@ impl<C: SessionClient> Fetching<C> {
         surplus
     }
 
-    /// Gets connections until one leads to the primary, and hands it over. Ends early if nobody waits.
+    /// Gets connections until one leads to the primary, and gives that one to a caller. Ends early if nobody waits.
     async fn run(
         mut self,
         dialer: &Weak<Dialer<C>>,
@@ -170,7 +172,8 @@ impl<C: SessionClient> Fetching<C> {
         }
     }
 
-    /// Waits for the wrapped pool, and hands on what comes back to it meanwhile. `None`: nobody waits any more.
+    /// Waits for the wrapped pool. Meanwhile gives connections that come back to callers that wait. `None`: nobody
+    /// waits any more.
     async fn wait_for(
         &mut self,
         mut getting: Getting<C>,
@@ -196,8 +199,8 @@ impl<C: SessionClient> Fetching<C> {
         }
     }
 
-    /// Asks a connection once in each generation which server it is connected to. `Err(None)`: try the next connection.
-    /// The outer `None`: nobody waits any more.
+    /// Finds out which server a connection leads to. Each connection is asked once in each generation. `Err(None)`: try
+    /// the next connection. The outer `None`: nobody waits any more.
     async fn identify(
         &mut self,
         dialer: &Weak<Dialer<C>>,
@@ -242,7 +245,8 @@ impl<C: SessionClient> Fetching<C> {
         });
         let dialer = dialer.upgrade()?;
         if let Err((silent, failure)) = admitted {
-            // A connection that was given back late shows where its server was, not where a new one would connect.
+            // A used connection may still lead to the previous primary. Its failure does not show where a new one would
+            // connect.
             if !used {
                 return Some(Err(Some(failure)));
             }
@@ -265,7 +269,7 @@ impl<C: SessionClient> Fetching<C> {
     }
 }
 
-/// Runs a fetch on the pool's runtime. It ends with the generation.
+/// Runs a fetch on the pool's runtime. The fetch ends with the generation.
 pub(super) fn spawn<C: SessionClient>(
     dialer: &Arc<Dialer<C>>,
     fetching: Fetching<C>,

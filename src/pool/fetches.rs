@@ -1,12 +1,13 @@
-//! The wrapped pool as a source: its connections are fetched in the background, each for the caller that has waited
-//! longest.
+//! How callers get connections from a wrapped pool: these are fetched in the background, each for the caller that has
+//! waited longest.
 //!
-//! deadpool opens and tests connections within its caller's `get`, and drops them with it. So a caller polls that `get`
-//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetch.rs`). If the
-//! caller gives up, the task goes on, and serves the next one; what nobody waits for goes back to the wrapped pool.
-//! While log-ins will most likely fail, one task tries them, and takes connections that come back meanwhile.
-//! Invariants: at least as many fetches as callers are under way; a fetch ends with its generation; one that nobody
-//! waits for ends after the time limit for opening a session. The tests are in `tests/it/checkout/fetches.rs`.
+//! deadpool opens and tests connections within its caller's `get`, and drops them if that caller gives up. So a caller
+//! polls that `get` only once, which is enough if a connection is idle. A task of this pool does the rest (`fetch.rs`).
+//! If the caller gives up, the task goes on, and serves the next caller. If nobody waits, its connection goes back to
+//! the wrapped pool. While log-ins will most likely fail, only one task tries them, and it takes connections that come
+//! back meanwhile. Invariants: there are at least as many fetches under way as callers; a fetch ends with its
+//! generation; a fetch that nobody waits for ends after the time limit for opening a session. The tests are in
+//! `tests/it/checkout/fetches.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{pending, poll_fn, ready};
@@ -33,8 +34,8 @@ use crate::server::SessionClient;
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
 
-/// How often a fetch that waits for a log-in looks for idle connections: other users of the wrapped pool give theirs
-/// back unseen.
+/// How often a fetch that waits for a log-in looks for idle connections. This pool does not notice when other users of
+/// the wrapped pool give theirs back.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The source of connections for [`Pool::get`](super::Pool::get) with a wrapped pool.
@@ -44,9 +45,9 @@ pub(super) struct Wrapped<C: SessionClient> {
     known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
     pub(super) trails: Trails,
     queue: Mutex<Queue<C>>,
-    /// Held by the fetch that waits for a log-in which will most likely fail, or for a connection that comes back.
+    /// The lock of the fetch that waits for a log-in which will most likely fail, or for a connection that comes back.
     first: tokio::sync::Mutex<()>,
-    /// How many fetches wait for that.
+    /// The number of fetches that wait for this lock, or wait while they hold it.
     held_up: AtomicUsize,
     /// When the next such log-in may be tried.
     pub(super) next_at: Mutex<Option<Instant>>,
@@ -58,18 +59,18 @@ pub(super) struct Queue<C> {
     next_ticket: u64,
     pub(super) generation: GenerationId,
     pub(super) fetches: usize,
-    /// The fetches that a new caller may rely on. The others take too long.
+    /// The number of fetches that a new caller may rely on. The others take too long.
     pub(super) young: usize,
 }
 
 pub(super) struct Waiter<C> {
     ticket: u64,
-    /// When its caller asked. A failure of a fetch from before that is no answer.
+    /// When its caller asked. Only a fetch that began later can fail it.
     asked: Instant,
     deliver: oneshot::Sender<Delivery<C>>,
 }
 
-/// A connection whose server proved to be the primary.
+/// A connection to the verified primary.
 pub(super) struct Fetched<C> {
     pub(super) object: Box<dyn WrappedObject<C>>,
     pub(super) facts: Arc<Facts>,
@@ -78,7 +79,8 @@ pub(super) struct Fetched<C> {
 
 type Delivery<C> = Result<Fetched<C>, Error>;
 
-/// A place in the queue. Dropping it leaves the queue, and passes on a connection that was not taken.
+/// A caller's place in the queue. Dropping it leaves the queue. If a connection was delivered and not taken, it goes to
+/// the next caller.
 struct Place<C: SessionClient> {
     wrapped: Arc<Wrapped<C>>,
     ticket: u64,
@@ -102,7 +104,7 @@ impl<C: SessionClient> Drop for Place<C> {
     }
 }
 
-/// What a fetch holds while it tries a log-in that will most likely fail.
+/// The locks that a fetch holds while it tries a log-in that will most likely fail.
 pub(super) struct Clearance<'a> {
     _first: tokio::sync::MutexGuard<'a, ()>,
     _turn: Turn,
@@ -131,7 +133,7 @@ impl<C: SessionClient> Wrapped<C> {
     pub(super) fn status(&self) -> managed::Status {
         let status = self.existing.status();
         let queue = self.queue();
-        // A fetch that nobody waits for counts as waiting in the wrapped pool.
+        // The wrapped pool counts a fetch that nobody waits for as waiting, so subtract those.
         let surplus = queue.fetches.saturating_sub(queue.waiters.len());
         managed::Status { waiting: status.waiting.saturating_sub(surplus).max(queue.waiters.len()), ..status }
     }
@@ -141,14 +143,14 @@ impl<C: SessionClient> Wrapped<C> {
         self.existing.clear_idle();
     }
 
-    /// Returns a connection to the primary. Waits without a limit of its own. Cancel-safe: what was begun goes on for
-    /// the next caller.
+    /// Returns a connection to the primary. Waits without a limit of its own. Cancel-safe: a fetch that was begun goes
+    /// on for the next caller.
     pub(super) async fn checkout(self: &Arc<Self>, dialer: &Arc<Dialer<C>>) -> Result<Loan<C>, Error> {
         let asked = Instant::now();
         loop {
-            // Do this first, so that no slot is held during the wait that others could use.
+            // Wait before a slot is taken, so that others can use the slot meanwhile.
             let generation = dialer.cluster.primary().await.map_err(Error::without_primary)?;
-            // The connections that are idle outlive this pool.
+            // After this pool was closed, the wrapped pool still has idle connections. Do not hand those out.
             if dialer.cluster.is_closed() {
                 return Err(Error::without_primary(dialer.cluster.ended()));
             }
@@ -176,14 +178,14 @@ impl<C: SessionClient> Wrapped<C> {
                 Ok(Ok(fetched)) if dialer.cluster.is_current(id) => return Ok(lend(dialer, fetched)),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(error),
-                // The fetch was dropped: by a panic in the program's log, or with the runtime.
+                // The fetch was dropped, by a panic in the program's log or with the runtime.
                 Err(_) => yield_now().await,
             }
         }
     }
 
-    /// Returns whether a caller may turn to the wrapped pool. Otherwise it waits: for what is under way, or behind the
-    /// callers that wait for a log-in which will most likely fail.
+    /// Returns whether a caller may call the wrapped pool. If not, it waits for a fetch that is under way, or behind
+    /// the callers that wait for a log-in which will most likely fail.
     fn may_get(&self, dialer: &Dialer<C>, generation: &Generation<C>) -> bool {
         let (waiting, spare) = {
             let queue = self.queue();
@@ -199,12 +201,12 @@ impl<C: SessionClient> Wrapped<C> {
         !spare || self.existing.idle() > 0
     }
 
-    /// Asks the wrapped pool, and polls its answer once, which is enough if a connection is idle. `Err`: it takes
-    /// longer, or the connection must be asked where it leads to.
+    /// Calls the wrapped pool, and polls its future once, which is enough if a connection is idle. `Err`: it takes
+    /// longer, or the connection must be asked which server it leads to.
     async fn poll_once(&self, dialer: &Dialer<C>, generation: &Arc<Generation<C>>) -> Result<Fetched<C>, Getting<C>> {
         let mut getting = Arc::clone(&self.existing).get();
         let polled = poll_fn(|context| {
-            // What the manager starts belongs to the pool's runtime, which outlives those of its callers.
+            // Tasks that the manager starts must run on the pool's runtime, because a caller's runtime may end first.
             let _entered = dialer.dials.runtime().enter();
             Poll::Ready(getting.as_mut().poll(context))
         })
@@ -216,7 +218,8 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Joins the queue, and returns the fetch that is to be started, if one is. `begun`: the caller has begun one.
+    /// Joins the queue. Returns the fetch that the caller must start, if one is needed. `begun`: the caller has called
+    /// the wrapped pool already.
     fn enlist(self: &Arc<Self>, id: GenerationId, asked: Instant, begun: bool) -> (Place<C>, Option<Fetching<C>>) {
         let (deliver, delivered) = oneshot::channel();
         let mut queue = self.queue();
@@ -255,7 +258,7 @@ impl<C: SessionClient> Wrapped<C> {
         Some(delivery)
     }
 
-    /// The server refuses the pool, which answers all callers that asked before the session was dialled.
+    /// Handles a refused log-in. It answers all callers that asked before the log-in began.
     pub(super) fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
         let mut queue = self.queue();
         while queue.waiters.front().is_some_and(|waiter| waiter.asked <= dialled) {
@@ -264,7 +267,8 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// The wrapped pool's own wait time-out is over, which answers a caller that has waited for as long.
+    /// Handles the end of the wrapped pool's own wait time-out. It answers the first caller, if that has waited for as
+    /// long.
     pub(super) fn none_free(&self, dialer: &Dialer<C>, began: Instant) {
         let obstacle = Obstacle::NoneFree { max_size: self.existing.status().max_size };
         let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
@@ -274,7 +278,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// The owner has closed the wrapped pool.
+    /// Tells all callers that the owner has closed the wrapped pool.
     pub(super) fn closed(&self, dialer: &Dialer<C>) {
         let mut queue = self.queue();
         while !queue.waiters.is_empty() {
@@ -282,9 +286,9 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Waits until a log-in may be tried, or the wrapped pool has an idle connection. Fails with a refusal that is
-    /// newer than `began`. `until`: the caller's last log-in failed, and the next one shall not come before. The outer
-    /// `None`: the pool has gone.
+    /// Waits until a log-in may be tried, or until the wrapped pool has an idle connection. Fails if a log-in that
+    /// began after `began` was refused. `until`: the fetch's last log-in failed, and the next one must not come
+    /// earlier. The outer `None`: the pool has been dropped.
     pub(super) async fn clearance<'a>(
         &'a self,
         dialer: &Weak<Dialer<C>>,
@@ -333,7 +337,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Gives the wrapped pool's idle connections to those who wait for a log-in.
+    /// Gives the wrapped pool's idle connections to the callers that wait for a log-in.
     pub(super) async fn serve_idle(self: &Arc<Self>, dialer: &Weak<Dialer<C>>, generation: &Arc<Generation<C>>) {
         while self.existing.returns().waiting.load(Ordering::SeqCst) > 0 && self.existing.idle() > 0 {
             let Some(dialer) = dialer.upgrade() else { return };
@@ -347,7 +351,7 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// The connection as it is handed out, if its server is known to be the primary.
+    /// Returns the connection as it is handed out, if its server is known to be the primary.
     pub(super) fn as_known(
         &self,
         generation: &Arc<Generation<C>>,
@@ -366,8 +370,8 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// The wrapped pool does not report which connections it closes. So from time to time everything known is
-    /// forgotten, and open connections are asked once more.
+    /// Remembers a connection to the primary. The wrapped pool does not report which connections it closes. So from
+    /// time to time this forgets all connections, and open ones are asked once more.
     pub(super) fn remember(&self, object: ObjectId, facts: &Arc<Facts>) {
         let most = self.existing.status().max_size.saturating_mul(4).max(64);
         let mut known = lock(&self.known);
@@ -384,7 +388,7 @@ impl<C: SessionClient> Wrapped<C> {
 }
 
 impl<C> Queue<C> {
-    /// From now on the fetches of this generation count.
+    /// From now on, only the fetches of this generation count.
     fn turn_to(&mut self, id: GenerationId) {
         if id > self.generation {
             (self.generation, self.fetches, self.young) = (id, 0, 0);

@@ -1,11 +1,11 @@
-//! Tests connections that have been idle for a while before they are handed out. Their socket may have died without a
-//! sign, because a machine was suspended, or a router forgot it.
+//! Tests connections that have been idle for a while before they are handed out. A socket may have died without a sign,
+//! because a machine was suspended, or a router forgot the connection.
 //!
-//! A test belongs to the pool and not to the caller that needed it first: if that caller gives up, the test goes on, and a
-//! good connection stays in the pool. So callers with less time than a round trip takes close nothing. If a server gives no
-//! answer in time, that connection alone is closed. The others that have been idle for as long are doubted: nobody gets
-//! one before it has answered, and a stall of the server or the network closes none of them, unless callers have got others
-//! in their place.
+//! A test belongs to the pool and not to the caller that needed it first. If that caller gives up, the test goes on,
+//! and a good connection stays in the pool. So callers that wait for less than a round trip close no connections. If
+//! the server does not answer in time, only the tested connection is closed. The others that have been idle for as long
+//! are *doubted*: no caller gets one before it has answered. A stall of the server or the network closes none of them,
+//! unless others were opened in their place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,16 +19,17 @@ use super::manager::Manager;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
-/// The time limit for an idle session's answer, which takes a round trip. A slower one is closed, and another one is
-/// used.
+/// The time limit for the answer on an idle session, which takes a round trip. A slower session is closed, and another
+/// one is used.
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
-/// The time limit for the answer of a connection that is doubted. Nobody waits for it, so it outlasts a stall.
+/// The time limit for the answer on a doubted connection. No caller waits for it, so the limit is longer than most
+/// stalls.
 const DOUBTED_WITHIN: Duration = Duration::from_secs(2);
 
 impl<C: SessionClient> Dialer<C> {
-    /// Returns what may be handed out, and closes what may not. It may have been given back with something under way that its
-    /// driver has not seen yet, and it may have been ready, or on loan without being used, for so long that its socket is
-    /// dead. Cancel-safe: the test goes on in the background.
+    /// Returns the connection if it may be handed out, and closes it if not. It may have been given back with something
+    /// under way that its driver has not seen yet. Or it was idle, or on loan without being used, for so long that its
+    /// socket may be dead. Cancel-safe: the test goes on in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
         let fit = testing.is_fit().await;
@@ -40,13 +41,13 @@ impl<C: SessionClient> Dialer<C> {
         None
     }
 
-    /// Returns whether the server of this connection has said nothing for so long that it must be asked.
+    /// Returns whether the server has sent nothing on this connection for so long that it must be asked.
     pub(super) fn must_be_tested(&self, connection: &Connection<C>) -> bool {
         self.test_after.is_due(connection.facts().notices.activity.heard_at(), wall_clock())
     }
 
-    /// Returns whether the connection may be handed out. For a pool built by hand, whose connections stay where they are
-    /// while they are tested.
+    /// Returns whether the connection may be handed out. This is for a pool built by hand, whose connections deadpool
+    /// itself holds while they are tested.
     pub(super) async fn is_alive(self: &Arc<Self>, connection: &Connection<C>) -> bool {
         !self.must_be_tested(connection) || self.asked(connection, Instant::now() + ANSWER_WITHIN).await
     }
@@ -57,14 +58,14 @@ impl<C: SessionClient> Dialer<C> {
         let answers = answers(connection, deadline).await;
         if !answers {
             tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}; it is closed");
-            // The pool's own session may be dead too.
+            // The heartbeat's session may be dead, too, so the primary is asked.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
             self.dials.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
         }
         answers
     }
 
-    /// Tests a connection for nobody. Meanwhile callers that wait may have another one in its place.
+    /// Tests a connection that no caller needs. Meanwhile another one may be opened in its place for callers that wait.
     fn doubt(self: &Arc<Self>, connection: Connection<C>) {
         let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
         drop(self.dials.runtime().spawn(async move {
@@ -80,11 +81,11 @@ async fn answers<C: SessionClient>(connection: &Connection<C>, deadline: Instant
     matches!(timeout_at(deadline, connection.check_connection()).await, Ok(Ok(())))
 }
 
-/// What holds a connection while it is tested.
+/// A connection that can be tested, and what happens to it afterwards.
 pub(super) trait Tested<C: SessionClient>: Send + Sync + 'static {
     fn connection(&self) -> &Connection<C>;
 
-    /// Puts the connection where the next caller finds it.
+    /// Keeps the connection for the next caller.
     fn keep(self, dialer: &Dialer<C>);
 
     fn close(self);
@@ -118,7 +119,7 @@ impl<C: SessionClient> Tested<C> for Object<Manager<C>> {
     }
 }
 
-/// A test under way. Dropping it before its end leaves the rest to a task.
+/// A test that is under way. If this is dropped before the test has ended, a task goes on with it.
 struct Testing<'a, C: SessionClient, T: Tested<C>> {
     dialer: &'a Arc<Dialer<C>>,
     /// Set until the test has ended.
@@ -148,7 +149,7 @@ impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
         let (asked, dialer) = (self.deadline, Arc::downgrade(self.dialer));
         drop(self.dialer.dials.runtime().spawn(async move {
             let connection = tested.connection();
-            // While the caller's question is under way, the connection is busy with that alone.
+            // If the caller has asked already, only that question is under way on the connection.
             if asked.is_none() && !connection.idle().await {
                 return tested.close();
             }

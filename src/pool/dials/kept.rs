@@ -1,4 +1,5 @@
-//! The connections that no caller has at the moment: taken for a caller, closed when they are too old, or doubted.
+//! The connections that no caller has at the moment: how they are taken for a caller, closed when they are too old, or
+//! doubted.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,8 +20,8 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    /// Closes unusable connections, and up to `surplus` others that have been idle for this long. Returns how many it
-    /// closed.
+    /// Closes all unusable ready connections, and idle ones while `surplus` is left. Each closed connection reduces
+    /// `surplus` by one. Returns how many were closed.
     pub(in crate::pool) fn reap(&self, cluster: &Cluster<C>, idle_for: Duration, surplus: &mut usize) -> usize {
         let mut reaped = Vec::new();
         let mut book = self.book();
@@ -37,7 +38,7 @@ impl<C: SessionClient> Dials<C> {
         reaped.len()
     }
 
-    /// A caller has taken one of the idle connections. Where there are too few left, others are opened.
+    /// Notes that a caller has taken an idle connection. If too few are left, others are opened.
     pub(in crate::pool) fn taken(&self) {
         let min = self.min_idle.load(Ordering::Relaxed);
         if min == 0 {
@@ -52,7 +53,7 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    /// Takes out the idle connections whose servers have been silent at least since then.
+    /// Takes out the idle connections that have received nothing since `heard_at`.
     pub(in crate::pool) fn take_silent(&self, heard_at: u64) -> Vec<Connection<C>> {
         let silent = |connection: &Connection<C>| connection.facts().notices.activity.heard_at() <= heard_at;
         let mut taken = Vec::new();
@@ -71,16 +72,16 @@ impl<C: SessionClient> Dials<C> {
         self.room.doubted.load(Ordering::Acquire)
     }
 
-    /// While this exists, one connection is doubted.
+    /// Counts one connection as doubted for as long as the result exists.
     pub(in crate::pool) fn doubt(&self) -> Doubt {
         self.room.doubted.fetch_add(1, Ordering::AcqRel);
         Doubt(Arc::clone(&self.room))
     }
 
-    /// Takes back a connection that was doubted, unless another one has been opened in its place.
+    /// Takes back a doubted connection that has answered, unless another one was opened in its place.
     pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt) {
         let mut book = self.book();
-        // From now on it takes its place again.
+        // From now on, it counts towards `max_size` again.
         drop(doubt);
         if self.room.live.load(Ordering::Acquire) + book.dialing > self.max_size.load(Ordering::Relaxed) {
             // Dropping a connection runs foreign code, so release the lock first.
@@ -96,7 +97,7 @@ impl<C: SessionClient> Dials<C> {
     pub(super) fn take_idle(&self) -> Option<Connection<C>> {
         let pool = self.pool.get()?.upgrade()?;
         let mut found = false;
-        // `retain` begins with the oldest connection, which serves as well.
+        // `retain` begins with the oldest connection. Any one is good.
         let taken = pool.retain(|connection, _| {
             let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
             found |= take;
@@ -106,7 +107,7 @@ impl<C: SessionClient> Dials<C> {
     }
 }
 
-/// One connection that is doubted: its server has been silent for as long as another one that gave no answer.
+/// Counts one doubted connection. It has been idle for as long as another one whose server gave no answer.
 pub(in crate::pool) struct Doubt(Arc<Room>);
 
 impl Drop for Doubt {
