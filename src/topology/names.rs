@@ -1,6 +1,6 @@
-//! What DNS says of each configured name.
+//! What DNS says about each configured name.
 //!
-//! Each name is an independent input. If one look-up fails or is silent, the addresses of the other names are still
+//! Each name is looked up separately. If one look-up fails or has no answer, the addresses of the other names are still
 //! added and forgotten as usual.
 
 use std::collections::HashSet;
@@ -10,10 +10,10 @@ use super::{
     Topology, shortened,
 };
 
-/// The most addresses taken from one name; more of them are a mistake.
+/// The most addresses that are used of one name. More would be a mistake.
 const MAX_ADDRESSES: usize = 256;
 
-/// Pause between two look-ups of a name that nobody knows, once callers are told so.
+/// Pause between two look-ups of an unknown name, after callers have been told that it is unknown.
 const UNKNOWN_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The result of looking up one name.
@@ -23,7 +23,7 @@ pub(crate) enum NameAnswer {
     Addresses { endpoints: Vec<Endpoint>, partial: Option<String> },
     /// An authority on the name says that it does not exist, or has no address.
     Unknown(String),
-    /// No name server could tell.
+    /// No name server gave an answer.
     Failed(String),
 }
 
@@ -31,7 +31,7 @@ pub(crate) enum NameAnswer {
 pub(super) struct Name {
     /// When to ask; `None` while a look-up is under way.
     due: Option<Instant>,
-    /// When the question was sent that was last answered; `asked_at` is when the one under way was sent.
+    /// When the question was sent whose answer came last. `asked_at` is when the question under way was sent.
     pub(super) told_at: Option<Instant>,
     asked_at: Option<Instant>,
     /// The addresses of the last answer that had any.
@@ -51,7 +51,7 @@ impl Name {
         (self.due, self.told_at, self.asked_at) = (Some(now), None, None);
     }
 
-    /// Asks again, as the last answer may be outdated. If a look-up is under way, its answer is waited for.
+    /// Asks again, because the last answer may be outdated. If a look-up is under way, its answer counts.
     pub(super) fn doubt(&mut self, now: Instant) {
         self.told_at = None;
         self.due = self.due.map(|_| now);
@@ -84,7 +84,7 @@ impl Topology {
                 asked.failure = partial.map(shortened);
                 endpoints
             }
-            // The result says nothing about the known members, so they stay.
+            // A failure says nothing about the known members, so they stay.
             NameAnswer::Unknown(why) | NameAnswer::Failed(why) => {
                 asked.failure = Some(shortened(why));
                 return self.judge_refusals(now);
@@ -92,8 +92,8 @@ impl Topology {
         };
         endpoints.truncate(MAX_ADDRESSES);
         asked.addresses = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
-        // Do this first, so that no server named by this answer is forgotten to make room for another one that it
-        // names.
+        // Do this first, so that no server of this answer is forgotten to make room for another server of the same
+        // answer.
         for endpoint in &endpoints {
             if let Some(member) = self.members.get_mut(&endpoint.address) {
                 member.named_at = now;
@@ -106,7 +106,8 @@ impl Topology {
         self.judge_refusals(now);
     }
 
-    /// Forgets the addresses that no name leads to any more, unless they are needed or recently proved to be members.
+    /// Forgets the addresses that no name leads to any more, unless they are needed or have recently proved to be
+    /// members.
     fn forget_unnamed(&mut self, now: Instant) {
         let (needed, names, unasked) = (self.needed(), &self.names, self.unasked);
         let leads_to = |address: &Address| names.iter().any(|name| name.addresses.contains(address));
@@ -144,7 +145,8 @@ impl Topology {
         }
     }
 
-    /// A caller asks although waiting does not help. However many do, each name has a pause between two look-ups.
+    /// A caller asks although waiting does not help, so looks the names up soon. However many callers ask, there is a
+    /// pause between two look-ups of a name.
     pub(super) fn demand_names(&mut self, now: Instant) {
         let known = self.settings.poll.1;
         for name in &mut self.names {
@@ -163,7 +165,7 @@ impl Topology {
     fn resolve_pause(&self, now: Instant, unknown: bool) -> Duration {
         match &self.phase {
             Phase::Known { .. } => self.settings.patrol,
-            // Callers have been told that nobody knows the name, so it is most likely a mistake.
+            // Callers have been told that the name is unknown, so it is most likely a mistake.
             Phase::Searching(search) if unknown && search.refused_as_of.is_some() => UNKNOWN_INTERVAL,
             Phase::Searching(search) => self.poll_pause(now.duration_since(search.since)).max(RESOLVE_INTERVAL),
         }
@@ -174,8 +176,9 @@ impl Topology {
         (!failures.is_empty()).then(|| failures.join("; "))
     }
 
-    /// Returns whether a name without an answer could still lead to another primary. Only a search that knows no
-    /// timeline waits for that: the first one, the first one after a sleep, and the one for another cluster.
+    /// Returns whether a search must wait for the answer for a name, which could still lead to another primary. Only a
+    /// search that knows no timeline waits: the first one, the first one after a sleep, and the one for another
+    /// cluster.
     pub(super) fn names_outstanding(&self) -> bool {
         self.newest_if_current().is_none() && self.names.iter().any(|name| !name.answered())
     }
@@ -189,8 +192,8 @@ impl Topology {
         }
     }
 
-    /// Lets queued servers take the place of members that would only be asked again. Members that proved to belong to
-    /// the cluster stay: one of them is the next primary.
+    /// Lets queued servers take the place of members that have answered and would only be asked again. Members that
+    /// have proved to belong to the cluster stay, because one of them is probably the next primary.
     pub(super) fn take_turns(&mut self, now: Instant) {
         if self.spare.is_empty() {
             return;

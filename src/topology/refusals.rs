@@ -1,16 +1,17 @@
-//! Decides when waiting does not help: every candidate gives a permanent reason, and the callers are told at once.
+//! Decides when waiting does not help, because every candidate gives a permanent reason. Callers are then told
+//! immediately.
 
 use super::{Answer, Duration, FailureKind, Instant, Phase, ProbeFailure, Refusal, Topology};
 
-/// Unknown names and servers of the wrong cluster are reported to callers only after the search has lasted this long: a
-/// name may be registered, or an address moved, at the same time as the program starts.
+/// Unknown names and servers of the wrong cluster are reported to callers only after the search has lasted this long,
+/// because a name may be registered, or an address moved, at the moment when the program starts.
 pub(super) const GRACE: Duration = Duration::from_secs(2);
-/// Refused credentials that this cluster has accepted before are reported to callers only after every server has
-/// refused them for this long, as the role, or its line in `pg_hba.conf`, may come after the promotion.
+/// If this cluster has accepted the credentials before, callers are told of a refusal only after every server has
+/// refused them for this long. A new primary may get the role, or its line in `pg_hba.conf`, only after the promotion.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between log-ins that will most likely be refused. They are tried on one server after the other.
 pub(super) const LOG_IN_INTERVAL: Duration = Duration::from_secs(1);
-/// Longest such pause; it grows to this while no caller waits.
+/// Longest such pause. The pause grows to this while no caller waits.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What one candidate or one name contributes to the decision.
@@ -18,18 +19,18 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) enum Word {
     /// Waiting may help.
     Open,
-    /// It accepts no connection, and may be just starting. Only the credentials are the same everywhere, so only they may be
-    /// judged without it.
+    /// It accepts no connection, and may be just starting. So callers are told in spite of it only if others refuse the
+    /// credentials, which are the same everywhere.
     Silent,
-    /// It gave a permanent failure, in answer to a question sent at this time.
+    /// It gave a permanent failure, in answer to a question that was sent at this time.
     Hopeless(ProbeFailure, Instant),
 }
 
-/// What callers are told when waiting does not help.
+/// The failure that callers get because waiting does not help.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Hopeless {
     pub(super) failure: ProbeFailure,
-    /// When the question was sent that this failure answers.
+    /// When the question was sent whose answer this failure is.
     pub(super) as_of: Instant,
     /// Callers are told when the search has lasted this long.
     pub(super) after: Duration,
@@ -63,14 +64,15 @@ pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<H
     if silent && told[0].is_none() {
         return None;
     }
-    // One newly asked server per kind of failure is enough, as the credentials are the same everywhere.
+    // For each kind of failure, the newest answer counts. One server that was asked again is enough, because the
+    // credentials are the same everywhere.
     let as_of = told.iter().flatten().map(|(_, at)| *at).min()?;
     let (failure, _) = told.into_iter().flatten().next()?;
     Some(Hopeless { failure, as_of, after })
 }
 
-/// Limits log-ins that will most likely be refused to one per interval on average, and allows two in a row at first and
-/// after a pause.
+/// Limits log-ins that will most likely be refused to one per interval on average. At first, and after a pause, it
+/// allows two in a row.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     free_at: Instant,
@@ -87,7 +89,7 @@ impl Pace {
 }
 
 impl Topology {
-    /// Ends the waiting of callers if every server that answers refuses the pool.
+    /// Sets the failure that callers get if waiting does not help, or clears it.
     pub(super) fn judge_refusals(&mut self, now: Instant) {
         let Phase::Searching(search) = &self.phase else {
             return;
@@ -107,7 +109,8 @@ impl Topology {
         self.set_refused(now, told.map(|told| told.failure));
     }
 
-    /// When the oldest question with a current answer was sent: its name may lead elsewhere by now.
+    /// When the oldest question was sent whose answer is still the last one. Its name may lead to another server by
+    /// now.
     fn oldest_answer(&self, now: Instant) -> Instant {
         let members = self.members.values().filter_map(|member| member.told_at);
         members.chain(self.names.iter().filter_map(|name| name.told_at)).min().unwrap_or(now)
@@ -131,14 +134,14 @@ impl Topology {
             (Some(at), true, Some(why)) => {
                 Some(Word::Hopeless(ProbeFailure::new(FailureKind::UnknownName, why.to_owned()), at))
             }
-            // The name has led to servers, which count on their own.
+            // The name has led to servers, which are judged separately.
             (Some(_), _, None) => None,
             _ => Some(Word::Open),
         });
         members.chain(names)
     }
 
-    /// When the question was sent whose answer shows that waiting does not help.
+    /// If callers are told that waiting does not help: when the question was sent whose answer shows that.
     pub(crate) fn refused_as_of(&self) -> Option<Instant> {
         match &self.phase {
             Phase::Searching(search) => search.refused_as_of,
@@ -146,8 +149,8 @@ impl Topology {
         }
     }
 
-    /// A caller waits although waiting does not help, so ask again soon. A caller that asks in a loop does not make the
-    /// questions more frequent than the slowest pace of a search.
+    /// A caller asks although waiting does not help, so asks the candidates again soon. If callers ask in a loop, the
+    /// questions still come no faster than at the slowest pace of a search.
     pub(crate) fn demanded(&mut self, now: Instant) {
         if self.refused_as_of().is_none() {
             return;
@@ -158,7 +161,7 @@ impl Topology {
         self.demand_names(now);
     }
 
-    /// Something else in this pool had a log-in refused.
+    /// Notes that a log-in of another part of this pool was refused.
     pub(crate) fn log_in_refused(&mut self, now: Instant) {
         self.log_ins.spend(now);
     }
@@ -191,7 +194,7 @@ mod tests {
         ]
     }
 
-    /// The word that [`Topology::words`] makes of a failure of this kind.
+    /// What [`Topology::words`] makes of a failure of this kind.
     fn word(kind: FailureKind, at: Instant) -> Word {
         match kind {
             FailureKind::Unreachable => Word::Silent,

@@ -1,7 +1,8 @@
-//! Time in which no server was asked: the pool slept, or the process did not run, because it or its machine was stopped.
+//! Time during which no server was asked: the pool slept, or the process did not run, because it or its machine was
+//! stopped.
 //!
-//! Such time proves nothing about a server, so no limit runs meanwhile. What was known before is outdated: the newest
-//! timeline known then may now be an old primary's.
+//! Such time proves nothing about a server, so no time limit runs meanwhile. What was known before is outdated: the
+//! newest timeline of that time may now be that of an old primary.
 
 use std::time::Duration;
 
@@ -9,16 +10,16 @@ use tokio::time::Instant;
 
 use super::{Phase, Topology};
 
-/// If something happens this much later than it was due, the process did not run meanwhile.
+/// If an input or a poll comes this much later than it was due, the process did not run meanwhile.
 const LATE: Duration = Duration::from_secs(1);
-/// No question and no look-up takes longer than this, so something happens within this time.
+/// No question and no look-up takes longer than this, so the next input comes within this time.
 const LONGEST_WORK: Duration = Duration::from_secs(10);
 
-/// The last time in which servers were not asked.
+/// The last period in which servers were not asked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Unasked {
     until: Option<Instant>,
-    /// No primary has been found since.
+    /// No primary has been found since then, so what was known is outdated.
     outdated: bool,
     /// When the next input or poll is due at the latest.
     due: Instant,
@@ -29,7 +30,7 @@ impl Unasked {
         Self { until: None, outdated: false, due: now }
     }
 
-    /// The start of a time limit that would have started at `at`, but runs only while servers are asked.
+    /// Returns when a time limit starts that would have started at `at`. It runs only while servers are asked.
     pub(super) fn counts_from(&self, at: Instant) -> Instant {
         self.until.map_or(at, |until| until.max(at))
     }
@@ -41,7 +42,7 @@ impl Unasked {
 }
 
 impl Topology {
-    /// Notices if the process did not run before this moment. Call it before each input.
+    /// Notices if the process did not run before this moment. Call this before each input.
     pub(super) fn notice_pause(&mut self, now: Instant) {
         if now <= self.unasked.due + LATE {
             return;
@@ -50,7 +51,7 @@ impl Topology {
         self.names.iter_mut().for_each(|name| name.doubt(now));
     }
 
-    /// From now on the servers are asked again.
+    /// Notes that from now on the servers are asked again.
     pub(super) fn asked_again(&mut self, now: Instant) {
         self.unasked = Unasked { until: Some(now), outdated: true, due: now };
     }
@@ -61,8 +62,9 @@ impl Topology {
         self.unasked.due = self.wake_at().unwrap_or(now + longest).max(now);
     }
 
-    /// The newest timeline, if no other server can have passed it unnoticed while nobody was asked. A search that began
-    /// a patrol later knows better, as each server has been asked since.
+    /// Returns the newest timeline, unless it is outdated because a server may have been promoted while nobody was
+    /// asked. It is up to date again if this search began at least a patrol later, because each server has been asked
+    /// since.
     pub(super) fn newest_if_current(&self) -> Option<u32> {
         let Unasked { until, outdated, .. } = self.unasked;
         let began_since = |until: Instant| match &self.phase {
