@@ -37,9 +37,9 @@ use report::{Level, class, of_report, pooler_refuses};
 pub(crate) enum Verdict {
     /// The session has ended or is about to end, so it cannot be used any more. Other sessions may be well.
     ConnectionLost,
-    /// The server answers but takes no work at the moment, because it starts, stops or recovers.
+    /// The server answers but accepts no work at the moment, because it starts, stops or recovers.
     NotNow,
-    /// The server is well but takes no more sessions, because it has too many clients.
+    /// The server is well but accepts no more sessions, because it has too many clients.
     Full,
     /// The session cannot write: the server is a standby or a fenced primary, or the transaction is `READ ONLY` itself.
     ReadOnly,
@@ -51,7 +51,7 @@ pub(crate) enum Verdict {
     Aborted,
     /// A prepared statement cannot be used any more, because a table, a type or the session has changed since.
     Stale,
-    /// The configuration is wrong: credentials, database name or TLS. Another try cannot help.
+    /// The configuration is wrong: credentials, database name or TLS. Another attempt cannot help.
     Refused,
     /// The peer's bytes make no sense in this protocol. On a session that worked before, the cause can also be a `COPY`
     /// through a method that is not meant for it, because the driver reports both in the same way.

@@ -287,7 +287,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
 }
 
 /// Two servers may be promoted to timelines with the same number. If a server on the marker's timeline was promoted in
-/// its present life, it is not the server on which the marker was written, as that one had been promoted before.
+/// its present life, it is not the server on which the marker was written, because that one had been promoted before.
 fn is_another_of_this_number(marker: &Marker, now: &Now) -> bool {
     let promoted = now.received.is_some() || now.life.ancestor.is_some();
     now.life.server.timeline == marker.life.server.timeline && promoted
@@ -315,7 +315,7 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
         return Located::Unclear(Unsettled::SeveralFailovers);
     }
-    // Each history begins with timeline 1.
+    // Each history begins with timeline 1, so only the other timelines need a proof.
     if then > 1 && now.life.ancestor != Some(then) && !followed {
         return Located::Unclear(Unsettled::Unproven);
     }

@@ -64,9 +64,9 @@ impl<C: SessionClient> Pool<C> {
     /// limits the wait as well. A call within the closure of another call needs a connection of its own. If the outer
     /// calls hold all connections, it fails at once.
     ///
-    /// Cancel-safe: if the future is dropped, the server is told to cancel, the connection is closed and the
-    /// transaction is rolled back. Once COMMIT was sent, only the connection is closed: the server carries out the
-    /// COMMIT, and shows its effect when the synchronous standbys have it.
+    /// Cancel-safe: if the future is dropped, the pool asks the server to cancel the statement and closes the
+    /// connection, so the transaction is rolled back. After COMMIT was sent, the pool only closes the connection: the
+    /// server carries out the COMMIT, and its effect becomes visible when the synchronous standbys have it.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool, sku: String) -> Result<(), Box<dyn std::error::Error>> {

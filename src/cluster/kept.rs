@@ -115,8 +115,8 @@ mod tests {
         Address::Tcp(([127, 0, 0, 1], 5432).into())
     }
 
-    /// The heartbeat asks on the older session while the second question opens a newer one and asks on it: the newer one
-    /// stays, whichever question ends first.
+    /// The heartbeat asks on the older session, while the second question opens a newer session and asks on it. The
+    /// newer one is kept, whichever question ends first.
     #[test]
     fn of_two_sessions_that_are_asked_the_newer_one_is_kept() {
         for older_first in [true, false] {

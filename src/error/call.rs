@@ -9,7 +9,7 @@ use super::{CommitUnknown, EndedInside, Exhausted, Obstacle, Refused, RolledBack
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
 
-/// The error of a call on a pool or a transaction.
+/// Why a call on a pool or a transaction has failed.
 ///
 /// After a write, the important question is whether it may have been committed. [`Error::commit_outcome`] answers it.
 ///
@@ -232,7 +232,7 @@ impl Error {
 }
 
 impl Error {
-    /// The error of a call that gets no primary, now or ever.
+    /// The error of a call for which waiting for a primary does not help.
     pub(crate) fn without_primary(none: NoPrimary) -> Self {
         match none {
             NoPrimary::Closed => Self::Closed,

@@ -24,7 +24,7 @@ pub enum UnavailableReason {
     OldPrimary,
     /// No address is known, because DNS gave none.
     Dns,
-    /// A primary is known, but every try to open a session to it failed.
+    /// A primary is known, but every attempt to open a session to it failed.
     NoSession,
     /// A primary is known, but every connection of the pool is in use.
     PoolExhausted,

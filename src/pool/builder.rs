@@ -155,8 +155,8 @@ impl PoolBuilder {
 
     /// How long [`Pool::get`] and [`Pool::connect`] wait for a primary and a free connection. Default: 30 s.
     ///
-    /// If it is longer than your failover, callers ride through the failover: 60 to 75 s on Fly's repmgr clusters, 30 s
-    /// on Patroni's defaults. If it is shorter, they fail with a list of each server's last answer.
+    /// If it is longer than your failover (60 to 75 s on Fly's repmgr clusters, 30 s with Patroni's defaults), callers
+    /// see a pause. If it is shorter, they fail with a list of each server's last answer.
     ///
     /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it survives a failover.
     /// If other callers use all connections, it waits no longer than this time-out.

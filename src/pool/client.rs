@@ -201,7 +201,7 @@ impl<C: SessionClient> Client<C> {
         Detached { session, _wanting: wanting, _pool: self.pool.clone() }
     }
 
-    /// Returns a token that can cancel what this session runs, from anywhere.
+    /// Returns a token that can cancel what this session runs. It can be sent to any task.
     ///
     /// Use this one: the token of the driver's own `Client`, behind two derefs, does not know the server's address.
     ///

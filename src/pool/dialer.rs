@@ -101,7 +101,7 @@ impl<C: SessionClient> Dialer<C> {
         } else if object.may_be_handed_out(&self.cluster) {
             return self.dials.hand(Object::take(object));
         }
-        // A caller may have begun to wait since.
+        // A caller may have begun to wait just now.
         if self.dials.wanted() {
             self.dials.offer_idle();
         }

@@ -85,8 +85,7 @@ impl Activity {
         self.flags.load(Ordering::Acquire) != 0 || !self.is_settled()
     }
 
-    /// Returns whether a transaction is open and no request is under way, so that waiting would not end the
-    /// transaction.
+    /// Returns whether a transaction is open and no request is under way. Then waiting would not end the transaction.
     pub(crate) fn in_transaction(&self) -> bool {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
     }

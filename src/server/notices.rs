@@ -1,6 +1,7 @@
 //! What a server says in one session besides its answers, and who is told about it.
 //!
-//! This module decides nothing. The session's driver writes, and the user of the connection reads.
+//! This module decides nothing. The session's driver notes what the server says, and the holder of the connection reads
+//! it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -123,7 +123,8 @@ impl Ledger {
         if !is_verified(verified.as_ref(), &row, 4).map_err(|_| None)? {
             return Ok(None);
         }
-        // The row proves nothing if a trigger gave it another id, or if a crash empties the table.
+        // The row proves nothing if a trigger has given it another id, or if the table is not permanent (`p`), because
+        // a crash empties such a table.
         if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
             return Err(None);
         }

@@ -170,8 +170,8 @@ pub(crate) async fn look(
     said(&row, primaries_since, verified).map_err(|_| None)
 }
 
-/// The parts of the answer that the rule can do without, and what stands for each that is withheld. A verified server's
-/// first two are known already. Without one of the last five, the rule settles less.
+/// The parts of the answer that the rule can do without, and what replaces each one that is withheld. A verified
+/// server's first two are known already. Without one of the last five, the rule settles less.
 const PARTS: [(&str, &str); 7] = [
     (IDENTIFIER, "NULL"),
     (TIMELINE, "NULL"),
@@ -185,7 +185,7 @@ const PARTS: [(&str, &str); 7] = [
 
 const IDENTIFIER: &str = "(SELECT system_identifier FROM pg_control_system())";
 
-/// Returns each part, or what stands for it if this role may not ask for it. Each part is tried alone.
+/// Returns each part, or what replaces it if this role may not ask for it. Each part is tried alone.
 async fn offered(client: &Client) -> [&'static str; 7] {
     let refused = PARTS.map(|(part, _)| async move {
         let asked = rows(client, &format!("{UNDISTURBED} SELECT {part}")).await;
@@ -348,7 +348,7 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
 
 fn now(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Now, BadReport> {
     let (started_at, replayed) = (time(row, 1)?, optional(row, 3)?);
-    // A server in its verified life is what it was, even if this role may not read it any more.
+    // A server in its verified life still has the same identity, even if this role may not read it any more.
     let same = verified.filter(|verified| verified.server.started_at == started_at && verified.replayed == replayed);
     let system_identifier = match (text(row, 0), same) {
         (None, Some(same)) => same.server.system_identifier,

@@ -82,9 +82,8 @@ pub enum FailureKind {
     Unreachable,
     /// No answer came within the probe's time limit.
     TimedOut,
-    /// No session is available now, but one may be later: the server is starting up or shutting down, or the
-    /// [password provider](crate::PoolBuilder::password_provider) gave no password, or a password that was just
-    /// changed.
+    /// No session is available now, but one may be later. The server is starting up or shutting down, or the [password
+    /// provider](crate::PoolBuilder::password_provider) gave no password, or a password that is just being changed.
     NotNow,
     /// The server is up, but all its connection slots are taken.
     Full,
@@ -95,7 +94,7 @@ pub enum FailureKind {
     /// Servers of several clusters answer, and it is not known which cluster is meant. Or all servers that answer
     /// belong to another cluster than the [configured one](crate::PoolBuilder::system_identifier).
     SeveralClusters,
-    /// No name server knows the name, or knows an address for it.
+    /// No name server knows the name, or it has no address.
     UnknownName,
     /// The server answered the probe with an error: it is up, but does not say what it is.
     Errored,

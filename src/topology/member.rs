@@ -200,7 +200,7 @@ impl Topology {
         self.primary_address().as_ref() == Some(address) || self.suspended_address().as_ref() == Some(address)
     }
 
-    /// Returns whether the known primary has shown itself at this address, too, when it was last asked.
+    /// Returns whether the known primary was the server that last answered at this address, too.
     pub(super) fn is_also_primary(&self, address: &Address) -> bool {
         let Phase::Known { primary, .. } = &self.phase else {
             return false;

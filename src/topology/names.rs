@@ -21,7 +21,7 @@ const UNKNOWN_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum NameAnswer {
     /// The addresses of the name. `partial`: a part of the look-up failed for this reason, so there may be more.
     Addresses { endpoints: Vec<Endpoint>, partial: Option<String> },
-    /// An authority on the name says that it does not exist, or has no address.
+    /// DNS has answered that the name does not exist, or has no address.
     Unknown(String),
     /// No name server gave an answer.
     Failed(String),

@@ -1,6 +1,6 @@
 //! Decides how often each server is asked.
 //!
-//! The pauses grow with the time without a primary. Jitter keeps many pools from asking in step.
+//! The pauses grow with the time without a primary. Because of jitter, many pools do not ask at the same moment.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub(super) const LONG_SEARCH: Duration = Duration::from_secs(2);
 pub(super) const RESOLVE_INTERVAL: Duration = Duration::from_millis(20);
 /// Checks per polling pause while a standby waits for its own promotion.
 const LOOKS: u32 = 10;
-/// Shortest and longest such wait.
+/// Shortest and longest wait of a standby for its own promotion.
 const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
 /// Up to this number of silent candidates are each asked at the full pace. Up to twice as many are asked half as often,
 /// and so on.
@@ -48,7 +48,7 @@ pub(crate) struct Settings {
     pub(crate) poll: (Duration, Duration),
     /// Pause between two heartbeats, which are questions to the primary.
     pub(crate) heartbeat: Duration,
-    /// A primary that leaves a question unanswered for this long is suspended, and the search begins.
+    /// If a primary does not answer a question for this long, it is suspended, and a search begins.
     pub(crate) heartbeat_timeout: Duration,
     /// Pause between two checks of DNS and of the other members while there is a primary.
     pub(crate) patrol: Duration,

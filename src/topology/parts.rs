@@ -27,14 +27,14 @@ pub enum Part {
     /// Whether a new session would be read-only. Without it, only a new session shows a fence by `ALTER DATABASE`, so
     /// each patrol opens one.
     Fence,
-    /// The system identifier. Without it, another cluster cannot be told from this one, and the write-ahead log does
-    /// not settle commits in doubt.
+    /// The system identifier. Without it, the pool cannot distinguish another cluster from its own, and the write-ahead
+    /// log does not settle commits in doubt.
     Identity,
     /// The start time. Without it, a server is recognised by its address alone, and the write-ahead log does not settle
     /// commits in doubt.
     StartTime,
-    /// The timeline. Without it, an old primary that comes back writable cannot be told from the new one, and the
-    /// write-ahead log does not settle commits in doubt.
+    /// The timeline. Without it, the pool cannot distinguish an old primary that comes back writable from the new one,
+    /// and the write-ahead log does not settle commits in doubt.
     Timeline,
     /// The end of the write-ahead log. The pool compares two servers on one timeline by it.
     Position,

@@ -9,7 +9,7 @@ use super::{
     Role, ServerReport, Topology, identity, untold,
 };
 
-/// A primary, as one generation knows it.
+/// The primary of one generation.
 #[derive(Clone, Debug)]
 pub(crate) struct Primary {
     pub(crate) id: GenerationId,

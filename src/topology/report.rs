@@ -283,7 +283,7 @@ impl ServerReport {
         }
     }
 
-    /// Returns whether the report tells the cluster, the start time and the timeline.
+    /// Returns whether the report contains the system identifier, the start time and the timeline.
     pub(crate) fn is_identified(&self) -> bool {
         self.system_identifier.is_some() && self.started_at.is_some() && self.timeline.is_some()
     }

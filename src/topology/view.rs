@@ -24,7 +24,7 @@ impl fmt::Display for GenerationId {
     }
 }
 
-/// What a pool knows of its cluster at one moment.
+/// What a pool knows about its cluster at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct View {
@@ -74,7 +74,7 @@ pub struct Change {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Eviction {
-    /// Another server proved to be the primary, or the same server did in a new life.
+    /// Another server proved to be the primary, or the same server after a restart or a crash.
     Replaced,
     /// Its server is a standby now.
     Demoted,

@@ -39,7 +39,7 @@ pub(super) enum Ended<T> {
 pub(super) struct Failed {
     pub(super) verdict: Verdict,
     pub(super) error: Error,
-    /// How the session was found after the closure had failed.
+    /// The state of the session after the closure has failed.
     pub(super) session: Session,
 }
 
@@ -49,7 +49,7 @@ impl Failed {
     }
 }
 
-/// COMMIT was sent, and no answer shows its outcome.
+/// An attempt whose COMMIT was sent, and whose outcome no answer shows.
 pub(super) struct Unanswered<T> {
     value: T,
     mark: Option<Mark>,
@@ -208,8 +208,8 @@ impl<C: SessionClient> Attempt<C> {
         Unsent::of(self.mark.take(), closures)
     }
 
-    /// The server did not carry out COMMIT. If the session did not answer that it has rolled back, the closure may have
-    /// committed by itself before.
+    /// Handles a COMMIT that the server did not carry out. If the session did not answer that it has rolled back, the
+    /// closure may have committed by itself before.
     fn refused<T>(&self, failed: Failed, unsent: Option<Unsent>, lost: &mut Option<Unsent>) -> Ended<T> {
         if !self.held.clean {
             *lost = unsent;
@@ -217,7 +217,7 @@ impl<C: SessionClient> Attempt<C> {
         Ended::Failed(Stage::Refused, failed)
     }
 
-    /// What the closure has sent that would end the transaction.
+    /// Finds out whether the closure has sent anything that ends the transaction.
     fn closures_end(&self) -> ClosuresEnd {
         if self.client().is_committing() {
             return ClosuresEnd::UnderWay;
@@ -272,7 +272,7 @@ impl<C: SessionClient> Attempt<C> {
             return Err(Fault::Met(Verdict::ConnectionLost, strange));
         }
         if let Some(mark) = mark {
-            // Setting it cannot fail, as an attempt begins only once.
+            // Setting it cannot fail, because an attempt begins only once.
             let _ = self.mark.set(mark);
         }
         self.last_commit.store(self.client().last_commit().unwrap_or_default(), Ordering::Relaxed);

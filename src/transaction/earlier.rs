@@ -83,7 +83,7 @@ pub(super) struct Unsent {
     pub(super) closures: ClosuresEnd,
 }
 
-/// What the closure itself has sent that would end the transaction.
+/// Whether the closure itself has sent anything that ends the transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClosuresEnd {
     /// It has sent a COMMIT, which was not answered.
@@ -126,7 +126,8 @@ impl Unsent {
     }
 }
 
-/// An attempt after which the work runs again, although its closure may have committed.
+/// An attempt that lost its session before the pool sent COMMIT. The work runs again, although the closure may have
+/// committed.
 pub(super) struct Lost {
     unsent: Unsent,
     error: Error,

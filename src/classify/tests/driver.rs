@@ -130,7 +130,7 @@ fn the_drivers_own_role_check() {
     }
 }
 
-/// A handshake that ends as told.
+/// A handshake that fails with this error.
 struct Handshake<E>(E);
 
 impl<E> TlsConnect<DuplexStream> for Handshake<E>
