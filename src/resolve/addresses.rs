@@ -23,8 +23,8 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Makes a list of these addresses, and leaves out duplicates. An IPv4 address in the form of IPv6 (`::ffff:10.0.0.1`)
-    /// becomes IPv4, as it leads to the same server.
+    /// Makes a list of these addresses, and leaves out duplicates. An IPv4 address in the form of IPv6
+    /// (`::ffff:10.0.0.1`) becomes IPv4, because it leads to the same server.
     ///
     /// # Examples
     /// ```
