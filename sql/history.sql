@@ -1,13 +1,13 @@
--- The history function of tokio-postgres-failover: what `Evidence::install` creates.
+-- The history function of tokio-postgres-failover. `Evidence::install` runs this file.
 -- Run it once, as a superuser, in the database that the application connects to. Standbys get it by replication.
 --
 -- With it, `Guarantee::ExactlyOnce` settles a COMMIT without an answer after any number of crashes and failovers. Without
--- it, after one: docs/exactly-once.md tells which.
+-- it, that is possible after one crash or failover. docs/exactly-once.md has the rules.
 --
--- A transaction leaves a mark in the write-ahead log when it begins: a logical message with the prefix `failover` and a word
--- that no other transaction has. `wal_history` tells whether the log of this server holds that word at that position, and
--- which timelines this server's history came through. It reads files of `pg_wal`, so it runs with its owner's rights.
--- It gives nothing else away: it compares a whole mark, and shows no byte of the log.
+-- When a transaction begins, it leaves a mark in the write-ahead log: a logical message with the prefix `failover` and a
+-- word that no other transaction has. `wal_history` finds out whether the log of this server contains that word at that
+-- position, and returns the timelines of this server's history. It reads files of `pg_wal`, so it runs with its owner's
+-- rights. It discloses nothing else: it compares a whole mark, and returns no byte of the log.
 
 CREATE SCHEMA IF NOT EXISTS "failover";
 
