@@ -128,8 +128,8 @@ pub(super) fn hot_standby(db: &DbError) -> bool {
     )
 }
 
-/// Returns whether `PgBouncer` refuses a login for good. It reports passing troubles under the same code, 08P01, so
-/// only the text tells them apart.
+/// Returns whether `PgBouncer` refuses a log-in for good. It reports temporary troubles under the same code, 08P01, so
+/// only the text distinguishes them.
 pub(super) fn pooler_refuses(message: &str) -> bool {
     const REFUSALS: [&str; 9] = [
         "auth failed",

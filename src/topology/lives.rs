@@ -24,8 +24,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A second question to the primary, which runs at the same time as the first, on another session.
 ///
 /// While the primary is known, the first question uses the kept session, and this one opens a new session. So a server
-/// that accepts no new sessions is still asked. In a search, the first question opens a new session to each candidate,
-/// and this one uses the kept session to the suspended primary.
+/// that accepts no new sessions is still asked. While it is suspended, it is the opposite: the first question opens a
+/// new session to the primary's address, and this one uses the kept session.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
     /// When to ask. `None` while there is no reason to ask.
