@@ -10,8 +10,9 @@ use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy}
 
 use crate::support::PATIENCE;
 
-/// The default deadline is thirty seconds: what ends before this did not wait for it.
-const AT_ONCE: Duration = Duration::from_secs(3);
+/// The default deadline is thirty seconds: what ends before this did not wait for it. A refused log-in is tried once a
+/// second, and a machine may stall.
+const AT_ONCE: Duration = Duration::from_secs(12);
 
 /// What is wrong with a configuration, by the option that the error names.
 fn invalid(error: &BuildError) -> &'static str {
@@ -189,6 +190,31 @@ async fn refused_at_once(pool: &Pool, words: &[&str]) {
     }
 }
 
+/// The connection that a caller holds, and the heart-beat's: both outlive a change of the password.
+async fn both_sessions_are_open(owner: &tokio_postgres::Client) {
+    let open = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+    eventually("the heart-beat has its session", PATIENCE, async || {
+        owner.query_one(open, &[]).await.unwrap().get::<_, i64>(0) >= 2
+    })
+    .await;
+}
+
+/// What is told when the time is up, of a candidate or a name that has answered by then, which takes longer on a busy
+/// machine.
+async fn told_at_a_deadline(pool: &Pool, words: &[&str]) -> Error {
+    let mut told = None;
+    eventually("the answer is told", PATIENCE, async || {
+        let error = pool.get().await.unwrap_err();
+        let text = error.to_string();
+        println!("{text}");
+        let all = words.iter().all(|word| text.contains(word));
+        told = Some(error);
+        all
+    })
+    .await;
+    told.unwrap()
+}
+
 async fn waits_for_success(pool: &Pool) {
     eventually("the same pool works now", PATIENCE, async || pool.get().await.is_ok()).await;
     pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
@@ -201,8 +227,10 @@ async fn c9_a_wrong_password_fails_at_once() {
     let hosts: Vec<_> = cluster.nodes().into_iter().map(|node| cluster.socket_addr(node).to_string()).collect();
     let pool = Pool::builder(format!("postgres://app:the-new-one@{}/app", hosts.join(","))).unwrap().build().unwrap();
     refused_at_once(&pool, &["28P01", "password authentication failed", "check user, password"]).await;
-    let view = pool.status().view;
-    assert!(matches!(view.state, State::Searching { refused: Some(_) }), "{view:?}");
+    eventually("the status tells of the refusal", PATIENCE, async || {
+        matches!(pool.status().view.state, State::Searching { refused: Some(_) })
+    })
+    .await;
 
     let owner = cluster.direct(Node(0)).await;
     owner.batch_execute("ALTER ROLE app PASSWORD 'the-new-one'").await.unwrap();
@@ -242,6 +270,7 @@ async fn c9_a_password_changed_meanwhile_refuses_new_connections() {
     let pool = Pool::builder(cluster.url_hosts()).unwrap().build().unwrap();
     let open = pool.get().await.unwrap();
     let owner = cluster.direct(Node(0)).await;
+    both_sessions_are_open(&owner).await;
     owner.batch_execute("ALTER ROLE app PASSWORD 'new'").await.unwrap();
     let began = Instant::now();
     let error = pool.get().await.unwrap_err();
@@ -270,10 +299,8 @@ async fn what_may_not_be_postgresql_is_named_at_the_deadline() {
     let garbage = Garbage::start(([127, 0, 0, 1], 0).into(), b"").await;
     let builder = Pool::builder(format!("postgres://app@{}/app", garbage.addr())).unwrap();
     let pool = builder.checkout_timeout(Duration::from_secs(2)).build().unwrap();
-    let error = pool.get().await.unwrap_err();
+    let error = told_at_a_deadline(&pool, &["not PostgreSQL", &garbage.addr().to_string()]).await;
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
-    let text = error.to_string();
-    assert!(text.contains("not PostgreSQL") && text.contains(&garbage.addr().to_string()), "{text}");
 }
 
 /// Whatever else speaks at the port is told early, and by its name: those who close, and those who wait for more.
@@ -368,16 +395,14 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
     // At first, and once the password is changed under a pool that works.
     for first in ["wrong", "right"] {
         let builder = Pool::builder(format!("postgres://app:{first}@{}/app", tap.addr())).unwrap();
+        // A stall of the machine must not end the primary, after which everybody waits, nor a log-in, which is then asked for
+        // on a session beside.
+        let builder = builder.heartbeat_timeout(Duration::from_secs(10)).probe_timeout(Duration::from_secs(10));
         let pool = builder.patrol_interval(Duration::from_secs(600)).build().unwrap();
         if first == "right" {
             std::mem::forget(pool.get().await.unwrap());
             let owner = cluster.direct(Node(0)).await;
-            // The one that is held, and the heartbeat's: both live on.
-            let open = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
-            eventually("the heart-beat has its session", PATIENCE, async || {
-                owner.query_one(open, &[]).await.unwrap().get::<_, i64>(0) >= 2
-            })
-            .await;
+            both_sessions_are_open(&owner).await;
             owner.batch_execute("ALTER ROLE app PASSWORD 'other'").await.unwrap();
         }
         tap.reset();
@@ -396,10 +421,11 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
         for caller in callers.collect::<Vec<_>>() {
             refused += caller.await.unwrap();
         }
-        let startups = tap.counts().startups;
-        println!("{first}: {startups} log-ins, {refused} calls refused in {:?}", began.elapsed());
+        let (startups, took) = (tap.counts().startups, began.elapsed());
+        println!("{first}: {startups} log-ins, {refused} calls refused in {took:?}");
         assert!(refused >= 20, "everybody is told: {refused}");
-        assert!(startups <= 10, "{startups} log-ins in five seconds");
+        // Those that are under way when the first is refused, and one a second.
+        assert!(startups <= 5 + took.as_secs(), "{startups} log-ins in {took:?}");
     }
 }
 
@@ -411,13 +437,10 @@ async fn a_name_that_does_not_resolve_says_so() {
         dns.answer(answer);
         let builder = Pool::builder("postgres://app@pg.internal/app").unwrap().dns_servers([dns.addr()]);
         let pool = builder.checkout_timeout(Duration::from_millis(300)).build().unwrap();
-        let error = pool.get().await.unwrap_err();
+        let words = [word, "pg.internal", "check the host name and the name servers"];
+        let error = told_at_a_deadline(&pool, &words).await;
         let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
         assert_eq!(unavailable.reason(), UnavailableReason::Dns);
-        let text = error.to_string();
-        for word in [word, "pg.internal", "check the host name and the name servers"] {
-            assert!(text.contains(word), "{text:?} lacks {word:?}");
-        }
     }
 }
 
@@ -454,9 +477,9 @@ async fn s11_a_full_server_is_no_storm_of_log_ins() {
         kept.extend(caller.await.unwrap());
     }
     assert!(kept.len() <= 2, "{} callers found a slot at a full server", kept.len());
-    let startups = tap.counts().startups;
-    println!("{startups} log-ins in {:?}", began.elapsed());
-    assert!(startups <= 50, "{startups} log-ins in five seconds");
+    let (startups, took) = (tap.counts().startups, began.elapsed());
+    println!("{startups} log-ins in {took:?}");
+    assert!(startups <= 10 * took.as_secs(), "{startups} log-ins in {took:?}");
     drop(others);
     eventually("there are slots again", PATIENCE, async || pool.get().await.is_ok()).await;
     held.batch_execute("SELECT 1").await.unwrap();
