@@ -11,6 +11,8 @@ use crate::support::PATIENCE;
 
 /// Longer than the test.
 const NEVER: Duration = Duration::from_secs(3600);
+/// Longer than a machine stands still: a question that was given up would be asked on another session.
+const UNHURRIED: Duration = Duration::from_secs(10);
 
 /// The database says that new sessions are read-only, and the connection string says that the pool's are not.
 #[tokio::test]
@@ -21,7 +23,7 @@ async fn a_fence_that_the_options_lift_costs_no_log_in_with_each_heartbeat() {
     let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let url = format!("postgres://app@{}/app?options=-c%20default_transaction_read_only%3Doff", tap.addr());
     let builder = Pool::builder(url).unwrap().heartbeat_interval(Duration::from_millis(100)).patrol_interval(NEVER);
-    let pool = builder.build().unwrap();
+    let pool = builder.heartbeat_timeout(UNHURRIED).build().unwrap();
     pool.get().await.unwrap().batch_execute("CREATE TABLE written (n int)").await.unwrap();
     eventually("heartbeats", PATIENCE, async || tap.counts().round_trips > 30).await;
     assert!(tap.counts().connections <= 4, "{:?}", tap.counts());
@@ -41,6 +43,7 @@ async fn a_second_address_of_the_primary_costs_no_log_in_with_each_patrol() {
     cluster.dns().set(&addresses);
     let url = format!("postgres://app@pg.internal:{},{}/app", cluster.port(), cluster.socket_addr(Node(1)));
     let builder = Pool::builder(url).unwrap().dns_servers([cluster.dns().addr()]);
+    let builder = builder.heartbeat_timeout(UNHURRIED).probe_timeout(UNHURRIED);
     let pool = builder.patrol_interval(Duration::from_millis(100)).build().unwrap();
     drop(pool.get().await.unwrap());
     let counted = || taps.iter().map(|tap| tap.counts().connections).sum::<u64>();
