@@ -14,6 +14,7 @@ use tokio_postgres_failover::resolve::BoxFuture;
 use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
 
 use crate::support::PATIENCE;
+use crate::support::stalls::unless_stalled;
 
 /// What a log-in takes here, and less, which is what the callers have.
 const LOG_IN: Duration = Duration::from_millis(400);
@@ -38,6 +39,11 @@ impl Bench {
         Pool::builder(format!("postgres://app@{}/app", self.path.addr())).unwrap().application_name(NAME)
     }
 
+    /// With a primary that is not lost while the machine stands still, and no patrols, whose sessions would be counted.
+    fn unhurried(&self) -> PoolBuilder {
+        self.builder().heartbeat_timeout(PATIENCE).patrol_interval(PATIENCE * 10)
+    }
+
     /// Sessions of the pool at the server.
     async fn sessions(&self) -> i64 {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
@@ -55,7 +61,7 @@ async fn pid(client: &Client) -> i32 {
 async fn a_dial_outlives_the_caller_that_needed_it() {
     let bench = Bench::new().await;
     bench.path.delay_log_ins(LOG_IN);
-    let pool = bench.builder().max_size(4).build().unwrap();
+    let pool = bench.unhurried().max_size(4).build().unwrap();
     pool.connect().await.unwrap();
     let mut held = vec![pool.get().await.unwrap()];
     for round in 0..3 {
@@ -63,22 +69,25 @@ async fn a_dial_outlives_the_caller_that_needed_it() {
         let failed = first.is_err();
         held.extend(first.ok());
         if failed {
-            let second = pool.get_within(SHORT).await;
+            let second = pool.get_within(PATIENCE).await;
             held.push(second.unwrap_or_else(|error| panic!("round {round}, the second caller: {error}")));
         }
     }
     assert_eq!(held.len(), 4);
     assert_eq!(pool.status().size, 4);
+    // Whose dial was thrown away would have had another one. The heartbeat has one or two sessions of its own.
+    assert!(bench.path.accepted() <= 4 + 2, "{} connections were opened", bench.path.accepted());
 }
 
-/// Thirty callers at the same time, over and over: from the second wave on nobody fails, and no dial was thrown away.
+/// Thirty callers at the same time, over and over: from the second wave on nobody fails, unless the machine stands
+/// still, and no dial was thrown away.
 #[tokio::test]
 async fn waves_of_impatient_callers_are_served_from_the_second_on() {
     let bench = Bench::new().await;
     bench.path.delay_log_ins(LOG_IN);
-    let pool = bench.builder().max_size(8).connection_gate(8).build().unwrap();
+    let pool = bench.unhurried().max_size(8).connection_gate(8).build().unwrap();
     pool.connect().await.unwrap();
-    for wave in 0..3 {
+    let wave = async || {
         let callers = (0..30).map(|_| {
             let pool = pool.clone();
             tokio::spawn(async move { pool.get_within(SHORT).await.map(drop) })
@@ -87,8 +96,14 @@ async fn waves_of_impatient_callers_are_served_from_the_second_on() {
         for caller in callers.collect::<Vec<_>>() {
             failed += usize::from(caller.await.unwrap().is_err());
         }
-        assert!(wave == 0 || failed == 0, "wave {wave}: {failed} of 30 failed");
-    }
+        failed
+    };
+    wave().await;
+    unless_stalled(async || match (wave().await, wave().await) {
+        (0, 0) => Ok(()),
+        (one, other) => Err(format!("{one} of 30 failed, and then {other}")),
+    })
+    .await;
     // The heartbeat has one or two sessions of its own.
     assert!(bench.path.accepted() <= 8 + 3, "{} connections were opened", bench.path.accepted());
 }
@@ -140,7 +155,8 @@ async fn what_arrived_during_a_suspension_is_handed_out_after_it() {
     for by_hand in [false, true] {
         let bench = Bench::new().await;
         let builder = bench.builder().heartbeat_interval(Duration::from_millis(200));
-        let builder = builder.heartbeat_timeout(Duration::from_millis(500)).probe_timeout(Duration::from_secs(6));
+        // The primary is suspended before the dial arrives, and on a machine that stands still not before it began.
+        let builder = builder.heartbeat_timeout(Duration::from_millis(1500)).probe_timeout(Duration::from_secs(12));
         let builder = builder.dead_after(Duration::from_secs(60)).max_size(2);
         // The first keeps what it has.
         let (watched, waits): (_, [BoxFuture<'static, ()>; 2]) = if by_hand {
@@ -260,20 +276,23 @@ async fn a_storm_of_callers_that_give_up_opens_no_more_than_max_size() {
     // The pool's, the heartbeat's, and the session that found the primary until it is taken. One that has reached its age
     // is closed before the next is opened; its backend may take a moment to end.
     let most = i64::try_from(MAX_SIZE).unwrap() + 2;
-    let (mut above, mut looks) = (0, 0);
-    while began.elapsed() < Duration::from_secs(4) {
+    let (mut above, mut larger, mut looks) = (0, 0, 0);
+    let is_enough = |looks: usize| looks > 50 && got.load(Ordering::SeqCst) > 100;
+    while began.elapsed() < Duration::from_secs(4) || (began.elapsed() < PATIENCE && !is_enough(looks)) {
         looks += 1;
         above = if bench.sessions().await > most { above + 1 } else { 0 };
-        assert!(above < 20, "seed {seed}: more than {most} sessions in {above} looks one after the other");
+        assert!(above < 40, "seed {seed}: more than {most} sessions in {above} looks one after the other");
+        // The status is read in two steps, in between which a connection may move.
         let status = pool.status();
-        assert!(status.size <= MAX_SIZE, "seed {seed}: {status:?}");
+        larger = if status.size > MAX_SIZE { larger + 1 } else { 0 };
+        assert!(larger < 3, "seed {seed}: {status:?}");
         sleep(Duration::from_millis(5)).await;
     }
     end.store(true, Ordering::SeqCst);
     for caller in callers {
         caller.await.unwrap();
     }
-    assert!(looks > 50 && got.load(Ordering::SeqCst) > 100, "seed {seed}: {looks} looks, {got:?} connections");
+    assert!(is_enough(looks), "seed {seed}: {looks} looks, {got:?} connections");
     let mut held = Vec::new();
     for _ in 0..MAX_SIZE {
         held.push(pool.get().await.unwrap());
@@ -285,7 +304,8 @@ async fn a_storm_of_callers_that_give_up_opens_no_more_than_max_size() {
 #[tokio::test]
 async fn min_idle_is_filled_ahead_of_need() {
     let bench = Bench::new().await;
-    let pool = bench.builder().max_size(6).min_idle(3).build().unwrap();
+    // Untested, they are had at once.
+    let pool = bench.unhurried().max_size(6).min_idle(3).test_idle_after(Duration::MAX).build().unwrap();
     eventually("three are ready", PATIENCE, async || pool.status().available == 3).await;
     bench.path.delay_log_ins(LOG_IN);
     let mut held = Vec::new();
@@ -338,9 +358,11 @@ async fn a_failover_onto_a_slow_server_recovers_with_short_deadlines() {
 #[tokio::test]
 async fn a_refusal_reaches_all_waiters() {
     let bench = Bench::new().await;
-    let pool = bench.builder().max_size(8).connection_gate(1).build().unwrap();
+    let pool = bench.unhurried().max_size(8).connection_gate(1).build().unwrap();
     let _held = pool.get().await.unwrap();
     let _spare = pool.get().await.unwrap();
+    // A primary of which no session is left in which it could be asked is lost.
+    eventually("the heart-beat has its session", PATIENCE, async || bench.sessions().await >= 3).await;
     bench.observer.batch_execute("ALTER ROLE app CONNECTION LIMIT -1").await.unwrap();
     let admin = bench.cluster.direct(Node(0)).await;
     admin.batch_execute("ALTER ROLE app NOLOGIN").await.unwrap();
