@@ -11,6 +11,7 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Pool};
 
 use crate::support::PATIENCE;
+use crate::support::stalls::{self, unless_stalled};
 
 /// What a log-in takes here, and less, which is what the callers have.
 const LOG_IN: Duration = Duration::from_millis(400);
@@ -33,7 +34,9 @@ async fn impatient_callers_of_a_wrapped_pool_are_served() {
     let cluster = Cluster::builder().nodes(1).start().await;
     let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let existing = existing(path.addr(), 8, RecyclingMethod::Fast);
-    let pool: Pool = Pool::wrap(existing).patrol_interval(PATIENCE * 10).build().unwrap();
+    let builder = Pool::wrap(existing).patrol_interval(PATIENCE * 10);
+    // A machine that stands still must not bring new sessions for the heartbeat.
+    let pool: Pool = builder.heartbeat_timeout(PATIENCE).build().unwrap();
     pool.connect().await.unwrap();
     path.delay_log_ins(LOG_IN);
     let before = path.accepted();
@@ -61,43 +64,53 @@ async fn a_connection_of_a_wrapped_pool_outlives_the_caller_that_waited_for_it()
     let cluster = Cluster::builder().nodes(1).start().await;
     let tap = Tap::start((cluster.spare_addr(9), 0).into(), cluster.socket_addr(Node(0))).await;
     for tested in [false, true] {
-        let recycling = if tested { RecyclingMethod::Verified } else { RecyclingMethod::Fast };
-        let existing = existing(tap.addr(), 1, recycling);
-        let owned = existing.get().await.unwrap();
-        let first: i32 = owned.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-        let pool: Pool = Pool::wrap(existing)
-            .patrol_interval(PATIENCE * 10)
-            .heartbeat_interval(Duration::from_millis(100))
-            .heartbeat_timeout(Duration::from_secs(1))
-            .probe_timeout(Duration::from_secs(6))
-            .dead_after(PATIENCE * 3)
-            .build()
-            .unwrap();
-        pool.connect().await.unwrap();
-        drop(owned);
-        if tested {
-            assert_eq!(pid(&pool.get().await.unwrap()).await, first, "it is known where it leads to");
-        }
-        tap.stall(true);
-        assert!(pool.get_within(Duration::from_millis(100)).await.is_err(), "tested: {tested}");
-        tap.stall(false);
-        let client = timeout(PATIENCE, pool.get()).await.unwrap().unwrap();
-        assert_eq!(pid(&client).await, first, "after a caller gave up; tested: {tested}");
-        drop(client);
-        if !tested {
-            continue;
-        }
-        tap.stall(true);
-        let waiting = tokio::spawn({
-            let pool = pool.clone();
-            async move { pool.get().await }
-        });
-        let searching = || matches!(pool.status().view.state, State::Searching { .. });
-        eventually("the primary is suspended", PATIENCE, async || searching()).await;
-        tap.stall(false);
-        let client = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
-        assert_eq!(pid(&client).await, first, "after a suspension");
+        // A connection that has not answered for a second is closed if nobody waits for it.
+        unless_stalled(async || outlives_its_caller(&tap, tested).await).await;
     }
+}
+
+async fn outlives_its_caller(tap: &Tap, tested: bool) -> Result<(), String> {
+    let recycling = if tested { RecyclingMethod::Verified } else { RecyclingMethod::Fast };
+    let existing = existing(tap.addr(), 1, recycling);
+    let owned = existing.get().await.unwrap();
+    let first: i32 = owned.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let pool: Pool = Pool::wrap(existing)
+        .patrol_interval(PATIENCE * 10)
+        .heartbeat_interval(Duration::from_millis(100))
+        .heartbeat_timeout(Duration::from_secs(1))
+        .probe_timeout(Duration::from_secs(6))
+        .dead_after(PATIENCE * 3)
+        .build()
+        .unwrap();
+    let is_first = async |client: &Client, when: &str| {
+        let is_first = pid(client).await == first;
+        if is_first { Ok(()) } else { Err(format!("another connection {when}; tested: {tested}")) }
+    };
+    pool.connect().await.unwrap();
+    drop(owned);
+    if tested {
+        is_first(&pool.get().await.unwrap(), "although it is known where it leads to").await?;
+    }
+    tap.stall(true);
+    let given_up = pool.get_within(Duration::from_millis(100)).await.is_err();
+    tap.stall(false);
+    assert!(given_up, "tested: {tested}");
+    let client = timeout(PATIENCE, pool.get()).await.unwrap().unwrap();
+    is_first(&client, "after a caller gave up").await?;
+    drop(client);
+    if !tested {
+        return Ok(());
+    }
+    tap.stall(true);
+    let waiting = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await }
+    });
+    let searching = || matches!(pool.status().view.state, State::Searching { .. });
+    eventually("the primary is suspended", PATIENCE, async || searching()).await;
+    tap.stall(false);
+    let client = timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap();
+    is_first(&client, "after a suspension").await
 }
 
 /// The server has room for four connections, and there are many callers: each of them is served again and again, as
@@ -114,7 +127,7 @@ async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
     // One of them is the heartbeat's.
     owner.batch_execute("ALTER ROLE app CONNECTION LIMIT 5").await.unwrap();
     tap.reset();
-    let began = Instant::now();
+    let began = stalls::now();
     let callers: Vec<_> = (0..20)
         .map(|_| {
             let pool = pool.clone();
@@ -138,7 +151,8 @@ async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
     let (took, startups) = (began.elapsed(), tap.counts().startups);
     println!("1000 times in {took:?}, longest wait {longest:?}, {startups} log-ins");
     // A fiftieth of the time is what a caller waits on average, however fast the machine is: nobody is passed over.
-    assert!(longest < Duration::from_secs(1) + took / 5, "somebody waited for {longest:?} of {took:?}");
+    let most = Duration::from_secs(1) + took / 5 + stalls::slack_since(began);
+    assert!(longest < most, "somebody waited for {longest:?} of {took:?}");
     // Each caller may try once at first. Then one of them tries, and the doubted primary is asked on a new session.
     assert!(startups < 40 + 8 * took.as_secs(), "{startups} log-ins in {took:?}");
 }
@@ -169,7 +183,7 @@ async fn a_full_server_holds_up_nobody_when_connections_come_back() {
         })
         .collect();
     sleep(Duration::from_secs(5)).await;
-    let began = Instant::now();
+    let began = stalls::now();
     drop(held);
     for caller in callers {
         timeout(PATIENCE * 2, caller).await.expect("a caller is not served").unwrap();
@@ -177,7 +191,7 @@ async fn a_full_server_holds_up_nobody_when_connections_come_back() {
     let took = began.elapsed();
     println!("32 callers were served in {took:?}");
     // It takes 80 ms, or some seconds if each round waits for a log-in.
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_secs(2) + stalls::slack_since(began), "{took:?}");
 }
 
 /// Nobody queues for a connect while a connection of the wrapped pool is idle, even if the pool's own settlers and

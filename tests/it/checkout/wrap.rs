@@ -17,7 +17,7 @@ use tokio_postgres_failover::session::SessionClient;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::support::load::{LONG, Load, PROMPT, Write, create_table, generation};
-use crate::support::started;
+use crate::support::{stalls, started};
 
 /// As deadpool-postgres' documentation has it, with every host in the URL.
 fn existing(cluster: &Cluster) -> deadpool_postgres::Pool {
@@ -25,6 +25,17 @@ fn existing(cluster: &Cluster) -> deadpool_postgres::Pool {
     config.url = Some(format!("{}?target_session_attrs=read-write&connect_timeout=1", cluster.url_hosts()));
     config.pool = Some(deadpool_postgres::PoolConfig::new(8));
     config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), NoTls).unwrap()
+}
+
+/// A connection for the owner, whose configuration gives up after a second.
+async fn owned(existing: &deadpool_postgres::Pool) -> deadpool_postgres::Client {
+    let mut owned = None;
+    eventually("the owner has a connection", LONG, async || {
+        owned = existing.get().await.ok();
+        owned.is_some()
+    })
+    .await;
+    owned.unwrap()
 }
 
 async fn fails_over<T>(load: Load, cluster: &Cluster, change: impl AsyncFnOnce(&Cluster) -> T) {
@@ -52,7 +63,7 @@ async fn kill_under_load_brings_no_error_no_double_and_no_loss() {
     pool.close();
     assert!(matches!(pool.get().await, Err(Error::Closed)));
     assert!(!existing.is_closed(), "what was wrapped belongs to its owner");
-    existing.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+    owned(&existing).await.batch_execute("SELECT 1").await.unwrap();
 }
 
 /// S2: several in a row, also by `idempotent`.
@@ -85,7 +96,7 @@ async fn a_demoted_server_is_left_and_its_idle_connections_are_closed() {
     eventually("no connection leads to the old primary", LONG, async || {
         let mut clients = Vec::new();
         for _ in 0..8 {
-            clients.push(existing.get().await.unwrap());
+            clients.push(owned(&existing).await);
         }
         for client in &clients {
             let row = client.query_one("SELECT current_setting('transaction_read_only')", &[]).await.unwrap();
@@ -431,7 +442,7 @@ async fn connecting_that_hangs_is_given_up_for_the_successor() {
         .heartbeat_interval(Duration::from_millis(200))
         .heartbeat_timeout(Duration::from_millis(500))
         .probe_timeout(Duration::from_millis(500))
-        .retry(RetryPolicy::new().deadline(LONG / 2))
+        .retry(RetryPolicy::new().deadline(LONG * 2))
         .build()
         .unwrap();
     write(&pool, 1).await.unwrap();
@@ -460,7 +471,7 @@ async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
         .checkout_timeout(Duration::from_millis(300))
         .build()
         .unwrap();
-    pool.connect().await.unwrap();
+    eventually("there is a primary", LONG, async || pool.connect().await.is_ok()).await;
     let real = cluster.socket_addr(cluster.primary());
     let tap = Tap::start((cluster.spare_addr(9), 0).into(), real).await;
     manager.lead_to(tap.addr());
@@ -470,7 +481,7 @@ async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
     let error = pool.get().await.unwrap_err();
     assert!(matches!(error, Error::Unavailable(_)), "{error}");
     eventually("the silent connection is closed", LONG, async || existing.status().size == 0).await;
-    pool.get().await.unwrap().batch_execute("SELECT 1").await.unwrap();
+    pool.get_within(LONG).await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
 
 /// What its owner gives back after a failover leads to the old server: such connections are of no interest to the new one.
@@ -478,7 +489,8 @@ async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
 async fn connections_that_come_back_late_cast_no_doubt() {
     let cluster = started().await;
     let (manager, existing) = followed(&cluster, 8);
-    let pool: Pool<Plain> = Pool::wrap(existing.clone()).patrol_interval(LONG * 10).build().unwrap();
+    let builder = Pool::wrap(existing.clone()).patrol_interval(LONG * 10);
+    let pool: Pool<Plain> = builder.heartbeat_timeout(LONG).build().unwrap();
     write(&pool, 1).await.unwrap();
     let mut owned = Vec::new();
     for _ in 0..7 {
@@ -497,11 +509,13 @@ async fn connections_that_come_back_late_cast_no_doubt() {
     .await;
     let held = pool.get().await.unwrap();
     drop(owned);
-    let (began, before) = (Instant::now(), manager.begun.load(Ordering::Relaxed));
+    let (began, before) = (stalls::now(), manager.begun.load(Ordering::Relaxed));
     write(&pool, 3).await.unwrap();
     println!("seven stale connections cost {:?}", began.elapsed());
     drop(held);
-    assert_eq!(manager.begun.load(Ordering::Relaxed), before + 1, "the primary was doubted, and asked on new sessions");
+    // Whoever is not served within a second, as the machine stands still, tries another one.
+    let begun = manager.begun.load(Ordering::Relaxed) - before;
+    assert!(begun == 1 || stalls::any_since(began), "the primary was doubted, and asked on {begun} new sessions");
     assert_eq!(ids(&cluster).await, [1, 2, 3]);
 }
 
@@ -531,7 +545,7 @@ async fn a_transaction_left_open_by_the_owner_is_not_joined() {
     existing.resize(1);
     let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
     write(&pool, 1).await.unwrap();
-    existing.get().await.unwrap().batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
+    owned(&existing).await.batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
     write(&pool, 2).await.unwrap();
     assert_eq!(ids(&cluster).await, [1, 2]);
 }
@@ -545,7 +559,7 @@ async fn a_transaction_left_open_by_the_owner_is_not_committed_by_a_signature() 
     for seed in 0..8 {
         let existing = existing(&cluster);
         existing.resize(1);
-        existing.get().await.unwrap().batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
+        owned(&existing).await.batch_execute("BEGIN; INSERT INTO entries (id) VALUES (-1)").await.unwrap();
         let pool: Pool = Pool::wrap(existing).seed(seed).build().unwrap();
         write(&pool, 1).await.unwrap();
     }
@@ -561,7 +575,7 @@ async fn an_owner_who_discards_all_costs_no_transaction() {
     let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
     for id in 1..=4 {
         write(&pool, id).await.unwrap();
-        existing.get().await.unwrap().batch_execute("DISCARD ALL").await.unwrap();
+        owned(&existing).await.batch_execute("DISCARD ALL").await.unwrap();
     }
     assert_eq!(ids(&cluster).await, [1, 2, 3, 4]);
     assert_eq!(pool.status().fallback, None);
