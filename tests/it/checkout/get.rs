@@ -119,7 +119,9 @@ fn name_of(state: &State) -> &'static str {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_and_subscription_follow_a_failover() {
     let cluster = Cluster::start().await;
-    let pool = Pool::builder(cluster.url_hosts()).unwrap().max_size(4).build().unwrap();
+    let builder = Pool::builder(cluster.url_hosts()).unwrap().max_size(4);
+    // A machine that stands still adds no state of its own.
+    let pool = builder.heartbeat_timeout(PATIENCE).build().unwrap();
     let mut views = pool.watch();
     let first = views.borrow_and_update().clone();
     assert_eq!((name_of(&first.state), first.generation.get()), ("searching", 0));
