@@ -395,8 +395,8 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
     // At first, and once the password is changed under a pool that works.
     for first in ["wrong", "right"] {
         let builder = Pool::builder(format!("postgres://app:{first}@{}/app", tap.addr())).unwrap();
-        // A stall of the machine must not end the primary, after which everybody waits, nor a log-in, which is then asked for
-        // on a session beside.
+        // A stall of the machine must not end the primary, after which everybody waits, nor a log-in, after which the
+        // primary is asked on a new session.
         let builder = builder.heartbeat_timeout(Duration::from_secs(10)).probe_timeout(Duration::from_secs(10));
         let pool = builder.patrol_interval(Duration::from_secs(600)).build().unwrap();
         if first == "right" {
@@ -424,8 +424,8 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
         let (startups, took) = (tap.counts().startups, began.elapsed());
         println!("{first}: {startups} log-ins, {refused} calls refused in {took:?}");
         assert!(refused >= 20, "everybody is told: {refused}");
-        // Those that are under way when the first is refused, and one a second.
-        assert!(startups <= 5 + took.as_secs(), "{startups} log-ins in {took:?}");
+        // Some at first: those that are under way when the first is refused, and those that begin before everybody knows.
+        assert!(startups <= 10 + took.as_secs(), "{startups} log-ins in {took:?}");
     }
 }
 

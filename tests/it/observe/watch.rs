@@ -16,8 +16,7 @@ use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder
 use crate::support::load::{LONG, by_name, by_url, create_table};
 use crate::support::{CONFLICT, Runs, insert};
 
-/// A heart-beat's time-out that no stall of the machine exceeds, where no primary falls silent or its silence is not what
-/// is counted.
+/// A heart-beat's time-out that no stall of the machine exceeds, where the silence of a primary is not what is counted.
 const UNHURRIED: Duration = Duration::from_secs(10);
 
 /// What a pool's figures are read from: Prometheus' text, as a server would scrape it. One recorder for all tests; the
