@@ -166,8 +166,8 @@ async fn what_ends_by_itself_keeps_its_connection() {
         .pool
         .transaction(async |tx| Ok(tx.query_one("SELECT pg_backend_pid()", &[]).await?.get::<_, i32>(0)))
         .await;
-    // A machine that stands still at the wrong moment looks like a server that does not end its answer. Each kind of work
-    // is done ten times.
+    // A machine that stands still at the wrong moment looks like a server that does not end its answer. Each kind of
+    // work is done ten times.
     lost.extend((two.unwrap() != last).then_some(50));
     assert!(lost.len() <= 3, "the connections of these rounds were not kept: {lost:?}");
 }

@@ -424,7 +424,7 @@ async fn a_wrong_password_is_no_storm_of_log_ins() {
         let (startups, took) = (tap.counts().startups, began.elapsed());
         println!("{first}: {startups} log-ins, {refused} calls refused in {took:?}");
         assert!(refused >= 20, "everybody is told: {refused}");
-        // Some at first: those that are under way when the first is refused, and those that begin before everybody knows.
+        // At first there are those that are under way when one is refused, or begin before everybody knows of it.
         assert!(startups <= 10 + took.as_secs(), "{startups} log-ins in {took:?}");
     }
 }
