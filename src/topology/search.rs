@@ -219,6 +219,14 @@ impl Topology {
         Some(if all_answered { self.polled_at.min(pick.decide_at) } else { pick.decide_at })
     }
 
+    /// Accepts no server before `at`. The process stood still for a moment, and may not have read yet what the other
+    /// servers answered meanwhile.
+    pub(super) fn postpone_pick(&mut self, at: Instant) {
+        if let Phase::Searching(Search { pick: Some(pick), .. }) = &mut self.phase {
+            pick.decide_at = pick.decide_at.max(at);
+        }
+    }
+
     /// Accepts the best writable server if its time has come.
     pub(super) fn decide_pick(&mut self, now: Instant) {
         let Phase::Searching(Search { pick: Some(pick), .. }) = &self.phase else {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Phase, Topology};
+use super::{GRACE, Phase, Topology};
 
 /// If an input or a poll comes this much later than it was due, the process did not run meanwhile.
 const LATE: Duration = Duration::from_secs(1);
@@ -44,6 +44,9 @@ impl Unasked {
 impl Topology {
     /// Notices if the process did not run before this moment. Call this before each input.
     pub(super) fn notice_pause(&mut self, now: Instant) {
+        if now > self.unasked.due + GRACE.0 {
+            self.postpone_pick(now + GRACE.0);
+        }
         if now <= self.unasked.due + LATE {
             return;
         }

@@ -12,6 +12,27 @@ fn the_first_search_waits_a_moment_for_an_objection() {
     assert_eq!(bench.primary(), Some(2));
 }
 
+/// The answers that came while the process stood still are read before a server is accepted.
+#[test]
+fn a_stall_takes_nothing_from_the_time_to_object() {
+    for stall in [ms(120), ms(700), ms(5000)] {
+        for objects in [true, false] {
+            let mut bench = Bench::new(2);
+            bench.report(1, primary(1, 1));
+            bench.now += stall;
+            bench.poll();
+            assert_eq!(bench.primary(), None, "{stall:?}: the other answer may be there");
+            if objects {
+                bench.report(2, primary(2, 2));
+                assert_eq!(bench.primary(), Some(2), "{stall:?}");
+            } else {
+                bench.wait(GRACE.0);
+                assert_eq!(bench.primary(), Some(1), "{stall:?}: a silent one is waited for no longer");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_silent_candidate_delays_the_first_search_by_the_grace_at_most() {
     let mut bench = Bench::new(2);
@@ -107,6 +128,7 @@ fn a_member_that_dns_forgot_is_still_asked() {
     topology.probed(now, &probed(2, Ok(standby(2))));
     topology.probed(now, &probed(1, Ok(primary(1, 1))));
     topology.poll(now + ms(200));
+    topology.poll(now + ms(200) + GRACE.0);
     topology.probed(now, &probed(2, Ok(standby(2))));
     topology.resolved(now + ms(5000), 0, named([endpoint(1)]));
     let known: Vec<_> = topology.candidates().into_iter().map(|candidate| candidate.endpoint.address).collect();
