@@ -27,7 +27,7 @@ bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/ben
 	RENEW=1 cargo test --quiet --test documents picture
 
 test: setup ## Run every test against real servers
-	cargo test --all-features
+	@bash scripts/test.sh
 
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs every test. The tests play failovers in real time, and a shared machine may stall in the middle of one: so a test that
+# failed runs once more by itself. If it passes then, it is told as FLAKY, which is a fault of the test. If it fails again, or
+# more than MOST failed, or a program of tests did not come to its end, the run has failed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+MOST=3
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+cargo test --all-features --no-fail-fast 2>&1 | tee "$log" && exit 0
+
+mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED.*/\1/p' "$log")
+mapfile -t targets < <(sed -n 's/^    `\(-.*\)`$/\1/p' "$log")
+# A program that was ended in the middle has no result, and tests of it did not run.
+counted=$(awk '/^test result: FAILED/ { programs += 1; tests += $6 } END { print programs + 0, tests + 0 }' "$log")
+if [ "$counted" != "${#targets[@]} ${#failed[@]}" ] || [ "${#failed[@]}" -eq 0 ] || [ "${#failed[@]}" -gt "$MOST" ]; then
+    exit 1
+fi
+
+echo "test.sh: once more, by themselves: ${failed[*]}"
+for target in "${targets[@]}"; do
+    # shellcheck disable=SC2086 # a list of words
+    cargo test --all-features $target -- --exact "${failed[@]}" 2>&1 | tee "$log"
+done
+printf 'test.sh: FLAKY, passed when it ran by itself: %s\n' "${failed[@]}"
