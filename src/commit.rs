@@ -134,7 +134,7 @@ pub(crate) enum Proof {
     /// Whether a file in `pg_wal` belongs to the marker's timeline.
     Files { followed: bool },
     /// Whether the transactions of the [`Signature`] have its outcomes here.
-    Signature { borne: bool },
+    Signature { found: bool },
     /// The ancestors of the timeline, and what is in the WAL itself.
     Function { ancestry: Ancestry, sighting: Sighting },
 }
@@ -281,7 +281,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     match proof {
         _ if server.timeline == then.timeline => restarted(marker, now),
         Proof::Function { ancestry, .. } => descended(marker, now, ancestry),
-        Proof::Files { followed: shown } | Proof::Signature { borne: shown } => promoted(marker, now, *shown),
+        Proof::Files { followed: shown } | Proof::Signature { found: shown } => promoted(marker, now, *shown),
         Proof::Nothing => promoted(marker, now, false),
     }
 }

@@ -67,7 +67,7 @@ fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> 
     let proof = if wanted { asked.shows(&begun.marker, evidence) } else { Proof::Nothing };
     let located = match (locate(&begun.marker, &now, &proof), begun.signed) {
         (Located::Unclear(Unsettled::Unproven), Some(signed)) if kind == Kind::Signature => {
-            locate(&begun.marker, &now, &Proof::Signature { borne: asked.bears(&signed) })
+            locate(&begun.marker, &now, &Proof::Signature { found: asked.bears(&signed) })
         }
         (located, _) => located,
     };

@@ -85,8 +85,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     }
 
     /// Keeps a session without a transaction for the next settler.
-    pub(crate) fn keep(&self, witness: SettleSession<'_, C>) {
-        match witness {
+    pub(crate) fn keep(&self, session: SettleSession<'_, C>) {
+        match session {
             SettleSession::Pooled(mut lent) => lent.clean = true,
             SettleSession::Beside(side_session) => lock(&self.settlers.idle).push(side_session),
         }

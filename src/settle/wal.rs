@@ -143,7 +143,7 @@ pub(super) fn is_of(life: &Life, row: &Row, started_at: usize, replayed: usize) 
 /// What a server says about itself, and about a transaction id. After a crash or a promotion, another transaction may
 /// have this id.
 #[derive(Debug)]
-pub(crate) struct Said {
+pub(crate) struct LogAnswer {
     pub(crate) now: Now,
     /// `None`: the server has not given out the id yet.
     pub(crate) status: Option<XactStatus>,
@@ -159,7 +159,7 @@ pub(crate) async fn look(
     xid: u64,
     primaries_since: u64,
     verified: Option<Life>,
-) -> Result<Said, Option<Error>> {
+) -> Result<LogAnswer, Option<Error>> {
     let row = match only_row(client, &question(xid, PARTS.map(|(part, _)| part))).await {
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
@@ -239,9 +239,9 @@ fn question(xid: u64, parts: [&str; 7]) -> String {
     )
 }
 
-fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Said, BadReport> {
+fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<LogAnswer, BadReport> {
     let evidence = text(row, 8).map_or(Ok(Evidence::Checkpoint), evidence)?;
-    Ok(Said { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
+    Ok(LogAnswer { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
 }
 
 /// Asks, within a settler's transaction, what the server shows about the history of its WAL. If one kind of evidence
@@ -260,7 +260,7 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
                 Ok(proof) => return Ok(proof),
                 Err(bad) => bad.to_string(),
             },
-            Err(error) if is_no_use(&error) => {
+            Err(error) if would_fail_again(&error) => {
                 client.batch_execute("ROLLBACK TO SAVEPOINT proof").await?;
                 explain(&error)
             }
@@ -306,7 +306,7 @@ pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<O
 }
 
 /// Asks, within a settler's transaction, whether the server's history contains a signature.
-pub(crate) async fn bears(client: &Client, signature: &Signature) -> Result<bool, Error> {
+pub(crate) async fn has_signature(client: &Client, signature: &Signature) -> Result<bool, Error> {
     let status = |committed| if committed { "committed" } else { "aborted" };
     let signed = signature.0.iter().map(|(id, committed)| format!("('{id}'::xid8, '{}')", status(*committed)));
     let signed: Vec<String> = signed.collect();
@@ -320,7 +320,7 @@ pub(crate) async fn bears(client: &Client, signature: &Signature) -> Result<bool
 }
 
 /// Returns whether the same question would fail again. After a cancelled statement or a lack of memory it may succeed.
-fn is_no_use(error: &Error) -> bool {
+fn would_fail_again(error: &Error) -> bool {
     let classes = ["0A", "22", "42", "58", "P0", "XX"];
     error.code().is_some_and(|code| classes.iter().any(|class| code.code().starts_with(class)))
 }
@@ -413,7 +413,7 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool)
 
 /// How a transaction that is still in progress is about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ends {
+pub(crate) enum EndUnderWay {
     /// `PREPARE TRANSACTION` has stored it.
     Prepared,
     /// Its COMMIT was carried out and waits for a synchronous standby.
@@ -421,7 +421,7 @@ pub(crate) enum Ends {
 }
 
 /// Asks whether a transaction in progress was prepared or is being committed. This runs within a settler's transaction.
-pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<Ends>, Error> {
+pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<EndUnderWay>, Error> {
     let Backend { pid, xid } = backend;
     // Both views show the id without its epoch.
     let xid = xid & u64::from(u32::MAX);
@@ -433,8 +433,8 @@ pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<End
                      THEN 'committing' END"
     );
     Ok(match text(&only_row(client, &sql).await?, 0) {
-        Some("prepared") => Some(Ends::Prepared),
-        Some("committing") => Some(Ends::Committing),
+        Some("prepared") => Some(EndUnderWay::Prepared),
+        Some("committing") => Some(EndUnderWay::Committing),
         _ => None,
     })
 }

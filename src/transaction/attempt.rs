@@ -136,7 +136,7 @@ pub(super) struct Attempt<C: SessionClient> {
 /// Why an attempt does not reach COMMIT.
 enum Fault {
     /// BEGIN failed, or the session was evicted.
-    Met(Verdict, Error),
+    Session(Verdict, Error),
     /// The closure failed.
     Closure(Error),
 }
@@ -174,7 +174,7 @@ impl<C: SessionClient> Attempt<C> {
             cut = self.cut_off() => cut.map_or_else(
                 || {
                     let (verdict, error) = evicted();
-                    Ok(Err(Fault::Met(verdict, error)))
+                    Ok(Err(Fault::Session(verdict, error)))
                 },
                 Err,
             ),
@@ -183,7 +183,7 @@ impl<C: SessionClient> Attempt<C> {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
             Ok(Err(fault)) => {
                 let failed = match fault {
-                    Fault::Met(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
+                    Fault::Session(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
                     Fault::Closure(error) => self.closure_failed(mode, error).await,
                 };
                 // If the session did not answer that it has rolled back, the closure may have committed by itself.
@@ -261,7 +261,7 @@ impl<C: SessionClient> Attempt<C> {
     {
         self.client().notices().forget();
         self.client().trail().forget();
-        let mark = self.begin(begin).await.map_err(|error| Fault::Met(judge_begin(&error), error))?;
+        let mark = self.begin(begin).await.map_err(|error| Fault::Session(judge_begin(&error), error))?;
         if !self.client().notices().are_driven() {
             self.client().heard();
         }
@@ -269,7 +269,7 @@ impl<C: SessionClient> Attempt<C> {
             // The open transaction is not ours to commit. The work has not begun, so it can begin on another
             // connection.
             let strange = Error::RolledBack(RolledBack::StrangeSession);
-            return Err(Fault::Met(Verdict::ConnectionLost, strange));
+            return Err(Fault::Session(Verdict::ConnectionLost, strange));
         }
         if let Some(mark) = mark {
             // Setting it cannot fail, because an attempt begins only once.

@@ -19,7 +19,7 @@ use crate::pool::{Client, Pool, SettleSession, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::settle::ledger::Entered;
-use crate::settle::wal::{self, Backend, Ends, Said};
+use crate::settle::wal::{self, Backend, EndUnderWay, LogAnswer};
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
@@ -44,8 +44,8 @@ pub(super) struct Mark {
 
 impl Mark {
     /// Returns whether this session reaches the server on which the transaction ran, in the same life.
-    fn is_of<C: SessionClient>(&self, witness: &SettleSession<'_, C>) -> bool {
-        self.is_life(witness.life(), witness.generation())
+    fn is_of<C: SessionClient>(&self, session: &SettleSession<'_, C>) -> bool {
+        self.is_life(session.life(), session.generation())
     }
 
     fn is_life_of<C: SessionClient>(&self, client: &Client<C>) -> bool {
@@ -115,7 +115,7 @@ async fn round<C: SessionClient>(
     began: Instant,
     reason: &mut Unsettled,
 ) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
-    let (mut permit, witness) = match settling.session().await {
+    let (mut permit, session) = match settling.session().await {
         Ok(session) => session,
         Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
         Err(_) => {
@@ -125,15 +125,15 @@ async fn round<C: SessionClient>(
     };
     let (ended, clean) = tokio::select! {
         biased;
-        answer = ask(settling, &witness, mark, began, reason, &mut permit) => answer,
+        answer = ask(settling, &session, mark, began, reason, &mut permit) => answer,
         // The session of a wrapped pool does not end with its generation. Without this, the settler could wait for ever
         // for a server that is no longer the primary.
-        () = witness.evicted() => (None, false),
+        () = session.evicted() => (None, false),
     };
-    let generation = witness.generation();
+    let generation = session.generation();
     // Keep the session before the permit is released, so that the permit's next holder finds it.
     if clean {
-        settling.keep(witness);
+        settling.keep(session);
     }
     ended.map(|settled| settled.map(|outcome| (outcome, generation)))
 }
@@ -141,18 +141,18 @@ async fn round<C: SessionClient>(
 /// Returns the outcome, and whether the session can be reused.
 async fn ask<C: SessionClient>(
     settling: &Settling<'_, C>,
-    witness: &SettleSession<'_, C>,
+    session: &SettleSession<'_, C>,
     mark: &Mark,
     began: Instant,
     reason: &mut Unsettled,
     permit: &mut Option<SemaphorePermit<'_>>,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
-    let settled = match question(witness, mark).await {
+    let settled = match question(session, mark).await {
         Ok(Some(settled)) => settled,
         // A proxy has connected the question to another server. The pool has not verified that server, so its answer
         // must not count.
         Ok(None) => {
-            settling.suspect(witness.generation());
+            settling.suspect(session.generation());
             *reason = Unsettled::NoPrimary;
             return (None, false);
         }
@@ -162,10 +162,10 @@ async fn ask<C: SessionClient>(
     match settled {
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            (None, ends_abandoned(witness, mark, began.elapsed() > wal::LATE).await)
+            (None, ends_abandoned(session, mark, began.elapsed() > wal::LATE).await)
         }
-        Settled::Committed => holding(permit, confirmed(witness, mark, Outcome::Committed, reason)).await,
-        Settled::NotCommitted => holding(permit, confirmed(witness, mark, Outcome::NotCommitted, reason)).await,
+        Settled::Committed => holding(permit, confirmed(session, mark, Outcome::Committed, reason)).await,
+        Settled::NotCommitted => holding(permit, confirmed(session, mark, Outcome::NotCommitted, reason)).await,
         Settled::Unknown(why) => (Some(Err(why)), false),
     }
 }
@@ -183,11 +183,11 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 
 /// Ends the abandoned session of the transaction, and the settler's own transaction. Returns whether the settler's
 /// session can be reused.
-async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
-    if !mark.is_of(witness) {
+async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
+    if !mark.is_of(session) {
         return false;
     }
-    let ended = wal::end_abandoned(witness.client(), mark.backend, late).await;
+    let ended = wal::end_abandoned(session.client(), mark.backend, late).await;
     if let Err(error) = &ended {
         log_safely(|| tracing::debug!("an abandoned session could not be ended: {}", explain(error)));
     }
@@ -196,16 +196,16 @@ async fn ends_abandoned<C: SessionClient>(witness: &SettleSession<'_, C>, mark: 
 
 /// `Ok(None)`: the server that answered is not the one that was verified for this session.
 async fn question<C: SessionClient>(
-    witness: &SettleSession<'_, C>,
+    session: &SettleSession<'_, C>,
     mark: &Mark,
 ) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
-    let client = witness.client();
+    let client = session.client();
     match &mark.by {
         Settler::Wal(marker) => {
-            let primaries_since = witness.generation().get().saturating_sub(mark.generation.get());
-            ask_log(client, witness.life(), mark, marker, primaries_since).await
+            let primaries_since = session.generation().get().saturating_sub(mark.generation.get());
+            ask_log(client, session.life(), mark, marker, primaries_since).await
         }
-        Settler::Ledger(ledger, entered) => ledger.ask(client, witness.life(), entered).await,
+        Settler::Ledger(ledger, entered) => ledger.ask(client, session.life(), entered).await,
     }
 }
 
@@ -217,7 +217,7 @@ async fn ask_log(
     marker: &Marker,
     primaries_since: u64,
 ) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
-    let Said { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since, verified).await?;
+    let LogAnswer { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since, verified).await?;
     if verified.is_some_and(|verified| !verified.is(&now.life)) {
         return Ok(None);
     }
@@ -226,8 +226,8 @@ async fn ask_log(
     let proof = if wanted { wal::prove(client, marker, evidence).await? } else { Proof::Nothing };
     let located = match (locate(marker, &now, &proof), &mark.signature) {
         (Located::Unclear(Unsettled::Unproven), Some(signature)) => {
-            let borne = wal::bears(client, signature).await?;
-            locate(marker, &now, &Proof::Signature { borne })
+            let found = wal::has_signature(client, signature).await?;
+            locate(marker, &now, &Proof::Signature { found })
         }
         (located, _) => located,
     };
@@ -245,25 +245,25 @@ fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
 /// Waits until the synchronous standbys have all that the outcome depends on, so that no successor contradicts it.
 /// Returns the outcome, and whether the session can be reused.
 async fn confirmed<C: SessionClient>(
-    witness: &SettleSession<'_, C>,
+    session: &SettleSession<'_, C>,
     mark: &Mark,
     outcome: Outcome,
     reason: &mut Unsettled,
 ) -> (Option<Result<Outcome, Unsettled>>, bool) {
     *reason = Unsettled::NotReplicated;
-    witness.set_committing(true);
+    session.set_committing(true);
     let waited = match (&mark.by, outcome) {
         // The transaction is not in the WAL, so there is nothing to wait for.
         (Settler::Wal(_), Outcome::NotCommitted) => {
-            let rolled_back = witness.client().batch_execute("ROLLBACK").await;
-            witness.set_committing(false);
+            let rolled_back = session.client().batch_execute("ROLLBACK").await;
+            session.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());
         }
-        (Settler::Wal(_), Outcome::Committed) => wal::confirm(witness.client()).await,
-        (Settler::Ledger(ledger, _), _) => ledger.confirm(witness.client()).await,
+        (Settler::Wal(_), Outcome::Committed) => wal::confirm(session.client()).await,
+        (Settler::Ledger(ledger, _), _) => ledger.confirm(session.client()).await,
     };
-    witness.set_committing(false);
-    let confirmed = waited.is_ok() && !witness.notices().not_replicated();
+    session.set_committing(false);
+    let confirmed = waited.is_ok() && !session.notices().not_replicated();
     (confirmed.then_some(Ok(outcome)), confirmed)
 }
 
@@ -276,7 +276,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
             Settler::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
                 // Usually the transaction was rolled back. Then this question is enough.
-                let Said { now, status, .. } =
+                let LogAnswer { now, status, .. } =
                     wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
                 if !matches!(status, Some(XactStatus::Committed | XactStatus::InProgress)) {
                     return client.life().is_none_or(|life| life.is(&now.life)).then_some(Inside::No);
@@ -298,8 +298,8 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
         Some(match settled {
             Settled::Committed => Inside::Ended(Ending::Committed),
             Settled::InProgress => match wal::ends(client, mark.backend).await.ok()? {
-                Some(Ends::Prepared) => Inside::Ended(Ending::Prepared),
-                Some(Ends::Committing) => Inside::Ended(Ending::Committed),
+                Some(EndUnderWay::Prepared) => Inside::Ended(Ending::Prepared),
+                Some(EndUnderWay::Committing) => Inside::Ended(Ending::Committed),
                 None => Inside::InProgress,
             },
             Settled::NotCommitted => Inside::No,
