@@ -139,12 +139,12 @@ async fn what_ends_by_itself_keeps_its_connection() {
     client.batch_execute("CREATE TABLE kept (line text)").await.unwrap();
     drop(client.transaction().await.unwrap());
     drop(client);
-    let mut lost = Vec::new();
+    let mut unkept = Vec::new();
     for round in 0..50 {
         let mut client = bench.get().await;
         let now = pid(&client).await;
         if std::mem::replace(&mut last, now) != now {
-            lost.push(round);
+            unkept.push(round);
         }
         match round % 5 {
             0 => drop(client.query_one("SELECT $1::int", &[&round]).await.unwrap()),
@@ -168,8 +168,8 @@ async fn what_ends_by_itself_keeps_its_connection() {
         .await;
     // A machine that stands still at the wrong moment looks like a server that does not end its answer. Each kind of
     // work is done ten times.
-    lost.extend((two.unwrap() != last).then_some(50));
-    assert!(lost.len() <= 3, "the connections of these rounds were not kept: {lost:?}");
+    unkept.extend((two.unwrap() != last).then_some(50));
+    assert!(unkept.len() <= 3, "the connections of these rounds were not kept: {unkept:?}");
 }
 
 /// A pool built by hand does not hand such a connection on either.

@@ -37,12 +37,12 @@ fn assert_at_deadline(elapsed: Duration, timer: Duration) {
 async fn beside_a_timer<T>(call: impl Future<Output = T>) -> (T, Duration, Duration) {
     let began = Instant::now();
     let timed = async { (call.await, began.elapsed()) };
-    let timer = async {
+    let beside = async {
         tokio::time::sleep(DEADLINE).await;
         began.elapsed()
     };
-    let ((returned, elapsed), timer) = tokio::join!(timed, timer);
-    (returned, elapsed, timer)
+    let ((returned, elapsed), slept) = tokio::join!(timed, beside);
+    (returned, elapsed, slept)
 }
 
 /// Runs a call that ends at the deadline, and returns what it returned.

@@ -514,8 +514,8 @@ async fn connections_that_come_back_late_cast_no_doubt() {
     println!("seven stale connections cost {:?}", began.elapsed());
     drop(held);
     // Whoever is not served within a second, as the machine stands still, tries another one.
-    let begun = manager.begun.load(Ordering::Relaxed) - before;
-    assert!(begun == 1 || stalls::any_since(began), "the primary was doubted, and asked on {begun} new sessions");
+    let asked = manager.begun.load(Ordering::Relaxed) - before;
+    assert!(asked == 1 || stalls::any_since(began), "the primary was doubted, and asked on {asked} new sessions");
     assert_eq!(ids(&cluster).await, [1, 2, 3]);
 }
 
