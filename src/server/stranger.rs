@@ -62,7 +62,8 @@ fn peer(words: &[u8]) -> Option<Peer> {
     let name = match words {
         [b'S'] => return Some(Peer::Postgres { offers_tls: true }),
         [b'N'] => return Some(Peer::Postgres { offers_tls: false }),
-        [] | [b'E', 0, ..] => return None,
+        // An error of PostgreSQL, in either form: see `error_before_the_session`.
+        [] | [b'E', ..] => return None,
         // This may be a proxy that accepts only TLS.
         [first, ..] if ALERT_OR_HANDSHAKE.contains(first) => return None,
         _ if starts(b"HTTP/") => "HTTP",
@@ -93,7 +94,7 @@ mod tests {
             (b"-ERR unknown command\r\n", Some("the protocol of Redis")),
             (b"220 mail.example ESMTP\r\n", Some("SMTP or FTP")),
             (b"\x4a\0\0\0\x0a8.0.36\0", Some("the protocol of MySQL")),
-            (b"ERROR", Some("something else")),
+            (b"Ecould not fork new process for connection: Cannot allocate memory\n\0", None),
             (b"SOMETHING", Some("something else")),
             (b"\0\0\0\0", Some("something else")),
         ] {

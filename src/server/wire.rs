@@ -46,7 +46,8 @@ where
     let activity = Arc::clone(&notices.activity);
     let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
-    let wire = Wire { stream: plain, counter: Counter::new(asks), activity };
+    let wire =
+        Wire { stream: plain, counter: Counter::new(asks), activity, begins: Some(Begins { asks_for_tls: asks }) };
     let (client, connection) = config.connect_raw(wire, secure).await?;
     Ok((client, drive(connection, notices)))
 }
@@ -62,7 +63,7 @@ where
     let Some(plain) = open(&config).await? else { return token.cancel_query(tls).await };
     let activity = Arc::<Activity>::default();
     let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
-    token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity }, secure).await
+    token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity, begins: None }, secure).await
 }
 
 fn drive<S, T>(mut connection: Connection<S, T>, notices: Arc<Notices>) -> Driver
@@ -184,6 +185,33 @@ struct Wire<S> {
     stream: S,
     counter: Counter,
     activity: Arc<Activity>,
+    /// Nothing was received yet.
+    begins: Option<Begins>,
+}
+
+/// The start of a session.
+#[derive(Clone, Copy)]
+struct Begins {
+    asks_for_tls: bool,
+}
+
+impl Begins {
+    /// Recognises the error of a server that cannot start a process for a session, because its machine has no process or
+    /// no memory left. It sends the error at once, in the old form `E`, text, NUL (`report_fork_failure_to_client`). The
+    /// driver would take the `E` for "no TLS", or the text for the length of a message.
+    fn error(self, received: &[u8]) -> Option<io::Error> {
+        let text = match received {
+            [b'E', rest @ ..] if self.asks_for_tls || rest.first().is_some_and(u8::is_ascii_graphic) => rest,
+            _ => return None,
+        };
+        let text: String = String::from_utf8_lossy(text).chars().filter(|char| !char.is_control()).collect();
+        let said = if text.is_empty() { String::new() } else { format!(": {text}") };
+        let message = format!(
+            "the server sent an error before the session began{said}; its log tells more, and its machine may lack \
+             processes or memory"
+        );
+        Some(io::Error::new(io::ErrorKind::ConnectionRefused, message))
+    }
 }
 
 /// The clock for a connection's idle time. Unlike a monotonic clock, it goes on while the machine sleeps.
@@ -197,6 +225,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
         let before = buf.filled().len();
         let this = &mut *self;
         let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        if polled.is_ready()
+            && let Some(error) = this.begins.take().and_then(|begins| begins.error(buf.filled().get(before..)?))
+        {
+            buf.set_filled(before);
+            return Poll::Ready(Err(error));
+        }
         match &polled {
             Poll::Ready(_) => {
                 if this.counter.received(buf.filled().get(before..).unwrap_or_default()) {
@@ -289,7 +323,37 @@ where
         let activity = self.activity;
         Box::pin(async move {
             let stream = connecting.await.map_err(Into::into)?;
-            Ok(Wire { stream, counter: Counter::new(false), activity })
+            Ok(Wire { stream, counter: Counter::new(false), activity, begins: None })
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_before_the_session_is_told_from_one_of_the_session() {
+        let of_a_session = b"E\0\0\0\x24SERROR\0CZZ999\0Mno words for it\0\0";
+        let without_a_process = b"Ecould not fork new process for connection: Cannot allocate memory\n\0";
+        for (asks_for_tls, received, words) in [
+            (false, &of_a_session[..], None),
+            (
+                false,
+                without_a_process,
+                Some("began: could not fork new process for connection: Cannot allocate memory; "),
+            ),
+            (true, b"E", Some("began; ")),
+            (true, without_a_process, Some("could not fork")),
+            (true, b"S", None),
+            (true, b"N", None),
+            (false, b"E", None),
+            (false, b"R\0\0\0\x08\0\0\0\0", None),
+            (false, b"", None),
+        ] {
+            let error = Begins { asks_for_tls }.error(received).map(|error| error.to_string());
+            assert_eq!(error.is_some(), words.is_some(), "{received:?}: {error:?}");
+            assert!(words.is_none_or(|words| error.is_some_and(|error| error.contains(words))), "{received:?}");
+        }
     }
 }

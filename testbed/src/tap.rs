@@ -56,6 +56,8 @@ pub enum TurnAway {
     HangInAuthentication,
     /// The log-in is answered with an error of a class that nobody knows.
     Error,
+    /// The first message, whatever it is, gets the answer of a server that cannot start a process for the session.
+    NoProcess,
     /// Forwarded after so long.
     Delay(Duration),
 }
@@ -222,9 +224,12 @@ async fn turn_away(client: &mut TcpStream, how: TurnAway) -> End {
             TurnAway::HangInAuthentication | TurnAway::Error if asks_for_tls => b"N",
             TurnAway::HangInAuthentication => b"R\0\0\0\x08\0\0\0\0",
             TurnAway::Error => b"E\0\0\0\x24SERROR\0CZZ999\0Mno words for it\0\0",
+            // `report_fork_failure_to_client` speaks version 2 of the protocol.
+            TurnAway::NoProcess => b"Ecould not fork new process for connection: Resource temporarily unavailable\n\0",
             _ => b"",
         };
-        if client.write_all(answer).await.is_err() || (how == TurnAway::Error && !asks_for_tls) {
+        let is_over = how == TurnAway::NoProcess || (how == TurnAway::Error && !asks_for_tls);
+        if client.write_all(answer).await.is_err() || is_over {
             break;
         }
     }

@@ -9,7 +9,7 @@ use testbed::{Authority, Cluster, ClusterBuilder, Node, Tap, TurnAway, eventuall
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{Event, Pool, PoolBuilder};
+use tokio_postgres_failover::{Error, Event, Pool, PoolBuilder};
 
 use crate::support::load::{LONG, by_url, create_table, from_env, generation, ms};
 use crate::support::{heart_beats, stalls};
@@ -157,7 +157,10 @@ async fn a_server_that_answers_callers_is_not_left_while_the_question_is_held_up
 }
 
 async fn new_sessions_fail(how: TurnAway) {
-    let encrypted = how == TurnAway::HangInTls;
+    new_sessions_fail_over(how, how == TurnAway::HangInTls).await;
+}
+
+async fn new_sessions_fail_over(how: TurnAway, encrypted: bool) {
     let authority = Authority::new();
     let cluster = Cluster::builder();
     let cluster = if encrypted { cluster.tls(&authority.issue(&["pg.internal"])) } else { cluster };
@@ -231,6 +234,39 @@ async fn new_sessions_hang_in_authentication() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_sessions_meet_an_error_that_nobody_knows() {
     new_sessions_fail(TurnAway::Error).await;
+}
+
+/// The machine has no process left for another session. The server says so in words that are older than the protocol.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_sessions_get_no_process() {
+    new_sessions_fail_over(TurnAway::NoProcess, false).await;
+    #[cfg(feature = "rustls")]
+    new_sessions_fail_over(TurnAway::NoProcess, true).await;
+}
+
+/// A pool that was never let in does not take such a server for another one, nor for one without TLS.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_without_a_process_for_the_first_session_is_waited_for() {
+    let modes = if cfg!(feature = "rustls") { &["disable", "require"][..] } else { &["disable"] };
+    for mode in modes {
+        let authority = Authority::new();
+        let stage = Stage::on(Cluster::builder().tls(&authority.issue(&["pg.internal"]))).await;
+        stage.tap.turn_away(Some(TurnAway::NoProcess));
+        let address = stage.tap.addr();
+        let pool = Pool::builder(format!("postgres://app@{address}/app?sslmode={mode}")).unwrap().build().unwrap();
+        let mut text = String::new();
+        eventually("the server's words are told", LONG, async || {
+            let Err(Error::Unavailable(error)) = pool.get_within(Duration::from_millis(500)).await else {
+                panic!("{mode}: it is waited for")
+            };
+            text = error.to_string();
+            text.contains("before the session began")
+        })
+        .await;
+        println!("{text}");
+        stage.tap.turn_away(None);
+        pool.get_within(LONG).await.unwrap();
+    }
 }
 
 /// The same, and the server falls silent in the midst of it: its sessions stay open, and nothing comes on them.
