@@ -12,7 +12,7 @@ mod backlog;
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -21,7 +21,7 @@ use deadpool_postgres::ClientWrapper;
 use futures_util::Stream;
 use futures_util::future::{FutureExt, poll_fn};
 use futures_util::task::AtomicWaker;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Notification;
 use tokio_util::sync::CancellationToken;
@@ -72,9 +72,11 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 impl Pool {
     /// Subscribes to these channels on a separate session to the verified primary, and again after each failover.
     ///
-    /// This returns when the subscription is in force, and waits for that no longer than the checkout timeout. The
+    /// This returns when the subscription is in force. It waits for that no longer than the checkout timeout, or the
+    /// time limit for opening a session ([`probe_timeout`](crate::PoolBuilder::probe_timeout)) if that is longer. The
     /// listener receives all notifications from then on. Channel names are taken as they are, including upper case and
-    /// special characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`.
+    /// special characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`. The
+    /// server cuts a longer name off after 63 bytes, and notifications carry the short one.
     ///
     /// PostgreSQL keeps no notifications for a session that is not there. When the session is lost, by a failover or
     /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. At that point, read the
@@ -125,10 +127,14 @@ impl Pool {
         let sql = subscription(channels);
         let inbox = Arc::new(Inbox::default());
         let began = Instant::now();
-        let subscribing = subscribe(self, &sql, &inbox);
-        let first =
-            timeout(self.checkout_timeout(), subscribing).await.map_err(|_| self.unavailable_beside(began))??;
-        // The task runs on the runtime of the pool, because the caller's runtime may end earlier.
+        let (pool, text, into) = (self.clone(), sql.clone(), Arc::clone(&inbox));
+        // The session and the task belong to the runtime of the pool, because the caller's runtime may end earlier.
+        let mut subscribing = JoinSet::new();
+        subscribing.spawn_on(async move { subscribe(&pool, &text, &into).await }, self.runtime());
+        let within = self.checkout_timeout().max(self.opens_within());
+        let joined = timeout(within, subscribing.join_next()).await.map_err(|_| self.unavailable_beside(began))?;
+        let Some(Ok(first)) = joined else { return Err(Error::RuntimeEnded) };
+        let first = first?;
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }
@@ -217,17 +223,32 @@ impl Subscribed {
     /// Returns why the subscription is not in force any more.
     async fn lost(&mut self, pause: Duration) -> String {
         while timeout(pause, self.ended.cancelled()).await.is_err() {
-            match timeout(ANSWER_WITHIN, subscribed_to(self.side_session.client())).await {
-                Ok(Ok(None)) => {}
-                Ok(Ok(channels)) if self.channels.is_none() || channels == self.channels => self.channels = channels,
-                Ok(Ok(_)) => {
+            match self.checked().await {
+                Some(Ok(None)) => {}
+                Some(Ok(channels)) if self.channels.is_none() || channels == self.channels => self.channels = channels,
+                Some(Ok(_)) => {
                     return "the server forgot it; LISTEN does not work through a pooler in transaction mode".into();
                 }
-                Ok(Err(error)) => return explain(&error),
-                Err(_) => return format!("no answer within {ANSWER_WITHIN:?}"),
+                Some(Err(error)) => return explain(&error),
+                None => return format!("no answer within {ANSWER_WITHIN:?}"),
             }
         }
         "its session ended".into()
+    }
+
+    /// Asks what the session is subscribed to. `None`: it was silent for too long. The server sends all notifications of
+    /// a transaction before it answers, so their arrival is not silence, however long it takes.
+    async fn checked(&self) -> Option<Result<Option<Channels>, tokio_postgres::Error>> {
+        let mut asking = pin!(subscribed_to(self.side_session.client()));
+        loop {
+            let received = self.side_session.notices().traffic();
+            if let Ok(answer) = timeout(ANSWER_WITHIN, asking.as_mut()).await {
+                return Some(answer);
+            }
+            if self.side_session.notices().traffic() == received {
+                return None;
+            }
+        }
     }
 }
 
@@ -278,16 +299,20 @@ impl Drop for Keeping {
     }
 }
 
-/// Subscribes again, without a time limit. Fails if the pool has ended.
+/// Subscribes again, without a time limit. Fails if the pool has ended. After each checkout timeout the reader is told,
+/// and what was begun goes on: a log-in may take longer than that.
 async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
+    let began = Instant::now();
     loop {
-        let began = Instant::now();
-        let error = match timeout(pool.checkout_timeout(), subscribe(pool, sql, inbox)).await {
-            Ok(Ok(subscribed)) => return Ok(subscribed),
-            Ok(Err(ended @ (Error::Closed | Error::RuntimeEnded))) => return Err(ended),
-            Ok(Err(error)) => error,
-            Err(_) => pool.unavailable_beside(began),
+        let mut subscribing = pin!(subscribe(pool, sql, inbox));
+        let error = loop {
+            match timeout(pool.checkout_timeout(), subscribing.as_mut()).await {
+                Ok(Ok(subscribed)) => return Ok(subscribed),
+                Ok(Err(ended @ (Error::Closed | Error::RuntimeEnded))) => return Err(ended),
+                Ok(Err(error)) => break error,
+                Err(_) => inbox.update(|backlog| backlog.trouble = Some(pool.unavailable_beside(began))),
+            }
         };
         inbox.update(|backlog| backlog.trouble = Some(error));
         // The next try says why the pool has ended.

@@ -43,6 +43,11 @@ impl<C: SessionClient> Pool<C> {
         self.shared.checkout_timeout
     }
 
+    /// The time limit for opening a session.
+    pub(crate) fn opens_within(&self) -> Duration {
+        self.dialer.open_timeout
+    }
+
     /// The scope that ends when the pool is closed, or when its runtime ends.
     pub(crate) fn closing(&self) -> &CancellationToken {
         self.cluster().scope()

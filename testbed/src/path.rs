@@ -1,6 +1,7 @@
 //! A network path to one server that is long, that is cut for a while, or that vanishes without a word.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::port::{Port, connect, relay};
+use crate::port::{Port, connect, relay_at};
 use crate::sync::lock;
 
 struct Shared {
@@ -17,6 +18,7 @@ struct Shared {
     /// How often [`Path::vanish`] was called.
     vanished: watch::Sender<u64>,
     held: watch::Sender<bool>,
+    rate: AtomicU64,
 }
 
 /// A proxy in front of one server. Dropping it closes its connections and its port.
@@ -33,6 +35,7 @@ impl Path {
             delay: Mutex::default(),
             vanished: watch::Sender::new(0),
             held: watch::Sender::new(false),
+            rate: AtomicU64::new(0),
         });
         let served = Arc::clone(&shared);
         let port = Port::open("path", listen, move |client| serve(client, Arc::clone(&served))).await;
@@ -66,6 +69,11 @@ impl Path {
         self.shared.held.send_replace(held);
     }
 
+    /// From now on the server's bytes come at this rate, in bytes per second. 0: as fast as they can.
+    pub fn limit_rate(&self, rate: u64) {
+        self.shared.rate.store(rate, Ordering::Relaxed);
+    }
+
     /// How many connections have come.
     pub fn accepted(&self) -> u64 {
         self.port.accepted()
@@ -82,7 +90,7 @@ async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
     // The sender lives in `shared`, which this task holds.
     let _ = held.wait_for(|held| !held).await.map(drop);
     let Some(mut server) = connect(&client, upstream).await else { return };
-    let passing = relay(&mut client, &mut server, held, |_| {});
+    let passing = relay_at(&mut client, &mut server, held, &shared.rate, |_| {});
     let vanished = async {
         // The sender lives in `shared`, which this task holds.
         let _ = vanished.wait_for(|times| *times > begun).await.map(drop);

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
@@ -90,10 +91,22 @@ pub(crate) async fn relay(
     stalled: watch::Receiver<bool>,
     sent: impl FnMut(&[u8]),
 ) {
+    relay_at(client, server, stalled, &AtomicU64::new(0), sent).await;
+}
+
+/// The same, and the server's bytes come to the client at this rate, in bytes per second. 0 stands for no limit.
+pub(crate) async fn relay_at(
+    client: &mut TcpStream,
+    server: &mut TcpStream,
+    stalled: watch::Receiver<bool>,
+    rate: &AtomicU64,
+    sent: impl FnMut(&[u8]),
+) {
     let (client_reads, client_writes) = client.split();
     let (server_reads, server_writes) = server.split();
-    let to_server = copy(client_reads, server_writes, stalled.clone(), sent);
-    let to_client = copy(server_reads, client_writes, stalled, |_| {});
+    let unlimited = AtomicU64::new(0);
+    let to_server = copy(client_reads, server_writes, stalled.clone(), &unlimited, sent);
+    let to_client = copy(server_reads, client_writes, stalled, rate, |_| {});
     tokio::join!(to_server, to_client);
 }
 
@@ -101,6 +114,7 @@ async fn copy(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     mut stalled: watch::Receiver<bool>,
+    rate: &AtomicU64,
     mut sees: impl FnMut(&[u8]),
 ) {
     let mut buffer = vec![0; 16 * 1024];
@@ -110,6 +124,10 @@ async fn copy(
         // The stall may have come while this waited for bytes.
         flowing(&mut stalled).await;
         sees(&buffer[..read]);
+        let micros = (read as u64 * 1_000_000).checked_div(rate.load(Ordering::Relaxed));
+        if let Some(micros) = micros {
+            tokio::time::sleep(Duration::from_micros(micros)).await;
+        }
         if read == 0 || to.write_all(&buffer[..read]).await.is_err() {
             let _ = to.shutdown().await;
             return;

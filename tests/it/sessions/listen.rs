@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use testbed::{Cluster, Node, Path, Pooler, eventually};
+use testbed::{Cluster, Node, Path, Pooler, Tap, TurnAway, eventually};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::error::UnavailableReason;
@@ -311,4 +311,65 @@ async fn a_listener_without_a_session_is_not_told_that_the_pool_is_exhausted() {
     let error = pool.listen(["orders"]).await.map(drop).unwrap_err();
     let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
     assert_eq!(unavailable.reason(), UnavailableReason::NoSession, "{error}");
+}
+
+/// A log-in takes longer than a caller waits: the listener's session is not thrown away at each checkout timeout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_more_impatient_than_a_log_in_subscribes() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let tap = Tap::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(Node(0))).await;
+    let builder = by_url(format!("postgres://app@{}/app", tap.addr()));
+    let pool = builder.checkout_timeout(Duration::from_millis(300)).build().unwrap();
+    tap.turn_away(Some(TurnAway::Delay(Duration::from_millis(600))));
+    let mut listener = listens(&pool, "a").await;
+    let old = only_listening(&cluster).await;
+    cluster.direct(Node(0)).await.execute("SELECT pg_terminate_backend($1)", &[&old]).await.unwrap();
+    let mut told = next(&mut listener).await;
+    let mut errors = 0;
+    while told.starts_with("error") && errors < 30 {
+        (told, errors) = (next(&mut listener).await, errors + 1);
+    }
+    assert_eq!(told, "gap", "after {errors} errors");
+    notify(&pool, "a", "after").await;
+    assert_eq!(next(&mut listener).await, "a: after");
+}
+
+/// A large transaction is delivered slowly, and no answer can come before its end. Nothing of it is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_delivery_is_no_silence() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let path = Path::start(([127, 0, 0, 1], 0).into(), cluster.socket_addr(Node(0))).await;
+    let beat = Duration::from_millis(50);
+    let pool = by_url(format!("postgres://app@{}/app", path.addr())).heartbeat_interval(beat).build().unwrap();
+    let mut listener = pool.listen(["a"]).await.unwrap();
+    let old = only_listening(&cluster).await;
+    // From now on for some seven seconds; the check has five.
+    path.limit_rate(100_000);
+    let sql = "SELECT pg_notify('a', n || repeat('x', 7000)) FROM generate_series(1, 100) n";
+    cluster.direct(Node(0)).await.batch_execute(sql).await.unwrap();
+    for number in 1..=100 {
+        let told = next(&mut listener).await;
+        assert!(told.starts_with(&format!("a: {number}x")), "{number}: {}", &told[..20.min(told.len())]);
+    }
+    path.limit_rate(0);
+    assert_eq!(only_listening(&cluster).await, old);
+}
+
+/// The runtime that `listen` was called on ends. The session belongs to the pool's.
+#[test]
+fn a_listener_outlives_the_runtime_of_its_caller() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (home, other) = (runtime(), runtime());
+    let (cluster, pool) = home.block_on(one_node());
+    // The session that found the primary is in use, so that the listener opens one.
+    let held = home.block_on(pool.get()).unwrap();
+    let mut listener = other.block_on(pool.listen(["a"])).unwrap();
+    other.shutdown_background();
+    home.block_on(async {
+        let old = only_listening(&cluster).await;
+        notify(&pool, "a", "after").await;
+        assert_eq!(next(&mut listener).await, "a: after");
+        assert_eq!(only_listening(&cluster).await, old);
+    });
+    home.block_on(async move { drop((held, listener, pool, cluster)) });
 }
