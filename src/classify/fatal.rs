@@ -1,5 +1,5 @@
-//! Why a server ends a session by itself: whether it would end the same work again, which setting is behind it, and
-//! what the user can do.
+//! Judges the report with which a server ends a session: whether the same work would end another session, too, which
+//! setting is the reason, and what the user can do.
 
 use tokio_postgres::error::{DbError, SqlState};
 
@@ -10,7 +10,8 @@ use super::{Level, Verdict, class, of_report};
 pub(crate) enum Recurs {
     /// The session would end again: the work itself, or a setting that limits it, is the reason.
     Always,
-    /// It is not known. One more run shows it.
+    /// Unknown. If the same report ends the next run on the same server as well, the work counts as the reason
+    /// (`Bounds` in `transaction/verdict.rs`).
     Perhaps,
     /// It would not: a failover, a restart or an administrator ended the session.
     No,
@@ -33,7 +34,8 @@ pub(crate) fn verdict_of_end(db: &DbError) -> Verdict {
     match (recurs(db), of_report(db, Level::Ends)) {
         (_, refused @ Verdict::Refused) => refused,
         (Recurs::Always, _) => Verdict::Application,
-        // At FATAL, a conflict with the recovery of a standby ended the session.
+        // These verdicts are about a statement. Here the whole session is gone, for instance by a conflict with the
+        // recovery of a standby, so the work needs another session.
         (_, Verdict::Application | Verdict::Aborted | Verdict::Conflict) => Verdict::ConnectionLost,
         (_, verdict) => verdict,
     }
@@ -47,7 +49,8 @@ pub(crate) fn recurs(db: &DbError) -> Recurs {
     match db.code().code() {
         "25P03" | "25P04" | "57P05" | "57P04" => Recurs::Always,
         "57P01" | "57P02" | "57P03" | "53300" => Recurs::No,
-        // The server itself lost track of the protocol, because of what this session sent.
+        // Only PostgreSQL names a routine, and no pooler does. So the server itself could not read what this session
+        // sent, and the work may be the reason.
         "08P01" if db.routine().is_some() => Recurs::Perhaps,
         _ => match class(db) {
             "08" | "40" => Recurs::No,
@@ -60,7 +63,7 @@ pub(crate) fn recurs(db: &DbError) -> Recurs {
     }
 }
 
-/// The setting that ended a session, if it was a setting, and what to do about it.
+/// Returns the setting that ended the session, if it was a setting, and what to do about it.
 pub(crate) fn advice(db: &DbError) -> (Option<&'static str>, &'static str) {
     if let Some(limit) = pooler_limit(db) {
         return limit;
@@ -99,8 +102,9 @@ pub(crate) fn advice(db: &DbError) -> (Option<&'static str>, &'static str) {
     }
 }
 
-/// The limit of `PgBouncer` that ended a session, and what to do about it. `PgBouncer` reports one SQLSTATE for
-/// everything that ends a session, so the limit is known only by its name in the message.
+/// Returns the limit of `PgBouncer` that ended a session, and what to do about it. `PgBouncer` reports one SQLSTATE for
+/// everything that ends a session, so the limit is known only by its name in the message. Some limits are written with
+/// spaces there. A report that names a routine is PostgreSQL's own.
 fn pooler_limit(db: &DbError) -> Option<(Option<&'static str>, &'static str)> {
     if db.routine().is_some() {
         return None;

@@ -76,7 +76,8 @@ pub enum Error {
     /// part of its work is stored, and did not run it again.
     #[error(transparent)]
     EndedInside(Box<EndedInside>),
-    /// The work ran again until the retry policy stopped it. Nothing was committed, unless the source says otherwise.
+    /// The work ran again until the retry policy stopped it, or until an error allowed no further attempt after an
+    /// attempt in doubt. [`Error::commit_outcome`] says whether an attempt may have been committed.
     #[error(transparent)]
     Exhausted(Box<Exhausted>),
     /// The attempt took longer than [`RetryPolicy::attempt_timeout`](crate::RetryPolicy::attempt_timeout) allows. The

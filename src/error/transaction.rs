@@ -130,7 +130,8 @@ impl StdError for EndedInside {
     }
 }
 
-/// [`Error::Exhausted`]: the retry policy ended a call.
+/// [`Error::Exhausted`]: a call was ended by its retry policy, or by an error that allowed no further attempt after an
+/// attempt in doubt.
 #[derive(Debug)]
 pub struct Exhausted {
     attempts: u32,
@@ -144,13 +145,13 @@ impl Exhausted {
         Self { attempts, why, outcome, source }
     }
 
-    /// How often the work was run.
+    /// The number of attempts that were made.
     #[must_use]
     pub fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// The last attempt's error.
+    /// The error that ended the call: the last attempt's, or the reason why there was no further attempt.
     #[must_use]
     pub fn last_error(&self) -> &Error {
         &self.source
@@ -160,7 +161,7 @@ impl Exhausted {
 impl fmt::Display for Exhausted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let times = if self.attempts == 1 { "attempt" } else { "attempts" };
-        write!(f, "gave up after {} {times}, {}; the last one failed with: {}", self.attempts, self.why, self.source)?;
+        write!(f, "gave up after {} {times}: {}; the last error was: {}", self.attempts, self.why, self.source)?;
         if self.outcome == CommitOutcome::Unknown {
             f.write_str("; an earlier attempt may have been committed")?;
         }

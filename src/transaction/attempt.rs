@@ -57,6 +57,8 @@ pub(super) struct Unanswered<T> {
 }
 
 impl<T> Unanswered<T> {
+    /// Settles the commit if `decide` says [`Next::Settle`] and the attempt has left a mark. Otherwise it stays in
+    /// doubt, and `run.rs` asks `decide` once more for what follows.
     pub(super) async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
         if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
             return Ended::InDoubt(self);
@@ -155,8 +157,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// `lost` receives the transaction if the session ended, or the time was over, before COMMIT was sent. The closure
-    /// may have committed that transaction itself, so a later primary is asked about it.
+    /// `lost` receives the transaction if the pool's COMMIT did not run and the server did not confirm a rollback. The
+    /// closure may have committed that transaction by itself, so a primary is asked about it.
     pub(super) async fn run<T, F, Fut>(
         mut self,
         begin: &Begin,
@@ -208,8 +210,7 @@ impl<C: SessionClient> Attempt<C> {
         Unsent::of(self.mark.take(), closures)
     }
 
-    /// Handles a COMMIT that the server did not carry out. If the session did not answer that it has rolled back, the
-    /// closure may have committed by itself before.
+    /// Handles a COMMIT that the server did not carry out. See [`Self::run`] for `lost`.
     fn refused<T>(&self, failed: Failed, unsent: Option<Unsent>, lost: &mut Option<Unsent>) -> Ended<T> {
         if !self.held.clean {
             *lost = unsent;

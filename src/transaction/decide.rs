@@ -37,7 +37,7 @@ pub(super) enum Next {
     Return,
     /// Run the closure again.
     Rerun,
-    /// Find out whether the work was committed.
+    /// Find out whether the work was committed (`Unanswered::settled` in `attempt.rs`).
     Settle,
     /// Tell the caller that the outcome is unknown.
     Unknown,

@@ -1,6 +1,6 @@
 //! Remembers two kinds of earlier attempts of a call. The first kind ([`Earlier`]) had its COMMIT in doubt, and is not
-//! in the primary's history. The second kind ([`Lost`]) lost its session before the pool sent COMMIT; its closure may
-//! have committed by itself.
+//! in the primary's history. The second kind ([`Lost`]) ended without the pool's COMMIT and without a confirmed
+//! rollback; its closure may have committed by itself.
 //!
 //! "Not committed" is true of one history only. With asynchronous replication, a standby that lagged may be promoted
 //! first, and later another standby that has the transaction. So the pool asks each new primary before the work runs on
@@ -76,7 +76,8 @@ pub(super) fn shows_primary(verdict: Verdict) -> bool {
     !verdict.is_loss() && verdict != Verdict::ReadOnly
 }
 
-/// The transaction of an attempt for which the pool sent no COMMIT, because the session was lost or the time was over.
+/// The transaction of an attempt whose COMMIT by the pool did not run, and whose rollback the server did not confirm.
+/// Its closure may have committed it.
 #[derive(Debug)]
 pub(super) struct Unsent {
     pub(super) mark: Mark,
@@ -126,8 +127,7 @@ impl Unsent {
     }
 }
 
-/// An attempt that lost its session before the pool sent COMMIT. The work runs again, although the closure may have
-/// committed.
+/// An attempt with an [`Unsent`] transaction, after which the work runs again.
 pub(super) struct Lost {
     unsent: Unsent,
     error: Error,

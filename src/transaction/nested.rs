@@ -1,5 +1,5 @@
 //! Calls within another call's closure. If the outcome of the inner call is in doubt, the outer call must not run
-//! again, because the inner one would run again with it. This holds even if the closure hides the inner call's error.
+//! again: it would apply the inner work a second time. This holds even if the closure hides the inner call's error.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -18,6 +18,7 @@ use crate::observe::Observer;
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 
+/// Runs one call: makes its attempts, reports its failure, and tells an outer call if the outcome is unknown.
 pub(super) async fn run<C, T, F, Fut>(options: TransactionBuilder<'_, C>, work: F) -> Result<T, Error>
 where
     C: SessionClient,
@@ -43,7 +44,10 @@ where
     result
 }
 
-/// `unsent` receives the last attempt's transaction, if its session was lost before COMMIT was sent.
+/// Makes the attempts of a call. After each failed one, `decide` says what follows.
+///
+/// `unsent` receives the last attempt's transaction if the pool's COMMIT did not run and the server did not confirm a
+/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
@@ -93,15 +97,15 @@ where
         let ended = async {
             match attempt.run(&begin, mode, &mut work, unsent).await {
                 Ended::InDoubt(in_doubt) => {
-                    // Count the failure now, so that the pause before the next attempt runs while settling waits for a
-                    // primary.
+                    // The pause before the next attempt starts now. Settling takes time, and the pause must not be
+                    // added to that.
                     retries.failed(Instant::now());
                     in_doubt.settled(pool, mode, deadline).await
                 }
                 ended => ended,
             }
         };
-        // The generation of the primary that has just reported that this attempt is not in its history.
+        // The generation whose primary has just said that this attempt is not committed.
         let mut absent_from = None;
         let (stage, failed) = match ended.instrument(span).await {
             Ended::Committed(value) => {
@@ -121,16 +125,20 @@ where
         let end = if let Session::Ended(report) = &session { report.as_ref() } else { None };
         let verdict = bounds.narrow(verdict, end, generation, fresh_after);
         let error = match error {
-            // A transaction that wrote nothing was not committed either.
+            // A `read` commits nothing, so `CommitUnknown` would be wrong. What failed is that the session was lost.
             Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
             error => error,
         };
         let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
-        // A commit in doubt stays in doubt, so the reason of the session's end is not added.
+        // `with_reason` may wrap the error in `SessionEnded`, and that means "not committed". So an error in doubt
+        // stays as it is.
         let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
+        // An error may say "not committed" only while the primary that said so is still the primary. This attempt shows
+        // that of its own generation, unless it lost its session or met a read-only server.
         let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
         let ended = |error| unless_denied(&earlier, denies, error);
         match decide(mode, stage, verdict, users) {
+            // Settling was tried above. `Settle` arrives here only if the attempt left no mark.
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
                 return Err(unknown(error, Unsettled::NoMarker));
@@ -140,6 +148,7 @@ where
         }
         if stage == Stage::InDoubt && mode != Mode::Read {
             doubt = true;
+            // From now on each attempt writes, so that its COMMIT waits for the standbys (see `MarkWith::Write`).
             begin.marks = MarkWith::Write;
         }
         match retries.next(Instant::now(), pool.budget()) {
@@ -157,16 +166,17 @@ where
     }
 }
 
-/// Returns an error that no re-run can cure. An error says "not committed" only if that is true of every attempt. After
-/// an attempt in doubt, this returns `Exhausted` with an unknown outcome.
+/// Makes the call's error from an error that allows no further attempt. If an earlier attempt is in doubt, wraps it in
+/// `Exhausted` with an unknown outcome, because an error may say "not committed" only if no attempt was committed.
 fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     if !doubt {
         return error;
     }
-    let why = "as the next failed for good".to_owned();
+    let why = "the last error allows no further attempt".to_owned();
     Error::Exhausted(Box::new(Exhausted::new(attempts, why, CommitOutcome::Unknown, error)))
 }
 
+/// Makes the call's error after the policy, the budget or the hook has refused another attempt.
 fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
         return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
@@ -175,10 +185,12 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
 }
 
-/// The decision of the user's hook on what the server reported in this attempt, even if the closure did not pass the
-/// report on.
+/// Asks the user's `RetryPolicy::classify` about the server's report. Takes the report from the error, or else from the
+/// session, because the closure may have hidden it.
 fn users_word(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
     let word = Word::of(error);
+    // Such an error is not the server's report on this attempt. `FailedInside` is an exception: the closure hid the
+    // report, but the session has it.
     if matches!(word, Word::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside)) {
         return None;
     }

@@ -16,8 +16,8 @@ const PROBE: &str = "SHOW transaction_isolation";
 impl<C: SessionClient> Attempt<C> {
     /// Cleans up after a failed closure, and judges the attempt by the closure's error and by the session.
     pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
-        // If the outcome of an inner call is unknown, the outer call must not run again, because the inner one would
-        // run again with it.
+        // If an inner call's outcome is unknown, the outer call must not run again: it would apply the inner work a
+        // second time. `OtherCall` has that effect.
         let doubt = self.client().trail().has_doubt();
         let word = if doubt { Word::OtherCall } else { Word::of(&error) };
         if let Some(report) = word.report() {
@@ -32,14 +32,15 @@ impl<C: SessionClient> Attempt<C> {
         self.cleaned_up(mode, Failed { verdict, error, session }).await
     }
 
-    /// The closure succeeded, but its session ended before COMMIT was sent.
+    /// Judges an attempt whose closure succeeded but whose session ended before COMMIT was sent.
     pub(super) async fn ended_before_commit(&self, error: Error) -> Failed {
         let session = self.ended().await;
         let verdict = judge(Word::of(&error), &session);
         Failed { verdict, error, session }
     }
 
-    /// The state of the session after COMMIT was answered with this error.
+    /// Returns the state of the session after COMMIT's message failed with this error, which may be the server's or the
+    /// driver's.
     pub(super) async fn session_after(&self, error: &tokio_postgres::Error) -> Session {
         match error.as_db_error().filter(|report| ends_session(report)) {
             Some(report) => Session::Ended(Some(report.clone())),
@@ -48,8 +49,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// COMMIT found the transaction aborted, although the closure had reported no error. The transaction is rolled
-    /// back.
+    /// Judges an attempt whose closure hid an error, so that COMMIT found the transaction aborted. The transaction is
+    /// rolled back already.
     pub(super) async fn failed_inside(&mut self) -> Failed {
         let error = Error::RolledBack(RolledBack::FailedInside);
         let Some(report) = self.client().trail().last() else {
@@ -57,7 +58,9 @@ impl<C: SessionClient> Attempt<C> {
         };
         let session = Session::Aborted(report);
         let verdict = match judge(Word::Nothing, &session) {
+            // An inner call is in doubt, so the outer one must not run again.
             _ if self.client().trail().has_doubt() => Verdict::Aborted,
+            // The server accepts writes, so the transaction had made itself read-only.
             Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
             verdict => verdict,
         };
@@ -82,6 +85,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
+    /// Returns the state of a session that has ended, with the server's last report if there was one.
     async fn ended(&self) -> Session {
         let last = self.client().trail().last();
         match last.filter(ends_session) {
@@ -90,8 +94,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    /// Returns whether the server has aborted the transaction. It counts as aborted if the session does not answer, or
-    /// cannot be asked because somebody still holds the handle.
+    /// Returns whether the server has aborted the transaction. Returns `true` as well if the session does not answer,
+    /// or cannot be asked because the closure kept the handle.
     async fn is_aborted(&self) -> bool {
         self.is_shared()
             || !matches!(timeout(ROLLBACK_WITHIN, self.client().driver().batch_execute(PROBE)).await, Ok(Ok(())))

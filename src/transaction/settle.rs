@@ -60,6 +60,7 @@ impl Mark {
     }
 }
 
+/// Where the mark is: in the write-ahead log, or in a ledger's row.
 #[derive(Debug)]
 pub(super) enum Settler {
     Wal(Marker),
@@ -253,7 +254,7 @@ async fn confirmed<C: SessionClient>(
     *reason = Unsettled::NotReplicated;
     session.set_committing(true);
     let waited = match (&mark.by, outcome) {
-        // The transaction is not in the WAL, so there is nothing to wait for.
+        // No commit record exists, so there is nothing that the standbys could confirm.
         (Settler::Wal(_), Outcome::NotCommitted) => {
             let rolled_back = session.client().batch_execute("ROLLBACK").await;
             session.set_committing(false);
