@@ -51,7 +51,7 @@ pub enum Guarantee {
 /// More bytes than two checkpoint records have. One has about 120.
 const TWO_CHECKPOINTS: u64 = 512;
 
-/// A server in one life. A life begins when the postmaster is started.
+/// A server since its postmaster was started. A [`Life`] is shorter: the recovery from a crash begins a new one, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Server {
     pub(crate) system_identifier: u64,

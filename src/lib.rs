@@ -2,7 +2,8 @@
 #![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
-// Level 0 is pure: it decides, without I/O, clock or task.
+// Level 0 decides, without I/O, clock or task. `random` and `sync` are helpers. `resolve` has the trait and its types;
+// its file `hickory.rs` asks DNS, and belongs to level 1.
 mod classify;
 mod commit;
 pub mod fly;
@@ -11,20 +12,18 @@ pub mod resolve;
 mod sync;
 mod topology;
 
-// Level 1 does I/O: it fetches what the decisions need, and decides nothing.
+// Level 1 does I/O and decides nothing: it fetches what the decisions need. `observe` writes logs, events and metrics.
+mod observe;
 mod server;
 mod settle;
 #[cfg(feature = "rustls")]
 pub mod tls;
 
-// Also level 1: logs, events and metrics, which decide nothing.
-mod observe;
-
 // Level 2 is the task that owns a topology.
 mod cluster;
 
-// Level 3 is the public error, which contains the errors of the layers below, and the pure retry policy, whose hooks
-// get that error.
+// Level 3 has the public error and the retry policy. The error contains the errors of the levels below. The policy is
+// pure; it is on this level because its hooks get the error.
 pub mod error;
 pub mod retry;
 
@@ -57,8 +56,10 @@ pub mod ledger {
     pub use crate::commit::Ledger;
 }
 
-/// The types behind a [`Client`]: its session, the token that cancels a statement, a session that has left the pool,
-/// and what a builder accepts as a configuration.
+/// The types behind a [`Client`]: its session, the token that cancels a statement, and a session that has left the
+/// pool.
+///
+/// [`IntoConfig`](session::IntoConfig) is here, too: it is what [`Pool::builder`] accepts as a configuration.
 pub mod session {
     pub use crate::pool::{CancelToken, Connection, Detached, IntoConfig};
     pub use crate::server::SessionClient;
@@ -66,7 +67,8 @@ pub mod session {
 
 /// What a pool knows about itself and its servers.
 ///
-/// [`Pool::status`], [`Pool::watch`] and [`Pool::candidates`] return it, and each [`Event`] has a part of it.
+/// These are the types that [`Pool::status`], [`Pool::watch`] and [`Pool::candidates`] return. An [`Event`] contains
+/// some of them.
 pub mod view {
     pub use crate::observe::Settlement;
     pub use crate::pool::Status;
@@ -76,7 +78,7 @@ pub mod view {
     };
 }
 
-/// The parsers that the fuzz targets call. They are private in any other build. `cargo fuzz` sets the cfg.
+/// The parsers that the fuzz targets call. This module exists only with `cfg(fuzzing)`, which `cargo fuzz` sets.
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing {

@@ -271,6 +271,9 @@ impl PoolBuilder {
     }
 
     /// Asks these name servers (UDP and TCP, on the given ports) instead of the system's, without a search list.
+    ///
+    /// They are ignored if [`PoolBuilder::resolver`] is used as well. A
+    /// [`HickoryResolver::with_name_servers`](crate::resolve::HickoryResolver::with_name_servers) takes them instead.
     pub fn dns_servers(mut self, servers: impl IntoIterator<Item = SocketAddr>) -> Self {
         self.dns_servers = servers.into_iter().collect();
         self
@@ -278,6 +281,8 @@ impl PoolBuilder {
 
     /// Resolves names with your own [`Resolve`]. Default: a [`HickoryResolver`](crate::resolve::HickoryResolver) with
     /// the system's configuration.
+    ///
+    /// It is asked instead of any name server, so [`PoolBuilder::dns_servers`] is ignored then.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self

@@ -1,5 +1,6 @@
-//! Remembers what the role may not ask the primary for. A transaction finds this out. Then the transactions do without
-//! it for a while, and try again later.
+//! Remembers what the transactions of a pool must do without. There are two reasons. The role may not call a function:
+//! the first transaction that is refused notes this here, the pool's transactions use a weaker way for a minute, and
+//! then they try again. Or prepared statements do not last on the pool's sessions: this is remembered for good.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -9,20 +10,24 @@ use tokio::time::Instant;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// How long transactions do without what was refused. Then they try again, because the privilege may have been granted.
+/// How long transactions do without a function that was refused. Then they try again, because the privilege may have
+/// been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
-/// The functions by which a COMMIT's message checks for the pool's own transaction.
+/// How COMMIT's message checks that the open transaction is the pool's own. A later variant is weaker, and so it
+/// compares as greater. [`Full`](Self::Full) checks the same as [`Prepared`](Self::Prepared).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Check {
-    /// A prepared statement of the session. Executing it costs the server a quarter of planning it.
+    /// A prepared statement of the session. The server executes it in a quarter of the time that it needs to plan the
+    /// same statement.
     #[default]
     Prepared,
-    /// The same statement, not prepared.
+    /// The same statement as text.
     Full,
-    /// Other functions with nearly the same result.
+    /// A statement with other functions, which have nearly the same result.
     Other,
-    /// No function: the check uses `SHOW`, and does not stop the COMMIT.
+    /// `SHOW`, which needs no right. It does not fail on a wrong value, so COMMIT runs in any case, and the pool
+    /// compares the value afterwards.
     ByShow,
 }
 
@@ -44,27 +49,30 @@ pub(crate) struct Lacking {
     check: Mutex<Weakened>,
 }
 
-/// A primary whose transactions cannot be marked.
+/// A primary on which the role cannot write the mark of a transaction, so that a COMMIT in doubt cannot be settled.
 #[derive(Debug)]
 struct Unmarked {
     id: GenerationId,
     why: String,
-    /// When that was found out. `None` means that marking is tried again.
+    /// When the mark was refused. `is_unmarked` clears this after [`REFUSED_FOR`], so that the next transaction tries
+    /// again.
     since: Option<Instant>,
 }
 
+/// The check that is used instead of the strongest one.
 #[derive(Debug, Default)]
 struct Weakened {
     check: Check,
     since: Option<Instant>,
+    /// The operator was told.
     said: bool,
-    /// Prepared statements do not last on these sessions: a proxy gives each transaction another session, or a closure
-    /// deallocates them.
+    /// Prepared statements do not last on these sessions, because a proxy gives each transaction another session, or a
+    /// closure deallocates them. This never expires.
     unprepared: bool,
 }
 
 impl Lacking {
-    /// Returns whether this primary's transactions cannot be marked.
+    /// Returns whether this primary's transactions cannot be marked. After [`REFUSED_FOR`] it is tried again.
     pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
         let mut mark = lock(&self.mark);
         let Some(unmarked) = mark.as_mut().filter(|unmarked| unmarked.id == id) else { return false };
@@ -72,6 +80,7 @@ impl Lacking {
         unmarked.since.is_some()
     }
 
+    /// Returns the server's words if this primary's transactions cannot be marked.
     pub(super) fn why_unmarked(&self, id: GenerationId) -> Option<String> {
         let mark = lock(&self.mark);
         mark.as_ref().filter(|unmarked| unmarked.id == id && unmarked.since.is_some()).map(|it| it.why.clone())
@@ -91,17 +100,18 @@ impl Lacking {
         if weakened.since.is_some_and(|since| since.elapsed() >= REFUSED_FOR) {
             (weakened.check, weakened.since) = (Check::default(), None);
         }
+        // `max`: the weaker of the two.
         let strongest = if weakened.unprepared { Check::Full } else { Check::Prepared };
         weakened.check.max(strongest)
     }
 
-    /// Notes that a COMMIT did not run because its prepared check was gone. Each such attempt has to run again, so from
-    /// now on the check is not prepared.
+    /// Notes that a COMMIT did not run because its prepared check was missing. From now on the check is sent as text,
+    /// for good, because each such miss costs another run of the work.
     pub(crate) fn check_is_gone(&self) {
         lock(&self.check).unprepared = true;
     }
 
-    /// Remembers that the check was refused, so that COMMIT did not run. Logs this the first time.
+    /// Notes that the server refused the check, and that COMMIT therefore did not run. Logs this the first time.
     pub(crate) fn check_refused(&self, refused: Check, why: &str) {
         let mut weakened = lock(&self.check);
         weakened.check = weakened.check.max(refused.weaker());
@@ -109,7 +119,8 @@ impl Lacking {
         if !std::mem::replace(&mut weakened.said, true) {
             tracing::warn!(
                 why,
-                "this role may not call what COMMIT looks for its transaction by; another way is taken"
+                "the role may not call the function by which COMMIT checks that the open transaction is the pool's \
+                 own; the pool uses a weaker check"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The options for a pool's calls that both builders share, and the checks and limits of option values.
+//! The options that `PoolBuilder` and `WrapBuilder` share, and the checks of option values.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -21,7 +21,7 @@ use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::topology::Settings;
 
-/// The options for the calls of a pool, wherever its connections come from.
+/// The options of `get` and `transaction`. They are the same for an own and for a wrapped pool.
 #[derive(Clone)]
 pub(super) struct CallOptions {
     pub(super) checkout_timeout: Duration,
@@ -42,6 +42,7 @@ impl Default for CallOptions {
 }
 
 impl CallOptions {
+    /// Checks the options, and makes what the calls of the pool share from them.
     pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
         let Self { checkout_timeout, retry, budget, guarantee } = self;
         not_zero("checkout_timeout", checkout_timeout)?;
@@ -60,7 +61,7 @@ impl CallOptions {
     }
 }
 
-/// Checks that the settings are valid and within limits, and that there is a runtime.
+/// Checks the settings and the runtime. Shortens every time that is longer than [`FAR`].
 pub(super) fn checked(settings: &mut Settings) -> Result<(), BuildError> {
     Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
     has_drivers()?;
@@ -131,6 +132,8 @@ pub(super) fn not_zero(option: &'static str, duration: Duration) -> Result<(), B
     Ok(())
 }
 
+/// Chooses the resolver: the user's own, or else DNS with these name servers, or else DNS with the system's. `unused`:
+/// the configuration has no name, so no resolver is needed.
 pub(super) fn resolver(
     own: Option<Arc<dyn Resolve>>,
     servers: Vec<SocketAddr>,

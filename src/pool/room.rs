@@ -5,15 +5,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-/// How much of `max_size` is taken.
+/// Counts the pool's connections. Those that are being opened are counted in `Book::dialing` of `dials.rs`; both
+/// together are at most `max_size`.
 #[derive(Default)]
 pub(super) struct Room {
-    /// The number of existing connections: those that are idle in deadpool, ready, on loan, or on their way between
-    /// these. It grows only while the book is locked.
+    /// All existing connections: in deadpool, ready in the queue of `Dials`, on loan, or on their way between these. It
+    /// grows only under the lock of `Dials::book`, so that the comparison with `max_size` holds.
     pub(super) live: AtomicUsize,
-    /// How many of them are doubted. Others may be opened in their place for callers that wait.
+    /// Those of them that are doubted: they have been idle for as long as another one that did not answer its test
+    /// (`stale.rs`). While a caller waits, they do not count against `max_size`.
     pub(super) doubted: AtomicUsize,
-    /// A connection or a dial has ended, or a caller has begun to wait.
+    /// Wakes the task that opens connections: a place has become free, or another connection is needed.
     pub(super) changed: Notify,
 }
 
