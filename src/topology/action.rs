@@ -1,4 +1,4 @@
-//! The messages between the topology and its shell, the cluster's task: what the shell reports, and what it has to do.
+//! The messages between the topology and the cluster's task: what the task reports, and what it has to do.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ pub(crate) struct Probed {
     pub(crate) beside: bool,
 }
 
-/// What the shell has to do.
+/// What the cluster's task has to do.
 #[derive(Clone, Debug)]
 pub(crate) enum Action {
     /// Ask for the addresses behind this configured name.

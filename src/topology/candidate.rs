@@ -66,11 +66,11 @@ impl fmt::Display for Endpoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Origin {
-    /// The newest DNS answer contains it.
+    /// The resolver's newest answer contains it.
     Resolved,
     /// The configuration names the address itself.
     Configured,
-    /// An earlier DNS answer contained it, and the server there proved to be a member of this cluster.
+    /// An earlier answer of the resolver contained it, and the server there proved to be a member of this cluster.
     Remembered,
 }
 

@@ -84,6 +84,7 @@ impl Topology {
         wake_ups.min()
     }
 
+    /// When a suspended primary is given up. See [`Self::gives_up_at`].
     fn dead_at(&self) -> Option<Instant> {
         let suspended = self.search()?.suspended.as_ref()?;
         Some(self.gives_up_at(suspended))

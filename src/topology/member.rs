@@ -9,9 +9,10 @@ use super::{
     Refusal, Search, ServerReport, Topology, primary::same_start,
 };
 
-/// The most candidates that are probed at the same time. If there are more, they take turns.
+/// The most candidates that are probed at the same time. If there are more, the others wait for their turns.
 pub(super) const MAX_MEMBERS: usize = 64;
 
+/// One candidate. If it is `verified`, it is what the glossary calls a member.
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Member {
     pub(super) endpoint: Endpoint,

@@ -1,4 +1,4 @@
-//! What DNS says about each configured name.
+//! What the resolver says about each configured name. It is DNS, or the user's own `Resolve`.
 //!
 //! Each name is looked up separately. If one look-up fails or has no answer, the addresses of the other names are still
 //! added and forgotten as usual.
@@ -21,9 +21,9 @@ const UNKNOWN_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) enum NameAnswer {
     /// The addresses of the name. `partial`: a part of the look-up failed for this reason, so there may be more.
     Addresses { endpoints: Vec<Endpoint>, partial: Option<String> },
-    /// DNS has answered that the name does not exist, or has no address.
+    /// The resolver has answered that the name does not exist, or has no address.
     Unknown(String),
-    /// No name server gave an answer.
+    /// The resolver could not find out. For DNS: no name server gave an answer.
     Failed(String),
 }
 

@@ -80,7 +80,7 @@ impl Topology {
     }
 
     /// Returns whether a new session to the primary's address has reached another server, which cannot be the primary.
-    /// The shell then keeps the session to the primary, and closes this one.
+    /// The cluster's task then keeps the session to the primary, and closes this one.
     pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
         let primary = match &self.phase {
             Phase::Known { primary, .. } => Some(primary),

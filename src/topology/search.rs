@@ -1,5 +1,6 @@
 //! The search for a primary: when it begins, which writable server is accepted, and when the suspended primary is
-//! resumed or given up. `give_up_silent` is what gives up a primary that stays silent.
+//! resumed or given up. `gives_up_at` says when a silent one is given up,
+//! `give_up_silent` does it, and the table in `deadlines.rs` calls it.
 
 use std::time::Duration;
 
@@ -114,11 +115,13 @@ impl Topology {
         }
     }
 
-    /// Ends the suspended generation, because its primary has been silent for `dead_after`.
+    /// Ends the suspended generation, because its primary has been silent for `dead_after`. This applies to every
+    /// suspended primary, including one that was suspended because of its role and then became silent.
     pub(super) fn give_up_silent(&mut self, now: Instant) {
         let Phase::Searching(Search { suspended: Some(suspended), .. }) = &self.phase else {
             return;
         };
+        // The time since its last sign of life. Time in which no server was asked does not count.
         let silent = self.settings.dead_after + now.duration_since(self.gives_up_at(suspended));
         let id = suspended.primary.id;
         self.end_suspended(id, Eviction::Silent, &format!("no answer for {silent:?}, and no other primary"));

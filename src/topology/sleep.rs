@@ -41,7 +41,8 @@ impl Topology {
         self.phase = Phase::Searching(Search::new(now));
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
-        // The shell has dropped all questions that were under way and will not report their results, so forget them.
+        // The cluster's task has dropped all questions that were under way and will not report their results, so forget
+        // them.
         self.beside = Beside::default();
         for member in self.members.values_mut() {
             member.asking = false;
