@@ -89,7 +89,8 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Like [`Pool::transaction`], for work that may be applied more than once. It is run again even if the outcome of
-    /// its commit is unknown, so it fails only when the retry policy ends it.
+    /// its commit is unknown. If the call fails all the same, [`Error::commit_outcome`] says whether an attempt may
+    /// have been committed.
     ///
     /// ```no_run
     /// # async fn example(pool: tokio_postgres_failover::Pool, id: i64) -> Result<(), Box<dyn std::error::Error>> {
