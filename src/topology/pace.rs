@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{Address, Answer, Member, Phase, PromotionWait, Topology};
 
-/// How long a verified member is remembered after DNS has last named it and it has last answered.
+/// How long a verified member is remembered after the resolver has last named it and it has last answered.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
 /// Shortest and longest time for which a search waits for the answers of other servers before it accepts the first
 /// writable one.
@@ -50,7 +50,7 @@ pub(crate) struct Settings {
     pub(crate) heartbeat: Duration,
     /// If a primary does not answer a question for this long, it is suspended, and a search begins.
     pub(crate) heartbeat_timeout: Duration,
-    /// Pause between two checks of DNS and of the other members while there is a primary.
+    /// Pause between two patrols, which ask the resolver and the other candidates while there is a primary.
     pub(crate) patrol: Duration,
     /// Time limit for one probe while searching.
     pub(crate) probe_timeout: Duration,

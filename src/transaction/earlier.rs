@@ -33,8 +33,8 @@ pub(super) struct Earlier<T> {
     pub(super) absent_from: GenerationId,
 }
 
-/// Looks for a call's earlier attempts in the history of this generation's primary. `Ok(Some)`: one of them was
-/// committed.
+/// Asks this generation's primary about the call's earlier attempts. `Ok(Some)`: one of them was committed, and this is
+/// its value. For the others, notes that this primary's history does not contain them.
 pub(super) async fn find<C: SessionClient, T>(
     pool: &Pool<C>,
     earlier: &mut Vec<Earlier<T>>,

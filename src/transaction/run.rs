@@ -26,6 +26,7 @@ where
     Fut: Future<Output = Result<T, Error>>,
 {
     let span = options.pool.observer().transaction(&options.mode());
+    // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
     let inner = (options.mode() != Mode::Read).then(Inner::begin);
     let mut unsent = None;
     let result = match attempts(&options, &span, &mut unsent, work).instrument(span.clone()).await {
