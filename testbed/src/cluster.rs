@@ -681,12 +681,14 @@ impl Cluster {
         let mut follow = Vec::new();
         for (other, session) in &followers {
             // One that cannot follow would make commits wait for ever: an old primary that lives may have sent it more.
-            if self.wait_following(*other, session, node, timeline).await || !is_ahead(session, &asking).await {
+            let follows = self.wait_following(*other, session, node, timeline).await;
+            if follows || !is_ahead(session, &asking, timeline).await {
                 follow.push(*other);
             }
         }
         let names = self.synchronous_names(follow);
         alter_system(&asking, "synchronous_standby_names", &names).await;
+        wait_synchronous(&asking, &names).await;
         // A commit that waits for a standby also waits for all before it. Under a fence there is nothing to wait for.
         let _ = timeout(TURNING_PATIENCE, asking.batch_execute("UPDATE testbed.probe SET writes = writes + 1")).await;
         Promotion { accepted_at, took: accepted_at - begun }
@@ -920,12 +922,30 @@ fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
-/// Has the standby, which does not stream, replayed more than the promoted server had when it was promoted?
-async fn is_ahead(standby: &Client, promoted: &Client) -> bool {
+/// Has the standby replayed more than the promoted server had when it was promoted, and not from that server's timeline? The
+/// timeline matters: a slow machine may see a standby late that has followed long since.
+async fn is_ahead(standby: &Client, promoted: &Client, timeline: i32) -> bool {
     let fork: String =
         promoted.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.expect("the fork's position").get(0);
-    let sql = "SELECT pg_last_wal_replay_lsn() > $1::text::pg_lsn";
-    standby.query_one(sql, &[&fork]).await.is_ok_and(|row| row.get(0))
+    let sql = "SELECT pg_last_wal_replay_lsn() > $1::text::pg_lsn
+                  AND NOT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE received_tli = $2)";
+    standby.query_one(sql, &[&fork, &timeline]).await.is_ok_and(|row| row.get(0))
+}
+
+/// Waits until commits wait for these standbys. It is the checkpointer that tells the sessions, when it gets to it
+/// (`SyncRepUpdateSyncStandbysDefined`); until then they are acknowledged without a standby.
+async fn wait_synchronous(session: &Client, names: &str) {
+    until(&format!("commits wait for {names:?}"), PATIENCE, || async {
+        let sql = "SELECT current_setting('synchronous_standby_names') = $1
+                      AND EXISTS (SELECT FROM pg_stat_activity
+                                   WHERE backend_type = 'checkpointer'
+                                     AND wait_event IN ('CheckpointerMain', 'CheckpointWriteDelay'))";
+        match session.query_one(sql, &[&names]).await.map(|row| row.get(0)) {
+            Ok(true) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
 }
 
 /// Works on standbys and read-only servers: it writes a file. Not in effect at once: the signal has to arrive.
