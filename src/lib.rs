@@ -47,7 +47,7 @@ pub use commit::Guarantee;
 pub use error::build::BuildError;
 pub use error::call::{CommitOutcome, Error};
 pub use observe::{Event, Events};
-pub use pool::{Client, Manager, Pool, PoolBuilder, WrapBuilder};
+pub use pool::{Client, GenericClient, Manager, Pool, PoolBuilder, WrapBuilder};
 pub use retry::policy::RetryPolicy;
 pub use transaction::{Savepoint, Transaction, TransactionBuilder};
 
@@ -56,12 +56,12 @@ pub mod ledger {
     pub use crate::commit::Ledger;
 }
 
-/// The types behind a [`Client`]: its session, the token that cancels a statement, and a session that has left the
-/// pool.
+/// The types behind a [`Client`]: its session, the token that cancels a statement, a session that has left the pool, and
+/// the transactions that a [`GenericClient`] begins.
 ///
 /// [`IntoConfig`](session::IntoConfig) is here, too: it is what [`Pool::builder`] accepts as a configuration.
 pub mod session {
-    pub use crate::pool::{CancelToken, Connection, Detached, IntoConfig};
+    pub use crate::pool::{CancelToken, Connection, Detached, GenericTransaction, IntoConfig};
     pub use crate::server::SessionClient;
 }
 

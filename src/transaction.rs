@@ -10,6 +10,7 @@ mod begin;
 mod decide;
 mod earlier;
 mod finish;
+mod generic_client;
 mod marks;
 mod nested;
 mod run;
@@ -299,6 +300,27 @@ impl<C: SessionClient> Transaction<C> {
     /// # }
     /// ```
     pub async fn savepoint(&mut self) -> Result<Savepoint<'_, C>, Error> {
+        Ok(self.transaction().await?)
+    }
+
+    /// The same as [`Transaction::savepoint`], under the name and with the error that the driver's nested transactions
+    /// have, so that helpers written for those compile. Commit it with [`Savepoint::commit`].
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::{Transaction, tokio_postgres};
+    ///
+    /// async fn tag(tx: &mut Transaction, name: &str) -> Result<(), tokio_postgres::Error> {
+    ///     let nested = tx.transaction().await?;
+    ///     nested.execute("INSERT INTO tags (name) VALUES ($1)", &[&name]).await?;
+    ///     nested.commit().await
+    /// }
+    ///
+    /// pool.transaction(async |mut tx| Ok(tag(&mut tx, "new").await?)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn transaction(&mut self) -> Result<Savepoint<'_, C>, tokio_postgres::Error> {
         Savepoint::set(&self.client, 1).await
     }
 
@@ -353,7 +375,7 @@ pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
 }
 
 impl<'a, C: SessionClient> Savepoint<'a, C> {
-    async fn set(client: &'a Client<C>, depth: u32) -> Result<Self, Error> {
+    async fn set(client: &'a Client<C>, depth: u32) -> Result<Self, tokio_postgres::Error> {
         let savepoint = Self { client, depth, open: true };
         client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await?;
         Ok(savepoint)
@@ -361,19 +383,34 @@ impl<'a, C: SessionClient> Savepoint<'a, C> {
 
     /// Sets a savepoint within this one.
     pub async fn savepoint(&mut self) -> Result<Savepoint<'_, C>, Error> {
+        Ok(self.transaction().await?)
+    }
+
+    /// The same as [`Savepoint::savepoint`]. See [`Transaction::transaction`].
+    pub async fn transaction(&mut self) -> Result<Savepoint<'_, C>, tokio_postgres::Error> {
         Savepoint::set(self.client, self.depth + 1).await
     }
 
     /// Ends the savepoint and keeps what was done since it, as a part of the transaction.
-    pub async fn release(mut self) -> Result<(), Error> {
+    pub async fn release(self) -> Result<(), Error> {
+        Ok(self.commit().await?)
+    }
+
+    /// The same as [`Savepoint::release`], under the driver's name. Only the transaction's own COMMIT, which the pool
+    /// sends, makes it last.
+    pub async fn commit(mut self) -> Result<(), tokio_postgres::Error> {
         self.open = false;
-        Ok(self.client.batch_execute(&format!("RELEASE SAVEPOINT {}", self.name())).await?)
+        self.client.batch_execute(&format!("RELEASE SAVEPOINT {}", self.name())).await
     }
 
     /// Undoes what was done since the savepoint. The transaction goes on.
-    pub async fn rollback(mut self) -> Result<(), Error> {
+    pub async fn rollback(self) -> Result<(), Error> {
+        Ok(self.undone().await?)
+    }
+
+    async fn undone(mut self) -> Result<(), tokio_postgres::Error> {
         self.open = false;
-        Ok(self.client.batch_execute(&self.undo()).await?)
+        self.client.batch_execute(&self.undo()).await
     }
 
     /// Returns a token that can cancel what this session runs. See [`Transaction::cancel_token`].

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use tokio_postgres::IsolationLevel;
 use tokio_postgres_failover::listen::Listener;
-use tokio_postgres_failover::session::{CancelToken, Connection, Detached};
+use tokio_postgres_failover::session::{CancelToken, Connection, Detached, GenericTransaction};
 use tokio_postgres_failover::view::{Status, View};
 use tokio_postgres_failover::{
-    BuildError, Client, Error, Event, Events, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint, Transaction, deadpool,
+    BuildError, Client, Error, Event, Events, GenericClient, Manager, Pool, PoolBuilder, RetryPolicy, Savepoint,
+    Transaction, deadpool,
 };
 
 fn movable<T: Send + Sync + 'static>() {}
@@ -27,6 +28,7 @@ fn the_types_go_to_other_threads() {
     movable::<Connection>();
     movable::<Transaction>();
     movable::<Savepoint<'static>>();
+    movable::<GenericTransaction<'static>>();
     movable::<Manager>();
     movable::<Error>();
     movable::<BuildError>();
@@ -66,6 +68,58 @@ async fn repository(mut tx: Transaction, sku: &str, prices: &[i64]) -> Result<i6
     inner.release().await?;
     outer.release().await?;
     Ok(tx.query_one("SELECT 1", &[]).await?.get(0))
+}
+
+/// A helper for any client, which calls another one.
+async fn generic(client: &impl GenericClient, sku: &str) -> Result<i64, tokio_postgres::Error> {
+    let statement = client.prepare_cached("SELECT 1").await?;
+    client.execute(&statement, &[&sku]).await?;
+    single(client, sku.to_owned()).await
+}
+
+async fn single<C: GenericClient>(client: &C, sku: String) -> Result<i64, tokio_postgres::Error> {
+    let rows = client.query("SELECT $1", &[&sku]).await?;
+    client.query_raw("SELECT $1", [&sku]).await.map(drop)?;
+    client.copy_out("COPY orders TO STDOUT").await.map(drop)?;
+    Ok(rows.len().try_into().unwrap_or_default())
+}
+
+async fn nested(client: &mut impl GenericClient) -> Result<(), tokio_postgres::Error> {
+    let mut outer = client.transaction().await?;
+    let inner = outer.transaction().await?;
+    generic(&inner, "sku").await?;
+    inner.commit().await?;
+    outer.rollback().await
+}
+
+#[tokio::test]
+async fn helpers_for_any_client_can_be_spawned() {
+    let pool = Pool::builder("postgres://app@127.0.0.1:1/app").unwrap().build().unwrap();
+    let (own, sku) = (pool.clone(), String::from("sku"));
+    spawnable(async move {
+        own.transaction(async |mut tx| {
+            generic(&tx, &sku).await?;
+            Ok(nested(&mut tx).await?)
+        })
+        .await
+    });
+    let own = pool.clone();
+    spawnable(async move {
+        own.transaction(|mut tx| async move {
+            generic(&tx, "sku").await?;
+            let mut savepoint = tx.transaction().await?;
+            nested(&mut savepoint).await?;
+            Ok(savepoint.commit().await?)
+        })
+        .await
+    });
+    spawnable(async move {
+        let mut client = pool.get().await?;
+        generic(&client, "sku").await?;
+        nested(&mut client).await?;
+        generic(&client.detach(), "sku").await?;
+        Ok::<_, Error>(())
+    });
 }
 
 #[tokio::test]

@@ -31,21 +31,21 @@ use crate::topology::{GenerationId, Suspicion};
 /// A connection to the primary, on loan from a [`Pool`]. Dropping it gives it back.
 ///
 /// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
-/// [`tokio_postgres::Client`], which is a [`tokio_postgres::GenericClient`]. From a [wrapped](Pool::wrap) pool, it
-/// derefs to that pool's object.
+/// [`tokio_postgres::Client`]. It is a [`GenericClient`](crate::GenericClient), as transactions are. From a
+/// [wrapped](Pool::wrap) pool, it derefs to that pool's object.
 ///
 /// ```no_run
 /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
-/// use tokio_postgres::GenericClient;
+/// use tokio_postgres_failover::GenericClient;
 ///
 /// async fn count(client: &impl GenericClient) -> Result<i64, tokio_postgres::Error> {
 ///     Ok(client.query_one("SELECT count(*) FROM orders", &[]).await?.get(0))
 /// }
 ///
 /// let mut client = pool.get().await?;
-/// count(&**client).await?;
+/// count(&client).await?;
 /// let transaction = client.transaction().await?;
-/// count(&*transaction).await?;
+/// count(&transaction).await?;
 /// # Ok(())
 /// # }
 /// ```

@@ -278,6 +278,7 @@ macro_rules! cached_statements {
 }
 
 use std::fmt;
+use std::sync::Arc;
 
 use deadpool_postgres::ClientWrapper;
 use tokio_postgres::types::{BorrowToSql, FromSqlOwned, ToSql, Type};
@@ -320,4 +321,11 @@ impl<C: SessionClient> Client<C> {
 
 impl Client<ClientWrapper> {
     cached_statements!(this => this);
+
+    /// As [`deadpool_postgres::ClientWrapper::transaction`]. It does not run again, and nobody settles its COMMIT:
+    /// [`Pool::transaction`](crate::Pool::transaction) does both.
+    pub async fn transaction(&mut self) -> Result<deadpool_postgres::Transaction<'_>, tokio_postgres::Error> {
+        let trail = Arc::clone(self.trail());
+        ClientWrapper::transaction(self).await.inspect_err(|error| trail.note(error))
+    }
 }

@@ -3,6 +3,7 @@
 mod calls;
 mod cancel;
 mod endings;
+mod helpers;
 mod shapes;
 mod stale;
 mod tune;

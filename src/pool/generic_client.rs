@@ -1,0 +1,331 @@
+//! One trait for every handle that runs statements: of this crate, of the driver and of deadpool-postgres.
+//!
+//! Its futures are boxed. The compiler cannot show of futures without a name that they are `Send` for every lifetime, and
+//! would refuse them in a task.
+
+mod foreign;
+mod nested;
+
+pub(crate) use nested::Commits;
+pub use nested::GenericTransaction;
+
+use futures_util::TryFutureExt;
+use tokio_postgres::types::{BorrowToSql, ToSql, Type};
+use tokio_postgres::{CopyInSink, CopyOutStream, Error, RowStream, SimpleQueryMessage, Statement, ToStatement};
+use tokio_util::bytes::Buf;
+
+use super::Client;
+use crate::resolve::BoxFuture;
+use crate::server::SessionClient;
+
+/// Whatever runs statements: a connection, a transaction or a savepoint. Write helpers for `&impl GenericClient`, and
+/// call them with any of them.
+///
+/// This crate's [`Client`](crate::Client), [`Transaction`](crate::Transaction), [`Savepoint`](crate::Savepoint) and
+/// [`Detached`](crate::session::Detached) implement it, and so do the clients and transactions of
+/// [`tokio_postgres`] and [`deadpool_postgres`], whose traits of the same name have the same methods. Those two traits
+/// are sealed, so this crate's handles cannot implement them; replace their `use` by this one. The page
+/// [from deadpool](crate::docs::from_deadpool) shows what other signatures become.
+///
+/// ```no_run
+/// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::Error> {
+/// use tokio_postgres_failover::{GenericClient, tokio_postgres};
+///
+/// async fn count(client: &impl GenericClient) -> Result<i64, tokio_postgres::Error> {
+///     let statement = client.prepare_cached("SELECT count(*) FROM orders").await?;
+///     Ok(client.query_one(&statement, &[]).await?.get(0))
+/// }
+///
+/// let client = pool.get().await?;
+/// count(&client).await?;
+/// pool.read(async |tx| Ok(count(&tx).await?)).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Each call allocates its future, as with the traits of the same name.
+///
+/// # Your own types
+/// The trait is not sealed. [`GenericClient::client`] and [`GenericClient::transaction`] are all that a type must
+/// have. A type around another handle passes on the calls below, too: then statements are kept by the connection, and
+/// the pool sees errors, by which it recognises a failover or a conflict whatever becomes of them.
+///
+/// ```no_run
+/// use tokio_postgres_failover::resolve::BoxFuture;
+/// use tokio_postgres_failover::session::GenericTransaction;
+/// use tokio_postgres_failover::tokio_postgres::{Client, Error, Statement};
+/// use tokio_postgres_failover::{GenericClient, Pool};
+///
+/// /// A connection that belongs to one tenant.
+/// struct Tenant<C> {
+///     within: C,
+///     id: i64,
+/// }
+///
+/// impl<C: GenericClient> GenericClient for Tenant<C> {
+///     fn client(&self) -> &Client {
+///         self.within.client()
+///     }
+///
+///     fn transaction(&mut self) -> BoxFuture<'_, Result<GenericTransaction<'_>, Error>> {
+///         self.within.transaction()
+///     }
+///
+///     fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
+///         self.within.prepare_cached(query)
+///     }
+///
+///     fn met(&self, error: &Error) {
+///         self.within.met(error);
+///     }
+///
+///     fn begins_stream(&self) {
+///         self.within.begins_stream();
+///     }
+/// }
+///
+/// # async fn example(pool: Pool) -> Result<(), Box<dyn std::error::Error>> {
+/// let tenant = Tenant { within: pool.get().await?, id: 7 };
+/// tenant.execute("SELECT set_config('app.tenant', $1, false)", &[&tenant.id.to_string()]).await?;
+/// # Ok(())
+/// # }
+/// ```
+pub trait GenericClient: Send + Sync {
+    /// The driver's client behind this handle.
+    fn client(&self) -> &tokio_postgres::Client;
+
+    /// Begins a transaction, or sets a savepoint in the one that this handle is.
+    fn transaction(&mut self) -> BoxFuture<'_, Result<GenericTransaction<'_>, Error>>;
+
+    /// Is told of the error of each statement. A handle of this crate notes it for its pool. Default: nothing.
+    fn met(&self, error: &Error) {
+        let _ = error;
+    }
+
+    /// Is called before a stream of rows or a COPY begins. A transaction of this crate notes it, and refuses to commit
+    /// while one is kept. Default: nothing.
+    fn begins_stream(&self) {}
+
+    /// As [`tokio_postgres::Client::prepare`], but keeps the statement with the connection, and returns the kept one
+    /// the next time. Where a handle keeps no statements, as the driver's own, it prepares anew each time.
+    fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
+        self.prepare(query)
+    }
+
+    /// As [`GenericClient::prepare_cached`], with the types of the parameters.
+    fn prepare_typed_cached<'a>(
+        &'a self,
+        query: &'a str,
+        types: &'a [Type],
+    ) -> BoxFuture<'a, Result<Statement, Error>> {
+        self.prepare_typed(query, types)
+    }
+
+    /// As [`tokio_postgres::Client::prepare`].
+    fn prepare<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
+        Box::pin(self.client().prepare(query).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::prepare_typed`].
+    fn prepare_typed<'a>(&'a self, query: &'a str, types: &'a [Type]) -> BoxFuture<'a, Result<Statement, Error>> {
+        Box::pin(self.client().prepare_typed(query, types).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query`].
+    fn query<'a, T>(
+        &'a self,
+        statement: &'a T,
+        params: &'a [&'a (dyn ToSql + Sync)],
+    ) -> BoxFuture<'a, Result<Vec<tokio_postgres::Row>, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+    {
+        Box::pin(self.client().query(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_one`].
+    fn query_one<'a, T>(
+        &'a self,
+        statement: &'a T,
+        params: &'a [&'a (dyn ToSql + Sync)],
+    ) -> BoxFuture<'a, Result<tokio_postgres::Row, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+    {
+        Box::pin(self.client().query_one(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_opt`].
+    fn query_opt<'a, T>(
+        &'a self,
+        statement: &'a T,
+        params: &'a [&'a (dyn ToSql + Sync)],
+    ) -> BoxFuture<'a, Result<Option<tokio_postgres::Row>, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+    {
+        Box::pin(self.client().query_opt(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_raw`]. A stream that is kept beyond a transaction's closure rolls it back.
+    fn query_raw<'a, T, P, I>(&'a self, statement: &'a T, params: I) -> BoxFuture<'a, Result<RowStream, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+        P: BorrowToSql + 'a,
+        I: IntoIterator<Item = P> + Sync + Send + 'a,
+        I::IntoIter: ExactSizeIterator,
+    {
+        self.begins_stream();
+        Box::pin(self.client().query_raw(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_typed`].
+    fn query_typed<'a>(
+        &'a self,
+        query: &'a str,
+        params: &'a [(&'a (dyn ToSql + Sync), Type)],
+    ) -> BoxFuture<'a, Result<Vec<tokio_postgres::Row>, Error>> {
+        Box::pin(self.client().query_typed(query, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_typed_one`].
+    fn query_typed_one<'a>(
+        &'a self,
+        query: &'a str,
+        params: &'a [(&'a (dyn ToSql + Sync), Type)],
+    ) -> BoxFuture<'a, Result<tokio_postgres::Row, Error>> {
+        Box::pin(self.client().query_typed_one(query, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_typed_opt`].
+    fn query_typed_opt<'a>(
+        &'a self,
+        query: &'a str,
+        params: &'a [(&'a (dyn ToSql + Sync), Type)],
+    ) -> BoxFuture<'a, Result<Option<tokio_postgres::Row>, Error>> {
+        Box::pin(self.client().query_typed_opt(query, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::query_typed_raw`]. A stream that is kept beyond a transaction's closure rolls it back.
+    fn query_typed_raw<'a, P, I>(&'a self, query: &'a str, params: I) -> BoxFuture<'a, Result<RowStream, Error>>
+    where
+        P: BorrowToSql + 'a,
+        I: IntoIterator<Item = (P, Type)> + Sync + Send + 'a,
+    {
+        self.begins_stream();
+        Box::pin(self.client().query_typed_raw(query, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::execute`].
+    fn execute<'a, T>(
+        &'a self,
+        statement: &'a T,
+        params: &'a [&'a (dyn ToSql + Sync)],
+    ) -> BoxFuture<'a, Result<u64, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+    {
+        Box::pin(self.client().execute(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::execute_raw`].
+    fn execute_raw<'a, T, P, I>(&'a self, statement: &'a T, params: I) -> BoxFuture<'a, Result<u64, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+        P: BorrowToSql + 'a,
+        I: IntoIterator<Item = P> + Sync + Send + 'a,
+        I::IntoIter: ExactSizeIterator,
+    {
+        Box::pin(self.client().execute_raw(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::execute_typed`].
+    fn execute_typed<'a>(
+        &'a self,
+        statement: &'a str,
+        params: &'a [(&'a (dyn ToSql + Sync), Type)],
+    ) -> BoxFuture<'a, Result<u64, Error>> {
+        Box::pin(self.client().execute_typed(statement, params).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::batch_execute`].
+    fn batch_execute<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.client().batch_execute(query).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::simple_query`].
+    fn simple_query<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Vec<SimpleQueryMessage>, Error>> {
+        Box::pin(self.client().simple_query(query).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::copy_in`]. A sink that is kept beyond a transaction's closure rolls it back.
+    fn copy_in<'a, T, U>(&'a self, statement: &'a T) -> BoxFuture<'a, Result<CopyInSink<U>, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+        U: Buf + 'static + Send,
+    {
+        self.begins_stream();
+        Box::pin(self.client().copy_in(statement).inspect_err(|error| self.met(error)))
+    }
+
+    /// As [`tokio_postgres::Client::copy_out`]. A stream that is kept beyond a transaction's closure rolls it back.
+    fn copy_out<'a, T>(&'a self, statement: &'a T) -> BoxFuture<'a, Result<CopyOutStream, Error>>
+    where
+        T: ?Sized + ToStatement + Sync + Send,
+    {
+        self.begins_stream();
+        Box::pin(self.client().copy_out(statement).inspect_err(|error| self.met(error)))
+    }
+}
+
+/// The methods of [`GenericClient`] on a handle of this crate. `$client` is an expression for the pool's [`Client`] behind
+/// it.
+macro_rules! generic_client {
+    ($handle:ident => $client:expr) => {
+        fn client(&self) -> &tokio_postgres::Client {
+            let $handle = self;
+            $client.fresh()
+        }
+
+        fn met(&self, error: &tokio_postgres::Error) {
+            let $handle = self;
+            $client.trail().note(error);
+        }
+
+        fn begins_stream(&self) {
+            let $handle = self;
+            $client.set_streamed();
+        }
+
+        fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, tokio_postgres::Error>> {
+            let $handle = self;
+            let client = $client;
+            let _ = client.fresh();
+            let prepared = client.held().prepare_cached(query);
+            Box::pin(async move { client.noted(prepared.await) })
+        }
+
+        fn prepare_typed_cached<'a>(
+            &'a self,
+            query: &'a str,
+            types: &'a [Type],
+        ) -> BoxFuture<'a, Result<Statement, tokio_postgres::Error>> {
+            let $handle = self;
+            let client = $client;
+            let _ = client.fresh();
+            let prepared = client.held().prepare_typed_cached(query, types);
+            Box::pin(async move { client.noted(prepared.await) })
+        }
+    };
+}
+
+pub(crate) use generic_client;
+
+impl<C: SessionClient + GenericClient> GenericClient for Client<C> {
+    generic_client!(this => this);
+
+    fn transaction(&mut self) -> BoxFuture<'_, Result<GenericTransaction<'_>, Error>> {
+        let trail = std::sync::Arc::clone(self.trail());
+        Box::pin(GenericClient::transaction(&mut **self).inspect_err(move |error| trail.note(error)))
+    }
+}
