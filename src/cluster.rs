@@ -328,7 +328,12 @@ impl<C: SessionClient> Cluster<C> {
 
     /// Counts a connection that was given back.
     pub(crate) fn returned(&self) {
-        self.shared.in_use.fetch_sub(1, Ordering::Relaxed);
+        self.shared.in_use.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// The number of connections on loan.
+    pub(crate) fn in_use(&self) -> usize {
+        self.shared.in_use.load(Ordering::SeqCst)
     }
 
     /// The server of generation `id` answered on a session that this crate does not drive, so it lives.

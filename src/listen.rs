@@ -123,6 +123,7 @@ impl Pool {
         if self.is_wrapped() {
             return Err(Error::Wrapped);
         }
+        self.is_open()?;
         self.not_ended()?;
         let sql = subscription(channels);
         let inbox = Arc::new(Inbox::default());

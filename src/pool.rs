@@ -8,6 +8,7 @@
 mod builder;
 mod checkout;
 mod client;
+mod closing;
 mod config;
 mod connection;
 mod counted;
@@ -30,6 +31,7 @@ mod settling;
 mod shared;
 mod side_session;
 mod signing;
+mod sizes;
 mod ssl;
 mod stale;
 mod statements;
@@ -200,6 +202,7 @@ impl<C: SessionClient> Pool<C> {
     /// This is optional, because `get` and the transactions wait by themselves. Use it at start-up to fail early, with
     /// the reason.
     pub async fn connect(&self) -> Result<(), Error> {
+        self.is_open()?;
         self.not_ended()?;
         let began = Instant::now();
         match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
@@ -233,6 +236,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn get(&self) -> Result<Client<C>, Error> {
+        self.is_open()?;
         self.get_by(|| Instant::now() + self.shared.checkout_timeout, None).await
     }
 
@@ -249,7 +253,9 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn get_within(&self, timeout: Duration) -> Result<Client<C>, Error> {
-        self.get_until(Instant::now() + timeout.min(FAR)).await
+        self.is_open()?;
+        let deadline = Instant::now() + timeout.min(FAR);
+        self.get_by(|| deadline, None).await
     }
 
     /// Returns the pool's present state.
@@ -396,18 +402,6 @@ impl<C: SessionClient> Pool<C> {
             Source::Own(_) => self.dialer.trails.clear(),
             Source::Wrapped(wrapped) => wrapped.clear_statement_caches(),
         }
-    }
-
-    /// Closes the pool immediately: waiting callers get [`Error::Closed`], and every connection ends, even one in use.
-    /// So finish your work first. The server is asked to cancel what still runs. If a statement outside a transaction
-    /// is waiting for a synchronous standby, the cancel request ends that wait, and the statement's effect becomes
-    /// visible. Closing is idempotent, and closes all clones. A [wrapped](Pool::wrap) pool stays open, with its idle
-    /// connections.
-    pub fn close(&self) {
-        if let Source::Own(inner) = &self.source {
-            inner.close();
-        }
-        self.cluster().close();
     }
 
     /// Returns the retry policy of the pool's transactions. Clone it to derive a policy for one call.

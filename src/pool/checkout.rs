@@ -18,10 +18,6 @@ use crate::server::SessionClient;
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
 
 impl<C: SessionClient> Pool<C> {
-    pub(super) async fn get_until(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, None).await
-    }
-
     /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy. That may
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
@@ -56,7 +52,12 @@ impl<C: SessionClient> Pool<C> {
                 _ => Some(checkout.await),
             }
         };
-        let Ok(Some(checked_out)) = timeout_at(deadline, checkout).await else {
+        let waited = tokio::select! {
+            biased;
+            waited = timeout_at(deadline, checkout) => waited,
+            () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
+        };
+        let Ok(Some(checked_out)) = waited else {
             waits.timed_out();
             return Err(self.unavailable(began));
         };

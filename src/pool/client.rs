@@ -184,7 +184,7 @@ impl<C: SessionClient> Client<C> {
     pub fn detach(mut self) -> Detached<C> {
         let wanting = self.pool.cluster().want();
         let session = self.loan.take().map(|loan| {
-            self.pool.cluster().returned();
+            self.pool.returned();
             loan.watched().given_back(&self.on_loan);
             match loan {
                 Loan::Own(object) => {
@@ -405,7 +405,7 @@ impl<C: SessionClient> Drop for Client<C> {
     fn drop(&mut self) {
         let Some(loan) = self.loan.take() else { return };
         let Some(loan) = self.drain(loan) else { return };
-        self.pool.cluster().returned();
+        self.pool.returned();
         loan.watched().given_back(&self.on_loan);
         if let Loan::Wrapped { watched, .. } = &loan {
             watched.session_ended(false);

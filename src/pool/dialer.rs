@@ -98,6 +98,9 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) fn give_back(&self, object: Object<Manager<C>>) {
         if !self.dials.wanted() {
             drop(object);
+        } else if self.dials.exceeds() {
+            // The pool was made smaller meanwhile.
+            return drop(Object::take(object));
         } else if object.may_be_handed_out(&self.cluster) {
             return self.dials.hand(Object::take(object));
         }

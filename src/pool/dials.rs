@@ -351,6 +351,11 @@ impl<C: SessionClient> Dialer<C> {
         let mut book = self.dials.book();
         book.failed_at = None;
         let connection = self.make(session, generation);
+        // The pool was made smaller meanwhile.
+        if self.dials.exceeds() {
+            drop(book);
+            return drop((connection, dialing));
+        }
         let unclaimed = if self.cluster.is_current(generation.primary.id) {
             self.dials.deliver(&mut book, Ok(connection))
         } else {

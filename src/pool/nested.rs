@@ -39,6 +39,15 @@ impl<C: SessionClient> Pool<C> {
         INNERMOST.try_with(held).unwrap_or(false)
     }
 
+    /// Returns whether this is called within a transaction of this pool.
+    pub(super) fn is_within_a_call(&self) -> bool {
+        let within = |innermost: &Holder| {
+            let mut holders = std::iter::successors(Some(innermost), |holder| holder.outer.as_deref());
+            holders.any(|holder| holder.pool == self.address())
+        };
+        INNERMOST.try_with(within).unwrap_or(false)
+    }
+
     fn address(&self) -> usize {
         Arc::as_ptr(&self.shared).addr()
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 
+use super::closing::Closing;
 use super::lacking::Lacking;
 use super::pruning::PruneAt;
 use super::shared::Shared;
@@ -57,6 +58,8 @@ impl CallOptions {
             lacking: Lacking::default(),
             signatures: Signatures::default(),
             prune_at: PruneAt::default(),
+            closing: Closing::default(),
+            resizing: std::sync::Mutex::default(),
         }))
     }
 }

@@ -1,5 +1,6 @@
 //! What the calls of a pool share: their limits, and what is known about the newest primary and the ledgers.
 
+use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
+use super::closing::Closing;
 use super::lacking::Lacking;
 use super::pruning::PruneAt;
 use super::signing::Signatures;
@@ -27,6 +29,9 @@ pub(super) struct Shared {
     pub(super) lacking: Lacking,
     pub(super) signatures: Signatures,
     pub(super) prune_at: PruneAt,
+    pub(super) closing: Closing,
+    /// Held while the size is changed.
+    pub(super) resizing: Mutex<()>,
 }
 
 impl<C: SessionClient> Pool<C> {

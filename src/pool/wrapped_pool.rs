@@ -116,6 +116,11 @@ pub(super) trait WrappedPool<C>: Send + Sync {
 
     /// Clears the prepared statements of idle connections.
     fn clear_idle(&self);
+
+    fn resize(&self, max_size: usize);
+
+    /// Closes the idle connections, and returns how many there were.
+    fn evict_idle(&self) -> usize;
 }
 
 /// How an error names the code that has panicked.
@@ -236,5 +241,13 @@ where
 
     fn clear_idle(&self) {
         self.existing.retain(|client, _| clear_idle(client));
+    }
+
+    fn resize(&self, max_size: usize) {
+        self.existing.resize(max_size);
+    }
+
+    fn evict_idle(&self) -> usize {
+        self.existing.retain(|_, _| false).removed.len()
     }
 }

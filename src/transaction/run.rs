@@ -25,6 +25,7 @@ where
     F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
+    let _call = options.pool.begin_call()?;
     let span = options.pool.observer().transaction(&options.mode());
     // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
     let inner = (options.mode() != Mode::Read).then(Inner::begin);

@@ -10,4 +10,5 @@ mod idle;
 mod impatient;
 mod limits;
 mod quiet;
+mod sizes;
 mod wrap;

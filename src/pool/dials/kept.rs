@@ -68,6 +68,27 @@ impl<C: SessionClient> Dials<C> {
         taken
     }
 
+    pub(in crate::pool) fn min_idle(&self) -> usize {
+        self.min_idle.load(Ordering::Relaxed)
+    }
+
+    /// Changes the most connections and dials together. Closes connections that nobody has had and that are too many.
+    pub(in crate::pool) fn resize(&self, max_size: usize) {
+        let mut book = self.book();
+        self.max_size.store(max_size, Ordering::Relaxed);
+        let surplus = self.room.live.load(Ordering::Acquire).saturating_sub(max_size).min(book.ready.len());
+        let surplus: Vec<_> = book.ready.drain(..surplus).collect();
+        // Dropping a connection runs foreign code, so release the lock first.
+        drop(book);
+        drop(surplus);
+        self.room.changed.notify_one();
+    }
+
+    /// Returns whether there are more connections than the pool may have, as it was made smaller.
+    pub(in crate::pool) fn exceeds(&self) -> bool {
+        self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted()) > self.max_size.load(Ordering::Relaxed)
+    }
+
     pub(in crate::pool) fn doubted(&self) -> usize {
         self.room.doubted.load(Ordering::Acquire)
     }
