@@ -18,6 +18,7 @@ mod facts;
 mod fetch;
 mod fetches;
 mod generic_client;
+mod hooks;
 mod hosts;
 mod idle;
 mod lacking;

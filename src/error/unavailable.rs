@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::cluster::Diagnosis;
-use crate::topology::{Answer, CandidateReport, ProbeFailure, Refusal};
+use crate::topology::{Answer, CandidateReport, FailureKind, ProbeFailure, Refusal};
 
 /// The most candidates that the text of an error lists. `candidates()` returns all of them.
 const LISTED: usize = 32;
@@ -159,6 +159,9 @@ impl fmt::Display for Unavailable {
             )?,
             UnavailableReason::Dns => {
                 write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
+            }
+            UnavailableReason::NoSession if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::Hook) => {
+                write!(f, "the primary is known, but a hook of the pool let no new session pass within {waited:.1?}")?;
             }
             UnavailableReason::NoSession => write!(
                 f,

@@ -1,5 +1,9 @@
 //! Turns a configuration into a pool, or reports what is wrong with it.
 
+#[cfg(fuzzing)]
+mod fuzzing;
+mod hooks;
+
 use std::error::Error as StdError;
 use std::fmt;
 use std::net::SocketAddr;
@@ -15,6 +19,7 @@ use tokio_postgres::{Config, NoTls, Socket};
 
 use super::config::{Configuration, IntoConfig, names, targets, template};
 use super::dialer::Dialer;
+use super::hooks::Hooks;
 use super::idle::{Idle, Keeper};
 use super::options::{CallOptions, checked, not_zero, resolver, seed_or_random, usable_size};
 use super::security::{Security, make_opener};
@@ -62,6 +67,7 @@ pub struct PoolBuilder {
     /// The pool is this crate's own, so it knows which connections are on loan.
     knows_loans: bool,
     gate: usize,
+    hooks: Hooks<ClientWrapper>,
     calls: CallOptions,
     settings: Settings,
     pool_name: Option<String>,
@@ -85,6 +91,7 @@ impl PoolBuilder {
             sleep_after: None,
             knows_loans: false,
             gate: 4,
+            hooks: Hooks::default(),
             calls: CallOptions::default(),
             settings: Settings::default(),
             pool_name: None,
@@ -449,6 +456,7 @@ impl PoolBuilder {
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
+        let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
         let targets = targets(&self.config, &self.ssl.hosts)?;
         let make_opener = make_opener(self.security, &self.ssl, &mut self.config)?;
         let template = template(&self.config, make_opener.is_some(), settings.dead_after)?;
@@ -481,18 +489,7 @@ impl PoolBuilder {
         });
         let max_lifetime = self.max_lifetime.min(FAR);
         let dialer = Dialer::new(cluster, opener, open_timeout, seed, Handle::current());
-        Ok(Manager::new(Arc::new(dialer.with_ages(max_lifetime, self.test_idle_after))))
-    }
-
-    /// Returns what `build_manager` reads from the configuration, without a runtime: names, addresses and the sessions'
-    /// template.
-    #[cfg(fuzzing)]
-    pub(crate) fn read(&self, tls: bool) -> Result<(Vec<(String, u16)>, Vec<String>, Config), BuildError> {
-        let targets = targets(&self.config, &self.ssl.hosts)?;
-        let template = template(&self.config, tls, self.settings.dead_after)?;
-        let names = targets.names.iter().map(|name| (name.host.to_string(), name.port)).collect();
-        let addresses = targets.addresses.iter().map(ToString::to_string).collect();
-        Ok((names, addresses, template))
+        Ok(Manager::new(Arc::new(dialer.with_ages(max_lifetime, self.test_idle_after).with_hooks(hooks))))
     }
 }
 

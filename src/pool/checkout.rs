@@ -140,6 +140,19 @@ impl<C: SessionClient> Pool<C> {
         } else {
             object
         };
+        let object = if self.dialer.vets() {
+            match Box::pin(self.dialer.vetted(object)).await {
+                Some(object) if object.may_be_handed_out(self.cluster()) => object,
+                Some(object) => {
+                    object.activity().give_back();
+                    self.dialer.give_back(object);
+                    return Ok(None);
+                }
+                None => return Ok(None),
+            }
+        } else {
+            object
+        };
         object.use_it();
         self.dialer.dials.taken();
         Ok(Some(Loan::Own(object)))
@@ -147,8 +160,14 @@ impl<C: SessionClient> Pool<C> {
 
     /// Takes back a good connection.
     pub(super) fn give_back(&self, loan: Loan<C>) {
-        if let Loan::Own(object) = loan {
-            self.dialer.give_back(object);
+        match loan {
+            Loan::Own(object) => {
+                if let Some(object) = self.dialer.cleans(object) {
+                    object.activity().give_back();
+                    self.dialer.give_back(object);
+                }
+            }
+            wrapped @ Loan::Wrapped { .. } => wrapped.activity().give_back(),
         }
     }
 
@@ -162,6 +181,10 @@ impl<C: SessionClient> Pool<C> {
     /// its own. Cancel-safe.
     pub(super) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
         let Source::Own(inner) = &self.source else { return Ok(None) };
+        // A hook may have changed what SQL means in a new session.
+        if self.dialer.hooks.is_some() {
+            return Ok(None);
+        }
         // Wait before a slot is taken, so that others can use the slot meanwhile.
         self.cluster().primary().await.map_err(Error::without_primary)?;
         match inner.timeout_get(&AT_ONCE).await {

@@ -419,7 +419,6 @@ impl<C: SessionClient> Drop for Client<C> {
         if closed || busy || !loan.usable() {
             return loan.discard();
         }
-        loan.activity().give_back();
         self.pool.give_back(loan);
     }
 }

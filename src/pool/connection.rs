@@ -15,7 +15,7 @@ use super::room::Berth;
 use super::trail::Trail;
 use crate::cluster::{Cluster, Generation};
 use crate::observe::{Observer, Watched};
-use crate::server::{Guarded, Session, SessionClient};
+use crate::server::{Activity, Guarded, Session, SessionClient};
 
 /// How long to wait for the end of an answer when a connection is given back. A statement that runs longer is
 /// cancelled.
@@ -64,6 +64,15 @@ impl<C: SessionClient> Connection<C> {
 
     pub(super) fn facts(&self) -> &Facts {
         &self.inner.facts
+    }
+
+    pub(super) fn activity(&self) -> &Activity {
+        &self.inner.facts.notices.activity
+    }
+
+    /// Returns whether a caller has had it.
+    pub(super) fn is_used(&self) -> bool {
+        self.inner.used.load(Ordering::Relaxed)
     }
 
     pub(super) fn watched(&self) -> &Watched {

@@ -1,7 +1,7 @@
 //! Opens sessions of the current generation, for the pool and for settling commits.
 
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::dials::Dials;
 use super::facts::Facts;
+use super::hooks::Hooks;
 use super::manager::Manager;
 use super::settling::Settlers;
 use super::test_after::TestAfter;
@@ -20,9 +21,9 @@ use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::random::SplitMix64;
-use crate::server::{Open, Session, SessionClient, cancel};
+use crate::server::{Notices, Open, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
-use crate::topology::{FailureKind, ProbeFailure, Question, Suspicion};
+use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, Suspicion};
 
 /// Shortest and longest pause between two attempts to open a session, if the known primary accepts none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -42,6 +43,10 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) max_lifetime: Duration,
     /// The idle time after which a connection is tested before it is handed out.
     pub(super) test_after: TestAfter,
+    /// The user's hooks, if at least one is set.
+    pub(super) hooks: Option<Arc<Hooks<C>>>,
+    /// How many new connections `before_acquire` has refused in a row.
+    pub(super) refusals: AtomicU32,
     seeds: AtomicU64,
     nonces: Nonces,
     pub(super) trails: Trails,
@@ -68,6 +73,8 @@ impl<C: SessionClient> Dialer<C> {
             dials: Arc::new(Dials::new(runtime)),
             max_lifetime: Duration::MAX,
             test_after: TestAfter::new(Duration::MAX),
+            hooks: None,
+            refusals: AtomicU32::new(0),
             seeds: AtomicU64::new(seed),
             nonces: Nonces::default(),
             trails: Trails::default(),
@@ -78,6 +85,10 @@ impl<C: SessionClient> Dialer<C> {
 
     pub(super) fn with_ages(self, max_lifetime: Duration, test_idle_after: Duration) -> Self {
         Self { max_lifetime, test_after: TestAfter::new(test_idle_after), ..self }
+    }
+
+    pub(super) fn with_hooks(self, hooks: Option<Arc<Hooks<C>>>) -> Self {
+        Self { hooks, ..self }
     }
 
     pub(super) fn random_up_to(&self, most: Duration) -> Duration {
@@ -120,12 +131,17 @@ impl<C: SessionClient> Dialer<C> {
         if facts.is_committing() {
             return;
         }
-        let notices = Arc::clone(&facts.notices);
+        self.cancel_on(client, &facts.notices, facts.endpoint.clone());
+    }
+
+    /// As [`Self::cancel_running`], for a session of which no more is known.
+    pub(super) fn cancel_on(&self, client: &tokio_postgres::Client, notices: &Arc<Notices>, endpoint: Endpoint) {
+        let notices = Arc::clone(notices);
         // Prefer the caller's runtime, because the pool's may have ended. A connection may also be dropped outside of
         // any runtime.
         let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
         let opener = Arc::clone(&self.opener);
-        let (endpoint, token) = (facts.endpoint.clone(), client.cancel_token());
+        let token = client.cancel_token();
         runtime.spawn(async move {
             // The driver's task may not have seen yet that the last request is a COMMIT.
             notices.requests_are_seen().await;
@@ -275,12 +291,13 @@ impl<C: SessionClient> Dialer<C> {
             let refused = Refused::new(Some(generation.endpoint()), failure);
             return (Error::Refused(Box::new(refused)), Duration::ZERO);
         }
-        // A server that refuses a log-in is alive.
-        if !refused {
+        // A server that refuses a log-in is alive, and a hook of the user's says nothing about it.
+        if !refused && failure.kind != FailureKind::Hook {
             self.cluster.suspect(id, Suspicion::Connection);
         }
         let failures = generation.not_opened(failure.clone());
-        let most = if failure.kind == FailureKind::Full { FULL_PAUSE } else { OPEN_PAUSE.1 };
+        let rare = matches!(failure.kind, FailureKind::Full | FailureKind::Hook);
+        let most = if rare { FULL_PAUSE } else { OPEN_PAUSE.1 };
         let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(most);
         let obstacle = Obstacle::NoSession(Some(failure));
         let unavailable = Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle);

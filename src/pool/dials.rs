@@ -6,6 +6,7 @@
 //! delivery goes to the next one; waiters are served in the order in which they joined the queue. The tests are in
 //! `tests/it/checkout/impatient.rs`.
 
+mod greeted;
 mod kept;
 
 use std::collections::VecDeque;
@@ -18,6 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
+use self::greeted::greeted;
 use super::connection::Connection;
 use super::dialer::{Dialer, take_turn};
 use super::manager::Manager;
@@ -256,6 +258,7 @@ impl<C: SessionClient> Dialer<C> {
         // The size of a pool built by hand is unknown. It has room for this caller if each dial under way has a waiter.
         let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
         if !spoken_for
+            && !self.greets()
             && self.dials.has_room(&book, true)
             && let Some(session) = generation.take_spare()
         {
@@ -411,15 +414,18 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         let permit = generation.gate.acquire().await;
         // The session that proved the primary may be free by now.
         if let Some(spare) = generation.take_spare() {
-            return Some((permit, None, None, Ok(spare)));
+            return Some((permit, None, None, greeted(&dialer, &generation, spare).await));
         }
         let turn = match take_turn(&dialer, &generation, started).await? {
             Ok(turn) => turn,
             Err(refused) => return Some((permit, None, None, Err(refused))),
         };
         let began = Instant::now();
-        let outcome = Dialer::open(&*opener, within, &generation).await;
-        Some((permit, turn, Some(began), outcome))
+        match Dialer::open(&*opener, within, &generation).await {
+            // Another dial may log in while a hook runs.
+            Ok(session) => Some((permit, None, Some(began), greeted(&dialer, &generation, session).await)),
+            Err(failure) => Some((permit, turn, Some(began), Err(failure))),
+        }
     });
     let Some(Some((permit, turn, began, outcome))) = dialled.await else { return };
     let Some(strong) = dialer.upgrade() else { return };

@@ -32,7 +32,9 @@ use crate::topology::{Address, Endpoint, Settings, View};
 /// Configures a [wrapped pool](Pool::wrap). Setters take the builder by value and never fail; [`WrapBuilder::build`]
 /// reports all errors.
 ///
-/// The wrapped pool itself determines the size, the queue and the recycling.
+/// The wrapped pool itself determines the size, the queue and the recycling. So there are no `after_connect`,
+/// `before_acquire`, `after_release` and `reset_on_return` here: give that pool hooks of its own (`post_create`,
+/// `pre_recycle`, `post_recycle`), which run as ever, or `RecyclingMethod::Clean`.
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct WrapBuilder<M: managed::Manager> {
     existing: managed::Pool<M>,

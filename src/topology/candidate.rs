@@ -98,6 +98,9 @@ pub enum FailureKind {
     UnknownName,
     /// The server answered the probe with an error: it is up, but does not say what it is.
     Errored,
+    /// A session was opened, and a hook of the pool refused it: see
+    /// [`after_connect`](crate::PoolBuilder::after_connect). It says nothing about the server.
+    Hook,
 }
 
 impl FailureKind {

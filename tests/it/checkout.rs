@@ -5,6 +5,7 @@ mod costs;
 mod deadline;
 mod fetches;
 mod get;
+mod hooks;
 mod hygiene;
 mod idle;
 mod impatient;

@@ -1,0 +1,42 @@
+//! A new session meets the user's hook before anybody gets it.
+
+use std::sync::Weak;
+
+use super::Dialer;
+use crate::cluster::Generation;
+use crate::server::{Session, SessionClient};
+use crate::topology::{ProbeFailure, Suspicion};
+
+impl<C: SessionClient> Dialer<C> {
+    /// Returns whether `after_connect` is set.
+    pub(super) fn greets(&self) -> bool {
+        self.hooks.as_ref().is_some_and(|hooks| hooks.after_connect.is_some())
+    }
+}
+
+/// Runs `after_connect` on a session that was just opened. Does not keep the pool alive meanwhile.
+pub(super) async fn greeted<C: SessionClient>(
+    dialer: &Weak<Dialer<C>>,
+    generation: &Generation<C>,
+    session: Session<C>,
+) -> Result<Session<C>, ProbeFailure> {
+    let Some(hooks) = dialer.upgrade().and_then(|dialer| {
+        // The log-in itself was not refused.
+        dialer.hooks.clone().inspect(|_| dialer.let_in())
+    }) else {
+        return Ok(session);
+    };
+    let Err(failure) = hooks.connected(&session.client, &session.notices.activity).await else {
+        return Ok(session);
+    };
+    if let Some(dialer) = dialer.upgrade() {
+        if session.notices.activity.may_be_busy() {
+            dialer.cancel_on(&session.client, &session.notices, generation.endpoint());
+        }
+        // Perhaps it was not the hook that ended it.
+        if session.client.is_closed() {
+            dialer.cluster.suspect(generation.primary.id, Suspicion::Connection);
+        }
+    }
+    Err(failure)
+}
