@@ -15,6 +15,7 @@ mod meters;
 pub use event::{Event, Events, Settlement};
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,7 +26,7 @@ use tracing::{Span, field};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::server::SessionEndListener;
-use crate::sync::lock;
+use crate::sync::{lock, log_safely};
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
 use meters::{Meters, Place};
 
@@ -212,6 +213,27 @@ impl Observer {
     pub(crate) fn waits(&self) -> Waits<'_> {
         self.meters.waits();
         Waits { observer: self, since: Stopwatch::start() }
+    }
+
+    /// Reports a caller that waited long for its connection. `untold`: how many others were not reported since the last.
+    pub(crate) fn slow_checkout(&self, waited: Duration, untold: u64, place: &'static Location<'static>) {
+        let elapsed_ms = milliseconds(waited);
+        log_safely(|| {
+            tracing::warn!(elapsed_ms, untold, taken_at = %place, "a caller waited long for a connection");
+        });
+        self.send(Event::SlowCheckout { waited, place });
+    }
+
+    /// Reports a connection that is still on loan.
+    pub(crate) fn long_loan(&self, held: Duration, place: &'static Location<'static>) {
+        let elapsed_ms = milliseconds(held);
+        log_safely(|| tracing::warn!(elapsed_ms, taken_at = %place, "a connection is on loan for long; is it leaked?"));
+        self.send(Event::LongLoan { held, place });
+    }
+
+    /// Reports that such a connection came back.
+    pub(crate) fn long_loan_ended(held: Duration, place: &'static Location<'static>) {
+        tracing::info!(elapsed_ms = milliseconds(held), taken_at = %place, "a connection that was on loan for long came back");
     }
 
     /// Reports that a session was opened for the pool.

@@ -22,6 +22,7 @@ mod hooks;
 mod hosts;
 mod idle;
 mod lacking;
+mod loans;
 mod manager;
 mod nested;
 mod options;
@@ -50,6 +51,7 @@ pub use connection::Connection;
 pub(crate) use generic_client::{Commits, generic_client};
 pub use generic_client::{GenericClient, GenericTransaction};
 pub(crate) use lacking::Check;
+pub(crate) use loans::Place;
 pub use manager::Manager;
 pub(crate) use settling::{SettleSession, Settling};
 pub(crate) use side_session::SideSession;
@@ -61,6 +63,7 @@ pub use wrap::WrapBuilder;
 
 use std::error::Error as StdError;
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -236,9 +239,13 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn get(&self) -> Result<Client<C>, Error> {
-        self.is_open()?;
-        self.get_by(|| Instant::now() + self.shared.checkout_timeout, None).await
+    #[track_caller]
+    pub fn get(&self) -> impl Future<Output = Result<Client<C>, Error>> + Send {
+        let place = Location::caller();
+        async move {
+            self.is_open()?;
+            self.get_by(|| Instant::now() + self.shared.checkout_timeout, None, place).await
+        }
     }
 
     /// Like [`Pool::get`], but waits at most this long instead of the checkout timeout.
@@ -253,10 +260,14 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn get_within(&self, timeout: Duration) -> Result<Client<C>, Error> {
-        self.is_open()?;
-        let deadline = Instant::now() + timeout.min(FAR);
-        self.get_by(|| deadline, None).await
+    #[track_caller]
+    pub fn get_within(&self, timeout: Duration) -> impl Future<Output = Result<Client<C>, Error>> + Send {
+        let place = Location::caller();
+        async move {
+            self.is_open()?;
+            let deadline = Instant::now() + timeout.min(FAR);
+            self.get_by(|| deadline, None, place).await
+        }
     }
 
     /// Returns the pool's present state.

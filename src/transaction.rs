@@ -23,6 +23,7 @@ mod verdict;
 
 use std::fmt;
 use std::ops::Deref;
+use std::panic::Location;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,7 +33,7 @@ use tokio_postgres::IsolationLevel;
 
 use crate::commit::Guarantee;
 use crate::error::Error;
-use crate::pool::{CancelToken, Client, Pool};
+use crate::pool::{CancelToken, Client, Place, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use begin::{Begin, MarkWith};
@@ -81,12 +82,13 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn transaction<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    #[track_caller]
+    pub fn transaction<T, F, Fut>(&self, work: F) -> impl Future<Output = Result<T, Error>>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        run::run(self.build_transaction(), work).await
+        run::run(self.build_transaction(), work)
     }
 
     /// Like [`Pool::transaction`], for work that may be applied more than once. It is run again even if the outcome of
@@ -103,12 +105,13 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn idempotent<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    #[track_caller]
+    pub fn idempotent<T, F, Fut>(&self, work: F) -> impl Future<Output = Result<T, Error>>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        run::run(self.build_transaction().guarantee(Guarantee::AtLeastOnce), work).await
+        run::run(self.build_transaction().guarantee(Guarantee::AtLeastOnce), work)
     }
 
     /// Like [`Pool::transaction`], but read-only, so that it can be run again at any point. A statement that writes
@@ -124,12 +127,13 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn read<T, F, Fut>(&self, work: F) -> Result<T, Error>
+    #[track_caller]
+    pub fn read<T, F, Fut>(&self, work: F) -> impl Future<Output = Result<T, Error>>
     where
         F: FnMut(Transaction<C>) -> Fut,
         Fut: Future<Output = Result<T, Error>>,
     {
-        run::run(self.build_transaction().read_only(true), work).await
+        run::run(self.build_transaction().read_only(true), work)
     }
 
     /// Starts a transaction with its own options.
@@ -147,9 +151,11 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
+    #[track_caller]
     pub fn build_transaction(&self) -> TransactionBuilder<'_, C> {
         TransactionBuilder {
             pool: self,
+            place: Location::caller(),
             isolation_level: None,
             read_only: false,
             deferrable: false,
@@ -164,6 +170,8 @@ impl<C: SessionClient> Pool<C> {
 #[must_use = "a builder does nothing until `run` is called"]
 pub struct TransactionBuilder<'a, C: SessionClient = ClientWrapper> {
     pool: &'a Pool<C>,
+    /// Where the call was made.
+    place: Place,
     isolation_level: Option<IsolationLevel>,
     read_only: bool,
     deferrable: bool,

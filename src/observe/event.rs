@@ -1,6 +1,7 @@
 //! The events of a pool, and the stream of them.
 
 use std::fmt;
+use std::panic::Location;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -122,6 +123,24 @@ pub enum Event {
         outcome: Settlement,
         /// How long it took to find out.
         took: Duration,
+    },
+    /// A caller waited long for a connection, and got one: see
+    /// [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Reported at most once a second.
+    #[non_exhaustive]
+    SlowCheckout {
+        /// How long it waited.
+        waited: Duration,
+        /// Where it asked for the connection.
+        place: &'static Location<'static>,
+    },
+    /// A connection is on loan for long: see [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Reported once
+    /// for each loan.
+    #[non_exhaustive]
+    LongLoan {
+        /// How long it has been on loan.
+        held: Duration,
+        /// Where it was taken.
+        place: &'static Location<'static>,
     },
     /// The reader was too slow, and this many events were dropped before the next one.
     #[non_exhaustive]

@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
 use super::counted::Counted;
+use super::loans::Place;
 use super::{Client, Manager, Pool, Source};
 use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
@@ -21,8 +22,8 @@ impl<C: SessionClient> Pool<C> {
     /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy. That may
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
-    pub(crate) async fn get_for_transaction(&self, deadline: Instant) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, Some(self.shared.checkout_timeout)).await
+    pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: Place) -> Result<Client<C>, Error> {
+        self.get_by(|| deadline, Some(self.shared.checkout_timeout), place).await
     }
 
     /// `in_use` limits the wait while there is a primary and all connections are in use. While there is no primary,
@@ -31,9 +32,10 @@ impl<C: SessionClient> Pool<C> {
         &self,
         deadline: impl FnOnce() -> Instant,
         in_use: Option<Duration>,
+        place: Place,
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
-        let mut checkout = pin!(self.checkout());
+        let mut checkout = pin!(self.checkout(place));
         // If a connection is idle, the first poll returns it, without reading a clock or creating a timer.
         if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
             waits.ended(&checked_out);
@@ -62,6 +64,9 @@ impl<C: SessionClient> Pool<C> {
             return Err(self.unavailable(began));
         };
         waits.ended(&checked_out);
+        if checked_out.is_ok() {
+            self.waited(began, place);
+        }
         checked_out
     }
 
@@ -89,7 +94,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    async fn checkout(&self) -> Result<Client<C>, Error> {
+    async fn checkout(&self, place: Place) -> Result<Client<C>, Error> {
         loop {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() {
@@ -107,7 +112,7 @@ impl<C: SessionClient> Pool<C> {
                 Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.dialer)).await?),
             };
             let Some(loan) = loan else { continue };
-            let client = self.lend(loan);
+            let client = self.lend(loan, Some(place));
             // Either the cluster's task sees the loan and stays awake, or this sees that the task is falling asleep. In
             // that case the connection will be closed, so do not hand it out.
             if !self.cluster().is_asleep() {
@@ -171,10 +176,10 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    pub(super) fn lend(&self, loan: Loan<C>) -> Client<C> {
+    pub(super) fn lend(&self, loan: Loan<C>, place: Option<Place>) -> Client<C> {
         self.cluster().lend();
         loan.activity().lend();
-        Client::new(loan, self.clone())
+        Client::new(loan, self.clone(), place.and_then(|place| self.watch_loan(place)))
     }
 
     /// Returns a connection that no caller has used before, if a slot is free. Waits for a primary without a limit of
@@ -188,7 +193,7 @@ impl<C: SessionClient> Pool<C> {
         // Wait before a slot is taken, so that others can use the slot meanwhile.
         self.cluster().primary().await.map_err(Error::without_primary)?;
         match inner.timeout_get(&AT_ONCE).await {
-            Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object)))),
+            Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object), None))),
             Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
             Err(PoolError::Backend(error)) => Err(error),
             Err(_) => Err(Error::without_primary(self.cluster().ended())),

@@ -1,5 +1,9 @@
 //! A connection that a caller has on loan, and what happens when it is given back.
 
+mod detached;
+
+pub use detached::Detached;
+
 use std::fmt;
 use std::future::pending;
 use std::ops::{Deref, DerefMut};
@@ -13,14 +17,15 @@ use tokio::time::timeout;
 use tokio_postgres::error::DbError;
 use tokio_util::sync::CancellationToken;
 
+use self::detached::Own;
 use super::Pool;
-use super::connection::{Connection, DRAIN_WITHIN};
+use super::connection::DRAIN_WITHIN;
 use super::facts::Facts;
+use super::loans::LoanWatch;
 use super::manager::Manager;
 use super::trail::Trail;
 use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
-use crate::cluster::Wanting;
 use crate::commit::Life;
 use crate::observe::{Stopwatch, Watched};
 use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
@@ -59,6 +64,8 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     streamed: AtomicBool,
     /// The connection was given back with something under way. This handle waits for the end of that.
     draining: bool,
+    /// Tells where it was taken if it is held for too long.
+    _watch: Option<LoanWatch>,
 }
 
 /// The pool that a connection comes from.
@@ -133,10 +140,10 @@ impl<C: SessionClient> Loan<C> {
 
 impl<C: SessionClient> Client<C> {
     /// The caller must already have counted `loan`.
-    pub(super) fn new(loan: Loan<C>, pool: Pool<C>) -> Self {
+    pub(super) fn new(loan: Loan<C>, pool: Pool<C>, watch: Option<LoanWatch>) -> Self {
         loan.facts().trail.freshen(loan.client());
         let streamed = AtomicBool::new(false);
-        Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false }
+        Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false, _watch: watch }
     }
 
     /// Returns the generation that the connection belongs to.
@@ -371,7 +378,7 @@ impl<C: SessionClient> Client<C> {
         let activity = Arc::clone(&loan.facts().notices.activity);
         let streamed = AtomicBool::new(false);
         let pool = self.pool.clone();
-        let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true };
+        let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true, _watch: None };
         self.pool.runtime().spawn(async move {
             // The result does not matter, because dropping the connection looks again.
             let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
@@ -452,47 +459,5 @@ impl CancelToken {
 impl fmt::Debug for CancelToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CancelToken").finish_non_exhaustive()
-    }
-}
-
-/// A session that has left its pool, from [`Client::detach`]. Dropping it closes the session.
-pub struct Detached<C: SessionClient = ClientWrapper> {
-    /// Always set.
-    session: Option<Own<C>>,
-    _wanting: Wanting,
-    /// Keeps the cluster's task alive, because the session would end with it.
-    _pool: Pool<C>,
-}
-
-enum Own<C> {
-    Ours(Connection<C>),
-    Theirs(C),
-}
-
-impl<C: SessionClient> Deref for Detached<C> {
-    type Target = C;
-
-    #[expect(clippy::expect_used, reason = "it is made of a client, which holds its connection")]
-    fn deref(&self) -> &C {
-        match self.session.as_ref().expect("a session") {
-            Own::Ours(connection) => connection,
-            Own::Theirs(client) => client,
-        }
-    }
-}
-
-impl<C: SessionClient> DerefMut for Detached<C> {
-    #[expect(clippy::expect_used, reason = "it is made of a client, which holds its connection")]
-    fn deref_mut(&mut self) -> &mut C {
-        match self.session.as_mut().expect("a session") {
-            Own::Ours(connection) => connection,
-            Own::Theirs(client) => client,
-        }
-    }
-}
-
-impl<C: SessionClient> fmt::Debug for Detached<C> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Detached").finish_non_exhaustive()
     }
 }

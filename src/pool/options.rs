@@ -13,6 +13,7 @@ use tokio::time::sleep;
 
 use super::closing::Closing;
 use super::lacking::Lacking;
+use super::loans::LoanLimits;
 use super::pruning::PruneAt;
 use super::shared::Shared;
 use super::signing::Signatures;
@@ -29,6 +30,8 @@ pub(super) struct CallOptions {
     pub(super) retry: RetryPolicy,
     pub(super) budget: RetryBudget,
     pub(super) guarantee: Guarantee,
+    pub(super) slow_checkout_after: Option<Duration>,
+    pub(super) leak_after: Option<Duration>,
 }
 
 impl Default for CallOptions {
@@ -38,6 +41,8 @@ impl Default for CallOptions {
             retry: RetryPolicy::default(),
             budget: RetryBudget::default(),
             guarantee: Guarantee::default(),
+            slow_checkout_after: None,
+            leak_after: None,
         }
     }
 }
@@ -45,8 +50,10 @@ impl Default for CallOptions {
 impl CallOptions {
     /// Checks the options, and makes what the calls of the pool share from them.
     pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
-        let Self { checkout_timeout, retry, budget, guarantee } = self;
+        let Self { checkout_timeout, retry, budget, guarantee, slow_checkout_after, leak_after } = self;
         not_zero("checkout_timeout", checkout_timeout)?;
+        slow_checkout_after.map_or(Ok(()), |limit| not_zero("slow_checkout_after", limit))?;
+        leak_after.map_or(Ok(()), |limit| not_zero("leak_after", limit))?;
         retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
         Ok(Arc::new(Shared {
             checkout_timeout: checkout_timeout.min(FAR),
@@ -59,6 +66,7 @@ impl CallOptions {
             signatures: Signatures::default(),
             prune_at: PruneAt::default(),
             closing: Closing::default(),
+            loans: LoanLimits::new(slow_checkout_after, leak_after.map(|limit| limit.min(FAR))),
             resizing: std::sync::Mutex::default(),
         }))
     }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Pool;
 use super::closing::Closing;
 use super::lacking::Lacking;
+use super::loans::LoanLimits;
 use super::pruning::PruneAt;
 use super::signing::Signatures;
 use crate::commit::{Guarantee, Nonce};
@@ -30,6 +31,7 @@ pub(super) struct Shared {
     pub(super) signatures: Signatures,
     pub(super) prune_at: PruneAt,
     pub(super) closing: Closing,
+    pub(super) loans: LoanLimits,
     /// Held while the size is changed.
     pub(super) resizing: Mutex<()>,
 }

@@ -128,6 +128,18 @@ where
         self
     }
 
+    /// As [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Default: never.
+    pub fn slow_checkout_after(mut self, wait: Duration) -> Self {
+        self.calls.slow_checkout_after = Some(wait);
+        self
+    }
+
+    /// As [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Default: never.
+    pub fn leak_after(mut self, on_loan: Duration) -> Self {
+        self.calls.leak_after = Some(on_loan);
+        self
+    }
+
     /// As [`PoolBuilder::pool_name`](crate::PoolBuilder::pool_name). Default: `wrapped`.
     pub fn pool_name(mut self, name: impl Into<String>) -> Self {
         self.pool_name = Some(name.into());

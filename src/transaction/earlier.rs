@@ -16,7 +16,7 @@ use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, sett
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
-use crate::pool::{Client, Pool};
+use crate::pool::{Client, Place, Pool};
 use crate::server::SessionClient;
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
@@ -177,11 +177,16 @@ pub(super) fn unless_sent(lost: &[Lost], error: Error) -> Error {
 
 /// Returns the error of a call that will not run again. If the closure of its last attempt has ended the transaction
 /// itself, the error says so. The pool asks only if a primary is known. It does not wait for one.
-pub(super) async fn or_ended_at_last<C: SessionClient>(pool: &Pool<C>, unsent: Unsent, error: Error) -> Error {
+pub(super) async fn or_ended_at_last<C: SessionClient>(
+    pool: &Pool<C>,
+    place: Place,
+    unsent: Unsent,
+    error: Error,
+) -> Error {
     // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
     let asked = Box::pin(async {
         let within = Instant::now() + ASKED_WITHIN;
-        let client = pool.get_for_transaction(within).await.ok()?;
+        let client = pool.get_for_transaction(within, place).await.ok()?;
         unsent.ended(&client, within).await
     });
     let limit = if unsent.closures == ClosuresEnd::UnderWay { AT_LEAST } else { ASKED_WITHIN };

@@ -33,7 +33,7 @@ where
     let result = match attempts(&options, &span, &mut unsent, work).instrument(span.clone()).await {
         Ok(value) => Ok(value),
         Err(error) => Err(match unsent {
-            Some(unsent) => or_ended_at_last(options.pool, unsent, error).await,
+            Some(unsent) => or_ended_at_last(options.pool, options.place, unsent, error).await,
             None => error,
         }),
     };
@@ -71,7 +71,7 @@ where
     let mut earlier = Vec::new();
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
-        let client = match pool.get_for_transaction(deadline).await {
+        let client = match pool.get_for_transaction(deadline, options.place).await {
             Ok(client) => client,
             Err(error) => {
                 let error = unless_sent(&lost, for_good(error, number - 1, doubt));

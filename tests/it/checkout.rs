@@ -10,6 +10,7 @@ mod hygiene;
 mod idle;
 mod impatient;
 mod limits;
+mod loans;
 mod quiet;
 mod sizes;
 mod wrap;

@@ -1,4 +1,4 @@
-//! The hooks of a pool: what may be set, and what can be had of it.
+//! The hooks of a pool, and what it tells of loans: what may be set, and what can be had of it.
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -174,6 +174,49 @@ impl PoolBuilder {
     /// ```
     pub fn hook_timeout(mut self, timeout: Duration) -> Self {
         self.hooks.within = timeout;
+        self
+    }
+
+    /// Tells of each checkout that took this long: a line in the log and [`Event::SlowCheckout`](crate::Event) say how
+    /// long, and where the caller asked for the connection. Default: never.
+    ///
+    /// The place is the line of your code with [`Pool::get`](crate::Pool::get), or with the call of the transaction. At
+    /// most one is told in each second, with the number of the others, because in an outage each caller's is slow.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    /// use tokio_postgres_failover::Pool;
+    ///
+    /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
+    ///     .slow_checkout_after(Duration::from_secs(2))
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn slow_checkout_after(mut self, wait: Duration) -> Self {
+        self.calls.slow_checkout_after = Some(wait);
+        self
+    }
+
+    /// Tells of each connection that is on loan for this long: a line in the log and
+    /// [`Event::LongLoan`](crate::Event) say where it was taken, and another line says when it came back. Default:
+    /// never.
+    ///
+    /// Choose more than your slowest use takes: this looks for leaks, as HikariCP's `leakDetectionThreshold` does. It
+    /// closes nothing. It costs each checkout a task with a timer.
+    ///
+    /// ```no_run
+    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::time::Duration;
+    /// use tokio_postgres_failover::Pool;
+    ///
+    /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?.leak_after(Duration::from_secs(60)).build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn leak_after(mut self, on_loan: Duration) -> Self {
+        self.calls.leak_after = Some(on_loan);
         self
     }
 

@@ -1,0 +1,113 @@
+//! Tells of callers that wait long for a connection, and of connections that are held for long: where they were taken.
+//!
+//! Nothing is watched unless a limit is set. The tests are in `tests/it/checkout/loans.rs`.
+
+use std::panic::Location;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep};
+
+use super::Pool;
+use crate::observe::Observer;
+use crate::server::SessionClient;
+use crate::sync::{lock, log_safely};
+
+/// Where a caller asked for a connection.
+pub(crate) type Place = &'static Location<'static>;
+
+/// Slow checkouts are told at most once in this time: in an outage every caller's is slow.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// What is told of loans, if anything.
+#[derive(Debug, Default)]
+pub(super) struct LoanLimits {
+    pub(super) slow_checkout_after: Option<Duration>,
+    pub(super) leak_after: Option<Duration>,
+    /// When a slow checkout was last told, and how many were not told since.
+    told: Mutex<(Option<Instant>, u64)>,
+}
+
+impl LoanLimits {
+    pub(super) fn new(slow_checkout_after: Option<Duration>, leak_after: Option<Duration>) -> Self {
+        Self { slow_checkout_after, leak_after, told: Mutex::default() }
+    }
+
+    /// Returns how many slow checkouts were not told since the last one, if this one is to be told.
+    fn tells(&self, now: Instant) -> Option<u64> {
+        let mut told = lock(&self.told);
+        if told.0.is_some_and(|last| now.saturating_duration_since(last) < TELL_EVERY) {
+            told.1 += 1;
+            return None;
+        }
+        let untold = told.1;
+        *told = (Some(now), 0);
+        Some(untold)
+    }
+}
+
+/// Watches one loan until it ends.
+pub(super) struct LoanWatch {
+    task: AbortHandle,
+    since: Instant,
+    told: Arc<AtomicBool>,
+    place: Place,
+}
+
+impl Drop for LoanWatch {
+    fn drop(&mut self) {
+        self.task.abort();
+        if self.told.load(Ordering::Acquire) {
+            log_safely(|| Observer::long_loan_ended(self.since.elapsed(), self.place));
+        }
+    }
+}
+
+impl<C: SessionClient> Pool<C> {
+    /// A caller has got a connection that it had to wait for.
+    pub(super) fn waited(&self, began: Instant, place: Place) {
+        let Some(limit) = self.shared.loans.slow_checkout_after else { return };
+        let now = Instant::now();
+        let waited = now.saturating_duration_since(began);
+        if waited < limit {
+            return;
+        }
+        if let Some(untold) = self.shared.loans.tells(now) {
+            self.observer().slow_checkout(waited, untold, place);
+        }
+    }
+
+    /// Watches a loan, if a limit is set.
+    pub(super) fn watch_loan(&self, place: Place) -> Option<LoanWatch> {
+        let limit = self.shared.loans.leak_after?;
+        let since = Instant::now();
+        let (told, tell) = (Arc::new(AtomicBool::new(false)), Arc::clone(self.cluster().observer()));
+        let watched = Arc::clone(&told);
+        let task = self.runtime().spawn(async move {
+            sleep(limit).await;
+            watched.store(true, Ordering::Release);
+            tell.long_loan(since.elapsed(), place);
+        });
+        Some(LoanWatch { task: task.abort_handle(), since, told, place })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_checkouts_are_told_once_a_second() {
+        let limits = LoanLimits::default();
+        let now = Instant::now();
+        assert_eq!(limits.tells(now), Some(0));
+        for _ in 0..5 {
+            assert_eq!(limits.tells(now + TELL_EVERY / 2), None);
+        }
+        assert_eq!(limits.tells(now + TELL_EVERY), Some(5));
+        assert_eq!(limits.tells(now + TELL_EVERY * 3), Some(0));
+    }
+}
