@@ -14,6 +14,7 @@ mod connection;
 mod counted;
 mod dialer;
 mod dials;
+mod env;
 mod facts;
 mod fetch;
 mod fetches;

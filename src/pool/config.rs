@@ -47,6 +47,7 @@ mod sealed {
     impl Sealed for String {}
     impl Sealed for &String {}
     impl Sealed for tokio_postgres::Config {}
+    impl Sealed for super::Configuration {}
 }
 
 impl IntoConfig for &str {
@@ -71,6 +72,13 @@ impl IntoConfig for String {
 impl IntoConfig for &String {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
         self.as_str().into_configuration()
+    }
+}
+
+/// What was read already, from the environment.
+impl IntoConfig for Configuration {
+    fn into_configuration(self) -> Result<Configuration, BuildError> {
+        Ok(self)
     }
 }
 

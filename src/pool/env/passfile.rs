@@ -1,0 +1,110 @@
+//! libpq's password file: `host:port:database:user:password` in each line, where `*` fits everything.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use tokio_postgres::config::Host;
+
+use crate::error::BuildError;
+use crate::pool::hosts::Target;
+
+/// libpq's usual folders of sockets, whose lines are for `localhost`.
+#[cfg(unix)]
+const SOCKETS: [&str; 3] = ["/tmp", "/var/run/postgresql", "/run/postgresql"];
+
+/// Reads the file. `None`: there is none, or others may read it, which libpq does not accept either.
+pub(super) fn read(path: &Path) -> Result<Option<String>, BuildError> {
+    let unusable = |error: std::io::Error| BuildError::invalid("passfile", format!("{}: {error}", path.display()));
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        Err(error) => return Err(unusable(error)),
+    };
+    if !metadata.is_file() {
+        tracing::warn!("the password file {} is no plain file and is ignored", path.display());
+        return Ok(None);
+    }
+    #[cfg(unix)]
+    if std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o077 != 0 {
+        tracing::warn!("the password file {} may be read by others and is ignored; chmod 0600 it", path.display());
+        return Ok(None);
+    }
+    fs::read_to_string(path).map(Some).map_err(unusable)
+}
+
+/// The host as the file names it.
+pub(super) fn name_of(target: &Target) -> String {
+    match (&target.host, target.address) {
+        (Some(Host::Tcp(name)), _) if !name.is_empty() => name.clone(),
+        #[cfg(unix)]
+        (Some(Host::Unix(folder)), None) => {
+            let folder = folder.display().to_string();
+            if SOCKETS.contains(&folder.as_str()) { "localhost".to_owned() } else { folder }
+        }
+        (_, Some(address)) => address.to_string(),
+        _ => "localhost".to_owned(),
+    }
+}
+
+/// The password of the first line that fits.
+pub(super) fn password(lines: &str, host: &str, port: u16, database: &str, user: &str) -> Option<String> {
+    let wanted = [host, &port.to_string(), database, user];
+    let fits = |line: &str| {
+        let mut rest = line;
+        for wanted in wanted {
+            let (field, after) = field(rest)?;
+            if field != "*" && unescaped(field) != wanted {
+                return None;
+            }
+            rest = after;
+        }
+        Some(unescaped(rest))
+    };
+    lines.lines().filter(|line| !line.starts_with('#')).find_map(fits)
+}
+
+/// Splits at the first colon that has no backslash before it.
+fn field(text: &str) -> Option<(&str, &str)> {
+    let mut escaped = false;
+    let end = text.find(|c| {
+        let ends = c == ':' && !escaped;
+        escaped = c == '\\' && !escaped;
+        ends
+    })?;
+    Some((&text[..end], &text[end + 1..]))
+}
+
+/// Without the backslash before a literal character.
+fn unescaped(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut escaped = false;
+    for c in text.chars() {
+        escaped = c == '\\' && !escaped;
+        if !escaped {
+            plain.push(c);
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_line_that_fits_counts() {
+        let file = "# host:port:database:user:password\n\nnonsense\na:5432:shop:app\na:5432:shop:app:one\n\
+                    a:*:shop:app:two\n*:*:*:report:th\\:r\\\\ee:x\n\\:\\:1:5432:*:app:six\nb:5432:sh\\:op:app:colon\n\
+                    c:5432:shop:app:\n";
+        let found = |host: &str, port, database: &str, user: &str| password(file, host, port, database, user);
+        assert_eq!(found("a", 5432, "shop", "app").as_deref(), Some("one"));
+        assert_eq!(found("a", 6432, "shop", "app").as_deref(), Some("two"));
+        assert_eq!(found("z", 1, "any", "report").as_deref(), Some("th:r\\ee:x"));
+        assert_eq!(found("::1", 5432, "any", "app").as_deref(), Some("six"));
+        assert_eq!(found("b", 5432, "sh:op", "app").as_deref(), Some("colon"));
+        assert_eq!(found("c", 5432, "shop", "app").as_deref(), Some(""));
+        assert_eq!(found("a", 5432, "other", "app"), None);
+        assert_eq!(found("*", 5432, "shop", "app"), None, "a host is no pattern");
+    }
+}
