@@ -91,9 +91,12 @@ impl Pool {
     }
 }
 
+/// Returns the value of an environment variable.
+type Variable<'a> = Box<dyn Fn(&str) -> Option<String> + 'a>;
+
 /// Where the configuration comes from.
 struct Surroundings<'a> {
-    variable: Box<dyn Fn(&str) -> Option<String> + 'a>,
+    variable: Variable<'a>,
 }
 
 impl Surroundings<'_> {
@@ -176,7 +179,7 @@ fn add_settings(surroundings: &Surroundings<'_>, options: &mut Options) {
         if let Some(value) = surroundings.variable(variable) {
             let value = value.replace('\\', "\\\\").replace(' ', "\\ ");
             // The last one counts, and PGOPTIONS counts more.
-            all = format!("-c {setting}={value} {all}").trim_end().to_owned();
+            all = if all.is_empty() { format!("-c {setting}={value}") } else { format!("-c {setting}={value} {all}") };
         }
     }
     if !all.is_empty() {

@@ -203,7 +203,7 @@ impl PoolBuilder {
     /// [`Event::LongLoan`](crate::Event) say where it was taken, and another line says when it came back. Default:
     /// never.
     ///
-    /// Choose more than your slowest use takes: this looks for leaks, as HikariCP's `leakDetectionThreshold` does. It
+    /// Choose more than your slowest use takes: this looks for leaks, as `HikariCP`'s `leakDetectionThreshold` does. It
     /// closes nothing. It costs each checkout a task with a timer.
     ///
     /// ```no_run

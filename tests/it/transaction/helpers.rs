@@ -246,7 +246,7 @@ async fn closures_of_every_form_ride_through_a_failover() {
                     put(&tx, id).await?;
                     Ok(())
                 })
-                .await?
+                .await?;
             }
             1 => {
                 let mut runs = 0;
