@@ -136,11 +136,11 @@ impl PoolBuilder {
     /// trip, for which the server has 500 ms. Default: 1 s. `Duration::MAX`: never.
     ///
     /// This finds sockets that died without a sign, because the machine was suspended, or a router or a proxy forgot
-    /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. A connection that gives
-    /// no answer is closed. All others that have been idle for as long are then tested, too, with 2 s for their answer.
-    /// No caller gets one of them before it has answered. If a caller gives up during a test, the test goes on. Time is
-    /// measured by the wall clock, which goes on while a machine sleeps. Connections that are used more often are
-    /// handed out without a round trip.
+    /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. If a connection gives no
+    /// answer, another one is used, and all that have been idle for as long are tested before any caller gets one. A
+    /// connection that gives no answer within another 2 s is closed. If a caller gives up during a test, the test goes
+    /// on. Time is measured by the wall clock, which goes on while a machine sleeps. Connections that are used more
+    /// often are handed out without a round trip.
     pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
         self.test_idle_after = idle_for;
         self
@@ -459,7 +459,7 @@ impl PoolBuilder {
         let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
         let targets = targets(&self.config, &self.ssl.hosts)?;
         let make_opener = make_opener(self.security, &self.ssl, &mut self.config)?;
-        let template = template(&self.config, make_opener.is_some(), settings.dead_after)?;
+        let template = template(&self.config, &self.ssl.written, make_opener.is_some(), settings.dead_after)?;
         if self.ask_password.is_some() && template.get_password().is_some() {
             let problem = "the connection string holds a password too; remove one of them";
             return Err(BuildError::invalid("password_provider", problem));

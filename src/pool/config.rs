@@ -158,8 +158,14 @@ impl Targets {
     }
 }
 
-/// Copies the configuration without its hosts, because it has no setter that removes them.
-pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Result<Config, BuildError> {
+/// Copies the configuration without its hosts, as it has no setter that removes them.
+/// What the user has written is kept: `written` names the options about TCP for which the driver does not tell.
+pub(super) fn template(
+    config: &Config,
+    written: &[&'static str],
+    tls: bool,
+    dead_after: Duration,
+) -> Result<Config, BuildError> {
     if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
         let problem = "read-only cannot be honoured: this pool connects to the primary; remove the option";
         return Err(BuildError::invalid("target_session_attrs", problem));
@@ -203,9 +209,12 @@ pub(super) fn template(config: &Config, tls: bool, dead_after: Duration) -> Resu
         .application_name(config.get_application_name().unwrap_or("tokio-postgres-failover"))
         .ssl_mode(config.get_ssl_mode())
         .ssl_negotiation(config.get_ssl_negotiation())
-        .channel_binding(config.get_channel_binding())
-        .tcp_user_timeout(config.get_tcp_user_timeout().copied().unwrap_or(dead_after.min(LONGEST_USER_TIMEOUT)));
-    keep_alive(config, &mut template);
+        .channel_binding(config.get_channel_binding());
+    let user_timeout = (!written.contains(&"tcp_user_timeout")).then_some(dead_after.min(LONGEST_USER_TIMEOUT));
+    if let Some(timeout) = config.get_tcp_user_timeout().copied().or(user_timeout) {
+        template.tcp_user_timeout(timeout);
+    }
+    keep_alive(config, written, &mut template);
     Ok(template)
 }
 
@@ -237,13 +246,18 @@ fn usable_keepalives(config: &Config) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn keep_alive(config: &Config, template: &mut Config) {
+/// As in libpq, 0 stands for the system's default. For the idle time that is the driver's default, too.
+fn keep_alive(config: &Config, written: &[&'static str], template: &mut Config) {
     let idle = config.get_keepalives_idle();
+    let unset = idle == DRIVER_KEEPALIVES_IDLE && !written.contains(&"keepalives_idle");
     template
         .keepalives(config.get_keepalives())
-        .keepalives_idle(if idle == DRIVER_KEEPALIVES_IDLE { KEEPALIVES.0 } else { idle })
-        .keepalives_interval(config.get_keepalives_interval().unwrap_or(KEEPALIVES.1))
+        .keepalives_idle(if unset { KEEPALIVES.0 } else { idle })
         .keepalives_retries(config.get_keepalives_retries().unwrap_or(KEEPALIVES.2));
+    let interval = (!written.contains(&"keepalives_interval")).then_some(KEEPALIVES.1);
+    if let Some(interval) = config.get_keepalives_interval().or(interval) {
+        template.keepalives_interval(interval);
+    }
 }
 
 #[cfg(test)]
@@ -273,6 +287,43 @@ mod tests {
             let text = format!("hostaddr=127.0.0.1 {option}= password=s3cr3t");
             assert!(refused(&text).contains("has no value"), "{text}");
         }
+    }
+
+    /// What the user has written about TCP is kept, also where it is the driver's default, or 0 for the system's. In seconds:
+    /// `tcp_user_timeout`, and the idle time, the interval and the number of keep-alives.
+    #[test]
+    fn what_is_written_about_tcp_is_kept() {
+        for (options, expected) in [
+            ("", (Some(20), 5, Some(1), Some(3))),
+            ("keepalives_idle=7200", (Some(20), 7200, Some(1), Some(3))),
+            ("keepalives_idle=0", (Some(20), 7200, Some(1), Some(3))),
+            ("keepalives_idle=60", (Some(20), 60, Some(1), Some(3))),
+            ("keepalives_interval=0", (Some(20), 5, None, Some(3))),
+            ("keepalives_interval=75&keepalives_retries=9", (Some(20), 5, Some(75), Some(9))),
+            ("tcp_user_timeout=0", (None, 5, Some(1), Some(3))),
+            ("tcp_user_timeout=600", (Some(600), 5, Some(1), Some(3))),
+            ("tcp_user_timeout=0&keepalives_idle=7200&keepalives_interval=0", (None, 7200, None, Some(3))),
+        ] {
+            let url = format!("postgres://app@my-pg.internal/app?{options}");
+            let pairs = format!("host=my-pg.internal user=app {}", options.replace('&', " "));
+            for text in [url, pairs] {
+                let Configuration { config, ssl } = text.as_str().into_configuration().unwrap();
+                let template = template(&config, &ssl.written, false, Duration::from_secs(20)).unwrap();
+                let found = (
+                    template.get_tcp_user_timeout().map(Duration::as_secs),
+                    template.get_keepalives_idle().as_secs(),
+                    template.get_keepalives_interval().map(|interval| interval.as_secs()),
+                    template.get_keepalives_retries(),
+                );
+                assert_eq!(found, expected, "{text}");
+            }
+        }
+        let error = template(&config("keepalives_retries=0"), &[], false, Duration::from_secs(20)).unwrap_err();
+        assert!(error.to_string().contains("keepalives_retries"), "{error}");
+    }
+
+    fn config(options: &str) -> Config {
+        format!("host=my-pg.internal user=app {options}").as_str().into_configuration().unwrap().config
     }
 
     /// As in libpq, `hostaddr` is where to connect to, whatever `host` says.

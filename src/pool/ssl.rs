@@ -1,6 +1,7 @@
 //! libpq's options about certificates and hosts that the driver's parser does not know or reads differently.
 //!
-//! This takes those options out of the text, and leaves everything else, including mistakes, for the driver to read.
+//! Takes those options out of the text, and leaves everything else for the driver to read, including mistakes. It also
+//! notes which options about TCP are written there, as the driver does not tell: it reads 0 as if nothing were written.
 
 use std::ops::Range;
 
@@ -74,6 +75,9 @@ const NOT_HONOURED: [(&str, &str); 31] = [
     ("sslsni", REMOVE),
 ];
 
+/// The options whose default is another one here than the driver's.
+const TCP: [&str; 3] = ["keepalives_idle", "keepalives_interval", "tcp_user_timeout"];
+
 /// The options that were taken out. As in libpq, an empty value counts as none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Ssl {
@@ -87,6 +91,8 @@ pub(super) struct Ssl {
     pub(super) key: Option<String>,
     /// The options about hosts.
     pub(super) hosts: Hosts,
+    /// Which of [`TCP`] are written. They stay in the text.
+    pub(super) written: Vec<&'static str>,
     /// An option that cannot be honoured, and what to do instead.
     pub(super) refused: Option<(&'static str, &'static str)>,
 }
@@ -105,6 +111,7 @@ impl Ssl {
         if self.hosts.take(key, &value) {
             return Some("");
         }
+        self.written.extend(TCP.into_iter().filter(|option| *option == key));
         let file = match key {
             "sslmode" => {
                 self.mode = Mode::named(&value);
