@@ -337,8 +337,11 @@ impl Counter {
             _ => {}
         });
         let ended = *answered != before;
-        // If no end of the request follows, the error may come from a proxy, or be the last message of the server.
-        self.alive = (ended || fresh) && !self.failed;
+        // An error that no end of a request follows may be a proxy's, or the server's last words. So may a notice: a server
+        // that is shut down at once, or whose neighbour has crashed, sends one on each session. Nothing else is sent unasked
+        // by a server that ends: a parameter or a notification shows that it goes on.
+        let last_words = self.failed || matches!(self.received.last(), b'E' | b'N');
+        self.alive = (ended || fresh) && !last_words;
         ended
     }
 
@@ -400,6 +403,11 @@ impl Messages {
     /// Returns whether a message is incomplete.
     fn within(&self) -> bool {
         self.have > 0
+    }
+
+    /// The letter of the last message, complete or not.
+    fn last(&self) -> u8 {
+        self.header[0]
     }
 
     /// Calls `tell` at the end of each message, with its letter and two flags. The first flag of `Query` says whether

@@ -270,6 +270,44 @@ fn what_the_driver_waited_for_and_each_end_of_a_request_show_life() {
     assert!(counter.shows_life(), "an error is an answer");
 }
 
+/// A server that is shut down at once, or whose neighbour has crashed, sends a notice on each session before it ends. Only
+/// what comes after an error or a notice shows that it lives.
+#[test]
+fn a_notice_may_be_the_last_word() {
+    let row = || message(b'D', &[0; 10]);
+    let notice = || message(b'N', b"SWARNING\0C57P02\0\0");
+    let error = || message(b'E', b"SFATAL\0C57P01\0\0");
+    let cut = |message: Vec<u8>, at: usize| message[..at].to_vec();
+    let cases: [(&str, Vec<u8>, bool); 14] = [
+        ("a notice alone", notice(), false),
+        ("the first byte of one", cut(notice(), 1), false),
+        ("a part of one", cut(notice(), 9), false),
+        ("an answer, and a notice", [row(), notice()].concat(), false),
+        ("the end of a request, and a notice", [ready(b'I'), notice()].concat(), false),
+        ("two notices", [notice(), notice()].concat(), false),
+        ("an error", error(), false),
+        ("a part of one", cut(error(), 9), false),
+        ("a notice, and an error", [notice(), error()].concat(), false),
+        ("a notice, and an answer", [notice(), row()].concat(), true),
+        ("a notice, and a part of an answer", [notice(), cut(row(), 3)].concat(), true),
+        ("a notice, and the end of the request", [notice(), ready(b'I')].concat(), true),
+        ("a parameter that was changed", message(b'S', b"TimeZone\0UTC\0"), true),
+        ("a notification", message(b'A', &[0; 10]), true),
+    ];
+    for (case, bytes, expected) in cases {
+        let mut counter = logged_in();
+        counter.sent(&message(b'Q', b"SELECT 1\0"));
+        counter.received(&bytes);
+        assert_eq!(counter.shows_life(), expected, "{case}");
+        counter.drained();
+    }
+    let mut counter = logged_in();
+    counter.received(&cut(notice(), 9));
+    counter.drained();
+    counter.received(&notice()[9..]);
+    assert!(!counter.shows_life(), "the rest of a notice");
+}
+
 #[test]
 fn a_sign_of_life_is_noted_once() {
     let (heard, activity) = (Heard::default(), Activity::default());
