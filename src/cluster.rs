@@ -24,8 +24,8 @@ use crate::resolve::{Addresses, Resolve};
 use crate::server::{Heard, Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
-    Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, ServerReport,
-    Settings, State, Suspicion, View,
+    Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, RefusedLogIn,
+    ServerReport, Settings, State, Suspicion, View,
 };
 use task::Task;
 
@@ -151,7 +151,7 @@ struct Signals {
     suspicion: Option<(GenerationId, Suspicion)>,
     demand: bool,
     accept: Option<Accept>,
-    log_in_refused: bool,
+    refused: Vec<RefusedLogIn>,
 }
 
 #[derive(Default)]
@@ -182,6 +182,8 @@ struct Shared {
     /// The number of callers and sessions that need a primary. Connections on loan are not counted here.
     wanting: AtomicUsize,
     asleep: AtomicBool,
+    /// Asks the pool to ask the primary on an idle session.
+    ask_idle: Arc<Notify>,
 }
 
 /// While this exists, something needs a primary, so the task does not fall asleep.
@@ -297,6 +299,11 @@ impl<C: SessionClient> Cluster<C> {
         let _ = self.snapshot.clone().wait_for(|snapshot| !current(snapshot)).await;
     }
 
+    /// Notifies when the pool should ask the primary on an idle session, because no other one can be had.
+    pub(crate) fn ask_idle(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.ask_idle)
+    }
+
     /// Reports a doubt about the primary of generation `id`, which the task will check. Never waits.
     pub(crate) fn suspect(&self, id: GenerationId, suspicion: Suspicion) {
         {
@@ -407,9 +414,9 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.wake.notify_one();
     }
 
-    /// Reports a refused log-in. All log-ins of the pool count, whichever part of the pool tried them.
-    pub(crate) fn log_in_refused(&self) {
-        lock(&self.shared.signals).log_in_refused = true;
+    /// Reports a refused log-in. All log-ins of the pool count, whichever part of it tried.
+    pub(crate) fn log_in_refused(&self, log_in: RefusedLogIn) {
+        lock(&self.shared.signals).refused.push(log_in);
         self.shared.wake.notify_one();
     }
 

@@ -37,6 +37,7 @@ pub(crate) use pace::Settings;
 pub(crate) use parts::Refused;
 pub use parts::{Part, Parts};
 pub(crate) use primary::Primary;
+pub(crate) use refusals::RefusedLogIn;
 pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
 pub(crate) use report::{
     CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,

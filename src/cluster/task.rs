@@ -21,7 +21,7 @@ use super::work::{self, Asks, Event};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
-use crate::server::{Heard, Open, Session, SessionClient};
+use crate::server::{Heard, Open, Session, SessionClient, wall_clock};
 use crate::sync::lock;
 use crate::topology::{
     Action, Address, Change, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology, TrafficSample,
@@ -126,7 +126,7 @@ impl<C: SessionClient> Task<C> {
     /// Runs one step, and returns whether there is a next one.
     async fn step(&mut self) -> bool {
         {
-            let now = Instant::now();
+            let now = self.now();
             let traffic = self.sample_traffic();
             if !self.is_awake(now, traffic) {
                 self.publish();
@@ -264,6 +264,7 @@ impl<C: SessionClient> Task<C> {
                 let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, promotion_wait, within }, scope);
                 self.work.push(Box::pin(work::contained(asked.instrument(self.span()), failed)));
             }
+            Action::AskIdle => self.shared.ask_idle.notify_one(),
             Action::Suspend { why } => self.lost(self.generation.clone(), why),
             Action::Resume { primary, lost_for } => {
                 if let Some(generation) = &self.generation {
@@ -355,8 +356,15 @@ impl<C: SessionClient> Task<C> {
         })
     }
 
-    fn happened(&mut self, event: Event<C>) {
+    /// The time of the next inputs. The topology learns what both clocks say.
+    fn now(&mut self) -> Instant {
         let now = Instant::now();
+        self.topology.wall_clock(now, Duration::from_millis(wall_clock()));
+        now
+    }
+
+    fn happened(&mut self, event: Event<C>) {
+        let now = self.now();
         // A caller may have received an answer since the last sample. Such an answer shows that the server is not
         // silent, even if a question has no answer.
         if self.take_heard() {
@@ -402,15 +410,15 @@ impl<C: SessionClient> Task<C> {
 
     fn signalled(&mut self) {
         let signals = std::mem::take(&mut *lock(&self.shared.signals));
-        let now = Instant::now();
+        let now = self.now();
         if let Some((id, suspicion)) = signals.suspicion {
             self.topology.suspected(now, id, suspicion);
         }
         if let Some(accepted) = signals.accept {
             self.topology.accept(now, accepted);
         }
-        if signals.log_in_refused {
-            self.topology.log_in_refused(now);
+        for log_in in signals.refused {
+            self.topology.log_in_refused(log_in);
         }
         if signals.demand {
             self.topology.demanded(now);

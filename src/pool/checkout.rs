@@ -127,7 +127,7 @@ impl<C: SessionClient> Pool<C> {
     async fn checkout_own(&self, inner: &managed::Pool<Manager<C>>) -> Result<Option<Loan<C>>, Error> {
         let object = match inner.get().await {
             Ok(object) => object,
-            // No session could be opened. Another caller may have given back a connection meanwhile, so try again.
+            // There is no primary, and the next round knows whether to wait for one.
             Err(PoolError::Backend(Error::Unavailable(_))) => return Ok(None),
             Err(PoolError::Backend(error)) => return Err(error),
             // The inner pool has no time-outs and no hooks of its own, so this error means that it was closed.

@@ -23,7 +23,7 @@ use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::random::SplitMix64;
 use crate::server::{Notices, Open, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
-use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, Suspicion};
+use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, RefusedLogIn, Suspicion};
 
 /// Shortest and longest pause between two attempts to open a session, if the known primary accepts none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -109,7 +109,7 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) fn give_back(&self, object: Object<Manager<C>>) {
         if !self.dials.wanted() {
             drop(object);
-        } else if self.dials.exceeds() {
+        } else if self.dials.is_overfull() {
             // The pool was made smaller meanwhile.
             return drop(Object::take(object));
         } else if object.may_be_handed_out(&self.cluster) {
@@ -223,7 +223,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Returns the lock to take before the next log-in, if that will most likely be refused or find no free slot.
     pub(super) fn needs_turn(&self, generation: &Generation<C>) -> Option<Arc<tokio::sync::Mutex<()>>> {
         let full = || generation.trouble().map(|failure| failure.kind) == Some(FailureKind::Full);
-        let unlikely = lock(&self.refused).is_some() || full();
+        let unlikely = self.is_refused() || full();
         unlikely.then(|| Arc::clone(&self.turn))
     }
 
@@ -243,12 +243,20 @@ impl<C: SessionClient> Dialer<C> {
         Ok(self.cluster.log_in_at())
     }
 
-    /// Remembers a refusal, and when its log-in began. Other failures say nothing about log-ins.
-    pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) {
-        if failure.is_refused_log_in() {
+    /// Remembers a refusal, and when its session was dialled. Other failures say nothing about log-ins. Returns whether
+    /// it was one.
+    pub(super) fn note_refused(&self, dialled: Instant, failure: &ProbeFailure) -> bool {
+        let refused = failure.is_refused_log_in();
+        if refused {
             *lock(&self.refused) = Some((dialled, failure.clone()));
-            self.cluster.log_in_refused();
+            self.cluster.log_in_refused(RefusedLogIn { began: dialled, refused: Instant::now() });
         }
+        refused
+    }
+
+    /// Returns whether the last log-in was refused.
+    pub(super) fn is_refused(&self) -> bool {
+        lock(&self.refused).is_some()
     }
 
     pub(super) fn let_in(&self) {

@@ -2,9 +2,10 @@
 //!
 //! A dial belongs to the pool and not to the caller that needed it first. If that caller gives up, the dial goes on,
 //! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
-//! meanwhile. Invariants: connections and dials together never exceed `max_size`; if a waiter has just given up, its
-//! delivery goes to the next one; waiters are served in the order in which they joined the queue. The tests are in
-//! `tests/it/checkout/impatient.rs`.
+//! meanwhile. Invariants: connections and dials together never exceed `max_size`, except for doubted connections
+//! (`stale.rs`), in whose place others are opened, and which come back only as far as there is room; if a waiter has just
+//! given up, its delivery goes to the next one; callers are served in the order in which they asked, and a dial
+//! that fails costs nobody its place. The tests are in `tests/it/checkout/impatient.rs`.
 
 mod greeted;
 mod kept;
@@ -24,7 +25,7 @@ use super::connection::Connection;
 use super::dialer::{Dialer, take_turn};
 use super::manager::Manager;
 use super::room::{Berth, Room};
-use crate::cluster::Generation;
+use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
 use crate::sync::lock;
@@ -132,6 +133,22 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
+    /// Gives a connection to the first waiter, or keeps it for the next one. Returns what is of no use.
+    fn place(&self, book: &mut Book<C>, connection: Connection<C>, cluster: &Cluster<C>) -> Option<Connection<C>> {
+        let unclaimed = if connection.may_be_handed_out(cluster) {
+            self.deliver(book, Ok(connection))
+        } else if connection.stale(cluster) {
+            return Some(connection);
+        } else {
+            Some(Ok(connection))
+        };
+        if let Some(Ok(connection)) = unclaimed {
+            connection.watched().ready();
+            book.ready.push(Ready { connection, since: Instant::now() });
+        }
+        None
+    }
+
     /// Gives `delivery` to the first waiter that still waits, or returns it if there is none.
     fn deliver(&self, book: &mut Book<C>, mut delivery: Delivery<C>) -> Option<Delivery<C>> {
         while let Some(waiter) = book.waiters.pop_front() {
@@ -214,9 +231,6 @@ impl<C: SessionClient> Dialer<C> {
                     Ok(Ok(connection)) => if let Some(connection) = self.tested(connection).await {
                         return Ok(connection);
                     },
-                    // deadpool's own `get` would fail here, so ask again. In this crate's pool, `checkout` gets the
-                    // error and asks again.
-                    Ok(Err(Error::Unavailable(_))) if self.dials.is_pool_built_by_hand() => {}
                     Ok(Err(error)) => return Err(error),
                     // This cannot happen, because this place keeps the queue alive.
                     Err(_) => return Err(Error::without_primary(self.cluster.ended())),
@@ -267,7 +281,9 @@ impl<C: SessionClient> Dialer<C> {
         let (deliver, delivered) = oneshot::channel();
         let ticket = book.next_ticket;
         book.next_ticket += 1;
-        book.waiters.push_back(Waiter { ticket, asked, deliver });
+        // A caller that comes back, because its primary was lost or its connection had ended, keeps its place.
+        let place = book.waiters.partition_point(|waiter| waiter.asked <= asked);
+        book.waiters.insert(place, Waiter { ticket, asked, deliver });
         self.dials.waiting.fetch_add(1, Ordering::SeqCst);
         drop(book);
         self.dials.room.changed.notify_one();
@@ -354,31 +370,22 @@ impl<C: SessionClient> Dialer<C> {
         let mut book = self.dials.book();
         book.failed_at = None;
         let connection = self.make(session, generation);
-        // The pool was made smaller meanwhile.
-        if self.dials.exceeds() {
-            drop(book);
-            return drop((connection, dialing));
-        }
-        let unclaimed = if self.cluster.is_current(generation.primary.id) {
-            self.dials.deliver(&mut book, Ok(connection))
+        // One that was doubted may have come back, and taken the place of this one, or the pool was made smaller meanwhile.
+        let unwanted = if self.dials.is_overfull() {
+            Some(connection)
         } else {
-            Some(Ok(connection))
+            self.dials.place(&mut book, connection, &self.cluster)
         };
-        if let Some(Ok(connection)) = unclaimed {
-            connection.watched().ready();
-            book.ready.push(Ready { connection, since: Instant::now() });
-        }
         drop(book);
-        drop(dialing);
+        drop((unwanted, dialing));
     }
 
-    /// Handles a dial that could not open a session: tells the caller that has waited longest.
-    fn not_arrived(&self, generation: &Generation<C>, error: Error) {
+    /// No session could be opened. Whoever waits goes on waiting, and another dial is started.
+    fn not_arrived(&self, generation: &Generation<C>) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
             book.failed_at = Some((generation.primary.id, Instant::now()));
         }
-        self.dials.deliver(&mut book, Err(error));
     }
 
     /// Handles a refused log-in. It answers all callers that asked before the log-in began.
@@ -395,11 +402,15 @@ impl<C: SessionClient> Dialer<C> {
 }
 
 impl<C: SessionClient> Dials<C> {
+    /// Returns whether there are as many connections as the pool may have, without the dials and those that are doubted.
+    fn is_full(&self) -> bool {
+        self.undoubted() >= self.max_size.load(Ordering::Relaxed)
+    }
+
     /// Returns whether another connection may be opened. `waits`: for a caller that waits. Otherwise it would be for
     /// nobody.
     fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
-        let doubted = if waits { self.doubted() } else { 0 };
-        let live = self.room.live.load(Ordering::Acquire).saturating_sub(doubted);
+        let live = if waits { self.undoubted() } else { self.room.live.load(Ordering::Acquire) };
         live + book.dialing < self.max_size.load(Ordering::Relaxed)
     }
 }
@@ -415,6 +426,10 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         // The session that proved the primary may be free by now.
         if let Some(spare) = generation.take_spare() {
             return Some((permit, None, None, greeted(&dialer, &generation, spare).await));
+        }
+        // Connections that were doubted may have come back while this waited.
+        if dialer.upgrade()?.dials.is_full() {
+            return None;
         }
         let turn = match take_turn(&dialer, &generation, started).await? {
             Ok(turn) => turn,
@@ -457,7 +472,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
     let paused = scope.run_until_cancelled(sleep(pause)).await;
     drop((permit, turn));
     if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
-        dialer.not_arrived(&generation, error);
+        dialer.not_arrived(&generation);
         drop(dialing);
         dialer.balance(0);
     }

@@ -6,11 +6,12 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::dialer::Dialer;
 use super::facts::Facts;
-use super::fetches::{Fetched, Queue, Wrapped};
+use super::fetches::{Clearance, Fetched, Queue, Wrapped};
 use super::trail::Trail;
 use super::wrapped_pool::{Getting, NoObject, WrappedObject};
 use crate::cluster::Generation;
@@ -93,9 +94,19 @@ impl<C: SessionClient> Fetching<C> {
 
     /// Returns whether more fetches are under way than callers wait. If so, this fetch no longer counts.
     fn is_surplus(&mut self) -> bool {
+        self.leave_if(|queue| queue.fetches > queue.waiters.len())
+    }
+
+    /// Leaves if callers wait for none of the fetches that try next. Those that hang do not count.
+    fn is_unneeded(&mut self) -> bool {
+        let young = self.young;
+        self.leave_if(|queue| if young { queue.young } else { queue.fetches } > queue.waiters.len())
+    }
+
+    fn leave_if(&mut self, surplus: impl Fn(&Queue<C>) -> bool) -> bool {
         let wrapped = Arc::clone(&self.wrapped);
         let mut queue = wrapped.queue();
-        let surplus = queue.generation != self.id || queue.fetches > queue.waiters.len();
+        let surplus = queue.generation != self.id || surplus(&queue);
         if surplus {
             self.leave(&mut queue);
         }
@@ -112,25 +123,31 @@ impl<C: SessionClient> Fetching<C> {
         let wrapped = Arc::clone(&self.wrapped);
         let mut until = None;
         loop {
-            let began = Instant::now();
+            let started = Instant::now();
             let mut cleared = None;
             let get = if let Some(getting) = getting.take() {
                 getting
             } else {
-                match wrapped.clearance(dialer, generation, began, until).await? {
+                match wrapped.clearance(dialer, generation, started, until).await? {
                     Ok(clearance) => cleared = clearance,
                     Err(refused) => {
-                        wrapped.refused(generation, &refused, began);
+                        wrapped.refused(generation, &refused, started);
                         if self.is_surplus() {
                             return None;
                         }
                         continue;
                     }
                 }
+                // The callers may have given up meanwhile.
+                if cleared.is_some() && self.is_unneeded() {
+                    return None;
+                }
                 Arc::clone(&wrapped.existing).get()
             };
-            let failure = match self.wait_for(get, dialer, generation).await? {
-                Ok(object) => match self.identify(dialer, generation, object).await? {
+            // The log-in begins only now, so it answers those who have asked during the wait for it, too.
+            let began = Instant::now();
+            let failure = match self.wait_for(get, &mut cleared, dialer, generation).await? {
+                Ok(object) => match self.identify(dialer, generation, object, &mut cleared).await? {
                     Ok(fetched) => {
                         wrapped.hand(fetched);
                         return Some(());
@@ -139,6 +156,7 @@ impl<C: SessionClient> Fetching<C> {
                     Err(None) => continue,
                 },
                 Err(NoObject::Failed(failure)) => failure,
+                Err(NoObject::HeldBack) => continue,
                 Err(NoObject::Closed) => {
                     let dialer = dialer.upgrade()?;
                     wrapped.closed(&dialer);
@@ -156,7 +174,9 @@ impl<C: SessionClient> Fetching<C> {
             };
             let pause = {
                 let dialer = dialer.upgrade()?;
-                dialer.note_refused(began, &failure);
+                if dialer.note_refused(began, &failure) {
+                    wrapped.turned_away.notify_waiters();
+                }
                 let (error, pause) = dialer.failed(generation, failure.clone());
                 if matches!(error, Error::Refused(_)) {
                     wrapped.refused(generation, &failure, began);
@@ -177,21 +197,30 @@ impl<C: SessionClient> Fetching<C> {
     async fn wait_for(
         &mut self,
         mut getting: Getting<C>,
+        cleared: &mut Option<Clearance<'_>>,
         dialer: &Weak<Dialer<C>>,
         generation: &Arc<Generation<C>>,
     ) -> Option<Result<Box<dyn WrappedObject<C>>, NoObject>> {
         let within = dialer.upgrade()?.open_timeout;
         let mut old_at = Instant::now() + within;
         let wrapped = Arc::clone(&self.wrapped);
+        // It waits for a slot, or logs in. If another log-in is refused meanwhile, this one would most likely be too.
+        let mut turned_away = pin!(wrapped.turned_away.notified());
+        if cleared.is_none() && dialer.upgrade()?.is_refused() {
+            return Some(getting.as_mut().now_or_never().unwrap_or(Err(NoObject::HeldBack)));
+        }
         loop {
             tokio::select! {
                 biased;
+                () = turned_away.as_mut(), if cleared.is_none() => return Some(Err(NoObject::HeldBack)),
                 got = getting.as_mut() => return Some(got),
                 () = wrapped.existing.returns().changed.notified() => wrapped.serve_idle(dialer, generation).await,
                 () = sleep_until(old_at) => {
                     if self.is_surplus() {
                         return None;
                     }
+                    // A connect that hangs must not hold up the log-ins of others.
+                    *cleared = None;
                     self.grow_old(dialer, generation);
                     old_at = Instant::now() + within;
                 }
@@ -206,6 +235,7 @@ impl<C: SessionClient> Fetching<C> {
         dialer: &Weak<Dialer<C>>,
         generation: &Arc<Generation<C>>,
         object: Box<dyn WrappedObject<C>>,
+        cleared: &mut Option<Clearance<'_>>,
     ) -> Option<Result<Fetched<C>, Option<ProbeFailure>>> {
         let object = match self.wrapped.as_known(generation, object) {
             Ok(fetched) => return Some(Ok(fetched)),
@@ -230,6 +260,7 @@ impl<C: SessionClient> Fetching<C> {
                         if self.is_surplus() {
                             return None;
                         }
+                        *cleared = None;
                         self.grow_old(dialer, generation);
                     }
                 }

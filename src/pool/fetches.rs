@@ -1,13 +1,14 @@
 //! How callers get connections from a wrapped pool: these are fetched in the background, each for the caller that has
 //! waited longest.
 //!
-//! deadpool opens and tests connections within its caller's `get`, and drops them if that caller gives up. So a caller
-//! polls that `get` only once, which is enough if a connection is idle. A task of this pool does the rest (`fetch.rs`).
-//! If the caller gives up, the task goes on, and serves the next caller. If nobody waits, its connection goes back to
-//! the wrapped pool. While log-ins will most likely fail, only one task tries them, and it takes connections that come
-//! back meanwhile. Invariants: there are at least as many fetches under way as callers; a fetch ends with its
-//! generation; a fetch that nobody waits for ends after the time limit for opening a session. The tests are in
-//! `tests/it/checkout/fetches.rs`.
+//! deadpool opens and tests connections within its caller's `get`, and drops them with it. So a caller polls that `get`
+//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetch.rs`). If the
+//! caller gives up, the task goes on, and serves the next one; what nobody waits for goes back to the wrapped pool.
+//! While log-ins will most likely fail, one task tries them, and takes connections that come back meanwhile; if its
+//! log-in hangs, the next task may try.
+//! Invariants: at least as many fetches as callers are under way; a fetch ends with its generation; one that nobody
+//! waits for ends after the time limit for opening a session, and tries no log-in that will most likely fail. The tests
+//! are in `tests/it/checkout/fetches.rs` and `tests/it/checkout/refused.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{pending, poll_fn, ready};
@@ -17,7 +18,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use deadpool::managed::{self, ObjectId};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 
@@ -51,6 +52,8 @@ pub(super) struct Wrapped<C: SessionClient> {
     held_up: AtomicUsize,
     /// When the next such log-in may be tried.
     pub(super) next_at: Mutex<Option<Instant>>,
+    /// Tells the fetches that do not hold a clearance that a log-in was refused.
+    pub(super) turned_away: Notify,
 }
 
 /// The callers that wait, and the fetches under way for the primary of one generation.
@@ -127,6 +130,7 @@ impl<C: SessionClient> Wrapped<C> {
             first: tokio::sync::Mutex::default(),
             held_up: AtomicUsize::new(0),
             next_at: Mutex::default(),
+            turned_away: Notify::new(),
         }
     }
 
@@ -226,7 +230,9 @@ impl<C: SessionClient> Wrapped<C> {
         queue.turn_to(id);
         let ticket = queue.next_ticket;
         queue.next_ticket += 1;
-        queue.waiters.push_back(Waiter { ticket, asked, deliver });
+        // A caller whose primary was lost keeps its place.
+        let place = queue.waiters.partition_point(|waiter| waiter.asked <= asked);
+        queue.waiters.insert(place, Waiter { ticket, asked, deliver });
         self.existing.returns().waiting.fetch_add(1, Ordering::SeqCst);
         let fetching =
             (begun || queue.young < queue.waiters.len()).then(|| Fetching::new(Arc::clone(self), &mut queue, id));

@@ -41,7 +41,8 @@ pub(super) struct Keeper<C: SessionClient> {
 impl<C: SessionClient> Keeper<C> {
     /// Runs until the pool is gone.
     pub(super) async fn run(mut self) {
-        let Some(dials) = self.dialer.upgrade().map(|dialer| Arc::clone(&dialer.dials)) else { return };
+        let upgraded = self.dialer.upgrade().map(|dialer| (Arc::clone(&dialer.dials), dialer.cluster.ask_idle()));
+        let Some((dials, ask_idle)) = upgraded else { return };
         let pause = (self.idle.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
         let mut reap_at = Instant::now() + pause;
         let mut fill_at = None;
@@ -50,6 +51,12 @@ impl<C: SessionClient> Keeper<C> {
             let reap = tokio::select! {
                 () = self.end.cancelled() => return,
                 () = dials.changed() => false,
+                () = ask_idle.notified() => {
+                    if let Some(dialer) = self.dialer.upgrade() {
+                        dialer.ask_idle();
+                    }
+                    continue;
+                }
                 // Connections of an older generation are useless now, so close them.
                 changed = self.snapshots.changed() => match changed {
                     Ok(()) => true,

@@ -1,11 +1,12 @@
 //! Tests connections that have been idle for a while before they are handed out. A socket may have died without a sign,
 //! because a machine was suspended, or a router forgot the connection.
 //!
-//! A test belongs to the pool and not to the caller that needed it first. If that caller gives up, the test goes on,
-//! and a good connection stays in the pool. So callers that wait for less than a round trip close no connections. If
-//! the server does not answer in time, only the tested connection is closed. The others that have been idle for as long
-//! are *doubted*: no caller gets one before it has answered. A stall of the server or the network closes none of them,
-//! unless others were opened in their place.
+//! A test belongs to the pool and not to the caller that needed it first: if that caller gives up, the test goes on, and a
+//! good connection stays in the pool. So callers with less time than a round trip takes close nothing. If a server gives no
+//! answer in time, that connection is doubted, and so are the others that have been idle for as long: nobody gets one
+//! before it has answered, callers may have others opened in their place, and what gives no answer for long is closed. A
+//! stall of the server or the network closes none: what answers comes back, as far as `max_size` allows, and a dial that
+//! was begun in its place ends without a connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +20,8 @@ use super::manager::Manager;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
-/// The time limit for the answer on an idle session, which takes a round trip. A slower session is closed, and another
-/// one is used.
+/// The time limit for an idle session's answer, which takes a round trip. A slower one is doubted, and another one is
+/// used.
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// The time limit for the answer on a doubted connection. No caller waits for it, so the limit is longer than most
 /// stalls.
@@ -32,13 +33,21 @@ impl<C: SessionClient> Dialer<C> {
     /// socket may be dead. Cancel-safe: the test goes on in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
-        let fit = testing.is_fit().await;
+        let found = testing.find_out().await;
         let tested = testing.tested.take()?;
-        if fit {
+        if matches!(found, Found::Fit) {
             return Some(tested);
         }
-        tested.close();
+        self.put_aside(tested.take(), &found);
         None
+    }
+
+    /// Closes a connection that may not be handed out, or doubts it if its server has only been silent.
+    fn put_aside(self: &Arc<Self>, connection: Connection<C>, found: &Found) {
+        match found {
+            Found::Silent => self.doubt(connection),
+            _ => drop(connection),
+        }
     }
 
     /// Returns whether the server has sent nothing on this connection for so long that it must be asked.
@@ -49,36 +58,66 @@ impl<C: SessionClient> Dialer<C> {
     /// Returns whether the connection may be handed out. This is for a pool built by hand, whose connections deadpool
     /// itself holds while they are tested.
     pub(super) async fn is_alive(self: &Arc<Self>, connection: &Connection<C>) -> bool {
-        !self.must_be_tested(connection) || self.asked(connection, Instant::now() + ANSWER_WITHIN).await
+        !self.must_be_tested(connection)
+            || matches!(self.asked(connection, Instant::now() + ANSWER_WITHIN).await, Found::Fit)
     }
 
-    /// Returns whether the server answers on this connection.
-    async fn asked(self: &Arc<Self>, connection: &Connection<C>, deadline: Instant) -> bool {
+    /// Asks the server on this connection.
+    async fn asked(self: &Arc<Self>, connection: &Connection<C>, deadline: Instant) -> Found {
         let heard_at = connection.facts().notices.activity.heard_at();
-        let answers = answers(connection, deadline).await;
-        if !answers {
-            tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}; it is closed");
-            // The heartbeat's session may be dead, too, so the primary is asked.
+        let found = answers(connection, deadline).await;
+        if !matches!(found, Found::Fit) {
+            tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}");
+            // The pool's own session may be dead too.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
             self.dials.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
         }
-        answers
+        found
+    }
+
+    /// Asks the primary on an idle connection, unless it is being asked so already. The answer is noted as a sign of its
+    /// life. There is no time limit: whether a primary is silent is not decided here.
+    pub(super) fn ask_idle(self: &Arc<Self>) {
+        let Some(asking) = self.dials.begin_asking() else { return };
+        let Some(connection) = self.dials.take_any(&self.cluster) else { return };
+        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
+        drop(self.dials.runtime().spawn(async move {
+            let fit = matches!(connection.check_connection().await, Ok(())) && connection.idle().await;
+            if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
+                dialer.dials.take_back(connection, doubt, &dialer.cluster);
+            }
+            drop(asking);
+        }));
     }
 
     /// Tests a connection that no caller needs. Meanwhile another one may be opened in its place for callers that wait.
     fn doubt(self: &Arc<Self>, connection: Connection<C>) {
         let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
         drop(self.dials.runtime().spawn(async move {
-            let fit = answers(&connection, Instant::now() + DOUBTED_WITHIN).await && connection.idle().await;
+            let answered = matches!(answers(&connection, Instant::now() + DOUBTED_WITHIN).await, Found::Fit);
+            let fit = answered && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
-                dialer.dials.take_back(connection, doubt);
+                dialer.dials.take_back(connection, doubt, &dialer.cluster);
             }
         }));
     }
 }
 
-async fn answers<C: SessionClient>(connection: &Connection<C>, deadline: Instant) -> bool {
-    matches!(timeout_at(deadline, connection.check_connection()).await, Ok(Ok(())))
+/// What a test of a connection found.
+enum Found {
+    Fit,
+    /// The server has given no answer yet.
+    Silent,
+    /// It has ended, or something is under way on it.
+    Unfit,
+}
+
+async fn answers<C: SessionClient>(connection: &Connection<C>, deadline: Instant) -> Found {
+    match timeout_at(deadline, connection.check_connection()).await {
+        Ok(Ok(())) => Found::Fit,
+        Ok(Err(_)) => Found::Unfit,
+        Err(_) => Found::Silent,
+    }
 }
 
 /// A connection that can be tested, and what happens to it afterwards.
@@ -88,7 +127,8 @@ pub(super) trait Tested<C: SessionClient>: Send + Sync + 'static {
     /// Keeps the connection for the next caller.
     fn keep(self, dialer: &Dialer<C>);
 
-    fn close(self);
+    /// Takes the connection from where it was.
+    fn take(self) -> Connection<C>;
 }
 
 /// A connection that the pool has opened or taken back, but not handed out.
@@ -101,7 +141,9 @@ impl<C: SessionClient> Tested<C> for Connection<C> {
         dialer.dials.hand(self);
     }
 
-    fn close(self) {}
+    fn take(self) -> Connection<C> {
+        self
+    }
 }
 
 /// One of the inner pool's idle connections.
@@ -114,8 +156,8 @@ impl<C: SessionClient> Tested<C> for Object<Manager<C>> {
         dialer.give_back(self);
     }
 
-    fn close(self) {
-        drop(Self::take(self));
+    fn take(self) -> Connection<C> {
+        Self::take(self)
     }
 }
 
@@ -128,14 +170,14 @@ struct Testing<'a, C: SessionClient, T: Tested<C>> {
     deadline: Option<Instant>,
 }
 impl<C: SessionClient, T: Tested<C>> Testing<'_, C, T> {
-    async fn is_fit(&mut self) -> bool {
-        let Some(tested) = &self.tested else { return false };
+    async fn find_out(&mut self) -> Found {
+        let Some(tested) = &self.tested else { return Found::Unfit };
         let connection = tested.connection();
         if !connection.idle().await {
-            return false;
+            return Found::Unfit;
         }
         if !self.dialer.must_be_tested(connection) {
-            return true;
+            return Found::Fit;
         }
         let deadline = Instant::now() + ANSWER_WITHIN;
         self.deadline = Some(deadline);
@@ -151,14 +193,15 @@ impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
             let connection = tested.connection();
             // If the caller has asked already, only that question is under way on the connection.
             if asked.is_none() && !connection.idle().await {
-                return tested.close();
+                return drop(tested.take());
             }
-            let Some(dialer) = dialer.upgrade() else { return tested.close() };
+            let Some(dialer) = dialer.upgrade() else { return drop(tested.take()) };
             let deadline = asked.unwrap_or_else(|| Instant::now() + ANSWER_WITHIN);
-            if dialer.asked(connection, deadline).await && connection.idle().await {
+            let found = dialer.asked(connection, deadline).await;
+            if matches!(found, Found::Fit) && connection.idle().await {
                 tested.keep(&dialer);
             } else {
-                tested.close();
+                dialer.put_aside(tested.take(), &found);
             }
         }));
     }

@@ -131,6 +131,8 @@ pub(super) enum NoObject {
     /// Its own wait time-out was shorter than this pool's.
     NoneFree,
     Closed,
+    /// A log-in has been refused meanwhile, so this one must wait for its turn.
+    HeldBack,
     Failed(ProbeFailure),
 }
 

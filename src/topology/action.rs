@@ -57,6 +57,9 @@ pub(crate) enum Action {
         /// Time limit for opening a session and getting the answer.
         opened_within: Duration,
     },
+    /// No session to the primary is kept: ask it on one of the pool's idle sessions, if there is one. What is received there
+    /// counts as heard.
+    AskIdle,
     /// Checkouts wait, but the generation's connections stay open.
     Suspend { why: String },
     /// The primary of the suspended generation is verified again, perhaps at another address.

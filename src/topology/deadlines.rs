@@ -27,17 +27,17 @@ enum When {
     EachPoll(At),
 }
 
-/// The deadlines in the order in which they are carried out: first decisions about the primary, then what makes
-/// questions urgent, then the questions.
-static DEADLINES: [Deadline; 14] = [
-    // The pool's own cluster has had no primary for so long that the pool follows another cluster.
+/// In the order in which they are carried out: what decides about the primary, then what hurries questions, then what
+/// asks them.
+static DEADLINES: [Deadline; 15] = [
+    // The pool's own cluster has been silent for so long that another one is followed.
     Deadline { when: When::From(Topology::follow_at), act: Topology::follow_successor },
     // The best writable server has waited long enough for the answers of the other servers.
     Deadline { when: When::At(Topology::pick_at), act: Topology::decide_pick },
     // Every server that answers refuses the pool, and waiting has not helped.
     Deadline { when: When::At(|it| it.search()?.judge_at), act: Topology::judge_refusals },
-    // A primary that was suspended for silence has answered on an open session.
-    Deadline { when: When::EachPoll(|_| None), act: Topology::resume_heard },
+    // A primary that was suspended for silence is heard on an open session.
+    Deadline { when: When::EachPoll(Topology::listens_at), act: Topology::resume_heard },
     // A suspended primary has been silent for `dead_after`.
     Deadline { when: When::At(Topology::dead_at), act: Topology::give_up_silent },
     // The search takes long, so the operator is told.
@@ -46,6 +46,8 @@ static DEADLINES: [Deadline; 14] = [
     Deadline { when: When::EachPoll(|_| None), act: Topology::give_up_mute },
     // The known primary's sessions are silent while they are in use.
     Deadline { when: When::EachPoll(Topology::sample_at), act: Topology::ask_if_quiet },
+    // None of its sessions is kept. The samples of the row above come often enough.
+    Deadline { when: When::EachPoll(|_| None), act: Topology::ask_idle },
     // The known primary takes long to answer, so the other servers are asked sooner.
     Deadline { when: When::From(Topology::uneasy_at), act: Topology::hurry_others },
     Deadline { when: When::At(Topology::names_due), act: Topology::look_up_due_names },
@@ -98,6 +100,13 @@ impl Topology {
     fn sample_at(&self) -> Option<Instant> {
         let samples = self.search().is_none() && (self.traffic.in_use || self.traffic.moved);
         samples.then(|| self.polled_at + self.listen_interval())
+    }
+
+    /// In a search, too, the sessions on loan may show that the suspended primary lives.
+    fn listens_at(&self) -> Option<Instant> {
+        let suspended = self.search()?.suspended.as_ref()?;
+        let listens = suspended.silent && self.traffic.in_use && !self.settings.roaming;
+        listens.then(|| self.polled_at + self.listen_interval())
     }
 
     fn beside_at(&self) -> Option<Instant> {

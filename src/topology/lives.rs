@@ -3,9 +3,9 @@
 //!
 //! `topology/tests/lives.rs` checks these rules with tables and properties:
 //!
-//! - An answer, or anything else received, on any open session of the generation proves that the server lives.
-//! - While an older session is open, a session that cannot be opened proves nothing about the server. The older session
-//!   is asked.
+//! - An answer on any open session of the generation proves that the server lives; so does anything received there.
+//! - A session that cannot be opened proves nothing about a server while an older session is open: ask that one, or if
+//!   it has ended, an idle one of the pool.
 //! - An error in place of a report is an answer. The server's role stays what it reported last.
 //! - An unanswered question is silence only if nothing was received meanwhile: neither on a session of the pool, nor in
 //!   answer to the second question.
@@ -34,6 +34,10 @@ pub(super) struct Beside {
     pub(super) asked_at: Option<Instant>,
     /// How many attempts to open a new session have failed in a row.
     failures: u32,
+    /// Since when no session to the known primary is kept.
+    pub(super) alone_since: Option<Instant>,
+    /// When the pool was last told to ask on an idle session.
+    idle_asked_at: Option<Instant>,
 }
 
 impl Beside {
@@ -82,7 +86,8 @@ pub(super) struct Sighting {
     pub(super) pooled_open: bool,
     /// Something was received on another session to this primary since the question was asked.
     pub(super) received: bool,
-    /// A caller waits on one of the pool's sessions, and nothing was sent or received for `heartbeat_timeout`.
+    /// A user waits for an answer on one of the pool's sessions, and nothing has come from the primary for
+    /// `heartbeat_timeout`.
     pub(super) mute: bool,
 }
 
@@ -178,11 +183,28 @@ impl Topology {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
 
-    /// Returns whether a caller waits on a session of the pool, and nothing was sent or received for
-    /// `heartbeat_timeout`.
+    /// A caller waits on a session of the pool, and for `heartbeat_timeout` nothing was sent or received there, and the
+    /// primary has not reported on any other session.
     fn is_mute(&self, now: Instant) -> bool {
-        let heard_at = self.unasked.counts_from(self.moved_at.max(self.lent_at));
+        let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);
+        // Only from then on an idle session is asked.
+        let heard_at = self.unasked.counts_from(heard_at.max(self.beside.alone_since.unwrap_or(heard_at)));
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
+    }
+
+    /// Has the known primary asked on an idle session of the pool while none is kept: until a new one is opened, nothing else
+    /// might show that it lives.
+    pub(super) fn ask_idle(&mut self, now: Instant) {
+        let pause = self.settings.heartbeat / 4;
+        let due = self.beside.idle_asked_at.is_none_or(|at| now >= at + pause);
+        let wanted = self.beside.alone_since.is_some()
+            && self.traffic.in_use
+            && self.traffic.open > 0
+            && self.search().is_none();
+        if wanted && due {
+            self.beside.idle_asked_at = Some(now);
+            self.actions.push(Action::AskIdle);
+        }
     }
 
     /// Handles the failure of a question to the known primary.
@@ -190,6 +212,9 @@ impl Topology {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
         };
+        if !probed.still_open && self.beside.alone_since.is_none() {
+            self.beside.alone_since = Some(now);
+        }
         let member = self.members.get(&probed.address);
         let asked_at = member.and_then(|member| member.asked_at);
         let sighting = Sighting {

@@ -109,7 +109,7 @@ impl Topology {
     /// Forgets the addresses that no name leads to any more, unless they are needed or have recently proved to be
     /// members.
     fn forget_unnamed(&mut self, now: Instant) {
-        let (needed, names, unasked) = (self.needed(), &self.names, self.unasked);
+        let (needed, names, unasked) = (self.needed(), &self.names, &self.unasked);
         let leads_to = |address: &Address| names.iter().any(|name| name.addresses.contains(address));
         self.spare.retain(|(endpoint, origin)| *origin == Origin::Configured || leads_to(&endpoint.address));
         self.members.retain(|address, member| {

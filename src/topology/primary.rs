@@ -99,6 +99,7 @@ impl Topology {
             Answer::Primary(report) if primary.is(&probed.address, report) => {
                 *answered_at = now;
                 self.own_primary_at = now;
+                self.beside.alone_since = None;
                 // The heartbeat may be waiting on another session. This answer shows that the server is not silent.
                 if probed.fresh {
                     self.received_at = Some(now);
@@ -225,7 +226,7 @@ impl Topology {
         self.revision += 1;
         self.phase = Phase::Known { primary, answered_at: now };
         self.own_primary_at = now;
-        self.beside.due = None;
+        (self.beside.due, self.beside.alone_since) = (None, None);
         self.quiet_pause = self.settings.heartbeat / QUIET;
         if let Some(member) = self.members.get_mut(&current) {
             member.verified = true;

@@ -11,6 +11,8 @@ pub(super) const GRACE: Duration = Duration::from_secs(2);
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between log-ins that will most likely be refused. They are tried on one server after the other.
 pub(super) const LOG_IN_INTERVAL: Duration = Duration::from_secs(1);
+/// By how much log-ins that were refused together put off the next one at most.
+const TOGETHER: Duration = Duration::from_secs(2);
 /// Longest such pause. The pause grows to this while no caller waits.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -71,20 +73,42 @@ pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<H
     Some(Hopeless { failure, as_of, after })
 }
 
+/// A log-in that the server refused.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RefusedLogIn {
+    pub(crate) began: Instant,
+    pub(crate) refused: Instant,
+}
+
 /// Limits log-ins that will most likely be refused to one per interval on average. At first, and after a pause, it
 /// allows two in a row.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     free_at: Instant,
+    /// When the last refusal that counted was met.
+    refused: Option<Instant>,
 }
 
 impl Pace {
     pub(super) fn new(now: Instant) -> Self {
-        Self { free_at: now.checked_sub(LOG_IN_INTERVAL).unwrap_or(now) }
+        Self { free_at: now.checked_sub(LOG_IN_INTERVAL).unwrap_or(now), refused: None }
     }
 
     pub(super) fn spend(&mut self, now: Instant) {
         self.free_at = (self.free_at + LOG_IN_INTERVAL).max(now);
+    }
+
+    /// Counts a refused log-in. Log-ins that were under way when one of them was refused could not know, and there may be
+    /// many: together they put off the next one by [`TOGETHER`] at most. One that was begun after that counts in full,
+    /// however soon it follows.
+    pub(super) fn refused(&mut self, log_in: RefusedLogIn) {
+        let before = self.free_at;
+        self.spend(log_in.refused);
+        if self.refused.is_some_and(|refused| log_in.began < refused) {
+            self.free_at = self.free_at.min(before.max(log_in.refused + TOGETHER));
+        } else {
+            self.refused = Some(log_in.refused);
+        }
     }
 }
 
@@ -161,9 +185,9 @@ impl Topology {
         self.demand_names(now);
     }
 
-    /// Notes that a log-in of another part of this pool was refused.
-    pub(crate) fn log_in_refused(&mut self, now: Instant) {
-        self.log_ins.spend(now);
+    /// Something else in this pool had a log-in refused.
+    pub(crate) fn log_in_refused(&mut self, log_in: RefusedLogIn) {
+        self.log_ins.refused(log_in);
     }
 
     /// The earliest time for the next log-in that will most likely be refused.
@@ -260,5 +284,56 @@ mod tests {
         assert_eq!(pace.free_at, at, "a second one follows at once");
         pace.spend(at);
         assert_eq!(pace.free_at, at + LOG_IN_INTERVAL);
+    }
+
+    /// For each series of log-ins, in milliseconds: when each was begun and refused, and how long after its last refusal the
+    /// next one is free.
+    #[test]
+    fn log_ins_refused_together_put_off_the_next_one_a_little() {
+        let cases: [(&str, &[(u64, u64)], u64); 9] = [
+            ("a single one", &[(0, 5)], 0),
+            ("two, one after the other", &[(0, 5), (6, 11)], 994),
+            ("three, one after the other", &[(0, 5), (6, 11), (12, 17)], 1988),
+            ("two together", &[(0, 5), (1, 6)], 999),
+            ("sixty-four together", &[(0, 5); 64], 2000),
+            ("four together, which end one after the other", &[(0, 5), (1, 6), (2, 60), (3, 700)], 2000),
+            ("begun at the moment of a refusal", &[(0, 5), (5, 9)], 996),
+            ("two groups", &[(0, 5), (0, 5), (6, 11), (6, 11)], 2000),
+            ("one that was begun early, after a long debt", &[(0, 5), (6, 11), (12, 17), (18, 23), (13, 30)], 2975),
+        ];
+        for (case, log_ins, expected) in cases {
+            let now = Instant::now();
+            let at = |milliseconds| now + LOG_IN_INTERVAL + Duration::from_millis(milliseconds);
+            let mut pace = Pace::new(now);
+            for (began, refused) in log_ins {
+                pace.refused(RefusedLogIn { began: at(*began), refused: at(*refused) });
+            }
+            let last = at(log_ins.last().unwrap().1);
+            assert_eq!(pace.free_at.saturating_duration_since(last), Duration::from_millis(expected), "{case}");
+        }
+    }
+
+    /// However many callers there are, and however late the pace learns of a refusal: those who take turns log in once an
+    /// interval on average.
+    #[test]
+    fn those_who_take_turns_are_paced_however_late_a_refusal_is_noted() {
+        for late in [0, 1, 3, 50] {
+            let start = Instant::now();
+            let mut pace = Pace::new(start);
+            let (mut now, mut tries, mut unknown) = (start, 0, std::collections::VecDeque::new());
+            while now < start + Duration::from_secs(60) {
+                if pace.free_at > now {
+                    now += Duration::from_millis(1);
+                } else {
+                    tries += 1;
+                    unknown.push_back(RefusedLogIn { began: now, refused: now + Duration::from_millis(2) });
+                    now += Duration::from_millis(2);
+                }
+                while unknown.front().is_some_and(|it| it.refused + Duration::from_millis(late) <= now) {
+                    pace.refused(unknown.pop_front().unwrap());
+                }
+            }
+            assert!((60..=61 + 2 * late).contains(&tries), "{late} ms: {tries}");
+        }
     }
 }

@@ -20,6 +20,7 @@ impl Topology {
             self.actions.push(Action::End { id, cause: Eviction::Asleep, why, lost: false });
         }
         self.asleep = true;
+        self.unasked.begin(now);
         self.search_anew(now, why);
     }
 
@@ -33,7 +34,7 @@ impl Topology {
     pub(crate) fn wake(&mut self, now: Instant) {
         self.asleep = false;
         self.search_anew(now, "woken by a caller");
-        self.asked_again(now);
+        self.unasked.end(now);
         self.names.iter_mut().for_each(|name| name.ask_anew(now));
     }
 

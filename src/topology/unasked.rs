@@ -1,43 +1,93 @@
 //! Time during which no server was asked: the pool slept, or the process did not run, because it or its machine was
 //! stopped.
 //!
-//! Such time proves nothing about a server, so no time limit runs meanwhile. What was known before is outdated: the
-//! newest timeline of that time may now be that of an old primary.
+//! Such time proves nothing about a server, so it is added to each limit that runs meanwhile. What was known before is
+//! outdated: the newest timeline known then may now be an old primary's.
+//!
+//! There are two signs that the process did not run: something happens long after it was due, or the wall clock has gone
+//! on for longer than the monotonic one, which stands still while a machine is suspended. A wall clock that is set
+//! forward looks the same. That does no harm: the servers and the names are asked once more.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{GRACE, Phase, Topology};
 
-/// If an input or a poll comes this much later than it was due, the process did not run meanwhile.
+/// If something happens this much later than it was due, the process did not run meanwhile. So it is if the clocks differ
+/// by this much.
 const LATE: Duration = Duration::from_secs(1);
 /// No question and no look-up takes longer than this, so the next input comes within this time.
 const LONGEST_WORK: Duration = Duration::from_secs(10);
+/// The most spans of time that are kept apart.
+const MOST_SPANS: usize = 16;
 
-/// The last period in which servers were not asked.
+/// A span of time, of which this much was lost: all of it, or a part where several pauses were merged.
 #[derive(Clone, Copy, Debug)]
+struct Span {
+    from: Instant,
+    until: Instant,
+    lost: Duration,
+}
+
+impl Span {
+    /// How much was lost after `at`.
+    fn lost_after(&self, at: Instant) -> Duration {
+        let (rest, whole) = (self.until.saturating_duration_since(at), self.until.duration_since(self.from));
+        if rest >= whole { self.lost } else { self.lost.mul_f64(rest.as_secs_f64() / whole.as_secs_f64()) }
+    }
+}
+
+/// The times in which servers were not asked.
+#[derive(Debug)]
 pub(super) struct Unasked {
+    spans: VecDeque<Span>,
+    /// When the last pause ended.
     until: Option<Instant>,
     /// No primary has been found since then, so what was known is outdated.
     outdated: bool,
+    /// When the process was last seen to run.
+    ran_at: Instant,
     /// When the next input or poll is due at the latest.
     due: Instant,
+    /// The monotonic and the wall clock when they were last read.
+    clocks: Option<(Instant, Duration)>,
 }
 
 impl Unasked {
     pub(super) fn new(now: Instant) -> Self {
-        Self { until: None, outdated: false, due: now }
+        Self { spans: VecDeque::new(), until: None, outdated: false, ran_at: now, due: now, clocks: None }
     }
 
     /// Returns when a time limit starts that would have started at `at`. It runs only while servers are asked.
     pub(super) fn counts_from(&self, at: Instant) -> Instant {
-        self.until.map_or(at, |until| until.max(at))
+        at + self.spans.iter().map(|span| span.lost_after(at)).sum::<Duration>()
     }
 
     /// A primary was found, so what is known is up to date again.
     pub(super) fn note_up_to_date(&mut self) {
         self.outdated = false;
+    }
+
+    /// From now on no server is asked.
+    pub(super) fn begin(&mut self, now: Instant) {
+        (self.ran_at, self.due) = (now, now);
+    }
+
+    /// From now on they are asked again.
+    pub(super) fn end(&mut self, now: Instant) {
+        if now > self.ran_at {
+            self.spans.push_back(Span { from: self.ran_at, until: now, lost: now.duration_since(self.ran_at) });
+        }
+        // The oldest ones become one span, which has lost as much.
+        if self.spans.len() > MOST_SPANS
+            && let (Some(one), Some(other)) = (self.spans.pop_front(), self.spans.pop_front())
+        {
+            self.spans.push_front(Span { from: one.from, until: other.until, lost: one.lost + other.lost });
+        }
+        (self.until, self.outdated) = (Some(now), true);
+        self.begin(now);
     }
 }
 
@@ -50,19 +100,37 @@ impl Topology {
         if now <= self.unasked.due + LATE {
             return;
         }
-        self.asked_again(now);
+        self.unasked.end(now);
         self.names.iter_mut().for_each(|name| name.doubt(now));
     }
 
-    /// Notes that from now on the servers are asked again.
-    pub(super) fn asked_again(&mut self, now: Instant) {
-        self.unasked = Unasked { until: Some(now), outdated: true, due: now };
+    /// Takes in the wall clock. Call it before all other inputs of this moment.
+    ///
+    /// While the machine was suspended, the limits stood still like the monotonic clock. But what is known is outdated, so
+    /// everybody is asked anew.
+    pub(crate) fn wall_clock(&mut self, now: Instant, wall: Duration) {
+        let Some((before, then)) = self.unasked.clocks.replace((now, wall)) else {
+            return;
+        };
+        if wall.saturating_sub(then) <= now.duration_since(before) + LATE {
+            return;
+        }
+        if now <= self.unasked.due + LATE {
+            self.unasked.begin(now);
+        }
+        self.unasked.end(now);
+        self.names.iter_mut().for_each(|name| name.doubt(now));
+        for member in self.members.values_mut() {
+            member.hurry(now, self.settings.poll.0);
+        }
     }
 
     /// Notes when the topology must be polled at the latest.
     pub(super) fn note_due(&mut self, now: Instant) {
         let longest = LONGEST_WORK.max(self.settings.probe_timeout + self.settings.heartbeat_timeout);
-        self.unasked.due = self.wake_at().unwrap_or(now + longest).max(now);
+        let asking = self.members.values().any(|member| member.asking) || self.beside.asking;
+        let wake_at = self.wake_at().filter(|at| !asking || *at < now + longest).unwrap_or(now + longest);
+        (self.unasked.ran_at, self.unasked.due) = (now, wake_at.max(now));
     }
 
     /// Returns the newest timeline, unless it is outdated because a server may have been promoted while nobody was

@@ -116,14 +116,14 @@ async fn round<C: SessionClient>(
     began: Instant,
     reason: &mut Unsettled,
 ) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
+    // It waits for a session as long as its caller lets it, and what it found before is no reason then.
+    let before = std::mem::replace(reason, Unsettled::NoPrimary);
     let (mut permit, session) = match settling.session().await {
         Ok(session) => session,
         Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
-        Err(_) => {
-            *reason = Unsettled::NoPrimary;
-            return None;
-        }
+        Err(_) => return None,
     };
+    *reason = before;
     let (ended, clean) = tokio::select! {
         biased;
         answer = ask(settling, &session, mark, began, reason, &mut permit) => answer,

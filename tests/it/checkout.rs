@@ -12,5 +12,6 @@ mod impatient;
 mod limits;
 mod loans;
 mod quiet;
+mod refused;
 mod sizes;
 mod wrap;

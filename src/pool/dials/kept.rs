@@ -6,9 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use deadpool::managed::WeakPool;
-use tokio::time::Instant;
 
-use super::{Connection, Dials, Ready, Room};
+use super::{Connection, Dials, Room};
 use crate::cluster::Cluster;
 use crate::server::SessionClient;
 
@@ -84,11 +83,6 @@ impl<C: SessionClient> Dials<C> {
         self.room.changed.notify_one();
     }
 
-    /// Returns whether there are more connections than the pool may have, as it was made smaller.
-    pub(in crate::pool) fn exceeds(&self) -> bool {
-        self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted()) > self.max_size.load(Ordering::Relaxed)
-    }
-
     pub(in crate::pool) fn doubted(&self) -> usize {
         self.room.doubted.load(Ordering::Acquire)
     }
@@ -99,19 +93,41 @@ impl<C: SessionClient> Dials<C> {
         Doubt(Arc::clone(&self.room))
     }
 
-    /// Takes back a doubted connection that has answered, unless another one was opened in its place.
-    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt) {
+    /// Takes back a connection that was doubted, unless another one has been opened in its place. A dial under way has
+    /// opened none yet, so it is the dial that finds no room.
+    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt, cluster: &Cluster<C>) {
         let mut book = self.book();
         // From now on, it counts towards `max_size` again.
         drop(doubt);
-        if self.room.live.load(Ordering::Acquire) + book.dialing > self.max_size.load(Ordering::Relaxed) {
-            // Dropping a connection runs foreign code, so release the lock first.
-            drop(book);
-            return;
-        }
-        if let Some(Ok(connection)) = self.deliver(&mut book, Ok(connection)) {
-            book.ready.push(Ready { connection, since: Instant::now() });
-        }
+        let unwanted = if self.is_overfull() { Some(connection) } else { self.place(&mut book, connection, cluster) };
+        // Dropping a connection runs foreign code, so release the lock first.
+        drop(book);
+        drop(unwanted);
+    }
+
+    /// Returns whether there are more connections than the pool may have, besides those that are doubted.
+    pub(in crate::pool) fn is_overfull(&self) -> bool {
+        self.undoubted() > self.max_size.load(Ordering::Relaxed)
+    }
+
+    /// The number of connections that are not doubted.
+    pub(super) fn undoubted(&self) -> usize {
+        self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted())
+    }
+
+    /// Returns `None` while this exists already: the primary is being asked on an idle connection.
+    pub(in crate::pool) fn begin_asking(&self) -> Option<Asking> {
+        let begun = self.room.asking.compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        begun.then(|| Asking(Arc::clone(&self.room)))
+    }
+
+    /// Takes a connection that no caller has and that may be handed out.
+    pub(in crate::pool) fn take_any(&self, cluster: &Cluster<C>) -> Option<Connection<C>> {
+        self.take_idle().or_else(|| {
+            let mut book = self.book();
+            let at = book.ready.iter().position(|ready| ready.connection.may_be_handed_out(cluster))?;
+            Some(book.ready.remove(at).connection)
+        })
     }
 
     /// Takes an idle connection of the pool that may be handed out.
@@ -125,6 +141,15 @@ impl<C: SessionClient> Dials<C> {
             !take
         });
         taken.removed.into_iter().next()
+    }
+}
+
+/// While this exists, the primary is being asked on an idle connection.
+pub(in crate::pool) struct Asking(Arc<Room>);
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.0.asking.store(false, Ordering::Release);
     }
 }
 

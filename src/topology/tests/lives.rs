@@ -5,6 +5,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::topology::lives::{Finding, Sighting};
 
+mod alone;
+
 const KINDS: [FailureKind; 7] = [
     FailureKind::Unreachable,
     FailureKind::TimedOut,
@@ -63,6 +65,8 @@ struct Stage {
     asked: Vec<(Instant, u8, bool, bool)>,
     suspended_at: Option<Instant>,
     ended_at: Option<Instant>,
+    /// How often the pool was told to ask on an idle session.
+    idle_asked: usize,
 }
 
 impl Stage {
@@ -81,6 +85,7 @@ impl Stage {
             asked: Vec::new(),
             suspended_at: None,
             ended_at: None,
+            idle_asked: 0,
         }
     }
 
@@ -103,6 +108,7 @@ impl Stage {
         self.bench.poll();
         for action in std::mem::take(&mut self.bench.log) {
             match action {
+                Action::AskIdle => self.idle_asked += 1,
                 Action::Suspend { .. } => self.suspended_at = self.suspended_at.or(Some(self.bench.now)),
                 Action::End { lost, .. } => {
                     self.ended_at = self.ended_at.or(Some(self.bench.now));

@@ -51,9 +51,25 @@ impl Bench {
         self.poll();
     }
 
+    /// The machine is suspended for this long: only the wall clock goes on.
+    fn suspend_machine(&mut self, duration: Duration) {
+        self.topology.wall_clock(self.now, HOUR);
+        self.topology.wall_clock(self.now + ms(1), HOUR + ms(1) + duration);
+        self.now += ms(1);
+        self.poll();
+    }
+
     /// The heartbeat's question times out. Its session stays open.
     fn times_out(&mut self) {
         self.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    }
+
+    /// For some seconds the standby answers in each, and the primary does not.
+    fn search_on(&mut self, seconds: u64) {
+        for _ in 0..seconds {
+            self.report(2, standby(2));
+            self.wait(ms(1000));
+        }
     }
 
     /// For this long, server 2 reports that it is the primary, and server 1 gives no answer.
@@ -229,12 +245,22 @@ fn a_search_that_knows_no_timeline_waits_for_its_names() {
         assert_eq!(bench.primary(), None);
         bench
     };
-    let cases: [(&str, &dyn Fn() -> Bench); 5] = [
+    let suspended = || {
+        let mut bench = by_name();
+        bench.wait(ms(1000));
+        bench.suspend_machine(HOUR);
+        bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+        bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
+        assert_eq!(bench.primary(), None);
+        bench
+    };
+    let cases: [(&str, &dyn Fn() -> Bench); 6] = [
         ("woken", &woken),
         ("its cluster was forgotten", &forgotten(Accept::Any)),
         ("another state of its cluster was accepted", &forgotten(Accept::Cluster(77))),
         ("forgotten during a look-up", &in_a_look_up),
         ("frozen", &frozen),
+        ("the machine was suspended", &suspended),
     ];
     for (case, start) in cases {
         // The server was restarted meanwhile, so it is not in the life in which the generation began.
@@ -295,4 +321,127 @@ fn a_member_that_dns_does_not_name_is_remembered_through_a_sleep() {
         bench.poll();
         assert_eq!(bench.topology.candidates().len(), 2);
     }
+}
+
+/// A process that stands still for a while again and again still finds its primary dead: what was lost is added to the
+/// limit, and does not begin it anew.
+#[test]
+fn stalls_put_off_a_limit_by_what_they_take() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.times_out();
+    for stall in 0..4 {
+        assert!(bench.ended().is_empty(), "stall {stall}");
+        bench.search_on(4);
+        bench.report(2, standby(2));
+        bench.freeze(ms(15_000));
+    }
+    bench.search_on(1);
+    assert!(bench.ended().is_empty(), "it has been asked for less than twenty seconds");
+    bench.search_on(4);
+    assert_eq!(bench.ended(), [1]);
+}
+
+/// The other limits do the same: the policy, and the patience with credentials.
+#[test]
+fn stalls_put_off_no_limit_for_ever() {
+    let [stranger, _] = claimants();
+    let mut bench = pair(policy());
+    bench.wait(ms(1000));
+    bench.times_out();
+    for _ in 0..20 {
+        bench.claim(&stranger, 3);
+        bench.report(2, stranger.clone());
+        bench.freeze(ms(15_000));
+    }
+    assert_eq!(bench.primary(), Some(2), "the other cluster is followed");
+
+    let mut bench = Bench::searching();
+    for _ in 0..20 {
+        for _ in 0..4 {
+            (1..=3).for_each(|n| bench.fail(n, FailureKind::Refused));
+            bench.wait(ms(900));
+        }
+        bench.freeze(ms(15_000));
+    }
+    (1..=3).for_each(|n| bench.fail(n, FailureKind::Refused));
+    assert!(bench.refused());
+}
+
+/// An application that is used for a minute at a time, whose servers get new addresses with each deployment: each address
+/// that DNS no longer names is remembered for ten minutes of use, however the pool sleeps in between.
+#[test]
+fn what_dns_dropped_is_forgotten_by_a_pool_that_sleeps_often() {
+    for (used, phases) in [(60_000, 10), (10_000, 60)] {
+        let mut bench = by_name();
+        bench.topology.resolved(bench.now, 0, named([endpoint(1), endpoint(2)]));
+        bench.poll();
+        bench.report(2, standby(2));
+        let mut gone_after = None;
+        for phase in 1..=phases * 2 {
+            bench.sleep(HOUR);
+            bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+            bench.poll();
+            if bench.topology.candidates().len() == 1 {
+                gone_after = gone_after.or(Some(phase));
+            }
+            for _ in 0..used / 5000 {
+                bench.report(1, primary(1, 1));
+                bench.fail(2, FailureKind::Unreachable);
+                bench.wait(ms(5000));
+            }
+        }
+        let gone_after = gone_after.expect("it is remembered for ever");
+        assert!((phases..=phases * 5 / 4 + 1).contains(&gone_after), "{gone_after} of {phases}");
+    }
+}
+
+/// What is lost is counted exactly for the last pauses, and on average for earlier ones.
+#[test]
+fn lost_time_is_added_to_what_began_before_it() {
+    let start = Instant::now();
+    let at = |seconds: u64| start + ms(seconds * 1000);
+    let mut unasked = unasked::Unasked::new(start);
+    for pause in 0..100 {
+        // Ten seconds awake, ninety lost.
+        unasked.begin(at(pause * 100 + 10));
+        unasked.end(at(pause * 100 + 100));
+    }
+    let lost = |seconds: u64| unasked.counts_from(at(seconds)).duration_since(at(seconds)).as_secs();
+    assert_eq!(lost(0), 9000);
+    assert_eq!((lost(9900), lost(9909), lost(9955), lost(10_000)), (90, 90, 45, 0));
+    assert_eq!(lost(9899), 91, "a moment before the end of the last pause but one");
+    for seconds in (0..8500).step_by(50) {
+        let exact = 9000 - seconds * 9 / 10;
+        assert!(lost(seconds).abs_diff(exact) <= 90, "{seconds}: {} and not {exact}", lost(seconds));
+    }
+}
+
+/// A clock that is set costs some questions, and nothing else.
+#[test]
+fn a_clock_that_is_set_does_no_harm() {
+    let mut bench = by_name();
+    bench.wait(ms(100));
+    bench.report(1, primary(1, 1));
+    let (id, mut wall) = (bench.topology.view().generation, HOUR * 1000);
+    bench.topology.wall_clock(bench.now, wall);
+    for step in [HOUR, ms(2000), ms(500)] {
+        for forward in [true, false, true] {
+            wall = if forward { wall + step } else { wall - step };
+            bench.log.clear();
+            bench.topology.wall_clock(bench.now, wall);
+            bench.poll();
+            bench.wait(ms(100));
+            let asked = bench.log.iter().filter(|action| matches!(action, Action::Resolve(_))).count();
+            assert_eq!(asked, usize::from(forward && step > ms(1000)), "{step:?} {forward}: DNS is asked once");
+            assert!(bench.asked(1) <= 2, "{step:?} {forward}");
+            wall += ms(100);
+            bench.topology.wall_clock(bench.now, wall);
+            bench.report(1, primary(1, 1));
+            bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+            bench.poll();
+            assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+        }
+    }
+    assert_eq!(bench.topology.view().generation, id);
 }

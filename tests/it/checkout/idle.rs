@@ -156,6 +156,49 @@ async fn a_stall_closes_one_idle_connection_at_most() {
     .await;
 }
 
+/// So it is under a burst: as many callers as there are connections wait during the stall, and get those.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stall_under_a_burst_of_callers_closes_one_idle_connection_at_most() {
+    const ALL: usize = 12;
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let admin = cluster.direct(Node(0)).await;
+    let url = format!("postgres://app@{}/app", path.addr());
+    let builder = Pool::builder(url).unwrap().max_size(ALL).min_idle(ALL).application_name("burst");
+    let pool = builder.heartbeat_interval(Duration::from_secs(3600)).test_idle_after(IDLE).build().unwrap();
+    eventually("all are ready", PATIENCE, async || pool.status().available == ALL).await;
+    let sessions = async || {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE application_name = 'burst'";
+        admin.query(sql, &[]).await.unwrap().iter().map(|row| row.get::<_, i32>(0)).collect::<HashSet<_>>()
+    };
+    let before = sessions().await;
+    sleep(IDLE * 2).await;
+    // What is dialled meanwhile takes longer than the stall.
+    path.delay_log_ins(Duration::from_secs(2));
+    path.hold(true);
+    let waiting: Vec<_> = (0..ALL)
+        .map(|_| {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                let client = pool.get_within(PATIENCE).await.unwrap();
+                client.batch_execute("SELECT 1").await.unwrap();
+                client
+            })
+        })
+        .collect();
+    // The test of the first connection takes half a second.
+    sleep(Duration::from_millis(900)).await;
+    path.hold(false);
+    let mut held = Vec::new();
+    for caller in waiting {
+        held.push(caller.await.unwrap());
+    }
+    // Never more than the pool may have, once what was doubted is back.
+    eventually("what is too much is closed", PATIENCE, async || sessions().await.len() <= ALL + 1).await;
+    let ended = before.difference(&sessions().await).count();
+    assert!(ended <= 1, "{ended} sessions of {} have ended", before.len());
+}
+
 /// What callers take and keep is replaced, before another caller has to wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_callers_keep_is_replaced_by_others_that_are_idle() {

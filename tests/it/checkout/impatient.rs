@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt, poll};
-use testbed::{Cluster, Node, Path, eventually};
+use testbed::{Cluster, Node, Path, Tap, TurnAway, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::resolve::BoxFuture;
 use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
@@ -231,6 +231,40 @@ async fn waiters_are_served_in_their_order() {
     for task in waiting {
         let (place, before) = timeout(PATIENCE, task).await.expect("served").unwrap();
         assert_eq!(place, before);
+    }
+}
+
+/// A dial that fails costs nobody its place in the queue.
+#[tokio::test]
+async fn waiters_keep_their_places_when_dials_fail() {
+    const WAITERS: usize = 5;
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let builder = Pool::builder(format!("postgres://app@{}/app", tap.addr())).unwrap().max_size(WAITERS + 1);
+    let pool = builder.connection_gate(1).patrol_interval(PATIENCE * 100).build().unwrap();
+    let _held = pool.get().await.unwrap();
+    for round in 0..3 {
+        tap.turn_away(Some(TurnAway::Reset));
+        tap.reset();
+        let served = Arc::new(AtomicUsize::new(0));
+        let mut waiting = Vec::new();
+        for place in 0..WAITERS {
+            let (pool, served) = (pool.clone(), Arc::clone(&served));
+            waiting.push(tokio::spawn(async move {
+                let client = pool.get_within(PATIENCE).await.unwrap();
+                (place, served.fetch_add(1, Ordering::SeqCst), client)
+            }));
+            // Registered in this order, as this runtime has one thread.
+            tokio::task::yield_now().await;
+        }
+        eventually("some dials have failed", PATIENCE, async || tap.counts().connections > 6).await;
+        tap.turn_away(None);
+        for task in waiting {
+            let (place, before, client) = timeout(PATIENCE, task).await.expect("served").unwrap();
+            assert_eq!(place, before, "round {round}");
+            // The next round needs new ones.
+            drop(client.detach());
+        }
     }
 }
 

@@ -359,3 +359,38 @@ async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
         seen.filter(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. })).collect();
     assert!(lost.is_empty(), "{lost:#?}");
 }
+
+/// The heartbeat's session is ended and no new one can be had, while the only connection on loan is silent, as its statement
+/// takes long: the pool's idle connections show that the server lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_speak_for_a_server_that_takes_no_new_session() {
+    let stage = Stage::start().await;
+    let pool = stage.builder().application_name("speaks").build().unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    let mut pooled = Vec::new();
+    for client in &held {
+        pooled.push(client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0));
+    }
+    let owner = stage.cluster.direct(stage.cluster.primary()).await;
+    let others = "FROM pg_stat_activity WHERE application_name = 'speaks' AND pid <> ALL($1)";
+    eventually("the heartbeat has its session", LONG, async || {
+        owner.query_one(&format!("SELECT count(*) {others}"), &[&pooled]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    let [busy, idle @ ..] = held;
+    drop(idle);
+    let mut events = pool.subscribe();
+    let statement = tokio::spawn(async move {
+        let sleeps = DEAD_AFTER.as_secs() * 3;
+        busy.batch_execute(&format!("SELECT pg_sleep({sleeps})")).await
+    });
+    sleep(Duration::from_secs(1)).await;
+    stage.tap.turn_away(Some(TurnAway::Reset));
+    owner.execute(&format!("SELECT pg_terminate_backend(pid) {others}"), &[&pooled]).await.unwrap();
+    // Nobody asks for a connection meanwhile.
+    timeout(LONG, statement).await.expect("an answer").unwrap().expect("it was ended");
+    let mut seen = std::iter::from_fn(|| futures_util::FutureExt::now_or_never(events.next()).flatten());
+    let left = seen.find(|event| matches!(event, Event::PrimaryLost { .. } | Event::Evicted { .. }));
+    assert!(left.is_none(), "{left:?}");
+    pool.get_within(Duration::from_secs(2)).await.unwrap().batch_execute("SELECT 1").await.unwrap();
+}

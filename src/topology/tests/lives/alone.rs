@@ -1,0 +1,82 @@
+//! No session to the primary is kept, or it is suspended: what the sessions of the pool show.
+
+use super::*;
+
+impl Stage {
+    /// Runs, and lets an idle session of the pool answer whenever it is to be asked.
+    fn run_with_an_idle_session(&mut self, duration: Duration) -> usize {
+        let (until, mut asked) = (self.bench.now + duration, 0);
+        while self.bench.now < until {
+            self.run(ms(10));
+            let wanted = std::mem::take(&mut self.idle_asked);
+            self.traffic.received = wanted > 0;
+            asked += wanted;
+        }
+        asked
+    }
+}
+
+/// The kept session has ended, new ones fail, and the only connection on loan says nothing for long, as its statement takes
+/// long: the pool's idle sessions are asked, and prove that the server lives.
+#[test]
+fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
+    for kind in KINDS {
+        if kind == FailureKind::Full {
+            continue;
+        }
+        let mut stage = Stage::new();
+        stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 3 };
+        stage.run(ms(10_000));
+        (stage.kept, stage.new) = (false, Some(kind));
+        let asked = stage.run_with_an_idle_session(ms(60_000));
+        assert_eq!((stage.suspended_at, stage.ended_at), (None, None), "{kind:?}");
+        // About as often as new sessions are tried.
+        assert!((30..=600).contains(&asked), "{kind:?}: {asked} times");
+        // No idle session answers any more.
+        let died = stage.bench.now;
+        stage.traffic.received = false;
+        stage.run(ms(10_000));
+        let after = stage.suspended_at.map(|at| at.duration_since(died));
+        let usual = settings().heartbeat_timeout + settings().probe_timeout * 2;
+        assert!(after.is_some_and(|after| after <= usual), "{kind:?}: {after:?}");
+    }
+}
+
+/// The kept session has just answered when it ends: the silence of a connection on loan from before that counts for nothing.
+#[test]
+fn a_loan_is_silent_only_since_the_primary_last_reported() {
+    let mut stage = Stage::new();
+    stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 1 };
+    stage.run(ms(10_000));
+    let ended = stage.bench.now;
+    (stage.kept, stage.new) = (false, Some(FailureKind::Unreachable));
+    stage.bench.topology.suspected(ended, GenerationId(1), Suspicion::Connection);
+    stage.run(ms(10_000));
+    let after = stage.suspended_at.map(|at| at.duration_since(ended)).unwrap();
+    let settings = settings();
+    assert!(after + settings.heartbeat >= settings.heartbeat_timeout, "{after:?}");
+    assert!(after <= settings.heartbeat_timeout + ms(500), "{after:?}");
+}
+
+/// What is received on the sessions on loan is looked at as often as before, while their primary is suspended.
+#[test]
+fn a_suspended_primary_that_answers_is_resumed_at_once() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    let traffic = TrafficSample { in_use: true, open: 1, ..TrafficSample::default() };
+    bench.topology.traffic(bench.now, traffic);
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+    // All questions are under way, and none is answered.
+    bench.wait(ms(600));
+    for _ in 0..50 {
+        let wake_at = bench.topology.wake_at().unwrap();
+        assert!(wake_at <= bench.now + ms(25), "{:?}", wake_at.duration_since(bench.now));
+        bench.now = bench.now.max(wake_at);
+        bench.poll();
+    }
+    bench.now += ms(25);
+    bench.topology.traffic(bench.now, TrafficSample { received: true, ..traffic });
+    bench.poll();
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+}
