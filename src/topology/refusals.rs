@@ -290,7 +290,8 @@ mod tests {
     /// next one is free.
     #[test]
     fn log_ins_refused_together_put_off_the_next_one_a_little() {
-        let cases: [(&str, &[(u64, u64)], u64); 9] = [
+        type Case<'a> = (&'a str, &'a [(u64, u64)], u64);
+        let cases: [Case<'_>; 9] = [
             ("a single one", &[(0, 5)], 0),
             ("two, one after the other", &[(0, 5), (6, 11)], 994),
             ("three, one after the other", &[(0, 5), (6, 11), (12, 17)], 1988),
