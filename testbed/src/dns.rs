@@ -58,6 +58,8 @@ pub enum Answer {
         /// For queries of type AAAA.
         aaaa: Box<Answer>,
     },
+    /// The answer comes after this time.
+    Late(Duration, Box<Answer>),
     /// By UDP: truncated, without a record. By TCP: these addresses.
     Truncated(Vec<IpAddr>),
     /// The name is an alias of this one, and that one has these addresses. With no address the answer is the alias
@@ -257,7 +259,11 @@ impl RequestHandler for Handler {
         if !delay.is_zero() {
             tokio::time::sleep(delay).await;
         }
-        let (answer, ttl) = self.book.look_up(&key, record_type);
+        let (mut answer, ttl) = self.book.look_up(&key, record_type);
+        while let Answer::Late(delay, late) = answer {
+            tokio::time::sleep(delay).await;
+            answer = *late;
+        }
         let Some(reply) = Reply::new(&answer, &name, record_type, ttl, request.protocol()) else {
             return unsent(metadata);
         };
@@ -308,7 +314,7 @@ impl Reply {
             Self { answers, ..code(ResponseCode::NoError, soa) }
         };
         Some(match answer {
-            Answer::Silent | Answer::Split { .. } => return None,
+            Answer::Silent | Answer::Split { .. } | Answer::Late(..) => return None,
             Answer::NxDomain => code(ResponseCode::NXDomain, soa()),
             Answer::ServFail => code(ResponseCode::ServFail, None),
             Answer::Refused => code(ResponseCode::Refused, None),
