@@ -37,6 +37,7 @@ mod signing;
 mod sizes;
 mod ssl;
 mod stale;
+mod startup;
 mod statements;
 mod status;
 mod test_after;
@@ -116,7 +117,9 @@ enum Source<C: SessionClient> {
 impl Pool {
     /// Starts a configuration from a connection string, in URL or `key=value` form, or a [`tokio_postgres::Config`].
     ///
-    /// All options of such a configuration are honoured, or refused with a [`BuildError`].
+    /// All options of such a configuration are honoured, or refused with a [`BuildError`]. They have libpq's meaning: in a
+    /// connection string `tcp_user_timeout` is in milliseconds, and `connect_timeout` limits opening a session as a whole
+    /// ([`PoolBuilder::probe_timeout`]).
     ///
     /// # TLS
     /// With the feature `rustls`, or with a connector given to [`PoolBuilder::tls`], `sslmode` has libpq's meaning:

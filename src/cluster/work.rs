@@ -106,7 +106,11 @@ pub(super) async fn ask<C: SessionClient>(
         }
         None => {
             let answer = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
-            Event::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(|_| Err(silent())) }
+            let late = |_| {
+                let message = format!("no answer within {within:?} (probe_timeout)");
+                Err(ProbeFailure::new(FailureKind::TimedOut, message))
+            };
+            Event::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(late) }
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Turns a configuration into a pool, or reports what is wrong with it.
 
-#[cfg(fuzzing)]
-mod fuzzing;
 mod hooks;
+#[cfg(fuzzing)]
+mod read;
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Config, NoTls, Socket};
 
-use super::config::{Configuration, IntoConfig, names, targets, template};
+use super::config::{Configuration, IntoConfig, names, open_within, targets, template};
 use super::dialer::Dialer;
 use super::hooks::Hooks;
 use super::idle::{Idle, Keeper};
@@ -58,7 +58,8 @@ pub struct PoolBuilder {
     security: Security,
     ask_password: Option<Ask>,
     resolver: Option<Arc<dyn Resolve>>,
-    dns_servers: Vec<SocketAddr>,
+    dns_servers: Option<Vec<SocketAddr>>,
+    probe_timeout: Option<Duration>,
     max_size: usize,
     idle: Idle,
     max_lifetime: Duration,
@@ -83,7 +84,8 @@ impl PoolBuilder {
             security: Security::Unsaid,
             ask_password: None,
             resolver: None,
-            dns_servers: Vec::new(),
+            dns_servers: None,
+            probe_timeout: None,
             max_size: 16,
             idle: Idle { timeout: Duration::from_secs(10 * 60), min: 0 },
             max_lifetime: Duration::from_secs(30 * 60),
@@ -279,10 +281,10 @@ impl PoolBuilder {
 
     /// Asks these name servers (UDP and TCP, on the given ports) instead of the system's, without a search list.
     ///
-    /// They are ignored if [`PoolBuilder::resolver`] is used as well. A
-    /// [`HickoryResolver::with_name_servers`](crate::resolve::HickoryResolver::with_name_servers) takes them instead.
+    /// `build` refuses an empty list, and name servers beside [`PoolBuilder::resolver`], which takes them itself:
+    /// [`HickoryResolver::with_name_servers`](crate::resolve::HickoryResolver::with_name_servers).
     pub fn dns_servers(mut self, servers: impl IntoIterator<Item = SocketAddr>) -> Self {
-        self.dns_servers = servers.into_iter().collect();
+        self.dns_servers = Some(servers.into_iter().collect());
         self
     }
 
@@ -349,11 +351,12 @@ impl PoolBuilder {
         self
     }
 
-    /// Time limit for one probe, and for opening one connection: TCP, TLS, authentication and one query. Default: 3 s.
+    /// Time limit for one probe, and for opening one connection: TCP, TLS, authentication and one query. Default: the
+    /// `connect_timeout` of the connection string, or else 3 s.
     ///
     /// All candidates are probed at the same time, each with this limit, so a silent one does not delay the others.
     pub fn probe_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.probe_timeout = timeout;
+        self.probe_timeout = Some(timeout);
         self
     }
 
@@ -449,6 +452,8 @@ impl PoolBuilder {
     /// Creates only the manager, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
     /// `idle_timeout`, `sleep_after` and the retry settings are not used.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
+        let (written, default) = (&self.ssl.written, self.settings.probe_timeout);
+        self.settings.probe_timeout = open_within(&self.config, written, self.probe_timeout, default)?;
         checked(&mut self.settings)?;
         let settings = &self.settings;
         not_zero("max_lifetime", self.max_lifetime)?;

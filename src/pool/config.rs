@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::Config;
-use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, TargetSessionAttrs};
+use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs};
 
 use super::hosts::{Hosts, Target};
 use super::security::NO_CONNECTOR;
 use super::ssl::{self, Ssl};
+use super::startup;
 use super::typo;
 use crate::cluster::Name;
 use crate::error::BuildError;
@@ -53,11 +54,14 @@ mod sealed {
 impl IntoConfig for &str {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
         let (text, ssl) = ssl::split(self);
-        let config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
+        let mut config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
         not_misread(self, &config, &ssl)?;
         ssl.hosts.check_role()?;
         if let Some((option, problem)) = ssl.refused {
             return Err(BuildError::invalid(option, problem));
+        }
+        if !ssl.user_timeout.is_zero() {
+            config.tcp_user_timeout(ssl.user_timeout);
         }
         Ok(Configuration { config, ssl })
     }
@@ -96,7 +100,8 @@ fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError>
         // The driver ends the credentials at the first `@`.
         let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
         let (user, _) = credentials.split_once(':').unwrap_or((credentials, ""));
-        if before_parameters.contains('@') || user.contains(['/', '?']) || credentials.contains("password=") {
+        let parameter = ["?password=", "&password="].iter().any(|key| credentials.contains(key));
+        if before_parameters.contains('@') || user.contains(['/', '?']) || parameter {
             let problem = "an `@` in a password, a name or a parameter must be written %40";
             return Err(BuildError::invalid("connection string", problem));
         }
@@ -177,6 +182,16 @@ pub(super) fn template(
     if config.get_ssl_mode() == SslMode::Require && !tls {
         return Err(BuildError::invalid("sslmode", format!("TLS is asked for; {NO_CONNECTOR}")));
     }
+    // The driver would otherwise send the password in plain text, or refuse each session.
+    if config.get_ssl_negotiation() == SslNegotiation::Direct && config.get_ssl_mode() != SslMode::Require {
+        let problem = "`direct` needs TLS: write sslmode=verify-full (or `verify-ca`, `require`) beside it";
+        return Err(BuildError::invalid("sslnegotiation", problem));
+    }
+    if config.get_options().is_some_and(startup::read_only) {
+        let problem = "`default_transaction_read_only` makes each server look fenced, and this pool is for writing to the \
+                       primary; remove it, and ask for read-only transactions one by one";
+        return Err(BuildError::invalid("options", problem));
+    }
     if config.get_channel_binding() == ChannelBinding::Require && config.get_ssl_mode() == SslMode::Disable {
         return Err(BuildError::invalid("channel_binding", "`require` needs TLS, and sslmode=disable forbids it"));
     }
@@ -216,6 +231,29 @@ pub(super) fn template(
     }
     keep_alive(config, written, &mut template);
     Ok(template)
+}
+
+/// The time limit for opening a session: that of the builder, or else the `connect_timeout` of the configuration. In a
+/// connection string it limits the whole, as in libpq. In a [`Config`] that was built in code it limits TCP alone, as in the
+/// driver, so a short one leaves the rest as it is.
+pub(super) fn open_within(
+    config: &Config,
+    written: &[&'static str],
+    builder: Option<Duration>,
+    default: Duration,
+) -> Result<Duration, BuildError> {
+    match (builder, config.get_connect_timeout().copied()) {
+        (Some(limit), Some(timeout)) if timeout > limit && !limit.is_zero() => {
+            let problem = format!(
+                "{timeout:?} is longer than `PoolBuilder::probe_timeout`, {limit:?}, which limits opening a session; raise \
+                 that, or remove one of them"
+            );
+            Err(BuildError::invalid("connect_timeout", problem))
+        }
+        (Some(limit), _) => Ok(limit),
+        (None, Some(timeout)) if timeout > default || written.contains(&"connect_timeout") => Ok(timeout),
+        (None, _) => Ok(default),
+    }
 }
 
 /// Returns the names for the pool's metrics and log lines. Without a database name, PostgreSQL uses the user's name.
@@ -289,19 +327,23 @@ mod tests {
         }
     }
 
-    /// What the user has written about TCP is kept, also where it is the driver's default, or 0 for the system's. In seconds:
-    /// `tcp_user_timeout`, and the idle time, the interval and the number of keep-alives.
+    /// What the user has written about TCP is kept, also where it is the driver's default, or 0 for the system's. In
+    /// milliseconds, as libpq reads it: `tcp_user_timeout`. In seconds: the idle time, the interval and the number of
+    /// keep-alives.
     #[test]
     fn what_is_written_about_tcp_is_kept() {
         for (options, expected) in [
-            ("", (Some(20), 5, Some(1), Some(3))),
-            ("keepalives_idle=7200", (Some(20), 7200, Some(1), Some(3))),
-            ("keepalives_idle=0", (Some(20), 7200, Some(1), Some(3))),
-            ("keepalives_idle=60", (Some(20), 60, Some(1), Some(3))),
-            ("keepalives_interval=0", (Some(20), 5, None, Some(3))),
-            ("keepalives_interval=75&keepalives_retries=9", (Some(20), 5, Some(75), Some(9))),
+            ("", (Some(20_000), 5, Some(1), Some(3))),
+            ("keepalives_idle=7200", (Some(20_000), 7200, Some(1), Some(3))),
+            ("keepalives_idle=0", (Some(20_000), 7200, Some(1), Some(3))),
+            ("keepalives_idle=60", (Some(20_000), 60, Some(1), Some(3))),
+            ("keepalives_interval=0", (Some(20_000), 5, None, Some(3))),
+            ("keepalives_interval=75&keepalives_retries=9", (Some(20_000), 5, Some(75), Some(9))),
             ("tcp_user_timeout=0", (None, 5, Some(1), Some(3))),
+            ("tcp_user_timeout=-1", (None, 5, Some(1), Some(3))),
             ("tcp_user_timeout=600", (Some(600), 5, Some(1), Some(3))),
+            ("tcp_user_timeout=20000", (Some(20_000), 5, Some(1), Some(3))),
+            ("tcp_user_timeout=600&tcp_user_timeout=0", (None, 5, Some(1), Some(3))),
             ("tcp_user_timeout=0&keepalives_idle=7200&keepalives_interval=0", (None, 7200, None, Some(3))),
         ] {
             let url = format!("postgres://app@my-pg.internal/app?{options}");
@@ -310,13 +352,16 @@ mod tests {
                 let Configuration { config, ssl } = text.as_str().into_configuration().unwrap();
                 let template = template(&config, &ssl.written, false, Duration::from_secs(20)).unwrap();
                 let found = (
-                    template.get_tcp_user_timeout().map(Duration::as_secs),
+                    template.get_tcp_user_timeout().map(Duration::as_millis),
                     template.get_keepalives_idle().as_secs(),
                     template.get_keepalives_interval().map(|interval| interval.as_secs()),
                     template.get_keepalives_retries(),
                 );
                 assert_eq!(found, expected, "{text}");
             }
+        }
+        for text in ["tcp_user_timeout=soon", "tcp_user_timeout=99999999999"] {
+            assert!(refused(&format!("host=my-pg.internal {text}")).contains("tcp_user_timeout"), "{text}");
         }
         let error = template(&config("keepalives_retries=0"), &[], false, Duration::from_secs(20)).unwrap_err();
         assert!(error.to_string().contains("keepalives_retries"), "{error}");

@@ -272,7 +272,7 @@ impl<C: SessionClient> Dialer<C> {
         let endpoint = generation.endpoint();
         let opening = opener.open(&endpoint, Question::Identity, generation.scope.clone());
         let (session, report) = timeout(within, opening).await.unwrap_or_else(|_| {
-            let message = format!("no session within {within:?}");
+            let message = format!("no session within {within:?} (probe_timeout)");
             Err(ProbeFailure::new(FailureKind::TimedOut, message))
         })?;
         let admitted = generation.primary.admits(&report);

@@ -115,8 +115,25 @@ impl Target {
             Some(Host::Unix(_)) => None,
             None => None,
         };
-        if self.address.is_none() && name.is_some_and(is_scoped) {
+        if self.address.is_some() {
+            return Ok(self);
+        }
+        if name.is_some_and(is_scoped) {
             return Err(scoped("host"));
+        }
+        // libpq takes it for one, and the driver for a name.
+        if name.is_some_and(|name| name.starts_with('@')) {
+            let problem = "an abstract Unix socket, as in @pg, cannot be connected to by the driver; give the folder of the \
+                           server's socket, or its address";
+            return Err(BuildError::invalid("host", problem));
+        }
+        #[cfg(unix)]
+        if let Some(Host::Unix(folder)) = &self.host
+            && std::os::unix::net::SocketAddr::from_pathname(folder.join(format!(".s.PGSQL.{}", self.port))).is_err()
+        {
+            let problem = "the path of the server's socket is too long for this system, which takes about a hundred bytes; give \
+                           a shorter one, such as a symbolic link to the folder";
+            return Err(BuildError::invalid("host", problem));
         }
         Ok(self)
     }

@@ -147,14 +147,21 @@ pub(super) fn not_zero(option: &'static str, duration: Duration) -> Result<(), B
 /// the configuration has no name, so no resolver is needed.
 pub(super) fn resolver(
     own: Option<Arc<dyn Resolve>>,
-    servers: Vec<SocketAddr>,
+    servers: Option<Vec<SocketAddr>>,
     unused: bool,
 ) -> Result<Arc<dyn Resolve>, BuildError> {
-    if let Some(own) = own {
-        return Ok(own);
-    }
-    if !servers.is_empty() {
-        return Ok(Arc::new(HickoryResolver::with_name_servers(servers)));
+    match (own, servers) {
+        (Some(_), Some(_)) => {
+            let problem = "would not be asked, as `PoolBuilder::resolver` is given too; remove one of them";
+            return Err(BuildError::invalid("dns_servers", problem));
+        }
+        (None, Some(servers)) if servers.is_empty() => {
+            let problem = "give at least one, or do not call it, to ask those of the system";
+            return Err(BuildError::invalid("dns_servers", problem));
+        }
+        (Some(own), None) => return Ok(own),
+        (None, Some(servers)) => return Ok(Arc::new(HickoryResolver::with_name_servers(servers))),
+        (None, None) => {}
     }
     if unused {
         return Ok(Arc::new(crate::resolve::FixedResolver::new(Vec::<(String, Vec<IpAddr>)>::new())));

@@ -1,9 +1,11 @@
 //! libpq's options about certificates and hosts that the driver's parser does not know or reads differently.
 //!
 //! Takes those options out of the text, and leaves everything else for the driver to read, including mistakes. It also
-//! notes which options about TCP are written there, as the driver does not tell: it reads 0 as if nothing were written.
+//! notes which options about TCP and connecting are written there, as the driver does not tell: it reads 0 as if nothing
+//! were written. And it reads `tcp_user_timeout`, which is in milliseconds in libpq, and in seconds in the driver.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use super::hosts::Hosts;
 
@@ -75,8 +77,8 @@ const NOT_HONOURED: [(&str, &str); 31] = [
     ("sslsni", REMOVE),
 ];
 
-/// The options whose default is another one here than the driver's.
-const TCP: [&str; 3] = ["keepalives_idle", "keepalives_interval", "tcp_user_timeout"];
+/// The options whose default, or whose meaning, is another one here than the driver's.
+const NOTED: [&str; 4] = ["connect_timeout", "keepalives_idle", "keepalives_interval", "tcp_user_timeout"];
 
 /// The options that were taken out. As in libpq, an empty value counts as none.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -91,8 +93,10 @@ pub(super) struct Ssl {
     pub(super) key: Option<String>,
     /// The options about hosts.
     pub(super) hosts: Hosts,
-    /// Which of [`TCP`] are written. They stay in the text.
+    /// Which of [`NOTED`] are written.
     pub(super) written: Vec<&'static str>,
+    /// `tcp_user_timeout`. As in libpq, 0 and less stand for the system's default.
+    pub(super) user_timeout: Duration,
     /// An option that cannot be honoured, and what to do instead.
     pub(super) refused: Option<(&'static str, &'static str)>,
 }
@@ -111,7 +115,11 @@ impl Ssl {
         if self.hosts.take(key, &value) {
             return Some("");
         }
-        self.written.extend(TCP.into_iter().filter(|option| *option == key));
+        self.written.extend(NOTED.into_iter().filter(|option| *option == key));
+        if key == "tcp_user_timeout" {
+            self.read_user_timeout(&value);
+            return Some("");
+        }
         let file = match key {
             "sslmode" => {
                 self.mode = Mode::named(&value);
@@ -137,6 +145,17 @@ impl Ssl {
         };
         *file = Some(value).filter(|value| !value.is_empty());
         Some("")
+    }
+}
+
+impl Ssl {
+    fn read_user_timeout(&mut self, value: &str) {
+        match value.trim().parse::<i32>() {
+            Ok(milliseconds) => {
+                self.user_timeout = Duration::from_millis(u64::try_from(milliseconds).unwrap_or_default());
+            }
+            Err(_) => self.refused = Some(("tcp_user_timeout", "must be a number of milliseconds of at most 31 bits")),
+        }
     }
 }
 

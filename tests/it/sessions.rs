@@ -2,6 +2,7 @@
 
 mod environment;
 mod listen;
+mod options;
 mod revoked;
 mod rotation;
 mod settings;

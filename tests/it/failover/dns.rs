@@ -9,7 +9,7 @@ use tokio_postgres_failover::resolve::HickoryResolver;
 use tokio_postgres_failover::view::{Address, State};
 use tokio_postgres_failover::{Error, Pool};
 
-use crate::support::load::{LONG, Load, Write, by_name, create_table, generation};
+use crate::support::load::{LONG, Load, Write, by_name, by_url, create_table, generation};
 use crate::support::{split, stalls, started};
 
 async fn fail_over(cluster: &Cluster) -> Instant {
@@ -107,7 +107,7 @@ async fn silent_dns_during_a_failover() {
     let patience = Duration::from_secs(5);
     let cluster = started().await;
     let resolver = HickoryResolver::with_name_servers([cluster.dns().addr()]).timeout(patience);
-    let pool = by_name(&cluster).dns_servers([]).resolver(resolver).patrol_interval(Duration::from_millis(100));
+    let pool = by_url(cluster.url()).resolver(resolver).patrol_interval(Duration::from_millis(100));
     let pool = pool.build().unwrap();
     let load = Load::warm(&pool, 8, Write::Transaction).await;
     cluster.dns().answer(Answer::Silent);
@@ -133,7 +133,7 @@ async fn slow_dns_during_a_failover() {
     let slow = Duration::from_secs(3);
     let cluster = started().await;
     let resolver = HickoryResolver::with_name_servers([cluster.dns().addr()]).timeout(2 * slow);
-    let pool = by_name(&cluster).dns_servers([]).resolver(resolver).build().unwrap();
+    let pool = by_url(cluster.url()).resolver(resolver).build().unwrap();
     let load = Load::warm(&pool, 8, Write::Transaction).await;
     cluster.dns().delay(slow);
     let accepted = fail_over(&cluster).await;

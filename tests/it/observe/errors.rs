@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use testbed::{Answer, Cluster, Dns, Garbage, Node, Tap, eventually};
 use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
+use tokio_postgres_failover::resolve::FixedResolver;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy};
 
@@ -70,8 +71,24 @@ async fn bad_connection_strings_are_refused() {
             "channel_binding",
             &["needs TLS", "sslmode=disable"],
         ),
+        ("postgres://app@db/app?sslnegotiation=direct", "sslnegotiation", &["sslmode", "verify-full"]),
+        ("host=db sslnegotiation=direct sslmode=disable", "sslnegotiation", &["sslmode", "verify-full"]),
+        ("host=@pg user=app", "host", &["abstract", "folder"]),
+        ("postgres:///app?host=/run/pg,%40pg", "host", &["abstract", "folder"]),
+        (
+            "host=db options='-c default_transaction_read_only=on'",
+            "options",
+            &["default_transaction_read_only", "primary"],
+        ),
+        (
+            "postgres://app@db/app?options=-cwork_mem%3D8MB%20--default-transaction-read-only%3DTRUE",
+            "options",
+            &["default_transaction_read_only", "remove"],
+        ),
     ];
     refused(table);
+    let long = format!("host=/{} user=app", "x".repeat(100));
+    refused(&[(long.as_str(), "host", &["too long"])]);
 }
 
 /// Acceptance 9: what asks for TLS, and nothing that could do it.
@@ -115,6 +132,9 @@ async fn harmless_options_are_taken() {
         "postgres://app@127.0.0.1/app?load_balance_hosts=disable",
         "postgres://app@127.0.0.1/app?sslmode=prefer",
         "postgres://app@127.0.0.1/app?connect_timeout=5&keepalives=0&tcp_user_timeout=7",
+        "postgres://app:my-password=1@127.0.0.1/app",
+        "postgres://app@127.0.0.1/app?options=-c%20default_transaction_read_only%3Don%20-c%20default_transaction_read_only%3Doff",
+        "host=127.0.0.1 options='-c my.default_transaction_read_only=on'",
         "host=/var/run/postgresql user=app",
         "host=127.0.0.1 user=app client_encoding=UTF8",
         "postgres://app@127.0.0.1/app?client_encoding=utf-8",
@@ -146,6 +166,12 @@ async fn bad_settings_are_refused() {
         (|b| b.poll_interval(ZERO, SECOND), "poll_interval", "longer than zero"),
         (|b| b.poll_interval(SECOND, SECOND / 2), "poll_interval", "shortest"),
         (|b| b.probe_timeout(ZERO), "probe_timeout", "longer than zero"),
+        (|b| b.dns_servers([]), "dns_servers", "at least one"),
+        (
+            |b| b.dns_servers([([127, 0, 0, 1], 53).into()]).resolver(FixedResolver::default()),
+            "dns_servers",
+            "`PoolBuilder::resolver`",
+        ),
         (|b| b.dead_after(ZERO), "dead_after", "longer than zero"),
         (|b| b.retry(RetryPolicy::new().deadline(ZERO)), "retry", "deadline is zero"),
         (|b| b.retry(RetryPolicy::new().attempts(0)), "retry", "at least 1"),

@@ -1,4 +1,4 @@
-//! What a fuzz target asks of a builder.
+//! What the fuzz targets look at.
 
 use tokio_postgres::Config;
 
