@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
@@ -32,6 +32,9 @@ struct Inner<C> {
     abort: Option<AbortHandle>,
     facts: Facts,
     watched: Arc<Watched>,
+    opened_at: Instant,
+    /// When it last came back, in milliseconds since it was opened.
+    returned_at: AtomicU64,
     /// From this moment on it is not handed out any more.
     expires: Instant,
     /// A caller has used it before.
@@ -50,9 +53,12 @@ impl<C: SessionClient> Connection<C> {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
         let trail = Arc::new(Trail::of(&*session.client));
+        let opened_at = Instant::now();
         let inner = Inner {
             watched,
-            expires: Instant::now() + lifetime,
+            opened_at,
+            returned_at: AtomicU64::new(0),
+            expires: opened_at + lifetime,
             client: session.client,
             abort: session.abort,
             facts: Facts::new(generation, session.notices, trail),
@@ -108,6 +114,23 @@ impl<C: SessionClient> Connection<C> {
 
     pub(super) fn expired(&self) -> bool {
         Instant::now() >= self.inner.expires
+    }
+
+    /// Notes that it comes back.
+    pub(super) fn returned(&self) {
+        let after = u64::try_from(self.inner.opened_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.inner.returned_at.store(after, Ordering::Relaxed);
+    }
+
+    /// How long ago it came back, or was opened if nobody has had it.
+    pub(super) fn idle_for(&self) -> Duration {
+        let returned = Duration::from_millis(self.inner.returned_at.load(Ordering::Relaxed));
+        self.inner.opened_at.elapsed().saturating_sub(returned)
+    }
+
+    /// Returns whether nothing is under way, as far as is known without waiting.
+    pub(super) fn is_known_idle(&self) -> bool {
+        self.inner.facts.notices.activity.is_idle() == Some(true)
     }
 
     /// Returns whether a caller may get it now: it is usable, and its generation is the current one.

@@ -107,6 +107,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
     pub(super) fn give_back(&self, object: Object<Manager<C>>) {
+        object.returned();
         if !self.dials.wanted() {
             drop(object);
         } else if self.dials.is_overfull() {

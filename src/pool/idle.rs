@@ -81,8 +81,8 @@ impl Idle {
         let idle = pool.status().available + dialer.dials.ready();
         let mut surplus = idle.saturating_sub(self.min);
         let mut reaped = dialer.dials.reap(&dialer.cluster, self.timeout, &mut surplus);
-        let retained = pool.retain(|connection, metrics| {
-            let reap = connection.stale(&dialer.cluster) || (surplus > 0 && metrics.last_used() >= self.timeout);
+        let retained = pool.retain(|connection, _| {
+            let reap = connection.stale(&dialer.cluster) || (surplus > 0 && connection.idle_for() >= self.timeout);
             surplus = surplus.saturating_sub(usize::from(reap));
             !reap
         });
