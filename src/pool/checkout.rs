@@ -133,18 +133,20 @@ impl<C: SessionClient> Pool<C> {
             // The inner pool has no time-outs and no hooks of its own, so this error means that it was closed.
             Err(_) => return Err(Error::without_primary(self.cluster().ended())),
         };
-        let object = if self.dialer.must_be_tested(&object) {
-            match Box::pin(self.dialer.tested(object)).await {
-                Some(object) if object.may_be_handed_out(self.cluster()) => object,
-                Some(object) => {
-                    self.dialer.give_back(object);
-                    return Ok(None);
-                }
-                None => return Ok(None),
-            }
+        let (object, tested) = if !object.is_known_idle() || self.dialer.must_be_tested(&object) {
+            let Some(object) = Box::pin(self.dialer.tested(object)).await else { return Ok(None) };
+            (object, true)
         } else {
-            object
+            (object, false)
         };
+        // The pool's `recycle` has looked at the rest of it just now.
+        let current = self.cluster().is_current(object.facts().generation);
+        if !current || (tested && !object.may_be_handed_out(self.cluster())) {
+            // It may be as good as before when the primary is resumed. The next round waits without it.
+            self.dialer.give_back(object);
+            tokio::task::yield_now().await;
+            return Ok(None);
+        }
         let object = if self.dialer.vets() {
             match Box::pin(self.dialer.vetted(object)).await {
                 Some(object) if object.may_be_handed_out(self.cluster()) => object,

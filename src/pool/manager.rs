@@ -54,17 +54,20 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         if !connection.usable() || connection.expired() {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
+        let (cluster, id) = (&self.dialer.cluster, connection.facts().generation);
+        // A caller that gives up inside `recycle` loses a good connection. So this crate's own pool waits for nothing here:
+        // `checkout.rs` does so, where the connection stays in the pool.
+        if !self.dialer.dials.is_pool_built_by_hand() {
+            let ended = cluster.has_ended(id);
+            return if ended { Err(RecycleError::message("the connection's generation has ended")) } else { Ok(()) };
+        }
         if !connection.idle().await {
-            // This happens only in a pool built by hand. This crate's own pool checks connections when they are given
-            // back.
             self.dialer.cancel_running(connection, connection.facts());
             return Err(RecycleError::message("something is under way on the connection, or a transaction is open"));
         }
-        // This crate's own pool tests its connections outside of `recycle`, so that a caller that gives up loses none.
-        if self.dialer.dials.is_pool_built_by_hand() && !self.dialer.is_alive(connection).await {
+        if !self.dialer.is_alive(connection).await {
             return Err(RecycleError::message("its server has not answered"));
         }
-        let (cluster, id) = (&self.dialer.cluster, connection.facts().generation);
         if cluster.is_current(id) {
             return Ok(());
         }

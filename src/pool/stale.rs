@@ -46,7 +46,8 @@ impl<C: SessionClient> Dialer<C> {
     fn put_aside(self: &Arc<Self>, connection: Connection<C>, found: &Found) {
         match found {
             Found::Silent => self.doubt(connection),
-            _ => drop(connection),
+            Found::Busy => self.cancel_running(&connection, connection.facts()),
+            Found::Fit | Found::Unfit => {}
         }
     }
 
@@ -108,7 +109,9 @@ enum Found {
     Fit,
     /// The server has given no answer yet.
     Silent,
-    /// It has ended, or something is under way on it.
+    /// Something is under way on it.
+    Busy,
+    /// It has ended.
     Unfit,
 }
 
@@ -174,7 +177,7 @@ impl<C: SessionClient, T: Tested<C>> Testing<'_, C, T> {
         let Some(tested) = &self.tested else { return Found::Unfit };
         let connection = tested.connection();
         if !connection.idle().await {
-            return Found::Unfit;
+            return Found::Busy;
         }
         if !self.dialer.must_be_tested(connection) {
             return Found::Fit;

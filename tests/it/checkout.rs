@@ -9,6 +9,7 @@ mod hooks;
 mod hygiene;
 mod idle;
 mod impatient;
+mod kept;
 mod limits;
 mod loans;
 mod quiet;

@@ -1,0 +1,105 @@
+//! Good connections stay in the pool, whatever becomes of the callers that were to get them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use testbed::{Cluster, Node, Path, Tap, eventually};
+use tokio::time::sleep;
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder};
+
+use crate::support::PATIENCE;
+
+const NEVER: Duration = Duration::from_secs(3600);
+
+async fn single() -> Cluster {
+    Cluster::builder().nodes(1).start().await
+}
+
+fn builder(to: SocketAddr) -> PoolBuilder {
+    Pool::builder(format!("postgres://app@{to}/app")).unwrap()
+}
+
+async fn pid(client: &Client) -> i32 {
+    client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
+}
+
+/// A caller waits for a slot when the primary is suspended, gets the connection that is given back then, and gives up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_gives_up_during_a_suspension_closes_nothing() {
+    let cluster = single().await;
+    let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let limit = Duration::from_millis(300);
+    let builder = builder(tap.addr()).max_size(1).heartbeat_interval(limit).heartbeat_timeout(limit);
+    let pool = builder.test_idle_after(NEVER).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let before = (pid(&held).await, held.generation());
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get_within(NEVER).await.map(drop) }
+    });
+    eventually("it waits for a slot", PATIENCE, async || pool.status().waiting == 1).await;
+    tap.stall(true);
+    eventually("suspended", PATIENCE, async || matches!(pool.status().view.state, State::Searching { .. })).await;
+    drop(held);
+    // The slot is free, and the caller knows.
+    sleep(limit).await;
+    waits.abort();
+    assert!(waits.await.unwrap_err().is_cancelled());
+    tap.stall(false);
+    let client = pool.get_within(PATIENCE).await.unwrap();
+    assert_eq!((pid(&client).await, client.generation()), before);
+}
+
+/// A transaction was dropped, and its driver has not seen the ROLLBACK yet. A caller that does not wait at all comes first.
+#[tokio::test]
+async fn who_does_not_wait_for_a_rollback_closes_nothing() {
+    let cluster = single().await;
+    let pool = builder(cluster.socket_addr(Node(0))).max_size(1).build().unwrap();
+    let mut client = pool.get().await.unwrap();
+    let before = pid(&client).await;
+    drop(client.transaction().await.unwrap());
+    drop(client);
+    drop(pool.get_within(Duration::ZERO).await);
+    let client = pool.get_within(PATIENCE).await.unwrap();
+    assert_eq!(pid(&client).await, before);
+}
+
+/// `idle_timeout` counts from the time when a connection came back, and not from when it was handed out.
+#[tokio::test]
+async fn a_connection_that_was_in_use_for_long_is_not_idle_for_long() {
+    let cluster = single().await;
+    let idle = Duration::from_secs(2);
+    let builder = builder(cluster.socket_addr(Node(0))).max_size(1).idle_timeout(idle);
+    let pool = builder.build().unwrap();
+    let client = pool.get().await.unwrap();
+    let before = pid(&client).await;
+    sleep(idle * 2).await;
+    drop(client);
+    // The reaper looks four times in that time.
+    sleep(idle * 2 / 5).await;
+    let client = pool.get_within(PATIENCE).await.unwrap();
+    assert_eq!(pid(&client).await, before);
+    // And what is idle for so long is closed.
+    drop(client);
+    eventually("closed", PATIENCE, async || pool.status().size == 0).await;
+}
+
+/// While idle connections are being tested, none is in use, and the error does not say so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_connections_that_are_tested_are_not_said_to_be_in_use() {
+    let cluster = single().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let idle = Duration::from_millis(100);
+    let builder = builder(path.addr()).max_size(4).min_idle(4).heartbeat_interval(NEVER).test_idle_after(idle);
+    let pool = builder.build().unwrap();
+    eventually("four are ready", PATIENCE, async || pool.status().available == 4).await;
+    sleep(idle * 3).await;
+    path.hold(true);
+    let error = pool.get_within(idle).await.map(drop).unwrap_err();
+    path.hold(false);
+    let Error::Unavailable(why) = &error else { panic!("{error}") };
+    assert_eq!(why.reason(), UnavailableReason::NoSession, "{error}");
+    assert!(error.to_string().contains("tested") && !error.to_string().contains("max_connections"), "{error}");
+}
