@@ -195,8 +195,15 @@ impl<C: SessionClient> Pool<C> {
         // Wait before a slot is taken, so that others can use the slot meanwhile.
         self.cluster().primary().await.map_err(Error::without_primary)?;
         match inner.timeout_get(&AT_ONCE).await {
-            Ok(object) if object.use_it() => Ok(Some(self.lend(Loan::Own(object), None))),
-            Ok(_) | Err(PoolError::Timeout(_)) => Ok(None),
+            Ok(object) if self.cluster().is_current(object.facts().generation) && object.use_it() => {
+                Ok(Some(self.lend(Loan::Own(object), None)))
+            }
+            // A caller may wait for it.
+            Ok(object) => {
+                self.dialer.give_back(object);
+                Ok(None)
+            }
+            Err(PoolError::Timeout(_)) => Ok(None),
             Err(PoolError::Backend(error)) => Err(error),
             Err(_) => Err(Error::without_primary(self.cluster().ended())),
         }
