@@ -57,7 +57,7 @@ pub(crate) enum Action {
         /// Time limit for opening a session and getting the answer.
         opened_within: Duration,
     },
-    /// No session to the primary is kept: ask it on one of the pool's idle sessions, if there is one. What is received there
+    /// No session to the primary, or to the one that is suspended, is kept: ask it on one of the pool's idle sessions, if there is one. What is received there
     /// counts as heard.
     AskIdle,
     /// Checkouts wait, but the generation's connections stay open.

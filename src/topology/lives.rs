@@ -234,8 +234,10 @@ impl Topology {
         match sighting.finding() {
             Finding::Lives => {
                 self.primary_lives(now);
-                // This failure is the server's own answer to this question. No other one is.
-                if failure.kind == FailureKind::Full {
+                // No other failure is the server's own answer to this question. On a new session it may be another
+                // server's, behind a proxy.
+                let older_open = sighting.kept_open || sighting.pooled_open;
+                if failure.kind == FailureKind::Full && !(sighting.fresh && older_open) {
                     self.heard(now);
                 }
             }

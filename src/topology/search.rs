@@ -151,6 +151,7 @@ impl Topology {
         let others_silent = self.members.iter().any(|(other, member)| other != address && !self.answered(member))
             || self.names_outstanding();
         let newest = self.newest_if_current();
+        let (kept_open, pooled_open) = (self.beside.due.is_some() || self.beside.asking, self.traffic.open > 0);
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };
@@ -158,6 +159,17 @@ impl Topology {
         if let Some(suspended) = &mut search.suspended {
             let same_address = suspended.primary.endpoint.address == *address;
             match answer {
+                // Behind a proxy, this may be another server's answer. So an open session decides, which is asked too.
+                Answer::Failed(failure)
+                    if same_address
+                        && suspended.silent
+                        && failure.kind == FailureKind::Full
+                        && (kept_open || pooled_open) =>
+                {
+                    if !kept_open {
+                        self.actions.push(Action::AskIdle);
+                    }
+                }
                 // The primary was only silent for a while. It has no slot for a new session, perhaps because this
                 // pool's sessions use them all.
                 Answer::Failed(failure) if same_address && suspended.silent && failure.kind == FailureKind::Full => {

@@ -121,11 +121,11 @@ impl<C: SessionClient> Dials<C> {
         begun.then(|| Asking(Arc::clone(&self.room)))
     }
 
-    /// Takes a connection that no caller has and that may be handed out.
+    /// Takes a connection that no caller has, to the primary or to the one that is suspended.
     pub(in crate::pool) fn take_any(&self, cluster: &Cluster<C>) -> Option<Connection<C>> {
-        self.take_idle().or_else(|| {
+        self.take_idle_if(|connection| !connection.stale(cluster)).or_else(|| {
             let mut book = self.book();
-            let at = book.ready.iter().position(|ready| ready.connection.may_be_handed_out(cluster))?;
+            let at = book.ready.iter().position(|ready| !ready.connection.stale(cluster))?;
             Some(book.ready.remove(at).connection)
         })
     }
@@ -133,10 +133,15 @@ impl<C: SessionClient> Dials<C> {
     /// Takes an idle connection of the pool that may be handed out.
     pub(super) fn take_idle(&self) -> Option<Connection<C>> {
         let pool = self.pool.get()?.upgrade()?;
+        self.take_idle_if(|connection| connection.may_be_handed_out(&pool.manager().dialer.cluster))
+    }
+
+    fn take_idle_if(&self, wanted: impl Fn(&Connection<C>) -> bool) -> Option<Connection<C>> {
+        let pool = self.pool.get()?.upgrade()?;
         let mut found = false;
         // `retain` begins with the oldest connection. Any one is good.
         let taken = pool.retain(|connection, _| {
-            let take = !found && connection.may_be_handed_out(&pool.manager().dialer.cluster);
+            let take = !found && wanted(connection);
             found |= take;
             !take
         });

@@ -215,6 +215,37 @@ fn a_server_that_was_silent_and_is_full_serves_again() {
     assert_eq!(bench.primary(), None, "it may be fenced");
 }
 
+/// The address may be a proxy's, which leads to a full successor while the primary's host is frozen: then what says that it
+/// is full is not the server that is silent. That one can be asked on its open sessions.
+#[test]
+fn a_full_server_at_the_address_of_a_silent_one_may_be_another() {
+    for kept_open in [true, false] {
+        let mut bench = Bench::settled();
+        let traffic = TrafficSample { in_use: false, moved: false, received: false, open: 1 };
+        bench.topology.traffic(bench.now, traffic);
+        bench.wait(ms(1000));
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, kept_open);
+        assert_eq!(bench.primary(), None);
+        for _ in 0..40 {
+            bench.wait(ms(1000));
+            bench.fail(1, FailureKind::Full);
+            assert_eq!(bench.primary(), None, "{kept_open}");
+        }
+        assert_eq!(bench.ended(), [1], "{kept_open}: it was silent for longer than dead_after");
+    }
+}
+
+/// And a patrol that meets such a server hides no silence.
+#[test]
+fn a_full_server_is_no_answer_for_one_that_is_silent() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.wait(ms(50));
+    bench.answer(1, Err(failure(FailureKind::Full)), true, true);
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+}
+
 #[test]
 fn a_server_that_answers_is_not_silent() {
     let mut bench = Bench::settled();
