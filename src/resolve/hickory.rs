@@ -15,6 +15,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
@@ -39,13 +40,17 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// How long to wait for the second address family after the first one has given addresses. Some name servers drop AAAA
 /// queries. Without this limit, each question to them would last until the time-out.
 const GRACE: Duration = Duration::from_millis(100);
+/// So long it waits now and then, in case the second family is always later than that: a look-up in so many of those in a
+/// row in which it was missing.
+const LONG_GRACE: Duration = Duration::from_secs(1);
+const PATIENT: u32 = 4;
 
 /// A resolver that asks DNS for each question, without a cache.
 ///
 /// - It caches neither addresses nor failures, whatever their time to live says.
 /// - It asks for A and AAAA records separately and at the same time, and merges the answers, IPv4 first. When one kind
-///   has given addresses, it waits for the other one for 100 ms at most. If that one fails, the result holds what was
-///   found, and [`Addresses::partial`] has the failure. If neither gives addresses, the failure that says more is
+///   has given addresses, it waits for the other one for 100 ms at most, and while that one stays missing, for 1 s in each
+///   fourth look-up. If that one fails, the result holds what was found, and [`Addresses::partial`] has the failure. If neither gives addresses, the failure that says more is
 ///   reported: a SERVFAIL or a time-out rather than a "no such name".
 /// - It asks again by TCP after a truncated answer, and follows CNAME records.
 /// - An IP address is its own answer. Nothing is sent for it.
@@ -70,6 +75,8 @@ const GRACE: Duration = Duration::from_millis(100);
 pub struct HickoryResolver {
     setup: Source,
     timeout: Duration,
+    /// How many look-ups in a row have found one address family only because the other one failed.
+    partial: AtomicU32,
 }
 
 impl HickoryResolver {
@@ -172,7 +179,7 @@ impl HickoryResolver {
     }
 
     fn new(setup: Source) -> Self {
-        Self { setup, timeout: Duration::from_secs(1) }
+        Self { setup, timeout: Duration::from_secs(1), partial: AtomicU32::new(0) }
     }
 
     fn from_files(files: Files) -> Result<Self, ResolveError> {
@@ -245,12 +252,19 @@ impl HickoryResolver {
         };
         let (v4, v6) = (pin!(family(RecordType::A)), pin!(family(RecordType::AAAA)));
         let (Either::Left((faster, slower)) | Either::Right((faster, slower))) = select(v4, v6).await;
+        let patient = self.partial.load(Ordering::Relaxed) % PATIENT == PATIENT - 1;
+        let grace = if patient { LONG_GRACE } else { GRACE };
         let slower = if faster.is_ok() {
-            timeout(GRACE, slower).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
+            timeout(grace, slower).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
         } else {
             slower.await
         };
         let mut merged = Addresses::merge(faster, slower)?;
+        if merged.partial().is_some() {
+            self.partial.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.partial.store(0, Ordering::Relaxed);
+        }
         // Either family may answer first, so sort by family. The sort is stable and keeps the order within each family.
         merged.addresses.sort_by_key(IpAddr::is_ipv6);
         Ok(merged)

@@ -67,6 +67,10 @@ impl Name {
     }
 }
 
+fn is_v4(address: &Address) -> bool {
+    matches!(address, Address::Tcp(address) if address.is_ipv4())
+}
+
 impl Topology {
     /// Handles the result of looking up one name.
     pub(crate) fn resolved(&mut self, now: Instant, name: usize, answer: NameAnswer) {
@@ -91,7 +95,15 @@ impl Topology {
             }
         };
         endpoints.truncate(MAX_ADDRESSES);
-        asked.addresses = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
+        let mut addresses: HashSet<_> = endpoints.iter().map(|endpoint| endpoint.address.clone()).collect();
+        // An answer without one of the address families takes none of its addresses away.
+        if asked.failure.is_some() {
+            let found = [true, false].map(|v4| addresses.iter().any(|address| is_v4(address) == v4));
+            let missing = |address: &&Address| !found[usize::from(!is_v4(address))];
+            let kept: Vec<_> = asked.addresses.iter().filter(missing).cloned().collect();
+            addresses.extend(kept);
+        }
+        asked.addresses = addresses;
         // Do this first, so that no server of this answer is forgotten to make room for another server of the same
         // answer.
         for endpoint in &endpoints {

@@ -12,6 +12,7 @@ mod fence;
 mod held;
 mod lives;
 mod paces;
+mod partial;
 mod pauses;
 mod roaming;
 mod scenarios;

@@ -117,6 +117,22 @@ async fn d2_a_family_that_is_never_answered_does_not_hold_up_the_other() {
     }
 }
 
+/// One family comes from a cache at once, and the other one takes longer than the usual wait for it, each time.
+#[tokio::test]
+async fn d2_a_family_that_is_always_late_is_waited_for_at_last() {
+    let (dns, resolver) = dns().await;
+    let late = Answer::Late(Duration::from_millis(200), Box::new(Answer::Addresses(vec![v4(1)])));
+    dns.answer(split(late, Answer::Addresses(vec![v6(1)])));
+    for _ in 0..8 {
+        let found = resolver.resolve(HOST).await.unwrap();
+        if found.partial().is_none() {
+            assert_eq!(found.iter().collect::<Vec<_>>(), [v4(1), v6(1)]);
+            return;
+        }
+    }
+    panic!("eight look-ups have not found the address of the late family");
+}
+
 #[tokio::test]
 async fn d2_an_empty_family_is_no_reason_to_give_up_on_the_silent_one() {
     let (dns, resolver) = dns().await;
