@@ -36,7 +36,8 @@ impl<C: SessionClient> Pool<C> {
             let holders = std::iter::successors(Some(innermost), |holder| holder.outer.as_deref());
             holders.filter(|holder| holder.pool == self.address()).count() >= max_size
         };
-        INNERMOST.try_with(held).unwrap_or(false)
+        // The owner of a wrapped pool that is closed has set it to 0.
+        max_size > 0 && INNERMOST.try_with(held).unwrap_or(false)
     }
 
     /// Returns whether this is called within a transaction of this pool.

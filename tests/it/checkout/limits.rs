@@ -127,6 +127,23 @@ async fn a_nested_call_that_could_never_get_a_connection_is_told_at_once() {
     }
 }
 
+/// A pool that its owner has closed says so, and not that a transaction of another pool holds its connections.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrapped_pool_that_was_closed_is_not_said_to_be_held_by_a_transaction() {
+    let cluster = single().await;
+    let outer = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))));
+    let existing = config.create_pool(None, NoTls).unwrap();
+    let closed = Pool::wrap(existing.clone()).build().unwrap();
+    drop(closed.get().await.unwrap());
+    existing.close();
+    let by_itself = closed.get_within(SHORT).await.map(drop).unwrap_err();
+    let within = outer.transaction(async |_| closed.get_within(SHORT).await.map(drop)).await.unwrap_err();
+    assert!(!within.to_string().contains("within hold"), "{within}");
+    assert_eq!(std::mem::discriminant(&within), std::mem::discriminant(&by_itself), "{within:?} {by_itself:?}");
+}
+
 /// A task of its own may outlive the closure, so it is not told: it waits, and gets the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_a_closure_spawns_may_wait_for_its_connection() {
