@@ -385,6 +385,16 @@ impl Watched {
 
 impl SessionEndListener for Arc<Watched> {
     fn session_ended(&self, lost: bool) {
+
+    /// Counts the connection no longer, although its session goes on.
+    #[cfg_attr(
+        not(feature = "metrics"),
+        expect(clippy::trivially_copy_pass_by_ref, reason = "with metrics it holds a time")
+    )]
+    pub(crate) fn detached(&self, lent: &Stopwatch) {
+        self.observer.meters.used(lent);
+        self.place.left(&self.observer.meters);
+    }
         self.open.0.fetch_sub(1, Ordering::Relaxed);
         self.place.left(&self.observer.meters);
         if lost {

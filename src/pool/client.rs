@@ -192,14 +192,15 @@ impl<C: SessionClient> Client<C> {
         let wanting = self.pool.cluster().want();
         let session = self.loan.take().map(|loan| {
             self.pool.returned();
-            loan.watched().given_back(&self.on_loan);
             match loan {
                 Loan::Own(object) => {
+                    object.watched().detached(&self.on_loan);
                     let mut connection = Object::take(object);
                     connection.leave_the_pool();
                     Own::Ours(connection)
                 }
                 Loan::Wrapped { object, watched, .. } => {
+                    watched.detached(&self.on_loan);
                     watched.session_ended(false);
                     Own::Theirs(object.take())
                 }

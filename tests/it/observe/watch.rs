@@ -10,7 +10,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres_failover::error::Unsettled;
-use tokio_postgres_failover::view::{Eviction, Settlement};
+use tokio_postgres_failover::view::{Eviction, Settlement, State};
 use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres};
 
 use crate::support::load::{LONG, by_name, by_url, create_table};
@@ -451,4 +451,33 @@ async fn events_are_a_stream() {
     // The search may have been a long one.
     let found = all.iter().filter(|event| !matches!(event, Event::SearchSlow { .. })).collect::<Vec<_>>();
     assert!(matches!(found[..], [Event::PrimaryFound { .. }]), "{all:?}");
+}
+
+/// A session that its holder has taken out of the pool is neither idle nor in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_detached_session_is_no_idle_connection() {
+    let figures = Figures::of("detached");
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_url(cluster.url_hosts()).pool_name("detached").build().unwrap();
+    let session = pool.get().await.unwrap().detach();
+    assert_eq!(figures.connections(), (0, 0));
+    drop(session);
+    drop(pool.get().await.unwrap());
+    eventually("the next one is idle", LONG, async || figures.connections() == (1, 0)).await;
+}
+
+/// A pool that sleeps has no verified primary, although it has lost none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_that_sleeps_counts_no_primary() {
+    let figures = Figures::of("sleeper");
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let builder = by_url(cluster.url_hosts()).pool_name("sleeper").sleep_after(Duration::from_millis(500));
+    let pool = builder.build().unwrap();
+    for _ in 0..2 {
+        let client = pool.get().await.unwrap();
+        assert_eq!(figures.plain("db_client_failover_primary"), 1);
+        drop(client);
+        eventually("asleep", LONG, async || matches!(pool.status().view.state, State::Asleep)).await;
+        eventually("none", Duration::from_secs(5), async || figures.plain("db_client_failover_primary") == 0).await;
+    }
 }
