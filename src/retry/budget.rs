@@ -115,8 +115,31 @@ impl RetryBudget {
         }
     }
 
+    /// Holds a token of [`withdraw`](Self::withdraw) while its call waits for its turn.
+    pub(crate) fn promised(&self) -> Promised<'_> {
+        Promised(Some(self))
+    }
+
     fn lock(&self) -> Option<MutexGuard<'_, Bucket>> {
         Some(lock(self.bucket.as_ref()?))
+    }
+}
+
+/// A token whose call waits for its turn. It goes back if the call is dropped before.
+#[derive(Debug)]
+pub(crate) struct Promised<'a>(Option<&'a RetryBudget>);
+
+impl Promised<'_> {
+    pub(crate) fn spend(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Promised<'_> {
+    fn drop(&mut self) {
+        if let Some(budget) = self.0 {
+            budget.refund();
+        }
     }
 }
 

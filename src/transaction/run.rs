@@ -160,7 +160,9 @@ where
                     return Err(ended(given_up(error, number, GiveUp::Hook, stage, doubt)));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
+                let promised = pool.budget().promised();
                 sleep(delay).await;
+                promised.spend();
                 lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
             }
             Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),

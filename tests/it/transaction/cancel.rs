@@ -9,15 +9,17 @@ use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use testbed::{Cluster, Node, eventually};
 use tokio::runtime::Handle;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
+use tokio_postgres_failover::retry::RetryBudget;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool, PoolBuilder, Transaction, deadpool_postgres};
 
-use crate::support::PATIENCE;
+use crate::support::{CONFLICT, PATIENCE};
 
 const NAME: &str = "cancelled";
 const MAX_SIZE: usize = 4;
@@ -369,4 +371,26 @@ async fn c1_dropped_while_it_waits() {
     waiting.shutdown().await;
     assert_eq!((pool.status().waiting, pool.status().size), (0, 0));
     assert!(matches!(pool.status().view.state, State::Searching { .. }));
+}
+
+/// Calls that wait for the budget and are dropped give back what they were promised.
+#[tokio::test]
+async fn a_call_dropped_while_it_waits_for_the_budget_keeps_no_token() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let budget = RetryBudget::new(1, 1).ratio(0.0);
+    let pool = builder(cluster.socket_addr(Node(0))).retry_budget(budget).build().unwrap();
+    let dropped = (0..20).map(|_| {
+        let waits = pool.transaction(async |tx| Ok(tx.batch_execute(CONFLICT).await?));
+        timeout(Duration::from_secs(1), waits)
+    });
+    for ended in join_all(dropped).await {
+        assert!(ended.is_err(), "{ended:?}");
+    }
+    // The next one has its turn within the deadline.
+    let runs = AtomicU64::new(0);
+    let next = pool.build_transaction().deadline(Duration::from_secs(5)).run(async |tx| {
+        let first = runs.fetch_add(1, Ordering::Relaxed) == 0;
+        Ok(tx.batch_execute(if first { CONFLICT } else { "SELECT 1" }).await?)
+    });
+    next.await.unwrap();
 }
