@@ -388,6 +388,13 @@ impl<C: SessionClient> Cluster<C> {
         if self.shared.runtime_ended.load(Ordering::Acquire) { NoPrimary::RuntimeEnded } else { NoPrimary::Closed }
     }
 
+    /// The runtime drops the pool's tasks, of which the cluster's own may be the last. Unless the pool was closed before.
+    pub(crate) fn runtime_ends(&self) {
+        if !self.root.is_cancelled() {
+            self.shared.runtime_ended.store(true, Ordering::Release);
+        }
+    }
+
     pub(crate) fn is_closed(&self) -> bool {
         self.shared.closed.load(Ordering::Acquire)
     }

@@ -46,6 +46,8 @@ pub(crate) enum Obstacle {
     /// The primary is known, but no session to it could be opened. Holds the failure of the last attempt, if one has
     /// ended.
     NoSession(Option<ProbeFailure>),
+    /// The primary is known, and what is not in use is being tested, or ends what it was given back with.
+    BeingTested,
     /// The primary is known, but all connections are in use.
     NoneFree {
         max_size: usize,
@@ -66,7 +68,7 @@ impl Unavailable {
         };
         let reason = match &obstacle {
             Obstacle::NoneFree { .. } | Obstacle::HeldByCaller { .. } => UnavailableReason::PoolExhausted,
-            Obstacle::NoSession(_) => UnavailableReason::NoSession,
+            Obstacle::NoSession(_) | Obstacle::BeingTested => UnavailableReason::NoSession,
             Obstacle::NoPrimary if diagnosis.candidates.is_empty() => UnavailableReason::Dns,
             Obstacle::NoPrimary if refused(|refusal| *refusal == Refusal::Fenced) => UnavailableReason::Fenced,
             Obstacle::NoPrimary if refused(|refusal| matches!(refusal, Refusal::OtherCluster { .. })) => {
@@ -162,6 +164,20 @@ impl fmt::Display for Unavailable {
             }
             UnavailableReason::NoSession if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::Hook) => {
                 write!(f, "the primary is known, but a hook of the pool let no new session pass within {waited:.1?}")?;
+            }
+            UnavailableReason::NoSession if matches!(self.obstacle, Obstacle::BeingTested) => write!(
+                f,
+                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait longer \
+                 (checkout_timeout), or raise test_idle_after if the network is slow"
+            )?,
+            UnavailableReason::NoSession
+                if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::TimedOut) =>
+            {
+                write!(
+                    f,
+                    "the primary is known, but it took no new session within {waited:.1?}; raise probe_timeout if opening \
+                     one takes longer"
+                )?;
             }
             UnavailableReason::NoSession => write!(
                 f,

@@ -210,9 +210,18 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn unavailable(&self, began: Instant) -> Error {
-        let managed::Status { size, max_size, .. } = self.source.status();
+        // The pool's runtime may have ended while the caller waited, and so told nobody.
+        if self.cluster().is_closed() {
+            return Error::without_primary(self.cluster().ended());
+        }
+        let managed::Status { size, max_size, waiting, .. } = self.source.status();
+        let in_use = || self.cluster().in_use() + waiting;
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
+            // A wrapped pool has other users, who are not counted.
+            Some(_) if size >= max_size && matches!(self.source, Source::Own(_)) && in_use() < max_size => {
+                Obstacle::BeingTested
+            }
             Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };

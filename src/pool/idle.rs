@@ -38,6 +38,15 @@ pub(super) struct Keeper<C: SessionClient> {
     pub(super) end: CancellationToken,
 }
 
+/// Ends with the pool, or with its runtime, which wakes nobody. Callers on other runtimes that wait for a slot are told.
+impl<C: SessionClient> Drop for Keeper<C> {
+    fn drop(&mut self) {
+        let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
+        dialer.cluster.runtime_ends();
+        pool.close();
+    }
+}
+
 impl<C: SessionClient> Keeper<C> {
     /// Runs until the pool is gone.
     pub(super) async fn run(mut self) {

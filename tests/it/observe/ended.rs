@@ -117,6 +117,26 @@ fn a_waiting_caller_is_told_that_the_pools_runtime_has_ended() {
     says_so(&told.expect("no hang").unwrap().unwrap_err());
 }
 
+/// So are those that wait for a slot, because all connections are on loan.
+#[test]
+fn a_caller_that_waits_for_a_slot_is_told_that_the_pools_runtime_has_ended() {
+    let bench = Bench::new();
+    let (first, second) = (runtime(), runtime());
+    let pool = first.block_on(async { Pool::builder(bench.cluster.url_hosts()).unwrap().max_size(1).build().unwrap() });
+    let held = second.block_on(pool.get()).unwrap();
+    let waiting = second.spawn({
+        let pool = pool.clone();
+        async move { pool.get_within(PATIENCE * 2).await.map(drop) }
+    });
+    while pool.status().waiting == 0 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(first);
+    let told = second.block_on(async { timeout(PATIENCE, waiting).await });
+    says_so(&told.expect("no hang").unwrap().unwrap_err());
+    drop(held);
+}
+
 /// The runtime that called `listen` ends, and the pool's does not: the listener goes on.
 #[test]
 fn a_listener_outlives_the_runtime_that_called_listen() {
