@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
 
 use deadpool::managed::WeakPool;
 use tokio::runtime::Handle;
@@ -30,6 +31,9 @@ use crate::error::{Error, Refused};
 use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
+
+/// How long callers wait at least before they are told of a refused log-in, while connections are open that may come back.
+const REFUSED_AFTER: Duration = Duration::from_millis(500);
 
 type Delivery<C> = Result<Connection<C>, Error>;
 
@@ -388,13 +392,16 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Handles a refused log-in. It answers all callers that asked before the log-in began.
+    /// Handles a refused log-in. It answers all callers that asked before the log-in began. While other connections are
+    /// open, it leaves out callers that have just come, because they may still get one of those.
     fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
             book.failed_at = Some((generation.primary.id, Instant::now()));
         }
-        while book.waiters.front().is_some_and(|waiter| waiter.asked <= dialled) {
+        let grace = if generation.open.count() > 0 { REFUSED_AFTER } else { Duration::ZERO };
+        let answered = |waiter: &Waiter<C>| waiter.asked <= dialled && waiter.asked.elapsed() >= grace;
+        while book.waiters.front().is_some_and(answered) {
             let refused = Refused::new(Some(generation.endpoint()), failure.clone());
             self.dials.deliver(&mut book, Err(Error::Refused(Box::new(refused))));
         }

@@ -169,3 +169,30 @@ async fn nobody_logs_in_at_a_full_server_for_callers_that_gave_up() {
     let since = path.accepted() - before;
     assert!(since <= 2, "{since} log-ins for nobody");
 }
+
+/// New log-ins are refused, and the connections that are open serve those that ask for them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_that_open_connections_can_serve_are_not_refused() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let owner = cluster.direct(Node(0)).await;
+    let pool = own(cluster.socket_addr(Node(0)), "", 16);
+    let held = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    owner.batch_execute("ALTER ROLE app NOLOGIN").await.unwrap();
+    drop(held);
+    let until = Instant::now() + COUNTED;
+    let callers = (0..8).map(|_| {
+        let pool = pool.clone();
+        tokio::spawn(async move {
+            while Instant::now() < until {
+                let client = pool.get_within(PATIENCE).await.unwrap();
+                client.batch_execute("SELECT pg_sleep(0.005)").await.unwrap();
+            }
+        })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        caller.await.unwrap();
+    }
+    // Who gets none is told the truth.
+    let _held = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    assert_eq!(refused(&pool, 3, PATIENCE).await, 3);
+}
