@@ -136,6 +136,10 @@ impl Observer {
             tracing::info!(generation = generation.get(), %cause, connections, why, "connections evicted");
         }
         self.meters.evicted(cause, connections);
+        // A pool that falls asleep has lost nothing, and has no verified primary.
+        if cause == Eviction::Asleep {
+            self.meters.lost();
+        }
         Event::Evicted { generation, cause, connections, why }
     }
 
@@ -381,10 +385,6 @@ impl Watched {
         self.observer.meters.used(lent);
         self.place.idle(&self.observer.meters);
     }
-}
-
-impl SessionEndListener for Arc<Watched> {
-    fn session_ended(&self, lost: bool) {
 
     /// Counts the connection no longer, although its session goes on.
     #[cfg_attr(
@@ -395,6 +395,10 @@ impl SessionEndListener for Arc<Watched> {
         self.observer.meters.used(lent);
         self.place.left(&self.observer.meters);
     }
+}
+
+impl SessionEndListener for Arc<Watched> {
+    fn session_ended(&self, lost: bool) {
         self.open.0.fetch_sub(1, Ordering::Relaxed);
         self.place.left(&self.observer.meters);
         if lost {
