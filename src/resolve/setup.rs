@@ -141,7 +141,31 @@ fn read_resolv_conf(file: &Path) -> Result<(Vec<NameServerConfig>, ResolvConf), 
 /// The setup of the system, which is read again when its files have changed.
 pub(super) struct System {
     files: Files,
-    last: Mutex<(Stamps, Arc<Setup>)>,
+    last: Mutex<Last>,
+}
+
+/// What was read last.
+struct Last {
+    stamps: Stamps,
+    setup: Arc<Setup>,
+    /// Why the files cannot be used now, as written to the log. It prevents a second line with the same text.
+    complaint: Option<String>,
+}
+
+impl Last {
+    /// Writes one line for all questions that meet the same trouble.
+    fn complain(&mut self, unusable: &Unusable) {
+        let complaint = format!("{}: {}", unusable.file.display(), unusable.source);
+        if self.complaint.as_ref() == Some(&complaint) {
+            return;
+        }
+        tracing::warn!(
+            error = %unusable.source,
+            file = %unusable.file.display(),
+            "the resolver configuration has changed and cannot be used; the last one stays in force"
+        );
+        self.complaint = Some(complaint);
+    }
 }
 
 impl System {
@@ -151,7 +175,7 @@ impl System {
             file: unusable.file.display().to_string(),
             source: unusable.source,
         })?;
-        Ok(Self { files, last: Mutex::new((stamps, Arc::new(setup))) })
+        Ok(Self { files, last: Mutex::new(Last { stamps, setup: Arc::new(setup), complaint: None }) })
     }
 
     /// The current setup. It costs two calls of `stat` as long as no file has changed.
@@ -159,18 +183,14 @@ impl System {
         let mut last = lock(&self.last);
         // The stamps are taken before the files are read, so a change in between is noticed next time.
         let stamps = self.files.stamps();
-        if last.0 != stamps {
-            match Setup::read(&self.files, Some(&last.1)) {
-                Ok(setup) => *last = (stamps, Arc::new(setup)),
+        if last.stamps != stamps {
+            match Setup::read(&self.files, Some(&last.setup)) {
+                Ok(setup) => *last = Last { stamps, setup: Arc::new(setup), complaint: None },
                 // The file may be half written. The old stamps are kept, so that each question tries again.
-                Err(unusable) => tracing::warn!(
-                    error = %unusable.source,
-                    file = %unusable.file.display(),
-                    "the resolver configuration has changed and cannot be used; the last one stays in force"
-                ),
+                Err(unusable) => last.complain(&unusable),
             }
         }
-        Arc::clone(&last.1)
+        Arc::clone(&last.setup)
     }
 }
 

@@ -85,6 +85,44 @@ fn d7_a_file_that_cannot_be_used_leaves_the_old_one_in_force() {
     assert_eq!(servers(&resolver), ["127.0.0.2"]);
 }
 
+/// Counts the log's lines.
+#[derive(Clone, Default)]
+struct Lines(Arc<std::sync::atomic::AtomicUsize>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// However often it is asked for meanwhile.
+#[cfg(target_os = "linux")]
+#[test]
+fn d7_a_file_that_cannot_be_used_is_one_line_of_the_log() {
+    let etc = Etc::new("d7-line");
+    let resolver = etc.resolver().unwrap();
+    fs::remove_file(etc.0.join("hosts")).unwrap();
+    // Reading it fails with EIO.
+    std::os::unix::fs::symlink("/proc/self/mem", etc.0.join("hosts")).unwrap();
+    let lines = Lines::default();
+    let writer = {
+        let lines = lines.clone();
+        move || lines.clone()
+    };
+    let log = tracing_subscriber::fmt().with_writer(writer).finish();
+    tracing::subscriber::with_default(log, || {
+        for _ in 0..50 {
+            assert_eq!(servers(&resolver), ["127.0.0.1"]);
+        }
+    });
+    assert_eq!(lines.0.load(std::sync::atomic::Ordering::Relaxed), 1);
+}
+
 #[tokio::test]
 async fn d7_without_a_name_server_the_one_on_this_host_is_asked() {
     let etc = Etc::new("d7-none");
