@@ -166,9 +166,7 @@ impl Topology {
                         && failure.kind == FailureKind::Full
                         && (kept_open || pooled_open) =>
                 {
-                    if !kept_open {
-                        self.actions.push(Action::AskIdle);
-                    }
+                    self.actions.extend((!kept_open).then_some(Action::AskIdle));
                 }
                 // The primary was only silent for a while. It has no slot for a new session, perhaps because this
                 // pool's sessions use them all.

@@ -91,7 +91,7 @@ struct Lines(Arc<std::sync::atomic::AtomicUsize>);
 
 impl std::io::Write for Lines {
     fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
-        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.fetch_add(1, Ordering::Relaxed);
         Ok(line.len())
     }
 
@@ -120,7 +120,7 @@ fn d7_a_file_that_cannot_be_used_is_one_line_of_the_log() {
             assert_eq!(servers(&resolver), ["127.0.0.1"]);
         }
     });
-    assert_eq!(lines.0.load(std::sync::atomic::Ordering::Relaxed), 1);
+    assert_eq!(lines.0.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]
