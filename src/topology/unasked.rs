@@ -119,6 +119,7 @@ impl Topology {
             self.unasked.begin(now);
         }
         self.unasked.end(now);
+        self.postpone_pick(now + GRACE.0);
         self.names.iter_mut().for_each(|name| name.doubt(now));
         for member in self.members.values_mut() {
             member.hurry(now, self.settings.poll.0);
