@@ -365,7 +365,7 @@ impl<C: SessionClient> Client<C> {
         self.notices().end().last_words().await
     }
 
-    fn facts(&self) -> &Facts {
+    pub(super) fn facts(&self) -> &Facts {
         self.loan().facts()
     }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use super::Client;
 use super::trail::Trail;
 use crate::cluster::Generation;
 use crate::commit::{Life, Server};
@@ -14,6 +15,8 @@ use crate::topology::{Endpoint, GenerationId, ServerReport};
 /// What is known about one session, whichever handle holds it.
 pub(super) struct Facts {
     pub(super) generation: GenerationId,
+    /// The system identifier of the server, if the server showed it from the start.
+    cluster: Option<u64>,
     life: Option<Life>,
     /// What the server reported only after the generation began.
     learned: Arc<OnceLock<ServerReport>>,
@@ -34,6 +37,7 @@ impl Facts {
     pub(super) fn new<C: SessionClient>(generation: &Generation<C>, notices: Arc<Notices>, trail: Arc<Trail>) -> Self {
         Self {
             generation: generation.primary.id,
+            cluster: generation.primary.report.system_identifier,
             life: life(&generation.primary.report),
             learned: Arc::clone(&generation.learned),
             marking: Mutex::default(),
@@ -48,6 +52,10 @@ impl Facts {
 
     pub(super) fn life(&self) -> Option<Life> {
         self.life.or_else(|| self.learned.get().and_then(life))
+    }
+
+    fn cluster(&self) -> Option<u64> {
+        self.cluster.or_else(|| self.learned.get().and_then(|report| report.system_identifier))
     }
 
     pub(super) fn marking(&self) -> MarkStatement {
@@ -66,6 +74,19 @@ impl Facts {
     pub(super) fn is_unfit(&self) -> bool {
         self.is_poisoned() || self.trail.is_retired()
     }
+}
+
+impl<C: SessionClient> Client<C> {
+    /// The system identifier of the server, if the server shows it.
+    pub(crate) fn cluster(&self) -> Option<u64> {
+        self.facts().cluster()
+    }
+}
+
+/// The system identifier of the generation's server, if the server shows it.
+pub(super) fn cluster_in<C: SessionClient>(generation: &Generation<C>) -> Option<u64> {
+    let learned = || generation.learned.get().and_then(|report| report.system_identifier);
+    generation.primary.report.system_identifier.or_else(learned)
 }
 
 /// The life of the generation's server, if the server has been identified.

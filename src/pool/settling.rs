@@ -157,6 +157,14 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
+    /// The system identifier of the session's server, if the server shows it.
+    pub(crate) fn cluster(&self) -> Option<u64> {
+        match self {
+            Self::Pooled(lent) => lent.client.cluster(),
+            Self::Beside(side_session) => side_session.cluster(),
+        }
+    }
+
     pub(crate) fn life(&self) -> Option<Life> {
         match self {
             Self::Pooled(lent) => lent.client.life(),

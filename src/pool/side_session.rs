@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::facts::life_in;
+use super::facts::{cluster_in, life_in};
 use super::{Pool, Source};
 use crate::cluster::{Generation, Wanting};
 use crate::commit::Life;
@@ -47,6 +47,10 @@ impl<C: SessionClient> SideSession<C> {
 
     pub(crate) fn generation(&self) -> GenerationId {
         self.generation.primary.id
+    }
+
+    pub(crate) fn cluster(&self) -> Option<u64> {
+        cluster_in(&self.generation)
     }
 
     pub(crate) fn life(&self) -> Option<Life> {

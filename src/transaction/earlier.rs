@@ -111,6 +111,11 @@ impl Unsent {
     async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
         let found = ended_inside(client, &self.mark).await;
         match (&found, self.closures) {
+            // Nobody can tell the outcome of a COMMIT that was sent. If the pool has not seen one, this is as if no
+            // primary could be asked.
+            (Some(Inside::OtherCluster), closures) if closures.is_sent() => {
+                return Some(Inside::Ended(Ending::Unknown));
+            }
             (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay | ClosuresEnd::Sent) => {}
             // In another life of the server, only a settler finds out about a ledger's row.
             (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
@@ -158,7 +163,7 @@ pub(super) async fn found_ended<C: SessionClient>(
                 let error = lost.swap_remove(index).error;
                 return Some(EndedInside::error(ending, Some(error)));
             }
-            Some(Inside::No | Inside::InProgress | Inside::Untold) => attempt.asked = Some(generation),
+            Some(_) => attempt.asked = Some(generation),
             // The server did not say. The next attempt asks again.
             None => {}
         }
@@ -192,7 +197,7 @@ pub(super) async fn or_ended_at_last<C: SessionClient>(
     let limit = if unsent.closures == ClosuresEnd::UnderWay { AT_LEAST } else { ASKED_WITHIN };
     match timeout(limit, asked).await {
         Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),
-        Ok(Some(Inside::No | Inside::InProgress | Inside::Untold)) => error,
+        Ok(Some(_)) => error,
         _ if unsent.closures.is_sent() => EndedInside::error(Ending::Unknown, Some(error)),
         _ => error,
     }

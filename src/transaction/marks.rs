@@ -56,7 +56,8 @@ impl<C: SessionClient> Attempt<C> {
         };
         let mark = |by, backend| {
             let signature = signature.clone();
-            Mark { by, backend, generation: client.generation(), life: client.life(), signature }
+            let (generation, cluster) = (client.generation(), client.cluster());
+            Mark { by, backend, generation, cluster, life: client.life(), signature }
         };
         let read = match (&begin.marks, client.life()) {
             (MarkWith::Ledger(ledger), life) => match entered(life.as_ref(), &row) {

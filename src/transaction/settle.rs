@@ -36,6 +36,8 @@ pub(super) struct Mark {
     pub(super) by: Settler,
     pub(super) backend: Backend,
     pub(super) generation: GenerationId,
+    /// The system identifier of the server on which the transaction ran, if the server has shown it.
+    pub(super) cluster: Option<u64>,
     /// The life of the server on which the transaction ran, if the server was identified.
     pub(super) life: Option<Life>,
     /// The pool's signature of the timeline, written before this transaction.
@@ -46,6 +48,11 @@ impl Mark {
     /// Returns whether this session reaches the server on which the transaction ran, in the same life.
     fn is_of<C: SessionClient>(&self, session: &SettleSession<'_, C>) -> bool {
         self.is_life(session.life(), session.generation())
+    }
+
+    /// Returns whether this is the system identifier of another cluster. That cluster knows nothing of the transaction.
+    fn is_foreign_to(&self, cluster: Option<u64>) -> bool {
+        self.cluster.zip(cluster).is_some_and(|(then, now)| then != now)
     }
 
     fn is_life_of<C: SessionClient>(&self, client: &Client<C>) -> bool {
@@ -195,11 +202,15 @@ async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: 
     ended.is_ok()
 }
 
-/// `Ok(None)`: the server that answered is not the one that was verified for this session.
+/// `Ok(None)`: the server that answered is not the one that was verified for this session. Another cluster is not asked,
+/// because a ledger's answer there would be about that cluster, and would leave a fence in its table.
 async fn question<C: SessionClient>(
     session: &SettleSession<'_, C>,
     mark: &Mark,
 ) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
+    if mark.is_foreign_to(session.cluster()) {
+        return Ok(Some(Settled::Unknown(Unsettled::OtherCluster)));
+    }
     let client = session.client();
     match &mark.by {
         Settler::Wal(marker) => {
@@ -272,6 +283,9 @@ async fn confirmed<C: SessionClient>(
 /// work again for which it has not sent COMMIT. `None`: the server did not say. Leaves the session without a
 /// transaction.
 pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<Inside> {
+    if mark.is_foreign_to(client.cluster()) {
+        return Some(Inside::OtherCluster);
+    }
     let asked = async {
         let settled = match &mark.by {
             Settler::Wal(marker) => {
@@ -325,5 +339,7 @@ pub(super) enum Inside {
     InProgress,
     /// The server shows a transaction with this id that is committed or in progress. It may be another transaction.
     Untold,
+    /// The server belongs to another cluster, which knows nothing of the transaction.
+    OtherCluster,
     No,
 }

@@ -1,5 +1,6 @@
 //! How a transaction ends: COMMIT, the loss of its answer, and what is found out afterwards.
 
+mod clusters;
 mod evidence;
 pub(crate) mod finish;
 mod history;
