@@ -60,7 +60,6 @@ pub(crate) use side_session::SideSession;
 pub(crate) use signing::Signing;
 pub(crate) use statements::{cached_statements, statements};
 pub use status::Status;
-pub(crate) use trail::Trail;
 pub use wrap::WrapBuilder;
 
 use std::error::Error as StdError;

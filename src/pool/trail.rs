@@ -20,8 +20,6 @@ use crate::sync::lock;
 pub(crate) struct Trail {
     /// The last error, without those that only say that the transaction has failed before.
     last: Mutex<Option<DbError>>,
-    /// Another call of a pool was made within this transaction, and its outcome is unknown.
-    doubt: AtomicBool,
     /// The cache of prepared statements, if the client is a `ClientWrapper`.
     cache: Option<Arc<StatementCache>>,
     /// The driver must forget the types that it has read.
@@ -40,7 +38,6 @@ impl Trail {
     /// Forgets what was noted, so that it does not count for the next use of the session.
     pub(crate) fn forget(&self) {
         *lock(&self.last) = None;
-        self.doubt.store(false, Ordering::Release);
         self.misread.store(false, Ordering::Release);
     }
 
@@ -74,14 +71,6 @@ impl Trail {
 
     pub(crate) fn has_misread(&self) -> bool {
         self.misread.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn note_doubt(&self) {
-        self.doubt.store(true, Ordering::Release);
-    }
-
-    pub(crate) fn has_doubt(&self) -> bool {
-        self.doubt.load(Ordering::Acquire)
     }
 
     /// Returns whether the session has cached prepared statements.

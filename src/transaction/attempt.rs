@@ -13,7 +13,7 @@ use super::begin::{Begin, MarkWith};
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{ClosuresEnd, Earlier, Unsent};
 use super::finish::{Answer, Known, Look, Proof, Undone};
-use super::nested;
+use super::nested::{self, Doubt};
 use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_free};
 use super::verdict::{Session, judge_absent, judge_begin};
@@ -133,6 +133,8 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) check: Check,
     /// The value that `remember` in `finish` writes if COMMIT cannot look for the transaction's id.
     pub(super) run: Nonce,
+    /// The doubt about calls within the closure.
+    inner: Doubt,
 }
 
 /// Why an attempt does not reach COMMIT.
@@ -144,7 +146,7 @@ enum Fault {
 }
 
 impl<C: SessionClient> Attempt<C> {
-    pub(super) fn new(client: Client<C>, limit: Option<Duration>) -> Self {
+    pub(super) fn new(client: Client<C>, limit: Option<Duration>, inner: Doubt) -> Self {
         Self {
             statements: client.trail().has_statements(),
             check: client.pool().lacking().check(),
@@ -154,6 +156,7 @@ impl<C: SessionClient> Attempt<C> {
             mark: OnceLock::new(),
             begun: AtomicBool::new(false),
             last_commit: AtomicU64::new(0),
+            inner,
         }
     }
 
@@ -279,9 +282,8 @@ impl<C: SessionClient> Attempt<C> {
         self.last_commit.store(self.client().last_commit().unwrap_or_default(), Ordering::Relaxed);
         self.begun.store(true, Ordering::Relaxed);
         self.client().trail().forget();
-        let trail = Arc::clone(self.client().trail());
         let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
-        let done = poll_fn(|context| nested::poll_within(&trail, work.as_mut(), context)).await;
+        let done = poll_fn(|context| nested::poll_within(&self.inner, work.as_mut(), context)).await;
         done.map_err(Fault::Closure)
     }
 

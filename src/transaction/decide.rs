@@ -74,6 +74,16 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bo
     }
 }
 
+/// Returns what follows if the closure has made another call, and that call's outcome is unknown (`inner`). Then the
+/// work does not run again in any mode, whatever the user's hook says: it would apply the other call's work twice.
+pub(super) fn unless_in_doubt(next: Next, mode: Mode, stage: Stage, inner: bool) -> Next {
+    match next {
+        Next::Rerun if inner && stage == Stage::InDoubt && mode != Mode::Read => Next::Unknown,
+        Next::Rerun if inner => Next::Return,
+        next => next,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +113,23 @@ mod tests {
                 assert_eq!(next(Mode::Once), Next::Unknown, "{verdict:?} {word:?}");
                 assert_eq!(next(Mode::Idempotent), Next::Rerun, "{verdict:?} {word:?}");
                 assert_eq!(next(Mode::Read), Next::Rerun, "{verdict:?} {word:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_runs_again_behind_another_call_in_doubt() {
+        for (mode, verdict) in MODES.into_iter().flat_map(|mode| VERDICTS.map(|verdict| (mode, verdict))) {
+            for stage in [Stage::Body, Stage::Refused, Stage::InDoubt] {
+                for word in WORDS {
+                    let what = format!("{mode:?} {stage:?} {verdict:?} {word:?}");
+                    let next = decide(mode, stage, verdict, word);
+                    assert_eq!(unless_in_doubt(next, mode, stage, false), next, "{what}");
+                    let in_doubt = unless_in_doubt(next, mode, stage, true);
+                    assert!(in_doubt != Next::Rerun, "{what}");
+                    let is_unknown = stage == Stage::InDoubt && mode != Mode::Read;
+                    assert_eq!(matches!(in_doubt, Next::Unknown | Next::Settle), is_unknown, "{what}");
+                }
             }
         }
     }

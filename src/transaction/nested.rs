@@ -1,51 +1,72 @@
 //! Calls within another call's closure. If the outcome of the inner call is in doubt, the outer call must not run
-//! again: it would apply the inner work a second time. This holds even if the closure hides the inner call's error.
+//! again: it would apply the inner work a second time. This holds even if the closure hides the inner call's error, and
+//! on every path. `decide` has the rule, and `tests/it/transaction/inner.rs` the tests.
+//!
+//! A call in a task that the closure spawns is not seen.
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
-use crate::pool::Trail;
-
 tokio::task_local! {
-    /// The session of the call whose closure runs.
-    static OUTER: Arc<Trail>;
+    /// The call whose closure runs.
+    static OUTER: Doubt;
 }
 
-/// Polls a closure's future as part of the call on this session. This is a function, not a future of its own, because
-/// the compiler limits the depth of nested futures.
-pub(super) fn poll_within<F: Future>(
-    trail: &Arc<Trail>,
-    work: Pin<&mut F>,
-    context: &mut Context<'_>,
-) -> Poll<F::Output> {
-    OUTER.sync_scope(Arc::clone(trail), || work.poll(context))
+/// Whether the outcome of another call, made within this call's closure, is unknown.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Doubt(Arc<AtomicBool>);
+
+impl Doubt {
+    fn note(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_noted(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Polls a closure's future as part of the call with this [`Doubt`]. This is a function, not a future of its own,
+/// because the compiler limits the depth of nested futures.
+pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: &mut Context<'_>) -> Poll<F::Output> {
+    OUTER.sync_scope(doubt.clone(), || work.poll(context))
 }
 
 /// A call that is under way. If this is dropped before the call has ended, the call's outcome is unknown.
-pub(super) struct Inner(());
+pub(super) struct Inner {
+    /// The doubt of the outer call, if there is one. It is found at the beginning, because this may be dropped outside
+    /// of the outer closure.
+    outer: Option<Doubt>,
+    /// The doubt of this call.
+    own: Doubt,
+    /// The call may write.
+    writes: bool,
+}
 
 impl Inner {
-    pub(super) fn begin() -> Self {
-        Self(())
+    /// Call this while the call's future is polled.
+    pub(super) fn begin(writes: bool) -> Self {
+        Self { outer: OUTER.try_with(Doubt::clone).ok(), own: Doubt::default(), writes }
     }
 
-    /// `doubt`: it is unknown whether the call was committed.
-    pub(super) fn ended(self, doubt: bool) {
-        std::mem::forget(self);
-        if doubt {
-            note_doubt();
-        }
+    pub(super) fn doubt(&self) -> Doubt {
+        self.own.clone()
+    }
+
+    /// `unknown`: it is unknown whether the call was committed.
+    pub(super) fn ended(mut self, unknown: bool) {
+        self.writes &= unknown;
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        note_doubt();
+        let Some(outer) = &self.outer else { return };
+        // A doubt about a call within this one is a doubt for the outer call, too.
+        if self.writes || self.own.is_noted() {
+            outer.note();
+        }
     }
-}
-
-fn note_doubt() {
-    // This fails if there is no outer call, which is the usual case.
-    let _ = OUTER.try_with(|outer| outer.note_doubt());
 }

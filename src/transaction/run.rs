@@ -6,9 +6,9 @@ use tracing::{Instrument, Span};
 
 use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::begin::MarkWith;
-use super::decide::{Mode, Next, Stage, decide};
+use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
 use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
-use super::nested::Inner;
+use super::nested::{Doubt, Inner};
 use super::verdict::{Bounds, Session, Word, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
@@ -28,18 +28,16 @@ where
     let _call = options.pool.begin_call()?;
     let span = options.pool.observer().transaction(&options.mode());
     // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
-    let inner = (options.mode() != Mode::Read).then(Inner::begin);
+    let inner = Inner::begin(options.mode() != Mode::Read);
     let mut unsent = None;
-    let result = match attempts(&options, &span, &mut unsent, work).instrument(span.clone()).await {
+    let result = match attempts(&options, &span, &mut unsent, inner.doubt(), work).instrument(span.clone()).await {
         Ok(value) => Ok(value),
         Err(error) => Err(match unsent {
             Some(unsent) => or_ended_at_last(options.pool, options.place, unsent, error).await,
             None => error,
         }),
     };
-    if let Some(inner) = inner {
-        inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
-    }
+    inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
     if let Err(error) = &result {
         Observer::transaction_failed(&span, error.code().map(SqlState::code), error.kind());
     }
@@ -49,11 +47,13 @@ where
 /// Makes the attempts of a call. After each failed one, `decide` says what follows.
 ///
 /// `unsent` receives the last attempt's transaction if the pool's COMMIT did not run and the server did not confirm a
-/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it.
+/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `inner`: the
+/// doubt about calls within the closure.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
     unsent: &mut Option<Unsent>,
+    inner: Doubt,
     mut work: F,
 ) -> Result<T, Error>
 where
@@ -95,7 +95,7 @@ where
             client.trail().heal(Cure::Clear);
         }
         let span = Observer::attempt(span, number, generation, client.watched());
-        let attempt = Attempt::new(client, options.retry.attempt_limit());
+        let attempt = Attempt::new(client, options.retry.attempt_limit(), inner.clone());
         let ended = async {
             match attempt.run(&begin, mode, &mut work, unsent).await {
                 Ended::InDoubt(in_doubt) => {
@@ -139,7 +139,7 @@ where
         // that of its own generation, unless it lost its session or met a read-only server.
         let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
         let ended = |error| unless_denied(&earlier, denies, error);
-        match decide(mode, stage, verdict, users) {
+        match unless_in_doubt(decide(mode, stage, verdict, users), mode, stage, inner.is_noted()) {
             // Settling was tried above. `Settle` arrives here only if the attempt left no mark.
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);

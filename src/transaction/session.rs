@@ -16,10 +16,7 @@ const PROBE: &str = "SHOW transaction_isolation";
 impl<C: SessionClient> Attempt<C> {
     /// Cleans up after a failed closure, and judges the attempt by the closure's error and by the session.
     pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
-        // If an inner call's outcome is unknown, the outer call must not run again: it would apply the inner work a
-        // second time. `OtherCall` has that effect.
-        let doubt = self.client().trail().has_doubt();
-        let word = if doubt { Word::OtherCall } else { Word::of(&error) };
+        let word = Word::of(&error);
         if let Some(report) = word.report() {
             self.client().trail().note_report(report);
         }
@@ -58,8 +55,6 @@ impl<C: SessionClient> Attempt<C> {
         };
         let session = Session::Aborted(report);
         let verdict = match judge(Word::Nothing, &session) {
-            // An inner call is in doubt, so the outer one must not run again.
-            _ if self.client().trail().has_doubt() => Verdict::Aborted,
             // The server accepts writes, so the transaction had made itself read-only.
             Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
             verdict => verdict,

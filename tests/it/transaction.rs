@@ -4,6 +4,7 @@ mod calls;
 mod cancel;
 mod endings;
 mod helpers;
+mod inner;
 mod shapes;
 mod stale;
 mod tune;

@@ -1,0 +1,179 @@
+//! Calls within the closure of another call. When the outcome of the inner one is unknown, the outer work never runs again:
+//! it would do the inner work twice.
+
+use testbed::{Cluster, Node, eventually};
+use tokio::time::timeout;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction};
+
+use crate::commit::finish::{Kind, pool_of};
+use crate::support::{CONFLICT, PATIENCE, Runs, close_gate, committing, insert, open_gate, server, sql, stored};
+
+/// Who writes to `doomed` loses the session within COMMIT, and who writes to `refused` is refused there with a conflict.
+const TRIGGERS: &str = "
+    CREATE FUNCTION dies() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END';
+    CREATE FUNCTION conflicts() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'made up' USING ERRCODE = '40001'; END $$;
+    CREATE TABLE doomed (id bigint);
+    CREATE TABLE refused (id bigint);
+    CREATE CONSTRAINT TRIGGER dies AFTER INSERT ON doomed DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION dies();
+    CREATE CONSTRAINT TRIGGER conflicts AFTER INSERT ON refused DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION conflicts();
+    GRANT ALL ON doomed, refused TO app";
+
+const DOOMED: &str = "INSERT INTO doomed VALUES (1)";
+
+async fn prepared() -> Cluster {
+    let cluster = server().await;
+    sql(&cluster, TRIGGERS).await;
+    cluster
+}
+
+/// A call whose outcome stays unknown. Nobody hears of that.
+async fn in_doubt(pool: &Pool) {
+    let call = pool.build_transaction().guarantee(Guarantee::AtMostOnce);
+    let error = call.run(async |tx| Ok(tx.batch_execute(DOOMED).await?)).await.unwrap_err();
+    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error:?}");
+}
+
+/// What befalls the outer call behind the inner one, such that its work would run again.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    RefusedAtCommit,
+    LostBeforeCommit,
+    /// COMMIT's check is not prepared any more.
+    CheckIsGone,
+    /// Its COMMIT is in doubt, and found not to be committed.
+    SettledAsAbsent,
+    /// The closure fails with an error that the user's hook lets run again.
+    HookAfterAnError,
+    /// The closure hides that error, and COMMIT finds the transaction aborted.
+    HookAfterAHiddenError,
+    Conflict,
+    HiddenConflict,
+}
+
+const EACH: [Then; 8] = [
+    Then::RefusedAtCommit,
+    Then::LostBeforeCommit,
+    Then::CheckIsGone,
+    Then::SettledAsAbsent,
+    Then::HookAfterAnError,
+    Then::HookAfterAHiddenError,
+    Then::Conflict,
+    Then::HiddenConflict,
+];
+
+impl Then {
+    async fn happens(self, tx: &Transaction) -> Result<(), Error> {
+        match self {
+            Self::RefusedAtCommit => tx.batch_execute("INSERT INTO refused VALUES (1)").await?,
+            Self::SettledAsAbsent => tx.batch_execute(DOOMED).await?,
+            Self::CheckIsGone => tx.batch_execute("DEALLOCATE ALL").await?,
+            Self::LostBeforeCommit => {
+                let _ = tx.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await;
+                eventually("the session is closed", PATIENCE, async || tx.is_closed()).await;
+            }
+            Self::HookAfterAnError => tx.batch_execute("SELECT 1 / 0").await?,
+            Self::Conflict => tx.batch_execute(CONFLICT).await?,
+            Self::HookAfterAHiddenError => drop(tx.batch_execute("SELECT 1 / 0").await),
+            Self::HiddenConflict => drop(tx.batch_execute(CONFLICT).await),
+        }
+        Ok(())
+    }
+}
+
+/// However the outer call ends, and although its closure hides the doubt.
+#[tokio::test]
+async fn an_inner_call_in_doubt_is_run_again_on_no_path() {
+    let cluster = prepared().await;
+    for guarantee in [Guarantee::ExactlyOnce, Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        for then in EACH {
+            let what = format!("{guarantee:?} {then:?}");
+            let retry = RetryPolicy::new().classify(|report| (report.code().code() == "22012").then_some(true));
+            let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
+            // The only session has prepared COMMIT's check.
+            pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
+            let runs = Runs::default();
+            let result = pool
+                .build_transaction()
+                .guarantee(guarantee.clone())
+                .retry(retry)
+                .run(async |tx| {
+                    if runs.begin() > 1 {
+                        return Ok(());
+                    }
+                    in_doubt(&pool).await;
+                    then.happens(&tx).await
+                })
+                .await;
+            // Without a mark, the check is not prepared, and nothing is wrong.
+            let is_checked = guarantee == Guarantee::ExactlyOnce;
+            assert!(result.is_err() || matches!(then, Then::CheckIsGone) && !is_checked, "{what}");
+            assert_eq!(runs.count(), 1, "{what}: {result:?}");
+        }
+    }
+}
+
+/// What the call between the outermost and the innermost one is.
+#[derive(Clone, Copy, Debug)]
+enum Between {
+    Succeeds,
+    Fails,
+    Reads,
+}
+
+/// The outermost call hears of the innermost one, whatever the call between them makes of it.
+#[tokio::test]
+async fn a_doubt_is_heard_of_through_two_calls() {
+    let cluster = prepared().await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 3);
+    for between in [Between::Succeeds, Between::Fails, Between::Reads] {
+        let runs = Runs::default();
+        let result = pool
+            .transaction(async |tx| {
+                if runs.begin() > 1 {
+                    return Ok(());
+                }
+                let call = pool.build_transaction().read_only(matches!(between, Between::Reads));
+                let call = call.run(async |_| {
+                    in_doubt(&pool).await;
+                    if matches!(between, Between::Fails) { Err(Error::abort("own")) } else { Ok(()) }
+                });
+                assert_eq!(call.await.is_ok(), !matches!(between, Between::Fails));
+                Ok(tx.batch_execute(CONFLICT).await?)
+            })
+            .await;
+        assert!(result.is_err(), "{between:?}");
+        assert_eq!(runs.count(), 1, "{between:?}: {result:?}");
+    }
+}
+
+/// The outer call of a wrapped pool loses its primary, and its closure is dropped in the midst of the inner COMMIT.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_inner_call_that_is_dropped_is_not_run_again() {
+    for through_two in [false, true] {
+        let cluster = server().await;
+        let gate = close_gate(&cluster).await;
+        let outer = pool_of(Kind::Wrapped, cluster.socket_addr(Node(0)), 3);
+        let inner = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
+        let runs = Runs::default();
+        let innermost = async || inner.transaction(async |tx| insert(&tx, 1).await).await;
+        let work = outer.transaction(async |_| {
+            if runs.begin() > 1 {
+                return Ok(());
+            }
+            if through_two { outer.read(async |_| innermost().await).await } else { innermost().await }
+        });
+        let fault = async {
+            committing(&gate).await;
+            outer.forget_cluster();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("the call hangs");
+        assert!(result.is_err(), "{through_two}");
+        assert_eq!(runs.count(), 1, "{through_two}: {result:?}");
+        open_gate(&gate).await;
+        eventually("the inner commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+    }
+}
