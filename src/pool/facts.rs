@@ -51,7 +51,8 @@ impl Facts {
     }
 
     pub(super) fn life(&self) -> Option<Life> {
-        self.life.or_else(|| self.learned.get().and_then(life))
+        // What was learned later is more complete.
+        self.learned.get().and_then(life).or(self.life)
     }
 
     fn cluster(&self) -> Option<u64> {
@@ -91,11 +92,14 @@ pub(super) fn cluster_in<C: SessionClient>(generation: &Generation<C>) -> Option
 
 /// The life of the generation's server, if the server has been identified.
 pub(super) fn life_in<C: SessionClient>(generation: &Generation<C>) -> Option<Life> {
-    life(&generation.primary.report).or_else(|| generation.learned.get().and_then(life))
+    generation.learned.get().and_then(life).or_else(|| life(&generation.primary.report))
 }
 
 /// The life of the server with this report, if the report identifies it.
 fn life(report: &ServerReport) -> Option<Life> {
+    if !report.is_identified() {
+        return None;
+    }
     let server = Server {
         system_identifier: report.system_identifier?,
         timeline: report.timeline?,

@@ -283,9 +283,11 @@ impl ServerReport {
         }
     }
 
-    /// Returns whether the report contains the system identifier, the start time and the timeline.
+    /// Returns whether the report identifies the server and its life: it contains the system identifier, the start time
+    /// and the timeline, and does not withhold the end of the last replay.
     pub(crate) fn is_identified(&self) -> bool {
-        self.system_identifier.is_some() && self.started_at.is_some() && self.timeline.is_some()
+        let shows_replay = self.replayed.is_some() || !self.withheld.contains(Part::Replay);
+        self.system_identifier.is_some() && self.started_at.is_some() && self.timeline.is_some() && shows_replay
     }
 
     /// Reads the timeline from the name of a WAL file.

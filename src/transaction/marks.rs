@@ -148,7 +148,8 @@ impl<C: SessionClient> Attempt<C> {
             return false;
         }
         if client.life().is_none() {
-            let why = "this role may not read the server's identity: its system identifier, start time and timeline";
+            let why = "this role may not read the server's identity: its system identifier, start time, timeline and \
+                       the end of its last replay";
             pool.lacking().set_unmarked(client.generation(), why);
         }
         client.life().is_some()

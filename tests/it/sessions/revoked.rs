@@ -374,6 +374,33 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     assert_eq!(pool.status().view.generation.get(), 2);
 }
 
+/// A promoted server hides where its replay ended, and shows it later: its transactions are marked then, and are taken for
+/// no other server's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promoted_primary_that_shows_its_replay_later_is_the_same_server() {
+    let cluster = Cluster::builder().nodes(2).asynchronous().start().await;
+    let hide = Function("pg_last_wal_replay_lsn()");
+    cluster.direct(Node(0)).await.batch_execute(&hide.revoke()).await.unwrap();
+    cluster.direct(Node(0)).await.batch_execute("CREATE TABLE work (n int); GRANT ALL ON work TO app").await.unwrap();
+    cluster.wait_replayed(Node(1)).await;
+    cluster.kill(Node(0)).await;
+    cluster.promote(Node(1)).await;
+    let url = format!("postgres://app@{}/app", cluster.socket_addr(Node(1)));
+    let builder = Pool::builder(url).unwrap().heartbeat_interval(HEARTBEAT).patrol_interval(Duration::from_secs(1));
+    let pool = builder.heartbeat_timeout(LONG).checkout_timeout(LONG).build().unwrap();
+    work(&pool, 1).await.unwrap();
+    assert_eq!(tells(&pool, [Position, Replay].into_iter().collect()).await, None);
+    cluster.direct(Node(1)).await.batch_execute(&hide.grant()).await.unwrap();
+    let granted = Instant::now();
+    while withheld(&pool) != Some(Parts::default()) || pool.status().fallback.is_some() {
+        assert!(granted.elapsed() < BACK_WITHIN, "{:?} {:?}", withheld(&pool), pool.status().fallback);
+        let worked = timeout(LONG, work(&pool, 2)).await.expect("a call hangs");
+        worked.unwrap();
+        sleep(HEARTBEAT).await;
+    }
+    timeout(LONG, work(&pool, 3)).await.expect("a call hangs").unwrap();
+}
+
 /// A listener loses nothing, and is not told that it may have.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_listener_that_may_not_read_its_channels_listens() {
