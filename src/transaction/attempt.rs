@@ -30,7 +30,8 @@ pub(super) enum Ended<T> {
     Committed(T),
     Failed(Stage, Failed),
     InDoubt(Unanswered<T>),
-    /// COMMIT was sent, and the settler found that it did not commit. `Failed` says why the answer to COMMIT was lost.
+    /// COMMIT was sent, and the settler found that it is not in the history of the primary. `Failed` says why the
+    /// answer to COMMIT was lost.
     Absent(Earlier<T>, Failed),
     /// COMMIT was sent, and its outcome could not be found out.
     Unknown(Error),
@@ -68,13 +69,16 @@ impl<T> Unanswered<T> {
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
-            Ok((Outcome::NotCommitted, absent_from)) => {
+            Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {
                 let error = match error {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
-                let verdict = judge_absent(verdict, &session);
-                Ended::Absent(Earlier { mark, value, absent_from }, Failed { verdict, error, session })
+                let failed = Failed { verdict: judge_absent(verdict, &session), error, session };
+                if outcome == Outcome::Aborted {
+                    return Ended::Failed(Stage::Refused, failed);
+                }
+                Ended::Absent(Earlier { mark, value, absent_from }, failed)
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }

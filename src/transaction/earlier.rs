@@ -41,14 +41,20 @@ pub(super) async fn find<C: SessionClient, T>(
     generation: GenerationId,
     deadline: Instant,
 ) -> Result<Option<T>, Unsettled> {
-    for index in 0..earlier.len() {
-        let Some(attempt) = earlier.get_mut(index).filter(|attempt| attempt.absent_from != generation) else {
+    let mut index = 0;
+    while let Some(attempt) = earlier.get_mut(index) {
+        if attempt.absent_from == generation {
+            index += 1;
             continue;
-        };
+        }
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &attempt.mark, deadline)).await? {
             (Outcome::Committed, _) => return Ok(Some(earlier.swap_remove(index).value)),
-            (Outcome::NotCommitted, absent_from) => attempt.absent_from = absent_from,
+            (Outcome::NotCommitted, absent_from) => {
+                attempt.absent_from = absent_from;
+                index += 1;
+            }
+            (Outcome::Aborted, _) => drop(earlier.swap_remove(index)),
         }
     }
     Ok(None)
@@ -126,7 +132,7 @@ impl Unsent {
         // rare and large.
         Some(match Box::pin(settle(client.pool(), &self.mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
-            Ok((Outcome::NotCommitted, _)) => Inside::No,
+            Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Inside::No,
             Err(_) => Inside::Ended(Ending::Unknown),
         })
     }

@@ -50,6 +50,12 @@ impl Mark {
         self.is_life(session.life(), session.generation())
     }
 
+    /// Returns whether this session is known to reach that server in that life. Then its "not committed" is true of
+    /// every history, because only that server could have written the commit record.
+    fn is_surely_of<C: SessionClient>(&self, session: &SettleSession<'_, C>) -> bool {
+        self.life.zip(session.life()).is_some_and(|(then, now)| then.is(&now))
+    }
+
     /// Returns whether this is the system identifier of another cluster. That cluster knows nothing of the transaction.
     fn is_foreign_to(&self, cluster: Option<u64>) -> bool {
         self.cluster.zip(cluster).is_some_and(|(then, now)| then != now)
@@ -78,7 +84,10 @@ pub(super) enum Settler {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Committed,
+    /// It is not in the history of the primary that was asked.
     NotCommitted,
+    /// The server on which it ran says so, in the same life. It is in no history, and never will be.
+    Aborted,
 }
 
 /// Returns the outcome, and the generation of the primary that reported it. Cancel-safe: another settler can repeat
@@ -111,7 +120,7 @@ pub(super) async fn settle<C: SessionClient>(
 fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     match settled {
         Ok((Outcome::Committed, _)) => Settlement::Committed,
-        Ok((Outcome::NotCommitted, _)) => Settlement::NotCommitted,
+        Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Settlement::NotCommitted,
         Err(why) => Settlement::Unknown(why),
     }
 }
@@ -173,7 +182,10 @@ async fn ask<C: SessionClient>(
             (None, ends_abandoned(session, mark, began.elapsed() > wal::LATE).await)
         }
         Settled::Committed => holding(permit, confirmed(session, mark, Outcome::Committed, reason)).await,
-        Settled::NotCommitted => holding(permit, confirmed(session, mark, Outcome::NotCommitted, reason)).await,
+        Settled::NotCommitted => {
+            let outcome = if mark.is_surely_of(session) { Outcome::Aborted } else { Outcome::NotCommitted };
+            holding(permit, confirmed(session, mark, outcome, reason)).await
+        }
         Settled::Unknown(why) => (Some(Err(why)), false),
     }
 }
@@ -266,7 +278,7 @@ async fn confirmed<C: SessionClient>(
     session.set_committing(true);
     let waited = match (&mark.by, outcome) {
         // No commit record exists, so there is nothing that the standbys could confirm.
-        (Settler::Wal(_), Outcome::NotCommitted) => {
+        (Settler::Wal(_), Outcome::NotCommitted | Outcome::Aborted) => {
             let rolled_back = session.client().batch_execute("ROLLBACK").await;
             session.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());

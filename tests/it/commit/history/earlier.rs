@@ -171,6 +171,29 @@ async fn an_earlier_attempt_that_cannot_be_looked_for_is_unknown() {
     }
 }
 
+/// The server on which the first attempt began has said itself that it is not committed. Nobody can commit it later, so no
+/// history needs to be searched for it, and two promotions after that leave nothing open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_its_own_server_has_denied_is_denied_for_good() {
+    for server_stays in [false, true] {
+        let (scene, _held) = Scene::new(Guarantee::ExactlyOnce, Right::Nothing).await;
+        scene.bench.cut(Cut::CommitUndelivered { server_stays });
+        let work = scene.bench.call().deadline(HISTORY).run(async |tx| {
+            insert(&tx, 1).await?;
+            if scene.bench.runs.begin() == 2 {
+                scene.fail_over().await;
+                scene.turn().await;
+                tx.batch_execute("SELECT 1").await?;
+            }
+            Ok(())
+        });
+        let result = timeout(HISTORY + LONG, work).await.expect("the call hangs");
+        println!("{result:?}");
+        result.unwrap();
+        assert_eq!((scene.bench.runs.count(), stored(&scene.bench.cluster).await), (3, vec![1]));
+    }
+}
+
 /// The same through a pool that its owner built.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_earlier_attempt_of_a_wrapped_pool_is_found() {
