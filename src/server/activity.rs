@@ -6,6 +6,7 @@
 //! for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/checkout/busy.rs`.
 
 mod commits;
+mod names;
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -13,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::Notify;
 
 use self::commits::Commits;
+use self::names::Names;
 
 /// A caller's request is under way.
 const REQUEST: u8 = 1;
@@ -234,9 +236,8 @@ pub(super) struct Counter {
     last_rollback: u64,
     /// The last request that commits.
     last_commit: u64,
-    /// How many of the next requests may carry out a parsed statement that commits. The driver parses a statement in
-    /// one request, and carries it out in the next.
-    parsed_commit: u8,
+    /// The request being sent carries out a prepared statement that commits.
+    binds_commit: bool,
     /// The request being sent does more than close a statement.
     begun: bool,
     /// The request that is being answered has failed. Its end follows soon, and shows whether a transaction is open.
@@ -264,7 +265,7 @@ impl Counter {
             last_request: 1,
             last_rollback: 0,
             last_commit: 0,
-            parsed_commit: 0,
+            binds_commit: false,
             begun: false,
             failed: false,
             transaction: false,
@@ -277,7 +278,7 @@ impl Counter {
 
     pub(super) fn sent(&mut self, bytes: &[u8]) {
         self.blocked = false;
-        let Self { sent, requests, last_request, last_rollback, last_commit, parsed_commit, begun, .. } = self;
+        let Self { sent, requests, last_request, last_rollback, last_commit, binds_commit, begun, .. } = self;
         sent.feed(bytes, |letter, rollback, commit| match letter {
             // These close a statement, give a password, or end the session.
             b'C' | b'p' | b'X' => {}
@@ -285,10 +286,9 @@ impl Counter {
                 *requests += 1;
                 if std::mem::take(begun) {
                     *last_request = *requests;
-                    if *parsed_commit > 0 {
-                        *parsed_commit -= 1;
-                        *last_commit = *requests;
-                    }
+                }
+                if std::mem::take(binds_commit) {
+                    *last_commit = *requests;
                 }
             }
             b'Q' => {
@@ -301,9 +301,7 @@ impl Counter {
             }
             _ => {
                 *begun = true;
-                if letter == b'P' {
-                    *parsed_commit = if commit { 2 } else { 0 };
-                }
+                *binds_commit |= letter == b'B' && commit;
             }
         });
     }
@@ -397,6 +395,7 @@ struct Messages {
     /// Looks for a commit in the text of a query. `named`: the name of a prepared statement comes first, as in `Parse`.
     commits: Commits,
     named: bool,
+    names: Names,
 }
 
 impl Messages {
@@ -411,8 +410,8 @@ impl Messages {
     }
 
     /// Calls `tell` at the end of each message, with its letter and two flags. The first flag of `Query` says whether
-    /// it is a ROLLBACK, and that of `ReadyForQuery` whether a transaction is open. The second flag of `Query` and
-    /// `Parse` says whether one of their statements commits.
+    /// it is a ROLLBACK, and that of `ReadyForQuery` whether a transaction is open. The second flag of `Query` says
+    /// whether one of its statements commits, and that of `Bind` whether its prepared statement does.
     fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool, bool)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
@@ -430,6 +429,7 @@ impl Messages {
                     self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
                     self.matched = Some(0);
                     self.named = self.header[0] == b'P';
+                    self.names.begin(self.header[0]);
                     if matches!(self.header[0], b'Q' | b'P') {
                         self.commits = Commits::default();
                     }
@@ -449,7 +449,8 @@ impl Messages {
                         _ => self.matched == Some(ROLLBACK.len()),
                     };
                     let commits = matches!(self.header[0], b'Q' | b'P') && self.commits.found();
-                    tell(self.header[0], found, commits);
+                    let binds = self.names.end(self.header[0], commits);
+                    tell(self.header[0], found, commits || binds);
                 }
                 self.have = 0;
             }
@@ -467,6 +468,7 @@ impl Messages {
     }
 
     fn look_at(&mut self, body: &[u8]) {
+        self.names.feed(body);
         if matches!(self.header[0], b'Q' | b'P') {
             let text = self.text_of(body);
             self.commits.feed(text);

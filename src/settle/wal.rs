@@ -418,9 +418,17 @@ pub(crate) enum EndUnderWay {
     Prepared,
     /// Its COMMIT was carried out and waits for a synchronous standby.
     Committing,
+    /// A statement is under way whose text does not end the transaction. If the client has gone, none comes after it.
+    Working,
 }
 
-/// Asks whether a transaction in progress was prepared or is being committed. This runs within a settler's transaction.
+/// True if a session carries out a statement that does not end its transaction, as far as the whole text shows. A word
+/// that may be part of something else counts as an end. A text that fills its place may have been cut.
+const WORKS: &str = "state = 'active' AND query <> '' AND query !~* E'\\\\m(commit|end|prepare)\\\\M' \
+     AND octet_length(query) < (SELECT setting::int - 4 FROM pg_settings WHERE name = 'track_activity_query_size')";
+
+/// Asks whether a transaction in progress was prepared, is being committed, or carries out something else. This runs
+/// within a settler's transaction.
 pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<EndUnderWay>, Error> {
     let Backend { pid, xid } = backend;
     // Both views show the id without its epoch.
@@ -430,11 +438,15 @@ pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<End
          SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts WHERE transaction = '{xid}'::xid) THEN 'prepared' \
                      WHEN EXISTS (SELECT FROM pg_stat_activity \
                                    WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND wait_event = 'SyncRep') \
-                     THEN 'committing' END"
+                     THEN 'committing' \
+                     WHEN EXISTS (SELECT FROM pg_stat_activity \
+                                   WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND {WORKS}) \
+                     THEN 'working' END"
     );
     Ok(match text(&only_row(client, &sql).await?, 0) {
         Some("prepared") => Some(EndUnderWay::Prepared),
         Some("committing") => Some(EndUnderWay::Committing),
+        Some("working") => Some(EndUnderWay::Working),
         _ => None,
     })
 }

@@ -10,7 +10,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
 use crate::classify::Verdict;
@@ -115,14 +115,27 @@ impl Unsent {
 
     /// Finds out whether the closure has ended the transaction itself, if this session's server can tell.
     async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
-        let found = ended_inside(client, &self.mark).await;
+        self.concluded(client.pool(), ended_inside(client, &self.mark).await, deadline).await
+    }
+
+    /// Concludes from what [`ended_inside`] has found. Asks further if that does not say enough.
+    async fn concluded<C: SessionClient>(
+        &self,
+        pool: &Pool<C>,
+        found: Option<Inside>,
+        deadline: Instant,
+    ) -> Option<Inside> {
         match (&found, self.closures) {
             // Nobody can tell the outcome of a COMMIT that was sent. If the pool has not seen one, this is as if no
             // primary could be asked.
             (Some(Inside::OtherCluster), closures) if closures.is_sent() => {
                 return Some(Inside::Ended(Ending::Unknown));
             }
-            (Some(Inside::InProgress | Inside::Untold) | None, ClosuresEnd::UnderWay | ClosuresEnd::Sent) => {}
+            (
+                Some(Inside::InProgress | Inside::Working | Inside::Untold) | None,
+                ClosuresEnd::UnderWay | ClosuresEnd::Sent,
+            )
+            | (Some(Inside::InProgress), ClosuresEnd::Unwatched) => {}
             // In another life of the server, only a settler finds out about a ledger's row.
             (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
             (Some(Inside::Untold), ClosuresEnd::Unwatched) => return Some(Inside::Ended(Ending::Unknown)),
@@ -130,7 +143,7 @@ impl Unsent {
         }
         // The server may still be busy with the closure's COMMIT, so ask until that has ended. Boxed, because it is
         // rare and large.
-        Some(match Box::pin(settle(client.pool(), &self.mark, deadline)).await {
+        Some(match Box::pin(settle(pool, &self.mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
             Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Inside::No,
             Err(_) => Inside::Ended(Ending::Unknown),
@@ -198,9 +211,19 @@ pub(super) async fn or_ended_at_last<C: SessionClient>(
     let asked = Box::pin(async {
         let within = Instant::now() + ASKED_WITHIN;
         let client = pool.get_for_transaction(within, place).await.ok()?;
-        unsent.ended(&client, within).await
+        if unsent.closures != ClosuresEnd::Unwatched {
+            return unsent.ended(&client, within).await;
+        }
+        let found = timeout_at(within, ended_inside(&client, &unsent.mark)).await.ok().flatten();
+        drop(client);
+        unsent.concluded(pool, found, within).await
     });
-    let limit = if unsent.closures == ClosuresEnd::UnderWay { AT_LEAST } else { ASKED_WITHIN };
+    let limit = match unsent.closures {
+        ClosuresEnd::UnderWay => AT_LEAST,
+        // Only if the transaction is in progress does this take longer than usual, and then its settling ends first.
+        ClosuresEnd::Unwatched => AT_LEAST + 2 * ASKED_WITHIN,
+        ClosuresEnd::Sent | ClosuresEnd::NotSent => ASKED_WITHIN,
+    };
     match timeout(limit, asked).await {
         Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),
         Ok(Some(_)) => error,

@@ -327,6 +327,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
             Settled::InProgress => match wal::ends(client, mark.backend).await.ok()? {
                 Some(EndUnderWay::Prepared) => Inside::Ended(Ending::Prepared),
                 Some(EndUnderWay::Committing) => Inside::Ended(Ending::Committed),
+                Some(EndUnderWay::Working) => Inside::Working,
                 None => Inside::InProgress,
             },
             Settled::NotCommitted => Inside::No,
@@ -347,8 +348,10 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Inside {
     Ended(Ending),
-    /// The server shows the transaction as open.
+    /// The server shows the transaction as open. A COMMIT may be under way.
     InProgress,
+    /// The server shows the transaction as open, with a statement under way that does not commit.
+    Working,
     /// The server shows a transaction with this id that is committed or in progress. It may be another transaction.
     Untold,
     /// The server belongs to another cluster, which knows nothing of the transaction.

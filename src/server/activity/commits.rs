@@ -25,14 +25,17 @@ enum Place {
     /// A slash or a dash, which may begin a comment.
     Slash,
     Dash,
-    Comment,
+    /// A comment. The number says how many other comments it is nested in.
+    Comment(u32),
     /// A star in a comment.
-    Star,
+    Star(u32),
+    /// A slash in a comment, which may begin a nested one.
+    Nested(u32),
     LineComment,
 }
 
 /// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It does not know
-/// nested comments, or a backslash before a quote.
+/// a backslash before a quote.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Commits {
     place: Place,
@@ -72,15 +75,18 @@ impl Commits {
                 self.prepares = !self.prepares && self.word.is(first);
                 self.outside(byte)
             }
-            (Place::Slash, b'*') => Place::Comment,
+            (Place::Slash, b'*') => Place::Comment(0),
+            (Place::Nested(depth), b'*') => Place::Comment(depth.saturating_add(1)),
             (Place::Dash, b'-') => Place::LineComment,
             (Place::Slash | Place::Dash, _) => {
                 self.begun = true;
                 self.outside(byte)
             }
-            (Place::Comment | Place::Star, b'*') => Place::Star,
-            (Place::Star, b'/') | (Place::LineComment, b'\n') => Place::Outside,
-            (Place::Comment | Place::Star, _) => Place::Comment,
+            (Place::Comment(depth) | Place::Star(depth), b'*') => Place::Star(depth),
+            (Place::Star(0), b'/') | (Place::LineComment, b'\n') => Place::Outside,
+            (Place::Star(depth), b'/') => Place::Comment(depth - 1),
+            (Place::Comment(depth) | Place::Nested(depth), b'/') => Place::Nested(depth),
+            (Place::Comment(depth) | Place::Star(depth) | Place::Nested(depth), _) => Place::Comment(depth),
             (Place::LineComment, _) => Place::LineComment,
             (Place::Quoted(quote), _) if byte == quote => Place::Outside,
             (Place::Quoted(quote), _) => Place::Quoted(quote),

@@ -193,6 +193,8 @@ const TEXTS: &[(&str, bool)] = &[
     ("COMMIT; SELECT 1", true),
     ("/* trace * id=1 **/ -- why\n COMMIT", true),
     ("SELECT 1; /**/COMMIT--", true),
+    ("/* one /* two /*/ three */ / * */ */ COMMIT", true),
+    ("/*/* COMMIT */ ; COMMIT; /**/ COMMIT */ SELECT 1", false),
     ("SELECT '$$'; COMMIT -- $$", true),
     ("SELECT $1; COMMIT", true),
     ("SELECT $a$ ; END $b$ $; COMMIT $a$ ; COMMIT", true),
@@ -228,26 +230,61 @@ fn a_commit_is_known_by_the_first_word_of_a_statement() {
     }
 }
 
-/// If a statement is parsed first and carried out later, it commits when it is carried out.
+fn parse(name: &str, sql: &str) -> Vec<u8> {
+    [message(b'P', format!("{name}\0{sql}\0\0\0").as_bytes()), message(b'S', b"")].concat()
+}
+
+fn bind(name: &str) -> Vec<u8> {
+    let body = format!("end\0{name}\0\0\0\0\0\0\0");
+    [message(b'B', body.as_bytes()), message(b'E', b"end\0\0\0\0\0"), message(b'S', b"")].concat()
+}
+
+/// If a statement is parsed first and carried out later, it commits each time that it is carried out.
 #[test]
-fn a_prepared_commit_is_known() {
+fn a_prepared_commit_is_known_whenever_it_is_carried_out() {
     for (sql, commits) in TEXTS {
-        let parse = |text: &str| message(b'P', format!("end\0{text}\0\0\0").as_bytes());
-        let mut counter = logged_in();
-        let parsed = [parse("COMMIT"), message(b'S', b""), parse(sql), message(b'S', b"")].concat();
-        parsed.chunks(3).for_each(|part| counter.sent(part));
-        counter.received(&[ready(b'I'), ready(b'I')].concat());
-        counter.drained();
-        assert_eq!(counter.flags(), 0, "{sql:?}");
-        counter.sent(&extended());
-        assert_eq!(counter.flags() & COMMIT != 0, *commits, "{sql:?}");
-        counter.received(&ready(b'I'));
-        counter.drained();
-        assert_eq!(counter.flags(), 0, "{sql:?}");
-        // This carries out another statement, which was parsed long ago.
-        counter.sent(&extended());
-        assert_eq!(counter.flags() & COMMIT, 0, "{sql:?}");
+        for (name, other) in [("s7", "s"), ("", "s7"), (&*"s".repeat(99), "")] {
+            for size in [1, 3, 999] {
+                let mut counter = logged_in();
+                let mut send = |bytes: Vec<u8>| {
+                    bytes.chunks(size).for_each(|part| counter.sent(part));
+                    let (flags, last) = (counter.flags(), counter.last_commit);
+                    counter.received(&ready(b'I'));
+                    counter.drained();
+                    assert_eq!(counter.flags(), 0, "{sql:?}");
+                    (flags & COMMIT != 0, last)
+                };
+                assert!(!send(parse(name, "COMMIT")).0, "nothing is carried out yet");
+                assert!(!send(parse(name, sql)).0, "{sql:?}");
+                let mut before = send(parse(other, "SELECT 1")).1;
+                for _ in 0..4 {
+                    let (is_commit, last) = send(bind(name));
+                    assert_eq!(
+                        (is_commit, last != before),
+                        (*commits, *commits),
+                        "{sql:?} {name:?} in parts of {size}"
+                    );
+                    before = last;
+                    assert!(!send(bind(other)).0, "{sql:?} {name:?}");
+                }
+                send([message(b'C', format!("S{name}\0").as_bytes()), message(b'S', b"")].concat());
+                assert!(!send(bind(name)).0, "it is closed");
+            }
+        }
     }
+}
+
+/// A session that prepares many statements that commit keeps the newest names.
+#[test]
+fn the_names_of_prepared_commits_are_limited() {
+    let mut counter = logged_in();
+    for number in 0..1000 {
+        counter.sent(&parse(&format!("s{number}"), "COMMIT"));
+        counter.received(&ready(b'I'));
+    }
+    counter.drained();
+    counter.sent(&bind("s999"));
+    assert_eq!(counter.flags() & COMMIT, COMMIT);
 }
 
 #[test]

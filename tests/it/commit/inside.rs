@@ -115,36 +115,45 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
 async fn a_closures_own_commit_under_way_is_waited_for() {
     let cluster = started(single()).await;
     commits_call(&cluster, &format!("pg_advisory_xact_lock_shared({GATE})")).await;
-    for guarantee in marked() {
+    for (kind, guarantee) in marked().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
         for attempts in [1, 3] {
-            let what = format!("{guarantee:?}, {attempts} attempts");
+            let what = format!("{kind:?}, {guarantee:?}, {attempts} attempts");
             for round in 1.. {
                 let (began, runs) = (Instant::now(), Runs::default());
-                let error = commits_under_way(&cluster, guarantee.clone(), attempts, &runs).await;
-                eventually("the commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
+                let result = commits_under_way(kind, &cluster, guarantee.clone(), attempts, &runs).await;
+                eventually("the commit goes on", PATIENCE, async || stored(&cluster).await.contains(&1)).await;
+                let Err(error) = result else { panic!("{what}: {:?}", stored(&cluster).await) };
                 if must_play_again(&error, began, Duration::ZERO, round) {
                     continue;
                 }
                 told(&error, Ending::Committed, &what);
-                assert_eq!(runs.count(), 1, "{what}");
+                assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]), "{what}");
                 break;
             }
         }
     }
 }
 
-/// The error of a call whose closure commits itself, and loses its connection meanwhile.
-async fn commits_under_way(cluster: &Cluster, guarantee: Guarantee, attempts: u32, runs: &Runs) -> Error {
+/// A call whose closure commits itself in its first run, and loses its connection meanwhile.
+async fn commits_under_way(
+    kind: Kind,
+    cluster: &Cluster,
+    guarantee: Guarantee,
+    attempts: u32,
+    runs: &Runs,
+) -> Result<(), Error> {
     sql(cluster, "TRUNCATE entries").await;
     let gate = cluster.direct(Node(0)).await;
     gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
     let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
-    let pool = pool_of(Kind::Own, tap.addr(), 2);
+    let pool = pool_of(kind, tap.addr(), 2);
     let retry = RetryPolicy::new().attempts(attempts);
     let work = pool.build_transaction().guarantee(guarantee).retry(retry).run(async |tx| {
-        runs.begin();
-        insert(&tx, 1).await?;
-        tx.batch_execute("COMMIT").await?;
+        // A second run would wait in its own COMMIT for the same lock.
+        if runs.begin() == 1 {
+            insert(&tx, 1).await?;
+            tx.batch_execute("COMMIT").await?;
+        }
         Ok(())
     });
     let fault = async {
@@ -161,7 +170,33 @@ async fn commits_under_way(cluster: &Cluster, guarantee: Guarantee, attempts: u3
         gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
     };
     let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("the call hangs");
-    result.expect_err("the closure has committed")
+    result
+}
+
+/// A wrapped pool does not see what the closure has sent. A statement that does not commit is not waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
+    let cluster = started(single()).await;
+    for guarantee in marked() {
+        let gate = cluster.direct(Node(0)).await;
+        gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let (pool, runs) = (pool_of(Kind::Wrapped, tap.addr(), 2), Runs::default());
+        let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
+            if runs.begin() == 1 {
+                tx.batch_execute(&format!("SELECT pg_advisory_xact_lock_shared({GATE})")).await?;
+            }
+            Ok(())
+        });
+        let fault = async {
+            committing(&gate).await;
+            tap.drop_connections();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("it is waited for");
+        assert!(result.is_ok(), "{guarantee:?}: {result:?}");
+        assert_eq!(runs.count(), 2, "{guarantee:?}");
+        gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
+    }
 }
 
 /// What a closure keeps after its own COMMIT.
@@ -390,7 +425,8 @@ async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
     for kind in KINDS {
-        for way in ["COMMIT", "/* by hand */ END WORK", "COMMIT; SELECT 1", "execute", "transaction"] {
+        for way in ["COMMIT", "/* by /* hand */ */ END WORK", "COMMIT; SELECT 1", "execute", "prepared", "transaction"]
+        {
             let what = format!("{kind:?} {way}");
             let cluster = started(Cluster::builder().nodes(2)).await;
             cluster.wait_replayed(Node(1)).await;
@@ -398,6 +434,13 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
             let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
             let pool = pool_of(kind, tap.addr(), 2);
             let mut client = pool.get().await.unwrap();
+            let prepared = client.prepare("COMMIT").await.unwrap();
+            if way == "prepared" {
+                // It was parsed long ago when it counts.
+                for _ in 0..3 {
+                    client.execute(&prepared, &[]).await.unwrap();
+                }
+            }
             cluster.freeze(Node(1));
             let work = async {
                 if way == "transaction" {
@@ -406,6 +449,9 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
                     return tx.commit().await;
                 }
                 client.batch_execute("BEGIN; INSERT INTO entries VALUES (1)").await?;
+                if way == "prepared" {
+                    return client.execute(&prepared, &[]).await.map(drop);
+                }
                 if way == "execute" {
                     return client.execute("COMMIT", &[]).await.map(drop);
                 }
