@@ -18,7 +18,7 @@ pub(crate) use activity::{Activity, Heard};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use password::{Ask, Passwords};
-pub(crate) use question::rows;
+pub(crate) use question::{may_be_cut, rows};
 pub use session::SessionClient;
 pub(crate) use session::{Guarded, Session};
 pub(crate) use wire::wall_clock;

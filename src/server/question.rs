@@ -113,6 +113,11 @@ pub(crate) async fn rows(client: &Client, sql: &str) -> Result<Vec<Vec<Option<St
     Ok(rows)
 }
 
+/// Returns whether [`rows`] may have cut this value. A value that just fits counts as cut.
+pub(crate) fn may_be_cut(value: &str) -> bool {
+    value.len() + 4 > LONGEST_VALUE
+}
+
 fn text(value: Option<&str>) -> Option<String> {
     let shorten = |text: &str| {
         let end = (0..=LONGEST_VALUE.min(text.len())).rev().find(|end| text.is_char_boundary(*end));

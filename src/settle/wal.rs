@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Error};
 
 use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
-use crate::server::rows;
+use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
 use crate::topology::{
     BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, TIMELINE, UNDISTURBED,
@@ -343,6 +343,10 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
         _ => return Err(bad()),
     };
     let history = text(row, 1).ok_or_else(|| BadReport::new("a timeline's history", "NULL"))?;
+    // The newest timelines come last. Without them, the history would seem to lack the mark's timeline.
+    if may_be_cut(history) {
+        return Err(BadReport::new("a timeline's whole history", "the beginning of a longer one"));
+    }
     Ok(Proof::Function { ancestry: Ancestry::parse(history)?, sighting })
 }
 

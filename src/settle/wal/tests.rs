@@ -109,6 +109,19 @@ fn what_a_server_shows_of_its_log_is_read() {
     assert!(of(Evidence::Files, &[None]).is_err());
 }
 
+/// After more than a thousand promotions the answer is too long to be kept whole, and its newest lines are missing.
+#[test]
+fn a_history_that_was_cut_is_not_read() {
+    let line = "1\t0/5000158\tno recovery target specified\n";
+    let whole = line.repeat(1_400);
+    assert!(proof(Evidence::Function, &row(&[Some("recycled"), Some(whole.as_str())])).is_ok());
+    let long = line.repeat(10_000);
+    for kept in 64 * 1024 - 3..=64 * 1024 {
+        let cut = [Some("recycled"), Some(&long[..kept])];
+        assert!(proof(Evidence::Function, &row(&cut)).is_err(), "{kept}");
+    }
+}
+
 #[test]
 fn what_a_server_says_of_itself_is_read() {
     let good = [
