@@ -35,7 +35,7 @@ pub(super) fn remember(run: Nonce) -> String {
 
 /// The name of the prepared check. Change the number whenever the text changes, because different versions of this
 /// crate may share a session behind a proxy.
-const PREPARED: &str = "tokio_postgres_failover_check_1";
+const PREPARED: &str = "tokio_postgres_failover_check_2";
 
 /// How COMMIT's message looks for its transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,11 +147,12 @@ impl Known {
     }
 }
 
-/// Returns SQL that fails with a division by zero unless the function returns the expected value.
+/// Returns SQL that fails with a division by zero unless the function returns the expected value. The quotient is
+/// compared with a number, because a planner may know without a division that an expression is not NULL.
 fn insists(function: &str, expected: &str) -> String {
     format!(
-        "SELECT WHERE 1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{function} \
-         OPERATOR(pg_catalog.=) {expected}, false)::pg_catalog.int4 IS NULL"
+        "SELECT WHERE (1 OPERATOR(pg_catalog./) coalesce(pg_catalog.{function} \
+         OPERATOR(pg_catalog.=) {expected}, false)::pg_catalog.int4) OPERATOR(pg_catalog.=) 2"
     )
 }
 
