@@ -233,6 +233,10 @@ pub enum Unsettled {
     /// No primary answered before the deadline.
     #[error("there was no primary that answered before the deadline")]
     NoPrimary,
+    /// The primary answered the question with an error each time, such as that its disk is full. The log has the error,
+    /// at level `debug`.
+    #[error("the primary answered the question with an error until the deadline")]
+    Failed,
     /// The primary does not answer the question, because a function, a privilege or the table is missing.
     #[error("the primary refuses to tell: it lacks a function, a right or the ledger's table")]
     NotOffered,

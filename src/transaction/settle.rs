@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::classify::{explain, not_offered};
+use crate::classify::{ends_session, explain, not_offered};
 use crate::commit::Ledger;
 use crate::commit::{
     self, Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof,
@@ -173,7 +173,13 @@ async fn ask<C: SessionClient>(
             *reason = Unsettled::NoPrimary;
             return (None, false);
         }
-        Err(Some(error)) if !not_offered(&error) => return (None, false),
+        Err(Some(error)) if !not_offered(&error) => {
+            log_safely(|| tracing::debug!("a commit in doubt could not be asked for: {}", explain(&error)));
+            if error.as_db_error().is_some_and(|report| !ends_session(report)) {
+                *reason = Unsettled::Failed;
+            }
+            return (None, false);
+        }
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
     };
     match settled {
@@ -214,8 +220,8 @@ async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: 
     ended.is_ok()
 }
 
-/// `Ok(None)`: the server that answered is not the one that was verified for this session. Another cluster is not asked,
-/// because a ledger's answer there would be about that cluster, and would leave a fence in its table.
+/// `Ok(None)`: the server that answered is not the one that was verified for this session. Another cluster is not
+/// asked, because a ledger's answer there would be about that cluster, and would leave a fence in its table.
 async fn question<C: SessionClient>(
     session: &SettleSession<'_, C>,
     mark: &Mark,

@@ -2,6 +2,7 @@
 
 mod clusters;
 mod evidence;
+mod failing;
 pub(crate) mod finish;
 mod history;
 mod inside;
