@@ -277,8 +277,9 @@ impl PoolBuilder {
 
     /// Asks these name servers (UDP and TCP, on the given ports) instead of the system's, without a search list.
     ///
-    /// `build` refuses an empty list, and name servers beside [`PoolBuilder::resolver`], which takes them itself:
-    /// [`HickoryResolver::with_name_servers`](crate::resolve::HickoryResolver::with_name_servers).
+    /// They are ignored if [`PoolBuilder::resolver`] is used as well. A
+    /// [`HickoryResolver::with_name_servers`](crate::resolve::HickoryResolver::with_name_servers) takes them instead.
+    /// `build` refuses an empty list.
     pub fn dns_servers(mut self, servers: impl IntoIterator<Item = SocketAddr>) -> Self {
         self.dns_servers = Some(servers.into_iter().collect());
         self

@@ -151,15 +151,11 @@ pub(super) fn resolver(
     unused: bool,
 ) -> Result<Arc<dyn Resolve>, BuildError> {
     match (own, servers) {
-        (Some(_), Some(_)) => {
-            let problem = "would not be asked, as `PoolBuilder::resolver` is given too; remove one of them";
-            return Err(BuildError::invalid("dns_servers", problem));
-        }
         (None, Some(servers)) if servers.is_empty() => {
             let problem = "give at least one, or do not call it, to ask those of the system";
             return Err(BuildError::invalid("dns_servers", problem));
         }
-        (Some(own), None) => return Ok(own),
+        (Some(own), _) => return Ok(own),
         (None, Some(servers)) => return Ok(Arc::new(HickoryResolver::with_name_servers(servers))),
         (None, None) => {}
     }

@@ -167,11 +167,6 @@ async fn bad_settings_are_refused() {
         (|b| b.poll_interval(SECOND, SECOND / 2), "poll_interval", "shortest"),
         (|b| b.probe_timeout(ZERO), "probe_timeout", "longer than zero"),
         (|b| b.dns_servers([]), "dns_servers", "at least one"),
-        (
-            |b| b.dns_servers([([127, 0, 0, 1], 53).into()]).resolver(FixedResolver::default()),
-            "dns_servers",
-            "`PoolBuilder::resolver`",
-        ),
         (|b| b.dead_after(ZERO), "dead_after", "longer than zero"),
         (|b| b.retry(RetryPolicy::new().deadline(ZERO)), "retry", "deadline is zero"),
         (|b| b.retry(RetryPolicy::new().attempts(0)), "retry", "at least 1"),

@@ -172,7 +172,9 @@ impl World {
         if node.alone && replayed.filter(ends).count() > 0 {
             node.received = Some(end);
         }
-        self.tally.unfed += u64::from(node.received.is_none() && !node.alone);
+        // A primary that returns on its own log is no stranger, unless another server took its next number meanwhile.
+        let taken = self.promotions.contains(&new);
+        self.tally.unfed += u64::from(node.received.is_none() && (!node.alone || taken));
         node.alone = false;
         self.promotions.push(new);
         node.term = self.promotions.len() as u64;
