@@ -218,10 +218,8 @@ impl<C: SessionClient> Pool<C> {
         let in_use = || self.cluster().in_use() + waiting;
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
-            // A wrapped pool has other users, who are not counted.
-            Some(_) if size >= max_size && matches!(self.source, Source::Own(_)) && in_use() < max_size => {
-                Obstacle::BeingTested
-            }
+            // A connection that is being tested may be none of the inner pool's. A wrapped pool has none that are open here.
+            Some(_) if self.dialer.dials.open() >= max_size && in_use() < max_size => Obstacle::BeingTested,
             Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };

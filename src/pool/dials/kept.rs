@@ -110,6 +110,11 @@ impl<C: SessionClient> Dials<C> {
         self.undoubted() > self.max_size.load(Ordering::Relaxed)
     }
 
+    /// The number of connections, with those that are doubted.
+    pub(in crate::pool) fn open(&self) -> usize {
+        self.room.live.load(Ordering::Acquire)
+    }
+
     /// The number of connections that are not doubted.
     pub(super) fn undoubted(&self) -> usize {
         self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted())

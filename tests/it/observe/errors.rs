@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use testbed::{Answer, Cluster, Dns, Garbage, Node, Tap, eventually};
 use tokio_postgres_failover::error::{FailureKind, UnavailableReason};
-use tokio_postgres_failover::resolve::FixedResolver;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy};
 
