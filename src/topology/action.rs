@@ -57,8 +57,8 @@ pub(crate) enum Action {
         /// Time limit for opening a session and getting the answer.
         opened_within: Duration,
     },
-    /// No session to the primary, or to the one that is suspended, is kept: ask it on one of the pool's idle sessions, if there is one. What is received there
-    /// counts as heard.
+    /// No session to the primary is kept, or the one to a suspended primary may be dead: ask it on one of the pool's idle
+    /// sessions, if there is one. What is received there counts as heard.
     AskIdle,
     /// Checkouts wait, but the generation's connections stay open.
     Suspend { why: String },

@@ -166,7 +166,8 @@ impl Topology {
                         && failure.kind == FailureKind::Full
                         && (kept_open || pooled_open) =>
                 {
-                    self.actions.extend((!kept_open).then_some(Action::AskIdle));
+                    // The kept session may be dead without a sign.
+                    self.actions.extend(pooled_open.then_some(Action::AskIdle));
                 }
                 // The primary was only silent for a while. It has no slot for a new session, perhaps because this
                 // pool's sessions use them all.

@@ -232,6 +232,7 @@ fn a_full_server_at_the_address_of_a_silent_one_may_be_another() {
             assert_eq!(bench.primary(), None, "{kept_open}");
         }
         assert_eq!(bench.ended(), [1], "{kept_open}: it was silent for longer than dead_after");
+        assert!(bench.log.iter().any(|action| matches!(action, Action::AskIdle)), "an idle session is asked");
     }
 }
 
