@@ -46,7 +46,7 @@ pub(crate) enum Obstacle {
     /// The primary is known, but no session to it could be opened. Holds the failure of the last attempt, if one has
     /// ended.
     NoSession(Option<ProbeFailure>),
-    /// The primary is known, and what is not in use is being tested, or ends what it was given back with.
+    /// The primary is known, and an idle connection is being tested.
     BeingTested,
     /// The primary is known, but all connections are in use.
     NoneFree {

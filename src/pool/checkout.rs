@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
+use std::sync::atomic::Ordering;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -215,12 +216,18 @@ impl<C: SessionClient> Pool<C> {
             return Error::without_primary(self.cluster().ended());
         }
         let managed::Status { size, max_size, waiting, .. } = self.source.status();
-        let in_use = || self.cluster().in_use() + waiting;
+        // A wrapped pool has other users, who are not counted.
+        let free = matches!(self.source, Source::Own(_)) && self.cluster().in_use() + waiting < max_size;
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
+<<<<<<< HEAD
             // A connection that is being tested may be none of the inner pool's. A wrapped pool has none that are open here.
             Some(_) if self.dialer.dials.open() >= max_size && in_use() < max_size => Obstacle::BeingTested,
             Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
+=======
+            Some(_) if free && self.dialer.dials.tested().load(Ordering::Relaxed) > 0 => Obstacle::BeingTested,
+            Some(_) if size >= max_size && !free => Obstacle::NoneFree { max_size },
+>>>>>>> d0f1e1e (pool: know when callers wait for a test)
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };
         Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))

@@ -15,6 +15,8 @@ pub(super) struct Room {
     /// Those of them that are doubted: they have been idle for as long as another one that did not answer its test
     /// (`stale.rs`). While a caller waits, they do not count against `max_size`.
     pub(super) doubted: AtomicUsize,
+    /// How many are tested for callers that wait.
+    pub(super) tested: AtomicUsize,
     /// The primary is being asked on an idle connection.
     pub(super) asking: AtomicBool,
     /// Wakes the task that opens connections: a place has become free, or another connection is needed.

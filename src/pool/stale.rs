@@ -15,6 +15,7 @@ use deadpool::managed::Object;
 use tokio::time::{Instant, timeout_at};
 
 use super::connection::Connection;
+use super::counted::Counted;
 use super::dialer::Dialer;
 use super::manager::Manager;
 use crate::server::{SessionClient, wall_clock};
@@ -32,6 +33,7 @@ impl<C: SessionClient> Dialer<C> {
     /// under way that its driver has not seen yet. Or it was idle, or on loan without being used, for so long that its
     /// socket may be dead. Cancel-safe: the test goes on in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
+        let _counted = Counted::new(self.dials.tested());
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
         let found = testing.find_out().await;
         let tested = testing.tested.take()?;

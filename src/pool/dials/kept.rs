@@ -2,7 +2,7 @@
 //! doubted.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use deadpool::managed::WeakPool;
@@ -83,6 +83,11 @@ impl<C: SessionClient> Dials<C> {
         self.room.changed.notify_one();
     }
 
+    /// How many connections are tested for callers that wait.
+    pub(in crate::pool) fn tested(&self) -> &AtomicUsize {
+        &self.room.tested
+    }
+
     pub(in crate::pool) fn doubted(&self) -> usize {
         self.room.doubted.load(Ordering::Acquire)
     }
@@ -108,11 +113,6 @@ impl<C: SessionClient> Dials<C> {
     /// Returns whether there are more connections than the pool may have, besides those that are doubted.
     pub(in crate::pool) fn is_overfull(&self) -> bool {
         self.undoubted() > self.max_size.load(Ordering::Relaxed)
-    }
-
-    /// The number of connections, with those that are doubted.
-    pub(in crate::pool) fn open(&self) -> usize {
-        self.room.live.load(Ordering::Acquire)
     }
 
     /// The number of connections that are not doubted.
