@@ -223,9 +223,9 @@ impl<C: SessionClient> Pool<C> {
     /// Waits for a primary and for a free connection, but no longer than the checkout timeout (30 s by default). Then
     /// it fails with [`Error::Unavailable`], which lists each candidate and its last answer. If the credentials are
     /// wrong, it fails at once with [`Error::Refused`], or after a second or two while connections are open that may come
-    /// back. A recently used idle connection is handed out without a round
-    /// trip; one that was idle for [`PoolBuilder::test_idle_after`] (1 s by default) is tested first. Cancel-safe: a
-    /// connection that was being opened for this call goes to the next caller.
+    /// back. A recently used idle connection is handed out without a round trip; one that was idle for
+    /// [`PoolBuilder::test_idle_after`] (1 s by default) is tested first. Cancel-safe: a connection that was being opened
+    /// for this call goes to the next caller.
     ///
     /// If a connection is given back with a statement under way or a transaction open, the statement is cancelled and
     /// the session is closed, so that no other caller gets it. Any other state of the session, such as `SET`, temporary
