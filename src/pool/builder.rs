@@ -287,6 +287,8 @@ impl PoolBuilder {
 
     /// Resolves names with your own [`Resolve`]. Default: a [`HickoryResolver`](crate::resolve::HickoryResolver) with
     /// the system's configuration.
+    ///
+    /// It is asked instead of any name server, so [`PoolBuilder::dns_servers`] is ignored then.
     pub fn resolver(mut self, resolver: impl Resolve) -> Self {
         self.resolver = Some(Arc::new(resolver));
         self
