@@ -220,14 +220,8 @@ impl<C: SessionClient> Pool<C> {
         let free = matches!(self.source, Source::Own(_)) && self.cluster().in_use() + waiting < max_size;
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
-<<<<<<< HEAD
-            // A connection that is being tested may be none of the inner pool's. A wrapped pool has none that are open here.
-            Some(_) if self.dialer.dials.open() >= max_size && in_use() < max_size => Obstacle::BeingTested,
-            Some(_) if size >= max_size => Obstacle::NoneFree { max_size },
-=======
             Some(_) if free && self.dialer.dials.tested().load(Ordering::Relaxed) > 0 => Obstacle::BeingTested,
             Some(_) if size >= max_size && !free => Obstacle::NoneFree { max_size },
->>>>>>> d0f1e1e (pool: know when callers wait for a test)
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };
         Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
