@@ -98,7 +98,8 @@ impl Topology {
     }
 
     fn sample_at(&self) -> Option<Instant> {
-        let samples = self.search().is_none() && (self.traffic.in_use || self.traffic.moved);
+        let samples =
+            self.search().is_none() && (self.traffic.in_use || self.traffic.moved || self.beside.alone_since.is_some());
         samples.then(|| self.polled_at + self.listen_interval())
     }
 

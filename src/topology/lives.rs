@@ -184,12 +184,26 @@ impl Topology {
     }
 
     /// A caller waits on a session of the pool, and for `heartbeat_timeout` nothing was sent or received there, and the
-    /// primary has not reported on any other session.
+    /// primary has not reported on any other session. Without callers, an idle session shows it.
     fn is_mute(&self, now: Instant) -> bool {
+        if !self.traffic.in_use {
+            return self.idle_is_mute(now);
+        }
         let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);
         // Only from then on an idle session is asked.
         let heard_at = self.unasked.counts_from(heard_at.max(self.beside.alone_since.unwrap_or(heard_at)));
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
+    }
+
+    /// Nobody uses the pool's sessions. So what was sent last is the question of [`Self::ask_idle`], and for
+    /// `heartbeat_timeout` nothing has come since.
+    fn idle_is_mute(&self, now: Instant) -> bool {
+        let (Some(since), Some(_)) = (self.beside.alone_since, self.beside.idle_asked_at) else {
+            return false;
+        };
+        let heard_at = self.received_at.map_or(self.own_primary_at, |at| at.max(self.own_primary_at));
+        let asked_at = self.unasked.counts_from(self.moved_at.max(since));
+        self.moved_at > heard_at && now.duration_since(asked_at) >= self.settings.heartbeat_timeout
     }
 
     /// Has the known primary asked on an idle session of the pool while none is kept: until a new one is opened, nothing else
@@ -197,10 +211,7 @@ impl Topology {
     pub(super) fn ask_idle(&mut self, now: Instant) {
         let pause = self.settings.heartbeat / 4;
         let due = self.beside.idle_asked_at.is_none_or(|at| now >= at + pause);
-        let wanted = self.beside.alone_since.is_some()
-            && self.traffic.in_use
-            && self.traffic.open > 0
-            && self.search().is_none();
+        let wanted = self.beside.alone_since.is_some() && self.traffic.open > 0 && self.search().is_none();
         if wanted && due {
             self.beside.idle_asked_at = Some(now);
             self.actions.push(Action::AskIdle);

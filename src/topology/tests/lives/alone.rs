@@ -42,6 +42,31 @@ fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
     }
 }
 
+/// The same, and nobody uses the pool. As long as an idle session answers, the primary is kept; when its host has frozen, and
+/// new sessions hang, it is left.
+#[test]
+fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
+    let mut stage = Stage::new();
+    stage.traffic = TrafficSample { in_use: false, moved: false, received: false, open: 2 };
+    stage.run(ms(10_000));
+    (stage.kept, stage.new) = (false, Some(FailureKind::TimedOut));
+    stage.run_with_an_idle_session(ms(60_000));
+    assert_eq!(stage.suspended_at, None);
+    stage.traffic.received = false;
+    let froze = stage.bench.now;
+    // The next question is sent, and the pool asks no other one while it waits for the answer.
+    while std::mem::take(&mut stage.idle_asked) == 0 {
+        stage.run(ms(10));
+    }
+    stage.traffic.moved = true;
+    stage.run(ms(1));
+    stage.traffic.moved = false;
+    stage.run(ms(20_000));
+    let settings = settings();
+    let after = stage.suspended_at.map(|at| at.duration_since(froze)).expect("it is left");
+    assert!(after <= settings.heartbeat_timeout * 2 + settings.heartbeat, "{after:?}");
+}
+
 /// The kept session has just answered when it ends: the silence of a connection on loan from before that counts for nothing.
 #[test]
 fn a_loan_is_silent_only_since_the_primary_last_reported() {
