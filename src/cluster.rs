@@ -184,6 +184,17 @@ struct Shared {
     asleep: AtomicBool,
     /// Asks the pool to ask the primary on an idle session.
     ask_idle: Arc<Notify>,
+    /// That question is under way.
+    idle_asked: AtomicBool,
+}
+
+/// While this exists, the primary is being asked on an idle session of the pool.
+pub(crate) struct IdleQuestion(Arc<Shared>);
+
+impl Drop for IdleQuestion {
+    fn drop(&mut self) {
+        self.0.idle_asked.store(false, Ordering::Relaxed);
+    }
 }
 
 /// While this exists, something needs a primary, so the task does not fall asleep.
@@ -302,6 +313,12 @@ impl<C: SessionClient> Cluster<C> {
     /// Notifies when the pool should ask the primary on an idle session, because no other one can be had.
     pub(crate) fn ask_idle(&self) -> Arc<Notify> {
         Arc::clone(&self.shared.ask_idle)
+    }
+
+    /// Notes that the primary is being asked on an idle session. Only one question may be under way.
+    pub(crate) fn idle_question(&self) -> IdleQuestion {
+        self.shared.idle_asked.store(true, Ordering::Relaxed);
+        IdleQuestion(Arc::clone(&self.shared))
     }
 
     /// Reports a doubt about the primary of generation `id`, which the task will check. Never waits.

@@ -318,6 +318,11 @@ impl Topology {
         if traffic.in_use && !self.traffic.in_use {
             self.lent_at = now;
         }
+        if !traffic.idle_asked {
+            self.beside.idle_waits_since = None;
+        } else if self.beside.idle_waits_since.is_none() {
+            self.beside.idle_waits_since = Some(now);
+        }
         self.traffic = traffic;
         if traffic.moved || traffic.received {
             self.moved_at = now;

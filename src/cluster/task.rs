@@ -228,7 +228,8 @@ impl<C: SessionClient> Task<C> {
         // If the sessions' drivers are not this crate's, their ends go unnoticed, so they are not counted.
         let generation = self.generation.as_ref().filter(|_| self.opener.drives());
         let open = generation.map_or(0, |generation| generation.open.count());
-        TrafficSample { in_use, moved, received: self.take_heard(), open }
+        let idle_asked = self.shared.idle_asked.load(Ordering::Relaxed);
+        TrafficSample { in_use, moved, received: self.take_heard(), open, idle_asked }
     }
 
     /// Returns whether a session of the generation has received a sign of the server's life since the last call.

@@ -83,9 +83,11 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(asking) = self.dials.begin_asking() else { return };
         let Some(connection) = self.dials.take_any(&self.cluster) else { return };
-        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
+        let (doubt, dialer, question) = (self.dials.doubt(), Arc::downgrade(self), self.cluster.idle_question());
         drop(self.dials.runtime().spawn(async move {
-            let fit = matches!(connection.check_connection().await, Ok(())) && connection.idle().await;
+            let answer = connection.check_connection().await;
+            drop(question);
+            let fit = answer.is_ok() && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
                 dialer.dials.take_back(connection, doubt, &dialer.cluster);
             }

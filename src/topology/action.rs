@@ -15,6 +15,7 @@ pub(crate) enum Suspicion {
 
 /// What the sessions of the pool did since the last sample.
 #[derive(Clone, Copy, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct TrafficSample {
     /// A connection is on loan, and its user may be waiting for an answer.
     pub(crate) in_use: bool,
@@ -24,6 +25,8 @@ pub(crate) struct TrafficSample {
     pub(crate) received: bool,
     /// The number of the pool's sessions to the primary that have not ended.
     pub(crate) open: usize,
+    /// The question of [`Action::AskIdle`] is under way on an idle session.
+    pub(crate) idle_asked: bool,
 }
 
 /// The result of one probe.

@@ -38,6 +38,8 @@ pub(super) struct Beside {
     pub(super) alone_since: Option<Instant>,
     /// When the pool was last told to ask on an idle session.
     idle_asked_at: Option<Instant>,
+    /// Since when that question has no answer.
+    pub(super) idle_waits_since: Option<Instant>,
 }
 
 impl Beside {
@@ -195,15 +197,14 @@ impl Topology {
         self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
-    /// Nobody uses the pool's sessions. So what was sent last is the question of [`Self::ask_idle`], and for
-    /// `heartbeat_timeout` nothing has come since.
+    /// No session is kept, and the question of [`Self::ask_idle`] has had no answer for `heartbeat_timeout`. Nothing else has
+    /// come from the primary since it was asked.
     fn idle_is_mute(&self, now: Instant) -> bool {
-        let (Some(since), Some(_)) = (self.beside.alone_since, self.beside.idle_asked_at) else {
+        let (Some(_), Some(asked_at)) = (self.beside.alone_since, self.beside.idle_waits_since) else {
             return false;
         };
-        let heard_at = self.received_at.map_or(self.own_primary_at, |at| at.max(self.own_primary_at));
-        let asked_at = self.unasked.counts_from(self.moved_at.max(since));
-        self.moved_at > heard_at && now.duration_since(asked_at) >= self.settings.heartbeat_timeout
+        let heard = self.heard_since(Some(asked_at)) || self.own_primary_at > asked_at;
+        !heard && now.duration_since(self.unasked.counts_from(asked_at)) >= self.settings.heartbeat_timeout
     }
 
     /// Has the known primary asked on an idle session of the pool while none is kept: until a new one is opened, nothing else

@@ -153,7 +153,10 @@ impl Bench {
         let until = self.now + duration;
         while self.now < until {
             self.now += ms(25);
-            self.topology.traffic(self.now, TrafficSample { in_use: true, moved: heard, received: heard, open: 1 });
+            self.topology.traffic(
+                self.now,
+                TrafficSample { in_use: true, moved: heard, received: heard, open: 1, idle_asked: false },
+            );
             self.poll();
         }
     }

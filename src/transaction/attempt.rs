@@ -23,7 +23,7 @@ use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::SessionClient;
 use crate::settle::wal::MarkStatement;
-use crate::topology::Suspicion;
+use crate::topology::{GenerationId, Suspicion};
 
 /// How an attempt ended.
 pub(super) enum Ended<T> {
@@ -33,6 +33,9 @@ pub(super) enum Ended<T> {
     /// COMMIT was sent, and the settler found that it is not in the history of the primary. `Failed` says why the
     /// answer to COMMIT was lost.
     Absent(Earlier<T>, Failed),
+    /// The same, and no other history can have it either: the server that it began on says so, the primary of this
+    /// generation.
+    Aborted(GenerationId, Failed),
     /// COMMIT was sent, and its outcome could not be found out.
     Unknown(Error),
 }
@@ -76,7 +79,7 @@ impl<T> Unanswered<T> {
                 };
                 let failed = Failed { verdict: judge_absent(verdict, &session), error, session };
                 if outcome == Outcome::Aborted {
-                    return Ended::Failed(Stage::Refused, failed);
+                    return Ended::Aborted(absent_from, failed);
                 }
                 Ended::Absent(Earlier { mark, value, absent_from }, failed)
             }
@@ -285,6 +288,7 @@ impl<C: SessionClient> Attempt<C> {
         }
         self.last_commit.store(self.client().last_commit().unwrap_or_default(), Ordering::Relaxed);
         self.begun.store(true, Ordering::Relaxed);
+        self.inner.begin_work();
         self.client().trail().forget();
         let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
         let done = poll_fn(|context| nested::poll_within(&self.inner, work.as_mut(), context)).await;

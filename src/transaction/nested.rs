@@ -16,15 +16,27 @@ tokio::task_local! {
 
 /// Whether the outcome of another call, made within this call's closure, is unknown.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Doubt(Arc<AtomicBool>);
+pub(super) struct Doubt(Arc<Flags>);
+
+#[derive(Debug, Default)]
+struct Flags {
+    noted: AtomicBool,
+    /// A closure of this call has run.
+    begun: AtomicBool,
+}
 
 impl Doubt {
     fn note(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.noted.store(true, Ordering::Release);
     }
 
     pub(super) fn is_noted(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.noted.load(Ordering::Acquire)
+    }
+
+    /// This call's closure begins. Before that, nothing of the call can have been committed.
+    pub(super) fn begin_work(&self) {
+        self.0.begun.store(true, Ordering::Release);
     }
 }
 
@@ -34,7 +46,8 @@ pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: 
     OUTER.sync_scope(doubt.clone(), || work.poll(context))
 }
 
-/// A call that is under way. If this is dropped before the call has ended, the call's outcome is unknown.
+/// A call that is under way. If this is dropped before the call has ended, and its closure has run, the call's outcome
+/// is unknown.
 pub(super) struct Inner {
     /// The doubt of the outer call, if there is one. It is found at the beginning, because this may be dropped outside
     /// of the outer closure.
@@ -64,8 +77,9 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let Some(outer) = &self.outer else { return };
+        let in_doubt = self.writes && self.own.0.begun.load(Ordering::Acquire);
         // A doubt about a call within this one is a doubt for the outer call, too.
-        if self.writes || self.own.is_noted() {
+        if in_doubt || self.own.is_noted() {
             outer.note();
         }
     }

@@ -107,20 +107,20 @@ where
                 ended => ended,
             }
         };
-        // The generation whose primary has just said that this attempt is not committed.
-        let mut absent_from = None;
-        let (stage, failed) = match ended.instrument(span).await {
+        // `absent_from` is the generation whose primary has just said that this attempt is not committed.
+        let (stage, failed, absent_from) = match ended.instrument(span).await {
             Ended::Committed(value) => {
                 pool.budget().deposit();
                 return Ok(value);
             }
-            Ended::Failed(stage, failed) => (stage, failed),
+            Ended::Failed(stage, failed) => (stage, failed, None),
+            Ended::Aborted(generation, failed) => (Stage::Refused, failed, Some(generation)),
             Ended::Absent(attempt, failed) => {
-                absent_from = Some(attempt.absent_from);
+                let absent_from = attempt.absent_from;
                 earlier.push(attempt);
-                (Stage::Refused, failed)
+                (Stage::Refused, failed, Some(absent_from))
             }
-            Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed),
+            Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed, None),
             Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error, session } = failed;

@@ -221,7 +221,7 @@ fn a_server_that_was_silent_and_is_full_serves_again() {
 fn a_full_server_at_the_address_of_a_silent_one_may_be_another() {
     for kept_open in [true, false] {
         let mut bench = Bench::settled();
-        let traffic = TrafficSample { in_use: false, moved: false, received: false, open: 1 };
+        let traffic = TrafficSample { in_use: false, moved: false, received: false, open: 1, idle_asked: false };
         bench.topology.traffic(bench.now, traffic);
         bench.wait(ms(1000));
         bench.answer(1, Err(failure(FailureKind::TimedOut)), false, kept_open);

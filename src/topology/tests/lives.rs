@@ -207,7 +207,7 @@ proptest! {
         held_up in any::<bool>(),
     ) {
         let mut stage = Stage::new();
-        stage.traffic = TrafficSample { in_use: true, received: true, moved: true, open: 1 };
+        stage.traffic = TrafficSample { in_use: true, received: true, moved: true, open: 1, idle_asked: false };
         stage.new = Some(kind);
         // Either the heartbeat's question is held up, or its session has ended.
         (stage.kept, stage.silent) = (held_up, held_up);
@@ -237,7 +237,7 @@ proptest! {
             stage.run(ms(1));
         }
         let died = stage.bench.now;
-        stage.traffic = TrafficSample { in_use, received: false, moved: false, open: usize::from(!closes) };
+        stage.traffic = TrafficSample { in_use, received: false, moved: false, open: usize::from(!closes), idle_asked: false };
         if closes {
             (stage.kept, stage.new) = (false, Some(if kind == FailureKind::Full { FailureKind::Unreachable } else { kind }));
         } else {
@@ -442,7 +442,7 @@ fn an_earlier_answer_to_the_second_question_proves_nothing() {
 fn a_primary_that_was_suspended_for_silence_is_resumed_when_it_is_heard() {
     let heard = |bench: &mut Bench| {
         bench.now += ms(25);
-        let sample = TrafficSample { in_use: true, moved: true, received: true, open: 1 };
+        let sample = TrafficSample { in_use: true, moved: true, received: true, open: 1, idle_asked: false };
         bench.topology.traffic(bench.now, sample);
         bench.poll();
     };

@@ -393,3 +393,32 @@ async fn idle_connections_speak_for_a_server_that_takes_no_new_session() {
     assert!(left.is_none(), "{left:?}");
     pool.get_within(Duration::from_secs(2)).await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
+
+/// Nobody uses the pool, the heartbeat's session was ended, and new ones hang. As long as an idle session answers, the primary
+/// is kept; when nothing answers any more, it is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_pool_leaves_a_silent_primary_that_takes_no_new_session() {
+    let stage = Stage::start().await;
+    let pool = stage.builder().build().unwrap();
+    let held = [pool.get().await.unwrap(), pool.get().await.unwrap()];
+    heart_beats(&stage.cluster).await;
+    let mut kept = Vec::new();
+    for client in &held {
+        kept.push(client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get::<_, i32>(0));
+    }
+    stage.tap.turn_away(Some(TurnAway::Hang));
+    let admin = stage.cluster.direct(Node(0)).await;
+    let others =
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND pid <> ALL ($1)";
+    eventually("the heart-beat's session is ended", LONG, async || {
+        admin.query_one(others, &[&kept]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    drop(held);
+    let mut events = pool.subscribe();
+    let seen = timeout(DEAD_AFTER * 2, events.next()).await;
+    assert!(seen.is_err(), "an idle session answers: {seen:?}");
+    stage.tap.stall(true);
+    let lost = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
+    lost.await.expect("it is lost");
+}

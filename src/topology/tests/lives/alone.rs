@@ -25,7 +25,7 @@ fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
             continue;
         }
         let mut stage = Stage::new();
-        stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 3 };
+        stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 3, idle_asked: false };
         stage.run(ms(10_000));
         (stage.kept, stage.new) = (false, Some(kind));
         let asked = stage.run_with_an_idle_session(ms(60_000));
@@ -47,7 +47,7 @@ fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
 #[test]
 fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     let mut stage = Stage::new();
-    stage.traffic = TrafficSample { in_use: false, moved: false, received: false, open: 2 };
+    stage.traffic = TrafficSample { in_use: false, moved: false, received: false, open: 2, idle_asked: false };
     stage.run(ms(10_000));
     (stage.kept, stage.new) = (false, Some(FailureKind::TimedOut));
     stage.run_with_an_idle_session(ms(60_000));
@@ -58,9 +58,7 @@ fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     while std::mem::take(&mut stage.idle_asked) == 0 {
         stage.run(ms(10));
     }
-    stage.traffic.moved = true;
-    stage.run(ms(1));
-    stage.traffic.moved = false;
+    stage.traffic.idle_asked = true;
     stage.run(ms(20_000));
     let settings = settings();
     let after = stage.suspended_at.map(|at| at.duration_since(froze)).expect("it is left");
@@ -71,7 +69,7 @@ fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
 #[test]
 fn a_loan_is_silent_only_since_the_primary_last_reported() {
     let mut stage = Stage::new();
-    stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 1 };
+    stage.traffic = TrafficSample { in_use: true, moved: false, received: false, open: 1, idle_asked: false };
     stage.run(ms(10_000));
     let ended = stage.bench.now;
     (stage.kept, stage.new) = (false, Some(FailureKind::Unreachable));
