@@ -20,6 +20,8 @@ fi
 
 echo "test.sh: once more, by themselves: ${failed[*]}"
 for target in "${targets[@]}"; do
+    # Without the package: with it, cargo would choose other features and build everything anew.
+    target=${target#-p * }
     # shellcheck disable=SC2086 # a list of words
     cargo test --all-features $target -- --exact "${failed[@]}" 2>&1 | tee "$log"
 done
