@@ -193,7 +193,7 @@ pub(crate) struct IdleQuestion(Arc<Shared>);
 
 impl Drop for IdleQuestion {
     fn drop(&mut self) {
-        self.0.idle_asked.store(false, Ordering::Relaxed);
+        self.0.idle_asked.store(false, Ordering::Release);
     }
 }
 
@@ -315,10 +315,10 @@ impl<C: SessionClient> Cluster<C> {
         Arc::clone(&self.shared.ask_idle)
     }
 
-    /// Notes that the primary is being asked on an idle session. Only one question may be under way.
-    pub(crate) fn idle_question(&self) -> IdleQuestion {
-        self.shared.idle_asked.store(true, Ordering::Relaxed);
-        IdleQuestion(Arc::clone(&self.shared))
+    /// Notes that the primary is being asked on an idle session. `None`: it is being asked so already.
+    pub(crate) fn idle_question(&self) -> Option<IdleQuestion> {
+        let begun = !self.shared.idle_asked.swap(true, Ordering::AcqRel);
+        begun.then(|| IdleQuestion(Arc::clone(&self.shared)))
     }
 
     /// Reports a doubt about the primary of generation `id`, which the task will check. Never waits.

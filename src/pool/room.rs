@@ -1,7 +1,7 @@
 //! Counts the connections of a pool.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
@@ -17,8 +17,6 @@ pub(super) struct Room {
     pub(super) doubted: AtomicUsize,
     /// How many are tested for callers that wait.
     pub(super) tested: AtomicUsize,
-    /// The primary is being asked on an idle connection.
-    pub(super) asking: AtomicBool,
     /// Wakes the task that opens connections: a place has become free, or another connection is needed.
     pub(super) changed: Notify,
 }

@@ -81,17 +81,15 @@ impl<C: SessionClient> Dialer<C> {
     /// Asks the primary on an idle connection, unless it is being asked so already. The answer is noted as a sign of its
     /// life. There is no time limit: whether a primary is silent is not decided here.
     pub(super) fn ask_idle(self: &Arc<Self>) {
-        let Some(asking) = self.dials.begin_asking() else { return };
+        let Some(question) = self.cluster.idle_question() else { return };
         let Some(connection) = self.dials.take_any(&self.cluster) else { return };
-        let (doubt, dialer, question) = (self.dials.doubt(), Arc::downgrade(self), self.cluster.idle_question());
+        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
         drop(self.dials.runtime().spawn(async move {
-            let answer = connection.check_connection().await;
-            drop(question);
-            let fit = answer.is_ok() && connection.idle().await;
+            let fit = matches!(connection.check_connection().await, Ok(())) && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
                 dialer.dials.take_back(connection, doubt, &dialer.cluster);
             }
-            drop(asking);
+            drop(question);
         }));
     }
 

@@ -194,7 +194,7 @@ impl Topology {
         let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);
         // Only from then on an idle session is asked.
         let heard_at = self.unasked.counts_from(heard_at.max(self.beside.alone_since.unwrap_or(heard_at)));
-        self.traffic.in_use && now.duration_since(heard_at) >= self.settings.heartbeat_timeout
+        now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
     /// No session is kept, and the question of [`Self::ask_idle`] has had no answer for `heartbeat_timeout`. Nothing else has

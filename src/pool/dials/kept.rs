@@ -120,12 +120,6 @@ impl<C: SessionClient> Dials<C> {
         self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted())
     }
 
-    /// Returns `None` while this exists already: the primary is being asked on an idle connection.
-    pub(in crate::pool) fn begin_asking(&self) -> Option<Asking> {
-        let begun = self.room.asking.compare_exchange(false, true, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        begun.then(|| Asking(Arc::clone(&self.room)))
-    }
-
     /// Takes a connection that no caller has, to the primary or to the one that is suspended.
     pub(in crate::pool) fn take_any(&self, cluster: &Cluster<C>) -> Option<Connection<C>> {
         self.take_idle_if(|connection| !connection.stale(cluster)).or_else(|| {
@@ -151,15 +145,6 @@ impl<C: SessionClient> Dials<C> {
             !take
         });
         taken.removed.into_iter().next()
-    }
-}
-
-/// While this exists, the primary is being asked on an idle connection.
-pub(in crate::pool) struct Asking(Arc<Room>);
-
-impl Drop for Asking {
-    fn drop(&mut self) {
-        self.0.asking.store(false, Ordering::Release);
     }
 }
 
