@@ -575,6 +575,29 @@ impl Cluster {
         .await;
     }
 
+    /// [`Cluster::kill_backend`], and returns when the server has recovered. Until it has noticed the crash, its other
+    /// sessions go on, and what they begin crashes with it. Panics if that takes longer than `within`.
+    pub async fn crash_backend(&self, node: Node, within: Duration) {
+        let before = self.replayed(node).await;
+        self.kill_backend(node).await;
+        let recovered = timeout(within, async {
+            loop {
+                let now = self.replayed(node).await;
+                if now.is_some() && now != before {
+                    return;
+                }
+                sleep(Duration::from_millis(3)).await;
+            }
+        });
+        recovered.await.expect("the server recovers");
+    }
+
+    /// Where the server's last recovery ended.
+    async fn replayed(&self, node: Node) -> Option<String> {
+        let session = self.try_direct(node).await.ok()?;
+        session.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.ok()?.get(0)
+    }
+
     async fn wait_exit(&self, node: Node) {
         until(&format!("{node:?} exits"), PATIENCE, || async {
             if self.is_running(node) { Err(String::from("it runs")) } else { Ok(()) }

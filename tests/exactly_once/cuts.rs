@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use testbed::{Cluster, Cut, Cutter, Done, Node, eventually};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use crate::dice::Dice;
 use crate::failovers::in_front_of;
@@ -103,7 +103,7 @@ async fn outage_at(cluster: &Arc<Cluster>, cutter: &Cutter, at: Cut, outage: Out
     let armed = cutter.arm_with(at, {
         let cluster = Arc::clone(cluster);
         async move || match outage {
-            Outage::CrashOfBackend => crash_backend(&cluster, Node(0)).await,
+            Outage::CrashOfBackend => cluster.crash_backend(Node(0), PATIENCE).await,
             Outage::Crash => {
                 cluster.kill(Node(0)).await;
                 cluster.start_node(Node(0)).await;
@@ -116,28 +116,6 @@ async fn outage_at(cluster: &Arc<Cluster>, cutter: &Cutter, at: Cut, outage: Out
     });
     let over = timeout(PATIENCE, armed.happened()).await;
     over.map(drop).map_err(|_| format!("{outage:?} at {at:?} did not happen"))
-}
-
-/// Returns when the server has recovered. Until it has noticed, its other sessions go on, and what they begin crashes with it.
-async fn crash_backend(cluster: &Cluster, node: Node) {
-    let before = replayed(cluster, node).await;
-    cluster.kill_backend(node).await;
-    let recovered = timeout(PATIENCE, async {
-        loop {
-            let now = replayed(cluster, node).await;
-            if now.is_some() && now != before {
-                return;
-            }
-            sleep(Duration::from_millis(3)).await;
-        }
-    });
-    recovered.await.expect("the server recovers");
-}
-
-/// Where the server's last recovery ended.
-async fn replayed(cluster: &Cluster, node: Node) -> Option<String> {
-    let session = cluster.try_direct(node).await.ok()?;
-    session.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.ok()?.get(0)
 }
 
 /// Anywhere between BEGIN and the answer to COMMIT. The server lives on.

@@ -19,7 +19,7 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, RetryPolicy, Tran
 use tracing_subscriber::EnvFilter;
 
 use crate::sessions::versions::signature;
-use crate::support::bench::{Bench, crash_backend, cut_replication, list, settlers, single, standbys};
+use crate::support::bench::{Bench, cut_replication, list, settlers, single, standbys};
 use crate::support::load::{LONG, by_name, generation, primary_lost};
 use crate::support::{PATIENCE, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 
@@ -265,7 +265,7 @@ async fn k3_a_crash_is_seen_through() {
         })
         .await;
         with_each_settler(single, async |bench| {
-            bench.cut_with(cut, async |cluster| crash_backend(&cluster, Node(0)).await);
+            bench.cut_with(cut, async |cluster| cluster.crash_backend(Node(0), PATIENCE).await);
             bench.write().await.unwrap();
             bench.assert_once(runs).await;
         })

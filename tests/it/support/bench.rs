@@ -2,10 +2,9 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use testbed::{Armed, Cluster, ClusterBuilder, Cut, Cutter, Node, eventually};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, TransactionBuilder};
@@ -154,28 +153,4 @@ pub(crate) async fn cut_replication(cluster: &Cluster, standbys: &[Node]) {
         primary.query("SELECT FROM pg_stat_replication", &[]).await.unwrap().is_empty()
     })
     .await;
-}
-
-/// Kills one backend, and returns when the server has recovered. Until it has noticed the crash, its other sessions go on, and
-/// what they begin crashes with it.
-pub(crate) async fn crash_backend(cluster: &Cluster, node: Node) {
-    let before = replayed(cluster, node).await;
-    cluster.kill_backend(node).await;
-    // Not `eventually`: this is done in hooks of the cutter, too, which are sent to other threads.
-    let recovered = timeout(PATIENCE, async {
-        loop {
-            let now = replayed(cluster, node).await;
-            if now.is_some() && now != before {
-                return;
-            }
-            sleep(Duration::from_millis(3)).await;
-        }
-    });
-    recovered.await.expect("the server does not recover");
-}
-
-/// Where the server's last recovery ended.
-async fn replayed(cluster: &Cluster, node: Node) -> Option<String> {
-    let session = cluster.try_direct(node).await.ok()?;
-    session.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.ok()?.get(0)
 }

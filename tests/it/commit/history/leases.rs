@@ -5,7 +5,8 @@ use testbed::{Background, Cluster, ClusterBuilder, Cut, Node};
 use tokio_postgres_failover::error::Unsettled;
 
 use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, burn_ids, checkpoint, write_no_more};
-use crate::support::bench::{crash_backend, cut_replication, single};
+use crate::support::PATIENCE;
+use crate::support::bench::{cut_replication, single};
 
 /// What becomes of the COMMIT.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -188,7 +189,7 @@ async fn a_crash_behind_a_lease_is_not_taken_for_the_lease() {
                 scene.give_id_away().await;
                 scene.pass_mark().await;
                 if of_backend {
-                    crash_backend(cluster, Node(0)).await;
+                    cluster.crash_backend(Node(0), PATIENCE).await;
                 } else {
                     cluster.crash(Node(0)).await;
                 }
