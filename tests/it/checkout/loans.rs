@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use testbed::eventually;
+use tokio::sync::Notify;
 use tokio::time::timeout;
-use tokio_postgres_failover::{Event, Events, Pool, deadpool_postgres, tokio_postgres};
+use tokio_postgres_failover::{Error, Event, Events, Pool, deadpool_postgres, tokio_postgres};
 
 use crate::support::load::by_url;
 use crate::support::{PATIENCE, server};
@@ -25,6 +26,17 @@ async fn told(events: &mut Events) -> (bool, Duration, String, u32) {
     timeout(PATIENCE, next).await.expect("nothing is told")
 }
 
+/// The line that is told while this call holds its connection, which it does until `seen`.
+async fn told_during(call: impl Future<Output = Result<(), Error>>, events: &mut Events, seen: &Notify) -> u32 {
+    let (called, line) = tokio::join!(call, async {
+        let line = told(events).await.3;
+        seen.notify_one();
+        line
+    });
+    called.unwrap();
+    line
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_is_held_for_long_is_told_with_its_place() {
     let cluster = server().await;
@@ -41,31 +53,19 @@ async fn a_connection_that_is_held_for_long_is_told_with_its_place() {
     assert_eq!(told(&mut events).await.3, line);
     drop(held);
 
-    let seen = tokio::sync::Notify::new();
+    let seen = Notify::new();
     let line = line!() + 1;
     let call = pool.transaction(async |_| {
         seen.notified().await;
         Ok(())
     });
-    let (called, told_line) = tokio::join!(call, async {
-        let told_line = told(&mut events).await.3;
-        seen.notify_one();
-        told_line
-    });
-    called.unwrap();
-    assert_eq!(told_line, line);
+    assert_eq!(told_during(call, &mut events, &seen).await, line);
     let line = line!() + 1;
     let call = pool.build_transaction().read_only(true).run(async |_| {
         seen.notified().await;
         Ok(())
     });
-    let (called, told_line) = tokio::join!(call, async {
-        let told_line = told(&mut events).await.3;
-        seen.notify_one();
-        told_line
-    });
-    called.unwrap();
-    assert_eq!(told_line, line);
+    assert_eq!(told_during(call, &mut events, &seen).await, line);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
