@@ -37,7 +37,7 @@ pub use timelines::Background;
 
 /// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time,
 /// and so does a standby that waits ten seconds for its WAL receiver, see [`Cluster::wake`].
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a dead node tries to follow before it is copied anew.
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a promotion waits for the other standbys to turn to the new primary.
