@@ -21,7 +21,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::observe::{Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve};
-use crate::server::{Heard, Open, Session, SessionClient};
+use crate::server::{Heard, Notices, Open, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
     Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, RefusedLogIn,
@@ -89,12 +89,12 @@ impl<C: SessionClient> Generation<C> {
 
     pub(crate) fn take_spare(&self) -> Option<Session<C>> {
         let spare = lock(&self.spare).take().filter(|session| !session.client.is_closed());
-        spare.inspect(|session| self.listen_to(session))
+        spare.inspect(|session| self.listen_to(&session.notices))
     }
 
     /// From now on, data that this session receives counts as a sign that the generation's server lives.
-    pub(crate) fn listen_to(&self, session: &Session<C>) {
-        session.notices.activity.tell(&self.heard);
+    pub(crate) fn listen_to(&self, notices: &Notices) {
+        notices.activity.tell(&self.heard);
     }
 
     /// Notes that a session was opened, so the server has just answered.

@@ -61,7 +61,7 @@ pub mod ledger {
 ///
 /// [`IntoConfig`](session::IntoConfig) is here, too: it is what [`Pool::builder`] accepts as a configuration.
 pub mod session {
-    pub use crate::pool::{CancelToken, Connection, Detached, GenericTransaction, IntoConfig};
+    pub use crate::pool::{CancelToken, Connection, Detached, GenericTransaction, IntoConfig, SessionDriver};
     pub use crate::server::SessionClient;
 }
 

@@ -7,6 +7,7 @@
 mod activity;
 mod end;
 mod notices;
+mod owned;
 mod password;
 mod question;
 mod session;
@@ -17,6 +18,7 @@ mod withheld;
 pub(crate) use activity::{Activity, Heard};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
+pub(crate) use owned::OwnedSession;
 pub(crate) use password::{Ask, Passwords};
 pub(crate) use question::{may_be_cut, rows};
 pub use session::SessionClient;
@@ -107,6 +109,15 @@ pub(crate) trait Open<C>: Send + Sync {
         scope: CancellationToken,
     ) -> BoxFuture<'a, Opened<C>>;
 
+    /// Like [`Self::open`], but the caller drives the session. `None` for a wrapped pool, whose manager drives its
+    /// sessions itself.
+    fn open_owned<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> Option<BoxFuture<'a, OpenedOwned>>;
+
     /// Asks on an open session what its server is, after the promotion wait if there is one. Costs one round trip.
     fn ask<'a>(
         &'a self,
@@ -130,6 +141,7 @@ pub(crate) trait Open<C>: Send + Sync {
 }
 
 pub(crate) type Opened<C> = Result<(Session<C>, ServerReport), ProbeFailure>;
+pub(crate) type OpenedOwned = Result<(OwnedSession, ServerReport), ProbeFailure>;
 
 /// Opens sessions by this crate's own dialing. It holds the configuration except for the address.
 pub(crate) struct Opener {
@@ -224,6 +236,18 @@ impl Opener {
         dialled
     }
 
+    /// Dials a server. The TLS connector is user code: its panic costs only this one session.
+    async fn dial_guarded(
+        &self,
+        endpoint: &Endpoint,
+        notices: &Arc<Notices>,
+    ) -> Result<(Client, Driver), ProbeFailure> {
+        let dialling = AssertUnwindSafe(self.dial_a_server(endpoint, Arc::clone(notices))).catch_unwind();
+        let dialled = dialling.await.unwrap_or_else(|panic| Err(panicked(CONNECTOR, &*panic)))?;
+        self.worked.store(true, Ordering::Relaxed);
+        Ok(dialled)
+    }
+
     async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
         let Some(passwords) = &self.passwords else {
             return self.dial.dial(self.config_for(endpoint), notices).await.map_err(|error| self.not_opened(error));
@@ -292,10 +316,7 @@ impl Open<ClientWrapper> for Opener {
     ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
-            // The TLS connector is user code: its panic costs only this one session.
-            let dialling = AssertUnwindSafe(self.dial_a_server(endpoint, Arc::clone(&notices))).catch_unwind();
-            let (client, driver) = dialling.await.unwrap_or_else(|panic| Err(panicked(CONNECTOR, &*panic)))?;
-            self.worked.store(true, Ordering::Relaxed);
+            let (client, driver) = self.dial_guarded(endpoint, &notices).await?;
             let (token, dial, config) = (client.cancel_token(), Arc::clone(&self.dial), self.config_for(endpoint));
             let cancelling = cancel(move || dial.cancel(config.clone(), token.clone()));
             let driving =
@@ -307,6 +328,15 @@ impl Open<ClientWrapper> for Opener {
             let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
+    }
+
+    fn open_owned<'a>(
+        &'a self,
+        endpoint: &'a Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> Option<BoxFuture<'a, OpenedOwned>> {
+        Some(Box::pin(self.open_session_of_caller(endpoint, question, scope)))
     }
 
     fn drives(&self) -> bool {

@@ -50,9 +50,9 @@ pub enum Error {
          that outlives its users: one pool for each #[tokio::test], or one runtime for all"
     )]
     RuntimeEnded,
-    /// A [wrapped](crate::Pool::wrap) pool cannot listen. Its connections have drivers of their own, which do not pass
-    /// notifications to this crate.
-    #[error("a wrapped pool cannot listen; use one made by `Pool::builder` for that")]
+    /// A [wrapped](crate::Pool::wrap) pool can neither listen nor dial. Its manager opens its connections, and their
+    /// drivers do not pass notifications to this crate.
+    #[error("a wrapped pool can neither listen nor dial; use one made by `Pool::builder` for that")]
     Wrapped,
     /// The database answered with an error, or the connection was lost.
     #[error("{}", explain(.0))]

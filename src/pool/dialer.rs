@@ -21,9 +21,9 @@ use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::random::SplitMix64;
-use crate::server::{Notices, Open, Session, SessionClient, cancel};
+use crate::server::{Notices, Open, OwnedSession, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
-use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, RefusedLogIn, Suspicion};
+use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, RefusedLogIn, ServerReport, Suspicion};
 
 /// Shortest and longest pause between two attempts to open a session, if the known primary accepts none.
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
@@ -160,23 +160,56 @@ impl<C: SessionClient> Dialer<C> {
             if let Some(session) = generation.take_spare() {
                 return Ok((session, generation));
             }
-            // Do not wait for a dial to a server that has been replaced meanwhile.
-            let opened = tokio::select! {
-                biased;
-                () = self.cluster.left(generation.primary.id) => None,
-                opened = self.open_through_gate(&generation, asked) => opened?,
-            };
-            if let Some(session) = opened {
+            let opening = Self::open(&*self.opener, self.open_timeout, &generation);
+            let spare = || generation.take_spare();
+            if let Some(session) = self.opened_through_gate(&generation, asked, spare, opening).await? {
                 return Ok((session, generation));
             }
         }
     }
 
-    /// Makes one attempt through the generation's gate. `None`: the generation is no longer the current one.
-    async fn open_through_gate(&self, generation: &Generation<C>, asked: Instant) -> Result<Option<Session<C>>, Error> {
+    /// Returns a session of the current generation that the caller drives. `None` for a wrapped pool.
+    pub(super) async fn owned_session(&self) -> Result<Option<OwnedSession>, Error> {
+        let asked = Instant::now();
+        loop {
+            let generation = self.cluster.primary().await.map_err(Error::without_primary)?;
+            let endpoint = generation.endpoint();
+            let opening = self.opener.open_owned(&endpoint, Question::Identity, generation.scope.clone());
+            let Some(opening) = opening else { return Ok(None) };
+            let opening = admitted(&generation, self.open_timeout, opening);
+            if let Some(session) = self.opened_through_gate(&generation, asked, || None, opening).await? {
+                generation.listen_to(&session.notices);
+                return Ok(Some(session));
+            }
+        }
+    }
+
+    /// Makes one attempt through the generation's gate, or takes a spare session. `None`: the generation is no longer
+    /// the current one. Does not wait for a dial to a server that has been replaced meanwhile.
+    async fn opened_through_gate<T>(
+        &self,
+        generation: &Generation<C>,
+        asked: Instant,
+        spare: impl Fn() -> Option<T>,
+        opening: impl Future<Output = Result<T, ProbeFailure>>,
+    ) -> Result<Option<T>, Error> {
+        tokio::select! {
+            biased;
+            () = self.cluster.left(generation.primary.id) => Ok(None),
+            opened = self.open_through_gate(generation, asked, spare, opening) => opened,
+        }
+    }
+
+    async fn open_through_gate<T>(
+        &self,
+        generation: &Generation<C>,
+        asked: Instant,
+        spare: impl Fn() -> Option<T>,
+        opening: impl Future<Output = Result<T, ProbeFailure>>,
+    ) -> Result<Option<T>, Error> {
         // The gate is never closed, so waiting for it cannot fail.
         let _permit = generation.gate.acquire().await;
-        if let Some(session) = generation.take_spare() {
+        if let Some(session) = spare() {
             return Ok(Some(session));
         }
         // Like the permit, the turn is held during the pause after a failure.
@@ -185,7 +218,7 @@ impl<C: SessionClient> Dialer<C> {
             Err(refused) => return Err(refused),
         };
         let began = Instant::now();
-        match Self::open(&*self.opener, self.open_timeout, generation).await {
+        match opening.await {
             Ok(session) => {
                 generation.opened();
                 self.let_in();
@@ -272,13 +305,8 @@ impl<C: SessionClient> Dialer<C> {
     ) -> Result<Session<C>, ProbeFailure> {
         let endpoint = generation.endpoint();
         let opening = opener.open(&endpoint, Question::Identity, generation.scope.clone());
-        let (session, report) = timeout(within, opening).await.unwrap_or_else(|_| {
-            let message = format!("no session within {within:?} (probe_timeout)");
-            Err(ProbeFailure::new(FailureKind::TimedOut, message))
-        })?;
-        let admitted = generation.primary.admits(&report);
-        admitted.map_err(|refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))?;
-        generation.listen_to(&session);
+        let session = admitted(generation, within, opening).await?;
+        generation.listen_to(&session.notices);
         Ok(session)
     }
 
@@ -312,6 +340,21 @@ impl<C: SessionClient> Dialer<C> {
         let unavailable = Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle);
         (Error::Unavailable(Box::new(unavailable)), (longest + self.random_up_to(longest)) / 2)
     }
+}
+
+/// Waits for a session to be opened, and checks that its server is the generation's primary.
+async fn admitted<C: SessionClient, T>(
+    generation: &Generation<C>,
+    within: Duration,
+    opening: impl Future<Output = Result<(T, ServerReport), ProbeFailure>>,
+) -> Result<T, ProbeFailure> {
+    let (session, report) = timeout(within, opening).await.unwrap_or_else(|_| {
+        let message = format!("no session within {within:?} (probe_timeout)");
+        Err(ProbeFailure::new(FailureKind::TimedOut, message))
+    })?;
+    let admitted = generation.primary.admits(&report);
+    admitted.map_err(|refusal| ProbeFailure::new(FailureKind::Unreachable, refusal.to_string()))?;
+    Ok(session)
 }
 
 pub(super) type Turn = Option<OwnedMutexGuard<()>>;

@@ -14,7 +14,7 @@ use tokio_postgres::{CancelToken, NoTls};
 use tokio_util::sync::CancellationToken;
 
 use super::trail::clear_idle;
-use crate::server::{Asker, Guarded, Open, Opened, Session, SessionClient, not_created, panicked};
+use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Session, SessionClient, not_created, panicked};
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
 /// A connection of the wrapped pool.
@@ -172,6 +172,15 @@ where
             let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
             Ok((session, report))
         })
+    }
+
+    fn open_owned<'a>(
+        &'a self,
+        _: &'a Endpoint,
+        _: Question,
+        _: CancellationToken,
+    ) -> Option<BoxFuture<'a, OpenedOwned>> {
+        None
     }
 
     fn drives(&self) -> bool {

@@ -93,13 +93,36 @@ impl Drop for AtTheEnd {
 /// Drives a session until its scope ends. If the connection was given back and something is still under way, this
 /// closes the session and spawns `cancelling`.
 pub(super) async fn drive(
-    mut driver: Driver,
+    driver: Driver,
     scope: CancellationToken,
     notices: Arc<Notices>,
     traffic: Arc<AtomicU64>,
     cancelling: impl Future<Output = ()> + Send + 'static,
 ) {
-    let at_the_end = AtTheEnd(Arc::clone(&notices));
+    let (ended, busy) = drive_until_end(driver, scope, &notices, &traffic).await;
+    if let Err(error) = ended {
+        log_safely(|| tracing::debug!("a session ended: {}", explain(&error)));
+    }
+    // Do not cancel a COMMIT: that would end its wait for a synchronous standby.
+    if busy && !notices.activity.is_committing() {
+        tokio::spawn(cancelling);
+        log_safely(|| {
+            tracing::debug!(
+                "a connection was given back with something under way: it is closed, and that is cancelled"
+            );
+        });
+    }
+}
+
+/// Drives a session until it or its scope ends, or the connection was given back with something under way. Returns how
+/// the session ended, and whether something was under way.
+pub(super) async fn drive_until_end(
+    mut driver: Driver,
+    scope: CancellationToken,
+    notices: &Arc<Notices>,
+    traffic: &AtomicU64,
+) -> (Result<(), Error>, bool) {
+    let at_the_end = AtTheEnd(Arc::clone(notices));
     notices.end().driven();
     let activity = &notices.activity;
     let scope_waker = Arc::new(ScopeWaker { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
@@ -122,25 +145,17 @@ pub(super) async fn drive(
         let polled = driver.as_mut().poll(&mut Context::from_waker(&counted));
         // Only work keeps the pool awake, not what the server sends by itself, such as the end of an idle session.
         if worked || activity.is_working() {
-            notices.count_work(&traffic);
+            notices.count_work(traffic);
         }
         busy = activity.polled(woken) && polled.is_pending();
         if busy { Poll::Ready(Ok(())) } else { polled }
-    });
-    if let Err(error) = ended.await {
-        at_the_end.0.end().ended_with(&error);
+    })
+    .await;
+    if let Err(error) = &ended {
+        at_the_end.0.end().ended_with(error);
         at_the_end.0.ended(true);
-        log_safely(|| tracing::debug!("a session ended: {}", explain(&error)));
     }
-    // Do not cancel a COMMIT: that would end its wait for a synchronous standby.
-    if busy && !notices.activity.is_committing() {
-        tokio::spawn(cancelling);
-        log_safely(|| {
-            tracing::debug!(
-                "a connection was given back with something under way: it is closed, and that is cancelled"
-            );
-        });
-    }
+    (ended, busy)
 }
 
 /// Counts the driver's wake-ups. Each one stands for a new request or for received data.

@@ -1,0 +1,89 @@
+//! Sessions that belong to the caller, for libraries that need a client of their own.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use futures_util::future::BoxFuture;
+use tokio::time::{Instant, timeout};
+
+use super::Pool;
+use crate::cluster::Wanting;
+use crate::error::Error;
+
+impl Pool {
+    /// Opens a session to the verified primary that is yours: the driver's own client, and the future that drives it.
+    ///
+    /// Use it for libraries that need a [`tokio_postgres::Client`] of their own: diesel-async, refinery, cornucopia.
+    /// It is what [`tokio_postgres::connect`] returns, with three differences: the server is the verified primary, the
+    /// session ends when that primary is lost or replaced, and no address is needed. A library that is satisfied with a
+    /// reference to a client also works with [`Pool::get`] or [`Client::detach`](crate::Client::detach).
+    ///
+    /// The session does not count towards [`max_size`](crate::PoolBuilder::max_size), and [`Pool::status`] does not
+    /// show it. [`after_connect`](crate::PoolBuilder::after_connect) does not run on it. Nothing is re-run on it and no
+    /// COMMIT is settled: if it is lost, dial again. It ends with [`Pool::close`], too. Its [`SessionDriver`] keeps the
+    /// pool alive.
+    ///
+    /// It waits no longer than the checkout timeout, or the time limit for opening a session
+    /// ([`probe_timeout`](crate::PoolBuilder::probe_timeout)) if that is longer.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if there was no primary in time, or it took no new session. [`Error::Refused`] if the
+    /// credentials are wrong. [`Error::Closed`] and [`Error::RuntimeEnded`] as for [`Pool::get`]. [`Error::Wrapped`] if
+    /// the pool is a [wrapped](Pool::wrap) one.
+    ///
+    /// # Cancel safety
+    /// A dropped future closes the session that it opens.
+    ///
+    /// ```no_run
+    /// # async fn example(pool: tokio_postgres_failover::Pool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let (client, driver) = pool.dial().await?;
+    /// tokio::spawn(driver);
+    /// client.batch_execute("CREATE TEMPORARY TABLE import (line text)").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn dial(&self) -> Result<(tokio_postgres::Client, SessionDriver), Error> {
+        if self.is_wrapped() {
+            return Err(Error::Wrapped);
+        }
+        self.is_open()?;
+        self.not_ended()?;
+        let began = Instant::now();
+        let wanting = self.cluster().want();
+        let within = self.checkout_timeout().max(self.opens_within());
+        let dialled = timeout(within, self.dialer.owned_session()).await;
+        let session = dialled.map_err(|_| self.unavailable_beside(began))??.ok_or(Error::Wrapped)?;
+        let driver = SessionDriver { driving: session.driving, _wanting: wanting, _pool: self.clone() };
+        Ok((session.client, driver))
+    }
+}
+
+/// Drives a session of [`Pool::dial`]: sends what its client asks, and receives the answers. Spawn it, or poll it
+/// beside the client. Dropping it closes the session.
+///
+/// It ends with `Ok` when the client was dropped, or the primary was lost or replaced; statements then fail with
+/// `connection closed`. It ends with an error if the connection was lost or the server ended the session, as the
+/// driver's own [`tokio_postgres::Connection`] does. Notices are logged at level `debug`, and notifications are
+/// dropped: use [`Pool::listen`] for these.
+#[must_use = "a session does nothing unless its driver is polled"]
+pub struct SessionDriver {
+    driving: BoxFuture<'static, Result<(), tokio_postgres::Error>>,
+    _wanting: Wanting,
+    /// Keeps the cluster's task alive, because the session would end with it.
+    _pool: Pool,
+}
+
+impl Future for SessionDriver {
+    type Output = Result<(), tokio_postgres::Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        self.driving.as_mut().poll(context)
+    }
+}
+
+impl fmt::Debug for SessionDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SessionDriver").finish_non_exhaustive()
+    }
+}

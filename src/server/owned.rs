@@ -1,0 +1,46 @@
+//! A session that its caller owns and drives.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+
+use super::session::{Driver, drive_until_end};
+use super::{Notices, Opener};
+use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, ServerReport};
+
+/// One open session that no task of this crate drives. Dropping `driving` closes the socket.
+pub(crate) struct OwnedSession {
+    pub(crate) client: Client,
+    /// Ends with the session's scope.
+    pub(crate) driving: Driver,
+    pub(crate) notices: Arc<Notices>,
+}
+
+impl Opener {
+    /// Opens a session and asks the question on it. Cancel-safe: dropping this closes the session.
+    pub(super) async fn open_session_of_caller(
+        &self,
+        endpoint: &Endpoint,
+        question: Question,
+        scope: CancellationToken,
+    ) -> Result<(OwnedSession, ServerReport), ProbeFailure> {
+        let notices = Arc::new(Notices::default());
+        let (client, driver) = self.dial_guarded(endpoint, &notices).await?;
+        let (noted, traffic) = (Arc::clone(&notices), Arc::clone(&self.asker.traffic));
+        let mut driving: Driver = Box::pin(async move { drive_until_end(driver, scope, &noted, &traffic).await.0 });
+        let report = {
+            let mut asking = pin!(self.asker.questions.ask(&endpoint.address, &client, question));
+            tokio::select! {
+                biased;
+                report = asking.as_mut() => report?,
+                _ = driving.as_mut() => {
+                    let ended = || ProbeFailure::new(FailureKind::Unreachable, "the session ended immediately");
+                    return Err(asking.await.err().unwrap_or_else(ended));
+                }
+            }
+        };
+        Ok((OwnedSession { client, driving, notices }, report))
+    }
+}

@@ -1,0 +1,105 @@
+//! Sessions that belong to the caller: to the verified primary, and ended with it.
+
+use testbed::{Cluster, Node, eventually};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_postgres::Client;
+use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::{Error, Pool};
+
+use crate::support::PATIENCE;
+use crate::support::load::{LONG, by_name, by_url};
+
+type Driving = JoinHandle<Result<(), tokio_postgres::Error>>;
+
+async fn dialled(pool: &Pool) -> (Client, Driving) {
+    let (client, driver) = timeout(LONG, pool.dial()).await.expect("a primary").unwrap();
+    (client, tokio::spawn(driver))
+}
+
+async fn server_of(client: &Client) -> String {
+    client.query_one("SELECT inet_server_addr()::text", &[]).await.unwrap().get(0)
+}
+
+/// Of three servers it is the writable one, before a failover and after it, and it does not outlive its primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dialled_session_is_the_primarys_and_ends_with_it() {
+    let cluster = Cluster::start().await;
+    let pool = by_name(&cluster).build().unwrap();
+    let (client, driving) = dialled(&pool).await;
+    client.batch_execute("CREATE TABLE notes (text text)").await.unwrap();
+    let first = server_of(&client).await;
+
+    cluster.freeze(Node(0));
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    timeout(LONG, driving).await.expect("a session to a frozen host ends").unwrap().unwrap();
+    assert!(client.is_closed());
+
+    let (client, _driving) = dialled(&pool).await;
+    client.batch_execute("INSERT INTO notes VALUES ('after')").await.unwrap();
+    assert_ne!(server_of(&client).await, first);
+}
+
+/// It counts for no slot, and needs none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dialled_session_takes_no_slot() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_url(cluster.url_hosts()).max_size(1).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let (client, _driving) = dialled(&pool).await;
+    client.batch_execute("SELECT 1").await.unwrap();
+    drop(held);
+    drop(pool.get().await.unwrap());
+    assert_eq!(pool.status().size, 1);
+}
+
+/// The session lives as long as its driver, whatever becomes of the pool's handles, and ends with `close`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dialled_session_keeps_its_pool_and_is_closed_with_it() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_url(cluster.url_hosts()).build().unwrap();
+    let (client, driving) = dialled(&pool).await;
+    let closer = pool.clone();
+    drop(pool);
+    client.batch_execute("SELECT 1").await.unwrap();
+    closer.close();
+    timeout(LONG, driving).await.expect("it ends with the pool").unwrap().unwrap();
+    assert!(client.batch_execute("SELECT 1").await.is_err());
+    assert!(matches!(closer.dial().await, Err(Error::Closed)));
+
+    let pool = by_url(cluster.url_hosts()).build().unwrap();
+    let (client, driving) = dialled(&pool).await;
+    drop(pool);
+    client.batch_execute("SELECT 1").await.unwrap();
+    drop(client);
+    timeout(LONG, driving).await.expect("it ends with its client").unwrap().unwrap();
+    let other = cluster.direct(Node(0)).await;
+    eventually("no session is left", PATIENCE, async || {
+        let left =
+            "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        other.query_one(left, &[]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
+}
+
+/// A call without a primary is told so in time, one with wrong credentials at once, and one on a wrapped pool always.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dial_in_vain_is_told_why() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let url = cluster.url_hosts();
+    let (_, hosts) = url.split_once('@').unwrap();
+    let wrong = Pool::builder(format!("postgres://nobody@{hosts}")).unwrap().build().unwrap();
+    assert!(matches!(timeout(LONG, wrong.dial()).await.expect("at once"), Err(Error::Refused(_))));
+
+    let manager = deadpool_postgres::Manager::new(url.parse().unwrap(), tokio_postgres::NoTls);
+    let wrapped = Pool::wrap(deadpool_postgres::Pool::builder(manager).build().unwrap()).build().unwrap();
+    assert!(matches!(wrapped.dial().await, Err(Error::Wrapped)));
+
+    let pool = by_url(cluster.url_hosts()).checkout_timeout(PATIENCE / 10).build().unwrap();
+    drop(dialled(&pool).await);
+    cluster.kill(Node(0)).await;
+    let Err(Error::Unavailable(error)) = timeout(LONG, pool.dial()).await.expect("in time") else {
+        panic!("there is no primary");
+    };
+    assert_eq!(error.reason(), UnavailableReason::NoPrimary);
+}
