@@ -1,0 +1,67 @@
+//! Says what a pool would do with a connection string: asks every server behind it, side by side.
+//!
+//! `doctor 'postgres://user:password@name:5432/db' [--dns 10.0.0.2:53] [--watch] [--json]`
+//!
+//! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong.
+
+mod arguments;
+mod look;
+mod table;
+mod verdict;
+mod watch;
+
+use std::env;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_postgres_failover::Pool;
+
+use arguments::Arguments;
+use look::Look;
+
+/// Time for everything, resolving included.
+const LIMIT: Duration = Duration::from_secs(4);
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let read = Arguments::read(env::args().skip(1)).and_then(|arguments| {
+        let (watch, json) = (arguments.watch, arguments.json);
+        Ok((arguments.pool()?, watch, json))
+    });
+    let (pool, watch, json) = match read {
+        Ok(read) => read,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(2);
+        }
+    };
+    if watch {
+        watch::run(&pool, json).await;
+        return ExitCode::SUCCESS;
+    }
+    let look = once(&pool).await;
+    if json {
+        println!("{}", look.json());
+    } else {
+        println!("{}", look.lines().join("\n"));
+    }
+    if look.good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn once(pool: &Pool) -> Look {
+    let deadline = Instant::now() + LIMIT;
+    let found = timeout_at(deadline, pool.connect()).await;
+    // The first good answer decides; what the others say is of interest here.
+    while !all_answered(pool) && Instant::now() < deadline {
+        sleep(Duration::from_millis(20)).await;
+    }
+    Look::at(pool, found.ok().and_then(Result::err))
+}
+
+/// Returns whether DNS and every candidate have answered.
+fn all_answered(pool: &Pool) -> bool {
+    let candidates = pool.candidates();
+    let resolved = !candidates.is_empty() || pool.dns_failure().is_some();
+    resolved && candidates.iter().all(|candidate| candidate.answer.is_some())
+}
