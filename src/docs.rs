@@ -10,7 +10,7 @@
 //! | tune it, and see each retry | [tuning] |
 //! | choose names, resolvers and ports | [dns] |
 //! | encrypt, and check certificates | [tls] |
-//! | watch it | [metrics] |
+//! | watch it | [metrics], [logs] |
 //! | put a proxy in between | [proxies] |
 //! | know what a pool costs its servers | [costs] |
 //! | understand an error | [errors] |
@@ -91,6 +91,10 @@ pub mod dns {}
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/tls.md")]
 pub mod tls {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/logs.md")]
+pub mod logs {}
 
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/metrics.md")]

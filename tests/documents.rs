@@ -163,3 +163,41 @@ fn there_are_ten_recipes() {
     let recipes: Vec<usize> = read("docs/recipes.md").lines().filter_map(numbered).collect();
     assert_eq!(recipes, (1..=10).collect::<Vec<_>>());
 }
+
+/// The words of each line that `source` logs at `info` and above: the first text in the macro's arguments.
+fn logged(source: &str) -> Vec<String> {
+    let calls = ["tracing::info!(", "tracing::warn!(", "tracing::error!("];
+    let bodies = calls.iter().flat_map(|call| source.split(call).skip(1));
+    let texts = bodies.map(|body| body.split('"').nth(1).expect("a line has words"));
+    // A text may go on in the next line of the source.
+    texts.map(|text| text.replace("\\\n", " ").split_whitespace().collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// The first column of the last table on the page of logs.
+fn log_rows(page: &str) -> Vec<&str> {
+    let (_, table) = page.split_once("\n## Every line\n").expect("the table is there");
+    table.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect()
+}
+
+#[test]
+fn the_page_of_logs_has_every_line() {
+    let page = read("docs/logs.md");
+    let rows = log_rows(&page);
+    let mut folders = vec![root().join("src")];
+    let mut lines = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                lines.extend(logged(&fs::read_to_string(path).unwrap()));
+            }
+        }
+    }
+    assert!(lines.len() > 20, "only {lines:#?}");
+    let without: Vec<_> = lines.iter().filter(|line| !rows.iter().any(|row| line.contains(row.trim()))).collect();
+    assert!(without.is_empty(), "docs/logs.md has no row for {without:#?}");
+    let untrue: Vec<_> = rows.iter().filter(|row| !lines.iter().any(|line| line.contains(row.trim()))).collect();
+    assert!(untrue.is_empty(), "docs/logs.md has rows that nothing logs: {untrue:#?}");
+}
