@@ -2,7 +2,7 @@
 //! into a [`Verdict`].
 //!
 //! This module knows nothing of pools and transactions, and does not decide what is done about a verdict. No other
-//! module knows SQLSTATEs and kinds of io errors. `classify/report.rs` has the table of SQLSTATEs, `classify/driver.rs`
+//! module knows SQLSTATEs or kinds of io errors. `classify/report.rs` has the table of SQLSTATEs, `classify/driver.rs`
 //! the errors that no server reports, and `classify/chain.rs` walks along the causes of an error.
 //!
 //! Invariants: every code at every severity has a verdict. [`commit_refused`] is true only for a proof. A code that is
@@ -136,8 +136,8 @@ pub(crate) fn classify_report(report: &DbError) -> Verdict {
 ///
 /// A server that fails before it has written the commit record reports an `ERROR` and goes on. If it fails after it has
 /// written the record, it may report an `ERROR`, too, but then it ends with a PANIC (`RecordTransactionAbort` in
-/// `xact.c`: "cannot abort transaction, it was already committed"). This is true only of reports of the server itself.
-/// A proxy may send the same message when the server behind it is gone. A server names the reporting routine in each of
+/// `xact.c`: "cannot abort transaction, it was already committed"). This holds only for reports of the server itself: a
+/// proxy may send the same message when the server behind it is gone. A server names the reporting routine in each of
 /// its errors, and a proxy does not.
 pub(crate) fn commit_refused(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {

@@ -121,7 +121,7 @@ pub(crate) struct Snapshot<C> {
     pub(crate) view: View,
     /// Set exactly while the view's state is [`State::Primary`].
     pub(crate) generation: Option<Arc<Generation<C>>>,
-    /// If the view says that waiting does not help: when the question was sent whose answer shows that.
+    /// When the question was sent whose answer shows that waiting does not help. `None` unless the view says so.
     refused_as_of: Option<Instant>,
 }
 
@@ -245,8 +245,8 @@ impl<C: SessionClient> Cluster<C> {
         let _wanting = self.want();
         let mut snapshot = self.snapshot.clone();
         let began = Instant::now();
-        // An answer from before this call may be outdated. So the candidates are asked again before this call fails by
-        // it.
+        // An answer from before this call may be outdated. So the candidates are asked again before this call fails
+        // because of it.
         let mut old_word = snapshot.borrow().refused_as_of.is_some();
         loop {
             {
@@ -295,8 +295,8 @@ impl<C: SessionClient> Cluster<C> {
         self.has_primary() && self.shared.current.load(Ordering::Acquire) == id.get()
     }
 
-    /// Returns whether generation `id` has ended for good. Its sessions may still be closing. If a view shows the end,
-    /// this shows it, too.
+    /// Returns whether generation `id` has ended for good. Its sessions may still be closing. Once a view shows the
+    /// end, this returns `true`.
     pub(crate) fn has_ended(&self, id: GenerationId) -> bool {
         self.shared.ended.load(Ordering::Acquire) >= id.get()
     }
@@ -310,12 +310,12 @@ impl<C: SessionClient> Cluster<C> {
         let _ = self.snapshot.clone().wait_for(|snapshot| !current(snapshot)).await;
     }
 
-    /// Notifies when the pool should ask the primary on an idle session, because no other one can be had.
+    /// Notifies when the pool should ask the primary on an idle session, because no other session is available.
     pub(crate) fn ask_idle(&self) -> Arc<Notify> {
         Arc::clone(&self.shared.ask_idle)
     }
 
-    /// Notes that the primary is being asked on an idle session. `None`: it is being asked so already.
+    /// Notes that the primary is being asked on an idle session. `None`: such a question is under way already.
     pub(crate) fn idle_question(&self) -> Option<IdleQuestion> {
         let begun = !self.shared.idle_asked.swap(true, Ordering::AcqRel);
         begun.then(|| IdleQuestion(Arc::clone(&self.shared)))
@@ -405,7 +405,8 @@ impl<C: SessionClient> Cluster<C> {
         if self.shared.runtime_ended.load(Ordering::Acquire) { NoPrimary::RuntimeEnded } else { NoPrimary::Closed }
     }
 
-    /// The runtime drops the pool's tasks, of which the cluster's own may be the last. Unless the pool was closed before.
+    /// Notes that the runtime is dropping the pool's tasks, unless the pool was closed before. The cluster's own task
+    /// may be the last of them, so another task may call this first.
     pub(crate) fn runtime_ends(&self) {
         if !self.root.is_cancelled() {
             self.shared.runtime_ended.store(true, Ordering::Release);

@@ -32,9 +32,9 @@ pub enum Guarantee {
     /// works with unmodified PostgreSQL 13 and newer. If a server does not offer what is needed, the guarantee is
     /// [`AtMostOnce`](Self::AtMostOnce), and [`Status::fallback`](crate::view::Status::fallback) says why.
     ///
-    /// How many crashes and failovers between BEGIN and the question can be settled depends on what the role may read:
-    /// [`Status::evidence`](crate::view::Status::evidence). With the function of `sql/history.sql` it is any number;
-    /// without the function it is one. After more, the call fails with
+    /// How many crashes and failovers may come between BEGIN and the question depends on what the role may read: see
+    /// [`Status::evidence`](crate::view::Status::evidence). With the function of `sql/history.sql` it may be any
+    /// number, and without it only one. After more, the call fails with
     /// [`Error::CommitUnknown`](crate::Error::CommitUnknown).
     #[default]
     ExactlyOnce,
@@ -119,7 +119,8 @@ pub(crate) struct Now {
     /// The position up to which it received WAL as a standby, or replayed its own WAL. `None` if nothing shows that it
     /// has been a standby since its shared memory was last set up.
     pub(crate) received: Option<Lsn>,
-    /// Its last checkpoint, if that ended a shutdown or a recovery and the last replay ended right behind it.
+    /// The position of its last checkpoint, if a shutdown or a recovery wrote that checkpoint, and the last replay
+    /// ended right behind it.
     pub(crate) stopped: Option<Lsn>,
     /// How many primaries the pool has seen since BEGIN. The same server after a restart counts again.
     pub(crate) primaries_since: u64,
@@ -334,8 +335,9 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
     }
 }
 
-/// Returns whether a crash recovery that no client saw may have lost the marker. Such a recovery, followed by a
-/// shutdown, ends with two checkpoints. The server has kept all WAL before both of them.
+/// Returns whether a crash recovery that no client saw may have lost the marker. Such a recovery and the shutdown after
+/// it write one checkpoint each, and the server has kept all WAL before these two. So a marker well before them cannot
+/// be lost.
 fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
@@ -373,7 +375,7 @@ pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
 }
 
 impl From<XactStatus> for Settled {
-    /// Only for an id that was located [`Here`](Located::Here).
+    /// Valid only for an id that was located [`Here`](Located::Here).
     fn from(status: XactStatus) -> Self {
         match status {
             XactStatus::InProgress => Self::InProgress,
@@ -384,7 +386,7 @@ impl From<XactStatus> for Settled {
     }
 }
 
-/// Whose row the ledger has for the transaction's id, after a settler has tried to insert one.
+/// Whose row the ledger contains under the transaction's id, after a settler has tried to insert its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// The transaction's own row, which was committed with it.

@@ -4,14 +4,14 @@
 //! | to | read |
 //! |---|---|
 //! | write the first calls | [recipes] |
-//! | come from deadpool-postgres, or keep it | [from_deadpool] |
+//! | move from deadpool-postgres, or keep it | [from_deadpool] |
 //! | set it up for your servers | [fly], [patroni], [cloudnativepg], [rds], [pgbouncer] |
 //! | compare it with other pools | [comparison] |
 //! | tune it, and see each retry | [tuning] |
 //! | choose names, resolvers and ports | [dns] |
 //! | encrypt, and check certificates | [tls] |
 //! | watch it | [metrics], [logs] |
-//! | put a proxy in between | [proxies] |
+//! | use it behind a proxy | [proxies] |
 //! | know what a pool costs its servers | [costs] |
 //! | understand an error | [errors] |
 //! | know what is promised, and why it is true | [exactly_once] |

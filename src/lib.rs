@@ -56,8 +56,8 @@ pub mod ledger {
     pub use crate::commit::Ledger;
 }
 
-/// The types behind a [`Client`]: its session, the token that cancels a statement, a session that has left the pool, and
-/// the transactions that a [`GenericClient`] begins.
+/// The types behind a [`Client`]: its session, the token that cancels a statement, a session that has left the pool,
+/// and the transactions that a [`GenericClient`] begins.
 ///
 /// [`IntoConfig`](session::IntoConfig) is here, too: it is what [`Pool::builder`] accepts as a configuration.
 pub mod session {

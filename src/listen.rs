@@ -44,7 +44,7 @@ fn check() -> String {
     format!("{UNDISTURBED} SELECT pg_listening_channels() ORDER BY 1")
 }
 
-/// The SQL that checks only whether the session is alive. It is for roles that may not call the function of [`check`].
+/// The SQL that checks only whether the session is alive. It serves roles that may not call the function in [`check`].
 fn check_alive() -> String {
     format!("{UNDISTURBED} SHOW transaction_read_only")
 }
@@ -78,9 +78,9 @@ impl Pool {
     /// special characters. `NOTIFY Orders` folds its name to lower case, so it arrives on the channel `orders`. The
     /// server cuts a longer name off after 63 bytes, and notifications carry the short one.
     ///
-    /// PostgreSQL keeps no notifications for a session that is not there. When the session is lost, by a failover or
-    /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. At that point, read the
-    /// state again that the notifications are about. The pool notices a primary that died silently, and the session
+    /// PostgreSQL keeps no notifications for a session that has ended. When the session is lost, by a failover or
+    /// otherwise, the listener subscribes again by itself and returns [`Message::MayHaveGap`]. At that point, read
+    /// again the state that the notifications are about. The pool notices a primary that died silently, and the session
     /// ends as soon as a successor is proved, or after `dead_after`. Every tenth heartbeat (10 s) the listener asks the
     /// server whether the session is still subscribed. This also keeps it alive behind proxies that close idle
     /// sessions.
@@ -237,8 +237,8 @@ impl Subscribed {
         "its session ended".into()
     }
 
-    /// Asks what the session is subscribed to. `None`: it was silent for too long. The server sends all notifications of
-    /// a transaction before it answers, so their arrival is not silence, however long it takes.
+    /// Asks what the session is subscribed to. `None`: it was silent for too long. Before it answers, the server sends
+    /// all notifications of the last transaction. As long as those arrive, the session is not silent.
     async fn checked(&self) -> Option<Result<Option<Channels>, tokio_postgres::Error>> {
         let mut asking = pin!(subscribed_to(self.side_session.client()));
         loop {
@@ -300,8 +300,8 @@ impl Drop for Keeping {
     }
 }
 
-/// Subscribes again, without a time limit. Fails if the pool has ended. After each checkout timeout the reader is told,
-/// and what was begun goes on: a log-in may take longer than that.
+/// Subscribes again, without a time limit. Fails if the pool has ended. The reader is told each time that a checkout
+/// timeout has passed. The attempt that is under way goes on, because a log-in may take longer than that.
 async fn again(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscribed, Error> {
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let began = Instant::now();

@@ -219,7 +219,8 @@ impl Observer {
         Waits { observer: self, since: Stopwatch::start() }
     }
 
-    /// Reports a caller that waited long for its connection. `untold`: how many others were not reported since the last.
+    /// Reports a caller that waited long for its connection. `untold`: how many such callers were not reported since
+    /// the last report.
     pub(crate) fn slow_checkout(&self, waited: Duration, untold: u64, place: &'static Location<'static>) {
         let elapsed_ms = milliseconds(waited);
         log_safely(|| {
@@ -386,7 +387,7 @@ impl Watched {
         self.place.idle(&self.observer.meters);
     }
 
-    /// Counts the connection no longer, although its session goes on.
+    /// Stops counting the connection, although its session goes on.
     #[cfg_attr(
         not(feature = "metrics"),
         expect(clippy::trivially_copy_pass_by_ref, reason = "with metrics it holds a time")
@@ -474,7 +475,7 @@ mod tests {
         assert!(observer.events().next().await.is_none());
     }
 
-    /// `select!` drops the future of `next` all the time.
+    /// Dropping the future of `next`, as `select!` does all the time, loses no event.
     #[tokio::test]
     async fn a_dropped_wait_loses_nothing() {
         let observer = observer();

@@ -118,9 +118,9 @@ enum Source<C: SessionClient> {
 impl Pool {
     /// Starts a configuration from a connection string, in URL or `key=value` form, or a [`tokio_postgres::Config`].
     ///
-    /// All options of such a configuration are honoured, or refused with a [`BuildError`]. They have libpq's meaning: in a
-    /// connection string `tcp_user_timeout` is in milliseconds, and `connect_timeout` limits opening a session as a whole
-    /// ([`PoolBuilder::probe_timeout`]).
+    /// All options of such a configuration are honoured, or refused with a [`BuildError`]. They have libpq's meaning:
+    /// in a connection string, `tcp_user_timeout` is in milliseconds, and `connect_timeout` limits opening a session as
+    /// a whole ([`PoolBuilder::probe_timeout`]).
     ///
     /// # TLS
     /// With the feature `rustls`, or with a connector given to [`PoolBuilder::tls`], `sslmode` has libpq's meaning:
@@ -208,8 +208,8 @@ impl<C: SessionClient> Pool<C> {
 
     /// Waits until a primary was found and verified, but no longer than the checkout timeout. Cancel-safe.
     ///
-    /// This is optional, because `get` and the transactions wait by themselves. Use it at start-up to fail early, with
-    /// the reason.
+    /// Calling this is optional, because `get` and the transactions wait by themselves. Call it at start-up to fail
+    /// early, with an error that says why.
     pub async fn connect(&self) -> Result<(), Error> {
         self.is_open()?;
         self.not_ended()?;
@@ -224,10 +224,10 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// Waits for a primary and for a free connection, but no longer than the checkout timeout (30 s by default). Then
     /// it fails with [`Error::Unavailable`], which lists each candidate and its last answer. If the credentials are
-    /// wrong, it fails at once with [`Error::Refused`], or after a second or two while connections are open that may come
-    /// back. A recently used idle connection is handed out without a round trip; one that was idle for
-    /// [`PoolBuilder::test_idle_after`] (1 s by default) is tested first. Cancel-safe: a connection that was being opened
-    /// for this call goes to the next caller.
+    /// wrong, it fails with [`Error::Refused`]: at once, or after a second or two if other connections are open, which
+    /// may come back meanwhile. A recently used idle connection is handed out without a round trip; one that was idle
+    /// for [`PoolBuilder::test_idle_after`] (1 s by default) is tested first. Cancel-safe: a connection that was being
+    /// opened for this call goes to the next caller.
     ///
     /// If a connection is given back with a statement under way or a transaction open, the statement is cancelled and
     /// the session is closed, so that no other caller gets it. Any other state of the session, such as `SET`, temporary
@@ -400,7 +400,7 @@ impl<C: SessionClient> Pool<C> {
     /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and
     /// after an error of a [`Client`]'s own methods the connection is repaired for the next call. It does not see the
     /// errors of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction), or of the driver's client
-    /// that a [`Client`] derefs to. And it learns of an error only when the first caller gets it. To avoid that error,
+    /// that a [`Client`] derefs to. It also learns of an error only when the first caller gets it. To avoid that error,
     /// call this in each of your processes after a migration.
     ///
     /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection, and what the driver has

@@ -213,7 +213,7 @@ impl Opener {
     }
 
     /// Returns whether a session begins with TLS immediately, without asking for it first. Servers before PostgreSQL 17
-    /// do not support that, and hang up.
+    /// do not support that, so they hang up.
     fn begins_with_tls(&self) -> bool {
         self.template.get_ssl_negotiation() == SslNegotiation::Direct
     }

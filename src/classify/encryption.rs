@@ -1,8 +1,8 @@
 //! Reads what went wrong with TLS from the line that [`explain`](super::explain) makes of an error, because the advice
 //! to the user depends on it.
 //!
-//! It goes by words. The connectors of all TLS libraries end in the same driver error, and their own error types are
-//! not known here. `tests/it/sessions/tls.rs` pins the words of rustls.
+//! It looks for known words in the text, because the connectors of all TLS libraries end in the same driver error, and
+//! this module does not know their own error types. `tests/it/sessions/tls.rs` pins the words of rustls.
 
 /// Why encryption, or the lack of it, kept a session from being opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,7 +23,7 @@ pub(crate) enum BadCertificate {
     NotYetValid,
     WrongName,
     UnknownAuthority,
-    /// Anything else. For example, the certificate has an old version, belongs to an authority, or is revoked.
+    /// Anything else. For example, the certificate has an old version, is that of an authority, or is revoked.
     Unusable,
 }
 
@@ -65,7 +65,7 @@ fn bad_certificate(told: &str) -> Option<BadCertificate> {
         BadCertificate::NotYetValid
     } else if says(&["not valid for name", "notvalidforname", "hostname mismatch", "ip address mismatch"]) {
         BadCertificate::WrongName
-    // A new authority with the name of the old one looks like a bad signature.
+    // If an authority was replaced by a new one with the same name, the library reports a bad signature.
     } else if says(&[
         "unknownissuer",
         "badsignature",

@@ -51,8 +51,7 @@ pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
         // A function that needs a transaction id on a standby and does not check for recovery first, such as
         // pg_logical_emit_message.
         SqlState::INTERNAL_ERROR if db.routine() == Some("GetNewTransactionId") => Verdict::ReadOnly,
-        // With the end of the session, it is about start-up parameters or a protocol version that the peer does not
-        // take.
+        // If the session ends with it, the peer does not accept a start-up parameter or the protocol version.
         SqlState::FEATURE_NOT_SUPPORTED if ends => Verdict::Refused,
 
         // A proxy or a foreign server lost the connection and does not know how the transaction ended.

@@ -6,13 +6,13 @@ use tokio_postgres::error::{DbError, SqlState};
 
 use super::Kind;
 
-/// What makes a session work again whose prepared statements cannot be used any more.
+/// How to repair a session whose prepared statements cannot be used any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) enum Cure {
     /// Prepare the statements again, and make the driver read the types again.
     Clear,
-    /// Close the session. The server has forgotten its statements. The driver's own statements are among them, and
-    /// nobody can clear those in the driver.
+    /// Close the session. The server has forgotten its statements, including the driver's own, and those cannot be
+    /// cleared in the driver.
     Close,
 }
 

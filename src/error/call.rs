@@ -91,8 +91,8 @@ pub enum Error {
         after: Duration,
     },
     /// The server ended the session within the transaction, which was rolled back. The same would happen again (for
-    /// example by a time limit for idle transactions), so the work ran only once. In [`Exhausted::last_error`] and
-    /// [`Retry::cause`](crate::retry::Retry::cause) it can also be the reason of an attempt that was run again.
+    /// example by a time limit for idle transactions), so the work ran only once. [`Exhausted::last_error`] and
+    /// [`Retry::cause`](crate::retry::Retry::cause) also return this error for an attempt that was run again.
     #[error(transparent)]
     SessionEnded(Box<SessionEnded>),
     /// The closure failed with an error of its own (see [`Error::abort`]), and the transaction was rolled back.

@@ -100,7 +100,8 @@ impl StdError for CommitUnknown {
 }
 
 /// A link of the source chain that no wrapper skips. Code that walks the chain of an application's error must find this
-/// doubt before the lost connection behind it, because a lost connection alone would be a reason to run the work again.
+/// link before the lost connection behind it: a lost connection alone would be a reason to run the work again, and a
+/// commit in doubt is not.
 #[derive(Debug, thiserror::Error)]
 #[error("the outcome of a commit is not known")]
 pub(crate) struct InDoubt(#[source] pub(super) tokio_postgres::Error);

@@ -124,7 +124,7 @@ pub enum Event {
         /// How long it took to find out.
         took: Duration,
     },
-    /// A caller waited long for a connection, and got one: see
+    /// A caller waited for long before it got a connection: see
     /// [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Reported at most once a second.
     #[non_exhaustive]
     SlowCheckout {

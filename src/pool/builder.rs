@@ -134,11 +134,11 @@ impl PoolBuilder {
     /// trip, for which the server has 500 ms. Default: 1 s. `Duration::MAX`: never.
     ///
     /// This finds sockets that died without a sign, because the machine was suspended, or a router or a proxy forgot
-    /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. If a connection gives no
-    /// answer, another one is used, and all that have been idle for as long are tested before any caller gets one. A
-    /// connection that gives no answer within another 2 s is closed. If a caller gives up during a test, the test goes
-    /// on. Time is measured by the wall clock, which goes on while a machine sleeps. Connections that are used more
-    /// often are handed out without a round trip.
+    /// them. Without it, the first statement on such a connection waits for `tcp_user_timeout`. If a connection gives
+    /// no answer, another one is used, and all connections that have been idle for as long are tested before a caller
+    /// gets one of them. A connection that gives no answer within another 2 s is closed. If a caller gives up during a
+    /// test, the test goes on. Time is measured by the wall clock, which goes on while a machine sleeps. Connections
+    /// that are used more often are handed out without a round trip.
     pub fn test_idle_after(mut self, idle_for: Duration) -> Self {
         self.test_idle_after = idle_for;
         self
@@ -170,7 +170,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Returns whether and when failed transactions run again. Default: [`RetryPolicy::default`].
+    /// Sets whether and when failed transactions run again. Default: [`RetryPolicy::default`].
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.calls.retry = policy;
         self
@@ -261,8 +261,8 @@ impl PoolBuilder {
 
     /// Requires TLS, with rustls: no session is opened without it. Feature `rustls`.
     ///
-    /// Use it for settings that a connection string cannot express. For the others, `sslmode=verify-full` and
-    /// `sslrootcert` do the same. If both are given, the stricter check counts. This replaces a connector given to
+    /// Use it for settings that a connection string cannot express. For all others, `sslmode` and `sslrootcert` in the
+    /// connection string do the same. If both are given, the stricter check counts. This replaces a connector given to
     /// [`PoolBuilder::tls`].
     ///
     /// # Errors
@@ -420,7 +420,7 @@ impl PoolBuilder {
 
 impl fmt::Debug for PoolBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The configuration is left out. If it was misread, any part of it may be a piece of the password.
+        // The configuration is left out, because if it was misread, any part of it may be a piece of the password.
         f.debug_struct("PoolBuilder").field("max_size", &self.max_size).finish_non_exhaustive()
     }
 }

@@ -71,7 +71,7 @@ impl<C: SessionClient> Pool<C> {
         checked_out
     }
 
-    /// Waits for the checkout. `None`: for this long there was a primary, and all connections were in use.
+    /// Waits for the checkout. `None`: there was a primary for this long, and all connections were in use.
     async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
         loop {
             let generation = tokio::select! {
@@ -140,10 +140,11 @@ impl<C: SessionClient> Pool<C> {
         } else {
             (object, false)
         };
-        // The pool's `recycle` has looked at the rest of it just now.
+        // The pool's `recycle` has just checked everything else.
         let current = self.cluster().is_current(object.facts().generation);
         if !current || (tested && !object.may_be_handed_out(self.cluster())) {
-            // It may be as good as before when the primary is resumed. The next round waits without it.
+            // The connection can be used again if the primary is resumed, so give it back. The next round waits for a
+            // primary.
             self.dialer.give_back(object);
             tokio::task::yield_now().await;
             return Ok(None);
@@ -211,7 +212,7 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn unavailable(&self, began: Instant) -> Error {
-        // The pool's runtime may have ended while the caller waited, and so told nobody.
+        // The pool's runtime may have ended while the caller waited, without waking anybody.
         if self.cluster().is_closed() {
             return Error::without_primary(self.cluster().ended());
         }

@@ -62,7 +62,7 @@ pub struct Client<C: SessionClient = ClientWrapper> {
     on_loan: Stopwatch,
     /// A streaming call was made. The caller may stop reading its answer.
     streamed: AtomicBool,
-    /// The connection was given back with something under way. This handle waits for the end of that.
+    /// The connection was given back with something under way. This handle waits for its end.
     draining: bool,
     /// Tells where it was taken if it is held for too long.
     _watch: Option<LoanWatch>,
@@ -332,8 +332,8 @@ impl<C: SessionClient> Client<C> {
         &self.facts().trail
     }
 
-    /// The number of failures with a stale statement after which no connection has one any more, because each failure
-    /// heals its connection.
+    /// After this number of failures with a stale statement, no connection has one any more, because each failure heals
+    /// its connection.
     pub(crate) fn fresh_after(&self) -> u32 {
         if self.trail().can_clear() { 1 } else { u32::try_from(self.pool.status().max_size).unwrap_or(u32::MAX) }
     }

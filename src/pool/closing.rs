@@ -19,15 +19,16 @@ pub(super) struct Closing {
     /// New callers are turned away. Every call reads it, and it is written once.
     begun: AtomicBool,
     begins: Notify,
-    /// Calls of `transaction` and its relatives, with a connection or between two.
+    /// The number of calls of `transaction`, `read` and the like that are under way, whether or not they have a
+    /// connection at the moment.
     calls: AtomicUsize,
     /// A call has ended, or a connection has come back.
     changed: Notify,
 }
 
 impl Closing {
-    // All orderings here, and those of the connections on loan, are `SeqCst`: either who ends sees that the pool is
-    // closing, or the closing pool sees the end.
+    // All orderings here, and those of the count of connections on loan, are `SeqCst`. So either a call that ends sees
+    // that the pool is closing, or the closing pool sees the end.
     fn has_begun(&self) -> bool {
         self.begun.load(Ordering::SeqCst)
     }
@@ -81,9 +82,9 @@ impl<C: SessionClient> Pool<C> {
     /// limit it closes the pool anyway. Returns whether everything had finished before.
     ///
     /// From the call on, [`Pool::get`], [`Pool::listen`](crate::Pool::listen) and new transactions fail with
-    /// [`Error::Closed`], and so do callers that wait in `get`. A transaction that has begun goes on as ever: it waits,
-    /// runs again across a failover and settles its COMMIT, and calls that its closure makes are served. The pool waits
-    /// for these calls and for each [`Client`](crate::Client). It does not wait for listeners and
+    /// [`Error::Closed`], and so do callers that wait in `get`. A transaction that has begun goes on as usual: it
+    /// waits, runs again across a failover, settles its COMMIT, and may make further calls in its closure. The pool
+    /// waits for these calls and for each [`Client`](crate::Client). It does not wait for listeners and
     /// [detached](crate::Client::detach) sessions, which end when it is closed. Affects all clones.
     ///
     /// # Cancel safety
@@ -124,7 +125,7 @@ impl<C: SessionClient> Pool<C> {
         self.shared.closing.calls.load(Ordering::SeqCst) == 0 && self.cluster().in_use() == 0
     }
 
-    /// Fails if the pool takes no new callers. Those within a transaction of its own are no new ones.
+    /// Fails if the pool takes no new callers. A call within one of the pool's transactions is not a new caller.
     pub(crate) fn is_open(&self) -> Result<(), Error> {
         if self.shared.closing.has_begun() && !self.is_within_a_call() {
             return Err(Error::without_primary(self.cluster().ended()));
@@ -140,7 +141,8 @@ impl<C: SessionClient> Pool<C> {
         self.is_open().map(|()| call)
     }
 
-    /// Waits until a caller that waits for a connection is turned away. `begun`: its call had begun before. Cancel-safe.
+    /// Waits until a caller that waits for a connection must be turned away. `begun`: its call has begun already.
+    /// Cancel-safe.
     pub(super) async fn turns_away(&self, begun: bool) {
         if begun || self.is_within_a_call() {
             return pending().await;

@@ -18,7 +18,7 @@ use crate::error::BuildError;
 use crate::observe::Names;
 use crate::topology::{Address, Endpoint};
 
-/// The longest value. Linux stores it as milliseconds, in 31 bits.
+/// The longest `tcp_user_timeout`. Linux stores it as milliseconds, in 31 bits.
 const LONGEST_USER_TIMEOUT: Duration = Duration::from_secs(24 * 24 * 60 * 60);
 /// The driver's default of `keepalives_idle`, which is too long to be useful.
 const DRIVER_KEEPALIVES_IDLE: Duration = Duration::from_secs(2 * 60 * 60);
@@ -79,7 +79,7 @@ impl IntoConfig for &String {
     }
 }
 
-/// What was read already, from the environment.
+/// A configuration that was already read from the environment.
 impl IntoConfig for Configuration {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
         Ok(self)
@@ -163,8 +163,9 @@ impl Targets {
     }
 }
 
-/// Copies the configuration without its hosts, as it has no setter that removes them.
-/// What the user has written is kept: `written` names the options about TCP for which the driver does not tell.
+/// Copies the configuration without its hosts, because the driver has no setter that removes them. What the user has
+/// written is kept. `written` names the options about TCP that the user has written, because the driver does not tell
+/// them from its defaults.
 pub(super) fn template(
     config: &Config,
     written: &[&'static str],
@@ -234,8 +235,8 @@ pub(super) fn template(
 }
 
 /// The time limit for opening a session: that of the builder, or else the `connect_timeout` of the configuration. In a
-/// connection string it limits the whole, as in libpq. In a [`Config`] that was built in code it limits TCP alone, as in the
-/// driver, so a short one leaves the rest as it is.
+/// connection string, `connect_timeout` limits all of it, as in libpq. In a [`Config`] that was built in code, it
+/// limits only TCP, as in the driver, so a value below the default does not shorten the whole.
 pub(super) fn open_within(
     config: &Config,
     written: &[&'static str],
@@ -284,7 +285,8 @@ fn usable_keepalives(config: &Config) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// As in libpq, 0 stands for the system's default. For the idle time that is the driver's default, too.
+/// Sets the keep-alives. As in libpq, 0 stands for the system's default. For the idle time, the driver's default stands
+/// for it, too.
 fn keep_alive(config: &Config, written: &[&'static str], template: &mut Config) {
     let idle = config.get_keepalives_idle();
     let unset = idle == DRIVER_KEEPALIVES_IDLE && !written.contains(&"keepalives_idle");
@@ -327,9 +329,9 @@ mod tests {
         }
     }
 
-    /// What the user has written about TCP is kept, also where it is the driver's default, or 0 for the system's. In
-    /// milliseconds, as libpq reads it: `tcp_user_timeout`. In seconds: the idle time, the interval and the number of
-    /// keep-alives.
+    /// What the user has written about TCP is kept, even if it equals the driver's default, or is 0 for the system's.
+    /// Each row expects `tcp_user_timeout` in milliseconds, as libpq reads it, then the idle time and the interval of
+    /// keep-alives in seconds, and their number.
     #[test]
     fn what_is_written_about_tcp_is_kept() {
         for (options, expected) in [

@@ -35,7 +35,7 @@ struct Inner<C> {
     opened_at: Instant,
     /// When it last came back, in milliseconds since it was opened.
     returned_at: AtomicU64,
-    /// From this moment on it is not handed out any more.
+    /// From this moment on, it is not handed out any more.
     expires: Instant,
     /// A caller has used it before.
     used: AtomicBool,
@@ -116,7 +116,7 @@ impl<C: SessionClient> Connection<C> {
         Instant::now() >= self.inner.expires
     }
 
-    /// Notes that it comes back.
+    /// Notes that it has come back.
     pub(super) fn returned(&self) {
         let after = u64::try_from(self.inner.opened_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.inner.returned_at.store(after, Ordering::Relaxed);

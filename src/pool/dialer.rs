@@ -29,7 +29,7 @@ use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, RefusedLogI
 const OPEN_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 /// The longest pause if the server has no free slot. Every instance of the service may be waiting for one.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
-/// For so long after a failover, refused credentials are tried again, because the new primary may get the role, or its
+/// Refused credentials are tried again for this long after a failover, because the new primary may get the role, or its
 /// line in `pg_hba.conf`, only after the promotion.
 const REFUSED_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -135,7 +135,7 @@ impl<C: SessionClient> Dialer<C> {
         self.cancel_on(client, &facts.notices, facts.endpoint.clone());
     }
 
-    /// As [`Self::cancel_running`], for a session of which no more is known.
+    /// As [`Self::cancel_running`], for a session without [`Facts`].
     pub(super) fn cancel_on(&self, client: &tokio_postgres::Client, notices: &Arc<Notices>, endpoint: Endpoint) {
         let notices = Arc::clone(notices);
         // Prefer the caller's runtime, because the pool's may have ended. A connection may also be dropped outside of
@@ -328,7 +328,7 @@ impl<C: SessionClient> Dialer<C> {
             let refused = Refused::new(Some(generation.endpoint()), failure);
             return (Error::Refused(Box::new(refused)), Duration::ZERO);
         }
-        // A server that refuses a log-in is alive, and a hook of the user's says nothing about it.
+        // A server that refuses a log-in is alive, and the failure of a user's hook says nothing about the server.
         if !refused && failure.kind != FailureKind::Hook {
             self.cluster.suspect(id, Suspicion::Connection);
         }

@@ -1,11 +1,11 @@
-//! How new connections are opened: in the background, each for the caller that has waited longest.
+//! Opens new connections in the background, each for the caller that has waited longest.
 //!
 //! A dial belongs to the pool and not to the caller that needed it first. If that caller gives up, the dial goes on,
 //! and the next caller gets its connection. A caller that waits for a dial also takes a connection that is given back
-//! meanwhile. Invariants: connections and dials together never exceed `max_size`, except for doubted connections
-//! (`stale.rs`), in whose place others are opened, and which come back only as far as there is room; if a waiter has just
-//! given up, its delivery goes to the next one; callers are served in the order in which they asked, and a dial
-//! that fails costs nobody its place. The tests are in `tests/it/checkout/impatient.rs`.
+//! meanwhile. Invariants: connections and dials together never exceed `max_size`. Doubted connections (`stale.rs`) are
+//! not counted: others may be opened in their place, and a doubted one comes back only if there is room for it. If a
+//! waiter has just given up, its delivery goes to the next one. Callers are served in the order in which they asked,
+//! and nobody loses their place because a dial fails. The tests are in `tests/it/checkout/impatient.rs`.
 
 mod greeted;
 mod kept;
@@ -32,7 +32,8 @@ use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
 
-/// How long callers wait at least before they are told of a refused log-in, while connections are open that may come back.
+/// While connections are open that may come back, callers wait at least this long before they are told of a refused
+/// log-in.
 const REFUSED_AFTER: Duration = Duration::from_millis(500);
 
 type Delivery<C> = Result<Connection<C>, Error>;
@@ -62,7 +63,7 @@ struct Book<C> {
     ready: Vec<Ready<C>>,
     dialing: usize,
     next_ticket: u64,
-    /// When a dial that no caller waited for has failed, and to which primary.
+    /// When a dial that no caller waited for last failed, and to which primary.
     failed_at: Option<(GenerationId, Instant)>,
 }
 
@@ -137,7 +138,8 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    /// Gives a connection to the first waiter, or keeps it for the next one. Returns what is of no use.
+    /// Gives a connection to the first waiter, or keeps it for the next one. Returns the connection if it cannot be
+    /// used.
     fn place(&self, book: &mut Book<C>, connection: Connection<C>, cluster: &Cluster<C>) -> Option<Connection<C>> {
         let unclaimed = if connection.may_be_handed_out(cluster) {
             self.deliver(book, Ok(connection))
@@ -285,7 +287,7 @@ impl<C: SessionClient> Dialer<C> {
         let (deliver, delivered) = oneshot::channel();
         let ticket = book.next_ticket;
         book.next_ticket += 1;
-        // A caller that comes back, because its primary was lost or its connection had ended, keeps its place.
+        // A caller that waits again, because its primary was lost or its connection had ended, keeps its place.
         let place = book.waiters.partition_point(|waiter| waiter.asked <= asked);
         book.waiters.insert(place, Waiter { ticket, asked, deliver });
         self.dials.waiting.fetch_add(1, Ordering::SeqCst);
@@ -294,8 +296,8 @@ impl<C: SessionClient> Dialer<C> {
         Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
     }
 
-    /// Starts the dials that the waiters need, and then others until `ahead` connections are ready or being opened for
-    /// nobody.
+    /// Starts the dials that the waiters need, and then others until `ahead` connections without a waiter are ready or
+    /// being opened.
     pub(super) fn balance(self: &Arc<Self>, ahead: usize) {
         if let Some(generation) = self.cluster.current() {
             self.dial_for_waiters(&generation, ahead);
@@ -352,7 +354,7 @@ impl<C: SessionClient> Dialer<C> {
         drop(book);
     }
 
-    /// The number of connections that are ready, or being opened, without a caller that waits for them.
+    /// The number of connections that are ready or being opened although no caller waits for them.
     pub(super) fn ahead(&self) -> usize {
         let book = self.dials.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
@@ -374,7 +376,8 @@ impl<C: SessionClient> Dialer<C> {
         let mut book = self.dials.book();
         book.failed_at = None;
         let connection = self.make(session, generation);
-        // One that was doubted may have come back, and taken the place of this one, or the pool was made smaller meanwhile.
+        // A doubted connection may have come back and taken the place of this one, or the pool may have been made
+        // smaller.
         let unwanted = if self.dials.is_overfull() {
             Some(connection)
         } else {
@@ -384,7 +387,7 @@ impl<C: SessionClient> Dialer<C> {
         drop((unwanted, dialing));
     }
 
-    /// No session could be opened. Whoever waits goes on waiting, and another dial is started.
+    /// No session could be opened. The callers go on waiting, and another dial is started.
     fn not_arrived(&self, generation: &Generation<C>) {
         let mut book = self.dials.book();
         if book.waiters.is_empty() {
@@ -409,13 +412,14 @@ impl<C: SessionClient> Dialer<C> {
 }
 
 impl<C: SessionClient> Dials<C> {
-    /// Returns whether there are as many connections as the pool may have, without the dials and those that are doubted.
+    /// Returns whether there are as many connections as the pool may have. Dials and doubted connections are not
+    /// counted.
     fn is_full(&self) -> bool {
         self.undoubted() >= self.max_size.load(Ordering::Relaxed)
     }
 
-    /// Returns whether another connection may be opened. `waits`: for a caller that waits. Otherwise it would be for
-    /// nobody.
+    /// Returns whether another connection may be opened. `waits`: a caller waits for it. Otherwise it is opened in
+    /// advance.
     fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
         let live = if waits { self.undoubted() } else { self.room.live.load(Ordering::Acquire) };
         live + book.dialing < self.max_size.load(Ordering::Relaxed)

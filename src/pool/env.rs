@@ -1,6 +1,8 @@
-//! A pool's configuration from where libpq's programs find theirs: the variables `PG*`, a service file, a password file.
+//! Reads a pool's configuration from where libpq's programs find theirs: the variables `PG*`, a service file and a
+//! password file.
 //!
-//! What was found is written as a connection string and read like any other, so the same options are honoured and refused.
+//! It writes what it finds as a connection string, which is then read like any other. So the same options are honoured,
+//! and the same are refused.
 
 mod passfile;
 mod service;
@@ -11,7 +13,7 @@ use super::config::{Configuration, IntoConfig, targets};
 use super::{Pool, PoolBuilder};
 use crate::error::BuildError;
 
-/// libpq's variables, and the option that each stands for. Those that are not honoured here are refused by name.
+/// libpq's variables, each with its option. A variable whose option is not honoured here is refused by name.
 const VARIABLES: [(&str, &str); 33] = [
     ("PGHOST", "host"),
     ("PGHOSTADDR", "hostaddr"),
@@ -51,7 +53,8 @@ const VARIABLES: [(&str, &str); 33] = [
 /// libpq's variables for settings of the session.
 const SETTINGS: [(&str, &str); 3] = [("PGTZ", "timezone"), ("PGDATESTYLE", "datestyle"), ("PGGEQO", "geqo")];
 
-/// What an option means that is set to what happens here anyway.
+/// Options that are not honoured, with the values that are accepted nevertheless, because they ask for what happens
+/// here anyway.
 const ANYWAY: [(&str, &[&str]); 5] = [
     ("gssencmode", &["disable", "prefer"]),
     ("gssdelegation", &["0"]),
@@ -65,13 +68,14 @@ impl Pool {
     /// `PGDATABASE` and so on, a service file (`PGSERVICE`, `PGSERVICEFILE`, `~/.pg_service.conf`,
     /// `PGSYSCONFDIR/pg_service.conf`), and a password file (`PGPASSFILE`, `~/.pgpass`).
     ///
-    /// What the service says counts more than the variables, as in libpq. `PGTZ`, `PGDATESTYLE` and `PGGEQO` become
-    /// `options` of the session. A password file is read if no password is given. It is ignored, with a line in the log,
-    /// if its permissions let others read it. These differ from libpq:
-    /// - A host must be named. A pool that follows a primary has no use for the socket of this machine by default.
-    /// - One password serves all hosts: a password file whose lines differ for them is refused.
-    /// - Without `PGUSER`, the line for the user in `USER` or `LOGNAME` is looked up in the password file.
-    /// - `DATABASE_URL` is not libpq's: pass it to [`Pool::builder`].
+    /// As in libpq, the service overrides the variables. `PGTZ`, `PGDATESTYLE` and `PGGEQO` become `options` of the
+    /// session. A password file is read if no password is given. If its permissions let others read it, it is ignored,
+    /// and a line in the log says so. There are four differences from libpq:
+    /// - A host must be named. The socket of this machine is no default, because it is of no use to a pool that follows
+    ///   a primary.
+    /// - There is one password for all hosts. A password file with different passwords for them is refused.
+    /// - Without `PGUSER`, the password file is searched for the user in `USER` or `LOGNAME`.
+    /// - `DATABASE_URL` is not read, because it is not libpq's: pass it to [`Pool::builder`].
     ///
     /// # Errors
     /// [`BuildError::Invalid`] names the variable, the file or the option that cannot be used. No error repeats a
@@ -124,7 +128,7 @@ impl Options {
     }
 
     fn add(&mut self, option: &str, value: String) {
-        // This is libpq's name of what the driver calls so.
+        // libpq and the driver have different names for this option.
         let option = if option == "keepalives_count" { "keepalives_retries" } else { option };
         let anyway = ANYWAY.iter().any(|(known, values)| *known == option && values.contains(&value.as_str()));
         if self.get(option).is_none() && !anyway {
@@ -172,13 +176,13 @@ fn from(surroundings: &Surroundings<'_>) -> Result<Configuration, BuildError> {
     Ok(configuration)
 }
 
-/// Appends settings to the session's options, where a space and a backslash are written with a backslash before them.
+/// Adds the settings to the session's options. A space or a backslash in a value gets a backslash before it.
 fn add_settings(surroundings: &Surroundings<'_>, options: &mut Options) {
     let mut all = options.get("options").unwrap_or_default().to_owned();
     for (variable, setting) in SETTINGS {
         if let Some(value) = surroundings.variable(variable) {
             let value = value.replace('\\', "\\\\").replace(' ', "\\ ");
-            // The last one counts, and PGOPTIONS counts more.
+            // Of two equal settings the last one counts, and PGOPTIONS must override these, so it comes last.
             all = if all.is_empty() { format!("-c {setting}={value}") } else { format!("-c {setting}={value} {all}") };
         }
     }

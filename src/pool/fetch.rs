@@ -73,8 +73,8 @@ impl<C: SessionClient> Fetching<C> {
         (self.counted, self.young) = (false, false);
     }
 
-    /// Notes that this fetch takes long, so that no caller relies on it. Starts another one beside it, unless the
-    /// wrapped pool has no room.
+    /// Notes that this fetch takes long, so that no caller relies on it. Starts another fetch at the same time, unless
+    /// the wrapped pool has no room.
     fn grow_old(&mut self, dialer: &Weak<Dialer<C>>, generation: &Arc<Generation<C>>) {
         let wrapped = Arc::clone(&self.wrapped);
         let status = wrapped.existing.status();

@@ -1,14 +1,13 @@
-//! How callers get connections from a wrapped pool: these are fetched in the background, each for the caller that has
-//! waited longest.
+//! Gets connections from a wrapped pool for callers: in the background, each for the caller that has waited longest.
 //!
 //! deadpool opens and tests connections within its caller's `get`, and drops them with it. So a caller polls that `get`
 //! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetch.rs`). If the
-//! caller gives up, the task goes on, and serves the next one; what nobody waits for goes back to the wrapped pool.
-//! While log-ins will most likely fail, one task tries them, and takes connections that come back meanwhile; if its
-//! log-in hangs, the next task may try.
-//! Invariants: at least as many fetches as callers are under way; a fetch ends with its generation; one that nobody
-//! waits for ends after the time limit for opening a session, and tries no log-in that will most likely fail. The tests
-//! are in `tests/it/checkout/fetches.rs` and `tests/it/checkout/refused.rs`.
+//! caller gives up, the task goes on and serves the next one. A connection that nobody waits for goes back to the
+//! wrapped pool. While log-ins will most likely fail, only one task tries to log in, and it also takes connections that
+//! come back meanwhile. If its log-in hangs, the next task may try. Invariants: at least as many fetches are under way
+//! as callers wait. A fetch ends with its generation. A fetch that nobody waits for ends after the time limit for
+//! opening a session, and tries no log-in that will most likely fail. The tests are in `tests/it/checkout/fetches.rs`
+//! and `tests/it/checkout/refused.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{pending, poll_fn, ready};
@@ -35,8 +34,8 @@ use crate::server::SessionClient;
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
 
-/// How often a fetch that waits for a log-in looks for idle connections. This pool does not notice when other users of
-/// the wrapped pool give theirs back.
+/// How often a fetch that waits for its log-in looks for idle connections. This pool does not notice when other users
+/// of the wrapped pool give connections back.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The source of connections for [`Pool::get`](super::Pool::get) with a wrapped pool.

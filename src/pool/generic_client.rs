@@ -1,7 +1,7 @@
-//! One trait for every handle that runs statements: of this crate, of the driver and of deadpool-postgres.
+//! One trait for every handle that runs statements: those of this crate, of the driver and of deadpool-postgres.
 //!
-//! Its futures are boxed. The compiler cannot show of futures without a name that they are `Send` for every lifetime, and
-//! would refuse them in a task.
+//! Its futures are boxed. The compiler cannot prove that a future without a name is `Send` for every lifetime, so it
+//! would not let a task use such futures.
 
 mod foreign;
 mod nested;
@@ -46,9 +46,10 @@ use crate::server::SessionClient;
 /// Each call allocates its future, as with the traits of the same name.
 ///
 /// # Your own types
-/// The trait is not sealed. [`GenericClient::client`] and [`GenericClient::transaction`] are all that a type must
-/// have. A type around another handle passes on the calls below, too: then statements are kept by the connection, and
-/// the pool sees errors, by which it recognises a failover or a conflict whatever becomes of them.
+/// The trait is not sealed. [`GenericClient::client`] and [`GenericClient::transaction`] are all that a type must have.
+/// A type that wraps another handle should pass on the other methods below as well. Then the connection keeps prepared
+/// statements, and the pool sees each error. By the errors it recognises a failover or a conflict, even if your code
+/// hides them.
 ///
 /// ```no_run
 /// use tokio_postgres_failover::resolve::BoxFuture;
@@ -97,17 +98,18 @@ pub trait GenericClient: Send + Sync {
     /// Begins a transaction, or sets a savepoint in the one that this handle is.
     fn transaction(&mut self) -> BoxFuture<'_, Result<GenericTransaction<'_>, Error>>;
 
-    /// Is told of the error of each statement. A handle of this crate notes it for its pool. Default: nothing.
+    /// Receives the error of each statement that fails. A handle of this crate notes it for its pool. Default: does
+    /// nothing.
     fn met(&self, error: &Error) {
         let _ = error;
     }
 
     /// Is called before a stream of rows or a COPY begins. A transaction of this crate notes it, and refuses to commit
-    /// while one is kept. Default: nothing.
+    /// while the stream is kept. Default: does nothing.
     fn begins_stream(&self) {}
 
     /// As [`tokio_postgres::Client::prepare`], but keeps the statement with the connection, and returns the kept one
-    /// the next time. Where a handle keeps no statements, as the driver's own, it prepares anew each time.
+    /// the next time. The driver's own handles keep no statements, so they prepare it anew each time.
     fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
         self.prepare(query)
     }

@@ -1,9 +1,9 @@
-//! The user's hooks on a connection: after it was opened, before it is lent, after it was given back.
+//! Runs the user's hooks on a connection: after it was opened, before it is lent, and after it was given back.
 //!
-//! A hook is foreign code on a session of the pool. It runs in a task of the pool, within a time limit, and while no caller
-//! has the connection. Invariants: a connection is handed on only if its hook returned in time, without a panic, and left
-//! the session open, idle and outside of a transaction; any other one is closed. A caller that gives up meanwhile closes
-//! none. The tests are in `tests/it/checkout/hooks.rs`.
+//! A hook is foreign code on a session of the pool. It runs in a task of the pool, within a time limit, and while no
+//! caller has the connection. Invariants: a connection is handed on only if its hook returned in time and without a
+//! panic, and left the session open, idle and outside of a transaction. Any other connection is closed. No connection
+//! is closed because its caller gives up meanwhile. The tests are in `tests/it/checkout/hooks.rs`.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -37,7 +37,7 @@ const REFUSED_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration
 
 type Boxed = Box<dyn StdError + Send + Sync>;
 
-/// What a hook of the user's returns.
+/// What a user's hook returns.
 pub(super) type Hooked<'a, T> = BoxFuture<'a, Result<T, Boxed>>;
 type Hook<C, T> = Box<dyn for<'a> Fn(&'a C) -> Hooked<'a, T> + Send + Sync>;
 
@@ -64,7 +64,7 @@ impl<C> Default for Hooks<C> {
 }
 
 impl<C: SessionClient> Hooks<C> {
-    /// `None` where nothing is set, so that nobody looks further.
+    /// Returns the hooks, or `None` if none is set, so that a pool without hooks skips all of this.
     pub(super) fn set(self) -> Option<Arc<Self>> {
         let Self { after_connect, before_acquire, after_release, reset_on_return, .. } = &self;
         let any = after_connect.is_some() || before_acquire.is_some() || after_release.is_some() || *reset_on_return;
@@ -83,7 +83,7 @@ impl<C: SessionClient> Hooks<C> {
         }
     }
 
-    /// Whether `before_acquire` lets the connection be lent.
+    /// Returns whether `before_acquire` lets the connection be lent.
     async fn lets_go(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
         match &self.before_acquire {
             Some(hook) => self.run("before_acquire", || hook(connection), connection, connection.activity()).await,
@@ -91,13 +91,14 @@ impl<C: SessionClient> Hooks<C> {
         }
     }
 
-    /// Whether the connection may be kept after it was given back.
+    /// Resets the connection and runs `after_release`, as far as they are set. Returns whether the connection may be
+    /// kept.
     async fn takes_back(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
         let activity = connection.activity();
         if self.reset_on_return {
             let reset = || -> Hooked<'_, ()> { Box::pin(async move { Ok(connection.batch_execute(RESET).await?) }) };
             self.run("reset_on_return", reset, connection, activity).await?;
-            // The reset has undone what it had set.
+            // The reset has undone what `after_connect` had set.
             self.connected(connection, activity).await?;
         }
         match &self.after_release {
@@ -106,7 +107,7 @@ impl<C: SessionClient> Hooks<C> {
         }
     }
 
-    /// Runs one hook to its end, and looks at what it has left.
+    /// Runs one hook to its end, and checks in which state it has left the session.
     async fn run<'a, T>(
         &self,
         name: &'static str,
@@ -135,7 +136,7 @@ impl<C: SessionClient> Hooks<C> {
         Ok(returned)
     }
 
-    /// Whether nothing is under way. It is known as soon as the session's driver has seen all requests.
+    /// Returns whether nothing is under way. This is known as soon as the session's driver has seen all requests.
     async fn is_idle(&self, activity: &Activity) -> bool {
         timeout(self.within, activity.idle()).await.unwrap_or(false)
     }
@@ -218,7 +219,7 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) async fn vetted(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone() else { return Some(object) };
         let new = !object.is_used();
-        // From now on what is under way on it is no remainder of an earlier use.
+        // What is under way from now on is not left over from an earlier use.
         object.activity().lend();
         let held = Held { object: Some(object), dialer: Arc::downgrade(self) };
         let (deliver, delivered) = oneshot::channel();
@@ -232,13 +233,14 @@ impl<C: SessionClient> Dialer<C> {
             let dialer = held.dialer.clone();
             if let Some(failure) = failure {
                 let pause = dialer.upgrade().map(|dialer| dialer.refused_by_hook(new, failure));
-                // The connection keeps its place meanwhile, so that its successors do not become a storm of log-ins.
+                // The connection keeps its slot during the pause. Otherwise its replacements would log in one right
+                // after the other.
                 return sleep(pause.unwrap_or_default()).await;
             }
             if let Some(dialer) = dialer.upgrade() {
                 dialer.refusals.store(0, Ordering::Relaxed);
             }
-            // If nobody waits any more, dropping it passes it on.
+            // If the caller has given up, dropping this passes the connection on.
             drop(deliver.send(Vetted { object: held.keep(), dialer }));
         };
         drop(self.dials.runtime().spawn(vetting.in_current_span()));
@@ -254,7 +256,8 @@ impl<C: SessionClient> Dialer<C> {
         REFUSED_PAUSE.0.saturating_mul(2_u32.saturating_pow(refusals)).min(REFUSED_PAUSE.1)
     }
 
-    /// Takes over a connection that was given back, if a hook is to see it or it is to be reset.
+    /// Takes over a connection that was given back if it must be reset or `after_release` must run. Otherwise returns
+    /// it.
     pub(super) fn cleans(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone().filter(|hooks| hooks.acts_on_return()) else { return Some(object) };
         let (dialer, scope) = (Arc::downgrade(self), self.cluster.scope().clone());

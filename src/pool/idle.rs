@@ -17,7 +17,7 @@ use crate::server::SessionClient;
 
 /// Shortest and longest pause between two checks of the idle connections.
 const REAP_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(30));
-/// If a server accepted no session and no caller waits for one, the pause before the next attempt.
+/// The pause before the next attempt if a server accepted no session and no caller waits for one.
 const FILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How many connections may be idle, and for how long.
@@ -38,7 +38,8 @@ pub(super) struct Keeper<C: SessionClient> {
     pub(super) end: CancellationToken,
 }
 
-/// Ends with the pool, or with its runtime, which wakes nobody. Callers on other runtimes that wait for a slot are told.
+/// The task ends with the pool, or with its runtime. A runtime that ends wakes nobody, so this wakes the callers on
+/// other runtimes that wait for a slot.
 impl<C: SessionClient> Drop for Keeper<C> {
     fn drop(&mut self) {
         let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
@@ -103,7 +104,7 @@ impl Idle {
 
     /// Starts the dials that waiters and `min_idle` need. Returns when to try again if the server accepts no session.
     fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
-        // So many connections must be ready, or being opened for nobody, to make `min` idle ones. Doubted connections
+        // This many connections must be ready, or be opened in advance, so that `min` are idle. Doubted connections
         // count as idle, because they may be good.
         let ahead = self.min.saturating_sub(pool.status().available + dialer.dials.doubted());
         let failed_at = dialer.cluster.current().and_then(|generation| dialer.dials.failed_at(generation.primary.id));

@@ -1,6 +1,6 @@
-//! Remembers what the transactions of a pool must do without. There are two reasons. The role may not call a function:
-//! the first transaction that is refused notes this here, the pool's transactions use a weaker way for a minute, and
-//! then they try again. Or prepared statements do not last on the pool's sessions: this is remembered for good.
+//! Remembers what the transactions of a pool must do without. There are two cases. If the role may not call a function,
+//! the first transaction that is refused notes this here; the pool's transactions use a weaker way for a minute, and
+//! then they try again. If prepared statements do not last on the pool's sessions, this is remembered for good.
 
 use std::sync::Mutex;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! Tells of callers that wait long for a connection, and of connections that are held for long: where they were taken.
+//! Reports callers that wait long for a connection, and connections that are held for long, with the place in the code
+//! where they were taken.
 //!
 //! Nothing is watched unless a limit is set. The tests are in `tests/it/checkout/loans.rs`.
 
@@ -19,15 +20,15 @@ use crate::sync::{lock, log_safely};
 /// Where a caller asked for a connection.
 pub(crate) type Place = &'static Location<'static>;
 
-/// Slow checkouts are told at most once in this time: in an outage every caller's is slow.
+/// A slow checkout is reported at most once in this time, because in an outage every checkout is slow.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// What is told of loans, if anything.
+/// The limits above which checkouts and loans are reported. `None`: never.
 #[derive(Debug, Default)]
 pub(super) struct LoanLimits {
     pub(super) slow_checkout_after: Option<Duration>,
     pub(super) leak_after: Option<Duration>,
-    /// When a slow checkout was last told, and how many were not told since.
+    /// When a slow checkout was last reported, and how many were not reported since.
     told: Mutex<(Option<Instant>, u64)>,
 }
 
@@ -36,7 +37,7 @@ impl LoanLimits {
         Self { slow_checkout_after, leak_after, told: Mutex::default() }
     }
 
-    /// Returns how many slow checkouts were not told since the last one, if this one is to be told.
+    /// Counts a slow checkout. If it is to be reported, returns how many were not reported since the last one.
     fn tells(&self, now: Instant) -> Option<u64> {
         let mut told = lock(&self.told);
         if told.0.is_some_and(|last| now.saturating_duration_since(last) < TELL_EVERY) {
@@ -67,7 +68,7 @@ impl Drop for LoanWatch {
 }
 
 impl<C: SessionClient> Pool<C> {
-    /// A caller has got a connection that it had to wait for.
+    /// Reports the wait of a caller that has got its connection, if the wait was long enough.
     pub(super) fn waited(&self, began: Instant, place: Place) {
         let Some(limit) = self.shared.loans.slow_checkout_after else { return };
         let now = Instant::now();

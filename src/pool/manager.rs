@@ -13,8 +13,8 @@ use crate::server::SessionClient;
 
 /// The deadpool manager inside a [`Pool`](crate::Pool), for deadpool pools that are built by hand.
 ///
-/// Its `create` waits for a primary, and if the primary accepts no session, until it does. It has no limit of its own,
-/// so give the pool time-outs, or limit each `get`. Its `recycle` does no I/O on a recently used connection; see
+/// Its `create` waits for a primary, and then until the primary accepts a session. It has no limit of its own, so give
+/// the pool time-outs, or limit each `get`. Its `recycle` does no I/O on a recently used connection; see
 /// [`PoolBuilder::test_idle_after`]. Unlike [`Pool`](crate::Pool), such a pool offers neither transactions nor
 /// explained time-outs, and when it is dropped, all its connections end, even those in use.
 ///
@@ -55,8 +55,8 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             return Err(RecycleError::message("the connection has ended, or is too old"));
         }
         let (cluster, id) = (&self.dialer.cluster, connection.facts().generation);
-        // A caller that gives up inside `recycle` loses a good connection. So this crate's own pool waits for nothing here:
-        // `checkout.rs` does so, where the connection stays in the pool.
+        // If a caller gives up inside `recycle`, deadpool closes a good connection. So this crate's own pool waits for
+        // nothing here. `checkout.rs` waits instead, and the connection stays in the pool meanwhile.
         if !self.dialer.dials.is_pool_built_by_hand() {
             let ended = cluster.has_ended(id);
             return if ended { Err(RecycleError::message("the connection's generation has ended")) } else { Ok(()) };

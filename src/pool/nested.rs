@@ -1,4 +1,4 @@
-//! Calls within a transaction's closure. Such a call can never get a connection that an outer transaction around it
+//! Notices calls within a transaction's closure. Such a call can never get a connection that a transaction around it
 //! holds.
 
 use std::sync::Arc;

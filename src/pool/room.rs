@@ -12,10 +12,10 @@ pub(super) struct Room {
     /// All existing connections: in deadpool, ready in the queue of `Dials`, on loan, or on their way between these. It
     /// grows only under the lock of `Dials::book`, so that the comparison with `max_size` holds.
     pub(super) live: AtomicUsize,
-    /// Those of them that are doubted: they have been idle for as long as another one that did not answer its test
-    /// (`stale.rs`). While a caller waits, they do not count against `max_size`.
+    /// How many of them are doubted: they have been idle for as long as another one that did not answer its test
+    /// (`stale.rs`). While a caller waits, they do not count towards `max_size`.
     pub(super) doubted: AtomicUsize,
-    /// How many are tested for callers that wait.
+    /// How many are being tested for waiting callers.
     pub(super) tested: AtomicUsize,
     /// Wakes the task that opens connections: a place has become free, or another connection is needed.
     pub(super) changed: Notify,

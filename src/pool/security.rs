@@ -83,8 +83,8 @@ fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
         || config.get_channel_binding() == ChannelBinding::Require
 }
 
-/// Adds the options of the connection string by libpq's rules. But refuses options that should protect and would have
-/// no effect.
+/// Adds the options of the connection string by libpq's rules. Refuses options that are meant to protect the connection
+/// but would have no effect.
 #[cfg(feature = "rustls")]
 fn described(tls: Tls, ssl: &Ssl, config: &Config) -> Result<Tls, BuildError> {
     if let (Some((option, _)), true) = (ssl.files().next(), config.get_ssl_mode() != SslMode::Require) {

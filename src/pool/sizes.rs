@@ -11,13 +11,13 @@ use crate::sync::lock;
 impl<C: SessionClient> Pool<C> {
     /// Changes [`PoolBuilder::max_size`](crate::PoolBuilder::max_size) of the running pool, for all its clones.
     ///
-    /// A larger pool serves waiting callers at once. A smaller one closes idle connections, and those on loan when they
-    /// come back; until then there are more of them than `max_size`. Never waits. Of a [wrapped](Pool::wrap) pool, it
-    /// changes the size of the deadpool pool inside.
+    /// A larger pool serves waiting callers at once. A smaller one closes idle connections now, and those on loan when
+    /// they come back. Until then it has more connections than `max_size`. Never waits. On a [wrapped](Pool::wrap)
+    /// pool, this changes the size of the deadpool pool inside.
     ///
     /// # Errors
-    /// As [`PoolBuilder::build`](crate::PoolBuilder::build), if the size is zero, more than a server takes, or less than
-    /// [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle). The pool then stays as it is.
+    /// Fails like [`PoolBuilder::build`](crate::PoolBuilder::build) if the size is zero, more than a server accepts, or
+    /// less than [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle). The pool then stays as it is.
     ///
     /// ```no_run
     /// # fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::BuildError> {
@@ -52,8 +52,8 @@ impl<C: SessionClient> Pool<C> {
         Ok(min_idle)
     }
 
-    /// Closes all idle connections, and returns how many there were. Those on loan stay. The next callers get new ones,
-    /// and [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) is filled again.
+    /// Closes all idle connections, and returns how many there were. Those on loan stay open. The next callers get new
+    /// connections, and the pool opens [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) idle ones again.
     ///
     /// Use it when new sessions differ from old ones: after `ALTER ROLE … SET`, a change of a service behind a proxy,
     /// or a rotated certificate. A failover needs no such call. Never waits.

@@ -1,8 +1,9 @@
 //! libpq's options about certificates and hosts that the driver's parser does not know or reads differently.
 //!
 //! Takes those options out of the text, and leaves everything else for the driver to read, including mistakes. It also
-//! notes which options about TCP and connecting are written there, as the driver does not tell: it reads 0 as if nothing
-//! were written. And it reads `tcp_user_timeout`, which is in milliseconds in libpq, and in seconds in the driver.
+//! notes which options about TCP and connecting the text contains, because the driver does not show that: it treats 0
+//! as if the option were missing. And it reads `tcp_user_timeout` itself, which is in milliseconds in libpq, but in
+//! seconds in the driver.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -77,7 +78,7 @@ const NOT_HONOURED: [(&str, &str); 31] = [
     ("sslsni", REMOVE),
 ];
 
-/// The options whose default, or whose meaning, is another one here than the driver's.
+/// The options whose default or meaning differs from the driver's.
 const NOTED: [&str; 4] = ["connect_timeout", "keepalives_idle", "keepalives_interval", "tcp_user_timeout"];
 
 /// The options that were taken out. As in libpq, an empty value counts as none.

@@ -1,12 +1,13 @@
 //! Tests connections that have been idle for a while before they are handed out. A socket may have died without a sign,
 //! because a machine was suspended, or a router forgot the connection.
 //!
-//! A test belongs to the pool and not to the caller that needed it first: if that caller gives up, the test goes on, and a
-//! good connection stays in the pool. So callers with less time than a round trip takes close nothing. If a server gives no
-//! answer in time, that connection is doubted, and so are the others that have been idle for as long: nobody gets one
-//! before it has answered, callers may have others opened in their place, and what gives no answer for long is closed. A
-//! stall of the server or the network closes none: what answers comes back, as far as `max_size` allows, and a dial that
-//! was begun in its place ends without a connection.
+//! A test belongs to the pool and not to the caller that needed it first. If that caller gives up, the test goes on,
+//! and a good connection stays in the pool. So callers whose time limit is shorter than a round trip close no
+//! connections. If the server gives no answer in time, the connection is *doubted*, and so are all others that have
+//! been idle for as long. No caller gets a doubted connection before it has answered, and others may be opened in its
+//! place. One that gives no answer for long is closed. A short stall of the server or the network closes none: each
+//! doubted connection that answers comes back if `max_size` has room for it, and a dial that was begun in its place
+//! then ends without a connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +22,8 @@ use super::manager::Manager;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
-/// The time limit for an idle session's answer, which takes a round trip. A slower one is doubted, and another one is
-/// used.
+/// The time limit for an idle connection's answer, which takes a round trip. If the answer takes longer, the connection
+/// is doubted, and another one is used.
 const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 /// The time limit for the answer on a doubted connection. No caller waits for it, so the limit is longer than most
 /// stalls.
@@ -78,8 +79,8 @@ impl<C: SessionClient> Dialer<C> {
         found
     }
 
-    /// Asks the primary on an idle connection, unless it is being asked so already. The answer is noted as a sign of its
-    /// life. There is no time limit: whether a primary is silent is not decided here.
+    /// Asks the primary on an idle connection, unless such a question is under way already. The session notes the
+    /// answer as a sign of life. There is no time limit, because the topology decides whether a primary is silent.
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(question) = self.cluster.idle_question() else { return };
         let Some(connection) = self.dials.take_any(&self.cluster) else { return };
@@ -196,7 +197,7 @@ impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
         let (asked, dialer) = (self.deadline, Arc::downgrade(self.dialer));
         drop(self.dialer.dials.runtime().spawn(async move {
             let connection = tested.connection();
-            // If the caller has asked already, only that question is under way on the connection.
+            // If the caller has sent the question already, nothing else is under way on the connection.
             if asked.is_none() && !connection.idle().await {
                 return drop(tested.take());
             }

@@ -20,7 +20,7 @@ pub(super) fn read_only(options: &str) -> bool {
     on
 }
 
-/// Splits at white space, which a backslash takes away from what follows it.
+/// Splits at white space. A character after a backslash is taken literally.
 fn words(options: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
@@ -36,7 +36,7 @@ fn words(options: &str) -> Vec<String> {
     words
 }
 
-/// As PostgreSQL reads a boolean: words may be shortened as long as they are unambiguous.
+/// Reads a boolean as PostgreSQL does: words may be shortened as long as they are unambiguous.
 fn is_true(value: &str) -> bool {
     let value = value.trim().to_ascii_lowercase();
     let shortened = |word: &str| !value.is_empty() && word.starts_with(&value);

@@ -15,8 +15,8 @@ pub struct Status {
     /// How many callers wait for a connection.
     pub waiting: usize,
     /// What this primary does not offer, so that [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce) is only
-    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on it. `None` if it lacks nothing, and until the first
-    /// transaction.
+    /// [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce) on it. `None` if the primary lacks nothing, and before
+    /// the first transaction.
     pub fallback: Option<String>,
     /// The evidence that settles a commit in doubt on this primary, with
     /// [`Guarantee::ExactlyOnce`](crate::Guarantee::ExactlyOnce). `None` while there is no primary, and until its first

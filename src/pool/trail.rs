@@ -1,7 +1,7 @@
 //! The errors of one session's statements, and whether its prepared statements are still usable.
 //!
-//! The driver gives an error only to the caller of the statement. So this crate's handles note each error that passes
-//! them. They do not see errors of the driver's own client.
+//! The driver gives an error only to the caller of the statement. So this crate's handles note each error that they
+//! return. They do not see errors of the driver's own client.
 
 use std::any::Any;
 use std::sync::atomic::{AtomicBool, Ordering};

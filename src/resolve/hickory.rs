@@ -3,7 +3,7 @@
 //! This module decides nothing. It asks for both address families, and [`Addresses::merge`] makes one answer of them.
 //! It knows nothing of servers and pools.
 //!
-//! Invariant: nothing outlives its question: no answer, and no state that could make the next answer an old one. So
+//! Invariant: nothing outlives its question, neither an answer nor a state that could make the next answer outdated. So
 //! each question uses a new hickory client. Building it takes about ten microseconds. A shared client lets a question
 //! join an equal one that is still under way (its `NameServerPool::active_requests`, with or without a cache). A
 //! question that is asked after a failover could then get the answer to one that was asked before. A shared client
@@ -40,8 +40,8 @@ const LONGEST: Duration = Duration::from_secs(3600);
 /// How long to wait for the second address family after the first one has given addresses. Some name servers drop AAAA
 /// queries. Without this limit, each question to them would last until the time-out.
 const GRACE: Duration = Duration::from_millis(100);
-/// So long it waits now and then, in case the second family is always later than that: a look-up in so many of those in a
-/// row in which it was missing.
+/// In case the second family always takes longer than [`GRACE`]: if it stays missing, every fourth look-up
+/// ([`PATIENT`]) waits for this long instead.
 const LONG_GRACE: Duration = Duration::from_secs(1);
 const PATIENT: u32 = 4;
 
@@ -49,9 +49,10 @@ const PATIENT: u32 = 4;
 ///
 /// - It caches neither addresses nor failures, whatever their time to live says.
 /// - It asks for A and AAAA records separately and at the same time, and merges the answers, IPv4 first. When one kind
-///   has given addresses, it waits for the other one for 100 ms at most, and while that one stays missing, for 1 s in each
-///   fourth look-up. If that one fails, the result holds what was found, and [`Addresses::partial`] has the failure. If neither gives addresses, the failure that says more is
-///   reported: a SERVFAIL or a time-out rather than a "no such name".
+///   has given addresses, it waits for the other kind for at most 100 ms. While the other kind stays missing, every
+///   fourth look-up waits for 1 s. If the other kind fails, the result holds what was found, and [`Addresses::partial`]
+///   has the failure. If neither gives addresses, the failure that says more is reported: a SERVFAIL or a time-out
+///   rather than a "no such name".
 /// - It asks again by TCP after a truncated answer, and follows CNAME records.
 /// - An IP address is its own answer. Nothing is sent for it.
 ///

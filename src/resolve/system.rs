@@ -82,7 +82,7 @@ impl ResolvConf {
     }
 }
 
-/// Reads a search domain, but not the root: `search .` switches the search list off, and searching the root would only
+/// Reads a search domain. Skips the root: `search .` switches the search list off, and searching the root would only
 /// repeat the question for the name itself.
 fn domain(word: &str) -> Option<Name> {
     if word == "." {

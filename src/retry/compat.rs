@@ -84,13 +84,13 @@ mod tests {
                 .with_max_interval(3 * DELAY)
                 .build()
         });
-        // Anew for each call.
+        // Each call starts anew.
         for _ in 0..2 {
             assert_eq!(delays(&policy), [DELAY, 2 * DELAY, 3 * DELAY, 3 * DELAY].map(Ok));
         }
     }
 
-    /// One that was used before, as a clone of it was.
+    /// A schedule that was used before. So its clones were used before, too.
     #[derive(Clone)]
     struct Used(u32);
 

@@ -15,7 +15,7 @@ use crate::error::{CommitOutcome, Error};
 type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
 type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
 
-/// This is one pointer in size, because the future of each call contains its policy.
+/// The user's hooks. Boxed to the size of one pointer, because the future of each call contains its policy.
 #[derive(Clone, Default)]
 pub(super) struct Hooks(Option<Arc<Given>>);
 
@@ -59,7 +59,7 @@ pub struct Retry<'a> {
 }
 
 impl<'a> Retry<'a> {
-    /// `at` is the call. Its next attempt is granted already.
+    /// Describes the retry of the call `at`, which the policy and the budget have already granted.
     pub(crate) fn new(at: &Retries, cause: &'a Error, delay: Duration, outcome: CommitOutcome) -> Self {
         Self { attempt: at.attempt().saturating_sub(1), cause, delay, elapsed: at.began.elapsed(), outcome }
     }
@@ -166,7 +166,7 @@ impl RetryPolicy {
         self
     }
 
-    /// Returns the user's decision on an error.
+    /// Returns the user's decision on a database error, from [`RetryPolicy::classify`].
     pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
         self.hooks.classify().and_then(|classify| classify(error))
     }

@@ -22,7 +22,7 @@ const REQUEST: u8 = 1;
 const TRANSACTION: u8 = 2;
 /// The server waits for COPY data.
 const COPYING: u8 = 4;
-/// The network has not accepted all data that is to be sent.
+/// The network has not accepted all data that must be sent.
 const BLOCKED: u8 = 8;
 /// Nobody reads the answer: a caller holds a stream of rows and does not read on.
 const STALLED: u8 = 16;
@@ -76,7 +76,7 @@ impl Heard {
 
 impl Activity {
     /// Returns whether a request is known to be under way, or a transaction is known to be open. Nothing is known while
-    /// the driver has not seen all requests: for instance, a transaction was dropped but its ROLLBACK is not sent yet.
+    /// the driver has not seen all requests: for instance, a transaction was dropped, and its ROLLBACK is not sent yet.
     pub(crate) fn is_busy(&self) -> bool {
         self.flags.load(Ordering::Acquire) & !STALLED != 0 && self.is_settled()
     }
@@ -92,7 +92,7 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & (REQUEST | TRANSACTION) == TRANSACTION
     }
 
-    /// Returns whether a request is under way whose text commits: a COMMIT of the driver or of the user, or END.
+    /// Returns whether a request is under way whose text commits: COMMIT or END, sent by the driver or by the user.
     pub(crate) fn is_committing(&self) -> bool {
         self.flags.load(Ordering::Acquire) & COMMIT != 0
     }
@@ -335,9 +335,10 @@ impl Counter {
             _ => {}
         });
         let ended = *answered != before;
-        // An error that no end of a request follows may be a proxy's, or the server's last words. So may a notice: a server
-        // that is shut down at once, or whose neighbour has crashed, sends one on each session. Nothing else is sent unasked
-        // by a server that ends: a parameter or a notification shows that it goes on.
+        // An error without the end of a request after it may be a proxy's, or the server's last message. The same is
+        // true of a notice: after an immediate shutdown or the crash of another backend, a server sends one on each
+        // session. A server that ends sends nothing else unasked, so a parameter or a notification shows that it goes
+        // on.
         let last_words = self.failed || matches!(self.received.last(), b'E' | b'N');
         self.alive = (ended || fresh) && !last_words;
         ended

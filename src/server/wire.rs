@@ -196,9 +196,10 @@ struct Begins {
 }
 
 impl Begins {
-    /// Recognises the error of a server that cannot start a process for a session, because its machine has no process or
-    /// no memory left. It sends the error at once, in the old form `E`, text, NUL (`report_fork_failure_to_client`). The
-    /// driver would take the `E` for "no TLS", or the text for the length of a message.
+    /// Recognises the error of a server that cannot start a process for a session, because its machine has run out of
+    /// processes or memory. It sends the error at once, in the old form `E`, text, NUL
+    /// (`report_fork_failure_to_client`). The driver would take the `E` for "no TLS", or the text for the length of a
+    /// message.
     fn error(self, received: &[u8]) -> Option<io::Error> {
         let text = match received {
             [b'E', rest @ ..] if self.asks_for_tls || rest.first().is_some_and(u8::is_ascii_graphic) => rest,

@@ -1,4 +1,4 @@
-//! The hooks of a pool, and what it tells of loans: what may be set, and what can be had of it.
+//! The setters for a pool's hooks and for its reports on loans, and the check which hooks a kind of pool supports.
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -13,21 +13,22 @@ use crate::error::BuildError;
 use crate::resolve::BoxFuture;
 
 impl PoolBuilder {
-    /// Runs this on each new connection of the pool before anybody gets it: for session settings, and for types and
-    /// statements to be known from the start. Default: nothing.
+    /// Runs this on each new connection of the pool before anybody gets it. Use it for session settings, and to load
+    /// types and prepare statements in advance. Default: nothing.
     ///
-    /// It runs once for each connection, in a task of the pool, also for those that
-    /// [`min_idle`](PoolBuilder::min_idle) opens ahead, and again after each
-    /// [`reset_on_return`](PoolBuilder::reset_on_return). The sessions by which the pool asks its servers, listens and
-    /// settles commits are not among them; the connection string's `options` reach those too. While a hook is set,
-    /// commits are always settled on sessions of their own, which no hook has seen.
+    /// It runs in a task of the pool, once for each connection, including those that
+    /// [`min_idle`](PoolBuilder::min_idle) opens in advance, and again after each
+    /// [`reset_on_return`](PoolBuilder::reset_on_return). It does not run on the sessions by which the pool asks its
+    /// servers, listens and settles commits. Settings that those need as well belong into the connection string's
+    /// `options`. While a hook is set, commits are always settled on sessions of their own, which no hook has seen.
     ///
     /// # Errors
     /// If it fails, panics, does not end within [`hook_timeout`](PoolBuilder::hook_timeout), ends its session, or
-    /// leaves a statement under way or a transaction open, the connection is closed. Another one is tried after a pause
-    /// that grows to a second. Callers wait meanwhile, and at their deadline
-    /// [`Error::Unavailable`](crate::Error::Unavailable) contains what the hook said. It must not block its thread. If
-    /// it asks the pool itself for a connection, it may wait for what only its own end would free, until its time limit.
+    /// leaves a statement under way or a transaction open, the connection is closed. The pool tries another one after a
+    /// pause that grows up to a second. Callers wait meanwhile, and at their deadline
+    /// [`Error::Unavailable`](crate::Error::Unavailable) contains the hook's error. It must not block its thread. It
+    /// should not ask the same pool for a connection: the only free one may be the one that it holds, and then it waits
+    /// until its time limit.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -57,19 +58,19 @@ impl PoolBuilder {
         self
     }
 
-    /// Asks this before each checkout whether the connection may be lent: `Ok(false)` closes it, and the caller gets
-    /// another one. Default: nothing is asked.
+    /// Asks this hook before each checkout whether the connection may be lent. After `Ok(false)`, the pool closes the
+    /// connection, and the caller gets another one. Default: no hook.
     ///
-    /// It is asked for each caller of [`Pool::get`](crate::Pool::get) and each attempt of a transaction, of new
-    /// connections too. The pool itself tests what was idle for long
-    /// ([`test_idle_after`](PoolBuilder::test_idle_after)) and closes what leads to an older primary, so a hook that only
-    /// sends `SELECT 1` adds a round trip and nothing else. Its time is a part of the caller's wait. If the caller gives
-    /// up, the hook runs to its end, and the connection goes to the next caller.
+    /// It is asked for each call of [`Pool::get`](crate::Pool::get) and each attempt of a transaction, even if the
+    /// connection is new. The pool itself tests connections that were idle for long
+    /// ([`test_idle_after`](PoolBuilder::test_idle_after)) and closes those that lead to an older primary, so a hook
+    /// that only sends `SELECT 1` adds a round trip and nothing else. The time that it takes is part of the caller's
+    /// wait. If the caller gives up, the hook runs to its end, and the connection goes to the next caller.
     ///
     /// # Errors
-    /// An error, a panic, and what else is listed at [`after_connect`](PoolBuilder::after_connect) count as
-    /// `Ok(false)`. If new connections are refused too, there is a pause before the next one, and at its deadline the
-    /// caller's error contains what the hook said.
+    /// An error, a panic and the other failures that [`after_connect`](PoolBuilder::after_connect) lists count as
+    /// `Ok(false)`. If the hook refuses new connections too, the pool pauses before it opens the next one. At its
+    /// deadline, the caller gets an error that contains the hook's.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -98,16 +99,17 @@ impl PoolBuilder {
     }
 
     /// Runs this on each connection that is given back, before the next caller may have it. `Ok(true)` keeps the
-    /// connection, `Ok(false)` closes it. Default: nothing.
+    /// connection, and `Ok(false)` closes it. Default: nothing.
     ///
-    /// It runs in a task of the pool: who gives a connection back does not wait, while the connection stays out of the
-    /// pool until the hook has ended. It sees what [`Pool::get`](crate::Pool::get) and transactions give back, and not
-    /// what was [discarded](crate::Client::discard), [detached](crate::Client::detach), or left busy. When the pool is
-    /// closed, hooks under way end with their sessions.
+    /// It runs in a task of the pool, so the caller that gives a connection back does not wait. The connection stays
+    /// out of the pool until the hook has ended. The hook runs on connections that came from
+    /// [`Pool::get`](crate::Pool::get) or a transaction. It does not run on one that was
+    /// [discarded](crate::Client::discard) or [detached](crate::Client::detach), or that was given back with something
+    /// under way. When the pool is closed, running hooks end together with their sessions.
     ///
     /// # Errors
-    /// An error, a panic, and what else is listed at [`after_connect`](PoolBuilder::after_connect) close the connection,
-    /// and the log says why.
+    /// After an error, a panic or another failure that [`after_connect`](PoolBuilder::after_connect) lists, the
+    /// connection is closed, and the log says why.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -136,13 +138,14 @@ impl PoolBuilder {
         self
     }
 
-    /// Whether a connection that is given back is made as good as new: `SET` and roles, temporary tables, cursors,
-    /// advisory locks and `LISTEN` are undone. Prepared statements stay. Default: no.
+    /// Whether to reset a connection that is given back. A reset undoes `SET` and roles, temporary tables, cursors,
+    /// advisory locks and `LISTEN`. Prepared statements stay. Default: no.
     ///
-    /// It sends what deadpool-postgres' `RecyclingMethod::Clean` sends, but when the connection comes back, so that locks
-    /// are free at once and no caller waits for it. [`after_connect`](PoolBuilder::after_connect) runs again after it, as
-    /// its settings are undone, too; then [`after_release`](PoolBuilder::after_release). It costs each use of a connection
-    /// a round trip in the background. If it fails, the connection is closed, as with a hook.
+    /// It sends what deadpool-postgres' `RecyclingMethod::Clean` sends. But it sends that when the connection comes
+    /// back, so that locks are free at once and no caller waits for the reset. Then
+    /// [`after_connect`](PoolBuilder::after_connect) runs again, because the reset has undone its settings, too, and
+    /// after that [`after_release`](PoolBuilder::after_release). Each use of a connection costs one round trip more, in
+    /// the background. If the reset fails, the connection is closed, as with a hook.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -177,11 +180,12 @@ impl PoolBuilder {
         self
     }
 
-    /// Tells of each checkout that took this long: a line in the log and [`Event::SlowCheckout`](crate::Event) say how
-    /// long, and where the caller asked for the connection. Default: never.
+    /// Reports each checkout that took at least this long. A line in the log and [`Event::SlowCheckout`](crate::Event)
+    /// say how long it took, and where the caller asked for the connection. Default: never.
     ///
-    /// The place is the line of your code with [`Pool::get`](crate::Pool::get), or with the call of the transaction. At
-    /// most one is told in each second, with the number of the others, because in an outage each caller's is slow.
+    /// The place is the line of your code that calls [`Pool::get`](crate::Pool::get), or that starts the transaction.
+    /// In an outage every checkout is slow, so at most one is reported per second, together with the number of the
+    /// others.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -199,12 +203,11 @@ impl PoolBuilder {
         self
     }
 
-    /// Tells of each connection that is on loan for this long: a line in the log and
-    /// [`Event::LongLoan`](crate::Event) say where it was taken, and another line says when it came back. Default:
-    /// never.
+    /// Reports each connection that is on loan for this long. A line in the log and [`Event::LongLoan`](crate::Event)
+    /// say where it was taken, and another line says when it came back. Default: never.
     ///
-    /// Choose more than your slowest use takes: this looks for leaks, as `HikariCP`'s `leakDetectionThreshold` does. It
-    /// closes nothing. It costs each checkout a task with a timer.
+    /// Choose a longer time than your slowest use takes: the purpose is to find leaks, as with `HikariCP`'s
+    /// `leakDetectionThreshold`. It closes nothing. Each checkout then costs a task with a timer.
     ///
     /// ```no_run
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -220,7 +223,7 @@ impl PoolBuilder {
         self
     }
 
-    /// Checks the hooks. `own`: the pool is this crate's own, which lends connections and takes them back.
+    /// Checks the hooks. `own`: the pool is this crate's own, so it lends the connections itself and takes them back.
     pub(super) fn usable_hooks(
         hooks: Hooks<ClientWrapper>,
         own: bool,

@@ -1,4 +1,4 @@
-//! A new session meets the user's hook before anybody gets it.
+//! Runs the user's `after_connect` hook on a new session before anybody gets it.
 
 use std::sync::Weak;
 
@@ -33,7 +33,7 @@ pub(super) async fn greeted<C: SessionClient>(
         if session.notices.activity.may_be_busy() {
             dialer.cancel_on(&session.client, &session.notices, generation.endpoint());
         }
-        // Perhaps it was not the hook that ended it.
+        // The hook may not be the reason that the session has ended.
         if session.client.is_closed() {
             dialer.cluster.suspect(generation.primary.id, Suspicion::Connection);
         }

@@ -1,5 +1,5 @@
-//! The connections that no caller has at the moment: how they are taken for a caller, closed when they are too old, or
-//! doubted.
+//! The connections that no caller has at the moment: takes them for a caller, closes those that are too old, and counts
+//! those that are doubted.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -71,7 +71,7 @@ impl<C: SessionClient> Dials<C> {
         self.min_idle.load(Ordering::Relaxed)
     }
 
-    /// Changes the most connections and dials together. Closes connections that nobody has had and that are too many.
+    /// Changes how many connections and dials there may be together. Closes ready connections that are too many.
     pub(in crate::pool) fn resize(&self, max_size: usize) {
         let mut book = self.book();
         self.max_size.store(max_size, Ordering::Relaxed);
@@ -83,7 +83,7 @@ impl<C: SessionClient> Dials<C> {
         self.room.changed.notify_one();
     }
 
-    /// How many connections are tested for callers that wait.
+    /// The number of connections that are being tested for waiting callers.
     pub(in crate::pool) fn tested(&self) -> &AtomicUsize {
         &self.room.tested
     }
@@ -98,8 +98,8 @@ impl<C: SessionClient> Dials<C> {
         Doubt(Arc::clone(&self.room))
     }
 
-    /// Takes back a connection that was doubted, unless another one has been opened in its place. A dial under way has
-    /// opened none yet, so it is the dial that finds no room.
+    /// Takes back a connection that was doubted, unless another one has been opened in its place. A dial that is still
+    /// under way has not taken the place: when it ends, it finds no room.
     pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt, cluster: &Cluster<C>) {
         let mut book = self.book();
         // From now on, it counts towards `max_size` again.
@@ -110,7 +110,7 @@ impl<C: SessionClient> Dials<C> {
         drop(unwanted);
     }
 
-    /// Returns whether there are more connections than the pool may have, besides those that are doubted.
+    /// Returns whether there are more connections than the pool may have. Doubted ones are not counted.
     pub(in crate::pool) fn is_overfull(&self) -> bool {
         self.undoubted() > self.max_size.load(Ordering::Relaxed)
     }
@@ -120,7 +120,7 @@ impl<C: SessionClient> Dials<C> {
         self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted())
     }
 
-    /// Takes a connection that no caller has, to the primary or to the one that is suspended.
+    /// Takes a connection that no caller has. It leads to the primary, or to the suspended one.
     pub(in crate::pool) fn take_any(&self, cluster: &Cluster<C>) -> Option<Connection<C>> {
         self.take_idle_if(|connection| !connection.stale(cluster)).or_else(|| {
             let mut book = self.book();
@@ -138,7 +138,7 @@ impl<C: SessionClient> Dials<C> {
     fn take_idle_if(&self, wanted: impl Fn(&Connection<C>) -> bool) -> Option<Connection<C>> {
         let pool = self.pool.get()?.upgrade()?;
         let mut found = false;
-        // `retain` begins with the oldest connection. Any one is good.
+        // `retain` begins with the oldest connection. Any connection will do.
         let taken = pool.retain(|connection, _| {
             let take = !found && wanted(connection);
             found |= take;

@@ -1,4 +1,4 @@
-//! libpq's password file: `host:port:database:user:password` in each line, where `*` fits everything.
+//! Reads libpq's password file. Each line is `host:port:database:user:password`, and `*` matches everything.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -9,11 +9,11 @@ use tokio_postgres::config::Host;
 use crate::error::BuildError;
 use crate::pool::hosts::Target;
 
-/// libpq's usual folders of sockets, whose lines are for `localhost`.
+/// The usual folders of sockets. As in libpq, their lines name the host `localhost`.
 #[cfg(unix)]
 const SOCKETS: [&str; 3] = ["/tmp", "/var/run/postgresql", "/run/postgresql"];
 
-/// Reads the file. `None`: there is none, or others may read it, which libpq does not accept either.
+/// Reads the file. `None`: there is none, or others may read it, in which case libpq ignores it, too.
 pub(super) fn read(path: &Path) -> Result<Option<String>, BuildError> {
     let unusable = |error: std::io::Error| BuildError::invalid("passfile", format!("{}: {error}", path.display()));
     let metadata = match fs::metadata(path) {
@@ -33,7 +33,7 @@ pub(super) fn read(path: &Path) -> Result<Option<String>, BuildError> {
     fs::read_to_string(path).map(Some).map_err(unusable)
 }
 
-/// The host as the file names it.
+/// The name of the host in the file.
 pub(super) fn name_of(target: &Target) -> String {
     match (&target.host, target.address) {
         (Some(Host::Tcp(name)), _) if !name.is_empty() => name.clone(),
@@ -47,7 +47,7 @@ pub(super) fn name_of(target: &Target) -> String {
     }
 }
 
-/// The password of the first line that fits.
+/// The password of the first line that matches.
 pub(super) fn password(lines: &str, host: &str, port: u16, database: &str, user: &str) -> Option<String> {
     let wanted = [host, &port.to_string(), database, user];
     let fits = |line: &str| {
@@ -75,7 +75,7 @@ fn field(text: &str) -> Option<(&str, &str)> {
     Some((&text[..end], &text[end + 1..]))
 }
 
-/// Without the backslash before a literal character.
+/// Removes the backslash before each literal character.
 fn unescaped(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut escaped = false;

@@ -1,4 +1,4 @@
-//! libpq's service file: sections of options, each under the name of a service.
+//! Reads libpq's service file: sections of options, each under the name of a service.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -31,7 +31,8 @@ fn unusable(path: &Path, problem: &str) -> BuildError {
     BuildError::invalid("PGSERVICEFILE", format!("{}: {problem}", path.display()))
 }
 
-/// The options in the section of this service. Problems are told by the number of their line, as a line may hold a password.
+/// The options in the section of this service. An error gives the number of the line and does not quote it, because it
+/// may contain a password.
 fn read(text: &str, service: &str) -> Result<Option<Vec<(String, String)>>, String> {
     let mut found = None;
     for (number, line) in text.lines().enumerate() {
@@ -43,7 +44,7 @@ fn read(text: &str, service: &str) -> Result<Option<Vec<(String, String)>>, Stri
             if found.is_some() {
                 break;
             }
-            // As in libpq, what follows the bracket does not count.
+            // As in libpq, what follows the bracket is ignored.
             if name.split(']').next() == Some(service) && name.contains(']') {
                 found = Some(Vec::new());
             }

@@ -8,7 +8,7 @@ use tokio_postgres::{Error, Statement};
 use super::GenericClient;
 use crate::resolve::BoxFuture;
 
-/// What [`GenericTransaction`] needs of what is behind it.
+/// What [`GenericTransaction`] needs of the handle behind it.
 pub(crate) trait Nested<'n>: Send + Sync {
     fn client(&self) -> &tokio_postgres::Client;
 
@@ -51,9 +51,9 @@ impl<'n> GenericTransaction<'n> {
         Self { inner: Box::new(inner) }
     }
 
-    /// Commits the transaction; of a savepoint, keeps what was done since it was set.
+    /// Commits the transaction. For a savepoint, keeps what was done since it was set.
     ///
-    /// On a connection this is the driver's COMMIT, whose lost answer nobody settles. Only
+    /// On a connection, this is the driver's COMMIT: if its answer is lost, nobody finds out the outcome. Only
     /// [`Pool::transaction`](crate::Pool::transaction) commits exactly once.
     pub async fn commit(self) -> Result<(), Error> {
         self.inner.commit().await
@@ -101,7 +101,7 @@ impl fmt::Debug for GenericTransaction<'_> {
     }
 }
 
-/// What is a [`GenericClient`] and a [`Commits`] is one of these.
+/// Every type that is both a [`GenericClient`] and a [`Commits`] can be behind a [`GenericTransaction`].
 impl<'n, H: GenericClient + Commits<'n>> Nested<'n> for H {
     fn client(&self) -> &tokio_postgres::Client {
         GenericClient::client(self)

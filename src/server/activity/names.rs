@@ -26,7 +26,7 @@ impl Names {
         self.name.clear();
         // The name of a portal comes first in `Bind`.
         self.before = u8::from(letter == b'B');
-        // A letter for the kind of what is closed comes first in `Close`.
+        // In `Close`, a letter comes first that says whether a statement or a portal is closed.
         self.most = LONGEST + usize::from(letter == b'C');
         self.reading = letter == b'P' || (matches!(letter, b'B' | b'C') && !self.known.is_empty());
     }

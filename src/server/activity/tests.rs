@@ -307,8 +307,8 @@ fn what_the_driver_waited_for_and_each_end_of_a_request_show_life() {
     assert!(counter.shows_life(), "an error is an answer");
 }
 
-/// A server that is shut down at once, or whose neighbour has crashed, sends a notice on each session before it ends. Only
-/// what comes after an error or a notice shows that it lives.
+/// After an immediate shutdown or the crash of another backend, a server sends a notice on each session before it ends.
+/// Only what comes after an error or a notice shows that the server lives.
 #[test]
 fn a_notice_may_be_the_last_word() {
     let row = || message(b'D', &[0; 10]);
