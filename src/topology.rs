@@ -75,7 +75,7 @@ pub(crate) struct Topology {
     newest_timeline: Option<u32>,
     /// When the newest timeline was found.
     newest_at: Instant,
-    /// The parts that the primary withholds. After the primary is lost, the parts that it withheld before.
+    /// The parts that the primary withholds, or while there is none, that the last primary withheld.
     untold: Parts,
     /// When a server of this cluster last answered as its primary.
     own_primary_at: Instant,
@@ -84,7 +84,7 @@ pub(crate) struct Topology {
     /// Limits how often log-ins are tried that will most likely be refused.
     log_ins: refusals::Pace,
     names: Vec<names::Name>,
-    /// Candidates beyond the limit of concurrent probes, which wait for their turn.
+    /// Candidates beyond the limit of concurrent probes. They wait for their turn.
     spare: VecDeque<(Endpoint, Origin)>,
     asleep: bool,
     changed: Change,
@@ -332,7 +332,7 @@ impl Topology {
         }
     }
 
-    /// The primary answered on one of its sessions, so it lives.
+    /// Notes that the primary answered on one of its sessions, so it lives.
     pub(crate) fn heard(&mut self, now: Instant) {
         self.received_at = Some(now);
     }

@@ -64,8 +64,9 @@ impl<C: SessionClient> Pool<C> {
     /// The policy's deadline limits the waiting and the start of attempts; it does not cut off a running attempt. While
     /// a primary is known and all connections are in use, [`checkout_timeout`](crate::PoolBuilder::checkout_timeout)
     /// limits the wait as well. A call within the closure of another call needs a connection of its own. If the outer
-    /// calls hold all connections, it fails at once. If its outcome is unknown, the outer closure does not run again,
-    /// even if it hides the error. A call in a task that the closure spawns is not seen, so pass its error on.
+    /// calls hold all connections, it fails at once. If the outcome of that inner call is unknown, the outer closure
+    /// does not run again, even if it hides the error. A call in a task that the closure spawns is not seen, so pass
+    /// its error on.
     ///
     /// Cancel-safe: if the future is dropped, the pool asks the server to cancel the statement and closes the
     /// connection, so the transaction is rolled back. After COMMIT was sent, the pool only closes the connection: the

@@ -178,7 +178,7 @@ fn every_code_has_a_verdict() {
         };
         assert_eq!(verdict, expected, "{row:?}, round {round} of seed {seed}");
     }
-    // No code at all, one too short, one that is not ASCII.
+    // No code at all, a code that is too short, and two that are not ASCII.
     for code in ["", "0", "é0", "日本"] {
         let row = Report::server("ERROR", code, "odd", "somewhere");
         assert_eq!(classify(&report(row)), Verdict::Application, "{row:?}");

@@ -1,4 +1,4 @@
-//! Tests the rule as a table, and against a model of servers that crash, lose WAL and give transaction ids out again.
+//! Tests the rule with a table, and against a model of servers that crash, lose WAL and reuse transaction ids.
 
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;

@@ -208,7 +208,8 @@ pub trait GenericClient: Send + Sync {
         Box::pin(self.client().query_typed_opt(query, params).inspect_err(|error| self.met(error)))
     }
 
-    /// As [`tokio_postgres::Client::query_typed_raw`]. A stream that is kept beyond a transaction's closure rolls it back.
+    /// As [`tokio_postgres::Client::query_typed_raw`]. A stream that is kept beyond a transaction's closure rolls it
+    /// back.
     fn query_typed_raw<'a, P, I>(&'a self, query: &'a str, params: I) -> BoxFuture<'a, Result<RowStream, Error>>
     where
         P: BorrowToSql + 'a,
@@ -280,8 +281,8 @@ pub trait GenericClient: Send + Sync {
     }
 }
 
-/// The methods of [`GenericClient`] on a handle of this crate. `$client` is an expression for the pool's [`Client`] behind
-/// it.
+/// The methods of [`GenericClient`] on a handle of this crate. `$client` is an expression for the pool's [`Client`]
+/// behind it.
 macro_rules! generic_client {
     ($handle:ident => $client:expr) => {
         fn client(&self) -> &tokio_postgres::Client {

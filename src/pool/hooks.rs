@@ -214,8 +214,8 @@ impl<C: SessionClient> Dialer<C> {
         self.hooks.as_ref().is_some_and(|hooks| hooks.before_acquire.is_some())
     }
 
-    /// Runs `before_acquire`, and returns the connection if it may be lent. Cancel-safe: the hook runs to its end, and the
-    /// connection goes to the next caller.
+    /// Runs `before_acquire`, and returns the connection if it may be lent. Cancel-safe: the hook runs to its end, and
+    /// the connection goes to the next caller.
     pub(super) async fn vetted(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone() else { return Some(object) };
         let new = !object.is_used();

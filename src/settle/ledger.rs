@@ -23,8 +23,8 @@ const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 
 /// Columns that identify the life of the server that answers. A proxy may connect the transaction to another server
 /// than the one that was verified.
 const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
-/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off: several pools prune at the
-/// same time and wait for each other, and if the time-out ended each attempt, the ledger would grow for ever.
+/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off. Several pools may prune at
+/// the same time and wait for each other; if the time-out ended each attempt, the ledger would grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
 
 impl Ledger {

@@ -19,10 +19,10 @@ use crate::topology::{
 };
 
 /// Returns the SELECT that marks a transaction. The first two columns are NULL if the transaction cannot write anyway,
-/// so that a fenced primary is not made to write WAL. The second one writes a WAL record that carries the id and the
-/// nonce, and returns its end. The third and the fifth identify the server's life, because a proxy may have connected
-/// this transaction to another server than the one that was verified. The last is true if this message also began the
-/// transaction: then the transaction's start time is the time of the message.
+/// so that a fenced primary is not made to write WAL. The second column writes a WAL record that carries the id and the
+/// nonce, and returns the record's end. The third and the fifth identify the server's life, because a proxy may have
+/// connected this transaction to another server than the one that was verified. The last column is true if this message
+/// also began the transaction: then the transaction's start time is the time of the message.
 ///
 /// The mark is part of the user's transaction and must not change its settings. So each name is qualified, because
 /// otherwise the user's `search_path` could lead to other objects.
@@ -42,8 +42,9 @@ fn mark(nonce: &str) -> String {
 /// it was given back with one open.
 pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
 
-/// The name of the mark's prepared statement: executing it costs the server a fraction of planning [`mark`]. Change the
-/// number whenever the columns change, because different versions of this crate may share a session behind a proxy.
+/// The name of the mark's prepared statement. Executing it costs the server a fraction of what planning [`mark`] costs.
+/// Change the number whenever the columns change, because different versions of this crate may share a session behind a
+/// proxy.
 const PREPARED: &str = "tokio_postgres_failover_mark_5";
 
 /// How a session marks its transactions.
@@ -53,7 +54,7 @@ pub(crate) enum MarkStatement {
     #[default]
     New,
     Prepared,
-    /// The session does not prepare the statement: it was missing, or already there, because a proxy gives each
+    /// The session does not prepare the statement: it was missing or already there, because a proxy gives each
     /// transaction another session.
     Plain,
 }
@@ -79,9 +80,9 @@ impl MarkStatement {
 
 /// Begins a settler's transaction. All its questions are in one transaction, which a proxy keeps on one server. It
 /// waits for the synchronous standbys, whatever the role's default is, and receives the notice if that wait is
-/// cancelled. The call's deadline limits its statements, not `statement_timeout`. If the session is idle in this
-/// transaction for two seconds, the server ends it: if this client has vanished, the transaction would otherwise keep a
-/// ledger's row locked, and no later settler would get an answer.
+/// cancelled. Its statements are limited by the call's deadline, and not by `statement_timeout`. If the session is idle
+/// in this transaction for two seconds, the server ends it: if this client has vanished, the transaction would
+/// otherwise keep a ledger's row locked, and no later settler would get an answer.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
@@ -179,7 +180,7 @@ const PARTS: [(&str, &str); 7] = [
     (STATS_RESET, "NULL"),
     (CHECKPOINTED, "NULL"),
     (EVIDENCE, "NULL"),
-    // NULL would say that there was no such checkpoint. This says that it proves nothing.
+    // NULL would mean that there was no such checkpoint. This value means that nothing is proved.
     (STOPPED, "'0/0'::pg_lsn"),
 ];
 
@@ -426,8 +427,9 @@ pub(crate) enum EndUnderWay {
     Working,
 }
 
-/// True if a session carries out a statement that does not end its transaction, as far as the whole text shows. A word
-/// that may be part of something else counts as an end. A text that fills its place may have been cut.
+/// True if a session carries out a statement that does not end its transaction, as far as the text shows. Any of the
+/// words below counts as an end, even if it is a part of something else. A text as long as the server keeps may have
+/// been cut, so it counts as an end, too.
 const WORKS: &str = "state = 'active' AND query <> '' AND query !~* E'\\\\m(commit|end|prepare)\\\\M' \
      AND octet_length(query) < (SELECT setting::int - 4 FROM pg_settings WHERE name = 'track_activity_query_size')";
 

@@ -21,7 +21,8 @@ pub(crate) struct TrafficSample {
     pub(crate) in_use: bool,
     /// Something was sent or received.
     pub(crate) moved: bool,
-    /// Something was certainly received. Sent messages do not count, because they prove nothing about the server.
+    /// Something was received that shows that the server lives. Sent messages do not count, because they prove nothing
+    /// about the server.
     pub(crate) received: bool,
     /// The number of the pool's sessions to the primary that have not ended.
     pub(crate) open: usize,
@@ -60,8 +61,8 @@ pub(crate) enum Action {
         /// Time limit for opening a session and getting the answer.
         opened_within: Duration,
     },
-    /// No session to the primary is kept, or the one to a suspended primary may be dead: ask it on one of the pool's idle
-    /// sessions, if there is one. What is received there counts as heard.
+    /// Ask the primary on one of the pool's idle sessions, if there is one: no session to the primary is kept, or the
+    /// kept session to a suspended primary may be dead. An answer counts as a sign of life.
     AskIdle,
     /// Checkouts wait, but the generation's connections stay open.
     Suspend { why: String },

@@ -18,7 +18,7 @@ struct Deadline {
 }
 
 enum When {
-    /// It is done once when this instant has come. That moves the instant, or removes it.
+    /// It is done once when this instant has come. Doing it moves the instant, or removes it.
     At(At),
     /// It is done at every poll from this instant on, so only the first of these polls needs a wake-up.
     From(At),
@@ -42,11 +42,12 @@ static DEADLINES: [Deadline; 15] = [
     Deadline { when: When::At(Topology::dead_at), act: Topology::give_up_silent },
     // The search takes long, so the operator is told.
     Deadline { when: When::At(Topology::long_search_at), act: Topology::tell_of_a_long_search },
-    // The known primary's sessions receive nothing, and new ones fail. The samples that the next row takes show this.
+    // The known primary's sessions receive nothing, and new ones fail. This needs no wake-up of its own, because the
+    // next row samples the sessions often enough.
     Deadline { when: When::EachPoll(|_| None), act: Topology::give_up_mute },
     // The known primary's sessions are silent while they are in use.
     Deadline { when: When::EachPoll(Topology::sample_at), act: Topology::ask_if_quiet },
-    // None of its sessions is kept. The samples of the row above come often enough.
+    // No session to the known primary is kept. The row above wakes the topology often enough.
     Deadline { when: When::EachPoll(|_| None), act: Topology::ask_idle },
     // The known primary takes long to answer, so the other servers are asked sooner.
     Deadline { when: When::From(Topology::uneasy_at), act: Topology::hurry_others },

@@ -156,7 +156,7 @@ impl Topology {
 }
 
 impl Member {
-    /// Forgets its answer, which was judged for another cluster, so that it is asked again.
+    /// Forgets the member's answer, so that it is asked again: the answer was judged for another cluster.
     fn forget_word(&mut self) {
         self.answer = None;
         self.report = None;

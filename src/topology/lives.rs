@@ -3,9 +3,10 @@
 //!
 //! `topology/tests/lives.rs` checks these rules with tables and properties:
 //!
-//! - An answer on any open session of the generation proves that the server lives; so does anything received there.
-//! - A session that cannot be opened proves nothing about a server while an older session is open: ask that one, or if
-//!   it has ended, an idle one of the pool.
+//! - An answer on any open session of the generation proves that the server lives, and so does anything else that is
+//!   received there.
+//! - While an older session is open, a failure to open a new one proves nothing about the server. The older session is
+//!   asked instead, or if it has ended, an idle session of the pool.
 //! - An error in place of a report is an answer. The server's role stays what it reported last.
 //! - An unanswered question is silence only if nothing was received meanwhile: neither on a session of the pool, nor in
 //!   answer to the second question.
@@ -24,8 +25,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A second question to the primary, which runs at the same time as the first, on another session.
 ///
 /// While the primary is known, the first question uses the kept session, and this one opens a new session. So a server
-/// that accepts no new sessions is still asked. While it is suspended, it is the opposite: the first question opens a
-/// new session to the primary's address, and this one uses the kept session.
+/// that accepts no new sessions is still asked. While the primary is suspended, it is the other way round: the first
+/// question opens a new session to the primary's address, and this one uses the kept session.
 #[derive(Debug, Default)]
 pub(super) struct Beside {
     /// When to ask. `None` while there is no reason to ask.
@@ -185,20 +186,21 @@ impl Topology {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
 
-    /// A caller waits on a session of the pool, and for `heartbeat_timeout` nothing was sent or received there, and the
-    /// primary has not reported on any other session. Without callers, an idle session shows it.
+    /// Returns whether callers wait on the pool's sessions while for `heartbeat_timeout` nothing was sent or received
+    /// there, and the primary has not reported on any other session. If no connection is in use, the question on an
+    /// idle session decides.
     fn is_mute(&self, now: Instant) -> bool {
         if !self.traffic.in_use {
             return self.idle_is_mute(now);
         }
         let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);
-        // Only from then on an idle session is asked.
+        // Idle sessions are asked only from `alone_since` on.
         let heard_at = self.unasked.counts_from(heard_at.max(self.beside.alone_since.unwrap_or(heard_at)));
         now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
-    /// No session is kept, and the question of [`Self::ask_idle`] has had no answer for `heartbeat_timeout`. Nothing else has
-    /// come from the primary since it was asked.
+    /// Returns whether no session is kept, the question of [`Self::ask_idle`] has had no answer for
+    /// `heartbeat_timeout`, and nothing else has come from the primary since.
     fn idle_is_mute(&self, now: Instant) -> bool {
         let (Some(_), Some(asked_at)) = (self.beside.alone_since, self.beside.idle_waits_since) else {
             return false;
@@ -207,8 +209,8 @@ impl Topology {
         !heard && now.duration_since(self.unasked.counts_from(asked_at)) >= self.settings.heartbeat_timeout
     }
 
-    /// Has the known primary asked on an idle session of the pool while none is kept: until a new one is opened, nothing else
-    /// might show that it lives.
+    /// While no session to the known primary is kept, tells the pool to ask it on an idle one. Until a new session is
+    /// open, perhaps nothing else shows that the primary lives.
     pub(super) fn ask_idle(&mut self, now: Instant) {
         let pause = self.settings.heartbeat / 4;
         let due = self.beside.idle_asked_at.is_none_or(|at| now >= at + pause);
@@ -314,7 +316,8 @@ impl Topology {
         }
     }
 
-    /// A caller could not open a session, or has lost one: opens a new session to the primary soon.
+    /// Handles a caller's report that it could not open a session, or has lost one: opens a new session to the primary
+    /// soon.
     pub(super) fn doubt(&mut self, now: Instant, address: &Address) {
         let full = self.members.get(address).and_then(super::Member::full_pause).unwrap_or_default();
         self.beside.hurry(now, self.settings.poll.0.max(full));
@@ -324,8 +327,8 @@ impl Topology {
         }
     }
 
-    /// The primary answers at another address as well. If new sessions to its own address fail, use the other address
-    /// from now on.
+    /// Notes that the primary answers at another address as well. If new sessions to its own address fail, the other
+    /// address is used from now on.
     pub(super) fn reach_at(&mut self, now: Instant, address: &Address) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
             return;

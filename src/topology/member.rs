@@ -31,7 +31,7 @@ pub(super) struct Member {
     pub(super) told_at: Option<Instant>,
     /// Its last report, which came at `heard_at`.
     pub(super) report: Option<ServerReport>,
-    /// The parts that it withholds. The operator has been told about these already.
+    /// The parts that it withholds, and that the operator has been told about.
     pub(super) kept_back: Parts,
     /// How many times in a row it had no free connection slot.
     pub(super) full: u32,

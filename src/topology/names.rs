@@ -1,4 +1,4 @@
-//! What the resolver says about each configured name. It is DNS, or the user's own `Resolve`.
+//! What the resolver says about each configured name. The resolver is DNS, or the user's own `Resolve`.
 //!
 //! Each name is looked up separately. If one look-up fails or has no answer, the addresses of the other names are still
 //! added and forgotten as usual.
@@ -157,8 +157,8 @@ impl Topology {
         }
     }
 
-    /// A caller asks although waiting does not help, so looks the names up soon. However many callers ask, there is a
-    /// pause between two look-ups of a name.
+    /// Handles a caller that asks although waiting does not help: looks the names up again soon. However many callers
+    /// ask, there is a pause between two look-ups of a name.
     pub(super) fn demand_names(&mut self, now: Instant) {
         let known = self.settings.poll.1;
         for name in &mut self.names {

@@ -21,7 +21,8 @@ const UNEASY: (Duration, Duration) = (Duration::from_millis(75), Duration::from_
 /// How often the other servers are asked while the primary takes long to answer, so that a successor is seen before the
 /// primary is suspended.
 pub(super) const UNEASY_PACE: Duration = Duration::from_millis(100);
-/// While connections are in use, the primary is asked if it was silent for the heartbeat's interval divided by this.
+/// While connections are in use, the primary is asked if it was silent for this fraction of the heartbeat's interval:
+/// one twentieth.
 pub(super) const QUIET: u32 = 20;
 /// Shortest pause between two samples of the sessions' traffic.
 const LISTEN_INTERVAL: Duration = Duration::from_millis(5);
@@ -38,7 +39,7 @@ const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duratio
 const CROWD: usize = 8;
 /// Shortest and longest pause before a server that had no free connection slot is asked again.
 pub(super) const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// For so long, a search asks a standby on its open session. Then it opens a new one.
+/// A search asks a standby on its open session for this long. Then it opens a new one.
 pub(super) const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
 /// The settings of a topology, mostly times.

@@ -170,8 +170,8 @@ impl Topology {
     /// Begins a generation with this server as its primary. The previous generation ends.
     pub(super) fn adopt(&mut self, now: Instant, address: &Address, report: ServerReport, why: &str) {
         let Some(endpoint) = self.members.get(address).map(|member| member.endpoint.clone()) else {
-            // This does not happen, because a needed member is never forgotten. If it did, the pick would never be
-            // decided.
+            // This does not happen, because a needed member is never forgotten. But if it did, the search would never
+            // end without this line.
             if let Phase::Searching(search) = &mut self.phase {
                 search.pick = None;
             }

@@ -11,7 +11,7 @@ pub(super) const GRACE: Duration = Duration::from_secs(2);
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between log-ins that will most likely be refused. They are tried on one server after the other.
 pub(super) const LOG_IN_INTERVAL: Duration = Duration::from_secs(1);
-/// By how much log-ins that were refused together put off the next one at most.
+/// The longest time by which several log-ins that were refused together postpone the next one.
 const TOGETHER: Duration = Duration::from_secs(2);
 /// Longest such pause. The pause grows to this while no caller waits.
 const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
@@ -21,8 +21,8 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) enum Word {
     /// Waiting may help.
     Open,
-    /// It accepts no connection, and may be just starting. So callers are told in spite of it only if others refuse the
-    /// credentials, which are the same everywhere.
+    /// It accepts no connection, and may be just starting. So callers are told that waiting does not help only if other
+    /// servers refuse the credentials, which are the same everywhere.
     Silent,
     /// It gave a permanent failure, in answer to a question that was sent at this time.
     Hopeless(ProbeFailure, Instant),
@@ -85,7 +85,7 @@ pub(crate) struct RefusedLogIn {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     free_at: Instant,
-    /// When the last refusal that counted was met.
+    /// When the last refusal came that counted in full.
     refused: Option<Instant>,
 }
 
@@ -98,9 +98,9 @@ impl Pace {
         self.free_at = (self.free_at + LOG_IN_INTERVAL).max(now);
     }
 
-    /// Counts a refused log-in. Log-ins that were under way when one of them was refused could not know, and there may be
-    /// many: together they put off the next one by [`TOGETHER`] at most. One that was begun after that counts in full,
-    /// however soon it follows.
+    /// Counts a refused log-in. There may be many log-ins under way when one of them is refused, and they could not
+    /// know of that refusal. So together they postpone the next one by [`TOGETHER`] at most. A log-in that was begun
+    /// after a refusal counts in full, however soon it was begun.
     pub(super) fn refused(&mut self, log_in: RefusedLogIn) {
         let before = self.free_at;
         self.spend(log_in.refused);
@@ -133,8 +133,8 @@ impl Topology {
         self.set_refused(now, told.map(|told| told.failure));
     }
 
-    /// When the oldest question was sent whose answer is still the last one. Its name may lead to another server by
-    /// now.
+    /// Returns when the oldest question was sent whose answer is still the newest of its server. The name may lead to
+    /// another server by now.
     fn oldest_answer(&self, now: Instant) -> Instant {
         let members = self.members.values().filter_map(|member| member.told_at);
         members.chain(self.names.iter().filter_map(|name| name.told_at)).min().unwrap_or(now)
@@ -165,7 +165,7 @@ impl Topology {
         members.chain(names)
     }
 
-    /// If callers are told that waiting does not help: when the question was sent whose answer shows that.
+    /// When the question was sent whose answer shows that waiting does not help. `None` unless callers are told so.
     pub(crate) fn refused_as_of(&self) -> Option<Instant> {
         match &self.phase {
             Phase::Searching(search) => search.refused_as_of,
@@ -173,8 +173,8 @@ impl Topology {
         }
     }
 
-    /// A caller asks although waiting does not help, so asks the candidates again soon. If callers ask in a loop, the
-    /// questions still come no faster than at the slowest pace of a search.
+    /// Handles a caller that asks although waiting does not help: asks the candidates again soon. If callers ask in a
+    /// loop, the questions still come no faster than at the slowest pace of a search.
     pub(crate) fn demanded(&mut self, now: Instant) {
         if self.refused_as_of().is_none() {
             return;
@@ -185,12 +185,12 @@ impl Topology {
         self.demand_names(now);
     }
 
-    /// Something else in this pool had a log-in refused.
+    /// Notes that a log-in of another part of this pool was refused.
     pub(crate) fn log_in_refused(&mut self, log_in: RefusedLogIn) {
         self.log_ins.refused(log_in);
     }
 
-    /// The earliest time for the next log-in that will most likely be refused.
+    /// While log-ins will most likely be refused: the earliest time for the next one.
     pub(crate) fn log_in_at(&self) -> Instant {
         self.log_ins.free_at
     }
@@ -286,8 +286,8 @@ mod tests {
         assert_eq!(pace.free_at, at + LOG_IN_INTERVAL);
     }
 
-    /// For each series of log-ins, in milliseconds: when each was begun and refused, and how long after its last refusal the
-    /// next one is free.
+    /// Each row is a series of log-ins: when each was begun and refused, and how long after the last refusal the next
+    /// log-in is allowed. All times are in milliseconds.
     #[test]
     fn log_ins_refused_together_put_off_the_next_one_a_little() {
         type Case<'a> = (&'a str, &'a [(u64, u64)], u64);
@@ -314,8 +314,8 @@ mod tests {
         }
     }
 
-    /// However many callers there are, and however late the pace learns of a refusal: those who take turns log in once an
-    /// interval on average.
+    /// Callers that take turns log in once per interval on average, however many there are, and however late the pace
+    /// learns of a refusal.
     #[test]
     fn those_who_take_turns_are_paced_however_late_a_refusal_is_noted() {
         for late in [0, 1, 3, 50] {

@@ -1,6 +1,6 @@
 //! The search for a primary: when it begins, which writable server is accepted, and when the suspended primary is
-//! resumed or given up. `gives_up_at` says when a silent one is given up,
-//! `give_up_silent` does it, and the table in `deadlines.rs` calls it.
+//! resumed or given up. `gives_up_at` says when a silent primary is given up, `give_up_silent` gives it up, and the
+//! table in `deadlines.rs` calls these.
 
 use std::time::Duration;
 
@@ -63,7 +63,7 @@ pub(super) fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
 }
 
 impl Topology {
-    /// A caller with a connection of generation `id` doubts that its primary is still one.
+    /// Handles the doubt of a caller with a connection of generation `id` whether its primary is still the primary.
     pub(crate) fn suspected(&mut self, now: Instant, id: GenerationId, suspicion: Suspicion) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -140,7 +140,7 @@ impl Topology {
         }
     }
 
-    /// When a suspended primary counts as dead, unless it answers before.
+    /// Returns when a suspended primary counts as dead, unless it answers before.
     pub(super) fn gives_up_at(&self, suspended: &Suspended) -> Instant {
         let heard_at = self.received_at.map_or(suspended.answered_at, |at| at.max(suspended.answered_at));
         self.unasked.counts_from(heard_at) + self.settings.dead_after
@@ -159,7 +159,8 @@ impl Topology {
         if let Some(suspended) = &mut search.suspended {
             let same_address = suspended.primary.endpoint.address == *address;
             match answer {
-                // Behind a proxy, this may be another server's answer. So an open session decides, which is asked too.
+                // Behind a proxy, this may be another server's answer. So an open session is asked too, and its answer
+                // decides.
                 Answer::Failed(failure)
                     if same_address
                         && suspended.silent
@@ -226,7 +227,7 @@ impl Topology {
         }
     }
 
-    /// When the best writable server so far is adopted. If all servers and names have answered, this is now.
+    /// Returns when the best writable server so far is adopted. If all servers and names have answered, this is now.
     pub(super) fn pick_at(&self) -> Option<Instant> {
         let pick = self.search()?.pick.as_ref()?;
         let all_answered = self.members.values().all(|member| self.answered(member)) && !self.names_outstanding();

@@ -92,8 +92,8 @@ impl Bench {
         bench
     }
 
-    /// A pool with one address behind which something else chooses the server. At first it is server 1, the primary of
-    /// timeline 1.
+    /// A pool with one address. Something behind that address chooses the server. At first it is server 1, the primary
+    /// of timeline 1.
     fn roaming() -> Self {
         let mut bench = Self::with(Settings { roaming: true, ..settings() }, 1);
         bench.report(1, primary(1, 1));
@@ -138,7 +138,7 @@ impl Bench {
 
     fn wait(&mut self, duration: Duration) {
         let until = self.now + duration;
-        // Whatever is under way ends within some seconds, at which the task polls.
+        // The task also polls when something under way ends, which takes some seconds at most.
         let next = |bench: &Self| bench.topology.wake_at().unwrap_or(until + ms(1)).min(bench.now + ms(5000));
         while let Some(next) = Some(next(self)).filter(|at| *at <= until) {
             self.now = self.now.max(next);

@@ -4,8 +4,8 @@
 //! Such time proves nothing about a server, so it is added to each limit that runs meanwhile. What was known before is
 //! outdated: the newest timeline known then may now be an old primary's.
 //!
-//! There are two signs that the process did not run: something happens long after it was due, or the wall clock has gone
-//! on for longer than the monotonic one, which stands still while a machine is suspended. A wall clock that is set
+//! There are two signs that the process did not run. Something happens long after it was due. Or the wall clock has
+//! advanced further than the monotonic clock, which stands still while a machine is suspended. A wall clock that is set
 //! forward looks the same. That does no harm: the servers and the names are asked once more.
 
 use std::collections::VecDeque;
@@ -15,15 +15,15 @@ use tokio::time::Instant;
 
 use super::{GRACE, Phase, Topology};
 
-/// If something happens this much later than it was due, the process did not run meanwhile. So it is if the clocks differ
-/// by this much.
+/// If something happens this much later than it was due, or if the clocks differ by this much, the process did not run
+/// meanwhile.
 const LATE: Duration = Duration::from_secs(1);
 /// No question and no look-up takes longer than this, so the next input comes within this time.
 const LONGEST_WORK: Duration = Duration::from_secs(10);
 /// The most spans of time that are kept apart.
 const MOST_SPANS: usize = 16;
 
-/// A span of time, of which this much was lost: all of it, or a part where several pauses were merged.
+/// A span of time, of which `lost` was lost: all of it, or only a part if the span was merged from several pauses.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     from: Instant,
@@ -60,7 +60,8 @@ impl Unasked {
         Self { spans: VecDeque::new(), until: None, outdated: false, ran_at: now, due: now, clocks: None }
     }
 
-    /// Returns when a time limit starts that would have started at `at`. It runs only while servers are asked.
+    /// Returns when a time limit starts that began at `at`. This is later than `at` by the time that was lost since,
+    /// because the limit runs only while servers are asked.
     pub(super) fn counts_from(&self, at: Instant) -> Instant {
         at + self.spans.iter().map(|span| span.lost_after(at)).sum::<Duration>()
     }
@@ -80,7 +81,7 @@ impl Unasked {
         if now > self.ran_at {
             self.spans.push_back(Span { from: self.ran_at, until: now, lost: now.duration_since(self.ran_at) });
         }
-        // The oldest ones become one span, which has lost as much.
+        // Merge the two oldest spans into one with the same loss.
         if self.spans.len() > MOST_SPANS
             && let (Some(one), Some(other)) = (self.spans.pop_front(), self.spans.pop_front())
         {
@@ -92,7 +93,7 @@ impl Unasked {
 }
 
 impl Topology {
-    /// Notices if the process did not run before this moment. Call this before each input.
+    /// Notices whether the process did not run just before this moment. Call this before each input.
     pub(super) fn notice_pause(&mut self, now: Instant) {
         if now > self.unasked.due + GRACE.0 {
             self.postpone_pick(now + GRACE.0);
@@ -106,8 +107,8 @@ impl Topology {
 
     /// Takes in the wall clock. Call it before all other inputs of this moment.
     ///
-    /// While the machine was suspended, the limits stood still like the monotonic clock. But what is known is outdated, so
-    /// everybody is asked anew.
+    /// While the machine was suspended, the limits stood still like the monotonic clock. But what is known is outdated,
+    /// so every server and name is asked again.
     pub(crate) fn wall_clock(&mut self, now: Instant, wall: Duration) {
         let Some((before, then)) = self.unasked.clocks.replace((now, wall)) else {
             return;

@@ -195,8 +195,8 @@ impl Topology {
             && report.timeline >= primary.report.timeline
     }
 
-    /// Returns whether only a new session shows if new sessions are read-only, because the primary withholds the
-    /// setting.
+    /// Returns whether the primary withholds the setting for new sessions, so that only a new session shows whether it
+    /// is read-only.
     pub(super) fn must_look_anew(&self) -> bool {
         matches!(&self.phase, Phase::Known { primary, .. } if primary.report.withheld.contains(Part::Fence))
     }

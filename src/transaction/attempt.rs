@@ -33,8 +33,8 @@ pub(super) enum Ended<T> {
     /// COMMIT was sent, and the settler found that it is not in the history of the primary. `Failed` says why the
     /// answer to COMMIT was lost.
     Absent(Earlier<T>, Failed),
-    /// The same, and no other history can have it either: the server that it began on says so, the primary of this
-    /// generation.
+    /// As `Absent`, but no other history can contain it either, because the server that it began on says so. That
+    /// server is the primary of this generation.
     Aborted(GenerationId, Failed),
     /// COMMIT was sent, and its outcome could not be found out.
     Unknown(Error),
@@ -53,7 +53,7 @@ impl Failed {
     }
 }
 
-/// An attempt whose COMMIT was sent, and whose outcome no answer shows.
+/// An attempt whose COMMIT was sent, but no answer shows the outcome.
 pub(super) struct Unanswered<T> {
     value: T,
     mark: Option<Mark>,
@@ -140,7 +140,7 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) check: Check,
     /// The value that `remember` in `finish` writes if COMMIT cannot look for the transaction's id.
     pub(super) run: Nonce,
-    /// The doubt about calls within the closure.
+    /// Whether the outcome of a call within the closure is unknown.
     inner: Doubt,
 }
 
@@ -277,8 +277,8 @@ impl<C: SessionClient> Attempt<C> {
             self.client().heard();
         }
         if self.client().notices().already_in_transaction() {
-            // The open transaction is not ours to commit. The work has not begun, so it can begin on another
-            // connection.
+            // The open transaction is somebody else's, and must not be committed. The work has not begun, so it can
+            // begin on another connection.
             let strange = Error::RolledBack(RolledBack::StrangeSession);
             return Err(Fault::Session(Verdict::ConnectionLost, strange));
         }

@@ -8,9 +8,9 @@ use crate::classify::Verdict;
 /// What the caller allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Run again only work that is known not to be committed. If it is unknown, find out.
+    /// Run again only work that is known not to be committed. If that is unknown, find it out.
     Exactly,
-    /// Run again only work that is known not to be committed. If it is unknown, give up.
+    /// Run again only work that is known not to be committed. If that is unknown, give up.
     Once,
     /// Applying the work twice has the same effect as once.
     Idempotent,

@@ -72,7 +72,7 @@ pub(super) fn unless_denied<T>(earlier: &[Earlier<T>], by: impl Fn(GenerationId)
     Error::CommitUnknown(Box::new(CommitUnknown::earlier(Unsettled::NoPrimary)))
 }
 
-/// Returns whether all these generations still have their primary. `by` says so of one generation.
+/// Returns whether all these generations still have their primary. `by` tells this of one generation.
 fn are_denied(absent_from: impl IntoIterator<Item = GenerationId>, by: impl Fn(GenerationId) -> bool) -> bool {
     absent_from.into_iter().all(by)
 }
@@ -118,7 +118,8 @@ impl Unsent {
         self.concluded(client.pool(), ended_inside(client, &self.mark).await, deadline).await
     }
 
-    /// Concludes from what [`ended_inside`] has found. Asks further if that does not say enough.
+    /// Concludes from what [`ended_inside`] has found how the closure has ended the transaction. Asks further questions
+    /// if that is not enough.
     async fn concluded<C: SessionClient>(
         &self,
         pool: &Pool<C>,
@@ -126,8 +127,8 @@ impl Unsent {
         deadline: Instant,
     ) -> Option<Inside> {
         match (&found, self.closures) {
-            // Nobody can tell the outcome of a COMMIT that was sent. If the pool has not seen one, this is as if no
-            // primary could be asked.
+            // Nobody can tell the outcome of a COMMIT that was sent. If the pool has not seen a COMMIT, this counts as
+            // if no primary could be asked.
             (Some(Inside::OtherCluster), closures) if closures.is_sent() => {
                 return Some(Inside::Ended(Ending::Unknown));
             }

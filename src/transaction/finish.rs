@@ -225,7 +225,7 @@ pub(super) enum Proof {
     Committed {
         answered: bool,
     },
-    /// The open transaction was not the one that the pool began. `committed`: COMMIT has committed it.
+    /// The open transaction was not the one that the pool began. `committed`: COMMIT has committed that other one.
     NotOurs {
         committed: bool,
     },
@@ -246,7 +246,7 @@ impl Known {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
         let insisted = self != Self::ByShow && !look.is_shown();
-        // If so many statements were completed, the check is the one that failed.
+        // If the number of completed statements is in this range, the check is the statement that failed.
         let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {

@@ -1,4 +1,4 @@
-//! How a transaction begins: one message contains BEGIN and the mark. The transaction can be found by its mark later.
+//! How a transaction begins: one message contains BEGIN and the mark. Later, the transaction can be found by its mark.
 
 use std::sync::Arc;
 

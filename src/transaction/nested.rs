@@ -40,7 +40,7 @@ impl Doubt {
     }
 }
 
-/// Polls a closure's future as part of the call with this [`Doubt`]. This is a function, not a future of its own,
+/// Polls a closure's future as a part of the call with these flags. This is a function, not a future of its own,
 /// because the compiler limits the depth of nested futures.
 pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: &mut Context<'_>) -> Poll<F::Output> {
     OUTER.sync_scope(doubt.clone(), || work.poll(context))
@@ -49,10 +49,10 @@ pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: 
 /// A call that is under way. If this is dropped before the call has ended, and its closure has run, the call's outcome
 /// is unknown.
 pub(super) struct Inner {
-    /// The doubt of the outer call, if there is one. It is found at the beginning, because this may be dropped outside
-    /// of the outer closure.
+    /// The outer call's flags, if there is an outer call. They are looked up at the beginning, because this may be
+    /// dropped outside of the outer closure.
     outer: Option<Doubt>,
-    /// The doubt of this call.
+    /// This call's own flags.
     own: Doubt,
     /// The call may write.
     writes: bool,
@@ -78,7 +78,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let Some(outer) = &self.outer else { return };
         let in_doubt = self.writes && self.own.0.begun.load(Ordering::Acquire);
-        // A doubt about a call within this one is a doubt for the outer call, too.
+        // If the outcome of a call within this one is unknown, that concerns the outer call, too.
         if in_doubt || self.own.is_noted() {
             outer.note();
         }

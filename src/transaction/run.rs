@@ -47,8 +47,8 @@ where
 /// Makes the attempts of a call. After each failed one, `decide` says what follows.
 ///
 /// `unsent` receives the last attempt's transaction if the pool's COMMIT did not run and the server did not confirm a
-/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `inner`: the
-/// doubt about calls within the closure.
+/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `inner`:
+/// whether the outcome of a call within the closure is unknown.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
@@ -170,8 +170,9 @@ where
     }
 }
 
-/// Makes the call's error from an error that allows no further attempt. If an earlier attempt is in doubt, wraps it in
-/// `Exhausted` with an unknown outcome, because an error may say "not committed" only if no attempt was committed.
+/// Makes the call's error from an error that allows no further attempt. If an earlier attempt is in doubt, wraps the
+/// error in `Exhausted` with an unknown outcome, because an error may say "not committed" only if no attempt was
+/// committed.
 fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     if !doubt {
         return error;

@@ -132,7 +132,8 @@ async fn round<C: SessionClient>(
     began: Instant,
     reason: &mut Unsettled,
 ) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
-    // It waits for a session as long as its caller lets it, and what it found before is no reason then.
+    // From here on the settler waits for a session. If its time ends during that wait, the reason is that there is no
+    // primary, not what an earlier round has found.
     let before = std::mem::replace(reason, Unsettled::NoPrimary);
     let (mut permit, session) = match settling.session().await {
         Ok(session) => session,

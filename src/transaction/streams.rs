@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::pool::Client;
 use crate::server::SessionClient;
 
-/// How long a session may be silent during this check. This is longer than a server pauses within an answer.
+/// How long a session may be silent during this check. A server never pauses for so long within an answer.
 const SILENT: Duration = Duration::from_secs(2);
 /// The limit for the whole check on a wrapped pool's session, because this crate does not see what such a session
 /// receives.
@@ -30,7 +30,7 @@ pub(super) async fn answers<C: SessionClient>(client: &Client<C>) -> bool {
     }
 }
 
-/// Waits until the session has answered all requests. `false`: a stream that was not read holds the answers back. The
+/// Waits until the session has answered all requests. `false`: a stream that is not read on holds the answers back. The
 /// answer itself does not matter: if the session has ended, COMMIT will find that out.
 pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
     let mut answer = pin!(client.driver().batch_execute(""));

@@ -197,7 +197,7 @@ mod tests {
     use crate::commit::Unsettled;
     use crate::error::CommitUnknown;
 
-    /// An error as applications define it: `source()` skips the wrapped error and returns that one's source.
+    /// An error as applications define it: `source()` skips the wrapped error and returns the source of that error.
     #[derive(Debug, thiserror::Error)]
     enum App {
         #[error(transparent)]

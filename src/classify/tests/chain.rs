@@ -8,7 +8,7 @@ use tokio_postgres::Config;
 use super::super::*;
 use super::script::{Outer, Report, report};
 
-/// Its own cause.
+/// An error that is its own cause.
 #[derive(Debug)]
 struct Loop;
 
@@ -38,7 +38,7 @@ fn a_database_error_at_any_depth() {
     assert_eq!(classify_chain(&nested(0)), Some(Verdict::Conflict));
     assert_eq!(classify_chain(&nested(14)), Some(Verdict::Conflict));
     assert_eq!(classify_chain(&nested(15)), None);
-    // What the server said, without the driver's error around it.
+    // The server's report, without the driver's error around it.
     let said = deadlock().as_db_error().unwrap().clone();
     assert_eq!(classify_chain(&Outer(Box::new(said.clone()))), Some(Verdict::Conflict));
     assert_eq!(report_in_chain(&Outer(Box::new(said.clone()))), Some(&said));

@@ -21,7 +21,7 @@ fn a_session_that_ends() {
         assert_eq!(classify(&driver.unwrap()), Verdict::ConnectionLost);
         assert!(!commit_refused(&statement));
     }
-    // While it opens: HAProxy without a server behind.
+    // While a session opens: HAProxy without a server behind it.
     for reply in [&b""[..], &welcome()[..6]] {
         let error = open_fails_with(&config(), reply);
         assert_eq!(verdict_of_open(&error), Verdict::ConnectionLost, "{error:?}");
@@ -162,7 +162,7 @@ fn tls() {
     let none = open_fails(&required, b"N", Handshake("not reached"));
     assert_eq!(explain(&none), "error performing TLS handshake: server does not support TLS");
     assert_eq!(verdict_of_open(&none), Verdict::Refused);
-    // EOF instead of the answer: HAProxy again.
+    // EOF instead of an answer, as HAProxy sends it.
     let hung_up = open_fails(&required, b"", Handshake("not reached"));
     assert_eq!(verdict_of_open(&hung_up), Verdict::ConnectionLost);
 

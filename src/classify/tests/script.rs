@@ -13,7 +13,7 @@ use tokio_postgres::{Client, Config, Error, NoTls};
 pub(super) struct Report<'a> {
     /// The field that may be translated.
     pub(super) severity: &'a str,
-    /// The one that is not, for servers that send it.
+    /// The field that is not translated. Poolers do not send it.
     pub(super) plain: Option<&'a str>,
     pub(super) code: &'a str,
     pub(super) message: &'a str,
@@ -104,7 +104,7 @@ pub(super) fn run<T>(reply: &[u8], work: impl AsyncFnOnce(Client) -> T) -> (T, O
         let server = async {
             let _ = far.read(&mut [0; 1024]).await.unwrap();
             far.write_all(&welcome()).await.unwrap();
-            // The statement; nothing, if the client finds its mistake by itself.
+            // Read the statement. Nothing comes if the client finds its mistake by itself.
             let _ = far.read(&mut [0; 1024]).await.unwrap();
             far.write_all(reply).await.unwrap();
             drop(far);
@@ -125,7 +125,7 @@ pub(super) fn report(report: Report<'_>) -> Error {
     error
 }
 
-/// What a server reports, or, without a routine, a proxy.
+/// A server's report, or a proxy's if there is no routine.
 pub(crate) fn reported(severity: &str, code: &str, message: &str, routine: Option<&str>) -> DbError {
     let row = Report { severity, plain: Some(severity), code, message, routine };
     report(row).as_db_error().unwrap().clone()

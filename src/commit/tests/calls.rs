@@ -1,9 +1,9 @@
-//! Tests calls that run again, in the same worlds. Each attempt is in doubt, and before the next one begins, the
-//! primary is asked whether it has the earlier ones. No history may ever contain two attempts of one call.
+//! Tests calls that run again, in the worlds of `model.rs`. Each attempt is in doubt, and before the next one begins,
+//! the primary is asked whether it has the earlier ones. No history may ever contain two attempts of one call.
 
 use super::*;
 
-/// The earlier attempts of a call that a primary is asked for before the next attempt begins there.
+/// Which of a call's earlier attempts a primary is asked for before the next attempt begins there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asks {
     All,

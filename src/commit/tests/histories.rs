@@ -1,4 +1,5 @@
-//! Histories that were written by hand: some deceive a naive rule, and some violate the assumptions of this rule.
+//! Histories that were written by hand. Some deceive a naive rule, and some violate the assumptions of the rule in
+//! `commit.rs`.
 
 use super::*;
 
@@ -65,8 +66,8 @@ fn a_split_brain_from_before_cannot_be_told_from_the_own_history() {
     assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(3), 0), Settled::NotCommitted);
 }
 
-/// The third limit: as before, but once the newer primary has completed a checkpoint, it does not even show that it was
-/// a standby.
+/// The third limit: as in the second one, but once the newer primary has completed a checkpoint, it does not even show
+/// that it was a standby.
 #[test]
 fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_streamed() {
     let mut world = world(

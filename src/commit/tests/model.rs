@@ -1,6 +1,5 @@
 //! A small model of servers, with all that the outcome of a transaction depends on: WAL that is lost, forks and is
-//! replayed, timelines, and transaction ids that are given out again. The model knows the truth that the rule has to
-//! find.
+//! replayed; timelines; and transaction ids that are reused. The model knows the truth that the rule has to find.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,7 +20,7 @@ pub(super) struct Tally {
     pub(super) clean_starts: u64,
     /// The number of recoveries that nobody saw.
     pub(super) unseen: u64,
-    /// The number of new primaries, as a pool counts them that misses none. It compares [`Server`] and the end of
+    /// The number of new primaries, as a pool that misses none counts them. It compares [`Server`] and the end of
     /// replay.
     pub(super) primaries: u64,
 }
@@ -259,7 +258,7 @@ impl World {
         }
     }
 
-    /// The client's transaction, if it is still running, and whether it is being committed.
+    /// Returns the client's transaction if it is still running, and whether it is being committed.
     fn running(&self, client: usize) -> Option<(Begun, bool)> {
         let begun = *self.clients.get(client % self.clients.len().max(1))?;
         let running = self.nodes[begun.node].running.get(&begun.marker.xid)?;

@@ -64,8 +64,8 @@ pub(super) enum What {
 /// The signature of a timeline: the ids of the pool's transactions, whether they were committed, and their tokens.
 pub(super) type Signed = [(u64, bool, Token); SIGNED_BY];
 
-/// Far fewer transactions than a real pool signs with. [`Node::bears`] excludes the case that all of them have the
-/// right outcome by chance.
+/// A real pool signs with far more transactions. [`Node::bears`] excludes the case that all of these have the right
+/// outcome by chance.
 pub(super) const SIGNED_BY: usize = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,7 +139,7 @@ impl Node {
         self.wal.iter().zip(&other.wal).take_while(|(mine, theirs)| mine == theirs).count()
     }
 
-    /// The next id after recovery. An id without a record is forgotten, and will be given out again.
+    /// Returns the next id after recovery. An id without a record is forgotten, and will be reused.
     pub(super) fn next_xid_by_wal(&self) -> u64 {
         let next = self.wal.iter().map(|record| match record.what {
             What::Mark { xid, .. } | What::Data { xid } | What::Commit { xid, .. } | What::Abort { xid, .. } => xid + 1,
@@ -195,9 +195,9 @@ impl Node {
         then == 1 || self.identity.timeline == then || self.life().ancestor == Some(then) || by_kind
     }
 
-    /// Returns whether the transactions of a signature have its outcomes here. Like the server, this compares ids, and
-    /// the ids may belong to other transactions. But if none of them is the pool's, this returns `false`, because in
-    /// reality so many outcomes are never right by chance.
+    /// Returns whether the transactions of a signature have its outcomes here. Like the server, this compares ids,
+    /// which may belong to other transactions. But if none of the transactions is the pool's, this returns `false`,
+    /// because in reality so many outcomes are never right by chance.
     pub(super) fn bears(&self, signed: &Signed) -> bool {
         let outcome = |committed| Some(if committed { XactStatus::Committed } else { XactStatus::Aborted });
         let own = |of: Token| self.wal.iter().any(|record| record.token() == Some(of));

@@ -1,4 +1,4 @@
-//! Tests the rule as a table: for a marker and an answer of a server, the decision.
+//! Tests the rule with a table. Each row is a marker, an answer of a server, and the decision.
 
 use super::*;
 
@@ -23,8 +23,8 @@ fn after_crash_recovery_the_end_of_replay_decides() {
     assert_eq!(located(&marker(None), &now(AGAIN, Some(19), None)), Located::Lost);
     assert_eq!(located(&marker(None), &now(AGAIN, Some(20), None)), Located::Here);
     assert_eq!(located(&marker(None), &now(AGAIN, Some(21), None)), Located::Here);
-    // The last replay ended at the same position as that of the life before. So recovery found nothing that the old
-    // life had written.
+    // The last replay ended at the same position as in the life before. So recovery found nothing that the old life had
+    // written.
     assert_eq!(located(&marker(Some(5)), &now(AGAIN, Some(5), None)), Located::Lost);
 }
 

@@ -11,7 +11,8 @@ fn is_assumed(world: &World, begun: &Begun) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
-    /// This is true even if the pool has seen nothing of the crash or promotion, and asks any primary, even an old one.
+    /// This holds even if the pool has seen nothing of the crash or promotion, and whichever primary it asks, even an
+    /// old one.
     #[test]
     fn after_one_crash_or_promotion_every_answer_is_true((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -24,8 +25,8 @@ proptest! {
         })?;
     }
 
-    /// The pool counts each life of a server as a new primary. If it misses none, no number of them makes an answer
-    /// wrong.
+    /// The pool counts each life of a server as a new primary. If it has seen each of them, every answer is true,
+    /// however many there were.
     #[test]
     fn of_any_number_of_failovers_seen_every_answer_is_true((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
@@ -91,8 +92,9 @@ proptest! {
     }
 }
 
-/// Returns whether the pool asks the newest primary and has seen each one before it. No two servers were promoted to
-/// the marker's timeline, and none without having streamed. The server still shows a recovery in single-user mode.
+/// Returns whether all of this holds: the pool asks the newest primary, and has seen each one before it. Only one
+/// server was promoted to the marker's timeline. Each promoted server had streamed before. If there was a recovery in
+/// single-user mode, the server still shows it.
 fn misses_nothing(world: &World, begun: &Begun, asked: usize) -> bool {
     let one_history = world.since(begun).unfed == 0 && !world.is_split_brain(begun.marker.life.server.timeline);
     let unseen = world.since(begun).unseen > 0 && !world.node(asked).shows_stop();

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 
-/// A folder of its own, which is removed.
+/// A folder for one test. Dropping this removes it.
 struct Folder(PathBuf);
 
 impl Folder {

@@ -100,7 +100,7 @@ impl std::io::Write for Lines {
     }
 }
 
-/// However often it is asked for meanwhile.
+/// There is one line, however many questions meet the same file.
 #[cfg(target_os = "linux")]
 #[test]
 fn d7_a_file_that_cannot_be_used_is_one_line_of_the_log() {

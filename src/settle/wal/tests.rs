@@ -1,4 +1,4 @@
-//! Tests how the answers to the mark, to the question and to the proof are read.
+//! Tests how the answers to the mark, to the settler's question and to the question for a proof are read.
 
 use super::*;
 use crate::topology::Lsn;

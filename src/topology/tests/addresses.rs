@@ -36,7 +36,8 @@ fn new_sessions(warm_standbys: bool, third: Option<&ServerReport>) -> [usize; 3]
 #[test]
 fn the_session_to_a_second_address_of_the_primary_is_kept() {
     assert_eq!(new_sessions(true, Some(&standby(3))), [0, 0, 0]);
-    // Nothing else is in sight, so there may be a proxy at either address. Each patrol opens a session to one of them.
+    // No other server is in sight, so there may be a proxy at either address. Each patrol opens a session to one of
+    // them.
     let [first, second, _] = new_sessions(true, None);
     assert!((2..=4).contains(&first) && (2..=4).contains(&second), "{first} {second}");
     // Without warm sessions, each patrol opens a session to each address except the primary's own.

@@ -135,7 +135,7 @@ fn a_higher_timeline_of_another_cluster_is_nothing_to_one_that_did_not_tell_its_
 
 #[test]
 fn an_accepted_cluster_takes_the_place_of_the_one_before() {
-    // While the old primary is lost.
+    // The cluster is accepted while the old primary is lost.
     let mut bench = Bench::searching();
     bench.wait(ms(500));
     bench.report(2, of(78, primary(2, 1)));
@@ -148,7 +148,7 @@ fn an_accepted_cluster_takes_the_place_of_the_one_before() {
     bench.wait(ms(600));
     assert_eq!(bench.primary(), Some(2));
     assert!(bench.topology.view().generation.get() > 2, "nobody settles a commit of the old one by this primary");
-    // While the old primary is in use.
+    // The cluster is accepted while the old primary is in use.
     let mut bench = Bench::settled();
     bench.wait(ms(500));
     bench.topology.accept(bench.now, Accept::Cluster(78));
@@ -221,7 +221,7 @@ fn a_successor_is_followed_when_the_cluster_has_had_no_primary_for_long_enough()
         }
         bench.wait(ms(600));
     };
-    // Another cluster, and the pool's own cluster after a restore.
+    // The successor is a server of another cluster, or of the pool's own cluster after a restore.
     for successor in [of(78, primary(2, 1)), primary(22, 2)] {
         let mut bench = lost();
         bench.wait(ms(20_000));
@@ -405,8 +405,8 @@ fn a_stranger_that_makes_up_numbers_is_told_of_once() {
     assert!(bench.topology.noticed.len() < 8);
 }
 
-/// While a server is just starting, no answer of another server or of DNS means that waiting does not help, because the
-/// starting server may be the primary a moment later. Only refused credentials do, because they are the same
+/// While a server is just starting, callers go on waiting whatever other servers or DNS answer, because the starting
+/// server may be the primary a moment later. Only refused credentials end the wait, because they are the same
 /// everywhere.
 #[test]
 fn a_server_that_is_just_starting_is_waited_for_whatever_the_others_say() {

@@ -1,4 +1,4 @@
-//! A primary that is in use: what suspends it, what resumes it, what ends its generation, and what does none of these.
+//! Tests what suspends a primary in use, what resumes it, what ends its generation, and what does none of these.
 
 use super::*;
 
@@ -215,8 +215,8 @@ fn a_server_that_was_silent_and_is_full_serves_again() {
     assert_eq!(bench.primary(), None, "it may be fenced");
 }
 
-/// The address may be a proxy's, which leads to a full successor while the primary's host is frozen: then what says that it
-/// is full is not the server that is silent. That one can be asked on its open sessions.
+/// The address may be a proxy's, which leads to a full successor while the primary's host is frozen. Then the server
+/// that says that it is full is not the silent one. The silent one can be asked on its open sessions.
 #[test]
 fn a_full_server_at_the_address_of_a_silent_one_may_be_another() {
     for kept_open in [true, false] {
@@ -236,7 +236,7 @@ fn a_full_server_at_the_address_of_a_silent_one_may_be_another() {
     }
 }
 
-/// And a patrol that meets such a server hides no silence.
+/// If a patrol meets such a server, its answer does not hide the silence of the primary.
 #[test]
 fn a_full_server_is_no_answer_for_one_that_is_silent() {
     let mut bench = Bench::settled();

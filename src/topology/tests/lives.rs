@@ -56,12 +56,13 @@ struct Stage {
     kept: bool,
     /// The server answers nothing, and closes nothing.
     silent: bool,
-    /// How opening a new session fails. `None`: it succeeds.
+    /// How a new session fails to open. `None`: new sessions succeed.
     new: Option<FailureKind>,
     traffic: TrafficSample,
     /// Server 2 was promoted.
     promoted: bool,
-    /// The questions under way: when each ends, its server, and whether it is on a new session and beside another one.
+    /// The questions under way: when each ends, its server, whether it is the question beside the first one, and
+    /// whether it opens a new session.
     asked: Vec<(Instant, u8, bool, bool)>,
     suspended_at: Option<Instant>,
     ended_at: Option<Instant>,
@@ -185,7 +186,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// While the heartbeat's session answers, nothing is suspended and nothing ends, whatever happens to new sessions,
-    /// and whoever doubts the server.
+    /// and however often callers suspect the server.
     #[test]
     fn a_server_that_answers_on_an_open_session_is_never_left(noises in prop::collection::vec(noise(), 0..30)) {
         let mut stage = Stage::new();
@@ -222,7 +223,7 @@ proptest! {
     }
 
     /// The opposite: whatever happened before, a server that dies is suspended within the usual time, its connections
-    /// end after `dead_after`, and a successor is used as soon as it can be seen.
+    /// end after `dead_after`, and a successor is used as soon as it answers.
     #[test]
     fn a_server_that_dies_is_found_in_the_midst_of_it(
         noises in prop::collection::vec(noise(), 0..30),

@@ -18,8 +18,8 @@ fn known(bench: &Bench) -> Vec<String> {
     known
 }
 
-/// It says nothing about the family that is missing, so it takes none of its addresses away. It does say what the other
-/// family leads to now.
+/// A partial answer says nothing about the missing family, so none of that family's addresses is forgotten. It does
+/// replace the addresses of the other family.
 #[test]
 fn a_partial_answer_takes_away_no_address_of_the_family_that_is_missing() {
     let now = Instant::now();
@@ -31,7 +31,7 @@ fn a_partial_answer_takes_away_no_address_of_the_family_that_is_missing() {
         bench.topology.resolved(bench.now, 0, partial([v6(2)]));
     }
     assert_eq!(known(&bench), ["127.0.0.1:5432", "[fdaa::2]:5432"]);
-    // A whole answer, and a partial one of the other family.
+    // First comes a whole answer, and then a partial one of the other family.
     bench.topology.resolved(bench.now, 0, partial([endpoint(3)]));
     assert_eq!(known(&bench), ["127.0.0.3:5432", "[fdaa::2]:5432"]);
     bench.topology.resolved(bench.now, 0, named([v6(2)]));

@@ -64,7 +64,7 @@ impl Bench {
         self.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
     }
 
-    /// For some seconds the standby answers in each, and the primary does not.
+    /// For this many seconds, the standby answers once a second, and the primary does not answer.
     fn search_on(&mut self, seconds: u64) {
         for _ in 0..seconds {
             self.report(2, standby(2));
@@ -158,7 +158,7 @@ fn connections_do_not_end_because_the_process_was_frozen() {
         assert!(bench.ended().is_empty(), "it has had ten seconds to answer");
         bench.wait(ms(10_000));
         assert_eq!(bench.ended(), [1]);
-        // The same while the primary is suspended.
+        // The process freezes while the primary is suspended.
         let mut bench = Bench::settled();
         bench.wait(ms(1000));
         bench.times_out();
@@ -228,7 +228,7 @@ fn a_search_that_knows_no_timeline_waits_for_its_names() {
             bench
         }
     };
-    // A look-up of the patrol is under way.
+    // A look-up of a patrol is under way.
     let in_a_look_up = || {
         let mut bench = by_name();
         bench.wait(ms(5000));
@@ -323,8 +323,8 @@ fn a_member_that_dns_does_not_name_is_remembered_through_a_sleep() {
     }
 }
 
-/// A process that stands still for a while again and again still finds its primary dead: what was lost is added to the
-/// limit, and does not begin it anew.
+/// A process that stands still again and again still finds out that its primary is dead: the lost time is added to the
+/// limit, but the limit does not start anew.
 #[test]
 fn stalls_put_off_a_limit_by_what_they_take() {
     let mut bench = Bench::settled();
@@ -368,8 +368,8 @@ fn stalls_put_off_no_limit_for_ever() {
     assert!(bench.refused());
 }
 
-/// An application that is used for a minute at a time, whose servers get new addresses with each deployment: each address
-/// that DNS no longer names is remembered for ten minutes of use, however the pool sleeps in between.
+/// An application is used for a minute at a time, and its servers get new addresses with each deployment. Each address
+/// that DNS no longer names is remembered for ten minutes of use, however often the pool sleeps in between.
 #[test]
 fn what_dns_dropped_is_forgotten_by_a_pool_that_sleeps_often() {
     for (used, phases) in [(60_000, 10), (10_000, 60)] {
@@ -396,7 +396,7 @@ fn what_dns_dropped_is_forgotten_by_a_pool_that_sleeps_often() {
     }
 }
 
-/// What is lost is counted exactly for the last pauses, and on average for earlier ones.
+/// For the last pauses, the lost time is counted exactly, and for earlier ones on average.
 #[test]
 fn lost_time_is_added_to_what_began_before_it() {
     let start = Instant::now();
@@ -417,7 +417,7 @@ fn lost_time_is_added_to_what_began_before_it() {
     }
 }
 
-/// A clock that is set costs some questions, and nothing else.
+/// If somebody sets the wall clock, that only costs some questions.
 #[test]
 fn a_clock_that_is_set_does_no_harm() {
     let mut bench = by_name();

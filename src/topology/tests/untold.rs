@@ -101,7 +101,7 @@ fn a_part_that_is_missing_for_no_reason_is_not_filled_in() {
 #[test]
 fn a_primary_that_keeps_back_any_part_is_kept() {
     for parts in sets() {
-        // On a kept session and on new ones, while any session is open.
+        // The first answer without the parts comes on a kept session or on a new one.
         for first_fresh in [false, true] {
             let mut bench = settled();
             for fresh in [first_fresh, false, true, false, true] {

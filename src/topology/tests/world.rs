@@ -113,7 +113,7 @@ proptest! {
             State::Primary { report, .. } => report.timeline,
             _ => None,
         };
-        // It is right to refuse a primary if a newer timeline was seen and then died.
+        // The pool is right to use no primary if it has seen a newer timeline whose server has died.
         prop_assert_eq!(used, best.filter(|timeline| Some(*timeline) >= bench.topology.newest_timeline));
     }
 }

@@ -172,7 +172,8 @@ impl World {
         if node.alone && replayed.filter(ends).count() > 0 {
             node.received = Some(end);
         }
-        // A primary that returns on its own log is no stranger, unless another server took its next number meanwhile.
+        // A primary that returns on its own log counts as having streamed, unless another server took the next number
+        // meanwhile.
         let taken = self.promotions.contains(&new);
         self.tally.unfed += u64::from(node.received.is_none() && (!node.alone || taken));
         node.alone = false;

@@ -1,9 +1,9 @@
-//! No session to the primary is kept, or it is suspended: what the sessions of the pool show.
+//! Tests what the pool's sessions show if no session to the primary is kept, or if the primary is suspended.
 
 use super::*;
 
 impl Stage {
-    /// Runs, and lets an idle session of the pool answer whenever it is to be asked.
+    /// Runs, and lets an idle session of the pool answer each question on it. Returns the number of questions.
     fn run_with_an_idle_session(&mut self, duration: Duration) -> usize {
         let (until, mut asked) = (self.bench.now + duration, 0);
         while self.bench.now < until {
@@ -16,8 +16,8 @@ impl Stage {
     }
 }
 
-/// The kept session has ended, new ones fail, and the only connection on loan says nothing for long, as its statement takes
-/// long: the pool's idle sessions are asked, and prove that the server lives.
+/// The kept session has ended, new ones fail, and the connections on loan receive nothing, because their statements
+/// take long. So the pool's idle sessions are asked, and their answers prove that the server lives.
 #[test]
 fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
     for kind in KINDS {
@@ -30,7 +30,7 @@ fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
         (stage.kept, stage.new) = (false, Some(kind));
         let asked = stage.run_with_an_idle_session(ms(60_000));
         assert_eq!((stage.suspended_at, stage.ended_at), (None, None), "{kind:?}");
-        // About as often as new sessions are tried.
+        // They are asked about as often as new sessions are tried.
         assert!((30..=600).contains(&asked), "{kind:?}: {asked} times");
         // No idle session answers any more.
         let died = stage.bench.now;
@@ -42,8 +42,8 @@ fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
     }
 }
 
-/// The same, and nobody uses the pool. As long as an idle session answers, the primary is kept; when its host has frozen, and
-/// new sessions hang, it is left.
+/// As above, but nobody uses the pool. As long as an idle session answers, the primary is kept. Once its host has
+/// frozen and new sessions hang, it is suspended.
 #[test]
 fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     let mut stage = Stage::new();
@@ -54,7 +54,7 @@ fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     assert_eq!(stage.suspended_at, None);
     stage.traffic.received = false;
     let froze = stage.bench.now;
-    // The next question is sent, and the pool asks no other one while it waits for the answer.
+    // The next question is sent. While it has no answer, the pool sends no other one.
     while std::mem::take(&mut stage.idle_asked) == 0 {
         stage.run(ms(10));
     }
@@ -65,7 +65,8 @@ fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     assert!(after <= settings.heartbeat_timeout * 2 + settings.heartbeat, "{after:?}");
 }
 
-/// The kept session has just answered when it ends: the silence of a connection on loan from before that counts for nothing.
+/// The kept session ends just after an answer. A connection on loan was silent before that, but its silence counts only
+/// from the answer on.
 #[test]
 fn a_loan_is_silent_only_since_the_primary_last_reported() {
     let mut stage = Stage::new();
@@ -81,7 +82,7 @@ fn a_loan_is_silent_only_since_the_primary_last_reported() {
     assert!(after <= settings.heartbeat_timeout + ms(500), "{after:?}");
 }
 
-/// What is received on the sessions on loan is looked at as often as before, while their primary is suspended.
+/// While a primary is suspended, the traffic of its connections on loan is sampled as often as before.
 #[test]
 fn a_suspended_primary_that_answers_is_resumed_at_once() {
     let mut bench = Bench::settled();
