@@ -15,7 +15,6 @@ mod member;
 mod names;
 mod notice;
 mod pace;
-mod parts;
 mod primary;
 mod refusals;
 mod report;
@@ -34,13 +33,11 @@ pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
 pub(crate) use notice::Notice;
 pub(crate) use pace::Settings;
-pub(crate) use parts::Refused;
-pub use parts::{Part, Parts};
 pub(crate) use primary::Primary;
 pub(crate) use refusals::RefusedLogIn;
-pub use report::{BadReport, Evidence, Lsn, Role, ServerReport};
+pub use report::{BadReport, Evidence, Lsn, Part, Parts, Role, ServerReport};
 pub(crate) use report::{
-    CHECKPOINTED, EVIDENCE, Question, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,
+    CHECKPOINTED, EVIDENCE, Question, Refused, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,
     wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};

@@ -1,5 +1,7 @@
 //! Opens sessions of the current generation, for the pool and for settling commits.
 
+mod queue;
+
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
@@ -10,7 +12,7 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::dials::Dials;
+use self::queue::Dials;
 use super::facts::Facts;
 use super::hooks::Hooks;
 use super::manager::Manager;

@@ -1,13 +1,15 @@
 //! Gets connections from a wrapped pool for callers: in the background, each for the caller that has waited longest.
 //!
 //! deadpool opens and tests connections within its caller's `get`, and drops them with it. So a caller polls that `get`
-//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetch.rs`). If the
+//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetches/fetch.rs`). If the
 //! caller gives up, the task goes on and serves the next one. A connection that nobody waits for goes back to the
 //! wrapped pool. While log-ins will most likely fail, only one task tries to log in, and it also takes connections that
 //! come back meanwhile. If its log-in hangs, the next task may try. Invariants: at least as many fetches are under way
 //! as callers wait. A fetch ends with its generation. A fetch that nobody waits for ends after the time limit for
 //! opening a session, and tries no log-in that will most likely fail. The tests are in `tests/it/checkout/fetches.rs`
 //! and `tests/it/checkout/refused.rs`.
+
+mod fetch;
 
 use std::collections::{HashMap, VecDeque};
 use std::future::{pending, poll_fn, ready};
@@ -21,11 +23,11 @@ use tokio::sync::{Notify, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 
+use self::fetch::{Fetching, spawn};
 use super::client::Loan;
 use super::counted::Counted;
 use super::dialer::{Dialer, Turn};
 use super::facts::Facts;
-use super::fetch::{Fetching, spawn};
 use super::trail::Trails;
 use super::wrapped_pool::{Getting, NoObject, WrappedObject, WrappedPool};
 use crate::cluster::Generation;
@@ -45,9 +47,10 @@ pub(super) struct Wrapped<C: SessionClient> {
     known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
     pub(super) trails: Trails,
     queue: Mutex<Queue<C>>,
-    /// The lock of the fetch that waits for a log-in which will most likely fail, or for a connection that comes back.
+    /// While log-ins will most likely fail, the one fetch that may try the next log-in holds this lock. It waits for
+    /// its time, and for a connection that comes back.
     first: tokio::sync::Mutex<()>,
-    /// The number of fetches that wait for this lock, or wait while they hold it.
+    /// The number of fetches that wait for this lock, or that hold it and still wait for their log-in.
     held_up: AtomicUsize,
     /// When the next such log-in may be tried.
     pub(super) next_at: Mutex<Option<Instant>>,
@@ -187,8 +190,8 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Returns whether a caller may call the wrapped pool. If not, it waits for a fetch that is under way, or behind
-    /// the callers that wait for a log-in which will most likely fail.
+    /// Returns whether a caller may call the wrapped pool itself. If not, the caller joins the queue: either a fetch
+    /// under way will serve it, or others wait already because log-ins will most likely fail.
     fn may_get(&self, dialer: &Dialer<C>, generation: &Generation<C>) -> bool {
         let (waiting, spare) = {
             let queue = self.queue();
@@ -272,8 +275,8 @@ impl<C: SessionClient> Wrapped<C> {
         }
     }
 
-    /// Handles the end of the wrapped pool's own wait time-out. It answers the first caller, if that has waited for as
-    /// long.
+    /// Handles the wrapped pool's error that no connection became free within its own wait time-out. The first caller
+    /// gets that error if it has waited for as long.
     pub(super) fn none_free(&self, dialer: &Dialer<C>, began: Instant) {
         let obstacle = Obstacle::NoneFree { max_size: self.existing.status().max_size };
         let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);

@@ -1,11 +1,15 @@
 //! What a server reports about itself: the SQL of the question, and how its answer is read.
 
+mod parts;
+
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, SystemTime};
 
+pub(crate) use self::parts::Refused;
+pub use self::parts::{Part, Parts};
+use self::parts::{Piece, in_recovery, preface};
 use super::PromotionWait;
-use super::parts::{Part, Parts, Piece, Refused, in_recovery, preface};
 
 /// The questions that the pool asks a server. Each asks only for what is used, because a new session has an empty
 /// catalogue cache, which makes each function, operator and view in a question expensive.

@@ -7,7 +7,7 @@
 //! waiter has just given up, its delivery goes to the next one. Callers are served in the order in which they asked,
 //! and nobody loses their place because a dial fails. The tests are in `tests/it/checkout/impatient.rs`.
 
-mod greeted;
+mod after_connect;
 mod kept;
 
 use std::collections::VecDeque;
@@ -21,13 +21,13 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use self::greeted::greeted;
-use super::connection::Connection;
-use super::dialer::{Dialer, take_turn};
-use super::manager::Manager;
-use super::room::{Berth, Room};
+use self::after_connect::greeted;
+use super::{Dialer, take_turn};
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
+use crate::pool::connection::Connection;
+use crate::pool::manager::Manager;
+use crate::pool::room::{Berth, Room};
 use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
@@ -40,7 +40,7 @@ type Delivery<C> = Result<Connection<C>, Error>;
 
 /// The connections that are being opened, the callers that wait for them, and connections that are ready for the next
 /// caller.
-pub(super) struct Dials<C: SessionClient> {
+pub(in crate::pool) struct Dials<C: SessionClient> {
     book: Mutex<Book<C>>,
     /// The number of callers that wait. It is read whenever a connection is given back, and written only while
     /// connections are opened.
@@ -80,7 +80,7 @@ struct Ready<C> {
 }
 
 impl<C: SessionClient> Dials<C> {
-    pub(super) fn new(runtime: Handle) -> Self {
+    pub(in crate::pool) fn new(runtime: Handle) -> Self {
         let book = Book { waiters: VecDeque::new(), ready: Vec::new(), dialing: 0, next_ticket: 0, failed_at: None };
         Self {
             book: Mutex::new(book),
@@ -93,44 +93,44 @@ impl<C: SessionClient> Dials<C> {
         }
     }
 
-    pub(super) fn runtime(&self) -> &Handle {
+    pub(in crate::pool) fn runtime(&self) -> &Handle {
         &self.runtime
     }
 
     /// Sets the pool that the manager serves.
-    pub(super) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize, min_idle: usize) {
+    pub(in crate::pool) fn serve(&self, pool: WeakPool<Manager<C>>, max_size: usize, min_idle: usize) {
         self.max_size.store(max_size, Ordering::Relaxed);
         self.min_idle.store(min_idle, Ordering::Relaxed);
         let _ = self.pool.set(pool);
     }
 
     /// Returns whether the manager serves a pool that the user has built. The size of such a pool is unknown.
-    pub(super) fn is_pool_built_by_hand(&self) -> bool {
+    pub(in crate::pool) fn is_pool_built_by_hand(&self) -> bool {
         self.pool.get().is_none()
     }
 
     /// Returns whether a caller waits for a new connection. This is cheap: it reads a value that is rarely written.
-    pub(super) fn wanted(&self) -> bool {
+    pub(in crate::pool) fn wanted(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// The number of connections that are ready for the next caller.
-    pub(super) fn ready(&self) -> usize {
+    pub(in crate::pool) fn ready(&self) -> usize {
         self.book().ready.len()
     }
 
     /// Waits until a caller needs a new connection, or until a connection or a dial has ended. Cancel-safe.
-    pub(super) async fn changed(&self) {
+    pub(in crate::pool) async fn changed(&self) {
         self.room.changed.notified().await;
     }
 
-    /// When a dial to this primary that no caller waited for has last failed.
-    pub(super) fn failed_at(&self, primary: GenerationId) -> Option<Instant> {
+    /// Returns when a dial to this primary that no caller waited for last failed.
+    pub(in crate::pool) fn failed_at(&self, primary: GenerationId) -> Option<Instant> {
         self.book().failed_at.filter(|(to, _)| *to == primary).map(|(_, at)| at)
     }
 
     /// Gives a connection to the caller that has waited longest. If none waits, keeps it ready for the next caller.
-    pub(super) fn hand(&self, connection: Connection<C>) {
+    pub(in crate::pool) fn hand(&self, connection: Connection<C>) {
         let mut book = self.book();
         let unclaimed = self.deliver(&mut book, Ok(connection));
         if let Some(Ok(connection)) = unclaimed {
@@ -212,7 +212,7 @@ impl<C: SessionClient> Drop for Place<C> {
 impl<C: SessionClient> Dialer<C> {
     /// Returns a connection that no other caller holds. Waits for a primary and for a dial without a limit of its own.
     /// Cancel-safe: the dial or the test goes on, and its connection goes to the next caller.
-    pub(super) async fn connection(self: &Arc<Self>) -> Result<Connection<C>, Error> {
+    pub(in crate::pool) async fn connection(self: &Arc<Self>) -> Result<Connection<C>, Error> {
         let _wanting = self.cluster.want();
         let asked = Instant::now();
         loop {
@@ -298,7 +298,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Starts the dials that the waiters need, and then others until `ahead` connections without a waiter are ready or
     /// being opened.
-    pub(super) fn balance(self: &Arc<Self>, ahead: usize) {
+    pub(in crate::pool) fn balance(self: &Arc<Self>, ahead: usize) {
         if let Some(generation) = self.cluster.current() {
             self.dial_for_waiters(&generation, ahead);
         }
@@ -328,8 +328,9 @@ impl<C: SessionClient> Dialer<C> {
         }
     }
 
-    /// Gives ready connections to waiters, and closes stale ones, so that neither counts in place of a dial. Waiters
-    /// and ready connections exist at the same time only if a connection has arrived while its primary was suspended.
+    /// Gives ready connections to waiters, and closes stale ones. Otherwise they would be counted as if they were on
+    /// their way to the waiters, and too few dials would be started. Waiters and ready connections exist at the same
+    /// time only if a connection has arrived while its primary was suspended.
     fn serve_waiters(&self) {
         let mut stale = Vec::new();
         let mut book = self.dials.book();
@@ -355,7 +356,7 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// The number of connections that are ready or being opened although no caller waits for them.
-    pub(super) fn ahead(&self) -> usize {
+    pub(in crate::pool) fn ahead(&self) -> usize {
         let book = self.dials.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
     }

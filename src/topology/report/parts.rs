@@ -7,10 +7,10 @@
 
 use std::fmt;
 
-use super::report::{
-    CHECKPOINTED, EVIDENCE, FENCE, IN_RECOVERY, Question, REPLAYED, STARTED_AT, STATS_RESET, TIMELINE, WRITTEN,
+use super::{
+    BadReport, CHECKPOINTED, EVIDENCE, FENCE, IN_RECOVERY, Question, REPLAYED, STARTED_AT, STATS_RESET, ServerReport,
+    TIMELINE, WRITTEN,
 };
-use super::{BadReport, ServerReport};
 
 /// One part of a server's report, which the server may withhold from the role that asks.
 ///
@@ -124,15 +124,15 @@ impl Parts {
         Part::EACH.into_iter().filter(move |part| self.contains(*part))
     }
 
-    pub(super) fn and(self, others: Self) -> Self {
+    pub(in crate::topology) fn and(self, others: Self) -> Self {
         Self(self.0 | others.0)
     }
 
-    pub(super) fn within(self, others: Self) -> Self {
+    pub(in crate::topology) fn within(self, others: Self) -> Self {
         Self(self.0 & others.0)
     }
 
-    pub(super) fn without(self, others: Self) -> Self {
+    pub(in crate::topology) fn without(self, others: Self) -> Self {
         Self(self.0 & !others.0)
     }
 }
@@ -225,7 +225,7 @@ impl Refused {
 
 impl Question {
     /// The parts that the question asks for.
-    pub(super) fn parts(self) -> Parts {
+    pub(in crate::topology) fn parts(self) -> Parts {
         let part = |part: &Part| match part {
             Part::Identity | Part::StartTime | Part::Replay => true,
             Part::Timeline | Part::Position | Part::Statistics | Part::Checkpoint => self != Self::Identity,
@@ -288,7 +288,7 @@ impl Shown {
 }
 
 /// Precedes a question: [`UNDISTURBED`](super::UNDISTURBED), then the values that `SHOW` reads.
-pub(super) fn preface(refused: Refused) -> String {
+pub(in crate::topology) fn preface(refused: Refused) -> String {
     let shown = Shown::instead_of(refused);
     let mut sql = undisturbed(refused);
     if shown.in_recovery {
@@ -309,7 +309,7 @@ fn undisturbed(refused: Refused) -> String {
 }
 
 /// Returns the SQL condition for recovery. It guards the columns that are an error during recovery.
-pub(super) fn in_recovery(refused: Refused) -> &'static str {
+pub(in crate::topology) fn in_recovery(refused: Refused) -> &'static str {
     match (refused.holds(Piece::Recovery), refused.holds(Piece::Settings)) {
         (false, _) => IN_RECOVERY,
         // This is also true on a fenced primary. The pool refuses such a server, so its other columns do not matter.

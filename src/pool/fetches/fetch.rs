@@ -9,13 +9,13 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::dialer::Dialer;
-use super::facts::Facts;
-use super::fetches::{Clearance, Fetched, Queue, Wrapped};
-use super::trail::Trail;
-use super::wrapped_pool::{Getting, NoObject, WrappedObject};
+use super::{Clearance, Fetched, Queue, Wrapped};
 use crate::cluster::Generation;
 use crate::error::Error;
+use crate::pool::dialer::Dialer;
+use crate::pool::facts::Facts;
+use crate::pool::trail::Trail;
+use crate::pool::wrapped_pool::{Getting, NoObject, WrappedObject};
 use crate::server::{Notices, SessionClient};
 use crate::sync::{lock, log_safely};
 use crate::topology::{FailureKind, GenerationId, ProbeFailure, Refusal, Suspicion};
