@@ -247,7 +247,7 @@ impl<C: SessionClient> Cluster<C> {
         let began = Instant::now();
         // An answer from before this call may be outdated. So the candidates are asked again before this call fails
         // because of it.
-        let mut old_word = snapshot.borrow().refused_as_of.is_some();
+        let mut old_answer = snapshot.borrow().refused_as_of.is_some();
         loop {
             {
                 let now = snapshot.borrow_and_update();
@@ -255,12 +255,12 @@ impl<C: SessionClient> Cluster<C> {
                     (_, Some(generation)) => return Ok(Arc::clone(generation)),
                     (State::Closed, None) => return Err(self.ended()),
                     (State::Searching { refused: Some(failure) }, None) => {
-                        if !old_word || now.refused_as_of >= Some(began) {
+                        if !old_answer || now.refused_as_of >= Some(began) {
                             return Err(self.refused(failure, began));
                         }
                         self.demand();
                     }
-                    _ => old_word = false,
+                    _ => old_answer = false,
                 }
             }
             if snapshot.changed().await.is_err() {

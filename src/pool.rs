@@ -53,7 +53,7 @@ pub use dial::SessionDriver;
 pub(crate) use generic_client::{Commits, generic_client};
 pub use generic_client::{GenericClient, GenericTransaction};
 pub(crate) use lacking::Check;
-pub(crate) use loans::Place;
+pub(crate) use loans::CallSite;
 pub use manager::Manager;
 pub(crate) use settling::{SettleSession, Settling};
 pub(crate) use side_session::SideSession;
@@ -279,7 +279,7 @@ impl<C: SessionClient> Pool<C> {
     pub fn status(&self) -> Status {
         let managed::Status { max_size, size, available, waiting } = self.source.status();
         // The inner pool does not count these connections, which wait for the next caller.
-        let ready = self.dialer.dials.ready();
+        let ready = self.dialer.queue.ready();
         let (size, available) = (size + ready, available + ready);
         let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();

@@ -53,7 +53,7 @@ use lives::Beside;
 use member::{MAX_MEMBERS, Member};
 use notice::Topic;
 use pace::{FIRST_GRACE, FULL_PAUSE, GRACE, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE};
-use search::{Doubt, Search, Suspended};
+use search::{Search, SuspendCause, Suspended};
 
 #[expect(clippy::large_enum_variant, reason = "there is one")]
 enum Phase {

@@ -33,7 +33,7 @@ use tokio_postgres::IsolationLevel;
 
 use crate::commit::Guarantee;
 use crate::error::Error;
-use crate::pool::{CancelToken, Client, Place, Pool};
+use crate::pool::{CallSite, CancelToken, Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
 use begin::{Begin, MarkWith};
@@ -173,7 +173,7 @@ impl<C: SessionClient> Pool<C> {
 pub struct TransactionBuilder<'a, C: SessionClient = ClientWrapper> {
     pool: &'a Pool<C>,
     /// Where the call was made.
-    place: Place,
+    place: CallSite,
     isolation_level: Option<IsolationLevel>,
     read_only: bool,
     deferrable: bool,

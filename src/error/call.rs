@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use super::unknown::Doubt;
+use super::unknown::WhyInDoubt;
 use super::{CommitUnknown, EndedInside, Exhausted, Obstacle, Refused, RolledBack, SessionEnded, Unavailable, ended};
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
@@ -221,8 +221,8 @@ impl Error {
         match self {
             Self::Database(error) | Self::Ledger(error) => error.code(),
             Self::CommitUnknown(unknown) => match &unknown.doubt {
-                Doubt::Lost(source) => source.0.code(),
-                Doubt::Evicted | Doubt::NotReplicated | Doubt::Earlier => None,
+                WhyInDoubt::Lost(source) => source.0.code(),
+                WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Earlier => None,
             },
             Self::Exhausted(exhausted) => exhausted.source.code(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),

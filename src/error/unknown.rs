@@ -10,13 +10,13 @@ use crate::commit::Unsettled;
 /// is committed for good.
 #[derive(Debug)]
 pub struct CommitUnknown {
-    pub(super) doubt: Doubt,
+    pub(super) doubt: WhyInDoubt,
     reason: Unsettled,
 }
 
 /// What came instead of an answer to COMMIT.
 #[derive(Debug)]
-pub(super) enum Doubt {
+pub(super) enum WhyInDoubt {
     /// The connection was lost.
     Lost(InDoubt),
     /// The pool gave up the server before the answer came.
@@ -30,19 +30,19 @@ pub(super) enum Doubt {
 impl CommitUnknown {
     /// `lost` is the error that came instead of an answer. It is `None` if the server stopped waiting for a standby.
     pub(crate) fn new(lost: Option<tokio_postgres::Error>, reason: Unsettled) -> Self {
-        let doubt = lost.map_or(Doubt::NotReplicated, |lost| Doubt::Lost(InDoubt(lost)));
+        let doubt = lost.map_or(WhyInDoubt::NotReplicated, |lost| WhyInDoubt::Lost(InDoubt(lost)));
         Self { doubt, reason }
     }
 
     /// The pool gave up the primary before the answer came, and the connection had not ended by itself.
     pub(crate) fn evicted(reason: Unsettled) -> Self {
-        Self { doubt: Doubt::Evicted, reason }
+        Self { doubt: WhyInDoubt::Evicted, reason }
     }
 
     /// An earlier run of the work was not in the history of the primary that was asked then. No later primary confirms
     /// it.
     pub(crate) fn earlier(reason: Unsettled) -> Self {
-        Self { doubt: Doubt::Earlier, reason }
+        Self { doubt: WhyInDoubt::Earlier, reason }
     }
 
     pub(crate) fn because(self, reason: Unsettled) -> Self {
@@ -59,20 +59,20 @@ impl CommitUnknown {
 impl fmt::Display for CommitUnknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.doubt {
-            Doubt::Lost(source) => write!(
+            WhyInDoubt::Lost(source) => write!(
                 f,
                 "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been \
                  committed",
                 explain(&source.0)
             )?,
-            Doubt::Evicted => f.write_str(
+            WhyInDoubt::Evicted => f.write_str(
                 "the primary was left before it answered to COMMIT: the transaction may or may not have been committed",
             )?,
-            Doubt::NotReplicated => f.write_str(
+            WhyInDoubt::NotReplicated => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
                  failover may still lose it",
             )?,
-            Doubt::Earlier => f.write_str(
+            WhyInDoubt::Earlier => f.write_str(
                 "an earlier run's COMMIT was not answered, and the primary that did not have it was lost, too: the \
                  transaction may or may not have been committed",
             )?,
@@ -93,8 +93,8 @@ impl fmt::Display for CommitUnknown {
 impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.doubt {
-            Doubt::Lost(source) => Some(source),
-            Doubt::Evicted | Doubt::NotReplicated | Doubt::Earlier => None,
+            WhyInDoubt::Lost(source) => Some(source),
+            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Earlier => None,
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::client::Loan;
 use super::counted::Counted;
-use super::loans::Place;
+use super::loans::CallSite;
 use super::{Client, Manager, Pool, Source};
 use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
@@ -23,7 +23,7 @@ impl<C: SessionClient> Pool<C> {
     /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy. That may
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
-    pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: Place) -> Result<Client<C>, Error> {
+    pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: CallSite) -> Result<Client<C>, Error> {
         self.get_by(|| deadline, Some(self.shared.checkout_timeout), place).await
     }
 
@@ -33,7 +33,7 @@ impl<C: SessionClient> Pool<C> {
         &self,
         deadline: impl FnOnce() -> Instant,
         in_use: Option<Duration>,
-        place: Place,
+        place: CallSite,
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
         let mut checkout = pin!(self.checkout(place));
@@ -95,7 +95,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    async fn checkout(&self, place: Place) -> Result<Client<C>, Error> {
+    async fn checkout(&self, place: CallSite) -> Result<Client<C>, Error> {
         loop {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() {
@@ -149,8 +149,8 @@ impl<C: SessionClient> Pool<C> {
             tokio::task::yield_now().await;
             return Ok(None);
         }
-        let object = if self.dialer.vets() {
-            match Box::pin(self.dialer.vetted(object)).await {
+        let object = if self.dialer.has_before_acquire() {
+            match Box::pin(self.dialer.before_acquire(object)).await {
                 Some(object) if object.may_be_handed_out(self.cluster()) => object,
                 Some(object) => {
                     object.activity().give_back();
@@ -163,7 +163,7 @@ impl<C: SessionClient> Pool<C> {
             object
         };
         object.use_it();
-        self.dialer.dials.taken();
+        self.dialer.queue.taken();
         Ok(Some(Loan::Own(object)))
     }
 
@@ -171,7 +171,7 @@ impl<C: SessionClient> Pool<C> {
     pub(super) fn give_back(&self, loan: Loan<C>) {
         match loan {
             Loan::Own(object) => {
-                if let Some(object) = self.dialer.cleans(object) {
+                if let Some(object) = self.dialer.after_return(object) {
                     object.activity().give_back();
                     self.dialer.give_back(object);
                 }
@@ -180,7 +180,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    pub(super) fn lend(&self, loan: Loan<C>, place: Option<Place>) -> Client<C> {
+    pub(super) fn lend(&self, loan: Loan<C>, place: Option<CallSite>) -> Client<C> {
         self.cluster().lend();
         loan.activity().lend();
         Client::new(loan, self.clone(), place.and_then(|place| self.watch_loan(place)))
@@ -221,7 +221,7 @@ impl<C: SessionClient> Pool<C> {
         let free = matches!(self.source, Source::Own(_)) && self.cluster().in_use() + waiting < max_size;
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
-            Some(_) if free && self.dialer.dials.tested().load(Ordering::Relaxed) > 0 => Obstacle::BeingTested,
+            Some(_) if free && self.dialer.queue.tested().load(Ordering::Relaxed) > 0 => Obstacle::BeingTested,
             Some(_) if size >= max_size && !free => Obstacle::NoneFree { max_size },
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };

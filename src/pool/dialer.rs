@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use self::queue::Dials;
+use self::queue::DialQueue;
 use super::facts::Facts;
 use super::hooks::Hooks;
 use super::manager::Manager;
@@ -40,7 +40,7 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) opener: Arc<dyn Open<C>>,
     pub(super) open_timeout: Duration,
     pub(super) settlers: Settlers<C>,
-    pub(super) dials: Arc<Dials<C>>,
+    pub(super) queue: Arc<DialQueue<C>>,
     /// The age at which a connection is no longer handed out.
     pub(super) max_lifetime: Duration,
     /// The idle time after which a connection is tested before it is handed out.
@@ -72,7 +72,7 @@ impl<C: SessionClient> Dialer<C> {
             opener,
             open_timeout,
             settlers: Settlers::default(),
-            dials: Arc::new(Dials::new(runtime)),
+            queue: Arc::new(DialQueue::new(runtime)),
             max_lifetime: Duration::MAX,
             test_after: TestAfter::new(Duration::MAX),
             hooks: None,
@@ -110,17 +110,17 @@ impl<C: SessionClient> Dialer<C> {
     /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
     pub(super) fn give_back(&self, object: Object<Manager<C>>) {
         object.returned();
-        if !self.dials.wanted() {
+        if !self.queue.wanted() {
             drop(object);
-        } else if self.dials.is_overfull() {
+        } else if self.queue.is_overfull() {
             // The pool was made smaller meanwhile.
             return drop(Object::take(object));
         } else if object.may_be_handed_out(&self.cluster) {
-            return self.dials.hand(Object::take(object));
+            return self.queue.hand(Object::take(object));
         }
         // A caller may have begun to wait just now.
-        if self.dials.wanted() {
-            self.dials.offer_idle();
+        if self.queue.wanted() {
+            self.queue.offer_idle();
         }
     }
 
@@ -142,7 +142,7 @@ impl<C: SessionClient> Dialer<C> {
         let notices = Arc::clone(notices);
         // Prefer the caller's runtime, because the pool's may have ended. A connection may also be dropped outside of
         // any runtime.
-        let runtime = Handle::try_current().unwrap_or_else(|_| self.dials.runtime().clone());
+        let runtime = Handle::try_current().unwrap_or_else(|_| self.queue.runtime().clone());
         let opener = Arc::clone(&self.opener);
         let token = client.cancel_token();
         runtime.spawn(async move {

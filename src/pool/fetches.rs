@@ -1,8 +1,8 @@
 //! Gets connections from a wrapped pool for callers: in the background, each for the caller that has waited longest.
 //!
 //! deadpool opens and tests connections within its caller's `get`, and drops them with it. So a caller polls that `get`
-//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetches/fetch.rs`). If the
-//! caller gives up, the task goes on and serves the next one. A connection that nobody waits for goes back to the
+//! once, which is all that an idle connection takes, and hands the rest to a task of this pool (`fetches/fetch.rs`). If
+//! the caller gives up, the task goes on and serves the next one. A connection that nobody waits for goes back to the
 //! wrapped pool. While log-ins will most likely fail, only one task tries to log in, and it also takes connections that
 //! come back meanwhile. If its log-in hangs, the next task may try. Invariants: at least as many fetches are under way
 //! as callers wait. A fetch ends with its generation. A fetch that nobody waits for ends after the time limit for
@@ -213,7 +213,7 @@ impl<C: SessionClient> Wrapped<C> {
         let mut getting = Arc::clone(&self.existing).get();
         let polled = poll_fn(|context| {
             // Tasks that the manager starts must run on the pool's runtime, because a caller's runtime may end first.
-            let _entered = dialer.dials.runtime().enter();
+            let _entered = dialer.queue.runtime().enter();
             Poll::Ready(getting.as_mut().poll(context))
         })
         .await;

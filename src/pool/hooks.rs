@@ -76,7 +76,7 @@ impl<C: SessionClient> Hooks<C> {
     }
 
     /// Runs `after_connect` on a session that nobody has had.
-    pub(super) async fn connected(&self, client: &C, activity: &Activity) -> Result<(), ProbeFailure> {
+    pub(super) async fn run_after_connect(&self, client: &C, activity: &Activity) -> Result<(), ProbeFailure> {
         match &self.after_connect {
             Some(hook) => self.run("after_connect", || hook(client), client, activity).await,
             None => Ok(()),
@@ -84,7 +84,7 @@ impl<C: SessionClient> Hooks<C> {
     }
 
     /// Returns whether `before_acquire` lets the connection be lent.
-    async fn lets_go(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
+    async fn may_be_lent(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
         match &self.before_acquire {
             Some(hook) => self.run("before_acquire", || hook(connection), connection, connection.activity()).await,
             None => Ok(true),
@@ -93,13 +93,13 @@ impl<C: SessionClient> Hooks<C> {
 
     /// Resets the connection and runs `after_release`, as far as they are set. Returns whether the connection may be
     /// kept.
-    async fn takes_back(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
+    async fn may_be_kept(&self, connection: &Connection<C>) -> Result<bool, ProbeFailure> {
         let activity = connection.activity();
         if self.reset_on_return {
             let reset = || -> Hooked<'_, ()> { Box::pin(async move { Ok(connection.batch_execute(RESET).await?) }) };
             self.run("reset_on_return", reset, connection, activity).await?;
             // The reset has undone what `after_connect` had set.
-            self.connected(connection, activity).await?;
+            self.run_after_connect(connection, activity).await?;
         }
         match &self.after_release {
             Some(hook) => self.run("after_release", || hook(connection), connection, activity).await,
@@ -166,18 +166,18 @@ impl<C> fmt::Debug for Hooks<C> {
 }
 
 /// A connection that belongs to a hook's task. Unless it is kept, it is closed.
-struct Held<C: SessionClient> {
+struct HookedConnection<C: SessionClient> {
     object: Option<Object<Manager<C>>>,
     dialer: Weak<Dialer<C>>,
 }
 
-impl<C: SessionClient> Held<C> {
+impl<C: SessionClient> HookedConnection<C> {
     fn keep(mut self) -> Option<Object<Manager<C>>> {
         self.object.take()
     }
 }
 
-impl<C: SessionClient> Drop for Held<C> {
+impl<C: SessionClient> Drop for HookedConnection<C> {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
         if let Some(dialer) = self.dialer.upgrade()
@@ -190,12 +190,12 @@ impl<C: SessionClient> Drop for Held<C> {
 }
 
 /// A connection on its way to the caller that its hook ran for. If the caller has given up, the next one gets it.
-struct Vetted<C: SessionClient> {
+struct Approved<C: SessionClient> {
     object: Option<Object<Manager<C>>>,
     dialer: Weak<Dialer<C>>,
 }
 
-impl<C: SessionClient> Drop for Vetted<C> {
+impl<C: SessionClient> Drop for Approved<C> {
     fn drop(&mut self) {
         let Some(object) = self.object.take() else { return };
         match self.dialer.upgrade() {
@@ -210,22 +210,22 @@ impl<C: SessionClient> Drop for Vetted<C> {
 
 impl<C: SessionClient> Dialer<C> {
     /// Returns whether `before_acquire` is set.
-    pub(super) fn vets(&self) -> bool {
+    pub(super) fn has_before_acquire(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| hooks.before_acquire.is_some())
     }
 
     /// Runs `before_acquire`, and returns the connection if it may be lent. Cancel-safe: the hook runs to its end, and
     /// the connection goes to the next caller.
-    pub(super) async fn vetted(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
+    pub(super) async fn before_acquire(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone() else { return Some(object) };
         let new = !object.is_used();
         // What is under way from now on is not left over from an earlier use.
         object.activity().lend();
-        let held = Held { object: Some(object), dialer: Arc::downgrade(self) };
+        let held = HookedConnection { object: Some(object), dialer: Arc::downgrade(self) };
         let (deliver, delivered) = oneshot::channel();
-        let vetting = async move {
+        let asking = async move {
             let Some(object) = &held.object else { return };
-            let failure = match hooks.lets_go(object).await {
+            let failure = match hooks.may_be_lent(object).await {
                 Ok(true) => None,
                 Ok(false) => Some(hook_failure("before_acquire refused the connection".to_owned())),
                 Err(failure) => Some(failure),
@@ -241,9 +241,9 @@ impl<C: SessionClient> Dialer<C> {
                 dialer.refusals.store(0, Ordering::Relaxed);
             }
             // If the caller has given up, dropping this passes the connection on.
-            drop(deliver.send(Vetted { object: held.keep(), dialer }));
+            drop(deliver.send(Approved { object: held.keep(), dialer }));
         };
-        drop(self.dials.runtime().spawn(vetting.in_current_span()));
+        drop(self.queue.runtime().spawn(asking.in_current_span()));
         delivered.await.ok()?.object.take()
     }
 
@@ -258,17 +258,17 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Takes over a connection that was given back if it must be reset or `after_release` must run. Otherwise returns
     /// it.
-    pub(super) fn cleans(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
+    pub(super) fn after_return(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone().filter(|hooks| hooks.acts_on_return()) else { return Some(object) };
         let (dialer, scope) = (Arc::downgrade(self), self.cluster.scope().clone());
-        let held = Held { object: Some(object), dialer };
-        drop(self.dials.runtime().spawn(async move {
+        let held = HookedConnection { object: Some(object), dialer };
+        drop(self.queue.runtime().spawn(async move {
             let Some(object) = &held.object else { return };
             let cleaning = async {
                 if !hooks.is_idle(object.activity()).await {
                     return Err(hook_failure("it was given back with something under way".to_owned()));
                 }
-                hooks.takes_back(object).await
+                hooks.may_be_kept(object).await
             };
             match scope.run_until_cancelled(cleaning).await {
                 Some(Ok(true)) => {}

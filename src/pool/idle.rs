@@ -51,8 +51,8 @@ impl<C: SessionClient> Drop for Keeper<C> {
 impl<C: SessionClient> Keeper<C> {
     /// Runs until the pool is gone.
     pub(super) async fn run(mut self) {
-        let upgraded = self.dialer.upgrade().map(|dialer| (Arc::clone(&dialer.dials), dialer.cluster.ask_idle()));
-        let Some((dials, ask_idle)) = upgraded else { return };
+        let upgraded = self.dialer.upgrade().map(|dialer| (Arc::clone(&dialer.queue), dialer.cluster.ask_idle()));
+        let Some((queue, ask_idle)) = upgraded else { return };
         let pause = (self.idle.timeout / 4).clamp(REAP_PAUSE.0, REAP_PAUSE.1);
         let mut reap_at = Instant::now() + pause;
         let mut fill_at = None;
@@ -60,7 +60,7 @@ impl<C: SessionClient> Keeper<C> {
             let wake_at = fill_at.map_or(reap_at, |fill_at: Instant| fill_at.min(reap_at));
             let reap = tokio::select! {
                 () = self.end.cancelled() => return,
-                () = dials.changed() => false,
+                () = queue.changed() => false,
                 () = ask_idle.notified() => {
                     if let Some(dialer) = self.dialer.upgrade() {
                         dialer.ask_idle();
@@ -88,9 +88,9 @@ impl<C: SessionClient> Keeper<C> {
 impl Idle {
     /// Closes unusable connections, and those that have been idle for too long.
     fn reap<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Dialer<C>) {
-        let idle = pool.status().available + dialer.dials.ready();
+        let idle = pool.status().available + dialer.queue.ready();
         let mut surplus = idle.saturating_sub(self.min);
-        let mut reaped = dialer.dials.reap(&dialer.cluster, self.timeout, &mut surplus);
+        let mut reaped = dialer.queue.reap(&dialer.cluster, self.timeout, &mut surplus);
         let retained = pool.retain(|connection, _| {
             let reap = connection.stale(&dialer.cluster) || (surplus > 0 && connection.idle_for() >= self.timeout);
             surplus = surplus.saturating_sub(usize::from(reap));
@@ -106,8 +106,8 @@ impl Idle {
     fn fill<C: SessionClient>(self, pool: &managed::Pool<Manager<C>>, dialer: &Arc<Dialer<C>>) -> Option<Instant> {
         // This many connections must be ready, or be opened in advance, so that `min` are idle. Doubted connections
         // count as idle, because they may be good.
-        let ahead = self.min.saturating_sub(pool.status().available + dialer.dials.doubted());
-        let failed_at = dialer.cluster.current().and_then(|generation| dialer.dials.failed_at(generation.primary.id));
+        let ahead = self.min.saturating_sub(pool.status().available + dialer.queue.doubted());
+        let failed_at = dialer.cluster.current().and_then(|generation| dialer.queue.failed_at(generation.primary.id));
         let again = failed_at.map(|failed_at| failed_at + FILL_AGAIN);
         let wait = again.filter(|again| dialer.ahead() < ahead && *again > Instant::now());
         dialer.balance(if wait.is_some() { 0 } else { ahead });

@@ -18,7 +18,7 @@ use crate::server::SessionClient;
 use crate::sync::{lock, log_safely};
 
 /// Where a caller asked for a connection.
-pub(crate) type Place = &'static Location<'static>;
+pub(crate) type CallSite = &'static Location<'static>;
 
 /// A slow checkout is reported at most once in this time, because in an outage every checkout is slow.
 const TELL_EVERY: Duration = Duration::from_secs(1);
@@ -55,7 +55,7 @@ pub(super) struct LoanWatch {
     task: AbortHandle,
     since: Instant,
     told: Arc<AtomicBool>,
-    place: Place,
+    place: CallSite,
 }
 
 impl Drop for LoanWatch {
@@ -69,7 +69,7 @@ impl Drop for LoanWatch {
 
 impl<C: SessionClient> Pool<C> {
     /// Reports the wait of a caller that has got its connection, if the wait was long enough.
-    pub(super) fn waited(&self, began: Instant, place: Place) {
+    pub(super) fn waited(&self, began: Instant, place: CallSite) {
         let Some(limit) = self.shared.loans.slow_checkout_after else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(began);
@@ -82,7 +82,7 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Watches a loan, if a limit is set.
-    pub(super) fn watch_loan(&self, place: Place) -> Option<LoanWatch> {
+    pub(super) fn watch_loan(&self, place: CallSite) -> Option<LoanWatch> {
         let limit = self.shared.loans.leak_after?;
         let since = Instant::now();
         let (told, tell) = (Arc::new(AtomicBool::new(false)), Arc::clone(self.cluster().observer()));

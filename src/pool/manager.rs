@@ -57,7 +57,7 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
         let (cluster, id) = (&self.dialer.cluster, connection.facts().generation);
         // If a caller gives up inside `recycle`, deadpool closes a good connection. So this crate's own pool waits for
         // nothing here. `checkout.rs` waits instead, and the connection stays in the pool meanwhile.
-        if !self.dialer.dials.is_pool_built_by_hand() {
+        if !self.dialer.queue.is_pool_built_by_hand() {
             let ended = cluster.has_ended(id);
             return if ended { Err(RecycleError::message("the connection's generation has ended")) } else { Ok(()) };
         }

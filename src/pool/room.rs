@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
-/// Counts the pool's connections. Those that are being opened are counted in `Book::dialing` of `dials.rs`; both
+/// Counts the pool's connections. Those that are being opened are counted in `Book::dialing` of `dialer/queue.rs`; both
 /// together are at most `max_size`.
 #[derive(Default)]
 pub(super) struct Room {
-    /// All existing connections: in deadpool, ready in the queue of `Dials`, on loan, or on their way between these. It
-    /// grows only under the lock of `Dials::book`, so that the comparison with `max_size` holds.
+    /// All existing connections: in deadpool, ready in the `DialQueue`, on loan, or on their way between these. It
+    /// grows only under the lock of `DialQueue::book`, so that the comparison with `max_size` holds.
     pub(super) live: AtomicUsize,
     /// How many of them are doubted: they have been idle for as long as another one that did not answer its test
     /// (`stale.rs`). While a caller waits, they do not count towards `max_size`.

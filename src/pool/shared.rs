@@ -85,7 +85,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// The runtime of the pool's tasks.
     pub(crate) fn runtime(&self) -> &Handle {
-        self.dialer.dials.runtime()
+        self.dialer.queue.runtime()
     }
 
     pub(crate) fn observer(&self) -> &Observer {

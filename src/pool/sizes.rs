@@ -42,12 +42,12 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn resize_own(&self, inner: &managed::Pool<Manager<C>>, max_size: usize) -> Result<usize, BuildError> {
-        let min_idle = self.dialer.dials.min_idle();
+        let min_idle = self.dialer.queue.min_idle();
         if min_idle > max_size {
             let problem = format!("{max_size} is less than min_idle, {min_idle}; a pool keeps its min_idle for life");
             return Err(BuildError::invalid("max_size", problem));
         }
-        self.dialer.dials.resize(max_size);
+        self.dialer.queue.resize(max_size);
         inner.resize(max_size);
         Ok(min_idle)
     }
@@ -67,7 +67,7 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub fn evict_idle(&self) -> usize {
         let closed = match &self.source {
-            Source::Own(_) => self.dialer.dials.take_silent(u64::MAX).len(),
+            Source::Own(_) => self.dialer.queue.take_silent(u64::MAX).len(),
             Source::Wrapped(wrapped) => wrapped.existing.evict_idle(),
         };
         tracing::debug!(closed, "idle connections closed");

@@ -34,7 +34,7 @@ impl<C: SessionClient> Dialer<C> {
     /// under way that its driver has not seen yet. Or it was idle, or on loan without being used, for so long that its
     /// socket may be dead. Cancel-safe: the test goes on in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
-        let _counted = Counted::new(self.dials.tested());
+        let _counted = Counted::new(self.queue.tested());
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
         let found = testing.find_out().await;
         let tested = testing.tested.take()?;
@@ -74,7 +74,7 @@ impl<C: SessionClient> Dialer<C> {
             tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}");
             // The pool's own session may be dead too.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
-            self.dials.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
+            self.queue.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
         }
         found
     }
@@ -83,12 +83,12 @@ impl<C: SessionClient> Dialer<C> {
     /// answer as a sign of life. There is no time limit, because the topology decides whether a primary is silent.
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(question) = self.cluster.idle_question() else { return };
-        let Some(connection) = self.dials.take_any(&self.cluster) else { return };
-        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
-        drop(self.dials.runtime().spawn(async move {
+        let Some(connection) = self.queue.take_any(&self.cluster) else { return };
+        let (doubt, dialer) = (self.queue.doubt(), Arc::downgrade(self));
+        drop(self.queue.runtime().spawn(async move {
             let fit = matches!(connection.check_connection().await, Ok(())) && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
-                dialer.dials.take_back(connection, doubt, &dialer.cluster);
+                dialer.queue.take_back(connection, doubt, &dialer.cluster);
             }
             drop(question);
         }));
@@ -96,12 +96,12 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Tests a connection that no caller needs. Meanwhile another one may be opened in its place for callers that wait.
     fn doubt(self: &Arc<Self>, connection: Connection<C>) {
-        let (doubt, dialer) = (self.dials.doubt(), Arc::downgrade(self));
-        drop(self.dials.runtime().spawn(async move {
+        let (doubt, dialer) = (self.queue.doubt(), Arc::downgrade(self));
+        drop(self.queue.runtime().spawn(async move {
             let answered = matches!(answers(&connection, Instant::now() + DOUBTED_WITHIN).await, Found::Fit);
             let fit = answered && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
-                dialer.dials.take_back(connection, doubt, &dialer.cluster);
+                dialer.queue.take_back(connection, doubt, &dialer.cluster);
             }
         }));
     }
@@ -144,7 +144,7 @@ impl<C: SessionClient> Tested<C> for Connection<C> {
     }
 
     fn keep(self, dialer: &Dialer<C>) {
-        dialer.dials.hand(self);
+        dialer.queue.hand(self);
     }
 
     fn take(self) -> Connection<C> {
@@ -195,7 +195,7 @@ impl<C: SessionClient, T: Tested<C>> Drop for Testing<'_, C, T> {
     fn drop(&mut self) {
         let Some(tested) = self.tested.take() else { return };
         let (asked, dialer) = (self.deadline, Arc::downgrade(self.dialer));
-        drop(self.dialer.dials.runtime().spawn(async move {
+        drop(self.dialer.queue.runtime().spawn(async move {
             let connection = tested.connection();
             // If the caller has sent the question already, nothing else is under way on the connection.
             if asked.is_none() && !connection.idle().await {

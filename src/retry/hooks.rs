@@ -167,7 +167,7 @@ impl RetryPolicy {
     }
 
     /// Returns the user's decision on a database error, from [`RetryPolicy::classify`].
-    pub(crate) fn word_on(&self, error: &DbError) -> Option<bool> {
+    pub(crate) fn decision_on(&self, error: &DbError) -> Option<bool> {
         self.hooks.classify().and_then(|classify| classify(error))
     }
 

@@ -112,7 +112,7 @@ impl Topology {
         self.noticed.clear();
         self.say(Notice::ClusterAccepted { before, accepted: identifier });
         for member in self.members.values_mut() {
-            member.forget_word();
+            member.forget_answer();
             member.hurry(now, self.settings.poll.0);
         }
         self.names.iter_mut().for_each(|name| name.doubt(now));
@@ -157,7 +157,7 @@ impl Topology {
 
 impl Member {
     /// Forgets the member's answer, so that it is asked again: the answer was judged for another cluster.
-    fn forget_word(&mut self) {
+    fn forget_answer(&mut self) {
         self.answer = None;
         self.report = None;
         self.answered_at = None;

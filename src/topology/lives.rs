@@ -16,7 +16,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Action, Address, Answer, Change, Doubt, FailureKind, Phase, ProbeFailure, Probed, Search, Suspended, Topology,
+    Action, Address, Answer, Change, FailureKind, Phase, ProbeFailure, Probed, Search, SuspendCause, Suspended,
+    Topology,
 };
 
 /// The longest pause between two attempts to open a new session while these attempts fail.
@@ -79,7 +80,7 @@ pub(super) enum Finding {
 /// What is known at the moment when a question has failed.
 #[derive(Clone, Copy, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-pub(super) struct Sighting {
+pub(super) struct Circumstances {
     pub(super) kind: FailureKind,
     /// The question was to open a new session.
     pub(super) fresh: bool,
@@ -94,7 +95,7 @@ pub(super) struct Sighting {
     pub(super) mute: bool,
 }
 
-impl Sighting {
+impl Circumstances {
     pub(super) fn finding(self) -> Finding {
         match (self.fresh, self.kind) {
             // The server itself has answered. The callers must not wait for a free slot: this pool's own connections
@@ -231,7 +232,7 @@ impl Topology {
         }
         let member = self.members.get(&probed.address);
         let asked_at = member.and_then(|member| member.asked_at);
-        let sighting = Sighting {
+        let circumstances = Circumstances {
             kind: failure.kind,
             fresh: probed.fresh,
             kept_open: probed.still_open,
@@ -245,13 +246,13 @@ impl Topology {
         if failure.kind.is_an_answer() {
             self.primary_lives(now);
         }
-        match sighting.finding() {
+        match circumstances.finding() {
             Finding::Lives => {
                 self.primary_lives(now);
                 // No other failure is the server's own answer to this question. On a new session it may be another
                 // server's, behind a proxy.
-                let older_open = sighting.kept_open || sighting.pooled_open;
-                if failure.kind == FailureKind::Full && !(sighting.fresh && older_open) {
+                let older_open = circumstances.kept_open || circumstances.pooled_open;
+                if failure.kind == FailureKind::Full && !(circumstances.fresh && older_open) {
                     self.heard(now);
                 }
             }
@@ -262,7 +263,7 @@ impl Topology {
                 self.ask_now(now, &probed.address, Duration::ZERO);
             }
             Finding::NewSessionsFail => self.new_sessions_fail(now, probed),
-            Finding::Gone => self.suspend(now, &why, Doubt { silent: true, kept_open: probed.still_open }),
+            Finding::Gone => self.suspend(now, &why, SuspendCause { silent: true, kept_open: probed.still_open }),
         }
     }
 
@@ -312,7 +313,7 @@ impl Topology {
         let hangs = asked_at.is_some_and(|at| now.duration_since(at) > self.settings.heartbeat_timeout);
         if hangs && self.beside.failures > 0 && self.is_mute(now) {
             let why = format!("{}: no answer within {:?}", primary.endpoint, self.settings.heartbeat_timeout);
-            self.suspend(now, &why, Doubt { silent: true, kept_open: false });
+            self.suspend(now, &why, SuspendCause { silent: true, kept_open: false });
         }
     }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Action, Address, Answer, Change, Doubt, Endpoint, Eviction, GenerationId, Notice, Phase, Probed, QUIET, Refusal,
-    Role, ServerReport, Topology, identity, untold,
+    Action, Address, Answer, Change, Endpoint, Eviction, GenerationId, Notice, Phase, Probed, QUIET, Refusal, Role,
+    ServerReport, SuspendCause, Topology, identity, untold,
 };
 
 /// The primary of one generation.
@@ -130,7 +130,7 @@ impl Topology {
                 let proof = refusal.proof().filter(|_| primary.is(&probed.address, report));
                 let id = primary.id;
                 let why = format!("{}: {refusal}", primary.endpoint);
-                self.suspend(now, &why, Doubt { silent: false, kept_open: probed.still_open });
+                self.suspend(now, &why, SuspendCause { silent: false, kept_open: probed.still_open });
                 if let Some(cause) = proof {
                     self.end_suspended(id, cause, &why);
                 }

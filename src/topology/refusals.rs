@@ -18,7 +18,7 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What one candidate or one name contributes to the decision.
 #[derive(Clone, Debug)]
-pub(super) enum Word {
+pub(super) enum Outlook {
     /// Waiting may help.
     Open,
     /// It accepts no connection, and may be just starting. So callers are told that waiting does not help only if other
@@ -39,18 +39,18 @@ pub(super) struct Hopeless {
 }
 
 /// Decides from all candidates and names. `let_in`: a server of this cluster has accepted this role before.
-pub(super) fn judge(words: impl Iterator<Item = Word>, let_in: bool) -> Option<Hopeless> {
+pub(super) fn judge(outlooks: impl Iterator<Item = Outlook>, let_in: bool) -> Option<Hopeless> {
     let mut told: [Option<(ProbeFailure, Instant)>; 4] = [None, None, None, None];
     let (mut after, mut silent) = (Duration::ZERO, false);
-    for word in words {
-        let (failure, at) = match word {
-            Word::Open => return None,
-            Word::Silent if let_in => return None,
-            Word::Silent => {
+    for outlook in outlooks {
+        let (failure, at) = match outlook {
+            Outlook::Open => return None,
+            Outlook::Silent if let_in => return None,
+            Outlook::Silent => {
                 silent = true;
                 continue;
             }
-            Word::Hopeless(failure, at) => (failure, at),
+            Outlook::Hopeless(failure, at) => (failure, at),
         };
         let (rank, needs) = match failure.kind {
             FailureKind::Refused => (0, if let_in { PATIENCE } else { Duration::ZERO }),
@@ -121,7 +121,7 @@ impl Topology {
         let since = self.unasked.counts_from(search.since);
         let hopeless = match self.conflict(now) {
             Some(failure) => Some(Hopeless { failure, as_of: self.oldest_answer(now), after: Duration::ZERO }),
-            None => judge(self.words(), self.let_in),
+            None => judge(self.outlooks(), self.let_in),
         };
         let due = hopeless.as_ref().map(|hopeless| since + hopeless.after);
         let told = hopeless.filter(|_| due.is_some_and(|due| due <= now));
@@ -140,27 +140,27 @@ impl Topology {
         members.chain(self.names.iter().filter_map(|name| name.told_at)).min().unwrap_or(now)
     }
 
-    fn words(&self) -> impl Iterator<Item = Word> {
+    fn outlooks(&self) -> impl Iterator<Item = Outlook> {
         let members = self.members.values().map(|member| match (&member.answer, member.told_at) {
-            _ if !self.answered(member) => Word::Open,
+            _ if !self.answered(member) => Outlook::Open,
             (Some(Answer::Failed(failure)), Some(at)) => match failure.kind {
-                FailureKind::Refused | FailureKind::NotPostgres => Word::Hopeless(failure.clone(), at),
-                FailureKind::Unreachable => Word::Silent,
-                _ => Word::Open,
+                FailureKind::Refused | FailureKind::NotPostgres => Outlook::Hopeless(failure.clone(), at),
+                FailureKind::Unreachable => Outlook::Silent,
+                _ => Outlook::Open,
             },
             (Some(Answer::Refused(_, refusal @ Refusal::OtherCluster { .. })), Some(at)) => {
                 let message = format!("{}: {refusal}", member.endpoint);
-                Word::Hopeless(ProbeFailure::new(FailureKind::SeveralClusters, message), at)
+                Outlook::Hopeless(ProbeFailure::new(FailureKind::SeveralClusters, message), at)
             }
-            _ => Word::Open,
+            _ => Outlook::Open,
         });
         let names = self.names.iter().filter_map(|name| match (name.told_at, name.unknown, name.failure()) {
             (Some(at), true, Some(why)) => {
-                Some(Word::Hopeless(ProbeFailure::new(FailureKind::UnknownName, why.to_owned()), at))
+                Some(Outlook::Hopeless(ProbeFailure::new(FailureKind::UnknownName, why.to_owned()), at))
             }
             // The name has led to servers, which are judged separately.
             (Some(_), _, None) => None,
-            _ => Some(Word::Open),
+            _ => Some(Outlook::Open),
         });
         members.chain(names)
     }
@@ -218,12 +218,12 @@ mod tests {
         ]
     }
 
-    /// What [`Topology::words`] makes of a failure of this kind.
-    fn word(kind: FailureKind, at: Instant) -> Word {
+    /// What [`Topology::outlooks`] makes of a failure of this kind.
+    fn outlook(kind: FailureKind, at: Instant) -> Outlook {
         match kind {
-            FailureKind::Unreachable => Word::Silent,
-            FailureKind::TimedOut | FailureKind::NotNow | FailureKind::Full => Word::Open,
-            _ => Word::Hopeless(ProbeFailure::new(kind, format!("{kind:?}")), at),
+            FailureKind::Unreachable => Outlook::Silent,
+            FailureKind::TimedOut | FailureKind::NotNow | FailureKind::Full => Outlook::Open,
+            _ => Outlook::Hopeless(ProbeFailure::new(kind, format!("{kind:?}")), at),
         }
     }
 
@@ -236,7 +236,7 @@ mod tests {
             for other in kinds() {
                 let pair = || [one, other].into_iter();
                 let judged = |let_in| {
-                    let hopeless = judge(pair().map(|kind| word(kind, now)), let_in)?;
+                    let hopeless = judge(pair().map(|kind| outlook(kind, now)), let_in)?;
                     Some((hopeless.failure.kind, hopeless.after.as_secs()))
                 };
                 let has = |kind| pair().any(|it| it == kind);
@@ -258,8 +258,8 @@ mod tests {
     fn one_that_was_asked_anew_speaks_for_its_kind() {
         let now = Instant::now();
         let later = now + GRACE;
-        let as_of = |words: &[(FailureKind, Instant)]| {
-            judge(words.iter().map(|(kind, at)| word(*kind, *at)), false).unwrap().as_of
+        let as_of = |outlooks: &[(FailureKind, Instant)]| {
+            judge(outlooks.iter().map(|(kind, at)| outlook(*kind, *at)), false).unwrap().as_of
         };
         assert_eq!(as_of(&[(FailureKind::Refused, now), (FailureKind::Refused, later)]), later);
         assert_eq!(as_of(&[(FailureKind::Refused, later), (FailureKind::Refused, now)]), later);

@@ -42,7 +42,7 @@ pub(super) struct Suspended {
 
 /// Why a primary is suspended.
 #[derive(Clone, Copy)]
-pub(super) struct Doubt {
+pub(super) struct SuspendCause {
     /// `true`: it did not answer. `false`: its answer casts doubt on its role.
     pub(super) silent: bool,
     /// Its kept session may still be open.
@@ -77,13 +77,13 @@ impl Topology {
             self.suspend(
                 now,
                 "a session on the primary has turned read-only",
-                Doubt { silent: false, kept_open: true },
+                SuspendCause { silent: false, kept_open: true },
             );
         }
     }
 
     /// Suspends the known primary, and begins a search. Checkouts wait, but connections in use go on.
-    pub(super) fn suspend(&mut self, now: Instant, why: &str, doubt: Doubt) {
+    pub(super) fn suspend(&mut self, now: Instant, why: &str, cause: SuspendCause) {
         let Phase::Known { primary, answered_at } = &self.phase else {
             return;
         };
@@ -91,7 +91,7 @@ impl Topology {
         // question may take.
         let longest = self.settings.probe_timeout + self.settings.heartbeat_timeout;
         let answered_at = now.checked_sub(longest).map_or(*answered_at, |at| at.max(*answered_at));
-        let suspended = Suspended { primary: primary.clone(), answered_at, silent: doubt.silent };
+        let suspended = Suspended { primary: primary.clone(), answered_at, silent: cause.silent };
         self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
         self.changed = Change { at: now, why: why.to_owned() };
         self.revision += 1;
@@ -101,7 +101,7 @@ impl Topology {
         }
         self.hurry_names(now);
         // The kept session may still get an answer.
-        self.beside.due = doubt.kept_open.then_some(now);
+        self.beside.due = cause.kept_open.then_some(now);
     }
 
     /// Ends the suspended generation `id`: all its connections are closed.

@@ -12,8 +12,8 @@ use super::Transaction;
 use super::begin::{Begin, MarkWith};
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::{ClosuresEnd, Earlier, Unsent};
-use super::finish::{Answer, Known, Look, Proof, Undone};
-use super::nested::{self, Doubt};
+use super::finish::{Answer, CommitProof, Known, Look, Undone};
+use super::nested::{self, InnerDoubt};
 use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_free};
 use super::verdict::{Session, judge_absent, judge_begin};
@@ -141,7 +141,7 @@ pub(super) struct Attempt<C: SessionClient> {
     /// The value that `remember` in `finish` writes if COMMIT cannot look for the transaction's id.
     pub(super) run: Nonce,
     /// Whether the outcome of a call within the closure is unknown.
-    inner: Doubt,
+    inner: InnerDoubt,
 }
 
 /// Why an attempt does not reach COMMIT.
@@ -153,7 +153,7 @@ enum Fault {
 }
 
 impl<C: SessionClient> Attempt<C> {
-    pub(super) fn new(client: Client<C>, limit: Option<Duration>, inner: Doubt) -> Self {
+    pub(super) fn new(client: Client<C>, limit: Option<Duration>, inner: InnerDoubt) -> Self {
         Self {
             statements: client.trail().has_statements(),
             check: client.pool().lacking().check(),
@@ -325,9 +325,9 @@ impl<C: SessionClient> Attempt<C> {
         if look == Look::Prepare && answer.completed > 1 {
             self.client().set_check_prepared(true);
         }
-        self.client().set_committing(proof == Proof::Nothing);
+        self.client().set_committing(proof == CommitProof::Nothing);
         match (proof, answer.error) {
-            (Proof::Committed { answered }, _) => {
+            (CommitProof::Committed { answered }, _) => {
                 self.held.clean(answered);
                 if self.client().notices().not_replicated() {
                     let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
@@ -339,7 +339,7 @@ impl<C: SessionClient> Attempt<C> {
                 }
                 Ended::Committed(value)
             }
-            (Proof::NotOurs { .. }, _) => {
+            (CommitProof::NotOurs { .. }, _) => {
                 let ending = self.ended_before(known).await;
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
@@ -349,21 +349,21 @@ impl<C: SessionClient> Attempt<C> {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
                 Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
             }
-            (Proof::Unchecked, Some(error)) => {
+            (CommitProof::Unchecked, Some(error)) => {
                 self.pool().lacking().check_refused(self.check, &explain(&error));
                 let failed = self.not_checked(known, error).await;
                 self.refused(failed, Unsent::of(mark, ended), lost)
             }
-            (Proof::Unprepared, Some(error)) => {
+            (CommitProof::Unprepared, Some(error)) => {
                 self.pool().lacking().check_is_gone();
                 let failed = self.not_checked(known, error).await;
                 self.refused(failed, Unsent::of(mark, ended), lost)
             }
-            (Proof::Refused { over }, Some(error)) => {
+            (CommitProof::Refused { over }, Some(error)) => {
                 let failed = self.commit_refused(known, over, error).await;
                 self.refused(failed, Unsent::of(mark, ended), lost)
             }
-            (Proof::Nothing, Some(error)) => {
+            (CommitProof::Nothing, Some(error)) => {
                 self.suspect();
                 if never_sent {
                     *lost = Unsent::of(mark, ended);

@@ -46,10 +46,10 @@ pub(super) enum Next {
 /// `verdict`: here [`Verdict::ReadOnly`] means that the *server* refuses writes. If the transaction made itself
 /// read-only, the verdict is [`Verdict::Application`].
 ///
-/// `word`: the decision of the user's hook: run again, or do not. It counts only if the attempt is known not to be
+/// `decision`: what the user's hook has decided: run again, or do not. It counts only if the attempt is known not to be
 /// committed. So no hook can make a commit with an unknown outcome run again.
 #[deny(clippy::wildcard_enum_match_arm)]
-pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bool>) -> Next {
+pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Option<bool>) -> Next {
     match (stage, mode) {
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
@@ -57,7 +57,7 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, word: Option<bo
         (Stage::InDoubt, Mode::Idempotent | Mode::Read) => return Next::Rerun,
         (Stage::Body | Stage::Refused, _) => {}
     }
-    match word {
+    match decision {
         Some(true) => return Next::Rerun,
         Some(false) => return Next::Return,
         None => {}
@@ -88,7 +88,7 @@ pub(super) fn unless_in_doubt(next: Next, mode: Mode, stage: Stage, inner: bool)
 mod tests {
     use super::*;
 
-    const WORDS: [Option<bool>; 3] = [None, Some(true), Some(false)];
+    const DECISIONS: [Option<bool>; 3] = [None, Some(true), Some(false)];
     const MODES: [Mode; 4] = [Mode::Exactly, Mode::Once, Mode::Idempotent, Mode::Read];
     const VERDICTS: [Verdict; 11] = [
         Verdict::ConnectionLost,
@@ -107,12 +107,12 @@ mod tests {
     #[test]
     fn an_unknown_commit_is_never_run_again_unless_the_caller_allows_it() {
         for verdict in VERDICTS {
-            for word in WORDS {
-                let next = |mode| decide(mode, Stage::InDoubt, verdict, word);
-                assert_eq!(next(Mode::Exactly), Next::Settle, "{verdict:?} {word:?}");
-                assert_eq!(next(Mode::Once), Next::Unknown, "{verdict:?} {word:?}");
-                assert_eq!(next(Mode::Idempotent), Next::Rerun, "{verdict:?} {word:?}");
-                assert_eq!(next(Mode::Read), Next::Rerun, "{verdict:?} {word:?}");
+            for decision in DECISIONS {
+                let next = |mode| decide(mode, Stage::InDoubt, verdict, decision);
+                assert_eq!(next(Mode::Exactly), Next::Settle, "{verdict:?} {decision:?}");
+                assert_eq!(next(Mode::Once), Next::Unknown, "{verdict:?} {decision:?}");
+                assert_eq!(next(Mode::Idempotent), Next::Rerun, "{verdict:?} {decision:?}");
+                assert_eq!(next(Mode::Read), Next::Rerun, "{verdict:?} {decision:?}");
             }
         }
     }
@@ -121,9 +121,9 @@ mod tests {
     fn nothing_runs_again_behind_another_call_in_doubt() {
         for (mode, verdict) in MODES.into_iter().flat_map(|mode| VERDICTS.map(|verdict| (mode, verdict))) {
             for stage in [Stage::Body, Stage::Refused, Stage::InDoubt] {
-                for word in WORDS {
-                    let what = format!("{mode:?} {stage:?} {verdict:?} {word:?}");
-                    let next = decide(mode, stage, verdict, word);
+                for decision in DECISIONS {
+                    let what = format!("{mode:?} {stage:?} {verdict:?} {decision:?}");
+                    let next = decide(mode, stage, verdict, decision);
                     assert_eq!(unless_in_doubt(next, mode, stage, false), next, "{what}");
                     let in_doubt = unless_in_doubt(next, mode, stage, true);
                     assert!(in_doubt != Next::Rerun, "{what}");

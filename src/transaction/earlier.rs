@@ -16,7 +16,7 @@ use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, sett
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
-use crate::pool::{Client, Place, Pool};
+use crate::pool::{CallSite, Client, Pool};
 use crate::server::SessionClient;
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
@@ -204,7 +204,7 @@ pub(super) fn unless_sent(lost: &[Lost], error: Error) -> Error {
 /// itself, the error says so. The pool asks only if a primary is known. It does not wait for one.
 pub(super) async fn or_ended_at_last<C: SessionClient>(
     pool: &Pool<C>,
-    place: Place,
+    place: CallSite,
     unsent: Unsent,
     error: Error,
 ) -> Error {

@@ -220,7 +220,7 @@ impl Answer {
 
 /// What the answer to COMMIT's message proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Proof {
+pub(super) enum CommitProof {
     /// The transaction is committed. `answered`: the session answered completely, and can be used again.
     Committed {
         answered: bool,
@@ -242,7 +242,7 @@ pub(super) enum Proof {
 
 impl Known {
     /// Decides what this answer to [`Known::commit`] proves.
-    pub(super) fn proof(self, look: Look, answer: &Answer) -> Proof {
+    pub(super) fn proof(self, look: Look, answer: &Answer) -> CommitProof {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
         let insisted = self != Self::ByShow && !look.is_shown();
@@ -250,22 +250,28 @@ impl Known {
         let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
-            None if ours => Proof::Committed { answered: true },
-            None => Proof::NotOurs { committed: true },
+            None if ours => CommitProof::Committed { answered: true },
+            None => CommitProof::NotOurs { committed: true },
             // The server has reported the COMMIT as done. A later failure of the session does not change that.
-            Some(_) if answer.completed >= statements && ours => Proof::Committed { answered: false },
-            Some(_) if answer.completed >= statements => Proof::NotOurs { committed: true },
-            Some(error) if answer.completed == before - 1 && not_ours(error) => Proof::NotOurs { committed: false },
-            Some(error) if looked.contains(&answer.completed) && look.is_prepared() && not_prepared(error) => {
-                Proof::Unprepared
+            Some(_) if answer.completed >= statements && ours => CommitProof::Committed { answered: false },
+            Some(_) if answer.completed >= statements => CommitProof::NotOurs { committed: true },
+            Some(error) if answer.completed == before - 1 && not_ours(error) => {
+                CommitProof::NotOurs { committed: false }
             }
-            Some(error) if looked.contains(&answer.completed) && insisted && not_offered(error) => Proof::Unchecked,
+            Some(error) if looked.contains(&answer.completed) && look.is_prepared() && not_prepared(error) => {
+                CommitProof::Unprepared
+            }
+            Some(error) if looked.contains(&answer.completed) && insisted && not_offered(error) => {
+                CommitProof::Unchecked
+            }
             // COMMIT was not reached.
-            Some(error) if answer.completed < before && is_the_servers(error) => Proof::Refused { over: false },
+            Some(error) if answer.completed < before && is_the_servers(error) => CommitProof::Refused { over: false },
             // If a server fails after it wrote the commit record, it reports the error and then stops. So the error is
             // a refusal only if the server is ready for the next message.
-            Some(error) if answer.ready && commit_refused(error) => Proof::Refused { over: answer.completed >= before },
-            Some(_) => Proof::Nothing,
+            Some(error) if answer.ready && commit_refused(error) => {
+                CommitProof::Refused { over: answer.completed >= before }
+            }
+            Some(_) => CommitProof::Nothing,
         }
     }
 }

@@ -11,12 +11,12 @@ use std::task::{Context, Poll};
 
 tokio::task_local! {
     /// The call whose closure runs.
-    static OUTER: Doubt;
+    static OUTER: InnerDoubt;
 }
 
 /// Whether the outcome of another call, made within this call's closure, is unknown.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Doubt(Arc<Flags>);
+pub(super) struct InnerDoubt(Arc<Flags>);
 
 #[derive(Debug, Default)]
 struct Flags {
@@ -25,7 +25,7 @@ struct Flags {
     begun: AtomicBool,
 }
 
-impl Doubt {
+impl InnerDoubt {
     fn note(&self) {
         self.0.noted.store(true, Ordering::Release);
     }
@@ -42,7 +42,11 @@ impl Doubt {
 
 /// Polls a closure's future as a part of the call with these flags. This is a function, not a future of its own,
 /// because the compiler limits the depth of nested futures.
-pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: &mut Context<'_>) -> Poll<F::Output> {
+pub(super) fn poll_within<F: Future>(
+    doubt: &InnerDoubt,
+    work: Pin<&mut F>,
+    context: &mut Context<'_>,
+) -> Poll<F::Output> {
     OUTER.sync_scope(doubt.clone(), || work.poll(context))
 }
 
@@ -51,9 +55,9 @@ pub(super) fn poll_within<F: Future>(doubt: &Doubt, work: Pin<&mut F>, context: 
 pub(super) struct Inner {
     /// The outer call's flags, if there is an outer call. They are looked up at the beginning, because this may be
     /// dropped outside of the outer closure.
-    outer: Option<Doubt>,
+    outer: Option<InnerDoubt>,
     /// This call's own flags.
-    own: Doubt,
+    own: InnerDoubt,
     /// The call may write.
     writes: bool,
 }
@@ -61,10 +65,10 @@ pub(super) struct Inner {
 impl Inner {
     /// Call this while the call's future is polled.
     pub(super) fn begin(writes: bool) -> Self {
-        Self { outer: OUTER.try_with(Doubt::clone).ok(), own: Doubt::default(), writes }
+        Self { outer: OUTER.try_with(InnerDoubt::clone).ok(), own: InnerDoubt::default(), writes }
     }
 
-    pub(super) fn doubt(&self) -> Doubt {
+    pub(super) fn doubt(&self) -> InnerDoubt {
         self.own.clone()
     }
 

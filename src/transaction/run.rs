@@ -8,8 +8,8 @@ use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
 use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
 use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
-use super::nested::{Doubt, Inner};
-use super::verdict::{Bounds, Session, Word, with_reason};
+use super::nested::{Inner, InnerDoubt};
+use super::verdict::{Bounds, ClosureError, Session, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
 use crate::commit::Unsettled;
@@ -53,7 +53,7 @@ async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
     unsent: &mut Option<Unsent>,
-    inner: Doubt,
+    inner: InnerDoubt,
     mut work: F,
 ) -> Result<T, Error>
 where
@@ -131,7 +131,7 @@ where
             Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
             error => error,
         };
-        let users = if stage == Stage::InDoubt { None } else { users_word(&options.retry, &error, &session) };
+        let users = if stage == Stage::InDoubt { None } else { users_decision(&options.retry, &error, &session) };
         // `with_reason` may wrap the error in `SessionEnded`, and that means "not committed". So an error in doubt
         // stays as it is.
         let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
@@ -192,13 +192,14 @@ fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool)
 
 /// Asks the user's `RetryPolicy::classify` about the server's report. Takes the report from the error, or else from the
 /// session, because the closure may have hidden it.
-fn users_word(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
-    let word = Word::of(error);
+fn users_decision(policy: &RetryPolicy, error: &Error, session: &Session) -> Option<bool> {
+    let closure_error = ClosureError::of(error);
     // Such an error is not the server's report on this attempt. `FailedInside` is an exception: the closure hid the
     // report, but the session has it.
-    if matches!(word, Word::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside)) {
+    if matches!(closure_error, ClosureError::OtherCall) && !matches!(error, Error::RolledBack(RolledBack::FailedInside))
+    {
         return None;
     }
-    let asked = word.report().and_then(|report| policy.word_on(report));
-    asked.or_else(|| session.report().and_then(|report| policy.word_on(report)))
+    let asked = closure_error.report().and_then(|report| policy.decision_on(report));
+    asked.or_else(|| session.report().and_then(|report| policy.decision_on(report)))
 }

@@ -5,7 +5,7 @@ use tokio::time::timeout;
 use super::attempt::{Attempt, Failed};
 use super::decide::Mode;
 use super::undo::ROLLBACK_WITHIN;
-use super::verdict::{Session, Word, judge, perhaps_stale};
+use super::verdict::{ClosureError, Session, judge, perhaps_stale};
 use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};
 use crate::server::SessionClient;
@@ -16,13 +16,13 @@ const PROBE: &str = "SHOW transaction_isolation";
 impl<C: SessionClient> Attempt<C> {
     /// Cleans up after a failed closure, and judges the attempt by the closure's error and by the session.
     pub(super) async fn closure_failed(&mut self, mode: Mode, error: Error) -> Failed {
-        let word = Word::of(&error);
-        if let Some(report) = word.report() {
+        let closure_error = ClosureError::of(&error);
+        if let Some(report) = closure_error.report() {
             self.client().trail().note_report(report);
         }
-        let session = self.session(word).await;
-        let mut verdict = judge(word, &session);
-        if verdict == Verdict::Application && perhaps_stale(word, &session, self.statements) {
+        let session = self.session(closure_error).await;
+        let mut verdict = judge(closure_error, &session);
+        if verdict == Verdict::Application && perhaps_stale(closure_error, &session, self.statements) {
             self.client().trail().heal(Cure::Clear);
             verdict = Verdict::Stale;
         }
@@ -32,7 +32,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Judges an attempt whose closure succeeded but whose session ended before COMMIT was sent.
     pub(super) async fn ended_before_commit(&self, error: Error) -> Failed {
         let session = self.ended().await;
-        let verdict = judge(Word::of(&error), &session);
+        let verdict = judge(ClosureError::of(&error), &session);
         Failed { verdict, error, session }
     }
 
@@ -54,7 +54,7 @@ impl<C: SessionClient> Attempt<C> {
             return Failed { verdict: Verdict::Aborted, error, session: Session::Open };
         };
         let session = Session::Aborted(report);
-        let verdict = match judge(Word::Nothing, &session) {
+        let verdict = match judge(ClosureError::Nothing, &session) {
             // The server accepts writes, so the transaction had made itself read-only.
             Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
             verdict => verdict,
@@ -64,13 +64,15 @@ impl<C: SessionClient> Attempt<C> {
 
     /// Finds out the state of the session after the closure has failed. Sends a question only if the decision depends
     /// on the answer.
-    async fn session(&mut self, word: Word<'_>) -> Session {
+    async fn session(&mut self, closure_error: ClosureError<'_>) -> Session {
         let last = self.client().trail().last();
         if last.as_ref().is_some_and(ends_session) || self.client().is_closed() || self.client().is_evicted() {
             return self.ended().await;
         }
         let Some(last) = last else { return Session::Open };
-        if word.report().is_some_and(|report| report.code() == last.code()) || matches!(word, Word::OtherCall) {
+        if closure_error.report().is_some_and(|report| report.code() == last.code())
+            || matches!(closure_error, ClosureError::OtherCall)
+        {
             return Session::Open;
         }
         match self.is_aborted().await {

@@ -16,22 +16,22 @@ use crate::topology::GenerationId;
 
 /// What the closure's error alone says.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Word<'a> {
+pub(super) enum ClosureError<'a> {
     /// The error is the final error of another call of a pool. That call's outcome may be unknown, or its retries are
     /// used up.
     OtherCall,
     /// The error contains a database error.
-    Of(Verdict, Option<&'a DbError>),
+    Database(Verdict, Option<&'a DbError>),
     /// The error contains no error that this crate knows.
     Nothing,
 }
 
-impl<'a> Word<'a> {
+impl<'a> ClosureError<'a> {
     pub(super) fn of(error: &'a Error) -> Self {
         match error {
-            Error::Database(error) => Self::Of(classify(error), error.as_db_error()),
+            Error::Database(error) => Self::Database(classify(error), error.as_db_error()),
             Error::Aborted(source) => Self::of_own(source.as_ref()),
-            Error::SessionEnded(ended) => Self::Of(verdict_of_end(ended.report()), Some(ended.report())),
+            Error::SessionEnded(ended) => Self::Database(verdict_of_end(ended.report()), Some(ended.report())),
             _ => Self::OtherCall,
         }
     }
@@ -41,10 +41,10 @@ impl<'a> Word<'a> {
             return Self::OtherCall;
         }
         match links(error).find_map(|link| link.downcast_ref::<Error>()) {
-            Some(Error::Database(error)) => Self::Of(classify(error), error.as_db_error()),
+            Some(Error::Database(error)) => Self::Database(classify(error), error.as_db_error()),
             Some(_) => Self::OtherCall,
             None => match classify_chain(error) {
-                Some(verdict) => Self::Of(verdict, report_in_chain(error)),
+                Some(verdict) => Self::Database(verdict, report_in_chain(error)),
                 None => Self::Nothing,
             },
         }
@@ -52,14 +52,14 @@ impl<'a> Word<'a> {
 
     pub(super) fn report(self) -> Option<&'a DbError> {
         match self {
-            Self::Of(_, report) => report,
+            Self::Database(_, report) => report,
             Self::OtherCall | Self::Nothing => None,
         }
     }
 
     fn verdict(self) -> Option<Verdict> {
         match self {
-            Self::Of(verdict, _) => Some(verdict),
+            Self::Database(verdict, _) => Some(verdict),
             Self::OtherCall | Self::Nothing => None,
         }
     }
@@ -88,14 +88,16 @@ impl Session {
 }
 
 /// The verdict on an attempt whose closure has failed.
-pub(super) fn judge(word: Word<'_>, session: &Session) -> Verdict {
-    match (word, session) {
-        (Word::OtherCall, _) => Verdict::Application,
+pub(super) fn judge(closure_error: ClosureError<'_>, session: &Session) -> Verdict {
+    match (closure_error, session) {
+        (ClosureError::OtherCall, _) => Verdict::Application,
         (_, Session::Ended(Some(report))) => verdict_of_end(report),
-        (Word::Of(_, Some(report)), Session::Ended(None)) if ends_session(report) => verdict_of_end(report),
+        (ClosureError::Database(_, Some(report)), Session::Ended(None)) if ends_session(report) => {
+            verdict_of_end(report)
+        }
         (_, Session::Ended(None)) => Verdict::ConnectionLost,
-        (word, session) => {
-            let said = word.verdict().unwrap_or(Verdict::Application);
+        (closure_error, session) => {
+            let said = closure_error.verdict().unwrap_or(Verdict::Application);
             let met = session.report().map(classify_report);
             met.filter(|met| passes(*met) && !passes(said)).unwrap_or(said)
         }
@@ -104,11 +106,13 @@ pub(super) fn judge(word: Word<'_>, session: &Session) -> Verdict {
 
 /// The verdict on an attempt that failed before the closure ran. The work cannot have ended this session.
 pub(super) fn judge_begin(error: &Error) -> Verdict {
-    match (Word::of(error), error) {
+    match (ClosureError::of(error), error) {
         // The connection has a failed transaction of its previous user, or it reaches another server now.
-        (Word::Of(Verdict::Aborted, _), _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
-        (Word::Of(Verdict::Application, Some(report)), _) if ends_session(report) => Verdict::ConnectionLost,
-        (word, _) => word.verdict().unwrap_or(Verdict::Application),
+        (ClosureError::Database(Verdict::Aborted, _), _) | (_, Error::RolledBack(_)) => Verdict::ConnectionLost,
+        (ClosureError::Database(Verdict::Application, Some(report)), _) if ends_session(report) => {
+            Verdict::ConnectionLost
+        }
+        (closure_error, _) => closure_error.verdict().unwrap_or(Verdict::Application),
     }
 }
 
@@ -137,19 +141,19 @@ pub(super) fn passes(verdict: Verdict) -> bool {
 
 /// Returns whether the failure may come from a statement that was prepared before a type was changed. `statements`: the
 /// session had prepared statements when the attempt began.
-pub(super) fn perhaps_stale(word: Word<'_>, session: &Session, statements: bool) -> bool {
-    let report = word.report().or(session.report());
+pub(super) fn perhaps_stale(closure_error: ClosureError<'_>, session: &Session, statements: bool) -> bool {
+    let report = closure_error.report().or(session.report());
     statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
 }
 
 /// Adds the reason of the session's end to the error, unless the error shows it already.
 pub(super) fn with_reason(error: Error, verdict: Verdict, session: Session) -> Error {
     let Session::Ended(report) = session else { return error };
-    let said = Word::of(&error);
+    let said = ClosureError::of(&error);
     let Some(report) = report.or_else(|| said.report().filter(|report| ends_session(report)).cloned()) else {
         return error;
     };
-    if matches!(said, Word::OtherCall) || (passes(verdict) && said.report().is_some()) {
+    if matches!(said, ClosureError::OtherCall) || (passes(verdict) && said.report().is_some()) {
         return error;
     }
     Error::SessionEnded(Box::new(SessionEnded::new(report, error)))
@@ -207,7 +211,7 @@ mod tests {
     }
 
     fn verdict_of(error: &Error) -> Verdict {
-        judge(Word::of(error), &Session::Open)
+        judge(ClosureError::of(error), &Session::Open)
     }
 
     /// Only the driver can construct its errors; this one comes from a connection string.
@@ -222,7 +226,10 @@ mod tests {
             let links: Vec<String> = links(&wrap(doubt)).map(ToString::to_string).collect();
             assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
             let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
-            assert_eq!(judge(Word::of(&Error::abort(wrap(doubt))), &Session::Ended(None)), Verdict::Application);
+            assert_eq!(
+                judge(ClosureError::of(&Error::abort(wrap(doubt))), &Session::Ended(None)),
+                Verdict::Application
+            );
         }
     }
 
@@ -241,9 +248,9 @@ mod tests {
     fn what_the_session_has_met_counts_and_the_word_of_another_call_more() {
         let text = Error::abort("own");
         let other = Error::abort(App::Named(Error::Closed));
-        assert_eq!(judge(Word::of(&text), &Session::Open), Verdict::Application);
-        assert_eq!(judge(Word::of(&text), &Session::Ended(None)), Verdict::ConnectionLost);
-        assert_eq!(judge(Word::of(&other), &Session::Ended(None)), Verdict::Application);
+        assert_eq!(judge(ClosureError::of(&text), &Session::Open), Verdict::Application);
+        assert_eq!(judge(ClosureError::of(&text), &Session::Ended(None)), Verdict::ConnectionLost);
+        assert_eq!(judge(ClosureError::of(&other), &Session::Ended(None)), Verdict::Application);
     }
 
     #[test]

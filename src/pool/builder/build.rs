@@ -39,7 +39,7 @@ impl PoolBuilder {
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
         // Building fails only for time-outs without a runtime, and no time-outs are set.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
-        dialer.dials.serve(inner.weak(), max_size, self.idle.min);
+        dialer.queue.serve(inner.weak(), max_size, self.idle.min);
         let keeper = Keeper {
             idle,
             pool: inner.weak(),

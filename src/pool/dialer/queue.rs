@@ -21,7 +21,7 @@ use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
-use self::after_connect::greeted;
+use self::after_connect::after_connect;
 use super::{Dialer, take_turn};
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
@@ -40,7 +40,7 @@ type Delivery<C> = Result<Connection<C>, Error>;
 
 /// The connections that are being opened, the callers that wait for them, and connections that are ready for the next
 /// caller.
-pub(in crate::pool) struct Dials<C: SessionClient> {
+pub(in crate::pool) struct DialQueue<C: SessionClient> {
     book: Mutex<Book<C>>,
     /// The number of callers that wait. It is read whenever a connection is given back, and written only while
     /// connections are opened.
@@ -79,7 +79,7 @@ struct Ready<C> {
     since: Instant,
 }
 
-impl<C: SessionClient> Dials<C> {
+impl<C: SessionClient> DialQueue<C> {
     pub(in crate::pool) fn new(runtime: Handle) -> Self {
         let book = Book { waiters: VecDeque::new(), ready: Vec::new(), dialing: 0, next_ticket: 0, failed_at: None };
         Self {
@@ -173,7 +173,7 @@ impl<C: SessionClient> Dials<C> {
 }
 
 /// A dial that is counted as under way.
-struct Dialing<C: SessionClient>(Arc<Dials<C>>);
+struct Dialing<C: SessionClient>(Arc<DialQueue<C>>);
 
 impl<C: SessionClient> Drop for Dialing<C> {
     fn drop(&mut self) {
@@ -188,23 +188,23 @@ impl<C: SessionClient> Drop for Dialing<C> {
 /// A caller's place in the queue for new connections. Dropping it leaves the queue. If a connection was delivered and
 /// not taken, it goes to the next caller.
 struct Place<C: SessionClient> {
-    dials: Arc<Dials<C>>,
+    queue: Arc<DialQueue<C>>,
     ticket: u64,
     delivered: oneshot::Receiver<Delivery<C>>,
 }
 
 impl<C: SessionClient> Drop for Place<C> {
     fn drop(&mut self) {
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         if let Some(index) = book.waiters.iter().position(|waiter| waiter.ticket == self.ticket) {
             book.waiters.remove(index);
-            self.dials.waiting.fetch_sub(1, Ordering::SeqCst);
+            self.queue.waiting.fetch_sub(1, Ordering::SeqCst);
             return;
         }
         drop(book);
         self.delivered.close();
         if let Ok(Ok(connection)) = self.delivered.try_recv() {
-            self.dials.hand(connection);
+            self.queue.hand(connection);
         }
     }
 }
@@ -226,7 +226,7 @@ impl<C: SessionClient> Dialer<C> {
             };
             self.dial_for_waiters(&generation, 0);
             // A connection may have been given back just before this caller joined the queue.
-            if let Some(connection) = self.dials.take_idle()
+            if let Some(connection) = self.queue.take_idle()
                 && let Some(connection) = self.tested(connection).await
             {
                 return Ok(connection);
@@ -251,11 +251,11 @@ impl<C: SessionClient> Dialer<C> {
     /// with its generation. In this crate's pool a task does this (`idle.rs`); in a pool built by hand, the waiters do
     /// it. Never returns.
     async fn keep_dialing(self: &Arc<Self>, generation: &Arc<Generation<C>>) {
-        if !self.dials.is_pool_built_by_hand() {
+        if !self.queue.is_pool_built_by_hand() {
             return pending().await;
         }
         loop {
-            self.dials.changed().await;
+            self.queue.changed().await;
             self.dial_for_waiters(generation, 0);
         }
     }
@@ -263,7 +263,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Returns a ready connection, or a place in the queue.
     fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
         let mut stale = Vec::new();
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         for ready in std::mem::take(&mut book.ready) {
             // While the primary is suspended, its connections are not handed out. But they may be good again later, so
             // keep them.
@@ -272,14 +272,14 @@ impl<C: SessionClient> Dialer<C> {
         if book.ready.last().is_some_and(|newest| newest.connection.may_be_handed_out(&self.cluster))
             && let Some(newest) = book.ready.pop()
         {
-            self.dials.room.changed.notify_one();
+            self.queue.room.changed.notify_one();
             return Ok(newest.connection);
         }
         // The size of a pool built by hand is unknown. It has room for this caller if each dial under way has a waiter.
-        let spoken_for = book.dialing > book.waiters.len() && self.dials.is_pool_built_by_hand();
+        let spoken_for = book.dialing > book.waiters.len() && self.queue.is_pool_built_by_hand();
         if !spoken_for
-            && !self.greets()
-            && self.dials.has_room(&book, true)
+            && !self.has_after_connect()
+            && self.queue.has_room(&book, true)
             && let Some(session) = generation.take_spare()
         {
             return Ok(self.make(session, generation));
@@ -290,10 +290,10 @@ impl<C: SessionClient> Dialer<C> {
         // A caller that waits again, because its primary was lost or its connection had ended, keeps its place.
         let place = book.waiters.partition_point(|waiter| waiter.asked <= asked);
         book.waiters.insert(place, Waiter { ticket, asked, deliver });
-        self.dials.waiting.fetch_add(1, Ordering::SeqCst);
+        self.queue.waiting.fetch_add(1, Ordering::SeqCst);
         drop(book);
-        self.dials.room.changed.notify_one();
-        Err(Place { dials: Arc::clone(&self.dials), ticket, delivered })
+        self.queue.room.changed.notify_one();
+        Err(Place { queue: Arc::clone(&self.queue), ticket, delivered })
     }
 
     /// Starts the dials that the waiters need, and then others until `ahead` connections without a waiter are ready or
@@ -309,22 +309,22 @@ impl<C: SessionClient> Dialer<C> {
     /// started.
     fn dial_for_waiters(self: &Arc<Self>, generation: &Arc<Generation<C>>, ahead: usize) {
         self.serve_waiters();
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         loop {
             let (coming, waiters) = (book.dialing + book.ready.len(), book.waiters.len());
-            if coming >= waiters + ahead || !self.dials.has_room(&book, coming < waiters) {
+            if coming >= waiters + ahead || !self.queue.has_room(&book, coming < waiters) {
                 break;
             }
             book.dialing += 1;
-            let dialing = Dialing(Arc::clone(&self.dials));
+            let dialing = Dialing(Arc::clone(&self.queue));
             let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
             // If the runtime has ended, the task is dropped immediately, and takes the lock. So release the lock first.
             drop(book);
-            drop(self.dials.runtime.spawn(dial));
+            drop(self.queue.runtime.spawn(dial));
             if self.cluster.is_closed() {
                 return;
             }
-            book = self.dials.book();
+            book = self.queue.book();
         }
     }
 
@@ -333,7 +333,7 @@ impl<C: SessionClient> Dialer<C> {
     /// time only if a connection has arrived while its primary was suspended.
     fn serve_waiters(&self) {
         let mut stale = Vec::new();
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         if book.waiters.is_empty() {
             return;
         }
@@ -343,7 +343,7 @@ impl<C: SessionClient> Dialer<C> {
                 continue;
             }
             let unclaimed = if connection.may_be_handed_out(&self.cluster) {
-                self.dials.deliver(&mut book, Ok(connection))
+                self.queue.deliver(&mut book, Ok(connection))
             } else {
                 Some(Ok(connection))
             };
@@ -357,7 +357,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// The number of connections that are ready or being opened although no caller waits for them.
     pub(in crate::pool) fn ahead(&self) -> usize {
-        let book = self.dials.book();
+        let book = self.queue.book();
         book.ready.len() + book.dialing.saturating_sub(book.waiters.len())
     }
 
@@ -367,22 +367,22 @@ impl<C: SessionClient> Dialer<C> {
         // together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
-        let berth = Berth::new(&self.dials.room);
+        let berth = Berth::new(&self.queue.room);
         let connection = Connection::new(session, generation, lifetime, self.cluster.observer(), berth);
         self.trails.add(&connection.facts().trail);
         connection
     }
 
     fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: Dialing<C>) {
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         book.failed_at = None;
         let connection = self.make(session, generation);
         // A doubted connection may have come back and taken the place of this one, or the pool may have been made
         // smaller.
-        let unwanted = if self.dials.is_overfull() {
+        let unwanted = if self.queue.is_overfull() {
             Some(connection)
         } else {
-            self.dials.place(&mut book, connection, &self.cluster)
+            self.queue.place(&mut book, connection, &self.cluster)
         };
         drop(book);
         drop((unwanted, dialing));
@@ -390,7 +390,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// No session could be opened. The callers go on waiting, and another dial is started.
     fn not_arrived(&self, generation: &Generation<C>) {
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         if book.waiters.is_empty() {
             book.failed_at = Some((generation.primary.id, Instant::now()));
         }
@@ -399,7 +399,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Handles a refused log-in. It answers all callers that asked before the log-in began. While other connections are
     /// open, it leaves out callers that have just come, because they may still get one of those.
     fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
-        let mut book = self.dials.book();
+        let mut book = self.queue.book();
         if book.waiters.is_empty() {
             book.failed_at = Some((generation.primary.id, Instant::now()));
         }
@@ -407,12 +407,12 @@ impl<C: SessionClient> Dialer<C> {
         let answered = |waiter: &Waiter<C>| waiter.asked <= dialled && waiter.asked.elapsed() >= grace;
         while book.waiters.front().is_some_and(answered) {
             let refused = Refused::new(Some(generation.endpoint()), failure.clone());
-            self.dials.deliver(&mut book, Err(Error::Refused(Box::new(refused))));
+            self.queue.deliver(&mut book, Err(Error::Refused(Box::new(refused))));
         }
     }
 }
 
-impl<C: SessionClient> Dials<C> {
+impl<C: SessionClient> DialQueue<C> {
     /// Returns whether there are as many connections as the pool may have. Dials and doubted connections are not
     /// counted.
     fn is_full(&self) -> bool {
@@ -437,10 +437,10 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         let permit = generation.gate.acquire().await;
         // The session that proved the primary may be free by now.
         if let Some(spare) = generation.take_spare() {
-            return Some((permit, None, None, greeted(&dialer, &generation, spare).await));
+            return Some((permit, None, None, after_connect(&dialer, &generation, spare).await));
         }
         // Connections that were doubted may have come back while this waited.
-        if dialer.upgrade()?.dials.is_full() {
+        if dialer.upgrade()?.queue.is_full() {
             return None;
         }
         let turn = match take_turn(&dialer, &generation, started).await? {
@@ -450,7 +450,7 @@ async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generat
         let began = Instant::now();
         match Dialer::open(&*opener, within, &generation).await {
             // Another dial may log in while a hook runs.
-            Ok(session) => Some((permit, None, Some(began), greeted(&dialer, &generation, session).await)),
+            Ok(session) => Some((permit, None, Some(began), after_connect(&dialer, &generation, session).await)),
             Err(failure) => Some((permit, turn, Some(began), Err(failure))),
         }
     });

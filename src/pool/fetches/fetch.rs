@@ -308,7 +308,7 @@ pub(super) fn spawn<C: SessionClient>(
     getting: Option<Getting<C>>,
 ) {
     let (weak, generation) = (Arc::downgrade(dialer), Arc::clone(generation));
-    drop(dialer.dials.runtime().spawn(async move {
+    drop(dialer.queue.runtime().spawn(async move {
         let scope = generation.scope.clone();
         scope.run_until_cancelled(fetching.run(&weak, &generation, getting)).await;
     }));

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::topology::lives::{Finding, Sighting};
+use crate::topology::lives::{Circumstances, Finding};
 
 mod alone;
 
@@ -17,21 +17,21 @@ const KINDS: [FailureKind; 7] = [
     FailureKind::Errored,
 ];
 
-fn sighting(kind: FailureKind, fresh: bool) -> Sighting {
-    Sighting { kind, fresh, kept_open: false, pooled_open: false, received: false, mute: false }
+fn circumstances(kind: FailureKind, fresh: bool) -> Circumstances {
+    Circumstances { kind, fresh, kept_open: false, pooled_open: false, received: false, mute: false }
 }
 
 #[test]
 fn what_a_question_without_a_report_says() {
     use Finding::{Gone, Lives, NewSessionsFail, SessionEnded};
     for kind in KINDS {
-        let new = sighting(kind, true);
+        let new = circumstances(kind, true);
         let full = kind == FailureKind::Full;
         let expected = |finding| if full { Lives } else { finding };
         // While an older session is open, no failure to open a new one counts.
-        assert_eq!(Sighting { kept_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
-        assert_eq!(Sighting { pooled_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
-        assert_eq!(Sighting { pooled_open: true, mute: true, ..new }.finding(), expected(Gone), "{kind:?}");
+        assert_eq!(Circumstances { kept_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
+        assert_eq!(Circumstances { pooled_open: true, ..new }.finding(), expected(NewSessionsFail), "{kind:?}");
+        assert_eq!(Circumstances { pooled_open: true, mute: true, ..new }.finding(), expected(Gone), "{kind:?}");
         assert_eq!(new.finding(), expected(Gone), "{kind:?}");
     }
     for (kind, finding) in [
@@ -42,9 +42,9 @@ fn what_a_question_without_a_report_says() {
         (FailureKind::TimedOut, Gone),
         (FailureKind::NotPostgres, Gone),
     ] {
-        assert_eq!(sighting(kind, false).finding(), finding, "{kind:?}");
+        assert_eq!(circumstances(kind, false).finding(), finding, "{kind:?}");
     }
-    let held_up = Sighting { received: true, ..sighting(FailureKind::TimedOut, false) };
+    let held_up = Circumstances { received: true, ..circumstances(FailureKind::TimedOut, false) };
     assert_eq!(held_up.finding(), Lives, "the server answers others");
 }
 

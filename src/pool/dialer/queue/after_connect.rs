@@ -9,13 +9,13 @@ use crate::topology::{ProbeFailure, Suspicion};
 
 impl<C: SessionClient> Dialer<C> {
     /// Returns whether `after_connect` is set.
-    pub(super) fn greets(&self) -> bool {
+    pub(super) fn has_after_connect(&self) -> bool {
         self.hooks.as_ref().is_some_and(|hooks| hooks.after_connect.is_some())
     }
 }
 
 /// Runs `after_connect` on a session that was just opened. Does not keep the pool alive meanwhile.
-pub(super) async fn greeted<C: SessionClient>(
+pub(super) async fn after_connect<C: SessionClient>(
     dialer: &Weak<Dialer<C>>,
     generation: &Generation<C>,
     session: Session<C>,
@@ -26,7 +26,7 @@ pub(super) async fn greeted<C: SessionClient>(
     }) else {
         return Ok(session);
     };
-    let Err(failure) = hooks.connected(&session.client, &session.notices.activity).await else {
+    let Err(failure) = hooks.run_after_connect(&session.client, &session.notices.activity).await else {
         return Ok(session);
     };
     if let Some(dialer) = dialer.upgrade() {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use deadpool::managed::WeakPool;
 
-use super::{Connection, Dials, Room};
+use super::{Connection, DialQueue, Room};
 use crate::cluster::Cluster;
 use crate::server::SessionClient;
 
-impl<C: SessionClient> Dials<C> {
+impl<C: SessionClient> DialQueue<C> {
     /// Gives an idle connection to a caller that began to wait just after the connection was given back.
     pub(in crate::pool) fn offer_idle(&self) {
         if let Some(connection) = self.take_idle() {
@@ -93,14 +93,14 @@ impl<C: SessionClient> Dials<C> {
     }
 
     /// Counts one connection as doubted for as long as the result exists.
-    pub(in crate::pool) fn doubt(&self) -> Doubt {
+    pub(in crate::pool) fn doubt(&self) -> Doubted {
         self.room.doubted.fetch_add(1, Ordering::AcqRel);
-        Doubt(Arc::clone(&self.room))
+        Doubted(Arc::clone(&self.room))
     }
 
     /// Takes back a connection that was doubted, unless another one has been opened in its place. A dial that is still
     /// under way has not taken the place: when it ends, it finds no room.
-    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubt, cluster: &Cluster<C>) {
+    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubted, cluster: &Cluster<C>) {
         let mut book = self.book();
         // From now on, it counts towards `max_size` again.
         drop(doubt);
@@ -149,9 +149,9 @@ impl<C: SessionClient> Dials<C> {
 }
 
 /// Counts one doubted connection. It has been idle for as long as another one whose server gave no answer.
-pub(in crate::pool) struct Doubt(Arc<Room>);
+pub(in crate::pool) struct Doubted(Arc<Room>);
 
-impl Drop for Doubt {
+impl Drop for Doubted {
     fn drop(&mut self) {
         self.0.doubted.fetch_sub(1, Ordering::AcqRel);
         self.0.changed.notify_one();
