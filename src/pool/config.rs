@@ -164,8 +164,8 @@ impl Targets {
 }
 
 /// Copies the configuration without its hosts, because the driver has no setter that removes them. What the user has
-/// written is kept. `written` names the options about TCP that the user has written, because the driver does not tell
-/// them from its defaults.
+/// written is kept. `written` names the options about TCP that the user has written, because the driver does not
+/// distinguish their values from its defaults.
 pub(super) fn template(
     config: &Config,
     written: &[&'static str],
@@ -285,8 +285,8 @@ fn usable_keepalives(config: &Config) -> Result<(), BuildError> {
     Ok(())
 }
 
-/// Sets the keep-alives. As in libpq, 0 stands for the system's default. For the idle time, the driver's default stands
-/// for it, too.
+/// Sets the keep-alives. As in libpq, 0 stands for the system's default. For the idle time, the system's default is
+/// also the driver's: two hours.
 fn keep_alive(config: &Config, written: &[&'static str], template: &mut Config) {
     let idle = config.get_keepalives_idle();
     let unset = idle == DRIVER_KEEPALIVES_IDLE && !written.contains(&"keepalives_idle");
