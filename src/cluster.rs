@@ -8,6 +8,7 @@
 //! the task and all that it started end when the last [`Cluster`] is dropped. The tests are in `tests/it/`.
 
 mod kept;
+mod scopes;
 mod task;
 mod work;
 
@@ -21,7 +22,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::observe::{Events, Observer, Tally};
 use crate::resolve::{Addresses, Resolve};
-use crate::server::{Heard, Notices, Open, Session, SessionClient};
+use crate::server::{Heard, Notices, Open, Scope, Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{
     Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, RefusedLogIn,
@@ -69,7 +70,7 @@ pub(crate) struct Generation<C> {
     /// later.
     endpoint: Mutex<Endpoint>,
     /// Every session of the generation ends with this scope.
-    pub(crate) scope: CancellationToken,
+    pub(crate) scope: Scope,
     /// Limits how many sessions are opened at the same time, so that a newly promoted server is not flooded.
     pub(crate) gate: Semaphore,
     /// The pool's connections of this generation.

@@ -10,6 +10,7 @@ mod notices;
 mod owned;
 mod password;
 mod question;
+mod scope;
 mod session;
 mod stranger;
 mod wire;
@@ -21,6 +22,7 @@ pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use owned::OwnedSession;
 pub(crate) use password::{Ask, Passwords};
 pub(crate) use question::{may_be_cut, rows};
+pub(crate) use scope::Scope;
 pub use session::SessionClient;
 pub(crate) use session::{Guarded, Session};
 pub(crate) use wire::wall_clock;
@@ -38,7 +40,6 @@ use futures_util::future::BoxFuture;
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
-use tokio_util::sync::CancellationToken;
 
 use crate::classify::{
     NO_DIRECT_TLS, NO_TLS, Verdict, explain, hung_up, hung_up_in_handshake, links, not_let_in, verdict_of_open,
@@ -102,12 +103,7 @@ pub(crate) trait Open<C>: Send + Sync {
     fn asker(&self) -> &Asker;
 
     /// Opens a session and asks the question on it.
-    fn open<'a>(
-        &'a self,
-        endpoint: &'a Endpoint,
-        question: Question,
-        scope: CancellationToken,
-    ) -> BoxFuture<'a, Opened<C>>;
+    fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<C>>;
 
     /// Like [`Self::open`], but the caller drives the session. `None` for a wrapped pool, whose manager drives its
     /// sessions itself.
@@ -115,7 +111,7 @@ pub(crate) trait Open<C>: Send + Sync {
         &'a self,
         endpoint: &'a Endpoint,
         question: Question,
-        scope: CancellationToken,
+        scope: Scope,
     ) -> Option<BoxFuture<'a, OpenedOwned>>;
 
     /// Asks on an open session what its server is, after the promotion wait if there is one. Costs one round trip.
@@ -312,7 +308,7 @@ impl Open<ClientWrapper> for Opener {
         &'a self,
         endpoint: &'a Endpoint,
         question: Question,
-        scope: CancellationToken,
+        scope: Scope,
     ) -> BoxFuture<'a, Opened<ClientWrapper>> {
         Box::pin(async move {
             let notices = Arc::new(Notices::default());
@@ -334,7 +330,7 @@ impl Open<ClientWrapper> for Opener {
         &'a self,
         endpoint: &'a Endpoint,
         question: Question,
-        scope: CancellationToken,
+        scope: Scope,
     ) -> Option<BoxFuture<'a, OpenedOwned>> {
         Some(Box::pin(self.open_session_of_caller(endpoint, question, scope)))
     }

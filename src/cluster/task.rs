@@ -17,11 +17,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
 use super::kept::{Kept, Number};
+use super::scopes::Scopes;
 use super::work::{self, Asks, Event};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
-use crate::server::{Heard, Open, Session, SessionClient, wall_clock};
+use crate::server::{Heard, Open, Scope, Session, SessionClient, wall_clock};
 use crate::sync::lock;
 use crate::topology::{
     Action, Address, Change, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology, TrafficSample,
@@ -52,7 +53,7 @@ pub(super) struct Task<C: SessionClient> {
     /// costs at most one event.
     actions: VecDeque<Action>,
     /// Scopes to end once the newer state is published.
-    ended: VecDeque<CancellationToken>,
+    scopes: Scopes,
     /// Events to send once the state that they report is published.
     news: VecDeque<observe::Event>,
     snapshot: watch::Sender<Arc<Snapshot<C>>>,
@@ -77,6 +78,7 @@ impl<C: SessionClient> Task<C> {
         root: CancellationToken,
     ) -> (Self, watch::Receiver<View>, watch::Receiver<Arc<Snapshot<C>>>) {
         let now = Instant::now();
+        let dead_after = setup.settings.dead_after;
         let topology = Topology::new(setup.settings, setup.configured, setup.names.len(), setup.seed, now);
         let first = topology.view();
         let (view, views) = watch::channel(first.clone());
@@ -97,7 +99,7 @@ impl<C: SessionClient> Task<C> {
             generation: None,
             live: false,
             actions: VecDeque::new(),
-            ended: VecDeque::new(),
+            scopes: Scopes::new(dead_after),
             news: VecDeque::new(),
             snapshot,
             view,
@@ -254,7 +256,7 @@ impl<C: SessionClient> Task<C> {
             Action::Probe { endpoint, fresh, beside, promotion_wait, within, opened_within } => {
                 let kept = if fresh { None } else { self.kept(&endpoint.address) };
                 let within = if kept.is_some() { within } else { opened_within };
-                let (opener, scope) = (Arc::clone(&self.opener), self.root.child_token());
+                let (opener, scope) = (Arc::clone(&self.opener), Scope::within(&self.root));
                 let (number, asked_at) = (kept.as_ref().map(|(number, _)| *number), endpoint.clone());
                 let failed = move |failure: ProbeFailure| match number {
                     Some(number) => {
@@ -288,7 +290,9 @@ impl<C: SessionClient> Task<C> {
             Action::End { id, cause, why, lost } => {
                 self.shared.ended.fetch_max(id.get(), Ordering::AcqRel);
                 let generation = self.generation.take();
-                self.ended.extend(generation.as_ref().map(|generation| generation.scope.clone()));
+                if let Some(generation) = &generation {
+                    self.scopes.end(generation.scope.clone(), cause);
+                }
                 if lost {
                     self.lost(generation.clone(), why.clone());
                 }
@@ -328,9 +332,9 @@ impl<C: SessionClient> Task<C> {
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
         // A pooler may have connected a session of the older generation to the new primary. Do not take that session,
         // because it ends with its own generation.
-        let ends = |scope: &CancellationToken| scope.is_cancelled() || self.ended.contains(scope);
-        let spare = spare.filter(|session| !ends(&session.scope));
-        let scope = spare.as_ref().map_or_else(|| self.root.child_token(), |session| session.scope.clone());
+        let spare = spare.filter(|session| !self.scopes.includes(&session.scope));
+        let scope = spare.as_ref().map_or_else(|| Scope::within(&self.root), |session| session.scope.clone());
+        self.scopes.begin();
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
             primary: primary.clone(),
@@ -443,9 +447,7 @@ impl<C: SessionClient> Task<C> {
         }
         // The log and the metrics are user code and may panic. So the scopes are ended first, and each event is removed
         // before it is sent.
-        while let Some(scope) = self.ended.pop_front() {
-            scope.cancel();
-        }
+        self.scopes.carry_out();
         while let Some(event) = self.news.pop_front() {
             self.observer.send(event);
         }

@@ -8,12 +8,11 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::Name;
 use super::kept::Number;
 use crate::resolve::{Addresses, Resolve, ResolveError};
-use crate::server::{Open, Opened, Session, SessionClient, panicked};
+use crate::server::{Open, Opened, Scope, Session, SessionClient, panicked};
 use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, PromotionWait, Question, ServerReport};
 
 /// Time limit for a look-up. The resolver's own limit is shorter.
@@ -91,7 +90,7 @@ pub(super) async fn ask<C: SessionClient>(
     endpoint: Endpoint,
     kept: Option<(Number, Session<C>)>,
     Asks { fresh, beside, promotion_wait, within }: Asks,
-    scope: CancellationToken,
+    scope: Scope,
 ) -> Event<C> {
     let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
     match kept {

@@ -15,7 +15,6 @@ use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
 use tokio::time::timeout;
 use tokio_postgres::error::DbError;
-use tokio_util::sync::CancellationToken;
 
 use self::detached::Own;
 use super::Pool;
@@ -28,7 +27,7 @@ use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
 use crate::commit::Life;
 use crate::observe::{Stopwatch, Watched};
-use crate::server::{Activity, Notices, SessionClient, SessionEndListener};
+use crate::server::{Activity, Notices, Scope, SessionClient, SessionEndListener};
 use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
@@ -77,7 +76,7 @@ pub(super) enum Loan<C: SessionClient> {
         object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
         watched: Arc<Watched>,
-        scope: CancellationToken,
+        scope: Scope,
     },
 }
 
@@ -285,6 +284,14 @@ impl<C: SessionClient> Client<C> {
         match self.loan() {
             Loan::Own(_) => pending().await,
             Loan::Wrapped { scope, .. } => scope.cancelled().await,
+        }
+    }
+
+    /// As [`Self::evicted`], for a COMMIT that was sent: waits until its answer is of no use any more.
+    pub(crate) async fn abandoned(&self) {
+        match self.loan() {
+            Loan::Own(_) => pending().await,
+            Loan::Wrapped { scope, .. } => scope.abandoned().cancelled().await,
         }
     }
 

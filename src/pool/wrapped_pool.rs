@@ -11,10 +11,9 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::Notify;
 use tokio_postgres::{CancelToken, NoTls};
-use tokio_util::sync::CancellationToken;
 
 use super::trail::clear_idle;
-use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Session, SessionClient, not_created, panicked};
+use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Scope, Session, SessionClient, not_created, panicked};
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
 /// A connection of the wrapped pool.
@@ -155,12 +154,7 @@ where
         &self.asker
     }
 
-    fn open<'a>(
-        &'a self,
-        endpoint: &'a Endpoint,
-        question: Question,
-        scope: CancellationToken,
-    ) -> BoxFuture<'a, Opened<M::Type>> {
+    fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<M::Type>> {
         Box::pin(async move {
             // A panic of the manager costs only this one session.
             let creating = AssertUnwindSafe(async { self.existing.manager().create().await }).catch_unwind();
@@ -178,7 +172,7 @@ where
         &'a self,
         _: &'a Endpoint,
         _: Question,
-        _: CancellationToken,
+        _: Scope,
     ) -> Option<BoxFuture<'a, OpenedOwned>> {
         None
     }

@@ -4,10 +4,9 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use tokio_postgres::Client;
-use tokio_util::sync::CancellationToken;
 
 use super::session::{Driver, drive_until_end};
-use super::{Notices, Opener};
+use super::{Notices, Opener, Scope};
 use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, ServerReport};
 
 /// One open session that no task of this crate drives. Dropping `driving` closes the socket.
@@ -24,7 +23,7 @@ impl Opener {
         &self,
         endpoint: &Endpoint,
         question: Question,
-        scope: CancellationToken,
+        scope: Scope,
     ) -> Result<(OwnedSession, ServerReport), ProbeFailure> {
         let notices = Arc::new(Notices::default());
         let (client, driver) = self.dial_guarded(endpoint, &notices).await?;

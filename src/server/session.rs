@@ -13,9 +13,8 @@ use futures_util::future::BoxFuture;
 use futures_util::task::AtomicWaker;
 use tokio::task::AbortHandle;
 use tokio_postgres::{Client, Error};
-use tokio_util::sync::CancellationToken;
 
-use super::{Activity, Notices};
+use super::{Activity, Notices, Scope};
 use crate::classify::explain;
 use crate::sync::log_safely;
 
@@ -35,7 +34,7 @@ pub(crate) struct Session<C = ClientWrapper> {
     /// not drive.
     pub(crate) abort: Option<AbortHandle>,
     /// When this scope ends, all its sessions end, except those of a wrapped pool, which this crate does not drive.
-    pub(crate) scope: CancellationToken,
+    pub(crate) scope: Scope,
     pub(crate) notices: Arc<Notices>,
 }
 
@@ -94,7 +93,7 @@ impl Drop for AtTheEnd {
 /// closes the session and spawns `cancelling`.
 pub(super) async fn drive(
     driver: Driver,
-    scope: CancellationToken,
+    scope: Scope,
     notices: Arc<Notices>,
     traffic: Arc<AtomicU64>,
     cancelling: impl Future<Output = ()> + Send + 'static,
@@ -118,7 +117,7 @@ pub(super) async fn drive(
 /// the session ended, and whether something was under way.
 pub(super) async fn drive_until_end(
     mut driver: Driver,
-    scope: CancellationToken,
+    scope: Scope,
     notices: &Arc<Notices>,
     traffic: &AtomicU64,
 ) -> (Result<(), Error>, bool) {
@@ -129,15 +128,17 @@ pub(super) async fn drive_until_end(
     let waker = Waker::from(Arc::clone(&scope_waker));
     let counted =
         Waker::from(Arc::new(Counted { activity: Arc::clone(activity), scope_waker: Arc::clone(&scope_waker) }));
-    let mut left = pin!(scope.cancelled());
-    let mut busy = false;
+    let (mut left, mut abandoned) = (pin!(scope.cancelled()), pin!(scope.abandoned().cancelled()));
+    let (mut leaving, mut finishing, mut busy) = (false, false, false);
     // Data to send, received data and the scope's waker are all that wakes the driver.
     let ended = poll_fn(|context| {
         scope_waker.driver.register(context.waker());
-        if scope_waker.rung.swap(false, Ordering::AcqRel)
-            && left.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
-        {
-            return Poll::Ready(Ok(()));
+        if scope_waker.rung.swap(false, Ordering::AcqRel) {
+            let mut context = Context::from_waker(&waker);
+            if abandoned.as_mut().poll(&mut context).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            leaving = leaving || left.as_mut().poll(&mut context).is_ready();
         }
         notices.count_traffic();
         let woken = activity.before_poll();
@@ -148,7 +149,9 @@ pub(super) async fn drive_until_end(
             notices.count_work(traffic);
         }
         busy = activity.polled(woken) && polled.is_pending();
-        if busy { Poll::Ready(Ok(())) } else { polled }
+        // A COMMIT that was sent is worth its answer, which nobody else may be able to give.
+        finishing = activity.is_committing() || (finishing && activity.is_finishing());
+        if busy || (leaving && !finishing && polled.is_pending()) { Poll::Ready(Ok(())) } else { polled }
     })
     .await;
     if let Err(error) = &ended {

@@ -315,7 +315,7 @@ impl<C: SessionClient> Attempt<C> {
         let answer = tokio::select! {
             biased;
             answer = Answer::to(self.client(), &sql) => answer,
-            () = self.client().evicted() => {
+            () = self.client().abandoned() => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
                 let failed = Failed::new(Verdict::ConnectionLost, error);
                 return Ended::InDoubt(Unanswered { value, mark, failed });

@@ -3,6 +3,7 @@
 mod clusters;
 mod evidence;
 mod failing;
+mod fenced;
 pub(crate) mod finish;
 mod history;
 mod inside;

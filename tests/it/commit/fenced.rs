@@ -1,0 +1,127 @@
+//! A primary is fenced while a COMMIT is under way on it. A fence keeps back new transactions, and the server goes on with
+//! those that have begun.
+
+use std::time::Duration;
+
+use testbed::{Cluster, Node};
+use tokio::time::timeout;
+use tokio_postgres_failover::error::Unsettled;
+use tokio_postgres_failover::{Error, Pool, deadpool_postgres};
+
+use crate::commit::finish::{KINDS, Kind};
+use crate::support::load::{LONG, primary_lost};
+use crate::support::{Runs, close_gate, committing, insert, open_gate, server, sql, stored};
+
+/// The call's deadline, which ends the search for a primary that can be asked.
+const DEADLINE: Duration = Duration::from_secs(6);
+
+fn pool_of(kind: Kind, cluster: &Cluster, dead_after: Duration) -> Pool {
+    let url = cluster.url_hosts();
+    let often = Duration::from_millis(100);
+    if kind == Kind::Own {
+        let builder = Pool::builder(url).unwrap().max_size(2).heartbeat_interval(often).patrol_interval(often);
+        return builder.dead_after(dead_after).build().unwrap();
+    }
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(url);
+    config.pool = Some(deadpool_postgres::PoolConfig::new(2));
+    let existing = config.create_pool(None, tokio_postgres::NoTls).unwrap();
+    let builder = Pool::wrap(existing).heartbeat_interval(often).patrol_interval(often);
+    builder.dead_after(dead_after).build().unwrap()
+}
+
+/// The answer to COMMIT is waited for, although no work begins there any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_under_way_outlives_a_fence() {
+    for kind in KINDS {
+        let cluster = server().await;
+        let gate = close_gate(&cluster).await;
+        let pool = pool_of(kind, &cluster, LONG);
+        pool.connect().await.unwrap();
+        let runs = Runs::default();
+        let call = pool.build_transaction().deadline(DEADLINE).run(async |tx| {
+            runs.begin();
+            insert(&tx, 1).await
+        });
+        let fault = async {
+            committing(&gate).await;
+            cluster.set_read_only(Node(0), true).await;
+            primary_lost(&pool).await;
+            open_gate(&gate).await;
+        };
+        let (result, ()) = timeout(LONG, async { tokio::join!(call, fault) }).await.expect("the call hangs");
+        assert!(result.is_ok(), "{kind:?}: {result:?}");
+        assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]), "{kind:?}");
+        let next = pool.build_transaction().deadline(Duration::from_millis(100));
+        assert!(next.run(async |tx| insert(&tx, 2).await).await.is_err(), "{kind:?}: work was begun under the fence");
+    }
+}
+
+/// So it is for a COMMIT by hand, and a statement that does not commit is ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_by_hand_outlives_a_fence_and_nothing_else_does() {
+    let cluster = server().await;
+    let gate = close_gate(&cluster).await;
+    let pool = pool_of(Kind::Own, &cluster, LONG);
+    pool.connect().await.unwrap();
+    let (mut one, other) = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    let transaction = one.transaction().await.unwrap();
+    transaction.execute("INSERT INTO entries VALUES (1)", &[]).await.unwrap();
+    let fault = async {
+        committing(&gate).await;
+        cluster.set_read_only(Node(0), true).await;
+        primary_lost(&pool).await;
+        open_gate(&gate).await;
+    };
+    let sleeps = other.batch_execute("SELECT pg_sleep(600)");
+    let all = async { tokio::join!(transaction.commit(), sleeps, fault) };
+    let (committed, slept, ()) = timeout(LONG, all).await.expect("the statement is not ended");
+    assert!(committed.is_ok(), "{committed:?}");
+    assert!(slept.is_err());
+    assert_eq!(stored(&cluster).await, [1]);
+}
+
+/// The wait for the answer has a limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_a_fenced_server_does_not_answer_is_given_up() {
+    for kind in KINDS {
+        let cluster = server().await;
+        let gate = close_gate(&cluster).await;
+        let pool = pool_of(kind, &cluster, Duration::from_secs(1));
+        pool.connect().await.unwrap();
+        let call = pool.build_transaction().deadline(DEADLINE).run(async |tx| insert(&tx, 1).await);
+        let fault = async {
+            committing(&gate).await;
+            cluster.set_read_only(Node(0), true).await;
+        };
+        let (result, ()) = timeout(LONG, async { tokio::join!(call, fault) }).await.expect("the call hangs");
+        let Err(Error::CommitUnknown(unknown)) = &result else { panic!("{kind:?}: {result:?}") };
+        assert_eq!(unknown.reason(), Unsettled::NoPrimary, "{kind:?}");
+        open_gate(&gate).await;
+    }
+}
+
+/// When another server is the primary, it knows best: the COMMIT on the fenced one is not waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_under_a_fence_is_left_for_a_successor() {
+    let cluster = Cluster::builder().nodes(2).asynchronous().start().await;
+    sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
+    let gate = close_gate(&cluster).await;
+    cluster.wait_replayed(Node(1)).await;
+    let pool = pool_of(Kind::Own, &cluster, LONG);
+    pool.connect().await.unwrap();
+    let runs = Runs::default();
+    let call = pool
+        .build_transaction()
+        .deadline(LONG)
+        .run(async |tx| if runs.begin() == 1 { insert(&tx, 1).await } else { Ok(tx.batch_execute("SELECT 1").await?) });
+    let fault = async {
+        committing(&gate).await;
+        cluster.set_read_only(Node(0), true).await;
+        primary_lost(&pool).await;
+        cluster.promote(Node(1)).await;
+    };
+    let (result, ()) = timeout(LONG, async { tokio::join!(call, fault) }).await.expect("the call hangs");
+    assert!(result.is_ok(), "{result:?}");
+    assert_eq!(runs.count(), 2, "it was not settled by the successor");
+}
