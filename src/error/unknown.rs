@@ -23,6 +23,8 @@ pub(super) enum WhyInDoubt {
     Evicted,
     /// A warning came that the wait for a standby was cancelled.
     NotReplicated,
+    /// The answer to COMMIT's message lacked COMMIT's own.
+    Incomplete,
     /// An earlier run of the work got no answer. A server that is no longer the primary said that it was not committed.
     Earlier,
 }
@@ -43,6 +45,11 @@ impl CommitUnknown {
     /// it.
     pub(crate) fn earlier(reason: Unsettled) -> Self {
         Self { doubt: WhyInDoubt::Earlier, reason }
+    }
+
+    /// The server answered COMMIT's message without an error, and did not say that it has committed.
+    pub(crate) fn incomplete(reason: Unsettled) -> Self {
+        Self { doubt: WhyInDoubt::Incomplete, reason }
     }
 
     pub(crate) fn because(self, reason: Unsettled) -> Self {
@@ -72,6 +79,10 @@ impl fmt::Display for CommitUnknown {
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
                  failover may still lose it",
             )?,
+            WhyInDoubt::Incomplete => f.write_str(
+                "the answer to COMMIT is not complete, as if a proxy had kept a part of the message back: the \
+                 transaction may or may not have been committed",
+            )?,
             WhyInDoubt::Earlier => f.write_str(
                 "an earlier run's COMMIT was not answered, and the primary that did not have it was lost, too: the \
                  transaction may or may not have been committed",
@@ -94,7 +105,7 @@ impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.doubt {
             WhyInDoubt::Lost(source) => Some(source),
-            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Earlier => None,
+            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Incomplete | WhyInDoubt::Earlier => None,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, field, is_of, only_row, text};
+use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, completes, field, is_of, only_row, text};
 use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
 use crate::topology::{BadReport, STARTED_AT};
 
@@ -159,9 +159,9 @@ impl Ledger {
     }
 
     /// Ends a settler's transaction. It has written, so its COMMIT waits for the synchronous standbys. If an
-    /// administrator cancels that wait, the server sends a notice.
-    pub(crate) async fn confirm(&self, client: &Client) -> Result<(), Error> {
-        client.batch_execute("SET LOCAL client_min_messages = warning; COMMIT").await
+    /// administrator cancels that wait, the server sends a notice. Returns whether the transaction was committed.
+    pub(crate) async fn confirm(&self, client: &Client) -> Result<bool, Error> {
+        completes(client, "SET LOCAL client_min_messages = warning; COMMIT", 2).await
     }
 
     fn until(&self) -> String {

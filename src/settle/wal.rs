@@ -7,7 +7,7 @@ mod tests;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio_postgres::{Client, Error};
+use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
@@ -385,11 +385,18 @@ fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
 /// Ends a settler's transaction. It writes WAL, so its COMMIT waits for the synchronous standbys. WAL is replicated in
 /// order, so once the standbys have this record, they have all that was committed before it. If an administrator
 /// cancels the wait, the server sends a notice. `client_min_messages` is set so that the notice is sent, whatever the
-/// role's setting is.
-pub(crate) async fn confirm(client: &Client) -> Result<(), Error> {
+/// role's setting is. Returns whether the transaction was committed.
+pub(crate) async fn confirm(client: &Client) -> Result<bool, Error> {
     let sql = "SELECT pg_catalog.pg_logical_emit_message(true, 'failover', ''); \
          SET LOCAL client_min_messages = warning; COMMIT";
-    client.batch_execute(sql).await
+    completes(client, sql, 3).await
+}
+
+/// Returns whether the server has answered so many statements. A proxy may keep some of them back.
+pub(super) async fn completes(client: &Client, sql: &str, statements: usize) -> Result<bool, Error> {
+    let messages = client.simple_query(sql).await?;
+    let completed = messages.iter().filter(|message| matches!(message, SimpleQueryMessage::CommandComplete(_))).count();
+    Ok(completed == statements)
 }
 
 /// Ends the session of a transaction whose COMMIT has not arrived. Such a session is idle in its transaction and holds

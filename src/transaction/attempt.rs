@@ -343,10 +343,8 @@ impl<C: SessionClient> Attempt<C> {
                 let ending = self.ended_before(known).await;
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
-            // This does not happen: if there is no error, the answer proves something. If it did, the outcome would be
-            // unknown.
             (_, None) => {
-                let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NoMarker)));
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::incomplete(Unsettled::NoMarker)));
                 Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
             }
             (CommitProof::Unchecked, Some(error)) => {

@@ -241,7 +241,8 @@ pub(super) enum CommitProof {
 }
 
 impl Known {
-    /// Decides what this answer to [`Known::commit`] proves.
+    /// Decides what this answer to [`Known::commit`] proves. Only COMMIT's own answer proves a commit, not the lack of an
+    /// error: a proxy may keep back a message that begins with SET, and answer that alone.
     pub(super) fn proof(self, look: Look, answer: &Answer) -> CommitProof {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
@@ -250,6 +251,7 @@ impl Known {
         let looked = 1..before;
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
+            None if answer.completed < statements => CommitProof::Nothing,
             None if ours => CommitProof::Committed { answered: true },
             None => CommitProof::NotOurs { committed: true },
             // The server has reported the COMMIT as done. A later failure of the session does not change that.
@@ -291,6 +293,10 @@ impl Known {
     /// Decides what the answer to [`Known::roll_back`] proves. `None`: no transaction was open, so the caller must ask
     /// for [`Known::status`].
     pub(super) fn undone(known: Option<Self>, answer: &Answer, status: Option<&str>) -> Option<Undone> {
+        let rollbacks = if known.is_some() { 2 } else { 1 };
+        if answer.error.is_none() && answer.completed < rollbacks {
+            return Some(Undone::Unanswered);
+        }
         if answer.error.is_some() && !answer.left_idle() {
             let idle = answer.completed == 0 && answer.error.as_ref().is_some_and(no_transaction);
             return if idle { None } else { Some(Undone::Unanswered) };
@@ -314,5 +320,45 @@ pub(super) fn ending(status: Option<&str>) -> Ending {
         // The transaction is in progress, but this session is not in it any more. So it is prepared.
         Some("in progress") => Ending::Prepared,
         _ => Ending::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(completed: usize) -> Answer {
+        Answer { completed, values: vec![Some("off".to_owned())], error: None, ready: true }
+    }
+
+    #[test]
+    fn only_the_answer_to_commit_itself_proves_a_commit() {
+        let run = Nonce(7);
+        for look in [Look::Prepare, Look::Execute, Look::Plain(Check::Full), Look::Plain(Check::ByShow)] {
+            for known in [Known::ById(7), Known::BySetting(run), Known::ByShow] {
+                if look.is_prepared() && !matches!(known, Known::ById(_)) {
+                    continue;
+                }
+                let commit = known.commit(look);
+                assert_eq!(commit.matches("; ").count() + 1, look.statements(), "{commit}");
+                for completed in 0..=look.statements() {
+                    let proved = known.proof(look, &answered(completed)) == CommitProof::Committed { answered: true };
+                    assert_eq!(proved, completed == look.statements(), "{known:?} {look:?} {completed}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_answer_to_rollback_itself_proves_a_rollback() {
+        for known in [None, Some(Known::ById(7)), Some(Known::ByShow)] {
+            let sql = Known::roll_back(known, None);
+            let rollbacks = sql.matches("ROLLBACK").count();
+            for completed in 0..=rollbacks {
+                let undone = Known::undone(known, &answered(completed), None);
+                let expected = if completed == rollbacks { Undone::Here } else { Undone::Unanswered };
+                assert_eq!(undone, Some(expected), "{sql} {completed}");
+            }
+        }
     }
 }

@@ -294,7 +294,7 @@ async fn confirmed<C: SessionClient>(
         (Settler::Ledger(ledger, _), _) => ledger.confirm(session.client()).await,
     };
     session.set_committing(false);
-    let confirmed = waited.is_ok() && !session.notices().not_replicated();
+    let confirmed = waited.unwrap_or(false) && !session.notices().not_replicated();
     (confirmed.then_some(Ok(outcome)), confirmed)
 }
 

@@ -88,7 +88,7 @@ impl<C: SessionClient> Attempt<C> {
             (None, None) => Undone::Unanswered,
             (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
         };
-        self.held.clean(answer.error.is_none() || answer.left_idle());
+        self.held.clean(undone != Undone::Unanswered && (answer.error.is_none() || answer.left_idle()));
         let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
             self.held.clean(false);

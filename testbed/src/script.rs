@@ -173,6 +173,10 @@ impl Script {
         if sql.contains("pg_is_in_recovery") {
             return Reply::row(Self::PRIMARY);
         }
+        if sql.ends_with("; COMMIT") {
+            let none = Reply::Rows { columns: Vec::new(), rows: Vec::new(), tag: "SELECT 0".to_owned() };
+            return Reply::Several(vec![Reply::done("SET"), none, Reply::done("COMMIT")]);
+        }
         match sql.split_whitespace().next().unwrap_or_default() {
             "SELECT" => Reply::row([Some("1")]),
             word => Reply::done(word.trim_end_matches(';')),

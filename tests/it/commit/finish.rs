@@ -604,3 +604,20 @@ async fn an_error_behind_commits_own_answer_is_no_refusal() {
         }
     }
 }
+
+/// A proxy may keep back a message that begins with SET, and answer that alone. Then nothing was committed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_without_that_to_commit_proves_nothing() {
+    let none = || Reply::Rows { columns: Vec::new(), rows: Vec::new(), tag: "SELECT 0".to_owned() };
+    for replies in [vec![Reply::done("SET")], vec![Reply::done("SET"), none()]] {
+        let script = Script::start(([127, 0, 0, 1], 0).into(), move |sql| {
+            if sql.ends_with("; COMMIT") { Reply::Several(replies.clone()) } else { Script::honest(sql) }
+        })
+        .await;
+        let pool = pool_of(Kind::Own, script.addr(), 2);
+        let call = pool.build_transaction().guarantee(Guarantee::AtMostOnce);
+        let result = call.run(async |tx| Ok(tx.batch_execute("INSERT").await?)).await;
+        let error = result.expect_err("nothing was committed");
+        assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error}");
+    }
+}
