@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use deadpool::managed::{self, PoolError};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::client::Loan;
 use super::counted::Counted;
@@ -18,6 +18,9 @@ use crate::server::SessionClient;
 
 /// The settings of deadpool with which `get` does not wait for a free slot.
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
+
+/// How long an idle connection may take to be handed out. It may be tested first.
+const IDLE_WITHIN: Duration = Duration::from_secs(1);
 
 impl<C: SessionClient> Pool<C> {
     /// Returns a connection for a transaction. It waits for a primary until the deadline of the call's policy. That may
@@ -36,7 +39,7 @@ impl<C: SessionClient> Pool<C> {
         place: CallSite,
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
-        let mut checkout = pin!(self.checkout(place));
+        let mut checkout = pin!(self.checkout(Some(place)));
         // If a connection is idle, the first poll returns it, without reading a clock or creating a timer.
         if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
             waits.ended(&checked_out);
@@ -95,7 +98,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    async fn checkout(&self, place: CallSite) -> Result<Client<C>, Error> {
+    async fn checkout(&self, place: Option<CallSite>) -> Result<Client<C>, Error> {
         loop {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() {
@@ -113,7 +116,7 @@ impl<C: SessionClient> Pool<C> {
                 Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.dialer)).await?),
             };
             let Some(loan) = loan else { continue };
-            let client = self.lend(loan, Some(place));
+            let client = self.lend(loan, place);
             // Either the cluster's task sees the loan and stays awake, or this sees that the task is falling asleep. In
             // that case the connection will be closed, so do not hand it out.
             if !self.cluster().is_asleep() {
@@ -209,6 +212,14 @@ impl<C: SessionClient> Pool<C> {
             Err(PoolError::Backend(error)) => Err(error),
             Err(_) => Err(Error::without_primary(self.cluster().ended())),
         }
+    }
+
+    /// Returns an idle connection if there is one. Callers may have used it. Cancel-safe.
+    pub(super) async fn get_idle(&self) -> Option<Client<C>> {
+        if self.source.status().available == 0 {
+            return None;
+        }
+        timeout(IDLE_WITHIN, self.checkout(None)).await.ok()?.ok()
     }
 
     fn unavailable(&self, began: Instant) -> Error {

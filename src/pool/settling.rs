@@ -1,6 +1,7 @@
 //! Sessions for settling commits. Callers may wait for the locks of the transaction in doubt, and a settler must not
 //! queue behind them. So it uses a new connection of the pool if there is a free slot; its caller needs a connection
-//! next anyway. Otherwise it uses a session outside the pool.
+//! next anyway. Otherwise it uses a session outside the pool. If no session can be opened, it uses an idle one of the
+//! pool, which callers have used before.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -65,7 +66,25 @@ impl<'a, C: SessionClient> Settling<'a, C> {
                 return Ok((permit, SettleSession::Beside(kept)));
             }
         }
-        Ok((permit, SettleSession::Beside(self.pool.side_session().await?)))
+        match self.pool.side_session().await {
+            Ok(opened) => Ok((permit, SettleSession::Beside(opened))),
+            Err(ended @ (Error::Closed | Error::RuntimeEnded)) => Err(ended),
+            Err(error) => match self.used().await {
+                Some(used) => Ok((None, SettleSession::Pooled(used))),
+                None => Err(error),
+            },
+        }
+    }
+
+    /// Takes an idle connection that callers may have used. The caller may have left a transaction open on it, if this
+    /// crate does not see that.
+    async fn used(&self) -> Option<PooledSession<'a, C>> {
+        let counted = Counted::new(&self.settlers.pooled);
+        let client = self.pool.get_idle().await?;
+        client.notices().forget();
+        let session = PooledSession { client, clean: false, used: true, _counted: counted };
+        session.client.batch_execute("BEGIN; ROLLBACK").await.ok()?;
+        Some(session)
     }
 
     /// Takes a connection of the pool, unless settlers hold half of the pool already. The other half stays for other
@@ -76,7 +95,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
             return Ok(None);
         }
         let client = self.pool.get_new().await?;
-        Ok(client.map(|client| PooledSession { client, clean: false, _counted: counted }))
+        Ok(client.map(|client| PooledSession { client, clean: false, used: false, _counted: counted }))
     }
 
     /// Asks the cluster's task to verify the primary of this generation again.
@@ -116,6 +135,8 @@ pub(crate) enum SettleSession<'a, C: SessionClient> {
 pub(crate) struct PooledSession<'a, C: SessionClient> {
     client: Client<C>,
     clean: bool,
+    /// Callers may have used it, so its role and settings may be theirs.
+    used: bool,
     _counted: Counted<'a>,
 }
 
@@ -133,6 +154,12 @@ impl<C: SessionClient> SettleSession<'_, C> {
             Self::Pooled(lent) => &lent.client,
             Self::Beside(side_session) => side_session.client(),
         }
+    }
+
+    /// Returns whether callers may have changed the role or the settings of this session. Then a refusal says nothing
+    /// about the pool's role.
+    pub(crate) fn is_used(&self) -> bool {
+        matches!(self, Self::Pooled(lent) if lent.used)
     }
 
     /// Notes whether the settler's COMMIT is under way. If the settler is dropped meanwhile, the COMMIT is then not

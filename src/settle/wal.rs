@@ -80,10 +80,10 @@ impl MarkStatement {
 
 /// Begins a settler's transaction. All its questions are in one transaction, which a proxy keeps on one server. It
 /// waits for the synchronous standbys, whatever the role's default is, and receives the notice if that wait is
-/// cancelled. Its statements are limited by the call's deadline, and not by `statement_timeout`. If the session is idle
-/// in this transaction for two seconds, the server ends it: if this client has vanished, the transaction would
-/// otherwise keep a ledger's row locked, and no later settler would get an answer.
-pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = on; \
+/// cancelled. The call's deadline limits its statements, not `statement_timeout`. If the session is idle in this
+/// transaction for two seconds, the server ends it: if this client has vanished, the transaction would otherwise keep a
+/// ledger's row locked, and no later settler would get an answer.
+pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL synchronous_commit = on; \
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
 

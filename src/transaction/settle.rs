@@ -100,18 +100,21 @@ pub(super) async fn settle<C: SessionClient>(
     let began = Instant::now();
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
-    let mut reason = Unsettled::NoPrimary;
+    let (mut reason, mut waits) = (Unsettled::NoPrimary, false);
     let settling = Settling::new(pool);
     let rounds = async {
         loop {
-            if let Some(settled) = round(&settling, mark, began, &mut reason).await {
+            if let Some(settled) = round(&settling, mark, began, &mut reason, &mut waits).await {
                 return settled;
             }
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
         }
     };
     // The time-out is around the whole loop, so that a round that begins late ends at the deadline, too.
-    let settled = timeout_at(deadline, rounds).await.unwrap_or(Err(reason));
+    let settled = timeout_at(deadline, rounds).await.unwrap_or_else(|_| {
+        // What it has found before is no reason any more if it waits for a primary.
+        Err(if waits && !pool.has_primary() { Unsettled::NoPrimary } else { reason })
+    });
     pool.observer().settled(mark.generation, reported(settled), began.elapsed());
     settled
 }
@@ -125,22 +128,22 @@ fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     }
 }
 
-/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left.
+/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left. `waits` is
+/// true while it waits for a session.
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,
     began: Instant,
     reason: &mut Unsettled,
+    waits: &mut bool,
 ) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
-    // From here on the settler waits for a session. If its time ends during that wait, the reason is that there is no
-    // primary, not what an earlier round has found.
-    let before = std::mem::replace(reason, Unsettled::NoPrimary);
+    *waits = true;
     let (mut permit, session) = match settling.session().await {
         Ok(session) => session,
         Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
         Err(_) => return None,
     };
-    *reason = before;
+    *waits = false;
     let (ended, clean) = tokio::select! {
         biased;
         answer = ask(settling, &session, mark, began, reason, &mut permit) => answer,
@@ -179,6 +182,10 @@ async fn ask<C: SessionClient>(
             if error.as_db_error().is_some_and(|report| !ends_session(report)) {
                 *reason = Unsettled::Failed;
             }
+            return (None, false);
+        }
+        Err(_) if session.is_used() => {
+            *reason = Unsettled::NotOffered;
             return (None, false);
         }
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),

@@ -1,14 +1,18 @@
-//! A primary that answers a settler's question with an error.
+//! A primary that answers a settler's question with an error, or lets no settler log in.
 
 use std::time::Duration;
 
 use testbed::Cut;
-use tokio_postgres_failover::Guarantee;
+use tokio::time::timeout;
+use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{Guarantee, Pool, deadpool_postgres};
 
-use crate::support::bench::{Bench, single};
-use crate::support::sql;
+use crate::commit::finish::{KINDS, Kind};
+use crate::support::bench::{Bench, settlers, single};
+use crate::support::load::LONG;
+use crate::support::{insert, sql, stored};
 
 /// The primary has answered, so the reason is not that there was none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -24,4 +28,58 @@ async fn unknown_where_the_question_fails_each_time() {
     .await;
     bench.cut(Cut::CommitAnswerDropped);
     bench.assert_unknown(bench.call().deadline(Duration::from_secs(4)), Unsettled::Failed).await;
+}
+
+/// What befalls a role that has idle sessions, and how that is taken back.
+const REFUSALS: [(&str, &str); 2] = [
+    ("ALTER ROLE app CONNECTION LIMIT 0", "ALTER ROLE app CONNECTION LIMIT -1"),
+    ("ALTER ROLE app NOLOGIN", "ALTER ROLE app LOGIN"),
+];
+/// What a caller may leave on its session. It must not change what the settler is told.
+const LEFT: &str = "SET default_transaction_isolation = serializable; SET search_path = nowhere; \
+                    SET client_min_messages = error; CREATE TEMPORARY TABLE ledger (id int)";
+
+/// No new session can be opened, and callers have used those that are open and idle. One of these can tell as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_is_settled_on_an_open_session_where_log_ins_fail() {
+    for (kind, guarantee) in settlers().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
+        let bench = Bench::new(single(), guarantee).await;
+        let pool = if kind == Kind::Own { bench.pool.clone() } else { wrapped(&bench) };
+        let mut stored_by_now = Vec::new();
+        for (refused, granted) in REFUSALS {
+            for (cut, runs) in [(Cut::CommitAnswerDropped, 1), (Cut::CommitUndelivered { server_stays: false }, 2)] {
+                let what = format!("{kind:?} {:?} {refused} {cut:?}", bench.guarantee);
+                let mut held = Vec::new();
+                for _ in 0..4 {
+                    let client = pool.get_within(LONG).await.unwrap();
+                    client.batch_execute("DISCARD TEMP").await.unwrap();
+                    client.batch_execute(LEFT).await.unwrap();
+                    held.push(client);
+                }
+                drop(held);
+                sql(&bench.cluster, refused).await;
+                bench.cut(cut);
+                let begun = bench.runs.count();
+                let call = pool.build_transaction().guarantee(bench.guarantee.clone()).deadline(Duration::from_secs(8));
+                let call = call.run(async |tx| {
+                    bench.runs.begin();
+                    tx.batch_execute("SET LOCAL search_path = public").await?;
+                    insert(&tx, 1).await
+                });
+                let result = timeout(LONG, call).await.expect("the call hangs");
+                sql(&bench.cluster, granted).await;
+                assert!(result.is_ok(), "{what}: {result:?}");
+                stored_by_now.push(1);
+                assert_eq!(bench.runs.count() - begun, runs, "{what}");
+                assert_eq!(stored(&bench.cluster).await, stored_by_now, "{what}");
+            }
+        }
+        bench.assert_all_cut().await;
+    }
+}
+
+fn wrapped(bench: &Bench) -> Pool {
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(format!("postgres://app@{}/app", bench.cutter.addr()));
+    Pool::wrap(config.create_pool(Some(deadpool_postgres::Runtime::Tokio1), NoTls).unwrap()).build().unwrap()
 }
