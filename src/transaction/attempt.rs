@@ -45,11 +45,13 @@ pub(super) struct Failed {
     pub(super) error: Error,
     /// The state of the session after the closure has failed.
     pub(super) session: Session,
+    /// The session has answered the end of the transaction, or could not be asked because the closure kept it.
+    pub(super) answered: bool,
 }
 
 impl Failed {
     pub(super) fn new(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self { verdict, error: error.into(), session: Session::Open }
+        Self { verdict, error: error.into(), session: Session::Open, answered: true }
     }
 }
 
@@ -68,7 +70,7 @@ impl<T> Unanswered<T> {
             return Ended::InDoubt(self);
         }
         let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
-        let Failed { verdict, error, session } = failed;
+        let Failed { verdict, error, session, .. } = failed;
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
@@ -77,7 +79,8 @@ impl<T> Unanswered<T> {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
-                let failed = Failed { verdict: judge_absent(verdict, &session), error, session };
+                let verdict = judge_absent(verdict, &session);
+                let failed = Failed { session, ..Failed::new(verdict, error) };
                 if outcome == Outcome::Aborted {
                     return Ended::Aborted(absent_from, failed);
                 }
@@ -191,7 +194,7 @@ impl<C: SessionClient> Attempt<C> {
                 Err,
             ),
         };
-        match ended {
+        let ended = match ended {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
             Ok(Err(fault)) => {
                 let failed = match fault {
@@ -212,6 +215,11 @@ impl<C: SessionClient> Attempt<C> {
                 *lost = self.unsent();
                 Ended::before_commit(Verdict::Application, Error::TimedOut { after })
             }
+        };
+        let answered = self.held.clean || self.is_shared();
+        match ended {
+            Ended::Failed(stage, failed) => Ended::Failed(stage, Failed { answered, ..failed }),
+            ended => ended,
         }
     }
 
@@ -368,7 +376,8 @@ impl<C: SessionClient> Attempt<C> {
                     return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
                 }
                 let (verdict, session) = (classify(&error), self.session_after(&error).await);
-                Ended::InDoubt(Unanswered { value, mark, failed: Failed { verdict, error: error.into(), session } })
+                let failed = Failed { session, ..Failed::new(verdict, error) };
+                Ended::InDoubt(Unanswered { value, mark, failed })
             }
         }
     }
@@ -404,7 +413,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         let failed = match verdict {
             Verdict::Aborted => self.failed_inside().await,
-            _ => Failed { verdict, error: error.into(), session },
+            _ => Failed { session, ..Failed::new(verdict, error) },
         };
         undone.explains(failed)
     }

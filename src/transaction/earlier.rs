@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
+use super::verdict::Session;
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
@@ -77,9 +78,10 @@ fn are_denied(absent_from: impl IntoIterator<Item = GenerationId>, by: impl Fn(G
     absent_from.into_iter().all(by)
 }
 
-/// Returns whether an attempt with this verdict shows that its server was still the primary.
-pub(super) fn shows_primary(verdict: Verdict) -> bool {
-    !verdict.is_loss() && verdict != Verdict::ReadOnly
+/// Returns whether an attempt that ended so shows that its server was still the primary. The verdict alone does not: it
+/// is about the closure's error, which may come from another call.
+pub(super) fn shows_primary(verdict: Verdict, session: &Session) -> bool {
+    !verdict.is_loss() && verdict != Verdict::ReadOnly && !matches!(session, Session::Ended(_))
 }
 
 /// The transaction of an attempt whose COMMIT by the pool did not run, and whose rollback the server did not confirm.
@@ -254,10 +256,11 @@ mod tests {
     #[test]
     fn a_session_that_was_lost_shows_no_primary() {
         for verdict in [Verdict::ConnectionLost, Verdict::NotNow, Verdict::OutcomeUnknown, Verdict::ReadOnly] {
-            assert!(!shows_primary(verdict), "{verdict:?}");
+            assert!(!shows_primary(verdict, &Session::Open), "{verdict:?}");
         }
         for verdict in [Verdict::Application, Verdict::Conflict, Verdict::Aborted, Verdict::Stale] {
-            assert!(shows_primary(verdict), "{verdict:?}");
+            assert!(shows_primary(verdict, &Session::Open), "{verdict:?}");
+            assert!(!shows_primary(verdict, &Session::Ended(None)), "{verdict:?}: the error of another call");
         }
     }
 }

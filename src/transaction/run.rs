@@ -123,21 +123,20 @@ where
             Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed, None),
             Ended::Unknown(error) => return Err(error),
         };
-        let Failed { verdict, error, session } = failed;
+        let Failed { verdict, error, session, answered } = failed;
         let end = if let Session::Ended(report) = &session { report.as_ref() } else { None };
         let verdict = bounds.narrow(verdict, end, generation, fresh_after);
-        let error = match error {
-            // A `read` commits nothing, so `CommitUnknown` would be wrong. What failed is that the session was lost.
-            Error::CommitUnknown(_) if mode == Mode::Read => evicted().1,
-            error => error,
-        };
+        // A `read` commits nothing, so `CommitUnknown` would be wrong. What failed is that the session was lost.
+        let in_vain = mode == Mode::Read && matches!(error, Error::CommitUnknown(_));
+        let error = if in_vain { evicted().1 } else { error };
+        // An error may say "not committed" only while the primary that said so is still the primary. This attempt shows
+        // that of its own generation only if its session has answered to the end.
+        let shown = answered && shows_primary(verdict, &session) && !pool.has_left(generation);
         let users = if stage == Stage::InDoubt { None } else { users_decision(&options.retry, &error, &session) };
         // `with_reason` may wrap the error in `SessionEnded`, and that means "not committed". So an error in doubt
         // stays as it is.
         let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
-        // An error may say "not committed" only while the primary that said so is still the primary. This attempt shows
-        // that of its own generation, unless it lost its session or met a read-only server.
-        let denies = |id| Some(id) == absent_from || (id == generation && shows_primary(verdict));
+        let denies = |id| Some(id) == absent_from || (id == generation && shown);
         let ended = |error| unless_denied(&earlier, denies, error);
         match unless_in_doubt(decide(mode, stage, verdict, users), mode, stage, inner.is_noted()) {
             // Settling was tried above. `Settle` arrives here only if the attempt left no mark.

@@ -26,14 +26,14 @@ impl<C: SessionClient> Attempt<C> {
             self.client().trail().heal(Cure::Clear);
             verdict = Verdict::Stale;
         }
-        self.cleaned_up(mode, Failed { verdict, error, session }).await
+        self.cleaned_up(mode, Failed { session, ..Failed::new(verdict, error) }).await
     }
 
     /// Judges an attempt whose closure succeeded but whose session ended before COMMIT was sent.
     pub(super) async fn ended_before_commit(&self, error: Error) -> Failed {
         let session = self.ended().await;
         let verdict = judge(ClosureError::of(&error), &session);
-        Failed { verdict, error, session }
+        Failed { session, ..Failed::new(verdict, error) }
     }
 
     /// Returns the state of the session after COMMIT's message failed with this error, which may be the server's or the
@@ -51,7 +51,7 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) async fn failed_inside(&mut self) -> Failed {
         let error = Error::RolledBack(RolledBack::FailedInside);
         let Some(report) = self.client().trail().last() else {
-            return Failed { verdict: Verdict::Aborted, error, session: Session::Open };
+            return Failed::new(Verdict::Aborted, error);
         };
         let session = Session::Aborted(report);
         let verdict = match judge(ClosureError::Nothing, &session) {
@@ -59,7 +59,7 @@ impl<C: SessionClient> Attempt<C> {
             Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
             verdict => verdict,
         };
-        Failed { verdict, error, session }
+        Failed { session, ..Failed::new(verdict, error) }
     }
 
     /// Finds out the state of the session after the closure has failed. Sends a question only if the decision depends

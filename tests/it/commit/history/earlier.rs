@@ -1,6 +1,7 @@
 //! A call whose first attempt is lost with a standby that lagged and was promoted, and is found again when the standby that
 //! has it is promoted next. No two histories of the servers hold two attempts of one call.
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy
 
 use super::{HISTORY, NOWHERE, Right, grant, hold, write_wal};
 use crate::support::bench::{Bench, settlers};
-use crate::support::load::LONG;
+use crate::support::load::{LONG, primary_lost};
 use crate::support::{PATIENCE, insert, stored};
 
 /// A connection that stands still: when that has happened, and what ends it.
@@ -210,20 +211,36 @@ async fn an_earlier_attempt_of_a_wrapped_pool_is_found() {
     }
 }
 
+/// How the second run ends, whose primary did not have the first attempt and is gone.
+#[derive(Clone, Copy, Debug)]
+enum Dies {
+    /// A statement fails with the connection.
+    Statement,
+    /// The closure returns the error of another call, which found no primary.
+    OtherCall,
+    /// The server is frozen. The closure returns an error of its own, and the ROLLBACK is not answered.
+    OwnError,
+    /// The server is frozen until the attempt's time is over.
+    TimedOut,
+}
+
 /// The primary that did not have the first attempt dies, and nobody is promoted before the call's deadline. A standby has it:
 /// "not committed" would be untrue a moment later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_earlier_attempt_is_not_denied_by_a_primary_that_has_died() {
-    for guarantee in settlers() {
+    let cases = settlers().map(|guarantee| (guarantee, Dies::Statement));
+    let others = [Dies::OtherCall, Dies::OwnError, Dies::TimedOut].map(|dies| (Guarantee::ExactlyOnce, dies));
+    for (guarantee, dies) in cases.into_iter().chain(others) {
         // A slow machine may need the shorter time for the first failover alone: then nothing has died at the deadline.
-        let has_died = dies_before(guarantee.clone(), Duration::from_secs(8)).await
-            || dies_before(guarantee, Duration::from_secs(40)).await;
-        assert!(has_died, "there was no second run");
+        let has_died = dies_before(guarantee.clone(), dies, Duration::from_secs(8)).await
+            || dies_before(guarantee, dies, Duration::from_secs(40)).await;
+        assert!(has_died, "{dies:?}: there was no second run");
     }
 }
 
 /// Returns whether the second run had begun at the deadline.
-async fn dies_before(guarantee: Guarantee, deadline: Duration) -> bool {
+async fn dies_before(guarantee: Guarantee, dies: Dies, deadline: Duration) -> bool {
+    println!("{dies:?}");
     let (scene, _held) = Scene::new(guarantee.clone(), Right::Function).await;
     let history = async {
         let (is_due, over) = hold(&scene.bench, Some(Cut::CommitAnswerDropped));
@@ -232,13 +249,26 @@ async fn dies_before(guarantee: Guarantee, deadline: Duration) -> bool {
         over.send(()).expect("the cutter waits");
     };
     let retry = RetryPolicy::default().deadline(deadline);
+    let retry = if matches!(dies, Dies::TimedOut) { retry.attempt_timeout(deadline / 2) } else { retry };
     let call = scene.bench.pool.build_transaction().guarantee(guarantee).retry(retry);
     let call = call.run(async |tx| {
         insert(&tx, 1).await?;
         if scene.bench.runs.begin() == 2 {
             scene.leads_to(None);
-            scene.bench.cluster.kill(LAGGING).await;
-            tx.batch_execute("SELECT 1").await?;
+            match dies {
+                Dies::Statement | Dies::OtherCall => scene.bench.cluster.kill(LAGGING).await,
+                Dies::OwnError | Dies::TimedOut => scene.bench.cluster.freeze(LAGGING),
+            }
+            match dies {
+                Dies::Statement => tx.batch_execute("SELECT 1").await?,
+                Dies::OtherCall => {
+                    primary_lost(&scene.bench.pool).await;
+                    let inner = scene.bench.pool.build_transaction().deadline(Duration::from_millis(100));
+                    inner.run(async |tx| insert(&tx, 2).await).await?;
+                }
+                Dies::OwnError => return Err(Error::abort("own")),
+                Dies::TimedOut => pending().await,
+            }
         }
         Ok(())
     });
@@ -249,7 +279,11 @@ async fn dies_before(guarantee: Guarantee, deadline: Duration) -> bool {
     if scene.bench.runs.count() < 2 {
         return false;
     }
-    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error:?}");
+    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{dies:?}: {error:?}");
+    if matches!(dies, Dies::OwnError | Dies::TimedOut) {
+        scene.bench.cluster.thaw(LAGGING);
+        scene.bench.cluster.kill(LAGGING).await;
+    }
     scene.bench.cluster.promote(AHEAD).await;
     scene.assert_first_alone().await;
     true
