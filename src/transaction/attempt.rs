@@ -315,7 +315,7 @@ impl<C: SessionClient> Attempt<C> {
             return Ended::before_commit(verdict, error);
         }
         // The pool sends no COMMIT on a session that has ended, but the closure may have sent one.
-        let (never_sent, ended) = (self.client().is_closed(), self.closures_end());
+        let (closed, ended, commits) = (self.client().is_closed(), self.closures_end(), self.client().last_commit());
         let known = self.known(mode);
         let look = self.look(known);
         let (sql, mark) = (known.commit(look), self.mark.take());
@@ -371,7 +371,9 @@ impl<C: SessionClient> Attempt<C> {
             }
             (CommitProof::Nothing, Some(error)) => {
                 self.suspect();
-                if never_sent {
+                // The session may also have ended before its driver has sent this COMMIT.
+                let unsent = commits.is_some() && self.client().is_closed() && commits == self.client().last_commit();
+                if closed || unsent {
                     *lost = Unsent::of(mark, ended);
                     return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
                 }

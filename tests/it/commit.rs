@@ -8,3 +8,4 @@ pub(crate) mod finish;
 mod history;
 mod inside;
 mod settle;
+mod unsent;
