@@ -15,11 +15,9 @@ pub enum RolledBack {
          error on with `?`, or put the statement into a savepoint"
     )]
     FailedInside,
-    /// The transaction was committed on a primary that was lost before a standby had received it, and the new primary
-    /// does not know the transaction.
-    #[error(
-        "the transaction was lost with the primary that it was committed on, before a standby had it; run it again"
-    )]
+    /// The pool left the primary that the transaction ran on, and the transaction is not committed. Either its COMMIT
+    /// was not sent, or it was lost with that primary before a standby had received it.
+    #[error("the pool left the primary that the transaction ran on, and the transaction is not committed")]
     LostWithPrimary,
     /// BEGIN reached another server than the one that the connection was verified with, because a proxy switched
     /// servers.
@@ -137,12 +135,21 @@ pub struct Exhausted {
     attempts: u32,
     why: String,
     pub(super) outcome: CommitOutcome,
+    /// What may have been committed, if the outcome is unknown.
+    doubt: &'static str,
     pub(super) source: Error,
 }
 
 impl Exhausted {
     pub(crate) fn new(attempts: u32, why: String, outcome: CommitOutcome, source: Error) -> Self {
-        Self { attempts, why, outcome, source }
+        Self { attempts, why, outcome, doubt: "an earlier attempt may have been committed", source }
+    }
+
+    /// The work would run again, but its closure has made another call whose outcome is unknown.
+    pub(crate) fn by_a_call_within(attempts: u32, source: Error) -> Self {
+        let why = "another run would repeat a call within the closure".to_owned();
+        let doubt = "that call may have been committed: look for its effect before repeating this one";
+        Self { attempts, why, outcome: CommitOutcome::Unknown, doubt, source }
     }
 
     /// The number of attempts that were made.
@@ -163,7 +170,7 @@ impl fmt::Display for Exhausted {
         let times = if self.attempts == 1 { "attempt" } else { "attempts" };
         write!(f, "gave up after {} {times}: {}; the last error was: {}", self.attempts, self.why, self.source)?;
         if self.outcome == CommitOutcome::Unknown {
-            f.write_str("; an earlier attempt may have been committed")?;
+            write!(f, "; {}", self.doubt)?;
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ pub(super) struct InnerDoubt(Arc<Flags>);
 #[derive(Debug, Default)]
 struct Flags {
     noted: AtomicBool,
-    /// A closure of this call has run.
+    /// The outcome of a closure's run may be unknown: it has run, and is not known to have been rolled back.
     begun: AtomicBool,
 }
 
@@ -37,6 +37,13 @@ impl InnerDoubt {
     /// This call's closure begins. Before that, nothing of the call can have been committed.
     pub(super) fn begin_work(&self) {
         self.0.begun.store(true, Ordering::Release);
+    }
+
+    /// The next run of this call's closure has not begun. `undone`: all runs so far are known to have been rolled back.
+    pub(super) fn rest_if(&self, undone: bool) {
+        if undone {
+            self.0.begun.store(false, Ordering::Release);
+        }
     }
 }
 
@@ -58,14 +65,14 @@ pub(super) struct Inner {
     outer: Option<InnerDoubt>,
     /// This call's own flags.
     own: InnerDoubt,
-    /// The call may write.
-    writes: bool,
+    /// The call's work must not be done twice.
+    once: bool,
 }
 
 impl Inner {
     /// Call this while the call's future is polled.
-    pub(super) fn begin(writes: bool) -> Self {
-        Self { outer: OUTER.try_with(InnerDoubt::clone).ok(), own: InnerDoubt::default(), writes }
+    pub(super) fn begin(once: bool) -> Self {
+        Self { outer: OUTER.try_with(InnerDoubt::clone).ok(), own: InnerDoubt::default(), once }
     }
 
     pub(super) fn doubt(&self) -> InnerDoubt {
@@ -74,14 +81,14 @@ impl Inner {
 
     /// `unknown`: it is unknown whether the call was committed.
     pub(super) fn ended(mut self, unknown: bool) {
-        self.writes &= unknown;
+        self.once &= unknown;
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         let Some(outer) = &self.outer else { return };
-        let in_doubt = self.writes && self.own.0.begun.load(Ordering::Acquire);
+        let in_doubt = self.once && self.own.0.begun.load(Ordering::Acquire);
         // If the outcome of a call within this one is unknown, that concerns the outer call, too.
         if in_doubt || self.own.is_noted() {
             outer.note();

@@ -28,7 +28,7 @@ where
     let _call = options.pool.begin_call()?;
     let span = options.pool.observer().transaction(&options.mode());
     // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
-    let inner = Inner::begin(options.mode() != Mode::Read);
+    let inner = Inner::begin(matches!(options.mode(), Mode::Exactly | Mode::Once));
     let mut unsent = None;
     let result = match attempts(&options, &span, &mut unsent, inner.doubt(), work).instrument(span.clone()).await {
         Ok(value) => Ok(value),
@@ -138,12 +138,14 @@ where
         let error = if stage == Stage::InDoubt { error } else { with_reason(error, verdict, session) };
         let denies = |id| Some(id) == absent_from || (id == generation && shown);
         let ended = |error| unless_denied(&earlier, denies, error);
-        match unless_in_doubt(decide(mode, stage, verdict, users), mode, stage, inner.is_noted()) {
+        let decided = decide(mode, stage, verdict, users);
+        match unless_in_doubt(decided, mode, stage, inner.is_noted()) {
             // Settling was tried above. `Settle` arrives here only if the attempt left no mark.
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
                 return Err(unknown(error, Unsettled::NoMarker));
             }
+            Next::Return if decided == Next::Rerun => return Err(ended(by_a_call_within(error, number))),
             Next::Return => return Err(ended(for_good(error, number, doubt))),
             Next::Rerun => {}
         }
@@ -159,7 +161,8 @@ where
                     return Err(ended(given_up(error, number, GiveUp::Hook, stage, doubt)));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
-                let promised = pool.budget().promised();
+                lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
+                inner.rest_if(!doubt && lost.is_empty() && earlier.is_empty());
                 sleep(delay).await;
                 promised.spend();
                 lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
@@ -181,6 +184,11 @@ fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
 }
 
 /// Makes the call's error after the policy, the budget or the hook has refused another attempt.
+/// Makes the call's error from one after which the work would run again, if its closure has made a call in doubt.
+fn by_a_call_within(error: Error, attempts: u32) -> Error {
+    Error::Exhausted(Box::new(Exhausted::by_a_call_within(attempts, error)))
+}
+
 fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
         return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
