@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio_postgres::error::DbError;
 
-use super::{Retries, RetryBudget, RetryPolicy};
+use super::{Retries, RetryPolicy};
 use crate::error::{CommitOutcome, Error};
 
 type Classify = dyn Fn(&DbError) -> Option<bool> + Send + Sync;
@@ -171,13 +171,8 @@ impl RetryPolicy {
         self.hooks.classify().and_then(|classify| classify(error))
     }
 
-    /// Returns whether the user's hook lets this retry happen. If it does not, the token of the retry goes back to
-    /// `budget`.
-    pub(crate) fn allows(&self, retry: &Retry<'_>, budget: &RetryBudget) -> bool {
-        let allowed = self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue());
-        if !allowed {
-            budget.refund();
-        }
-        allowed
+    /// Returns whether the user's hook lets this retry happen.
+    pub(crate) fn allows(&self, retry: &Retry<'_>) -> bool {
+        self.hooks.on_retry().is_none_or(|hook| hook(retry).is_continue())
     }
 }

@@ -157,7 +157,9 @@ where
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
                 let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
-                if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome), pool.budget()) {
+                // The hook and the log are the program's and may panic. Then the token goes back.
+                let promised = pool.budget().promised();
+                if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome)) {
                     return Err(ended(given_up(error, number, GiveUp::Hook, stage, doubt)));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
@@ -165,7 +167,6 @@ where
                 inner.rest_if(!doubt && lost.is_empty() && earlier.is_empty());
                 sleep(delay).await;
                 promised.spend();
-                lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
             }
             Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),
         }
@@ -183,12 +184,12 @@ fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     Error::Exhausted(Box::new(Exhausted::new(attempts, why, CommitOutcome::Unknown, error)))
 }
 
-/// Makes the call's error after the policy, the budget or the hook has refused another attempt.
 /// Makes the call's error from one after which the work would run again, if its closure has made a call in doubt.
 fn by_a_call_within(error: Error, attempts: u32) -> Error {
     Error::Exhausted(Box::new(Exhausted::by_a_call_within(attempts, error)))
 }
 
+/// Makes the call's error after the policy, the budget or the hook has refused another attempt.
 fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
         return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
