@@ -434,10 +434,11 @@ pub(crate) enum EndUnderWay {
     Working,
 }
 
-/// True if a session carries out a statement that does not end its transaction, as far as the text shows. Any of the
-/// words below counts as an end, even if it is a part of something else. A text as long as the server keeps may have
-/// been cut, so it counts as an end, too.
-const WORKS: &str = "state = 'active' AND query <> '' AND query !~* E'\\\\m(commit|end|prepare)\\\\M' \
+/// True if a session carries out a statement that does not end its transaction, as far as the whole text shows. The
+/// words that end one count where a statement may begin: first, or behind a semicolon or a comment. A text as long
+/// as the server keeps may have been cut, so it counts as an end, too.
+const WORKS: &str = "state = 'active' AND query <> '' \
+     AND query !~* E'(^|;|\\\\*/|--[^\\\\n]*\\\\n)\\\\s*(commit|end|prepare)\\\\M' \
      AND octet_length(query) < (SELECT setting::int - 4 FROM pg_settings WHERE name = 'track_activity_query_size')";
 
 /// Asks whether a transaction in progress was prepared, is being committed, or carries out something else. This runs

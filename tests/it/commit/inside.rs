@@ -115,12 +115,13 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
 async fn a_closures_own_commit_under_way_is_waited_for() {
     let cluster = started(single()).await;
     commits_call(&cluster, &format!("pg_advisory_xact_lock_shared({GATE})")).await;
+    let spellings = ["COMMIT", " /* the last one */ END", "-- the last one\n\tcommit work", "END; -- that is it"];
     for (kind, guarantee) in marked().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
-        for attempts in [1, 3] {
-            let what = format!("{kind:?}, {guarantee:?}, {attempts} attempts");
+        for (attempts, commit) in [1, 3].into_iter().flat_map(|attempts| spellings.map(|commit| (attempts, commit))) {
+            let what = format!("{kind:?}, {guarantee:?}, {attempts} attempts, {commit}");
             for round in 1.. {
                 let (began, runs) = (Instant::now(), Runs::default());
-                let result = commits_under_way(kind, &cluster, guarantee.clone(), attempts, &runs).await;
+                let result = commits_under_way(kind, &cluster, guarantee.clone(), (attempts, commit), &runs).await;
                 eventually("the commit goes on", PATIENCE, async || stored(&cluster).await.contains(&1)).await;
                 let Err(error) = result else { panic!("{what}: {:?}", stored(&cluster).await) };
                 if must_play_again(&error, began, Duration::ZERO, round) {
@@ -139,7 +140,7 @@ async fn commits_under_way(
     kind: Kind,
     cluster: &Cluster,
     guarantee: Guarantee,
-    attempts: u32,
+    (attempts, commit): (u32, &str),
     runs: &Runs,
 ) -> Result<(), Error> {
     sql(cluster, "TRUNCATE entries").await;
@@ -152,7 +153,7 @@ async fn commits_under_way(
         // A second run would wait in its own COMMIT for the same lock.
         if runs.begin() == 1 {
             insert(&tx, 1).await?;
-            tx.batch_execute("COMMIT").await?;
+            tx.batch_execute(commit).await?;
         }
         Ok(())
     });
@@ -177,14 +178,23 @@ async fn commits_under_way(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
     let cluster = started(single()).await;
-    for guarantee in marked() {
+    let waits = format!("pg_advisory_xact_lock_shared({GATE})");
+    // The words that end a transaction also stand elsewhere in a statement.
+    let statements = [
+        format!("SELECT {waits}"),
+        format!("SELECT CASE WHEN true THEN {waits} END"),
+        format!("SELECT CASE\n    WHEN true THEN {waits}\nEND\nFROM (VALUES (1)) AS v (end_of_commit)"),
+        format!("SELECT {waits} AS \"commit\""),
+    ];
+    for (guarantee, statement) in marked().into_iter().flat_map(|by| statements.clone().map(|text| (by.clone(), text)))
+    {
         let gate = cluster.direct(Node(0)).await;
         gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
         let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
         let (pool, runs) = (pool_of(Kind::Wrapped, tap.addr(), 2), Runs::default());
         let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
             if runs.begin() == 1 {
-                tx.batch_execute(&format!("SELECT pg_advisory_xact_lock_shared({GATE})")).await?;
+                tx.batch_execute(&statement).await?;
             }
             Ok(())
         });
@@ -193,8 +203,8 @@ async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
             tap.drop_connections();
         };
         let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("it is waited for");
-        assert!(result.is_ok(), "{guarantee:?}: {result:?}");
-        assert_eq!(runs.count(), 2, "{guarantee:?}");
+        assert!(result.is_ok(), "{guarantee:?} {statement}: {result:?}");
+        assert_eq!(runs.count(), 2, "{guarantee:?} {statement}");
         gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
     }
 }
