@@ -72,9 +72,9 @@ impl MarkStatement {
         }
     }
 
-    /// Returns whether the error says that the prepared statement is missing, or is there already.
+    /// Returns whether the error says that the prepared statement is missing, is there already, or may not be prepared.
     pub(crate) fn failed(self, error: &Error) -> bool {
-        self != Self::Plain && not_prepared(error)
+        self != Self::Plain && (not_prepared(error) || self == Self::New && not_offered(error))
     }
 }
 
@@ -346,7 +346,11 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
     let history = text(row, 1).ok_or_else(|| BadReport::new("a timeline's history", "NULL"))?;
     // The newest timelines come last. Without them, the history would seem to lack the mark's timeline.
     if may_be_cut(history) {
-        return Err(BadReport::new("a timeline's whole history", "the beginning of a longer one"));
+        if sighting == Sighting::Recycled {
+            return Err(BadReport::new("a timeline's whole history", "the beginning of a longer one"));
+        }
+        // What is in the WAL decides without the history.
+        return Ok(Proof::Function { ancestry: Ancestry::default(), sighting });
     }
     Ok(Proof::Function { ancestry: Ancestry::parse(history)?, sighting })
 }
@@ -404,7 +408,8 @@ pub(super) async fn completes(client: &Client, sql: &str, statements: usize) -> 
 /// alone. Also ends a settler's transaction.
 ///
 /// `late`: the connection was lost so long ago that COMMIT would have arrived by now. The session's state shows whether
-/// it is idle. If `track_activities` is off, only its wait event is known: an idle session waits for its client.
+/// it is idle. If `track_activities` is off, only its wait event is known: an idle session waits for its client. If the
+/// server's clock was set back, the time of the session's last change is in the future.
 ///
 /// The statement runs as the role that logged in, as the abandoned session did. `ALTER ROLE … SET role` may have
 /// changed this session's role to one that may not see the other session.
@@ -417,7 +422,9 @@ pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool)
          SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
           WHERE pid = {pid} AND backend_xid = '{xid}'::xid \
             AND CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' AND {late} \
-                     ELSE starts_with(state, 'idle in transaction') AND state_change < now() - interval '{LATE} milliseconds' END",
+                     ELSE starts_with(state, 'idle in transaction') \
+                          AND (state_change < now() - interval '{LATE} milliseconds' \
+                               OR state_change > clock_timestamp() AND {late}) END",
         LATE = LATE.as_millis()
     );
     client.batch_execute(&sql).await
