@@ -52,7 +52,7 @@ pub use connection::Connection;
 pub use dial::SessionDriver;
 pub(crate) use generic_client::{Commits, generic_client};
 pub use generic_client::{GenericClient, GenericTransaction};
-pub(crate) use lacking::Check;
+pub(crate) use lacking::{Check, UNIDENTIFIED};
 pub(crate) use loans::CallSite;
 pub use manager::Manager;
 pub(crate) use settling::{SettleSession, Settling};

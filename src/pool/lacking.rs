@@ -14,6 +14,10 @@ use crate::topology::GenerationId;
 /// been granted.
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 
+/// Why transactions cannot be marked if the server's life is not known.
+pub(crate) const UNIDENTIFIED: &str = "this role may not read the server's identity: its system identifier, start \
+                                       time, timeline and the end of its last replay";
+
 /// How COMMIT's message checks that the open transaction is the pool's own. A later variant is weaker, and so it
 /// compares as greater. [`Full`](Self::Full) checks the same as [`Prepared`](Self::Prepared).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,10 +76,14 @@ struct Weakened {
 }
 
 impl Lacking {
-    /// Returns whether this primary's transactions cannot be marked. After [`REFUSED_FOR`] it is tried again.
-    pub(crate) fn is_unmarked(&self, id: GenerationId) -> bool {
+    /// Returns whether this primary's transactions cannot be marked. After [`REFUSED_FOR`] it is tried again. If the
+    /// server was not `identified` before and is now, it is tried at once.
+    pub(crate) fn is_unmarked(&self, id: GenerationId, identified: bool) -> bool {
         let mut mark = lock(&self.mark);
         let Some(unmarked) = mark.as_mut().filter(|unmarked| unmarked.id == id) else { return false };
+        if identified && unmarked.why == UNIDENTIFIED {
+            unmarked.since = None;
+        }
         unmarked.since = unmarked.since.filter(|since| since.elapsed() < REFUSED_FOR);
         unmarked.since.is_some()
     }
@@ -135,19 +143,30 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_refused_is_tried_again_after_a_while() {
         let lacking = Lacking::default();
-        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Prepared));
+        assert_eq!((lacking.is_unmarked(ONE, true), lacking.check()), (false, Check::Prepared));
         lacking.set_unmarked(ONE, "no right");
         lacking.check_refused(Check::Full, "no right");
         lacking.check_refused(Check::Full, "two transactions met it");
-        assert!(lacking.is_unmarked(ONE) && !lacking.is_unmarked(GenerationId(2)));
+        assert!(lacking.is_unmarked(ONE, true) && !lacking.is_unmarked(GenerationId(2), true));
         assert_eq!((lacking.why_unmarked(ONE), lacking.check()), (Some("no right".to_owned()), Check::Other));
         lacking.check_refused(Check::Other, "no right");
         assert_eq!(lacking.check(), Check::ByShow);
         tokio::time::advance(REFUSED_FOR).await;
-        assert_eq!((lacking.is_unmarked(ONE), lacking.check()), (false, Check::Prepared));
+        assert_eq!((lacking.is_unmarked(ONE, true), lacking.check()), (false, Check::Prepared));
         lacking.check_is_gone();
         tokio::time::advance(REFUSED_FOR).await;
         assert_eq!(lacking.check(), Check::Full);
         assert_eq!(lacking.why_unmarked(ONE), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_identified_later_is_marked_at_once() {
+        let lacking = Lacking::default();
+        lacking.set_unmarked(ONE, UNIDENTIFIED);
+        assert!(lacking.is_unmarked(ONE, false));
+        assert!(!lacking.is_unmarked(ONE, true), "it is identified now");
+        assert_eq!(lacking.why_unmarked(ONE), None);
+        lacking.set_unmarked(ONE, "no right");
+        assert!(lacking.is_unmarked(ONE, true), "another reason");
     }
 }

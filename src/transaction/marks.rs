@@ -9,7 +9,7 @@ use super::settle::{Mark, Settler};
 use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
-use crate::pool::{Check, Signing};
+use crate::pool::{Check, Signing, UNIDENTIFIED};
 use crate::server::SessionClient;
 use crate::settle::ledger::{Entering, entered};
 use crate::settle::wal::{self, MarkAnswer, MarkStatement};
@@ -54,12 +54,14 @@ impl<C: SessionClient> Attempt<C> {
                 return Ok(None);
             }
         };
+        // The life is read once, because more may be learned about it at any time.
+        let life = client.life();
         let mark = |by, backend| {
             let signature = signature.clone();
             let (generation, cluster) = (client.generation(), client.cluster());
-            Mark { by, backend, generation, cluster, life: client.life(), signature }
+            Mark { by, backend, generation, cluster, life, signature }
         };
-        let read = match (&begin.marks, client.life()) {
+        let read = match (&begin.marks, life) {
             (MarkWith::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
                 Ok(Entering::As(entered, backend)) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
                 Ok(Entering::Elsewhere) => return Err(self.elsewhere()),
@@ -144,14 +146,13 @@ impl<C: SessionClient> Attempt<C> {
 
     fn can_be_marked(&self) -> bool {
         let (client, pool) = (self.client(), self.pool());
-        if pool.lacking().is_unmarked(client.generation()) {
+        let identified = client.life().is_some();
+        if pool.lacking().is_unmarked(client.generation(), identified) {
             return false;
         }
-        if client.life().is_none() {
-            let why = "this role may not read the server's identity: its system identifier, start time, timeline and \
-                       the end of its last replay";
-            pool.lacking().set_unmarked(client.generation(), why);
+        if !identified {
+            pool.lacking().set_unmarked(client.generation(), UNIDENTIFIED);
         }
-        client.life().is_some()
+        identified
     }
 }
