@@ -17,6 +17,9 @@ enum Place {
     Word,
     /// A string, or a quoted name.
     Quoted(u8),
+    /// A string behind an E, in which a backslash takes away the meaning of the next byte.
+    Escaped,
+    Backslash,
     /// The tag that may begin a string between dollar signs.
     Tag,
     Dollars,
@@ -34,8 +37,9 @@ enum Place {
     LineComment,
 }
 
-/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It does not know
-/// a backslash before a quote.
+/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It knows a backslash
+/// before a quote only in a string that an E precedes, which is all that there is while `standard_conforming_strings` is
+/// on.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Commits {
     place: Place,
@@ -45,6 +49,10 @@ pub(super) struct Commits {
     prepares: bool,
     word: Word,
     tag: Word,
+    /// The last byte was a letter within no string or comment.
+    letter: bool,
+    /// If a string follows immediately, it is one with escapes.
+    escapes: bool,
     found: bool,
 }
 
@@ -88,6 +96,13 @@ impl Commits {
             (Place::Comment(depth) | Place::Nested(depth), b'/') => Place::Nested(depth),
             (Place::Comment(depth) | Place::Star(depth) | Place::Nested(depth), _) => Place::Comment(depth),
             (Place::LineComment, _) => Place::LineComment,
+            (Place::Escaped, b'\\') => Place::Backslash,
+            (Place::Escaped, b'\'') => {
+                // Another quote would belong to the string.
+                self.escapes = true;
+                Place::Outside
+            }
+            (Place::Escaped | Place::Backslash, _) => Place::Escaped,
             (Place::Quoted(quote), _) if byte == quote => Place::Outside,
             (Place::Quoted(quote), _) => Place::Quoted(quote),
             (Place::Tag, b'$') => Place::Dollars,
@@ -105,6 +120,9 @@ impl Commits {
 
     /// Returns the place after a byte that does not continue a word, a string or a comment.
     fn outside(&mut self, byte: u8) -> Place {
+        let behind_a_letter = std::mem::replace(&mut self.letter, is_letter(byte));
+        let is_e = matches!(byte, b'e' | b'E') && !behind_a_letter;
+        let escapes = std::mem::replace(&mut self.escapes, is_e);
         match byte {
             b';' => {
                 (self.begun, self.prepares) = (false, false);
@@ -117,6 +135,7 @@ impl Commits {
         }
         let begins = !std::mem::replace(&mut self.begun, true) || self.prepares;
         match byte {
+            b'\'' if escapes => Place::Escaped,
             b'\'' | b'"' => Place::Quoted(byte),
             b'$' => {
                 self.tag = Word::default();
