@@ -65,7 +65,7 @@ pub enum Error {
     /// written.
     #[error(
         "the ledger cannot be written: {}; create it with `Ledger::install` or sql/ledger.sql, and grant SELECT, \
-         INSERT, UPDATE and DELETE on it",
+         INSERT, UPDATE and DELETE on it, and EXECUTE on a function that the server names here",
         explain(.0)
     )]
     Ledger(#[source] tokio_postgres::Error),
