@@ -126,9 +126,7 @@ where
         let Failed { verdict, error, session, answered } = failed;
         let end = if let Session::Ended(report) = &session { report.as_ref() } else { None };
         let verdict = bounds.narrow(verdict, end, generation, fresh_after);
-        // A `read` commits nothing, so `CommitUnknown` would be wrong. What failed is that the session was lost.
-        let in_vain = mode == Mode::Read && matches!(error, Error::CommitUnknown(_));
-        let error = if in_vain { evicted().1 } else { error };
+        let error = if mode == Mode::Read { of_a_read(error) } else { error };
         // An error may say "not committed" only while the primary that said so is still the primary. This attempt shows
         // that of its own generation only if its session has answered to the end.
         let shown = answered && shows_primary(verdict, &session) && !pool.has_left(generation);
@@ -182,6 +180,11 @@ fn for_good(error: Error, attempts: u32, doubt: bool) -> Error {
     }
     let why = "the last error allows no further attempt".to_owned();
     Error::Exhausted(Box::new(Exhausted::new(attempts, why, CommitOutcome::Unknown, error)))
+}
+
+/// A `read` commits nothing, so `CommitUnknown` would be wrong. What failed is that the session was lost.
+fn of_a_read(error: Error) -> Error {
+    if matches!(error, Error::CommitUnknown(_)) { evicted().1 } else { error }
 }
 
 /// Makes the call's error from one after which the work would run again, if its closure has made a call in doubt.

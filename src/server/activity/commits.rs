@@ -49,11 +49,18 @@ pub(super) struct Commits {
     prepares: bool,
     word: Word,
     tag: Word,
-    /// The last byte was a letter within no string or comment.
-    letter: bool,
-    /// If a string follows immediately, it is one with escapes.
-    escapes: bool,
+    before: Before,
     found: bool,
+}
+
+/// What came immediately before this byte, within no string or comment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Before {
+    #[default]
+    Other,
+    Letter,
+    /// If a string follows, it is one with escapes: an E, or the end of such a string.
+    Escaping,
 }
 
 impl Commits {
@@ -99,7 +106,7 @@ impl Commits {
             (Place::Escaped, b'\\') => Place::Backslash,
             (Place::Escaped, b'\'') => {
                 // Another quote would belong to the string.
-                self.escapes = true;
+                self.before = Before::Escaping;
                 Place::Outside
             }
             (Place::Escaped | Place::Backslash, _) => Place::Escaped,
@@ -120,9 +127,12 @@ impl Commits {
 
     /// Returns the place after a byte that does not continue a word, a string or a comment.
     fn outside(&mut self, byte: u8) -> Place {
-        let behind_a_letter = std::mem::replace(&mut self.letter, is_letter(byte));
-        let is_e = matches!(byte, b'e' | b'E') && !behind_a_letter;
-        let escapes = std::mem::replace(&mut self.escapes, is_e);
+        let before = self.before;
+        self.before = match byte {
+            b'e' | b'E' if before == Before::Other => Before::Escaping,
+            _ if is_letter(byte) => Before::Letter,
+            _ => Before::Other,
+        };
         match byte {
             b';' => {
                 (self.begun, self.prepares) = (false, false);
@@ -135,7 +145,7 @@ impl Commits {
         }
         let begins = !std::mem::replace(&mut self.begun, true) || self.prepares;
         match byte {
-            b'\'' if escapes => Place::Escaped,
+            b'\'' if before == Before::Escaping => Place::Escaped,
             b'\'' | b'"' => Place::Quoted(byte),
             b'$' => {
                 self.tag = Word::default();
