@@ -312,6 +312,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
     if mark.is_foreign_to(client.cluster()) {
         return Some(Inside::OtherCluster);
     }
+    let mut asking = Asking { client, over: false };
     let asked = async {
         let settled = match &mark.by {
             Settler::Wal(marker) => {
@@ -353,9 +354,23 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
         found = asked => found,
         () = client.evicted() => return None,
     };
-    // An error is ignored, because BEGIN will then fail, too.
-    let _ = client.batch_execute("ROLLBACK").await;
+    asking.over = client.batch_execute("ROLLBACK").await.is_ok();
     found
+}
+
+/// A caller's session on which the pool asks in a transaction. Dropping this in the midst ends the session, so that
+/// nobody gets it with the transaction open.
+struct Asking<'a, C: SessionClient> {
+    client: &'a Client<C>,
+    over: bool,
+}
+
+impl<C: SessionClient> Drop for Asking<'_, C> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.client.poison();
+        }
+    }
 }
 
 /// Whether a closure has ended its transaction itself.

@@ -9,10 +9,10 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
 use tokio_postgres_failover::ledger::Ledger;
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
 use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
 use crate::support::{CONFLICT, PATIENCE, Runs, commits_call, committing, insert, sql, stored};
@@ -207,6 +207,35 @@ async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
         assert_eq!(runs.count(), 2, "{guarantee:?} {statement}");
         gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
     }
+}
+
+/// The question how a closure has ended its transaction is given up, as a lock holds it up. The session in the midst of it
+/// meets nobody else, in a wrapped pool neither.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_was_asked_in_vain_meets_nobody() {
+    let cluster = started(single()).await;
+    let mut config = deadpool_postgres::Config::new();
+    config.url = Some(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))));
+    config.pool = Some(deadpool_postgres::PoolConfig::new(1));
+    let existing = config.create_pool(None, NoTls).unwrap();
+    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    pool.connect().await.unwrap();
+    let admin = cluster.direct(Node(0)).await;
+    let call = pool.build_transaction().guarantee(Guarantee::Ledger(Ledger::default()));
+    let call = call.retry(RetryPolicy::new().attempts(1)).run(async |tx| {
+        insert(&tx, 1).await?;
+        let _ = tx.batch_execute(KILL).await;
+        // It waits for the end of this transaction.
+        admin.batch_execute("BEGIN; LOCK TABLE failover.ledger").await.unwrap();
+        Err::<(), _>(Error::abort("own"))
+    });
+    timeout(PATIENCE, call).await.expect("the call hangs").expect_err("its session was ended");
+    admin.batch_execute("COMMIT").await.unwrap();
+    let next = timeout(PATIENCE, existing.get()).await.expect("a connection").unwrap();
+    let asked = next.simple_query("SELECT now() = statement_timestamp()");
+    let rows = timeout(PATIENCE, asked).await.expect("an idle one").unwrap();
+    let begun_here = rows.iter().any(|row| matches!(row, SimpleQueryMessage::Row(row) if row.get(0) == Some("t")));
+    assert!(begun_here, "it has the transaction of the question");
 }
 
 /// What a closure keeps after its own COMMIT.
