@@ -12,10 +12,10 @@
 //! Tests: `tests/it/failover/resolve.rs`, and `resolve/hickory/tests.rs` for those that need their own
 //! `/etc/resolv.conf`.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
@@ -30,6 +30,7 @@ use tokio::time::{Instant, timeout};
 use super::setup::{Files, Setup, Source, System};
 use super::system::Hosts;
 use super::{Addresses, BoxFuture, Resolve, ResolveError};
+use crate::sync::lock;
 
 /// How many times a question is sent before it counts as unanswered.
 const ATTEMPTS: u32 = 2;
@@ -44,6 +45,8 @@ const GRACE: Duration = Duration::from_millis(100);
 /// ([`PATIENT`]) waits for this long instead.
 const LONG_GRACE: Duration = Duration::from_secs(1);
 const PATIENT: u32 = 4;
+/// Of so many names it remembers at most that one of their families is missing.
+const MOST_NAMES: usize = 1024;
 
 /// A resolver that asks DNS for each question, without a cache.
 ///
@@ -76,8 +79,8 @@ const PATIENT: u32 = 4;
 pub struct HickoryResolver {
     setup: Source,
     timeout: Duration,
-    /// How many look-ups in a row have found one address family only because the other one failed.
-    partial: AtomicU32,
+    /// For each name: how many look-ups in a row have found one address family only, because the other one failed.
+    partial: Mutex<HashMap<String, u32>>,
 }
 
 impl HickoryResolver {
@@ -180,7 +183,7 @@ impl HickoryResolver {
     }
 
     fn new(setup: Source) -> Self {
-        Self { setup, timeout: Duration::from_secs(1), partial: AtomicU32::new(0) }
+        Self { setup, timeout: Duration::from_secs(1), partial: Mutex::default() }
     }
 
     fn from_files(files: Files) -> Result<Self, ResolveError> {
@@ -235,6 +238,16 @@ impl HickoryResolver {
         builder.build()
     }
 
+    /// Notes whether a look-up has missed one family, as the `missed` ones in a row before it have.
+    fn note(&self, host: &str, missed: u32, misses: bool) {
+        let mut partial = lock(&self.partial);
+        if !misses {
+            partial.remove(host);
+        } else if partial.len() < MOST_NAMES || partial.contains_key(host) {
+            partial.insert(host.to_owned(), missed.wrapping_add(1));
+        }
+    }
+
     /// Asks for `name`. Errors name `host`.
     async fn both_families(&self, client: &TokioResolver, host: &str, name: &Name) -> Result<Addresses, ResolveError> {
         let started = Instant::now();
@@ -253,7 +266,8 @@ impl HickoryResolver {
         };
         let (v4, v6) = (pin!(family(RecordType::A)), pin!(family(RecordType::AAAA)));
         let (Either::Left((faster, slower)) | Either::Right((faster, slower))) = select(v4, v6).await;
-        let patient = self.partial.load(Ordering::Relaxed) % PATIENT == PATIENT - 1;
+        let missed = lock(&self.partial).get(host).copied().unwrap_or_default();
+        let patient = missed % PATIENT == PATIENT - 1;
         let grace = if patient { LONG_GRACE } else { GRACE };
         let slower = if faster.is_ok() {
             timeout(grace, slower).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
@@ -261,11 +275,7 @@ impl HickoryResolver {
             slower.await
         };
         let mut merged = Addresses::merge(faster, slower)?;
-        if merged.partial().is_some() {
-            self.partial.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.partial.store(0, Ordering::Relaxed);
-        }
+        self.note(host, missed, merged.partial().is_some());
         // Either family may answer first, so sort by family. The sort is stable and keeps the order within each family.
         merged.addresses.sort_by_key(IpAddr::is_ipv6);
         Ok(merged)

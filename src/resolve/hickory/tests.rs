@@ -1,5 +1,6 @@
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 
@@ -87,7 +88,7 @@ fn d7_a_file_that_cannot_be_used_leaves_the_old_one_in_force() {
 
 /// Counts the log's lines.
 #[derive(Clone, Default)]
-struct Lines(Arc<std::sync::atomic::AtomicUsize>);
+struct Lines(Arc<AtomicUsize>);
 
 impl std::io::Write for Lines {
     fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {

@@ -133,6 +133,23 @@ async fn d2_a_family_that_is_always_late_is_waited_for_at_last() {
     panic!("eight look-ups have not found the address of the late family");
 }
 
+/// The same, and the resolver is asked for other names in between, which are whole, or late as well.
+#[tokio::test]
+async fn d2_other_names_do_not_hide_a_family_that_is_always_late() {
+    let (dns, resolver) = dns().await;
+    let late = || Answer::Late(Duration::from_millis(200), Box::new(Answer::Addresses(vec![v4(1)])));
+    dns.answer(split(late(), Answer::Addresses(vec![v6(1)])));
+    for other in [split(late(), Answer::Addresses(vec![v6(1)])), Answer::Addresses(vec![v4(2), v6(2)])] {
+        dns.answer_name("other.internal", other.clone());
+        let mut whole = 0;
+        for _ in 0..8 {
+            let (found, _) = tokio::join!(resolver.resolve(HOST), resolver.resolve("other.internal"));
+            whole += usize::from(found.unwrap().partial().is_none());
+        }
+        assert!(whole > 0, "{other:?}: eight look-ups have not found the address of the late family");
+    }
+}
+
 #[tokio::test]
 async fn d2_an_empty_family_is_no_reason_to_give_up_on_the_silent_one() {
     let (dns, resolver) = dns().await;
