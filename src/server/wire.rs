@@ -5,6 +5,7 @@
 //! session over the counting stream.
 
 use std::any::TypeId;
+use std::error::Error as _;
 use std::future::{Ready, poll_fn, ready};
 use std::io;
 use std::pin::Pin;
@@ -37,12 +38,7 @@ where
     if TypeId::of::<T::TlsConnect>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
         config.ssl_mode(SslMode::Disable);
     }
-    let Some(plain) = open(&config).await? else {
-        // There is no socket to count on. So the driver connects: it reports why that fails, or opens a session that is
-        // not counted.
-        let (client, connection) = config.connect(tls).await?;
-        return Ok((client, drive(connection, notices)));
-    };
+    let plain = open(&config).await?;
     let activity = Arc::clone(&notices.activity);
     let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
@@ -60,7 +56,7 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    let Some(plain) = open(&config).await? else { return token.cancel_query(tls).await };
+    let plain = open(&config).await?;
     let activity = Arc::<Activity>::default();
     let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity, begins: None }, secure).await
@@ -91,25 +87,40 @@ fn host_of(config: &Config) -> Option<String> {
     })
 }
 
-/// Opens the socket that the driver would use. `None`: there is none, and only the driver can report why.
-async fn open(config: &Config) -> Result<Option<Plain>, Error> {
-    #[cfg(unix)]
-    if let Some(Host::Unix(folder)) = config.get_hosts().first() {
-        let port = config.get_ports().first().copied().unwrap_or(5432);
-        let connecting = UnixStream::connect(folder.join(format!(".s.PGSQL.{port}")));
-        return Ok(connecting.await.ok().map(Plain::Unix));
-    }
-    let thief = Thief(Arc::default());
+/// Opens the socket that the driver would use.
+async fn open(config: &Config) -> Result<Plain, Error> {
     let mut asking = config.clone();
     // With these settings the driver sends nothing before it calls the connector.
     asking.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
-    let outcome = asking.connect(thief.clone()).await;
-    let taken = lock(&thief.0).take();
-    match (taken, outcome) {
-        (Some(socket), _) => Ok(Some(Plain::Tcp(socket))),
-        (None, Err(error)) => Err(error),
-        (None, Ok(_)) => Ok(None),
+    loop {
+        #[cfg(unix)]
+        if let Some(plain) = open_unix(config).await {
+            return Ok(plain);
+        }
+        let thief = Thief(Arc::default());
+        let Err(error) = asking.connect(thief.clone()).await else { continue };
+        if let Some(socket) = lock(&thief.0).take() {
+            return Ok(Plain::Tcp(socket));
+        }
+        // Only the driver can report why there is no socket. It calls no connector on a Unix socket, so if it gets that
+        // far, there is a server now: try again.
+        let no_socket = error.source().is_some_and(|source| source.is::<io::Error>());
+        if no_socket || !is_unix(config) {
+            return Err(error);
+        }
+        tokio::task::yield_now().await;
     }
+}
+
+fn is_unix(config: &Config) -> bool {
+    config.get_hosts().first().is_some_and(|host| !matches!(host, Host::Tcp(_)))
+}
+
+#[cfg(unix)]
+async fn open_unix(config: &Config) -> Option<Plain> {
+    let Some(Host::Unix(folder)) = config.get_hosts().first() else { return None };
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    UnixStream::connect(folder.join(format!(".s.PGSQL.{port}"))).await.ok().map(Plain::Unix)
 }
 
 /// A TLS connector that only takes the socket out of the driver, and encrypts nothing.
@@ -356,5 +367,50 @@ mod tests {
             assert_eq!(error.is_some(), words.is_some(), "{received:?}: {error:?}");
             assert!(words.is_none_or(|words| error.is_some_and(|error| error.contains(words))), "{received:?}");
         }
+    }
+
+    /// A server whose Unix socket comes and goes while sessions are opened: each session that is opened is counted.
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn each_session_on_a_unix_socket_is_counted() {
+        use std::io::{Read, Write};
+        use std::os::unix::net::UnixListener;
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        // What ends a log-in: AuthenticationOk and ReadyForQuery.
+        const LET_IN: &[u8] = b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I";
+        let folder = std::env::temp_dir().join(format!("failover-wire-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (path, end) = (folder.join(".s.PGSQL.5432"), Arc::new(AtomicBool::new(false)));
+        let ends = Arc::clone(&end);
+        let server = std::thread::spawn(move || {
+            while !ends.load(Ordering::Relaxed) {
+                let Ok(listener) = UnixListener::bind(&path) else { continue };
+                listener.set_nonblocking(true).unwrap();
+                for _ in 0..200 {
+                    let Ok((mut client, _)) = listener.accept() else { continue };
+                    client.set_nonblocking(false).unwrap();
+                    if client.read(&mut [0; 512]).is_ok_and(|read| read > 0) {
+                        let _ = client.write_all(LET_IN);
+                    }
+                }
+                drop(listener);
+                std::fs::remove_file(&path).unwrap();
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+        });
+        let mut config = Config::new();
+        config.host_path(&folder).user("app").dbname("app");
+        let mut opened = 0;
+        for _ in 0..20_000 {
+            let notices = Arc::<Notices>::default();
+            let Ok((_client, _driver)) = connect(config.clone(), NoTls, Arc::clone(&notices)).await else { continue };
+            opened += 1;
+            assert!(notices.activity.heard_at() > 0, "session {opened} is not counted");
+        }
+        end.store(true, Ordering::Relaxed);
+        server.join().unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(opened > 0);
     }
 }
