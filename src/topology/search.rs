@@ -54,6 +54,8 @@ pub(super) struct Pick {
     pub(super) address: Address,
     pub(super) report: ServerReport,
     pub(super) decide_at: Instant,
+    /// It was put off, because the process was late.
+    pub(super) postponed: bool,
 }
 
 /// Ranks writable servers: a server that reports its cluster ranks above one that withholds it, then the newest
@@ -213,7 +215,8 @@ impl Topology {
             let wait = if promoted || !others_silent { Duration::ZERO } else { took.clamp(grace.0, grace.1) };
             let earlier = confirmed.or(search.pick.as_ref().map(|pick| pick.decide_at));
             let decide_at = earlier.map_or(now + wait, |at| at.min(now + wait));
-            search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at });
+            let postponed = search.pick.as_ref().is_some_and(|pick| pick.postponed);
+            search.pick = Some(Pick { address: address.clone(), report: report.clone(), decide_at, postponed });
         }
         self.judge_refusals(now);
         self.decide_pick(now);
@@ -235,10 +238,13 @@ impl Topology {
     }
 
     /// Accepts no server before `at`. The process stood still for a moment, and may not have read yet what the other
-    /// servers answered meanwhile.
-    pub(super) fn postpone_pick(&mut self, at: Instant) {
-        if let Phase::Searching(Search { pick: Some(pick), .. }) = &mut self.phase {
-            pick.decide_at = pick.decide_at.max(at);
+    /// servers answered meanwhile. On a busy machine it is late each time, so a moment counts only once; `long`: it was
+    /// not just a moment.
+    pub(super) fn postpone_pick(&mut self, at: Instant, long: bool) {
+        if let Phase::Searching(Search { pick: Some(pick), .. }) = &mut self.phase
+            && (long || !pick.postponed)
+        {
+            (pick.decide_at, pick.postponed) = (pick.decide_at.max(at), true);
         }
     }
 

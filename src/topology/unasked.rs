@@ -96,7 +96,7 @@ impl Topology {
     /// Notices whether the process did not run just before this moment. Call this before each input.
     pub(super) fn notice_pause(&mut self, now: Instant) {
         if now > self.unasked.due + GRACE.0 {
-            self.postpone_pick(now + GRACE.0);
+            self.postpone_pick(now + GRACE.0, now > self.unasked.due + LATE);
         }
         if now <= self.unasked.due + LATE {
             return;
@@ -120,7 +120,7 @@ impl Topology {
             self.unasked.begin(now);
         }
         self.unasked.end(now);
-        self.postpone_pick(now + GRACE.0);
+        self.postpone_pick(now + GRACE.0, true);
         self.names.iter_mut().for_each(|name| name.doubt(now));
         for member in self.members.values_mut() {
             member.hurry(now, self.settings.poll.0);

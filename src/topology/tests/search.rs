@@ -33,6 +33,20 @@ fn a_stall_takes_nothing_from_the_time_to_object() {
     }
 }
 
+/// On a machine that is late each time, a silent candidate delays the decision by no more than usual.
+#[test]
+fn a_machine_that_is_always_late_decides_all_the_same() {
+    let mut bench = Bench::new(2);
+    bench.report(1, primary(1, 1));
+    let began = bench.now;
+    while bench.primary().is_none() && bench.now < began + ms(2000) {
+        bench.now = bench.topology.wake_at().map_or(bench.now, |at| at.max(bench.now)) + ms(15);
+        bench.poll();
+    }
+    let took = bench.now.duration_since(began);
+    assert!(took <= FIRST_GRACE.1 + ms(60), "{took:?}");
+}
+
 #[test]
 fn a_silent_candidate_delays_the_first_search_by_the_grace_at_most() {
     let mut bench = Bench::new(2);
