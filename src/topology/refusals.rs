@@ -21,8 +21,8 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) enum Outlook {
     /// Waiting may help.
     Open,
-    /// It accepts no connection, and may be just starting. So callers are told that waiting does not help only if other
-    /// servers refuse the credentials, which are the same everywhere.
+    /// It accepts no connection, and may be just starting, or a name may lead to more servers. So callers are told in
+    /// spite of it only if others refuse the credentials, which are the same everywhere.
     Silent,
     /// It gave a permanent failure, in answer to a question that was sent at this time.
     Hopeless(ProbeFailure, Instant),
@@ -160,6 +160,9 @@ impl Topology {
             }
             // The name has led to servers, which are judged separately.
             (Some(_), _, None) => None,
+            // The name servers have told nothing, or only one of its address families. There may be more servers, but
+            // they take the same credentials.
+            (Some(_), false, Some(_)) => Some(Outlook::Silent),
             _ => Some(Outlook::Open),
         });
         members.chain(names)

@@ -37,3 +37,28 @@ fn a_partial_answer_takes_away_no_address_of_the_family_that_is_missing() {
     bench.topology.resolved(bench.now, 0, named([v6(2)]));
     assert_eq!(known(&bench), ["[fdaa::2]:5432"]);
 }
+
+/// Wrong credentials are told at once, although the name server never tells one of the families, or nothing of another
+/// name: they are the same everywhere.
+#[test]
+fn a_name_that_is_never_told_as_a_whole_hides_no_refusal() {
+    for other in [None, Some(NameAnswer::Failed("SERVFAIL".to_owned()))] {
+        let now = Instant::now();
+        let names = 1 + usize::from(other.is_some());
+        let mut bench = Bench { topology: Topology::new(settings(), Vec::new(), names, 1, now), now, log: Vec::new() };
+        bench.poll();
+        match &other {
+            None => bench.topology.resolved(bench.now, 0, partial([endpoint(1)])),
+            Some(failed) => {
+                bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+                bench.topology.resolved(bench.now, 1, failed.clone());
+            }
+        }
+        bench.poll();
+        bench.fail(1, FailureKind::Unreachable);
+        assert!(!bench.refused(), "{other:?}: it may be just starting");
+        bench.wait(ms(100));
+        bench.fail(1, FailureKind::Refused);
+        assert!(bench.refused(), "{other:?}");
+    }
+}
