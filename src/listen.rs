@@ -11,7 +11,7 @@
 mod backlog;
 
 use std::fmt;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
@@ -21,7 +21,7 @@ use deadpool_postgres::ClientWrapper;
 use futures_util::Stream;
 use futures_util::future::{FutureExt, poll_fn};
 use futures_util::task::AtomicWaker;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Notification;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +31,7 @@ use crate::error::{Error, UnavailableReason};
 use crate::pool::{Pool, SideSession};
 use crate::retry::Exponential;
 use crate::server::{NotificationSink, rows};
-use crate::sync::lock;
+use crate::sync::{lock, log_safely};
 use crate::topology::{Suspicion, UNDISTURBED};
 use backlog::{Backlog, Entry};
 
@@ -134,11 +134,18 @@ impl Pool {
         subscribing.spawn_on(async move { subscribe(&pool, &text, &into).await }, self.runtime());
         let within = self.checkout_timeout().max(self.opens_within());
         let joined = timeout(within, subscribing.join_next()).await.map_err(|_| self.unavailable_beside(began))?;
-        let Some(Ok(first)) = joined else { return Err(Error::RuntimeEnded) };
-        let first = first?;
+        let first = joined.ok_or(Error::RuntimeEnded).and_then(or_panic)??;
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }
+}
+
+/// What a task has returned. A panic in it, which is that of code that the program plugs in, goes on here.
+fn or_panic<T>(joined: Result<T, JoinError>) -> Result<T, Error> {
+    joined.map_err(|error| match error.try_into_panic() {
+        Ok(panic) => resume_unwind(panic),
+        Err(_) => Error::RuntimeEnded,
+    })
 }
 
 /// One `LISTEN` for each channel. The names are quoted, and quotes within are doubled, so that each name is taken as it
@@ -343,7 +350,9 @@ async fn subscribe(pool: &Pool, sql: &str, inbox: &Arc<Inbox>) -> Result<Subscri
         match timeout(ANSWER_WITHIN, subscribing).await {
             // The server forgot the subscription at once, so a listener on this session would receive nothing.
             Ok(Ok(Some(channels))) if channels.is_empty() && !sql.is_empty() => {
-                tracing::warn!("LISTEN had no effect: it does not work through a pooler in transaction mode");
+                log_safely(|| {
+                    tracing::warn!("LISTEN had no effect: it does not work through a pooler in transaction mode");
+                });
             }
             Ok(Ok(channels)) => return Ok(Subscribed { side_session, ended, channels }),
             // The server is well but refuses the statement, for example because of the name of a channel.
@@ -420,6 +429,16 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_panic_of_the_task_goes_on_in_its_caller() {
+        let joined: Result<(), _> = tokio::spawn(async { panic!("a bug in the log") }).await;
+        let panic = std::panic::catch_unwind(AssertUnwindSafe(|| or_panic(joined))).unwrap_err();
+        assert_eq!(panic.downcast_ref::<&str>(), Some(&"a bug in the log"));
+        let task = tokio::spawn(std::future::pending::<()>());
+        task.abort();
+        assert!(matches!(or_panic(task.await), Err(Error::RuntimeEnded)));
+    }
 
     #[test]
     fn channels_are_taken_as_they_are() {
