@@ -47,8 +47,8 @@ static DEADLINES: [Deadline; 15] = [
     Deadline { when: When::EachPoll(|_| None), act: Topology::give_up_mute },
     // The known primary's sessions are silent while they are in use.
     Deadline { when: When::EachPoll(Topology::sample_at), act: Topology::ask_if_quiet },
-    // No session to the known primary is kept. The row above wakes the topology often enough.
-    Deadline { when: When::EachPoll(|_| None), act: Topology::ask_idle },
+    // No session is kept, or the primary is suspended for silence, and the pool has idle sessions.
+    Deadline { when: When::At(Topology::idle_due), act: Topology::ask_idle },
     // The known primary takes long to answer, so the other servers are asked sooner.
     Deadline { when: When::From(Topology::uneasy_at), act: Topology::hurry_others },
     Deadline { when: When::At(Topology::names_due), act: Topology::look_up_due_names },

@@ -200,26 +200,35 @@ impl Topology {
         now.duration_since(heard_at) >= self.settings.heartbeat_timeout
     }
 
-    /// Returns whether no session is kept, the question of [`Self::ask_idle`] has had no answer for
-    /// `heartbeat_timeout`, and nothing else has come from the primary since.
+    /// No session is kept, and questions of [`Self::ask_idle`] have had no answer for `heartbeat_timeout`. Nothing else
+    /// has come from the primary meanwhile.
     fn idle_is_mute(&self, now: Instant) -> bool {
-        let (Some(_), Some(asked_at)) = (self.beside.alone_since, self.beside.idle_waits_since) else {
+        let (Some(alone_since), Some(asked_at)) = (self.beside.alone_since, self.beside.idle_waits_since) else {
             return false;
         };
-        let heard = self.heard_since(Some(asked_at)) || self.own_primary_at > asked_at;
-        !heard && now.duration_since(self.unasked.counts_from(asked_at)) >= self.settings.heartbeat_timeout
+        // The oldest question may be on a session that is dead without a sign, even from an earlier time. Since no
+        // session is kept, others are asked again and again, so the silence counts from then on, or from the last
+        // answer.
+        let heard_at = self.received_at.unwrap_or(asked_at).max(self.own_primary_at);
+        let silent_since = self.unasked.counts_from(asked_at.max(alone_since).max(heard_at));
+        now.saturating_duration_since(silent_since) >= self.settings.heartbeat_timeout
     }
 
-    /// While no session to the known primary is kept, tells the pool to ask it on an idle one. Until a new session is
-    /// open, perhaps nothing else shows that the primary lives.
+    /// When the primary is next to be asked on an idle session of the pool: while it is known and no session is kept,
+    /// or while it is suspended for silence. Nothing else might show that it lives.
+    pub(super) fn idle_due(&self) -> Option<Instant> {
+        let wanted = match &self.phase {
+            Phase::Known { .. } => self.beside.alone_since.is_some(),
+            Phase::Searching(search) => search.suspended.as_ref().is_some_and(|suspended| suspended.silent),
+        };
+        let next = || self.beside.idle_asked_at.map_or(self.polled_at, |at| at + self.settings.heartbeat / 4);
+        (wanted && self.traffic.open > 0 && !self.settings.roaming).then(next)
+    }
+
+    /// Has the primary asked on an idle session of the pool.
     pub(super) fn ask_idle(&mut self, now: Instant) {
-        let pause = self.settings.heartbeat / 4;
-        let due = self.beside.idle_asked_at.is_none_or(|at| now >= at + pause);
-        let wanted = self.beside.alone_since.is_some() && self.traffic.open > 0 && self.search().is_none();
-        if wanted && due {
-            self.beside.idle_asked_at = Some(now);
-            self.actions.push(Action::AskIdle);
-        }
+        self.beside.idle_asked_at = Some(now);
+        self.actions.push(Action::AskIdle);
     }
 
     /// Handles the failure of a question to the known primary.

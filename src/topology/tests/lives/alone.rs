@@ -104,3 +104,51 @@ fn a_suspended_primary_that_answers_is_resumed_at_once() {
     bench.poll();
     assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
 }
+
+/// One idle connection is dead without a sign, and its question is never answered, while others were. When the
+/// primary's host freezes afterwards, it is left.
+#[test]
+fn a_question_that_is_never_answered_hides_no_later_silence() {
+    for in_use in [false, true] {
+        let mut stage = Stage::new();
+        stage.traffic = TrafficSample { in_use, moved: false, received: false, open: 3, idle_asked: false };
+        stage.run(ms(10_000));
+        (stage.kept, stage.new) = (false, Some(FailureKind::TimedOut));
+        stage.traffic.idle_asked = true;
+        stage.run_with_an_idle_session(ms(60_000));
+        assert_eq!(stage.suspended_at, None, "{in_use}");
+        stage.traffic.received = false;
+        let froze = stage.bench.now;
+        stage.run(ms(20_000));
+        let settings = settings();
+        let after = stage.suspended_at.map(|at| at.duration_since(froze)).expect("it is left");
+        assert!(after <= settings.heartbeat_timeout * 2 + settings.heartbeat, "{in_use}: {after:?}");
+    }
+}
+
+/// The kept session is silent, new ones fail, and the primary is suspended: idle sessions are asked, and if one
+/// answers, the primary is resumed.
+#[test]
+fn an_idle_session_speaks_for_a_suspended_primary() {
+    for kind in KINDS {
+        for kept in [true, false] {
+            let mut bench = Bench::settled();
+            let traffic = TrafficSample { open: 2, ..TrafficSample::default() };
+            bench.topology.traffic(bench.now, traffic);
+            bench.wait(ms(1000));
+            bench.answer(1, Err(failure(FailureKind::TimedOut)), false, kept);
+            assert_eq!(bench.primary(), None, "{kind:?}");
+            bench.wait(ms(20));
+            bench.fail(1, kind);
+            bench.wait(settings().heartbeat);
+            let asked = bench.log.iter().filter(|action| matches!(action, Action::AskIdle)).count();
+            if bench.primary().is_none() {
+                assert!((1..=10).contains(&asked), "{kind:?}: {asked} times");
+            }
+            bench.topology.traffic(bench.now, TrafficSample { received: true, idle_asked: true, ..traffic });
+            bench.poll();
+            assert_eq!(bench.primary(), Some(1), "{kind:?}");
+            assert!(bench.ended().is_empty(), "{kind:?}");
+        }
+    }
+}
