@@ -30,6 +30,9 @@ use crate::topology::{
 };
 use task::Task;
 
+/// On so many idle sessions the primary is asked at the same time at most.
+const MOST_IDLE_QUESTIONS: usize = 8;
+
 /// A name of the configuration, with its port.
 #[derive(Clone, Debug)]
 pub(crate) struct Name {
@@ -73,6 +76,9 @@ pub(crate) struct Generation<C> {
     pub(crate) scope: Scope,
     /// Limits how many sessions are opened at the same time, so that a newly promoted server is not flooded.
     pub(crate) gate: Semaphore,
+    /// Limits as much how many new connections meet the user's hook at the same time. That may take longer than a
+    /// log-in, so it holds up nothing else that goes through `gate`.
+    pub(crate) greetings: Semaphore,
     /// The pool's connections of this generation.
     pub(crate) open: Tally,
     /// Whether a session of this generation has received a sign of the server's life.
@@ -185,16 +191,35 @@ struct Shared {
     asleep: AtomicBool,
     /// Asks the pool to ask the primary on an idle session.
     ask_idle: Arc<Notify>,
-    /// That question is under way.
-    idle_asked: AtomicBool,
+    /// The number of such questions that are under way.
+    idle_asked: AtomicUsize,
+    /// How many of them were begun. `idle_answered` is the number of the latest one that was answered.
+    idle_begun: AtomicU64,
+    idle_answered: AtomicU64,
 }
 
 /// While this exists, the primary is being asked on an idle session of the pool.
-pub(crate) struct IdleQuestion(Arc<Shared>);
+pub(crate) struct IdleQuestion {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl IdleQuestion {
+    /// The primary has answered, which the task is to learn now.
+    pub(crate) fn answered(&self) {
+        self.shared.idle_answered.fetch_max(self.number, Ordering::AcqRel);
+        self.shared.wake.notify_one();
+    }
+
+    /// Returns whether a question that was begun later has been answered.
+    pub(crate) fn is_outrun(&self) -> bool {
+        self.shared.idle_answered.load(Ordering::Acquire) > self.number
+    }
+}
 
 impl Drop for IdleQuestion {
     fn drop(&mut self) {
-        self.0.idle_asked.store(false, Ordering::Release);
+        self.shared.idle_asked.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -316,10 +341,14 @@ impl<C: SessionClient> Cluster<C> {
         Arc::clone(&self.shared.ask_idle)
     }
 
-    /// Notes that the primary is being asked on an idle session. `None`: such a question is under way already.
+    /// Notes that the primary is being asked on an idle session. `None`: it is being asked on [`MOST_IDLE_QUESTIONS`]
+    /// already.
     pub(crate) fn idle_question(&self) -> Option<IdleQuestion> {
-        let begun = !self.shared.idle_asked.swap(true, Ordering::AcqRel);
-        begun.then(|| IdleQuestion(Arc::clone(&self.shared)))
+        let under_way = self.shared.idle_asked.fetch_add(1, Ordering::AcqRel);
+        let number = self.shared.idle_begun.fetch_add(1, Ordering::AcqRel) + 1;
+        // If there are too many, dropping it takes it back.
+        let question = IdleQuestion { shared: Arc::clone(&self.shared), number };
+        (under_way < MOST_IDLE_QUESTIONS).then_some(question)
     }
 
     /// Reports a doubt about the primary of generation `id`, which the task will check. Never waits.

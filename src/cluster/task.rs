@@ -230,7 +230,7 @@ impl<C: SessionClient> Task<C> {
         // If the sessions' drivers are not this crate's, their ends go unnoticed, so they are not counted.
         let generation = self.generation.as_ref().filter(|_| self.opener.drives());
         let open = generation.map_or(0, |generation| generation.open.count());
-        let idle_asked = self.shared.idle_asked.load(Ordering::Relaxed);
+        let idle_asked = self.shared.idle_asked.load(Ordering::Relaxed) > 0;
         TrafficSample { in_use, moved, received: self.take_heard(), open, idle_asked }
     }
 
@@ -342,6 +342,7 @@ impl<C: SessionClient> Task<C> {
             began: Instant::now(),
             scope,
             gate: Semaphore::new(self.gate),
+            greetings: Semaphore::new(self.gate),
             open: Tally::default(),
             heard: Heard::default(),
             spare: Mutex::new(spare),

@@ -163,7 +163,7 @@ impl fmt::Display for Unavailable {
                 write!(f, "no server address within {waited:.1?}; check the host name and the name servers")?;
             }
             UnavailableReason::NoSession if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::Hook) => {
-                write!(f, "the primary is known, but a hook of the pool let no new session pass within {waited:.1?}")?;
+                write!(f, "the primary is known, but a hook of the pool let no connection pass within {waited:.1?}")?;
             }
             UnavailableReason::NoSession if matches!(self.obstacle, Obstacle::BeingTested) => write!(
                 f,

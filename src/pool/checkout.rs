@@ -11,10 +11,12 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::client::Loan;
 use super::counted::Counted;
+use super::hooks::hook_failure;
 use super::loans::CallSite;
 use super::{Client, Manager, Pool, Source};
 use crate::error::{Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
+use crate::topology::FailureKind;
 
 /// The settings of deadpool with which `get` does not wait for a free slot.
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
@@ -39,7 +41,7 @@ impl<C: SessionClient> Pool<C> {
         place: CallSite,
     ) -> Result<Client<C>, Error> {
         let waits = self.observer().waits();
-        let mut checkout = pin!(self.checkout(Some(place)));
+        let mut checkout = pin!(self.checkout(Some(place), in_use.is_some()));
         // If a connection is idle, the first poll returns it, without reading a clock or creating a timer.
         if let Poll::Ready(checked_out) = poll_fn(|context| Poll::Ready(checkout.as_mut().poll(context))).await {
             waits.ended(&checked_out);
@@ -98,7 +100,8 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    async fn checkout(&self, place: Option<CallSite>) -> Result<Client<C>, Error> {
+    /// `begun`: the call that needs the connection had begun before the pool was closed, so it is served even then.
+    async fn checkout(&self, place: Option<CallSite>, begun: bool) -> Result<Client<C>, Error> {
         loop {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() {
@@ -117,6 +120,10 @@ impl<C: SessionClient> Pool<C> {
             };
             let Some(loan) = loan else { continue };
             let client = self.lend(loan, place);
+            // Either a closing pool sees the loan and waits for it, or this sees that the pool is closing.
+            if !begun {
+                self.is_open()?;
+            }
             // Either the cluster's task sees the loan and stays awake, or this sees that the task is falling asleep. In
             // that case the connection will be closed, so do not hand it out.
             if !self.cluster().is_asleep() {
@@ -158,6 +165,7 @@ impl<C: SessionClient> Pool<C> {
                 Some(object) => {
                     object.activity().give_back();
                     self.dialer.give_back(object);
+                    tokio::task::yield_now().await;
                     return Ok(None);
                 }
                 None => return Ok(None),
@@ -174,6 +182,7 @@ impl<C: SessionClient> Pool<C> {
     pub(super) fn give_back(&self, loan: Loan<C>) {
         match loan {
             Loan::Own(object) => {
+                object.given_back();
                 if let Some(object) = self.dialer.after_return(object) {
                     object.activity().give_back();
                     self.dialer.give_back(object);
@@ -184,9 +193,11 @@ impl<C: SessionClient> Pool<C> {
     }
 
     pub(super) fn lend(&self, loan: Loan<C>, place: Option<CallSite>) -> Client<C> {
-        self.cluster().lend();
         loan.activity().lend();
-        Client::new(loan, self.clone(), place.and_then(|place| self.watch_loan(place)))
+        let client = Client::new(loan, self.clone(), place.and_then(|place| self.watch_loan(place)));
+        // Nothing may panic from here on, because only the client's end takes this back.
+        self.cluster().lend();
+        client
     }
 
     /// Returns a connection that no caller has used before, if a slot is free. Waits for a primary without a limit of
@@ -199,7 +210,12 @@ impl<C: SessionClient> Pool<C> {
         }
         // Wait before a slot is taken, so that others can use the slot meanwhile.
         self.cluster().primary().await.map_err(Error::without_primary)?;
-        match inner.timeout_get(&AT_ONCE).await {
+        // A pool that was made smaller may have more slots than connections. Who waits in such a slot waits for a
+        // connection to be given back, perhaps by a caller that waits for this settler. So take only what is idle then,
+        // and wait for a dial no longer than one may take.
+        let within = if self.dialer.queue.is_spoken_for() { Duration::ZERO } else { self.dialer.open_timeout };
+        let Ok(got) = timeout(within, inner.timeout_get(&AT_ONCE)).await else { return Ok(None) };
+        match got {
             Ok(object) if self.cluster().is_current(object.facts().generation) && object.use_it() => {
                 Ok(Some(self.lend(Loan::Own(object), None)))
             }
@@ -219,7 +235,7 @@ impl<C: SessionClient> Pool<C> {
         if self.source.status().available == 0 {
             return None;
         }
-        timeout(IDLE_WITHIN, self.checkout(None)).await.ok()?.ok()
+        timeout(IDLE_WITHIN, self.checkout(None, true)).await.ok()?.ok()
     }
 
     fn unavailable(&self, began: Instant) -> Error {
@@ -228,11 +244,20 @@ impl<C: SessionClient> Pool<C> {
             return Error::without_primary(self.cluster().ended());
         }
         let managed::Status { size, max_size, waiting, .. } = self.source.status();
+        let (own, in_use) = (matches!(self.source, Source::Own(_)), self.cluster().in_use());
         // A wrapped pool has other users, who are not counted.
-        let free = matches!(self.source, Source::Own(_)) && self.cluster().in_use() + waiting < max_size;
+        let free = own && in_use + waiting < max_size;
+        let (tests, hooks) = (self.dialer.queue.tested().load(Ordering::Relaxed) > 0, self.dialer.queue.hooked() > 0);
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
-            Some(_) if free && self.dialer.queue.tested().load(Ordering::Relaxed) > 0 => Obstacle::BeingTested,
+            Some(_) if in_use < max_size && tests => Obstacle::BeingTested,
+            // Its last words, if it refuses connections.
+            Some(generation) if in_use < max_size && hooks => {
+                let said = generation.trouble().filter(|trouble| trouble.kind == FailureKind::Hook);
+                Obstacle::NoSession(
+                    said.or_else(|| Some(hook_failure("a hook has not ended yet; see `hook_timeout`".to_owned()))),
+                )
+            }
             Some(_) if size >= max_size && !free => Obstacle::NoneFree { max_size },
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };

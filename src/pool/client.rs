@@ -138,7 +138,7 @@ impl<C: SessionClient> Loan<C> {
 }
 
 impl<C: SessionClient> Client<C> {
-    /// The caller must already have counted `loan`.
+    /// The caller counts the loan. Calls the program's metrics, which may panic.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>, watch: Option<LoanWatch>) -> Self {
         loan.facts().trail.freshen(loan.client());
         let streamed = AtomicBool::new(false);

@@ -85,9 +85,18 @@ impl<C: SessionClient> Connection<C> {
         &self.inner.watched
     }
 
+    /// Returns whether its session is open and fit for another caller, and none of those that were to be closed.
     pub(super) fn usable(&self) -> bool {
         let facts = &self.inner.facts;
-        !self.inner.client.is_closed() && !facts.is_unfit() && !facts.notices.activity.is_condemned()
+        !self.inner.client.is_closed()
+            && !facts.is_unfit()
+            && !facts.notices.activity.is_condemned()
+            && !self.is_evicted()
+    }
+
+    /// Returns whether `evict_idle` was called since it was opened, or since it was last on loan.
+    pub(super) fn is_evicted(&self) -> bool {
+        self.inner.berth.as_ref().is_some_and(Berth::is_evicted)
     }
 
     /// Waits until the driver has seen all requests, and until a failed request has ended. Returns whether nothing is
@@ -116,7 +125,14 @@ impl<C: SessionClient> Connection<C> {
         Instant::now() >= self.inner.expires
     }
 
-    /// Notes that it has come back.
+    /// Notes that its caller has given it back.
+    pub(super) fn given_back(&self) {
+        if let Some(berth) = &self.inner.berth {
+            berth.given_back();
+        }
+    }
+
+    /// Notes that it comes back.
     pub(super) fn returned(&self) {
         let after = u64::try_from(self.inner.opened_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.inner.returned_at.store(after, Ordering::Relaxed);

@@ -13,6 +13,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use self::queue::DialQueue;
+pub(super) use self::queue::{InAHook, REFUSED_AFTER};
 use super::facts::Facts;
 use super::hooks::Hooks;
 use super::manager::Manager;
@@ -108,12 +109,14 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
-    pub(super) fn give_back(&self, object: Object<Manager<C>>) {
+    pub(super) fn give_back(&self, mut object: Object<Manager<C>>) {
         object.returned();
+        if object.is_evicted() {
+            return drop(Object::take(object));
+        }
         if !self.queue.wanted() {
             drop(object);
-        } else if self.queue.is_overfull() {
-            // The pool was made smaller meanwhile.
+        } else if self.queue.is_surplus(&mut object) {
             return drop(Object::take(object));
         } else if object.may_be_handed_out(&self.cluster) {
             return self.queue.hand(Object::take(object));

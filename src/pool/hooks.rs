@@ -19,7 +19,7 @@ use tokio::time::{sleep, timeout};
 use tracing::Instrument;
 
 use super::connection::Connection;
-use super::dialer::Dialer;
+use super::dialer::{Dialer, InAHook};
 use super::manager::Manager;
 use crate::classify::explain;
 use crate::resolve::BoxFuture;
@@ -142,7 +142,7 @@ impl<C: SessionClient> Hooks<C> {
     }
 }
 
-fn hook_failure(message: String) -> ProbeFailure {
+pub(super) fn hook_failure(message: String) -> ProbeFailure {
     ProbeFailure::new(FailureKind::Hook, message)
 }
 
@@ -169,9 +169,14 @@ impl<C> fmt::Debug for Hooks<C> {
 struct HookedConnection<C: SessionClient> {
     object: Option<Object<Manager<C>>>,
     dialer: Weak<Dialer<C>>,
+    _hooked: InAHook,
 }
 
 impl<C: SessionClient> HookedConnection<C> {
+    fn new(dialer: &Arc<Dialer<C>>, object: Object<Manager<C>>) -> Self {
+        Self { object: Some(object), dialer: Arc::downgrade(dialer), _hooked: dialer.queue.in_a_hook() }
+    }
+
     fn keep(mut self) -> Option<Object<Manager<C>>> {
         self.object.take()
     }
@@ -221,8 +226,9 @@ impl<C: SessionClient> Dialer<C> {
         let new = !object.is_used();
         // What is under way from now on is not left over from an earlier use.
         object.activity().lend();
-        let held = HookedConnection { object: Some(object), dialer: Arc::downgrade(self) };
+        let held = HookedConnection::new(self, object);
         let (deliver, delivered) = oneshot::channel();
+        let scope = self.cluster.scope().clone();
         let asking = async move {
             let Some(object) = &held.object else { return };
             let failure = match hooks.may_be_lent(object).await {
@@ -243,6 +249,7 @@ impl<C: SessionClient> Dialer<C> {
             // If the caller has given up, dropping this passes the connection on.
             drop(deliver.send(Approved { object: held.keep(), dialer }));
         };
+        let asking = async move { scope.run_until_cancelled(asking).await };
         drop(self.queue.runtime().spawn(asking.in_current_span()));
         delivered.await.ok()?.object.take()
     }
@@ -260,8 +267,7 @@ impl<C: SessionClient> Dialer<C> {
     /// it.
     pub(super) fn after_return(self: &Arc<Self>, object: Object<Manager<C>>) -> Option<Object<Manager<C>>> {
         let Some(hooks) = self.hooks.clone().filter(|hooks| hooks.acts_on_return()) else { return Some(object) };
-        let (dialer, scope) = (Arc::downgrade(self), self.cluster.scope().clone());
-        let held = HookedConnection { object: Some(object), dialer };
+        let (held, scope) = (HookedConnection::new(self, object), self.cluster.scope().clone());
         drop(self.queue.runtime().spawn(async move {
             let Some(object) = &held.object else { return };
             let cleaning = async {

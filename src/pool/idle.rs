@@ -80,6 +80,9 @@ impl<C: SessionClient> Keeper<C> {
                 // The program's log may panic. This task must go on, because callers wait for the dials that it starts.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.idle.reap(&pool, &dialer)));
             }
+            // A connection may have come back while its primary was suspended, and a caller that waits for a dial may
+            // not have noticed that it is the primary again.
+            queue.offer_idle();
             fill_at = self.idle.fill(&pool, &dialer);
         }
     }

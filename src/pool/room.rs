@@ -1,7 +1,7 @@
 //! Counts the connections of a pool.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
@@ -17,23 +17,48 @@ pub(super) struct Room {
     pub(super) doubted: AtomicUsize,
     /// How many are being tested for waiting callers.
     pub(super) tested: AtomicUsize,
+    /// How many a hook of the user's has in its hands.
+    pub(super) hooked: AtomicUsize,
+    /// How many times all connections that are not on loan were to be closed.
+    pub(super) evictions: AtomicU64,
     /// Wakes the task that opens connections: a place has become free, or another connection is needed.
     pub(super) changed: Notify,
 }
 
+impl Room {
+    pub(super) fn evictions(&self) -> u64 {
+        self.evictions.load(Ordering::Acquire)
+    }
+}
+
 /// Counts one connection towards `max_size`, until the connection is dropped or leaves the pool.
-pub(super) struct Berth(Arc<Room>);
+pub(super) struct Berth {
+    room: Arc<Room>,
+    /// The number of evictions when its session was opened, or when a caller last gave it back.
+    evictions: AtomicU64,
+}
 
 impl Berth {
-    pub(super) fn new(room: &Arc<Room>) -> Self {
+    /// `evictions`: their number when the session was dialled.
+    pub(super) fn new(room: &Arc<Room>, evictions: u64) -> Self {
         room.live.fetch_add(1, Ordering::AcqRel);
-        Self(Arc::clone(room))
+        Self { room: Arc::clone(room), evictions: AtomicU64::new(evictions) }
+    }
+
+    /// A caller has given the connection back. An eviction from before that spared it, because it was on loan.
+    pub(super) fn given_back(&self) {
+        self.evictions.store(self.room.evictions(), Ordering::Relaxed);
+    }
+
+    /// Returns whether all connections were to be closed since.
+    pub(super) fn is_evicted(&self) -> bool {
+        self.evictions.load(Ordering::Relaxed) < self.room.evictions()
     }
 }
 
 impl Drop for Berth {
     fn drop(&mut self) {
-        self.0.live.fetch_sub(1, Ordering::AcqRel);
-        self.0.changed.notify_one();
+        self.room.live.fetch_sub(1, Ordering::AcqRel);
+        self.room.changed.notify_one();
     }
 }

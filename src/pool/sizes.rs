@@ -11,9 +11,12 @@ use crate::sync::lock;
 impl<C: SessionClient> Pool<C> {
     /// Changes [`PoolBuilder::max_size`](crate::PoolBuilder::max_size) of the running pool, for all its clones.
     ///
-    /// A larger pool serves waiting callers at once. A smaller one closes idle connections now, and those on loan when
-    /// they come back. Until then it has more connections than `max_size`. Never waits. On a [wrapped](Pool::wrap)
-    /// pool, this changes the size of the deadpool pool inside.
+    /// A larger pool serves waiting callers at once. A smaller one closes idle connections, and those on loan when they
+    /// come back; until then there are more of them than `max_size`. Never waits. A pool that is closed stays as it is.
+    ///
+    /// Of a [wrapped](Pool::wrap) pool, it changes the size of the deadpool pool inside. If that one had opened less
+    /// than its old size, it still opens as many as that when so many callers come at once, and closes the surplus as
+    /// it comes back.
     ///
     /// # Errors
     /// Fails like [`PoolBuilder::build`](crate::PoolBuilder::build) if the size is zero, more than a server accepts, or
@@ -29,6 +32,9 @@ impl<C: SessionClient> Pool<C> {
     pub fn resize(&self, max_size: usize) -> Result<(), BuildError> {
         usable_size(max_size)?;
         let _one_at_a_time = lock(&self.shared.resizing);
+        if self.cluster().is_closed() {
+            return Ok(());
+        }
         let min_idle = match &self.source {
             Source::Own(inner) => self.resize_own(inner, max_size)?,
             Source::Wrapped(wrapped) => {
@@ -37,6 +43,10 @@ impl<C: SessionClient> Pool<C> {
             }
         };
         self.observer().sized(max_size, min_idle);
+        // It may have been closed just now, and a closed pool has no size.
+        if self.cluster().is_closed() {
+            self.observer().sized(0, 0);
+        }
         tracing::info!(max_size, "the pool's size was changed");
         Ok(())
     }
@@ -52,8 +62,9 @@ impl<C: SessionClient> Pool<C> {
         Ok(min_idle)
     }
 
-    /// Closes all idle connections, and returns how many there were. Those on loan stay open. The next callers get new
-    /// connections, and the pool opens [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) idle ones again.
+    /// Closes all idle connections, and returns how many there were. Those on loan stay. Those that a hook or a test of
+    /// the pool has at this moment, and those that are being opened, are closed when that ends. The next callers get
+    /// new ones, and [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) is filled again.
     ///
     /// Use it when new sessions differ from old ones: after `ALTER ROLE … SET`, a change of a service behind a proxy,
     /// or a rotated certificate. A failover needs no such call. Never waits.
@@ -67,10 +78,18 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub fn evict_idle(&self) -> usize {
         let closed = match &self.source {
-            Source::Own(_) => self.dialer.queue.take_silent(u64::MAX).len(),
+            Source::Own(_) => self.evict_own(),
             Source::Wrapped(wrapped) => wrapped.existing.evict_idle(),
         };
         tracing::debug!(closed, "idle connections closed");
         closed
+    }
+
+    fn evict_own(&self) -> usize {
+        // The session that proved the primary is as old as the others.
+        drop(self.cluster().current().and_then(|generation| generation.take_spare()));
+        // Before the idle ones are taken out, so that what is on its way back to them meanwhile is closed as well.
+        self.dialer.queue.evict();
+        self.dialer.queue.take_silent(u64::MAX).len()
     }
 }

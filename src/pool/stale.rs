@@ -9,11 +9,12 @@
 //! doubted connection that answers comes back if `max_size` has room for it, and a dial that was begun in its place
 //! then ends without a connection.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::Object;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::connection::Connection;
 use super::counted::Counted;
@@ -79,14 +80,44 @@ impl<C: SessionClient> Dialer<C> {
         found
     }
 
-    /// Asks the primary on an idle connection, unless such a question is under way already. The session notes the
-    /// answer as a sign of life. There is no time limit, because the topology decides whether a primary is silent.
+    /// Asks the primary on an idle connection, and on another one if it is being asked so already: a socket may be dead
+    /// without a sign, and then its silence says nothing about the server. An answer is noted as a sign of life.
+    ///
+    /// There is no time limit as long as none is answered, because whether a primary is silent is not decided here. A
+    /// connection without an answer is closed if the server has answered on a later one.
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(question) = self.cluster.idle_question() else { return };
         let Some(connection) = self.queue.take_any(&self.cluster) else { return };
-        let (doubt, dialer) = (self.queue.doubt(), Arc::downgrade(self));
+        let (generation, dialer) = (connection.facts().generation, Arc::downgrade(self));
         drop(self.queue.runtime().spawn(async move {
-            let fit = matches!(connection.check_connection().await, Ok(())) && connection.idle().await;
+            let (mut doubt, mut was_current, mut outrun) = (None, false, Duration::ZERO);
+            let fit = {
+                let mut asking = pin!(connection.check_connection());
+                loop {
+                    if let Ok(answer) = timeout(ANSWER_WITHIN, asking.as_mut()).await {
+                        break answer.is_ok();
+                    }
+                    let Some(dialer) = dialer.upgrade() else { return };
+                    // Callers may have another one opened in its place. During a suspension they cannot, and when that
+                    // has ended, the answer is probably on its way.
+                    let is_current = dialer.cluster.is_current(generation);
+                    if is_current && was_current && doubt.is_none() {
+                        doubt = Some(dialer.queue.doubt());
+                    }
+                    was_current = is_current;
+                    // The server has answered a question that was asked later, but not this one.
+                    if question.is_outrun() {
+                        outrun += ANSWER_WITHIN;
+                    }
+                    if outrun > DOUBTED_WITHIN {
+                        break false;
+                    }
+                }
+            };
+            if fit {
+                question.answered();
+            }
+            let fit = fit && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
                 dialer.queue.take_back(connection, doubt, &dialer.cluster);
             }
@@ -96,7 +127,7 @@ impl<C: SessionClient> Dialer<C> {
 
     /// Tests a connection that no caller needs. Meanwhile another one may be opened in its place for callers that wait.
     fn doubt(self: &Arc<Self>, connection: Connection<C>) {
-        let (doubt, dialer) = (self.queue.doubt(), Arc::downgrade(self));
+        let (doubt, dialer) = (Some(self.queue.doubt()), Arc::downgrade(self));
         drop(self.queue.runtime().spawn(async move {
             let answered = matches!(answers(&connection, Instant::now() + DOUBTED_WITHIN).await, Found::Fit);
             let fit = answered && connection.idle().await;
@@ -179,7 +210,12 @@ impl<C: SessionClient, T: Tested<C>> Testing<'_, C, T> {
     async fn find_out(&mut self) -> Found {
         let Some(tested) = &self.tested else { return Found::Unfit };
         let connection = tested.connection();
-        if !connection.idle().await {
+        let idle = connection.idle().await;
+        // The driver of a session that it has closed has sent the cancel request itself.
+        if !connection.usable() {
+            return Found::Unfit;
+        }
+        if !idle {
             return Found::Busy;
         }
         if !self.dialer.must_be_tested(connection) {

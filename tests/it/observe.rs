@@ -3,4 +3,6 @@
 mod ended;
 mod errors;
 #[cfg(feature = "metrics")]
+mod gauges;
+#[cfg(feature = "metrics")]
 mod watch;

@@ -8,21 +8,24 @@
 //! and nobody loses their place because a dial fails. The tests are in `tests/it/checkout/impatient.rs`.
 
 mod after_connect;
+mod dial;
 mod kept;
+
+pub(in crate::pool) use self::kept::InAHook;
 
 use std::collections::VecDeque;
 use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use deadpool::managed::WeakPool;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
-use self::after_connect::after_connect;
-use super::{Dialer, take_turn};
+use self::dial::dial;
+use super::Dialer;
 use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
 use crate::pool::connection::Connection;
@@ -32,9 +35,8 @@ use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
 
-/// While connections are open that may come back, callers wait at least this long before they are told of a refused
-/// log-in.
-const REFUSED_AFTER: Duration = Duration::from_millis(500);
+/// How long callers wait at least before they are told of a refused log-in, while connections are open that may come back.
+pub(in crate::pool) const REFUSED_AFTER: Duration = Duration::from_millis(500);
 
 type Delivery<C> = Result<Connection<C>, Error>;
 
@@ -130,16 +132,34 @@ impl<C: SessionClient> DialQueue<C> {
     }
 
     /// Gives a connection to the caller that has waited longest. If none waits, keeps it ready for the next caller.
-    pub(in crate::pool) fn hand(&self, connection: Connection<C>) {
+    pub(in crate::pool) fn hand(&self, mut connection: Connection<C>) {
+        if connection.is_evicted() {
+            return;
+        }
         let mut book = self.book();
+        // The pool may have been made smaller meanwhile.
+        if self.gives_way(&mut connection) {
+            // Dropping a connection runs foreign code, so release the lock first.
+            drop(book);
+            return;
+        }
         let unclaimed = self.deliver(&mut book, Ok(connection));
         if let Some(Ok(connection)) = unclaimed {
             book.ready.push(Ready { connection, since: Instant::now() });
         }
     }
 
-    /// Gives a connection to the first waiter, or keeps it for the next one. Returns the connection if it cannot be
-    /// used.
+    /// Returns whether there is one connection too many, so that this one must be closed. If so, it does not count any
+    /// more, so that no other one is closed as well. The caller must hold the lock of the book.
+    fn gives_way(&self, connection: &mut Connection<C>) -> bool {
+        let surplus = self.is_overfull();
+        if surplus {
+            connection.leave_the_pool();
+        }
+        surplus
+    }
+
+    /// Gives a connection to the first waiter, or keeps it for the next one. Returns what is of no use.
     fn place(&self, book: &mut Book<C>, connection: Connection<C>, cluster: &Cluster<C>) -> Option<Connection<C>> {
         let unclaimed = if connection.may_be_handed_out(cluster) {
             self.deliver(book, Ok(connection))
@@ -263,6 +283,7 @@ impl<C: SessionClient> Dialer<C> {
     /// Returns a ready connection, or a place in the queue.
     fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
         let mut stale = Vec::new();
+        let evictions = self.queue.room.evictions();
         let mut book = self.queue.book();
         for ready in std::mem::take(&mut book.ready) {
             // While the primary is suspended, its connections are not handed out. But they may be good again later, so
@@ -282,7 +303,7 @@ impl<C: SessionClient> Dialer<C> {
             && self.queue.has_room(&book, true)
             && let Some(session) = generation.take_spare()
         {
-            return Ok(self.make(session, generation));
+            return Ok(self.make(session, generation, evictions));
         }
         let (deliver, delivered) = oneshot::channel();
         let ticket = book.next_ticket;
@@ -362,24 +383,24 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// Makes a connection of the session. The caller must hold the lock of the book.
-    fn make(&self, session: Session<C>, generation: &Generation<C>) -> Connection<C> {
+    /// `evictions`: their number when the session was dialled.
+    fn make(&self, session: Session<C>, generation: &Generation<C>, evictions: u64) -> Connection<C> {
         // Subtract up to a tenth, so that connections that were opened together after a failover do not expire
         // together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
-        let berth = Berth::new(&self.queue.room);
+        let berth = Berth::new(&self.queue.room, evictions);
         let connection = Connection::new(session, generation, lifetime, self.cluster.observer(), berth);
         self.trails.add(&connection.facts().trail);
         connection
     }
 
-    fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: Dialing<C>) {
+    fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: Dialing<C>, evictions: u64) {
         let mut book = self.queue.book();
         book.failed_at = None;
-        let connection = self.make(session, generation);
-        // A doubted connection may have come back and taken the place of this one, or the pool may have been made
-        // smaller.
-        let unwanted = if self.queue.is_overfull() {
+        let mut connection = self.make(session, generation, evictions);
+        // One that was doubted may have come back, and taken the place of this one, or the pool was made smaller meanwhile.
+        let unwanted = if self.queue.gives_way(&mut connection) {
             Some(connection)
         } else {
             self.queue.place(&mut book, connection, &self.cluster)
@@ -419,73 +440,18 @@ impl<C: SessionClient> DialQueue<C> {
         self.undoubted() >= self.max_size.load(Ordering::Relaxed)
     }
 
-    /// Returns whether another connection may be opened. `waits`: a caller waits for it. Otherwise it is opened in
-    /// advance.
+    /// Returns whether nobody who asks now gets a connection unless another one is given back: those that are open, and
+    /// those that others wait for, are as many as there may be.
+    pub(in crate::pool) fn is_spoken_for(&self) -> bool {
+        let book = self.book();
+        let coming = book.dialing.max(book.waiters.len());
+        self.undoubted() + coming >= self.max_size.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether another connection may be opened. `waits`: for a caller that waits. Otherwise it would be for
+    /// nobody.
     fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
         let live = if waits { self.undoubted() } else { self.room.live.load(Ordering::Acquire) };
         live + book.dialing < self.max_size.load(Ordering::Relaxed)
-    }
-}
-
-/// Opens one connection through the generation's gate. Ends with the generation, and with the pool.
-async fn dial<C: SessionClient>(dialer: Weak<Dialer<C>>, generation: Arc<Generation<C>>, dialing: Dialing<C>) {
-    let Some((opener, within)) = dialer.upgrade().map(|it| (Arc::clone(&it.opener), it.open_timeout)) else { return };
-    let scope = generation.scope.clone();
-    let started = Instant::now();
-    let dialled = scope.run_until_cancelled(async {
-        // The gate is never closed, so waiting for it cannot fail.
-        let permit = generation.gate.acquire().await;
-        // The session that proved the primary may be free by now.
-        if let Some(spare) = generation.take_spare() {
-            return Some((permit, None, None, after_connect(&dialer, &generation, spare).await));
-        }
-        // Connections that were doubted may have come back while this waited.
-        if dialer.upgrade()?.queue.is_full() {
-            return None;
-        }
-        let turn = match take_turn(&dialer, &generation, started).await? {
-            Ok(turn) => turn,
-            Err(refused) => return Some((permit, None, None, Err(refused))),
-        };
-        let began = Instant::now();
-        match Dialer::open(&*opener, within, &generation).await {
-            // Another dial may log in while a hook runs.
-            Ok(session) => Some((permit, None, Some(began), after_connect(&dialer, &generation, session).await)),
-            Err(failure) => Some((permit, turn, Some(began), Err(failure))),
-        }
-    });
-    let Some(Some((permit, turn, began, outcome))) = dialled.await else { return };
-    let Some(strong) = dialer.upgrade() else { return };
-    let failure = match outcome {
-        Ok(session) => {
-            if let Some(began) = began {
-                generation.opened();
-                strong.let_in();
-                strong.cluster.observer().opened(began.elapsed());
-            }
-            return strong.arrived(session, &generation, dialing);
-        }
-        Err(failure) => failure,
-    };
-    // If this task has not dialled, the failure is another dial's refusal, which that dial has noted already.
-    if let Some(began) = began {
-        strong.note_refused(began, &failure);
-    }
-    let began = began.unwrap_or(started);
-    let (error, pause) = strong.failed(&generation, failure.clone());
-    if matches!(error, Error::Refused(_)) {
-        strong.refused(&generation, &failure, began);
-        drop(dialing);
-        // Callers that have asked since then need another log-in.
-        return strong.balance(0);
-    }
-    drop(strong);
-    // Permit and turn are held during the pause, so that not every task asks a server that accepts no sessions.
-    let paused = scope.run_until_cancelled(sleep(pause)).await;
-    drop((permit, turn));
-    if let (Some(()), Some(dialer)) = (paused, dialer.upgrade()) {
-        dialer.not_arrived(&generation);
-        drop(dialing);
-        dialer.balance(0);
     }
 }

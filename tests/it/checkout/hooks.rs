@@ -10,6 +10,7 @@ use futures_util::FutureExt;
 use testbed::{Cluster, Node, eventually};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::resolve::BoxFuture;
 use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder, deadpool_postgres};
 
@@ -471,4 +472,93 @@ async fn what_a_manager_alone_cannot_have_is_refused() {
     assert!(builder().after_connect(|_| Box::pin(async { Ok(()) })).build_manager().is_ok());
     let error = builder().hook_timeout(Duration::ZERO).build().map(drop).unwrap_err().to_string();
     assert!(error.starts_with("hook_timeout"), "{error}");
+}
+
+/// As many callers wait as there are connections, and hooks hold those: nobody is told that they are in use.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_that_wait_for_a_hook_are_told_so() {
+    let cluster = server().await;
+    let builder = || builder(&cluster).max_size(1).hook_timeout(PATIENCE * 10);
+    let releases =
+        builder().after_release(|client| Box::pin(async move { NeverEnds.act(client).await.map(|()| true) }));
+    let releases = releases.build().unwrap();
+    drop(releases.get().await.unwrap());
+    let acquires =
+        builder().before_acquire(|client| Box::pin(async move { NeverEnds.act(client).await.map(|()| true) }));
+    let acquires = acquires.build().unwrap();
+    let refuses = builder().before_acquire(|_| Box::pin(async { Ok(false) })).build().unwrap();
+    eventually("it refuses again and again", PATIENCE, async || {
+        refuses.get_within(SHORT).await.is_err_and(|error| error.to_string().contains("refused the connection"))
+    })
+    .await;
+    for (hook, pool) in [("after_release", releases), ("before_acquire", acquires), ("refuses", refuses)] {
+        pool.connect().await.unwrap();
+        let callers: Vec<_> = (0..3)
+            .map(|_| {
+                let pool = pool.clone();
+                tokio::spawn(async move { pool.get_within(SHORT * 2).await.map(drop).unwrap_err() })
+            })
+            .collect();
+        for caller in callers {
+            let error = caller.await.unwrap();
+            let Error::Unavailable(why) = &error else { panic!("{error}") };
+            assert_eq!(why.reason(), UnavailableReason::NoSession, "{hook}: {error}");
+            // One that refuses may have ended, and let the next session be opened, at that moment.
+            assert!(hook == "refuses" || error.to_string().contains("a hook of the pool"), "{hook}: {error}");
+        }
+    }
+}
+
+/// A hook that asks no server, and so sees no session end, ends with its pool all the same.
+#[tokio::test]
+async fn a_closed_pool_ends_hooks_that_only_wait() {
+    let cluster = server().await;
+    let alive = Arc::new(());
+    let held = Arc::clone(&alive);
+    let pool = builder(&cluster)
+        .hook_timeout(PATIENCE * 10)
+        .before_acquire(move |_| {
+            let held = Arc::clone(&held);
+            Box::pin(async move {
+                pending::<()>().await;
+                drop(held);
+                Ok(true)
+            })
+        })
+        .build()
+        .unwrap();
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.map(drop) }
+    });
+    eventually("the hook runs", PATIENCE, async || Arc::strong_count(&alive) == 3).await;
+    pool.close();
+    assert!(matches!(waits.await.unwrap(), Err(Error::Closed)));
+    eventually("the hook has ended", PATIENCE, async || Arc::strong_count(&alive) == 2).await;
+}
+
+/// `after_connect` takes long, and no more dials may log in meanwhile. A listener has a session of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_after_connect_holds_up_no_listener() {
+    let cluster = server().await;
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&runs);
+    let pool = builder(&cluster)
+        .connection_gate(1)
+        .hook_timeout(PATIENCE * 10)
+        .after_connect(move |_| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            Box::pin(pending())
+        })
+        .build()
+        .unwrap();
+    let waits = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.get().await.map(drop) }
+    });
+    eventually("the hook runs", PATIENCE, async || runs.load(Ordering::SeqCst) == 1).await;
+    let listener = timeout(PATIENCE, pool.listen(["x"])).await.expect("it waits for the hook").unwrap();
+    drop(listener);
+    waits.abort();
+    pool.close();
 }

@@ -11,6 +11,7 @@ use futures_util::{FutureExt, poll};
 use testbed::{Cluster, Node, Path, Tap, TurnAway, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::resolve::BoxFuture;
+use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Error, Manager, Pool, PoolBuilder, deadpool};
 
 use crate::support::PATIENCE;
@@ -429,4 +430,31 @@ async fn a_pool_built_by_hand_keeps_the_dials_of_those_who_gave_up() {
         }
     }
     panic!("{} of 2 connections in 20 tries", got.len());
+}
+
+/// A connection comes back while its primary is suspended, and a caller that waits for a dial, on a machine that is
+/// busy, sees nothing of that: it is served as soon as the primary is verified again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_back_during_a_suspension_is_handed_out_after_it() {
+    let bench = Bench::new().await;
+    let limit = Duration::from_millis(300);
+    let builder = bench.builder().heartbeat_interval(limit).heartbeat_timeout(limit).patrol_interval(PATIENCE * 10);
+    let builder = builder.test_idle_after(PATIENCE * 10).probe_timeout(PATIENCE * 10).dead_after(PATIENCE * 10);
+    let pool = builder.max_size(2).build().unwrap();
+    let one = pool.get().await.unwrap();
+    let first = pid(&one).await;
+    sleep(limit * 2).await;
+    bench.path.delay_log_ins(PATIENCE * 10);
+    let accepted = bench.path.accepted();
+    let mut waits = Box::pin(pool.get());
+    assert!(poll!(waits.as_mut()).is_pending());
+    eventually("its dial is under way", PATIENCE, async || bench.path.accepted() > accepted).await;
+    let is_primary = || matches!(pool.status().view.state, State::Primary { .. });
+    bench.path.hold(true);
+    eventually("it is suspended", PATIENCE, async || !is_primary()).await;
+    drop(one);
+    bench.path.hold(false);
+    eventually("it is the primary again", PATIENCE, async || is_primary()).await;
+    let served = timeout(PATIENCE, waits).await.expect("nobody serves it").unwrap();
+    assert_eq!(pid(&served).await, first);
 }

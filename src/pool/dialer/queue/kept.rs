@@ -12,11 +12,19 @@ use crate::cluster::Cluster;
 use crate::server::SessionClient;
 
 impl<C: SessionClient> DialQueue<C> {
-    /// Gives an idle connection to a caller that began to wait just after the connection was given back.
+    /// Gives idle connections to callers that wait: to one that began to wait just after the connection was given back,
+    /// or that waited when it came back during a suspension.
     pub(in crate::pool) fn offer_idle(&self) {
-        if let Some(connection) = self.take_idle() {
+        while self.wanted()
+            && let Some(connection) = self.take_idle()
+        {
             self.hand(connection);
         }
+    }
+
+    /// From now on, none of the connections that exist and are not on loan is handed out.
+    pub(in crate::pool) fn evict(&self) {
+        self.room.evictions.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Closes all unusable ready connections, and idle ones while `surplus` is left. Each closed connection reduces
@@ -88,6 +96,17 @@ impl<C: SessionClient> DialQueue<C> {
         &self.room.tested
     }
 
+    /// The number of connections that a hook of the user's has in its hands.
+    pub(in crate::pool) fn hooked(&self) -> usize {
+        self.room.hooked.load(Ordering::Relaxed)
+    }
+
+    /// Counts one connection as in the hands of a hook for as long as the result exists.
+    pub(in crate::pool) fn in_a_hook(&self) -> InAHook {
+        self.room.hooked.fetch_add(1, Ordering::Relaxed);
+        InAHook(Arc::clone(&self.room))
+    }
+
     pub(in crate::pool) fn doubted(&self) -> usize {
         self.room.doubted.load(Ordering::Acquire)
     }
@@ -98,21 +117,35 @@ impl<C: SessionClient> DialQueue<C> {
         Doubted(Arc::clone(&self.room))
     }
 
-    /// Takes back a connection that was doubted, unless another one has been opened in its place. A dial that is still
-    /// under way has not taken the place: when it ends, it finds no room.
-    pub(in crate::pool) fn take_back(&self, connection: Connection<C>, doubt: Doubted, cluster: &Cluster<C>) {
+    /// Takes back a connection that was asked, and perhaps doubted, unless another one has been opened in its place. A
+    /// dial under way has opened none yet, so it is the dial that finds no room.
+    pub(in crate::pool) fn take_back(
+        &self,
+        mut connection: Connection<C>,
+        doubt: Option<Doubted>,
+        cluster: &Cluster<C>,
+    ) {
         let mut book = self.book();
         // From now on, it counts towards `max_size` again.
         drop(doubt);
-        let unwanted = if self.is_overfull() { Some(connection) } else { self.place(&mut book, connection, cluster) };
+        let surplus = self.gives_way(&mut connection);
+        let unwanted = if surplus { Some(connection) } else { self.place(&mut book, connection, cluster) };
         // Dropping a connection runs foreign code, so release the lock first.
         drop(book);
         drop(unwanted);
     }
 
-    /// Returns whether there are more connections than the pool may have. Doubted ones are not counted.
-    pub(in crate::pool) fn is_overfull(&self) -> bool {
+    /// Returns whether there are more connections than the pool may have, besides those that are doubted. Only who
+    /// holds the lock of the book may close one for it: two would close one each.
+    pub(super) fn is_overfull(&self) -> bool {
         self.undoubted() > self.max_size.load(Ordering::Relaxed)
+    }
+
+    /// Returns whether this connection must be closed, because the pool was made smaller. If so, it does not count any
+    /// more.
+    pub(in crate::pool) fn is_surplus(&self, connection: &mut Connection<C>) -> bool {
+        let _book = self.book();
+        self.gives_way(connection)
     }
 
     /// The number of connections that are not doubted.
@@ -120,13 +153,27 @@ impl<C: SessionClient> DialQueue<C> {
         self.room.live.load(Ordering::Acquire).saturating_sub(self.doubted())
     }
 
-    /// Takes a connection that no caller has. It leads to the primary, or to the suspended one.
+    /// Takes a connection that no caller has, to the primary or to the one that is suspended: the one that was heard
+    /// last, because others may be dead without a sign.
     pub(in crate::pool) fn take_any(&self, cluster: &Cluster<C>) -> Option<Connection<C>> {
-        self.take_idle_if(|connection| !connection.stale(cluster)).or_else(|| {
+        let heard_at = |connection: &Connection<C>| connection.facts().notices.activity.heard_at();
+        let fit = |connection: &Connection<C>| (!connection.stale(cluster)).then(|| heard_at(connection));
+        let mut idle = None;
+        if let Some(pool) = self.pool.get().and_then(WeakPool::upgrade) {
+            pool.retain(|connection, _| {
+                idle = idle.max(fit(connection));
+                true
+            });
+        }
+        {
             let mut book = self.book();
-            let at = book.ready.iter().position(|ready| !ready.connection.stale(cluster))?;
-            Some(book.ready.remove(at).connection)
-        })
+            let ready = book.ready.iter().enumerate().max_by_key(|(_, ready)| fit(&ready.connection));
+            let ready = ready.filter(|(_, ready)| fit(&ready.connection).is_some_and(|at| Some(at) > idle));
+            if let Some((at, _)) = ready {
+                return Some(book.ready.remove(at).connection);
+            }
+        }
+        self.take_idle_if(|connection| fit(connection).is_some_and(|at| Some(at) >= idle))
     }
 
     /// Takes an idle connection of the pool that may be handed out.
@@ -145,6 +192,15 @@ impl<C: SessionClient> DialQueue<C> {
             !take
         });
         taken.removed.into_iter().next()
+    }
+}
+
+/// Counts one connection that a hook of the user's has in its hands.
+pub(in crate::pool) struct InAHook(Arc<Room>);
+
+impl Drop for InAHook {
+    fn drop(&mut self) {
+        self.0.hooked.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
