@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep};
 use self::fetch::{Fetching, spawn};
 use super::client::Loan;
 use super::counted::Counted;
-use super::dialer::{Dialer, Turn};
+use super::dialer::{Dialer, REFUSED_AFTER, Turn};
 use super::facts::Facts;
 use super::trail::Trails;
 use super::wrapped_pool::{Getting, NoObject, WrappedObject, WrappedPool};
@@ -244,6 +244,10 @@ impl<C: SessionClient> Wrapped<C> {
 
     /// Gives a connection to the caller that has waited longest, or back to the wrapped pool.
     pub(super) fn hand(&self, fetched: Fetched<C>) {
+        // Those who wait have fetches of their own.
+        if fetched.object.is_evicted() {
+            return fetched.object.discard();
+        }
         let mut queue = self.queue();
         let unclaimed = if queue.generation == fetched.generation.primary.id {
             self.deliver(&mut queue, Ok(fetched))
@@ -266,10 +270,13 @@ impl<C: SessionClient> Wrapped<C> {
         Some(delivery)
     }
 
-    /// Handles a refused log-in. It answers all callers that asked before the log-in began.
+    /// Handles a refused log-in. It answers all callers that asked before the log-in began. While connections are open,
+    /// it leaves out callers that have just come, because they may still get one of those.
     pub(super) fn refused(&self, generation: &Generation<C>, failure: &ProbeFailure, dialled: Instant) {
+        let grace = if self.existing.status().size > 0 { REFUSED_AFTER } else { Duration::ZERO };
+        let answered = |waiter: &Waiter<C>| waiter.asked <= dialled && waiter.asked.elapsed() >= grace;
         let mut queue = self.queue();
-        while queue.waiters.front().is_some_and(|waiter| waiter.asked <= dialled) {
+        while queue.waiters.front().is_some_and(answered) {
             let refused = Refused::new(Some(generation.endpoint()), failure.clone());
             self.deliver(&mut queue, Err(Error::Refused(Box::new(refused))));
         }

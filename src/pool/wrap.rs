@@ -163,6 +163,7 @@ where
             asker: Asker::default(),
             evicted_for: AtomicU64::new(1),
             returns: Arc::default(),
+            evictions: Arc::default(),
         });
         let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));

@@ -23,6 +23,9 @@ pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
     /// Returns whether it has been used before, by any user.
     fn is_used(&self) -> bool;
 
+    /// Returns whether the idle connections were to be closed while it was in this pool's hands.
+    fn is_evicted(&self) -> bool;
+
     /// Takes it out of its pool. This frees its slot.
     fn take(self: Box<Self>) -> C;
 
@@ -55,6 +58,8 @@ impl Drop for Returned {
 struct Got<M: managed::Manager> {
     object: Object<M>,
     returned: Returned,
+    /// The number of evictions when this pool asked for it, and their number now.
+    evictions: (u64, Arc<AtomicU64>),
 }
 
 impl<M: managed::Manager> Deref for Got<M> {
@@ -84,8 +89,12 @@ where
         Object::metrics(&self.object).recycle_count > 0
     }
 
+    fn is_evicted(&self) -> bool {
+        self.evictions.0 < self.evictions.1.load(Ordering::Acquire)
+    }
+
     fn take(self: Box<Self>) -> M::Type {
-        let Self { object, returned } = *self;
+        let Self { object, returned, .. } = *self;
         let taken = Object::take(object);
         drop(returned);
         taken
@@ -142,6 +151,8 @@ pub(super) struct ExistingPool<M: managed::Manager> {
     /// The newest generation for which idle connections were closed. The first generation closes none.
     pub(super) evicted_for: AtomicU64,
     pub(super) returns: Arc<Returns>,
+    /// How many times the idle connections were to be closed.
+    pub(super) evictions: Arc<AtomicU64>,
 }
 
 impl<M> Open<M::Type> for ExistingPool<M>
@@ -196,6 +207,7 @@ where
 {
     fn get(self: Arc<Self>) -> Getting<M::Type> {
         Box::pin(async move {
+            let evictions = (self.evictions.load(Ordering::Acquire), Arc::clone(&self.evictions));
             // A panic of the manager, or of a hook of the wrapped pool, costs only this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get().await }).catch_unwind();
             let got = match getting.await {
@@ -205,7 +217,7 @@ where
             match got {
                 Ok(object) => {
                     let returned = Returned(Arc::clone(&self.returns));
-                    Ok(Box::new(Got { object, returned }) as Box<dyn WrappedObject<M::Type>>)
+                    Ok(Box::new(Got { object, returned, evictions }) as Box<dyn WrappedObject<M::Type>>)
                 }
                 Err(PoolError::Backend(error)) => Err(NoObject::Failed(not_created(error))),
                 Err(PoolError::Timeout(managed::TimeoutType::Wait)) => Err(NoObject::NoneFree),
@@ -253,6 +265,7 @@ where
     }
 
     fn evict_idle(&self) -> usize {
+        self.evictions.fetch_add(1, Ordering::AcqRel);
         self.existing.retain(|_, _| false).removed.len()
     }
 }

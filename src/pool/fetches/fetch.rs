@@ -12,6 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::{Clearance, Fetched, Queue, Wrapped};
 use crate::cluster::Generation;
 use crate::error::Error;
+use crate::pool::counted::Counted;
 use crate::pool::dialer::Dialer;
 use crate::pool::facts::Facts;
 use crate::pool::trail::Trail;
@@ -148,6 +149,10 @@ impl<C: SessionClient> Fetching<C> {
             let began = Instant::now();
             let failure = match self.wait_for(get, &mut cleared, dialer, generation).await? {
                 Ok(object) => match self.identify(dialer, generation, object, &mut cleared).await? {
+                    Ok(fetched) if fetched.object.is_evicted() => {
+                        fetched.object.discard();
+                        continue;
+                    }
                     Ok(fetched) => {
                         wrapped.hand(fetched);
                         return Some(());
@@ -248,6 +253,9 @@ impl<C: SessionClient> Fetching<C> {
         let (object_id, used) = (object.id(), object.is_used());
         let address = generation.endpoint().address;
         let (opener, within) = dialer.upgrade().map(|dialer| (Arc::clone(&dialer.opener), dialer.open_timeout))?;
+        let queue = dialer.upgrade().map(|dialer| Arc::clone(&dialer.queue))?;
+        // Whoever waits meanwhile is told so. A new connection is no idle one.
+        let _tested = used.then(|| Counted::new(queue.tested()));
         let mut asked = Asked(Some(object));
         let answer = {
             let object = asked.0.as_deref()?;

@@ -3,11 +3,14 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use testbed::{Cluster, Node, Path, Tap, eventually};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::NoTls;
+use tokio_postgres_failover::deadpool_postgres::{self, RecyclingMethod};
 use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{Client, Error, Pool, PoolBuilder};
+use tokio_postgres_failover::{Client, Error, Event, Pool, PoolBuilder};
 
 use crate::support::PATIENCE;
 
@@ -109,4 +112,63 @@ async fn idle_connections_that_are_tested_are_not_said_to_be_in_use() {
             held.push(pool.get_within(PATIENCE).await.unwrap());
         }
     }
+}
+
+/// So it is with a wrapped pool, whose connections are asked which server they lead to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_of_a_wrapped_pool_that_are_asked_are_not_said_to_be_in_use() {
+    let cluster = single().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let config = format!("postgres://app@{}/app", path.addr()).parse().unwrap();
+    let recycling = deadpool_postgres::ManagerConfig { recycling_method: RecyclingMethod::Fast };
+    let manager = deadpool_postgres::Manager::from_config(config, NoTls, recycling);
+    let existing = deadpool_postgres::Pool::builder(manager).max_size(1).build().unwrap();
+    let pool: Pool = Pool::wrap(existing.clone()).heartbeat_interval(NEVER).patrol_interval(NEVER).build().unwrap();
+    pool.connect().await.unwrap();
+    drop(existing.get().await.unwrap());
+    path.hold(true);
+    let error = pool.get_within(Duration::from_millis(300)).await.map(drop).unwrap_err();
+    path.hold(false);
+    let Error::Unavailable(why) = &error else { panic!("{error}") };
+    assert_eq!(why.reason(), UnavailableReason::NoSession, "{error}");
+    assert!(error.to_string().contains("tested"), "{error}");
+    assert!(pool.get_within(PATIENCE).await.is_ok());
+}
+
+/// No session is kept, new ones hang, and of the idle connections all but one are dead without a sign: that one is
+/// asked, and shows that the primary lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dead_idle_connections_hide_no_living_one() {
+    let cluster = single().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let (beat, silent) = (Duration::from_millis(500), Duration::from_secs(5));
+    let builder = builder(path.addr()).max_size(4).heartbeat_interval(beat).heartbeat_timeout(silent);
+    let builder = builder.test_idle_after(NEVER).patrol_interval(NEVER).dead_after(NEVER).probe_timeout(beat * 2);
+    let pool = builder.build().unwrap();
+    let dead = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+    eventually("the heartbeat has its session", PATIENCE, async || sessions(&cluster).await.len() == 4).await;
+    let mut events = pool.subscribe();
+    path.vanish();
+    let found =
+        async { while !matches!(events.next().await.expect("the pool is open"), Event::PrimaryFound { .. }) {} };
+    timeout(PATIENCE, found).await.expect("the heartbeat has another session");
+    let living = pool.get_within(PATIENCE).await.unwrap();
+    let living_pid = pid(&living).await;
+    // In this order: the oldest ones are dead.
+    drop(dead);
+    drop(living);
+    path.delay_log_ins(NEVER);
+    let owner = cluster.direct(Node(0)).await;
+    let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
+    owner.execute(others, &[&living_pid]).await.unwrap();
+    sleep(silent * 3).await;
+    assert!(matches!(pool.status().view.state, State::Primary { .. }), "{:?}", pool.status().view);
+    while let Some(Some(event)) = events.next().now_or_never() {
+        assert!(!matches!(event, Event::PrimaryLost { .. }), "{event:?}");
+    }
+}
+
+async fn sessions(cluster: &Cluster) -> Vec<i32> {
+    let sql = "SELECT pid FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
+    cluster.direct(Node(0)).await.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }

@@ -10,6 +10,7 @@ use tokio_postgres_failover::deadpool_postgres::{self, RecyclingMethod};
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::PATIENCE;
+use crate::support::stalls::unless_stalled;
 
 /// What a log-in takes here: long enough for many to be under way together.
 const LOG_IN: Duration = Duration::from_millis(400);
@@ -170,6 +171,26 @@ async fn nobody_logs_in_at_a_full_server_for_callers_that_gave_up() {
     assert!(since <= 2, "{since} log-ins for nobody");
 }
 
+/// Eight callers that ask again and again. A stall may keep one waiting for as long as those wait who get no
+/// connection.
+async fn all_are_served(pool: &Pool) -> Result<(), String> {
+    let until = Instant::now() + COUNTED;
+    let callers = (0..8).map(|_| {
+        let pool = pool.clone();
+        tokio::spawn(async move {
+            while Instant::now() < until {
+                let client = pool.get_within(PATIENCE).await.map_err(|error| error.to_string())?;
+                client.batch_execute("SELECT pg_sleep(0.005)").await.unwrap();
+            }
+            Ok::<(), String>(())
+        })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        caller.await.unwrap()?;
+    }
+    Ok(())
+}
+
 /// New log-ins are refused, and the connections that are open serve those that ask for them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn callers_that_open_connections_can_serve_are_not_refused() {
@@ -179,19 +200,22 @@ async fn callers_that_open_connections_can_serve_are_not_refused() {
     let held = (pool.get().await.unwrap(), pool.get().await.unwrap());
     owner.batch_execute("ALTER ROLE app NOLOGIN").await.unwrap();
     drop(held);
-    let until = Instant::now() + COUNTED;
-    let callers = (0..8).map(|_| {
-        let pool = pool.clone();
-        tokio::spawn(async move {
-            while Instant::now() < until {
-                let client = pool.get_within(PATIENCE).await.unwrap();
-                client.batch_execute("SELECT pg_sleep(0.005)").await.unwrap();
-            }
-        })
-    });
-    for caller in callers.collect::<Vec<_>>() {
-        caller.await.unwrap();
-    }
+    unless_stalled(async || all_are_served(&pool).await).await;
+    // Who gets none is told the truth.
+    let _held = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    assert_eq!(refused(&pool, 3, PATIENCE).await, 3);
+}
+
+/// The same of a wrapped pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_that_a_wrapped_pools_open_connections_can_serve_are_not_refused() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let owner = cluster.direct(Node(0)).await;
+    let pool = wrapped(cluster.socket_addr(Node(0)), "", 16);
+    let held = (pool.get().await.unwrap(), pool.get().await.unwrap());
+    owner.batch_execute("ALTER ROLE app NOLOGIN").await.unwrap();
+    drop(held);
+    unless_stalled(async || all_are_served(&pool).await).await;
     // Who gets none is told the truth.
     let _held = (pool.get().await.unwrap(), pool.get().await.unwrap());
     assert_eq!(refused(&pool, 3, PATIENCE).await, 3);

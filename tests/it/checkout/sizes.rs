@@ -1,15 +1,23 @@
 //! A pool that grows, shrinks, is emptied of idle connections, and is closed when its work has ended.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
-use testbed::{Node, eventually};
-use tokio::sync::oneshot;
+use futures_util::poll;
+use testbed::{Cluster, Cut, Node, Path, eventually};
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_postgres_failover::{Client, Error, Pool, deadpool_postgres, tokio_postgres};
+use tokio_postgres_failover::resolve::BoxFuture;
+use tokio_postgres_failover::{Client, Error, Guarantee, Pool, deadpool_postgres, tokio_postgres};
 
-use crate::support::load::{by_name, by_url};
+use crate::support::bench::{Bench, single};
+use crate::support::load::{LONG, by_name, by_url};
 use crate::support::{CONFLICT, PATIENCE, Runs, close_gate, committing, insert, open_gate, server, started, stored};
+
+type Boxed = Box<dyn std::error::Error + Send + Sync>;
 
 const SHORT: Duration = Duration::from_millis(300);
 
@@ -138,17 +146,28 @@ async fn idle_connections_are_closed_on_demand() {
 #[tokio::test]
 async fn a_wrapped_pool_is_resized_and_emptied_too() {
     let cluster = server().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let mut config = deadpool_postgres::Config::new();
-    config.url = Some(cluster.url_hosts());
+    config.url = Some(format!("postgres://app@{}/app", path.addr()));
     let existing = config.create_pool(None, tokio_postgres::NoTls).unwrap();
-    let pool: Pool = Pool::wrap(existing.clone()).build().unwrap();
+    let pool: Pool = Pool::wrap(existing.clone()).heartbeat_timeout(PATIENCE).build().unwrap();
     pool.resize(2).unwrap();
     assert_eq!((existing.status().max_size, pool.status().max_size), (2, 2));
     drop(take(&pool, 2).await);
     assert_eq!(pool.evict_idle(), 2);
     assert_eq!(existing.status().size, 0);
     assert!(pool.resize(0).is_err());
+    // What was used by others is asked which server it leads to. A caller gives up meanwhile.
+    drop(existing.get().await.unwrap());
+    let client = existing.get().await.unwrap();
+    let before: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    drop(client);
+    path.hold(true);
+    assert!(pool.get_within(SHORT).await.is_err(), "its question hangs");
+    pool.evict_idle();
+    path.hold(false);
     let held = take(&pool, 1).await;
+    assert_ne!(pid(&held[0]).await, before, "an old session was handed out");
     assert!(!pool.close_within(SHORT).await, "it is in use");
     drop(held);
     assert!(existing.get().await.is_ok(), "the wrapped pool itself stays open");
@@ -268,4 +287,201 @@ async fn a_closing_pool_waits_for_a_call_between_two_runs() {
     called.unwrap();
     assert!(closed);
     assert_eq!(runs.count(), 4);
+}
+
+const NEVER: Duration = Duration::from_secs(3600);
+
+/// The pool was made smaller, and others hold all of its connections, or will: who settles a COMMIT waits for none of
+/// them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_settles_for_a_smaller_pool_waits_for_no_connection() {
+    let bench = Bench::new(single(), Guarantee::ExactlyOnce).await;
+    let pool = by_name(&bench.cluster).max_size(8).build().unwrap();
+    let _held = take(&pool, 1).await;
+    pool.resize(2).unwrap();
+    // It takes the place of the connection that the call loses, and keeps it.
+    let (tell, told) = oneshot::channel();
+    let taker = tokio::spawn({
+        let pool = pool.clone();
+        async move {
+            told.await.unwrap();
+            let _kept = pool.get().await.unwrap();
+            std::future::pending::<()>().await;
+        }
+    });
+    let waits = pool.clone();
+    bench.cut_with(Cut::CommitAnswerDropped, move |_| async move {
+        while waits.status().waiting == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    let mut tell = Some(tell);
+    let call = pool.transaction(|tx| {
+        let tell = tell.take();
+        async move {
+            if let Some(tell) = tell {
+                tell.send(()).unwrap();
+            }
+            insert(&tx, 1).await
+        }
+    });
+    timeout(LONG, call).await.expect("it hangs").unwrap();
+    bench.assert_all_cut().await;
+    assert_eq!(stored(&bench.cluster).await, [1]);
+    taker.abort();
+}
+
+/// A connection was handed to a caller that gives up when the pool has been made smaller.
+#[tokio::test]
+async fn a_smaller_pool_closes_what_nobody_took() {
+    let cluster = server().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let builder = by_url(format!("postgres://app@{}/app", path.addr())).max_size(3);
+    let pool = builder.heartbeat_timeout(PATIENCE).patrol_interval(NEVER).build().unwrap();
+    let mut held = take(&pool, 2).await;
+    // It waits for a dial, and so for what is given back.
+    path.delay_log_ins(NEVER);
+    let mut waits = Box::pin(pool.get());
+    assert!(poll!(waits.as_mut()).is_pending());
+    held.pop();
+    pool.resize(1).unwrap();
+    drop(waits);
+    eventually("it has shrunk", PATIENCE, async || pool.status().size == 1).await;
+}
+
+async fn sessions(cluster: &Cluster) -> Vec<i32> {
+    let sql = "SELECT pid FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
+    cluster.direct(Node(0)).await.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+}
+
+/// A hook that waits, if it is to, and tells on which session.
+#[derive(Clone)]
+struct Holds {
+    waits: Arc<AtomicBool>,
+    gate: Arc<Semaphore>,
+    running: Arc<AtomicI32>,
+}
+
+impl Holds {
+    fn new() -> Self {
+        Self { waits: Arc::default(), gate: Arc::new(Semaphore::new(0)), running: Arc::default() }
+    }
+
+    fn run<'a>(&self, client: &'a deadpool_postgres::ClientWrapper) -> BoxFuture<'a, Result<bool, Boxed>> {
+        let hook = self.clone();
+        Box::pin(async move {
+            if hook.waits.load(Ordering::SeqCst) {
+                let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
+                hook.running.store(pid, Ordering::SeqCst);
+                hook.gate.acquire_owned().await?.forget();
+            }
+            Ok(true)
+        })
+    }
+}
+
+/// On its way back to the idle ones a connection is on loan no more: what the pool does with it meanwhile saves it from
+/// nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_in_the_hands_of_hooks_are_closed_on_demand_too() {
+    let cluster = server().await;
+    for name in ["after_release", "before_acquire", "after_connect"] {
+        let hook = Holds::new();
+        let (waits, running, runs) = (Arc::clone(&hook.waits), Arc::clone(&hook.running), hook.clone());
+        let builder = by_url(cluster.url_hosts()).max_size(2).hook_timeout(PATIENCE);
+        let pool = match name {
+            "after_release" => builder.after_release(move |client| runs.run(client)),
+            "before_acquire" => builder.before_acquire(move |client| runs.run(client)),
+            _ => builder.after_connect(move |client| {
+                let ran = runs.run(client);
+                Box::pin(async move { ran.await.map(drop) })
+            }),
+        };
+        let pool = pool.build().unwrap();
+        let is_running = async || running.load(Ordering::SeqCst) != 0;
+        if name == "after_release" {
+            let client = pool.get().await.unwrap();
+            waits.store(true, Ordering::SeqCst);
+            drop(client);
+            eventually("the hook runs", PATIENCE, is_running).await;
+        } else {
+            if name == "before_acquire" {
+                drop(pool.get().await.unwrap());
+            }
+            waits.store(true, Ordering::SeqCst);
+            // The caller gives up when the hook runs.
+            tokio::select! {
+                _ = pool.get() => panic!("{name}: it was lent"),
+                () = eventually("the hook runs", PATIENCE, is_running) => {}
+            }
+        }
+        pool.evict_idle();
+        waits.store(false, Ordering::SeqCst);
+        hook.gate.add_permits(1);
+        let old = running.load(Ordering::SeqCst);
+        let client = timeout(PATIENCE, pool.get()).await.expect("nobody is served").unwrap();
+        assert_ne!(pid(&client).await, old, "{name}: an old session was handed out");
+        drop(client);
+        eventually("it is closed", PATIENCE, async || !sessions(&cluster).await.contains(&old)).await;
+    }
+}
+
+/// So are those that are being tested for a caller that gave up, and the session that found the primary.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_is_not_on_loan_is_closed_on_demand() {
+    let cluster = server().await;
+    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let idle = Duration::from_millis(100);
+    let builder = by_url(format!("postgres://app@{}/app", path.addr())).max_size(2).heartbeat_interval(NEVER);
+    let pool = builder.test_idle_after(idle).build().unwrap();
+    pool.connect().await.unwrap();
+    let before = sessions(&cluster).await;
+    assert!(!before.is_empty());
+    pool.evict_idle();
+    let client = pool.get().await.unwrap();
+    let first = pid(&client).await;
+    assert!(!before.contains(&first), "the session that found the primary was handed out");
+    drop(client);
+    tokio::time::sleep(idle * 3).await;
+    path.hold(true);
+    assert!(pool.get_within(idle).await.is_err(), "its test hangs");
+    pool.evict_idle();
+    path.hold(false);
+    let client = pool.get_within(PATIENCE).await.unwrap();
+    assert_ne!(pid(&client).await, first, "an old session was handed out after its test");
+}
+
+/// A caller is about to get its connection when the pool is closed: it gets none that nobody has waited for.
+#[tokio::test]
+async fn a_closing_pool_lends_nothing_behind_its_back() {
+    let cluster = server().await;
+    let (gate, passed) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicBool::new(false)));
+    let (opens, passes) = (Arc::clone(&gate), Arc::clone(&passed));
+    let builder = by_url(cluster.url_hosts()).max_size(1).hook_timeout(PATIENCE);
+    let pool = builder
+        .before_acquire(move |_| {
+            let (gate, passed) = (Arc::clone(&opens), Arc::clone(&passes));
+            Box::pin(async move {
+                gate.acquire_owned().await?.forget();
+                passed.store(true, Ordering::SeqCst);
+                Ok(true)
+            })
+        })
+        .build()
+        .unwrap();
+    pool.connect().await.unwrap();
+    let mut caller = Box::pin(pool.get());
+    eventually("the hook runs", PATIENCE, async || {
+        assert!(poll!(caller.as_mut()).is_pending());
+        pool.status().size == 1
+    })
+    .await;
+    // This runtime has one thread: nobody polls the caller while the hook's task ends.
+    gate.add_permits(1);
+    while !passed.load(Ordering::SeqCst) {
+        tokio::task::yield_now().await;
+    }
+    assert!(pool.close_within(PATIENCE).await, "nothing is on loan");
+    let got = caller.await;
+    assert!(matches!(got, Err(Error::Closed)), "{got:?}");
 }
