@@ -236,6 +236,10 @@ impl Topology {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
         };
+        // It was sent while the primary was suspended, on a session that is not the kept one any more.
+        if probed.beside && !probed.fresh {
+            return;
+        }
         if !probed.still_open && self.beside.alone_since.is_none() {
             self.beside.alone_since = Some(now);
         }

@@ -152,3 +152,21 @@ fn an_idle_session_speaks_for_a_suspended_primary() {
         }
     }
 }
+
+/// The kept session is dead without a sign, and a new one resumes the primary. The last question on the dead one, from the
+/// time of the suspension, ends after that: it is no new silence.
+#[test]
+fn a_question_from_before_the_resume_shows_no_silence() {
+    let mut bench = Bench::settled();
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    assert_eq!(bench.primary(), None);
+    bench.wait(ms(20));
+    bench.report(1, primary(1, 1));
+    assert_eq!(bench.primary(), Some(1));
+    let result = Err(failure(FailureKind::TimedOut));
+    let late = Probed { address: address(1), result, fresh: false, still_open: true, beside: true };
+    bench.topology.probed(bench.now, &late);
+    bench.poll();
+    assert_eq!(bench.primary(), Some(1));
+}
