@@ -239,9 +239,9 @@ impl HickoryResolver {
     }
 
     /// Notes whether a look-up has missed one family, as the `missed` ones in a row before it have.
-    fn note(&self, host: &str, missed: u32, misses: bool) {
+    fn note(&self, host: &str, missed: u32, is_partial: bool) {
         let mut partial = lock(&self.partial);
-        if !misses {
+        if !is_partial {
             partial.remove(host);
         } else if partial.len() < MOST_NAMES || partial.contains_key(host) {
             partial.insert(host.to_owned(), missed.wrapping_add(1));

@@ -5,7 +5,7 @@
 //! session over the counting stream.
 
 use std::any::TypeId;
-use std::error::Error as _;
+use std::error::Error as StdError;
 use std::future::{Ready, poll_fn, ready};
 use std::io;
 use std::pin::Pin;
@@ -104,7 +104,7 @@ async fn open(config: &Config) -> Result<Plain, Error> {
         }
         // Only the driver can report why there is no socket. It calls no connector on a Unix socket, so if it gets that
         // far, there is a server now: try again.
-        let no_socket = error.source().is_some_and(|source| source.is::<io::Error>());
+        let no_socket = error.source().is_some_and(<dyn StdError>::is::<io::Error>);
         if no_socket || !is_unix(config) {
             return Err(error);
         }
