@@ -2,13 +2,32 @@
 #![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
+/// Whether the simulation in sim/ has planted this deliberate fault, which it must find. Without `cfg(failover_sim)` this
+/// is `false`, and nothing is left of it.
+#[cfg(failover_sim)]
+macro_rules! planted {
+    ($mutant:literal) => {
+        crate::simulation::is_planted($mutant)
+    };
+}
+#[cfg(not(failover_sim))]
+macro_rules! planted {
+    ($mutant:literal) => {
+        false
+    };
+}
+
 // Level 0 decides, without I/O, clock or task. `random` and `sync` are helpers. `resolve` has the trait and its types;
 // its file `hickory.rs` asks DNS, and belongs to level 1.
 mod classify;
 mod commit;
+pub mod connect;
 pub mod fly;
 mod random;
 pub mod resolve;
+#[cfg(failover_sim)]
+#[doc(hidden)]
+pub mod simulation;
 mod sync;
 mod topology;
 

@@ -7,6 +7,7 @@
 mod activity;
 mod end;
 mod notices;
+mod over;
 mod owned;
 mod password;
 mod question;
@@ -44,7 +45,9 @@ use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 use crate::classify::{
     NO_DIRECT_TLS, NO_TLS, Verdict, explain, hung_up, hung_up_in_handshake, links, not_let_in, verdict_of_open,
 };
+use crate::connect::Connect;
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
+use over::Over;
 use question::Questions;
 use session::{Driver, drive};
 use stranger::{Peer, what_answers};
@@ -62,14 +65,17 @@ const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), 
 /// If the pool's first session is not open after this time, the pool examines whether the peer is PostgreSQL.
 const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
-/// How an error names the code that has panicked. Opening a session runs the driver and the connector, and the driver
-/// does not panic.
-const CONNECTOR: &str = "the TLS connector";
-
-/// Hides the type of the TLS connector.
+/// Hides the type of the TLS connector, and what the stream below it is.
 trait Dial: Send + Sync {
-    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'static, Result<(Client, Driver), Error>>;
-    fn cancel(&self, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
+    fn dial(
+        &self,
+        endpoint: &Endpoint,
+        config: Config,
+        notices: Arc<Notices>,
+    ) -> BoxFuture<'static, Result<(Client, Driver), Error>>;
+    fn cancel(&self, endpoint: &Endpoint, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
+    /// The connector that opens the streams, if it is the user's.
+    fn connector(&self) -> Option<&Arc<dyn Connect>>;
 }
 
 struct TlsDial<T>(T);
@@ -81,12 +87,54 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    fn dial(&self, config: Config, notices: Arc<Notices>) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
+    fn dial(
+        &self,
+        _: &Endpoint,
+        config: Config,
+        notices: Arc<Notices>,
+    ) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
         Box::pin(wire::connect(config, self.0.clone(), notices))
     }
 
-    fn cancel(&self, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
+    fn cancel(&self, _: &Endpoint, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
         Box::pin(wire::cancel(config, self.0.clone(), token))
+    }
+
+    fn connector(&self) -> Option<&Arc<dyn Connect>> {
+        None
+    }
+}
+
+/// Dials over the streams of the user's connector.
+struct OverDial<T> {
+    connector: Arc<dyn Connect>,
+    tls: T,
+}
+
+impl<T> Dial for OverDial<T>
+where
+    T: MakeTlsConnect<Over> + Clone + Send + Sync + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Over>>::Future: Send,
+{
+    fn dial(
+        &self,
+        endpoint: &Endpoint,
+        config: Config,
+        notices: Arc<Notices>,
+    ) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
+        let connector = Arc::clone(&self.connector);
+        Box::pin(wire::connect_over(connector, endpoint.clone(), config, self.tls.clone(), notices))
+    }
+
+    fn cancel(&self, endpoint: &Endpoint, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
+        let connector = Arc::clone(&self.connector);
+        Box::pin(wire::cancel_over(connector, endpoint.clone(), config, self.tls.clone(), token))
+    }
+
+    fn connector(&self) -> Option<&Arc<dyn Connect>> {
+        Some(&self.connector)
     }
 }
 
@@ -159,13 +207,22 @@ impl Opener {
         T::TlsConnect: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        Self {
-            template,
-            dial: Arc::new(TlsDial(tls)),
-            passwords: None,
-            asker: Asker::default(),
-            worked: AtomicBool::new(false),
-        }
+        Self::dialling(template, Arc::new(TlsDial(tls)))
+    }
+
+    /// Like [`Self::new`], over the streams of the user's connector.
+    pub(crate) fn over<T>(template: Config, connector: Arc<dyn Connect>, tls: T) -> Self
+    where
+        T: MakeTlsConnect<Over> + Clone + Send + Sync + 'static,
+        T::Stream: Send,
+        T::TlsConnect: Send,
+        <T::TlsConnect as TlsConnect<Over>>::Future: Send,
+    {
+        Self::dialling(template, Arc::new(OverDial { connector, tls }))
+    }
+
+    fn dialling(template: Config, dial: Arc<dyn Dial>) -> Self {
+        Self { template, dial, passwords: None, asker: Asker::default(), worked: AtomicBool::new(false) }
     }
 
     /// Sets the provider that is asked for the password of each session.
@@ -185,7 +242,7 @@ impl Opener {
         }
         let mut dialling = pin!(dialling);
         let dialled = tokio::time::timeout(STRANGER_AFTER, dialling.as_mut()).await.ok();
-        let looked_at = what_answers(&endpoint.address);
+        let looked_at = what_answers(endpoint, self.dial.connector());
         let (dialled, peer) = match dialled {
             // The peer is slow, or it is not PostgreSQL and waits for the rest of a request that it does not
             // understand.
@@ -232,28 +289,35 @@ impl Opener {
         dialled
     }
 
-    /// Dials a server. The TLS connector is user code: its panic costs only this one session.
+    /// Dials a server. A connector is user code: its panic costs only this one session.
     async fn dial_guarded(
         &self,
         endpoint: &Endpoint,
         notices: &Arc<Notices>,
     ) -> Result<(Client, Driver), ProbeFailure> {
         let dialling = AssertUnwindSafe(self.dial_a_server(endpoint, Arc::clone(notices))).catch_unwind();
-        let dialled = dialling.await.unwrap_or_else(|panic| Err(panicked(CONNECTOR, &*panic)))?;
+        let dialled = dialling.await.unwrap_or_else(|panic| Err(panicked(self.user_code(), &*panic)))?;
         self.worked.store(true, Ordering::Relaxed);
         Ok(dialled)
     }
 
+    /// How an error names the code that has panicked. Opening a session runs the driver and the connectors, and the
+    /// driver does not panic.
+    fn user_code(&self) -> &'static str {
+        if self.dial.connector().is_some() { "the connector" } else { "the TLS connector" }
+    }
+
     async fn dial(&self, endpoint: &Endpoint, notices: Arc<Notices>) -> Result<(Client, Driver), ProbeFailure> {
         let Some(passwords) = &self.passwords else {
-            return self.dial.dial(self.config_for(endpoint), notices).await.map_err(|error| self.not_opened(error));
+            let dialling = self.dial.dial(endpoint, self.config_for(endpoint), notices);
+            return dialling.await.map_err(|error| self.not_opened(error));
         };
         // Boxed, so that a pool without a provider does not carry the size of this future.
         let dialling = async {
             let password = passwords.next().await?;
             let mut config = self.config_for(endpoint);
             config.password(password);
-            match self.dial.dial(config, notices).await {
+            match self.dial.dial(endpoint, config, notices).await {
                 Ok(opened) => {
                     passwords.accepted();
                     Ok(opened)
@@ -314,7 +378,8 @@ impl Open<ClientWrapper> for Opener {
             let notices = Arc::new(Notices::default());
             let (client, driver) = self.dial_guarded(endpoint, &notices).await?;
             let (token, dial, config) = (client.cancel_token(), Arc::clone(&self.dial), self.config_for(endpoint));
-            let cancelling = cancel(move || dial.cancel(config.clone(), token.clone()));
+            let to = endpoint.clone();
+            let cancelling = cancel(move || dial.cancel(&to, config.clone(), token.clone()));
             let driving =
                 drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.asker.traffic), cancelling);
             let task = tokio::spawn(driving);
@@ -340,7 +405,7 @@ impl Open<ClientWrapper> for Opener {
     }
 
     fn cancel(&self, endpoint: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), Error>> {
-        self.dial.cancel(self.config_for(endpoint), token)
+        self.dial.cancel(endpoint, self.config_for(endpoint), token)
     }
 }
 

@@ -19,7 +19,6 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use tokio_postgres::Socket;
 use tokio_postgres::tls::MakeTlsConnect;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -281,13 +280,16 @@ impl Connector {
     }
 }
 
-impl MakeTlsConnect<Socket> for Connector {
-    type Stream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
-    type TlsConnect = <MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect;
+impl<S> MakeTlsConnect<S> for Connector
+where
+    MakeRustlsConnect: MakeTlsConnect<S, Error = Infallible>,
+{
+    type Stream = <MakeRustlsConnect as MakeTlsConnect<S>>::Stream;
+    type TlsConnect = <MakeRustlsConnect as MakeTlsConnect<S>>::TlsConnect;
     type Error = Infallible;
 
     fn make_tls_connect(&mut self, host: &str) -> Result<Self::TlsConnect, Infallible> {
-        MakeTlsConnect::<Socket>::make_tls_connect(&mut self.current(), host)
+        MakeTlsConnect::<S>::make_tls_connect(&mut self.current(), host)
     }
 }
 

@@ -7,13 +7,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Small helpers that know nothing of PostgreSQL. Every module may name them, and they name no module.
-const HELPERS: [&str; 2] = ["random", "sync"];
+const HELPERS: [&str; 3] = ["random", "simulation", "sync"];
 
 /// Which module may name which; a module may always name itself and the [`HELPERS`]. A module without a row is at level
 /// 0 and names no other.
-const ALLOWED: [(&str, &[&str]); 10] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("commit", &["topology"]),
-    ("server", &["classify", "topology"]),
+    ("connect", &["topology"]),
+    ("server", &["classify", "connect", "topology"]),
     ("settle", &["classify", "commit", "server", "topology"]),
     ("observe", &["classify", "commit", "server", "topology"]),
     ("cluster", &["observe", "resolve", "server", "topology"]),
@@ -22,8 +23,8 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     (
         "pool",
         &[
-            "classify", "cluster", "commit", "error", "observe", "resolve", "retry", "server", "settle", "tls",
-            "topology",
+            "classify", "cluster", "commit", "connect", "error", "observe", "resolve", "retry", "server", "settle",
+            "tls", "topology",
         ],
     ),
     ("listen", &["classify", "error", "pool", "retry", "server", "topology"]),
@@ -31,14 +32,16 @@ const ALLOWED: [(&str, &[&str]); 10] = [
 ];
 
 /// Lower levels first. An edge of [`ALLOWED`] that points upwards is a mistake in the table.
-const LEVELS: [&str; 18] = [
+const LEVELS: [&str; 20] = [
     "random",
+    "simulation",
     "sync",
     "classify",
     "fly",
     "resolve",
     "topology",
     "commit",
+    "connect",
     "server",
     "settle",
     "tls",

@@ -329,7 +329,9 @@ fn attributes(item: &Item) -> &[Attribute] {
 fn shipped(attributes: &[Attribute]) -> bool {
     let cfgs = attributes.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     let conditions: Vec<String> = cfgs.map(|cfg| cfg.meta.to_token_stream().to_string()).collect();
-    !conditions.iter().any(|condition| ["test", "fuzzing", "doc"].iter().any(|word| condition.contains(word)))
+    !conditions
+        .iter()
+        .any(|condition| ["test", "fuzzing", "failover_sim", "doc"].iter().any(|word| condition.contains(word)))
 }
 
 fn hidden(attributes: &[Attribute]) -> bool {

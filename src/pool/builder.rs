@@ -24,6 +24,7 @@ use super::options::CallOptions;
 use super::security::Security;
 use super::ssl::Ssl;
 use crate::commit::Guarantee;
+use crate::connect::Connect;
 use crate::error::BuildError;
 use crate::resolve::Resolve;
 use crate::retry::{RetryBudget, RetryPolicy};
@@ -52,6 +53,7 @@ pub struct PoolBuilder {
     config: Config,
     ssl: Ssl,
     security: Security,
+    connector: Option<Arc<dyn Connect>>,
     ask_password: Option<Ask>,
     resolver: Option<Arc<dyn Resolve>>,
     dns_servers: Option<Vec<SocketAddr>>,
@@ -78,6 +80,7 @@ impl PoolBuilder {
             config,
             ssl,
             security: Security::Unsaid,
+            connector: None,
             ask_password: None,
             resolver: None,
             dns_servers: None,
@@ -272,6 +275,21 @@ impl PoolBuilder {
     #[cfg(feature = "rustls")]
     pub fn rustls(mut self, tls: Tls) -> Self {
         self.security = Security::Rustls(tls);
+        self
+    }
+
+    /// Opens every stream to a server with this connector, instead of TCP or a Unix socket: for sessions, probes and
+    /// cancel requests. Default: none.
+    ///
+    /// Use it for a SOCKS proxy, an SSH tunnel or vsock; [`Connect`] has an example. Names are still resolved by the
+    /// pool's [`PoolBuilder::resolver`]. `sslmode`, [`PoolBuilder::rustls`] and the like encrypt over the connector's
+    /// stream, with the feature `rustls`. `keepalives` and `tcp_user_timeout` have no effect.
+    ///
+    /// # Errors
+    /// [`PoolBuilder::build`] fails if [`PoolBuilder::tls`] is set too, because that connector encrypts only the
+    /// driver's own sockets. If the connector fails or panics, the server counts as unreachable for now.
+    pub fn connector(mut self, connector: impl Connect) -> Self {
+        self.connector = Some(Arc::new(connector));
         self
     }
 

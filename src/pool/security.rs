@@ -1,12 +1,15 @@
 //! Decides how connections are encrypted: not at all, by the user's connector, or by rustls with the given options.
 
-use tokio_postgres::Config;
+use std::sync::Arc;
+
 #[cfg(feature = "rustls")]
 use tokio_postgres::config::{ChannelBinding, SslMode, SslNegotiation};
+use tokio_postgres::{Config, NoTls};
 
 use super::ssl::Ssl;
 #[cfg(feature = "rustls")]
 use super::ssl::{Mode, SYSTEM};
+use crate::connect::Connect;
 use crate::error::BuildError;
 use crate::server::Opener;
 #[cfg(feature = "rustls")]
@@ -28,25 +31,44 @@ pub(super) enum Security {
     Rustls(Tls),
 }
 
+/// Returns the opener of a pool that does not encrypt.
+pub(super) fn plain_opener(template: Config, connector: Option<Arc<dyn Connect>>) -> Opener {
+    match connector {
+        Some(connector) => Opener::over(template, connector, NoTls),
+        None => Opener::new(template, NoTls),
+    }
+}
+
 /// Returns what creates the opener, or `None` if connections are not encrypted. May set `sslmode`.
 pub(super) fn make_opener(
     security: Security,
     ssl: &Ssl,
     config: &mut Config,
+    connector: Option<&Arc<dyn Connect>>,
 ) -> Result<Option<MakeOpener>, BuildError> {
     match (security, ssl.files().next()) {
+        (Security::Own(_), _) if connector.is_some() => {
+            let problem = "a TLS connector for the driver's sockets cannot encrypt the streams of `PoolBuilder::connector`; \
+                           let that connector encrypt its streams, or use this crate's feature `rustls`";
+            Err(BuildError::invalid("tls", problem))
+        }
         (Security::Own(_), Some((option, _))) => {
             let problem = "a connector given with `PoolBuilder::tls` does not read it; give the file to the connector";
             Err(BuildError::invalid(option, problem))
         }
         (Security::Own(own), None) => Ok(Some(own)),
-        (other, _) => by_rustls(other, ssl, config),
+        (other, _) => by_rustls(other, ssl, config, connector),
     }
 }
 
 /// Options that need TLS are refused later, when the template is made.
 #[cfg(not(feature = "rustls"))]
-fn by_rustls(_: Security, ssl: &Ssl, _: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
+fn by_rustls(
+    _: Security,
+    ssl: &Ssl,
+    _: &mut Config,
+    _: Option<&Arc<dyn Connect>>,
+) -> Result<Option<MakeOpener>, BuildError> {
     match ssl.files().next() {
         Some((option, _)) => Err(BuildError::invalid(option, format!("TLS is asked for; {NO_CONNECTOR}"))),
         None => Ok(None),
@@ -54,7 +76,12 @@ fn by_rustls(_: Security, ssl: &Ssl, _: &mut Config) -> Result<Option<MakeOpener
 }
 
 #[cfg(feature = "rustls")]
-fn by_rustls(security: Security, ssl: &Ssl, config: &mut Config) -> Result<Option<MakeOpener>, BuildError> {
+fn by_rustls(
+    security: Security,
+    ssl: &Ssl,
+    config: &mut Config,
+    over: Option<&Arc<dyn Connect>>,
+) -> Result<Option<MakeOpener>, BuildError> {
     let tls = match security {
         Security::Rustls(tls) => {
             if ssl.mode == Some(Mode::Prefer) || config.get_ssl_mode() == SslMode::Disable {
@@ -70,7 +97,11 @@ fn by_rustls(security: Security, ssl: &Ssl, config: &mut Config) -> Result<Optio
     let direct = config.get_ssl_negotiation() == SslNegotiation::Direct;
     let connector = described(tls, ssl, config)?.connector(direct);
     let connector = connector.map_err(|unusable| BuildError::invalid(unusable.option, unusable.problem))?;
-    Ok(Some(Box::new(|template| Opener::new(template, connector))))
+    let over = over.cloned();
+    Ok(Some(Box::new(move |template| match over {
+        Some(over) => Opener::over(template, over, connector),
+        None => Opener::new(template, connector),
+    })))
 }
 
 /// A connection string without `sslmode` means the same with and without the feature, because another crate may have

@@ -3,14 +3,15 @@
 //! PostgreSQL, and anything that speaks its protocol, answers a TLS request with one byte, `S` or `N`. The driver
 //! cannot recognise other answers: it would read a web server's text as the start of a very long message.
 
-use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::topology::Address;
+use crate::connect::{ByteStream, Connect};
+use crate::topology::{Address, Endpoint};
 
 /// Time limit for each step. A peer that answers at all does so immediately.
 const WITHIN: Duration = Duration::from_millis(500);
@@ -29,16 +30,20 @@ pub(super) enum Peer {
     Stranger(&'static str),
 }
 
-/// Finds out what answers at this address. `None`: that is not known.
-pub(super) async fn what_answers(address: &Address) -> Option<Peer> {
-    let Address::Tcp(address) = address else {
+/// Finds out what answers at this address, over a stream of the user's connector if there is one. `None`: that is not
+/// known.
+pub(super) async fn what_answers(endpoint: &Endpoint, connector: Option<&Arc<dyn Connect>>) -> Option<Peer> {
+    let Address::Tcp(address) = endpoint.address else {
         return None;
     };
-    peer(&first_words(*address).await?)
+    let stream: Box<dyn ByteStream> = match connector {
+        Some(connector) => timeout(WITHIN, connector.connect(endpoint)).await.ok()?.ok()?,
+        None => Box::new(timeout(WITHIN, TcpStream::connect(address)).await.ok()?.ok()?),
+    };
+    peer(&first_words(stream).await?)
 }
 
-async fn first_words(address: SocketAddr) -> Option<Vec<u8>> {
-    let mut stream = timeout(WITHIN, TcpStream::connect(address)).await.ok()?.ok()?;
+async fn first_words(mut stream: Box<dyn ByteStream>) -> Option<Vec<u8>> {
     stream.write_all(&TLS_REQUEST).await.ok()?;
     let mut words = vec![0; 64];
     let first = if let Ok(read) = timeout(WITHIN, stream.read(&mut words)).await {

@@ -11,6 +11,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
+#[cfg(not(failover_sim))]
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::BoxFuture;
@@ -21,9 +22,12 @@ use tokio_postgres::config::{Host, SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, NoTlsStream, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, Connection, Error, NoTls, Socket};
 
+use crate::connect::Connect;
 use crate::sync::lock;
+use crate::topology::Endpoint;
 
 use super::activity::{Activity, Counter};
+use super::over::Over;
 use super::{Driver, Notices};
 
 /// Opens a session to the one address of `config`, and counts its traffic in `notices`.
@@ -34,16 +38,54 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    // The driver recognises its own `NoTls`, which cannot encrypt. It does not recognise a connector around `NoTls`.
-    if TypeId::of::<T::TlsConnect>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
+    without_tls::<T::TlsConnect>(&mut config);
+    let plain = open(&config).await?;
+    let secure = Secure::new(tls, &mut config, Arc::clone(&notices.activity));
+    start(config, plain, secure, notices).await
+}
+
+/// Like [`connect`], over a stream of the user's connector.
+pub(super) async fn connect_over<T>(
+    connector: Arc<dyn Connect>,
+    endpoint: Endpoint,
+    mut config: Config,
+    tls: T,
+    notices: Arc<Notices>,
+) -> Result<(Client, Driver), Error>
+where
+    T: MakeTlsConnect<Over> + Send + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Over>>::Future: Send,
+{
+    without_tls::<T::TlsConnect>(&mut config);
+    let over = Over::open(&*connector, &endpoint).await;
+    let secure = Secure::new(tls, &mut config, Arc::clone(&notices.activity));
+    start(config, over, secure, notices).await
+}
+
+/// The driver recognises its own `NoTls`, which cannot encrypt. It does not recognise a connector around `NoTls`.
+fn without_tls<K: 'static>(config: &mut Config) {
+    if TypeId::of::<K>() == TypeId::of::<NoTls>() && config.get_ssl_mode() == SslMode::Prefer {
         config.ssl_mode(SslMode::Disable);
     }
-    let plain = open(&config).await?;
+}
+
+/// Begins a session on an open stream.
+async fn start<P, K>(
+    config: Config,
+    stream: P,
+    secure: Secure<K>,
+    notices: Arc<Notices>,
+) -> Result<(Client, Driver), Error>
+where
+    P: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    Secure<K>: TlsConnect<Wire<P>>,
+    <Secure<K> as TlsConnect<Wire<P>>>::Stream: Send + 'static,
+{
     let activity = Arc::clone(&notices.activity);
-    let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
     let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
-    let wire =
-        Wire { stream: plain, counter: Counter::new(asks), activity, begins: Some(Begins { asks_for_tls: asks }) };
+    let wire = Wire { stream, counter: Counter::new(asks), activity, begins: Some(Begins { asks_for_tls: asks }) };
     let (client, connection) = config.connect_raw(wire, secure).await?;
     Ok((client, drive(connection, notices)))
 }
@@ -57,9 +99,27 @@ where
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     let plain = open(&config).await?;
-    let activity = Arc::<Activity>::default();
-    let secure = Secure::new(tls, &mut config, Arc::clone(&activity));
-    token.cancel_query_raw(Wire { stream: plain, counter: Counter::new(false), activity, begins: None }, secure).await
+    let secure = Secure::new(tls, &mut config, Arc::default());
+    token.cancel_query_raw(Wire::uncounted(plain), secure).await
+}
+
+/// Like [`cancel`], over a stream of the user's connector.
+pub(super) async fn cancel_over<T>(
+    connector: Arc<dyn Connect>,
+    endpoint: Endpoint,
+    mut config: Config,
+    tls: T,
+    token: CancelToken,
+) -> Result<(), Error>
+where
+    T: MakeTlsConnect<Over> + Send + 'static,
+    T::Stream: Send,
+    T::TlsConnect: Send,
+    <T::TlsConnect as TlsConnect<Over>>::Future: Send,
+{
+    let over = Over::open(&*connector, &endpoint).await;
+    let secure = Secure::new(tls, &mut config, Arc::default());
+    token.cancel_query_raw(Wire::uncounted(over), secure).await
 }
 
 fn drive<S, T>(mut connection: Connection<S, T>, notices: Arc<Notices>) -> Driver
@@ -200,6 +260,13 @@ struct Wire<S> {
     begins: Option<Begins>,
 }
 
+impl<S> Wire<S> {
+    /// A stream for a message that belongs to no session.
+    fn uncounted(stream: S) -> Self {
+        Self { stream, counter: Counter::new(false), activity: Arc::default(), begins: None }
+    }
+}
+
 /// The start of a session.
 #[derive(Clone, Copy)]
 struct Begins {
@@ -226,7 +293,11 @@ impl Begins {
     }
 }
 
+#[cfg(failover_sim)]
+pub(crate) use crate::simulation::wall_clock;
+
 /// The clock for a connection's idle time. Unlike a monotonic clock, it goes on while the machine sleeps.
+#[cfg(not(failover_sim))]
 pub(crate) fn wall_clock() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
@@ -297,9 +368,10 @@ struct Secure<K> {
 impl<K> Secure<K> {
     /// Creates the user's connector for one session. Like the driver, this creates it even if the server then does not
     /// encrypt.
-    fn new<T>(mut tls: T, config: &mut Config, activity: Arc<Activity>) -> Self
+    fn new<P, T>(mut tls: T, config: &mut Config, activity: Arc<Activity>) -> Self
     where
-        T: MakeTlsConnect<Socket, TlsConnect = K>,
+        T: MakeTlsConnect<P, TlsConnect = K>,
+        K: TlsConnect<P>,
     {
         let connector = tls.make_tls_connect(host_of(config).as_deref().unwrap_or_default()).map_err(Into::into);
         if connector.is_err() {
@@ -331,13 +403,42 @@ where
             #[cfg(unix)]
             Plain::Unix(_) => return Box::pin(ready(Err("a Unix socket has no TLS".into()))),
         };
-        let connecting = connector.connect(socket);
-        let activity = self.activity;
-        Box::pin(async move {
-            let stream = connecting.await.map_err(Into::into)?;
-            Ok(Wire { stream, counter: Counter::new(false), activity, begins: None })
-        })
+        encrypted(connector.connect(socket), self.activity)
     }
+}
+
+impl<K> TlsConnect<Wire<Over>> for Secure<K>
+where
+    K: TlsConnect<Over>,
+    K::Stream: Send + 'static,
+    K::Future: Send + 'static,
+{
+    type Stream = Wire<K::Stream>;
+    type Error = Unusable;
+    type Future = BoxFuture<'static, Result<Wire<K::Stream>, Unusable>>;
+
+    fn connect(self, wire: Wire<Over>) -> Self::Future {
+        let connector = match self.connector {
+            Ok(connector) => connector,
+            Err(unusable) => return Box::pin(ready(Err(unusable))),
+        };
+        encrypted(connector.connect(wire.stream), self.activity)
+    }
+}
+
+/// Waits for the TLS handshake. Messages are counted above TLS.
+fn encrypted<S, E>(
+    connecting: impl Future<Output = Result<S, E>> + Send + 'static,
+    activity: Arc<Activity>,
+) -> BoxFuture<'static, Result<Wire<S>, Unusable>>
+where
+    S: Send + 'static,
+    E: Into<Unusable>,
+{
+    Box::pin(async move {
+        let stream = connecting.await.map_err(Into::into)?;
+        Ok(Wire { stream, counter: Counter::new(false), activity, begins: None })
+    })
 }
 
 #[cfg(test)]

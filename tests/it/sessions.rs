@@ -1,5 +1,6 @@
 //! What sessions need and what surrounds them: settings, rights, passwords, TLS, LISTEN.
 
+mod connector;
 mod dial;
 mod environment;
 mod listen;

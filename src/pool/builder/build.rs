@@ -6,20 +6,19 @@ use deadpool::managed::{self, QueueMode};
 use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
-use tokio_postgres::NoTls;
 
 use super::super::config::{names, open_within, targets, template};
 use super::super::dialer::Dialer;
 use super::super::idle::{Idle, Keeper};
 use super::super::options::{checked, not_zero, resolver, seed_or_random, usable_size};
-use super::super::security::make_opener;
+use super::super::security::{make_opener, plain_opener};
 use super::super::{Manager, Pool, Source};
 use super::PoolBuilder;
 use crate::cluster::{Cluster, Setup};
 use crate::error::BuildError;
 use crate::observe::Observer;
 use crate::retry::FAR;
-use crate::server::{Open, Opener, Passwords};
+use crate::server::{Open, Passwords};
 
 impl PoolBuilder {
     /// Creates the pool. Starts its tasks on the current tokio runtime, which must exist. Needs no server.
@@ -65,7 +64,7 @@ impl PoolBuilder {
         }
         let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
         let targets = targets(&self.config, &self.ssl.hosts)?;
-        let make_opener = make_opener(self.security, &self.ssl, &mut self.config)?;
+        let make_opener = make_opener(self.security, &self.ssl, &mut self.config, self.connector.as_ref())?;
         let template = template(&self.config, &self.ssl.written, make_opener.is_some(), settings.dead_after)?;
         if self.ask_password.is_some() && template.get_password().is_some() {
             let problem = "the connection string holds a password too; remove one of them";
@@ -80,7 +79,7 @@ impl PoolBuilder {
         let seed = seed_or_random(self.seed);
         let opener = match make_opener {
             Some(make_opener) => make_opener(template),
-            None => Opener::new(template, NoTls),
+            None => plain_opener(template, self.connector),
         };
         let opener: Arc<dyn Open<ClientWrapper>> = Arc::new(opener.with_passwords(passwords));
         let cluster = Cluster::start(Setup {
