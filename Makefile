@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size
+.PHONY: help setup setup-managers demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,8 +26,9 @@ bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/ben
 	@cargo run --release --quiet --package failover-bench --bin failover-bench -- docs
 	RENEW=1 cargo test --quiet --test documents picture
 
-test: setup ## Run every test against real servers
+test: setup ## Run every test against real servers, and a share of the simulation
 	@bash scripts/test.sh
+	@SEEDS=1000000 LIMIT=50 sh scripts/sim.sh run
 
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak
@@ -76,3 +77,9 @@ api: ## Renew the list of the public API, docs/public-api.txt
 
 size: ## Crates and compile time of the default build, beside deadpool-postgres
 	@sh scripts/size.sh
+
+sim: ## The whole crate in a deterministic simulation (SEEDS=1000 FIRST=1 LIMIT=60 seconds, or one story: SEED=42 TRACE=1)
+	@sh scripts/sim.sh run
+
+sim-mutants: ## Plants deliberate faults in the crate; the simulation must find each (SEEDS=2000)
+	@sh scripts/sim.sh mutants

@@ -370,6 +370,7 @@ pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
         (Located::Here, None) => Settled::Unknown(OtherHistory),
         (Located::Lost, _) | (Located::Unclear(Restarted | SeveralFailovers | Unproven), None) => Settled::NotCommitted,
         (Located::NotYet, _) => Settled::InProgress,
+        (Located::Unclear(_), _) if planted!("guesses that it was not committed") => Settled::NotCommitted,
         (Located::Unclear(why), _) => Settled::Unknown(why),
     }
 }

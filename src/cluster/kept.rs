@@ -2,7 +2,7 @@
 //!
 //! Two questions to one server may run at the same time, each on a session of its own. They may end in any order.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::server::Session;
 use crate::topology::Address;
@@ -24,14 +24,14 @@ pub(super) struct Number(u64);
 
 /// The kept sessions, and the numbers of those that are being asked.
 pub(super) struct Kept<S> {
-    sessions: HashMap<Address, (Number, S)>,
+    sessions: BTreeMap<Address, (Number, S)>,
     being_asked: Vec<(Address, Number)>,
     numbers: u64,
 }
 
 impl<S: Keep> Kept<S> {
     pub(super) fn new() -> Self {
-        Self { sessions: HashMap::new(), being_asked: Vec::new(), numbers: 0 }
+        Self { sessions: BTreeMap::new(), being_asked: Vec::new(), numbers: 0 }
     }
 
     /// Keeps a session that was just opened. It takes the place of an older one.

@@ -54,6 +54,7 @@ impl<C: SessionClient> Pool<C> {
             return Err(Error::Unavailable(Box::new(unavailable)));
         }
         let (began, deadline) = (Instant::now(), deadline());
+        let deadline = if planted!("waits beyond deadlines") { deadline + Duration::from_millis(50) } else { deadline };
         let checkout = async {
             match in_use {
                 Some(longest) if began + longest < deadline => self.free_within(longest, checkout).await,

@@ -134,7 +134,7 @@ impl<C: SessionClient> Dialer<C> {
     /// It never cancels a COMMIT. That would end the wait for the synchronous standbys, and make rows visible that
     /// perhaps no standby has.
     pub(super) fn cancel_running(&self, client: &tokio_postgres::Client, facts: &Facts) {
-        if facts.is_committing() {
+        if facts.is_committing() && !planted!("cancels commits") {
             return;
         }
         self.cancel_on(client, &facts.notices, facts.endpoint.clone());
@@ -151,7 +151,7 @@ impl<C: SessionClient> Dialer<C> {
         runtime.spawn(async move {
             // The driver's task may not have seen yet that the last request is a COMMIT.
             notices.requests_are_seen().await;
-            if !notices.activity.is_committing() {
+            if !notices.activity.is_committing() || planted!("cancels commits") {
                 cancel(|| opener.cancel(&endpoint, token.clone())).await;
             }
         });

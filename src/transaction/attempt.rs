@@ -120,7 +120,7 @@ impl<C: SessionClient> DirtyGuard<C> {
 
 impl<C: SessionClient> Drop for DirtyGuard<C> {
     fn drop(&mut self) {
-        if !self.clean {
+        if !self.clean && !planted!("reuses unclean sessions") {
             self.client.poison();
         }
     }
@@ -337,7 +337,7 @@ impl<C: SessionClient> Attempt<C> {
         match (proof, answer.error) {
             (CommitProof::Committed { answered }, _) => {
                 self.held.clean(answered);
-                if self.client().notices().not_replicated() {
+                if self.client().notices().not_replicated() && !planted!("takes a cancelled wait for a commit") {
                     let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
                     let failed = Failed::new(Verdict::OutcomeUnknown, error);
                     return Ended::InDoubt(Unanswered { value, mark, failed });

@@ -51,6 +51,7 @@ pub(super) enum Next {
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Option<bool>) -> Next {
     match (stage, mode) {
+        (Stage::InDoubt, Mode::Exactly) if planted!("runs again in doubt") => return Next::Rerun,
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
         // The reads of a serializable transaction are valid only if its COMMIT succeeds, so `Read` runs again, too.

@@ -252,6 +252,7 @@ impl Known {
         let ours = insisted || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if answer.completed < statements => CommitProof::Nothing,
+            Some(_) if planted!("takes an error for a commit") => CommitProof::Committed { answered: false },
             None if ours => CommitProof::Committed { answered: true },
             None => CommitProof::NotOurs { committed: true },
             // The server has reported the COMMIT as done. A later failure of the session does not change that.

@@ -269,6 +269,7 @@ async fn ask_log(
         }
         (located, _) => located,
     };
+    let located = if planted!("settles by the status alone") { Located::Here } else { located };
     Ok(Some(commit::settle(located, status)))
 }
 
@@ -297,6 +298,7 @@ async fn confirmed<C: SessionClient>(
             session.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());
         }
+        (Settler::Wal(_), Outcome::Committed) if planted!("does not confirm") => return (Some(Ok(outcome)), false),
         (Settler::Wal(_), Outcome::Committed) => wal::confirm(session.client()).await,
         (Settler::Ledger(ledger, _), _) => ledger.confirm(session.client()).await,
     };

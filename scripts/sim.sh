@@ -1,0 +1,14 @@
+#!/bin/sh
+# Builds the simulation with the flags that it needs, in a profile of its own, and runs it, or its tests.
+#   failover_sim     replaces the wall clock, and lets deliberate faults be planted
+#   tokio_unstable   tokio's own choices follow a seed
+set -eu
+cd "$(dirname "$0")/.."
+export RUSTFLAGS="${RUSTFLAGS:-} --cfg failover_sim --cfg tokio_unstable"
+case "${1:-run}" in
+    build) exec cargo build --quiet --profile sim --package failover-sim ;;
+    run) exec cargo run --quiet --profile sim --package failover-sim ;;
+    mutants) exec cargo run --quiet --profile sim --package failover-sim -- mutants ;;
+    test) exec cargo test --quiet --profile sim --package failover-sim ;;
+    *) echo "sim.sh: build, run, mutants or test" >&2; exit 1 ;;
+esac

@@ -1,0 +1,101 @@
+//! How the pool reaches the world: its connector and its resolver.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tokio_postgres_failover::connect::{ByteStream, Connect, Connecting};
+use tokio_postgres_failover::resolve::{Addresses, Resolve, ResolveError};
+use tokio_postgres_failover::view::{Address, Endpoint};
+
+use crate::net::connection;
+use crate::node::Process;
+use crate::server::serve;
+use crate::world::{Dns, Sim};
+
+/// The address of a server.
+pub(crate) fn address(node: usize) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(10, 0, 0, u8::try_from(node + 1).unwrap_or(0)))
+}
+
+/// The server at an address.
+pub(crate) fn node_at(address: &Address) -> Option<usize> {
+    let Address::Tcp(address) = address else { return None };
+    let IpAddr::V4(ip) = address.ip() else { return None };
+    usize::from(ip.octets()[3]).checked_sub(1)
+}
+
+#[derive(Clone)]
+pub(crate) struct Reach(pub(crate) Arc<Sim>);
+
+impl Reach {
+    async fn open(&self, node: usize) -> io::Result<Box<dyn ByteStream>> {
+        let net = Arc::clone(&self.0.lock().nodes[node].net);
+        loop {
+            let (opened, up) = (net.opened.notified(), self.0.up.notified());
+            let machine_up = self.0.lock().nodes[node].machine_up;
+            if !net.is_open() {
+                opened.await;
+            } else if !machine_up {
+                up.await;
+            } else {
+                break;
+            }
+        }
+        sleep(Duration::from_millis(2) + net.late() * 2).await;
+        let seed = {
+            let mut world = self.0.lock();
+            if world.nodes[node].process == Process::Down {
+                return Err(io::ErrorKind::ConnectionRefused.into());
+            }
+            world.rng.next()
+        };
+        let (ours, theirs) = connection(&net, seed);
+        tokio::spawn(serve(Arc::clone(&self.0), node, theirs));
+        let servers = self.0.lock().nodes.len();
+        let open: usize = (0..servers).map(|node| self.open_links(node)).sum();
+        self.0.lock().oracle.connected(open);
+        Ok(Box::new(ours))
+    }
+
+    fn open_links(&self, node: usize) -> usize {
+        let net = Arc::clone(&self.0.lock().nodes[node].net);
+        net.links().len()
+    }
+}
+
+impl Connect for Reach {
+    fn connect<'a>(&'a self, endpoint: &'a Endpoint) -> Connecting<'a> {
+        Box::pin(async move {
+            match node_at(&endpoint.address) {
+                Some(node) => self.open(node).await,
+                None => Err(io::ErrorKind::HostUnreachable.into()),
+            }
+        })
+    }
+}
+
+impl Resolve for Reach {
+    fn resolve<'a>(
+        &'a self,
+        host: &'a str,
+    ) -> tokio_postgres_failover::resolve::BoxFuture<'a, Result<Addresses, ResolveError>> {
+        Box::pin(async move {
+            sleep(Duration::from_millis(3)).await;
+            let (names, setup) = {
+                let world = self.0.lock();
+                (world.names, world.setup)
+            };
+            if names.gone {
+                sleep(Duration::from_secs(2)).await;
+                return Err(ResolveError::custom(host, "the name servers do not answer"));
+            }
+            Ok(Addresses::new(match setup.dns {
+                Dns::Primary => vec![address(names.primary)],
+                Dns::All | Dns::Hosts => (0..setup.servers).map(address).collect(),
+            }))
+        })
+    }
+}

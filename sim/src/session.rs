@@ -1,0 +1,466 @@
+//! One session on a server: its transaction, and how each statement is carried out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::columns::value_of;
+use crate::done::Done;
+use crate::log::{Row, What};
+use crate::node::{Node, Stage};
+use crate::proto::Answer;
+use crate::sql::{SqlError, Statement, parse, statements};
+use crate::world::Sim;
+
+const READ_ONLY: &str = "25006";
+
+/// An open transaction.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+struct Transaction {
+    /// It was begun by BEGIN, and not by a statement alone.
+    block: bool,
+    failed: bool,
+    xid: Option<u64>,
+    began_in_recovery: bool,
+    read_only: bool,
+    /// The message that began it.
+    message: u64,
+    begun_at: Instant,
+    rows: Vec<Row>,
+    /// The values before each `SET`, and whether it was a `SET LOCAL`.
+    before: Vec<(String, Option<String>, bool)>,
+}
+
+pub(crate) struct Session {
+    pub(crate) sim: Arc<Sim>,
+    pub(crate) node: usize,
+    pub(crate) pid: i32,
+    pub(crate) cancel: Arc<Notify>,
+    transaction: Option<Transaction>,
+    settings: BTreeMap<String, String>,
+    prepared: BTreeMap<String, String>,
+    message: u64,
+}
+
+impl Session {
+    pub(crate) fn new(sim: &Arc<Sim>, node: usize, pid: i32, cancel: Arc<Notify>) -> Self {
+        let fenced = sim.lock().nodes[node].fenced;
+        let default = if fenced { "on" } else { "off" };
+        let settings = BTreeMap::from([
+            ("default_transaction_read_only".to_owned(), default.to_owned()),
+            ("synchronous_commit".to_owned(), "on".to_owned()),
+            ("server_version_num".to_owned(), "150008".to_owned()),
+        ]);
+        Self {
+            sim: Arc::clone(sim),
+            node,
+            pid,
+            cancel,
+            transaction: None,
+            settings,
+            prepared: BTreeMap::new(),
+            message: 0,
+        }
+    }
+
+    pub(crate) fn of_node<T>(&self, read: impl FnOnce(&mut Node) -> T) -> T {
+        read(&mut self.sim.lock().nodes[self.node])
+    }
+
+    /// Reports something that the model does not know.
+    pub(crate) fn unknown(&self, what: &str) -> SqlError {
+        self.sim.lock().oracle.model_lacks(what);
+        SqlError::new("42601", format!("the model does not know: {what}"))
+    }
+
+    /// The status in `ReadyForQuery`.
+    pub(crate) fn status(&self) -> u8 {
+        match &self.transaction {
+            Some(Transaction { failed: true, .. }) => b'E',
+            Some(_) => b'T',
+            None => b'I',
+        }
+    }
+
+    pub(crate) fn setting(&self, name: &str) -> Option<String> {
+        if name != "transaction_read_only" {
+            return self.settings.get(name).cloned();
+        }
+        Some(if self.is_read_only() { "on" } else { "off" }.to_owned())
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        let default = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
+        self.transaction.as_ref().map_or(default, |it| it.read_only || it.began_in_recovery)
+    }
+
+    /// The transaction began with this message.
+    pub(crate) fn begun_here(&self) -> bool {
+        self.transaction.as_ref().is_none_or(|it| it.message == self.message)
+    }
+
+    /// The transaction's id, which is assigned if it has none yet.
+    pub(crate) fn xid(&mut self) -> Result<u64, SqlError> {
+        let (node, pid) = (self.node, self.pid);
+        let Some(transaction) = &mut self.transaction else { return Err(SqlError::new("25P01", "no transaction")) };
+        if transaction.began_in_recovery {
+            return Err(SqlError::new("55000", "cannot assign TransactionIds during recovery"));
+        }
+        Ok(*transaction.xid.get_or_insert_with(|| self.sim.lock().assign_xid(node, pid)))
+    }
+
+    fn begin(&mut self, block: bool, read_only: bool) {
+        let default = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
+        self.transaction = Some(Transaction {
+            block,
+            failed: false,
+            xid: None,
+            began_in_recovery: self.of_node(|node| node.recovery),
+            read_only: read_only || default,
+            message: self.message,
+            begun_at: Instant::now(),
+            rows: Vec::new(),
+            before: Vec::new(),
+        });
+    }
+
+    /// Undoes each `SET LOCAL` at a transaction's end, and each `SET` if it was rolled back.
+    fn undo_settings(&mut self, before: Vec<(String, Option<String>, bool)>, committed: bool) {
+        for (name, value, local) in before.into_iter().rev() {
+            match value {
+                _ if committed && !local => {}
+                Some(value) => drop(self.settings.insert(name, value)),
+                // Once it was set, a setting of an extension is empty, and not unknown.
+                None if name.contains('.') => drop(self.settings.insert(name, String::new())),
+                None => drop(self.settings.remove(&name)),
+            }
+        }
+    }
+
+    pub(crate) fn abort(&mut self) {
+        let Some(transaction) = self.transaction.take() else { return };
+        self.abort_id(transaction.xid);
+        self.undo_settings(transaction.before, false);
+    }
+
+    fn abort_id(&self, xid: Option<u64>) {
+        let Some(xid) = xid else { return };
+        let mut world = self.sim.lock();
+        // A transaction whose COMMIT was carried out is committed, however its session ends.
+        if world.nodes[self.node].running.remove(&xid) && world.nodes[self.node].log.outcome(xid).is_none() {
+            world.append(self.node, What::Abort { xid });
+        }
+        if let Some(backend) = world.nodes[self.node].backends.get_mut(&self.pid) {
+            backend.xid = None;
+        }
+    }
+
+    /// Waits while the process is stopped.
+    pub(crate) async fn thaw(&self) {
+        loop {
+            let thawed = self.of_node(|node| Arc::clone(&node.thawed));
+            let thawed = thawed.notified();
+            if !self.of_node(|node| node.frozen) {
+                return;
+            }
+            thawed.await;
+        }
+    }
+
+    /// Waits until the server is no standby any more, but not longer than this.
+    async fn promotion(&self, until: Instant) {
+        loop {
+            let changed = self.of_node(|node| Arc::clone(&node.thawed));
+            let changed = changed.notified();
+            if !self.of_node(|node| node.recovery) || timeout_at(until, changed).await.is_err() {
+                break;
+            }
+        }
+        self.thaw().await;
+    }
+
+    /// Carries out the statements of one message.
+    pub(crate) async fn query(&mut self, text: &str, answer: &mut Answer) {
+        self.message += 1;
+        let ends = ["COMMIT", "END", "PREPARE"].iter().any(|word| text.contains(word));
+        self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.ends = ends));
+        let mut all = statements(text).peekable();
+        if all.peek().is_none() {
+            return answer.no_query();
+        }
+        while let Some(text) = all.next() {
+            match self.one(text, all.peek().is_none(), answer).await {
+                Ok(done) => {
+                    if !done.rows.is_empty() {
+                        answer.columns(done.columns, 25);
+                    }
+                    done.rows.iter().for_each(|row| answer.row(row));
+                    answer.complete(done.tag);
+                }
+                Err(error) => {
+                    answer.error("ERROR", &error);
+                    self.fail();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// After an error, a transaction block has failed, and anything else is rolled back.
+    fn fail(&mut self) {
+        match &mut self.transaction {
+            Some(transaction) if transaction.block => {
+                transaction.failed = true;
+                let xid = transaction.xid.take();
+                self.abort_id(xid);
+            }
+            _ => self.abort(),
+        }
+    }
+
+    /// Carries out one statement. `last`: it is the last one of its message, so a transaction without a block ends.
+    async fn one(&mut self, text: &str, last: bool, answer: &mut Answer) -> Result<Done, SqlError> {
+        let statement = parse(text);
+        if let Some(transaction) = &self.transaction
+            && transaction.failed
+            && !matches!(statement, Statement::Rollback | Statement::Commit | Statement::RollbackToSavepoint)
+        {
+            let message = "current transaction is aborted, commands ignored until end of transaction block";
+            return Err(SqlError::new("25P02", message));
+        }
+        if self.transaction.is_none() && !matches!(statement, Statement::Begin { .. }) {
+            self.begin(false, false);
+        }
+        if matches!(statement, Statement::Columns(_) | Statement::Insert(_) | Statement::Execute { .. }) && self.fails()
+        {
+            return Err(SqlError::new("53200", "out of memory"));
+        }
+        let done = self.carry_out(statement, text, answer).await?;
+        if last && self.transaction.as_ref().is_some_and(|it| !it.block) {
+            self.commit(answer).await?;
+        }
+        Ok(done)
+    }
+
+    fn fails(&self) -> bool {
+        let mut world = self.sim.lock();
+        world.nodes[self.node].troubles.errors && world.rng.chance(40)
+    }
+
+    /// `INSERT` with parameters, as the extended protocol sends it.
+    pub(crate) async fn insert(&mut self, row: [i64; 2], answer: &mut Answer) -> Result<(), SqlError> {
+        self.message += 1;
+        if self.transaction.as_ref().is_some_and(|it| it.failed) {
+            return Err(SqlError::new("25P02", "current transaction is aborted"));
+        }
+        if self.transaction.is_none() {
+            self.begin(false, false);
+        }
+        let done = async {
+            self.write(row)?;
+            if self.transaction.as_ref().is_some_and(|it| !it.block) { self.commit(answer).await } else { Ok(()) }
+        };
+        let done = done.await;
+        if done.is_err() {
+            self.fail();
+        }
+        done
+    }
+
+    fn write(&mut self, [call, attempt]: [i64; 2]) -> Result<(), SqlError> {
+        if self.is_read_only() {
+            return Err(SqlError::new(READ_ONLY, "cannot execute INSERT in a read-only transaction"));
+        }
+        let (xid, row) = (self.xid()?, Row { call, attempt });
+        let mut world = self.sim.lock();
+        world.append(self.node, What::Insert { xid, row });
+        let timeline = world.nodes[self.node].timeline;
+        if let Some(transaction) = &mut self.transaction {
+            world.oracle.work_on(timeline, transaction.begun_at);
+            transaction.rows.push(row);
+        }
+        Ok(())
+    }
+
+    /// The transaction's id, if it has one.
+    pub(crate) fn assigned_xid(&self) -> Option<u64> {
+        self.transaction.as_ref().and_then(|it| it.xid)
+    }
+
+    #[expect(clippy::too_many_lines, reason = "one arm for each statement")]
+    async fn carry_out(&mut self, statement: Statement, text: &str, answer: &mut Answer) -> Result<Done, SqlError> {
+        Ok(match statement {
+            Statement::Begin { read_only } => {
+                match &mut self.transaction {
+                    Some(open) if open.block => {
+                        answer.notice(&SqlError::new("25001", "there is already a transaction in progress"));
+                    }
+                    Some(open) => (open.block, open.read_only) = (true, open.read_only || read_only),
+                    None => self.begin(true, read_only),
+                }
+                Done::tag("BEGIN")
+            }
+            Statement::Commit => {
+                let failed = self.transaction.as_ref().is_some_and(|it| it.failed);
+                if failed {
+                    self.abort();
+                } else {
+                    self.commit(answer).await?;
+                }
+                Done::tag(if failed { "ROLLBACK" } else { "COMMIT" })
+            }
+            Statement::Rollback => {
+                self.abort();
+                Done::tag("ROLLBACK")
+            }
+            Statement::RollbackAndChain => {
+                if self.transaction.as_ref().is_none_or(|it| !it.block) {
+                    let message = "ROLLBACK AND CHAIN can only be used in transaction blocks";
+                    return Err(SqlError::new("25P01", message));
+                }
+                let read_only = self.transaction.as_ref().is_some_and(|it| it.read_only);
+                self.abort();
+                self.begin(true, read_only);
+                Done::tag("ROLLBACK")
+            }
+            Statement::RollbackToSavepoint => {
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.failed = false;
+                }
+                Done::tag("ROLLBACK")
+            }
+            Statement::Savepoint => Done::tag("SAVEPOINT"),
+            Statement::Release => Done::tag("RELEASE"),
+            Statement::Set { name, value, local } => {
+                let before = self.settings.insert(name.clone(), value);
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.before.push((name, before, local));
+                }
+                Done::tag("SET")
+            }
+            Statement::Show(name) => match self.setting(&name) {
+                Some(value) => Done { columns: 1, rows: vec![vec![Some(value)]], tag: "SHOW" },
+                None if name.contains('.') => {
+                    return Err(SqlError::new("42704", format!("unrecognized configuration parameter \"{name}\"")));
+                }
+                None => Done { columns: 1, rows: vec![vec![Some("read committed".to_owned())]], tag: "SHOW" },
+            },
+            Statement::Prepare { name, body } => {
+                if self.prepared.insert(name.clone(), body).is_some() {
+                    return Err(SqlError::new("42P05", format!("prepared statement \"{name}\" already exists")));
+                }
+                Done::tag("PREPARE")
+            }
+            Statement::Execute { name, argument } => {
+                let Some(body) = self.prepared.get(&name) else {
+                    return Err(SqlError::new("26000", format!("prepared statement \"{name}\" does not exist")));
+                };
+                match parse(body) {
+                    Statement::Mark(None) => self.mark(argument)?,
+                    Statement::Insist { function, expected: None } => self.insist(&function, &argument)?,
+                    _ => return Err(self.unknown(text)),
+                }
+            }
+            Statement::Deallocate => {
+                self.prepared.clear();
+                Done::tag("DEALLOCATE ALL")
+            }
+            Statement::Insert(Some(row)) => {
+                self.write(row)?;
+                Done::tag("INSERT 0 1")
+            }
+            Statement::Sleep(duration) => {
+                let cancelled = self.cancel.notified();
+                tokio::select! {
+                    biased;
+                    () = cancelled => return Err(cancelled_by_user()),
+                    () = sleep(duration) => self.thaw().await,
+                }
+                Done::row(vec![Some(String::new())])
+            }
+            Statement::PromotionWait { step, steps } => {
+                self.promotion(Instant::now() + step * steps).await;
+                Done::nothing()
+            }
+            Statement::Mark(Some(nonce)) => self.mark(nonce)?,
+            Statement::Insist { function, expected: Some(expected) } => self.insist(&function, &expected)?,
+            Statement::History { position, nonce } => self.history(position, &nonce)?,
+            Statement::Files { timeline } => {
+                let there = self.of_node(|node| node.segments.contains(&timeline));
+                Done::row(vec![Some(if there { "t" } else { "f" }.to_owned())])
+            }
+            Statement::Signed(ids) => {
+                let own = self.xid()?;
+                let all = self.of_node(|node| {
+                    ids.iter().all(|(id, committed)| *id < own && node.log.outcome(*id).unwrap_or(false) == *committed)
+                });
+                Done::row(vec![Some(if all { "t" } else { "f" }.to_owned())])
+            }
+            Statement::Terminate { pid, xid } => self.end_abandoned(pid, xid),
+            Statement::Ends { pid, xid } => Done::row(vec![self.ends(pid, xid)]),
+            Statement::Columns(list) => {
+                let values: Result<Vec<_>, _> = list.iter().map(|column| value_of(self, column)).collect();
+                Done::row(values?)
+            }
+            Statement::Insert(None) | Statement::Mark(None) | Statement::Insist { .. } | Statement::Unknown => {
+                return Err(self.unknown(text));
+            }
+        })
+    }
+
+    /// Commits: the record, the disk, the synchronous standby. Others see the transaction only afterwards.
+    async fn commit(&mut self, answer: &mut Answer) -> Result<(), SqlError> {
+        let Some(transaction) = &self.transaction else { return Ok(()) };
+        if let Some(xid) = transaction.xid {
+            let waits = self.settings.get("synchronous_commit").is_none_or(|value| value != "off");
+            let records = {
+                let mut world = self.sim.lock();
+                world.oracle.committed(&transaction.rows);
+                let (node, pid) = (self.node, self.pid);
+                let row = transaction.rows.first().copied();
+                world.say(|| format!("session {pid} of server {node} commits transaction {xid}: {row:?}"));
+                world.append(self.node, What::Commit { xid })
+            };
+            if waits {
+                self.spring(Stage::Written).await;
+                self.to_disk(records).await;
+                self.spring(Stage::Flushed).await;
+                self.to_standby(records, answer).await;
+                self.spring(Stage::Confirmed).await;
+            }
+            let mut world = self.sim.lock();
+            world.nodes[self.node].running.remove(&xid);
+            if let Some(backend) = world.nodes[self.node].backends.get_mut(&self.pid) {
+                backend.xid = None;
+            }
+        }
+        if let Some(transaction) = self.transaction.take() {
+            self.undo_settings(transaction.before, true);
+        }
+        Ok(())
+    }
+
+    /// Prepares a statement of the extended protocol.
+    pub(crate) fn keep(&mut self, name: String, sql: String) -> Result<(), SqlError> {
+        if self.transaction.as_ref().is_some_and(|it| it.failed) {
+            return Err(SqlError::new("25P02", "current transaction is aborted"));
+        }
+        self.prepared.insert(name, sql);
+        Ok(())
+    }
+
+    pub(crate) fn kept(&self, name: &str) -> Statement {
+        self.prepared.get(name).map_or(Statement::Unknown, |sql| parse(sql))
+    }
+
+    pub(crate) fn close(&mut self, name: &str) {
+        self.prepared.remove(name);
+    }
+}
+
+fn cancelled_by_user() -> SqlError {
+    SqlError::new("57014", "canceling statement due to user request")
+}

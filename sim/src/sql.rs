@@ -1,0 +1,322 @@
+//! Recognises the statements that the pool and the load send. A statement that is not in these tables is an error, which
+//! the oracle reports: the model has to learn it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::columns::row_of;
+
+/// An error that a server reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SqlError {
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    /// The function in PostgreSQL's source that reports it. A pooler's errors have none.
+    pub(crate) routine: &'static str,
+}
+
+impl SqlError {
+    pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), routine: "ProcessQuery" }
+    }
+
+    pub(crate) fn by(self, routine: &'static str) -> Self {
+        Self { routine, ..self }
+    }
+}
+
+/// An expression, and the row of the table that evaluates it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Column {
+    pub(crate) expression: String,
+    pub(crate) row: Option<usize>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Statement {
+    Begin {
+        read_only: bool,
+    },
+    Commit,
+    Rollback,
+    RollbackAndChain,
+    Savepoint,
+    RollbackToSavepoint,
+    Release,
+    Set {
+        name: String,
+        value: String,
+        local: bool,
+    },
+    Show(String),
+    Prepare {
+        name: String,
+        body: String,
+    },
+    Execute {
+        name: String,
+        argument: String,
+    },
+    Deallocate,
+    /// `None`: the values are parameters.
+    Insert(Option<[i64; 2]>),
+    Sleep(Duration),
+    PromotionWait {
+        step: Duration,
+        steps: u32,
+    },
+    /// `None`: the nonce is a parameter.
+    Mark(Option<String>),
+    /// Fails unless the function returns this value. `None`: it is a parameter.
+    Insist {
+        function: String,
+        expected: Option<String>,
+    },
+    History {
+        position: u64,
+        nonce: String,
+    },
+    Files {
+        timeline: u32,
+    },
+    Signed(Vec<(u64, bool)>),
+    Terminate {
+        pid: i32,
+        xid: u64,
+    },
+    Ends {
+        pid: i32,
+        xid: u64,
+    },
+    Columns(Arc<[Column]>),
+    Unknown,
+}
+
+/// The statements of one message.
+pub(crate) fn statements(message: &str) -> impl Iterator<Item = &str> {
+    let mut quoted = false;
+    let ends = move |letter: char| {
+        quoted ^= letter == '\'';
+        letter == ';' && !quoted
+    };
+    message.split(ends).map(str::trim).filter(|statement| !statement.is_empty())
+}
+
+type Recognise = fn(&str) -> Option<Statement>;
+
+/// The first one that recognises a statement counts.
+const KNOWN: [Recognise; 12] =
+    [transactions, settings, prepared, rows, waits, marks, insists, histories, files, signatures, sessions, columns];
+
+pub(crate) fn parse(text: &str) -> Statement {
+    KNOWN.iter().find_map(|recognise| recognise(text)).unwrap_or(Statement::Unknown)
+}
+
+fn transactions(text: &str) -> Option<Statement> {
+    Some(match text {
+        "COMMIT" | "END" => Statement::Commit,
+        "ROLLBACK" | "ABORT" => Statement::Rollback,
+        "ROLLBACK AND CHAIN" => Statement::RollbackAndChain,
+        _ if text.starts_with("BEGIN") || text.starts_with("START TRANSACTION") => {
+            Statement::Begin { read_only: text.contains("READ ONLY") }
+        }
+        _ if text.starts_with("SAVEPOINT ") => Statement::Savepoint,
+        _ if text.starts_with("ROLLBACK TO ") => Statement::RollbackToSavepoint,
+        _ if text.starts_with("RELEASE ") => Statement::Release,
+        _ => return None,
+    })
+}
+
+fn settings(text: &str) -> Option<Statement> {
+    if let Some(name) = text.strip_prefix("SHOW ") {
+        return Some(Statement::Show(name.to_owned()));
+    }
+    let rest = text.strip_prefix("SET ")?;
+    if rest.starts_with("TRANSACTION ") {
+        return Some(Statement::Set { name: "transaction".to_owned(), value: String::new(), local: true });
+    }
+    let (local, rest) = rest.strip_prefix("LOCAL ").map_or((false, rest), |rest| (true, rest));
+    if rest == "ROLE NONE" {
+        return Some(Statement::Set { name: "role".to_owned(), value: "none".to_owned(), local });
+    }
+    let (name, value) = rest.split_once('=')?;
+    let value = value.trim().trim_matches('\'').to_owned();
+    Some(Statement::Set { name: name.trim().to_owned(), value, local })
+}
+
+fn prepared(text: &str) -> Option<Statement> {
+    if let Some(rest) = text.strip_prefix("PREPARE ") {
+        let (name, rest) = rest.split_once(' ')?;
+        let (_, body) = rest.split_once(" AS ")?;
+        return Some(Statement::Prepare { name: name.to_owned(), body: body.to_owned() });
+    }
+    if let Some(rest) = text.strip_prefix("EXECUTE ") {
+        let (name, argument) = rest.split_once(' ')?;
+        let argument = argument.trim_matches(['(', ')']).trim_matches('\'').to_owned();
+        return Some(Statement::Execute { name: name.to_owned(), argument });
+    }
+    text.starts_with("DEALLOCATE").then_some(Statement::Deallocate)
+}
+
+fn rows(text: &str) -> Option<Statement> {
+    let values = text.strip_prefix("INSERT INTO payments VALUES (")?.strip_suffix(')')?;
+    if values == "$1, $2" {
+        return Some(Statement::Insert(None));
+    }
+    let (call, attempt) = values.split_once(", ")?;
+    Some(Statement::Insert(Some([call.parse().ok()?, attempt.parse().ok()?])))
+}
+
+fn waits(text: &str) -> Option<Statement> {
+    if let Some(seconds) = between(text, "SELECT pg_sleep(", ")") {
+        return Some(Statement::Sleep(Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?));
+    }
+    let steps = between(text, "SELECT FROM generate_series(1, ", ")")?.parse().ok()?;
+    let step = between(text, "pg_sleep(", ")")?.parse().ok()?;
+    Some(Statement::PromotionWait { step: Duration::try_from_secs_f64(step).ok()?, steps })
+}
+
+fn marks(text: &str) -> Option<Statement> {
+    if !text.starts_with("SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END") {
+        return None;
+    }
+    let nonce = between(text, "pg_logical_emit_message(true, 'failover', ", ")")?;
+    Some(Statement::Mark((nonce != "$1").then(|| nonce.trim_matches('\'').to_owned())))
+}
+
+fn insists(text: &str) -> Option<Statement> {
+    let asked = between(text, "SELECT WHERE (1 OPERATOR(pg_catalog./) coalesce(", ", false)")?;
+    let (function, expected) = asked.split_once(" OPERATOR(pg_catalog.=) ")?;
+    let expected = (expected != "$1").then(|| expected.trim_matches('\'').to_owned());
+    Some(Statement::Insist { function: function.trim_start_matches("pg_catalog.").to_owned(), expected })
+}
+
+fn histories(text: &str) -> Option<Statement> {
+    let arguments = between(text, "SELECT seen, history FROM failover.wal_history('", "')")?;
+    let (position, nonce) = arguments.split_once("', '")?;
+    let (high, low) = position.split_once('/')?;
+    let half = |digits| u64::from_str_radix(digits, 16).ok();
+    Some(Statement::History { position: half(high)? << 32 | half(low)?, nonce: nonce.to_owned() })
+}
+
+fn files(text: &str) -> Option<Statement> {
+    if !text.starts_with("SELECT count(*) > 0 AND") {
+        return None;
+    }
+    let digits = between(text, "name ~ '^", "[")?;
+    Some(Statement::Files { timeline: u32::from_str_radix(digits, 16).ok()? })
+}
+
+fn signatures(text: &str) -> Option<Statement> {
+    let values = between(text, "FROM (VALUES ", ") AS signed")?;
+    let entry = |entry: &str| {
+        let (id, status) = entry.trim_matches(['(', ')', '\'']).split_once("'::xid8, '")?;
+        Some((id.parse().ok()?, status == "committed"))
+    };
+    values.split("), (").map(entry).collect::<Option<_>>().map(Statement::Signed)
+}
+
+fn sessions(text: &str) -> Option<Statement> {
+    let pid = || between(text, "pid = ", " ")?.parse().ok();
+    if text.starts_with("SELECT pg_terminate_backend(pid)") {
+        return Some(Statement::Terminate { pid: pid()?, xid: between(text, "backend_xid = '", "'")?.parse().ok()? });
+    }
+    text.starts_with("SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts").then_some(())?;
+    Some(Statement::Ends { pid: pid()?, xid: between(text, "transaction = '", "'")?.parse().ok()? })
+}
+
+thread_local! {
+    /// The long questions that were read before. There are only a few.
+    static READ: RefCell<HashMap<String, Arc<[Column]>>> = RefCell::default();
+}
+
+fn columns(text: &str) -> Option<Statement> {
+    let known = READ.with_borrow(|read| read.get(text).map(Arc::clone));
+    if let Some(known) = known {
+        return Some(Statement::Columns(known));
+    }
+    let list = text.strip_prefix("SELECT ")?;
+    let list = list.strip_suffix(" FROM pg_control_system()").unwrap_or(list);
+    let column = |expression: &str| {
+        let expression = plain(expression);
+        let row = row_of(&expression);
+        Column { expression, row }
+    };
+    let columns: Arc<[Column]> = split_columns(list).into_iter().map(column).collect();
+    READ.with_borrow_mut(|read| {
+        if text.len() > 300 && read.len() < 64 {
+            read.insert(text.to_owned(), Arc::clone(&columns));
+        }
+    });
+    Some(Statement::Columns(columns))
+}
+
+/// Splits a list at the commas outside of brackets and strings.
+fn split_columns(list: &str) -> Vec<&str> {
+    let (mut depth, mut quoted, mut from, mut found) = (0_i32, false, 0, Vec::new());
+    for (at, letter) in list.char_indices() {
+        match letter {
+            '\'' => quoted = !quoted,
+            '(' if !quoted => depth += 1,
+            ')' if !quoted => depth -= 1,
+            ',' if !quoted && depth == 0 => {
+                found.push(list.get(from..at).unwrap_or_default());
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    found.push(list.get(from..).unwrap_or_default());
+    found
+}
+
+/// The expression without the schema of its names, and with single spaces.
+fn plain(expression: &str) -> String {
+    let words: Vec<&str> = expression.split_ascii_whitespace().collect();
+    words.join(" ").replace("pg_catalog.", "")
+}
+
+/// What is between these two, at their first occurrence.
+pub(crate) fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    let (_, rest) = text.split_once(before)?;
+    rest.split_once(after).map(|(found, _)| found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statements_end_outside_of_strings() {
+        let found: Vec<_> = statements("BEGIN; SELECT ';', 1 ;; COMMIT").collect();
+        assert_eq!(found, ["BEGIN", "SELECT ';', 1", "COMMIT"]);
+    }
+
+    #[test]
+    fn columns_end_outside_of_brackets_and_strings() {
+        let Statement::Columns(columns) = parse("SELECT a(1, 2),  'x,y', pg_backend_pid()") else { panic!("columns") };
+        let found: Vec<_> = columns.iter().map(|column| (&*column.expression, column.row.is_some())).collect();
+        assert_eq!(found, [("a(1, 2)", false), ("'x,y'", false), ("pg_backend_pid()", true)]);
+    }
+
+    #[test]
+    fn what_is_recognised_keeps_its_values() {
+        for (text, expected) in [
+            (
+                "SET LOCAL synchronous_commit = off",
+                Statement::Set { name: "synchronous_commit".into(), value: "off".into(), local: true },
+            ),
+            ("EXECUTE it ('12')", Statement::Execute { name: "it".into(), argument: "12".into() }),
+            ("INSERT INTO payments VALUES (7, 1)", Statement::Insert(Some([7, 1]))),
+            (
+                "SELECT seen, history FROM failover.wal_history('1/A0', 'ab')",
+                Statement::History { position: 0x1_0000_00A0, nonce: "ab".into() },
+            ),
+            ("VACUUM", Statement::Unknown),
+        ] {
+            assert_eq!(parse(text), expected, "{text}");
+        }
+    }
+}
