@@ -13,6 +13,7 @@ mod password;
 mod question;
 mod scope;
 mod session;
+mod socket;
 mod stranger;
 mod wire;
 mod withheld;

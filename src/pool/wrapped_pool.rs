@@ -179,12 +179,7 @@ where
         })
     }
 
-    fn open_owned<'a>(
-        &'a self,
-        _: &'a Endpoint,
-        _: Question,
-        _: Scope,
-    ) -> Option<BoxFuture<'a, OpenedOwned>> {
+    fn open_owned<'a>(&'a self, _: &'a Endpoint, _: Question, _: Scope) -> Option<BoxFuture<'a, OpenedOwned>> {
         None
     }
 

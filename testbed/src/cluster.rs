@@ -799,8 +799,9 @@ impl Cluster {
             usable = self.follows(&session, node, FOLLOW_PATIENCE).await;
         }
         if !usable {
+            // Its folder is of no use any more. A signal that asks it to end may come too early, and be lost.
             if self.is_running(node) {
-                self.stop_immediate(node).await;
+                self.kill(node).await;
             }
             fs::remove_dir_all(&data).expect("the old data folder");
             let mut copy = self.server.command("pg_basebackup", &self.folder);

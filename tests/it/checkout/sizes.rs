@@ -455,15 +455,15 @@ async fn whatever_is_not_on_loan_is_closed_on_demand() {
 #[tokio::test]
 async fn a_closing_pool_lends_nothing_behind_its_back() {
     let cluster = server().await;
-    let (gate, passed) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicBool::new(false)));
-    let (opens, passes) = (Arc::clone(&gate), Arc::clone(&passed));
+    let (gate, ended) = (Arc::new(Semaphore::new(0)), Arc::new(AtomicBool::new(false)));
+    let (opens, ends) = (Arc::clone(&gate), Arc::clone(&ended));
     let builder = by_url(cluster.url_hosts()).max_size(1).hook_timeout(PATIENCE);
     let pool = builder
         .before_acquire(move |_| {
-            let (gate, passed) = (Arc::clone(&opens), Arc::clone(&passes));
+            let (gate, ended) = (Arc::clone(&opens), Arc::clone(&ends));
             Box::pin(async move {
                 gate.acquire_owned().await?.forget();
-                passed.store(true, Ordering::SeqCst);
+                ended.store(true, Ordering::SeqCst);
                 Ok(true)
             })
         })
@@ -478,7 +478,7 @@ async fn a_closing_pool_lends_nothing_behind_its_back() {
     .await;
     // This runtime has one thread: nobody polls the caller while the hook's task ends.
     gate.add_permits(1);
-    while !passed.load(Ordering::SeqCst) {
+    while !ended.load(Ordering::SeqCst) {
         tokio::task::yield_now().await;
     }
     assert!(pool.close_within(PATIENCE).await, "nothing is on loan");
