@@ -154,14 +154,10 @@ pub(crate) trait Open<C>: Send + Sync {
     /// Opens a session and asks the question on it.
     fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<C>>;
 
-    /// Like [`Self::open`], but the caller drives the session. `None` for a wrapped pool, whose manager drives its
+    /// Like [`Self::open`], but the caller drives the session. Fails for a wrapped pool, whose manager drives its
     /// sessions itself.
-    fn open_owned<'a>(
-        &'a self,
-        endpoint: &'a Endpoint,
-        question: Question,
-        scope: Scope,
-    ) -> Option<BoxFuture<'a, OpenedOwned>>;
+    fn open_owned<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope)
+    -> BoxFuture<'a, OpenedOwned>;
 
     /// Asks on an open session what its server is, after the promotion wait if there is one. Costs one round trip.
     fn ask<'a>(
@@ -397,8 +393,8 @@ impl Open<ClientWrapper> for Opener {
         endpoint: &'a Endpoint,
         question: Question,
         scope: Scope,
-    ) -> Option<BoxFuture<'a, OpenedOwned>> {
-        Some(Box::pin(self.open_session_of_caller(endpoint, question, scope)))
+    ) -> BoxFuture<'a, OpenedOwned> {
+        Box::pin(self.open_owned_session(endpoint, question, scope))
     }
 
     fn drives(&self) -> bool {

@@ -25,8 +25,8 @@ pub(crate) enum Wrong {
     Unexpected,
     #[error("--dns needs a name server\n{USAGE}")]
     NoNameServer,
-    #[error("--dns {0}: expected an address, as in 10.0.0.2:53")]
-    NameServer(String),
+    #[error("--dns: expected an address, as in 10.0.0.2:53\n{USAGE}")]
+    NameServer,
     #[error(transparent)]
     Build(#[from] BuildError),
 }
@@ -69,7 +69,7 @@ impl Arguments {
 /// A name server, on port 53 unless told.
 fn name_server(text: &str) -> Result<SocketAddr, Wrong> {
     let bare = || text.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 53));
-    text.parse().or_else(|_| bare()).map_err(|_| Wrong::NameServer(text.to_owned()))
+    text.parse().or_else(|_| bare()).map_err(|_| Wrong::NameServer)
 }
 
 #[cfg(test)]
@@ -97,7 +97,8 @@ mod tests {
         for (arguments, words) in [
             (&[][..], "which database?"),
             (&["a", "--dns"], "--dns needs a name server"),
-            (&["a", "--dns", "here"], "--dns here: expected an address"),
+            (&["a", "--dns", "here"], "--dns: expected an address"),
+            (&["--dns", "postgres://app:s3cret@h/d"], "--dns: expected an address"),
             (&["a", "s3cret"], "one connection string is expected"),
             (&["a", "--password=s3cret"], "one connection string is expected"),
         ] {

@@ -2,7 +2,8 @@
 //!
 //! `doctor 'postgres://user:password@name:5432/db' [--dns 10.0.0.2:53] [--watch] [--json]`
 //!
-//! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong.
+//! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong. With `--watch`
+//! it is 0.
 
 mod arguments;
 mod look;
@@ -11,6 +12,7 @@ mod verdict;
 mod watch;
 
 use std::env;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -23,7 +25,8 @@ use look::Look;
 /// Time for everything, resolving included.
 const LIMIT: Duration = Duration::from_secs(4);
 
-#[tokio::main(flavor = "current_thread")]
+// The pool has a thread of its own: whoever reads the output slowly does not hold up the pool.
+#[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() -> ExitCode {
     let read = Arguments::read(env::args().skip(1)).and_then(|arguments| {
         let (watch, json) = (arguments.watch, arguments.json);
@@ -41,11 +44,9 @@ async fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let look = once(&pool).await;
-    if json {
-        println!("{}", look.json());
-    } else {
-        println!("{}", look.lines().join("\n"));
-    }
+    let text = if json { look.json().to_string() } else { look.lines().join("\n") };
+    // A reader that has seen enough may have closed the pipe.
+    let _ = writeln!(io::stdout(), "{text}");
     if look.good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

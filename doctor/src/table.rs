@@ -18,7 +18,8 @@ pub(crate) fn lines(candidates: &[CandidateReport]) -> Vec<String> {
     let widths: [usize; COLUMNS.len()] = std::array::from_fn(width);
     let line = |row: &[String; COLUMNS.len()]| {
         let padded = row.iter().zip(widths).map(|(text, width)| format!("{text:width$}  "));
-        padded.collect::<String>().trim_end().to_owned()
+        // What servers say must not steer the terminal.
+        padded.collect::<String>().trim_end().replace(char::is_control, " ")
     };
     rows.iter().map(line).collect()
 }
@@ -88,7 +89,7 @@ pub(crate) fn role(answer: &Answer, newest: Option<&ServerReport>) -> &'static s
     let newest = newest.and_then(|newest| newest.timeline);
     match answer {
         // It may have answered before the newer one was known.
-        Answer::Primary(report) if report.timeline < newest => "old primary",
+        Answer::Primary(report) if report.timeline.is_some() && report.timeline < newest => "old primary",
         Answer::Refused(_, Refusal::Zombie { .. }) => "old primary",
         Answer::Refused(_, Refusal::OtherCluster { .. }) => "foreign",
         Answer::Primary(report) | Answer::Refused(report, _) => match report.role() {

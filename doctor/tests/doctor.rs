@@ -65,7 +65,7 @@ async fn it_shows_each_server_and_the_verdict() {
     assert_eq!(object["servers"][2]["role"], "standby");
 }
 
-/// Nobody listens there, and a wrong command: told by the exit code and in words.
+/// Nobody listens there, an unknown role, and a wrong command: told by the exit code and in words.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_tells_what_is_wrong() {
     let cluster = Cluster::builder().nodes(1).start().await;
@@ -73,6 +73,14 @@ async fn it_tells_what_is_wrong() {
     let (output, text) = said(&[&format!("postgres://app@{nobody}:{}/app", cluster.port())]).await;
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("A pool would wait: none of the servers answers as PostgreSQL"), "{text}");
+    let url = cluster.url_hosts();
+    let (_, hosts) = url.split_once('@').unwrap();
+    let (output, text) = said(&[&format!("postgres://stranger@{hosts}")]).await;
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("A pool would refuse every call at once, because") && text.contains("stranger"), "{text}");
+    let (_lines, mut lines) = watching(&format!("postgres://stranger@{hosts}"), &[]);
+    until(&mut lines, &["A pool would refuse every call at once, because".to_owned()]).await;
+
     let (output, _) = said(&["--watch"]).await;
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("usage: doctor"));

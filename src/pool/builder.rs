@@ -154,7 +154,8 @@ impl PoolBuilder {
     /// auto-pause, Fly machines that stop). The first caller wakes the pool. The pool then searches for a primary and
     /// verifies it as at the very first start, because another server may have been promoted meanwhile. The caller
     /// waits for the search and for the server's start, so set a [`PoolBuilder::checkout_timeout`] that is longer than
-    /// both. Connections on loan, [listeners](Pool::listen) and [detached](crate::Client::detach) sessions keep the
+    /// both. Connections on loan, [listeners](Pool::listen), and [detached](crate::Client::detach) and
+    /// [dialled](Pool::dial) sessions keep the
     /// pool awake.
     pub fn sleep_after(mut self, without_a_caller: Duration) -> Self {
         self.sleep_after = Some(without_a_caller);

@@ -27,10 +27,10 @@ use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
 use crate::commit::Life;
 use crate::observe::{Stopwatch, Watched};
-use crate::server::{Activity, Notices, Scope, SessionClient, SessionEndListener};
+use crate::server::{Activity, Notices, Open, Scope, SessionClient, SessionEndListener};
 use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
-use crate::topology::{GenerationId, Suspicion};
+use crate::topology::{Endpoint, GenerationId, Suspicion};
 
 /// A connection to the primary, on loan from a [`Pool`]. Dropping it gives it back.
 ///
@@ -223,9 +223,8 @@ impl<C: SessionClient> Client<C> {
     /// ```
     #[must_use]
     pub fn cancel_token(&self) -> CancelToken {
-        let opener = Arc::clone(&self.pool.dialer.opener);
-        let (endpoint, token) = (self.facts().endpoint.clone(), tokio_postgres::Client::cancel_token(self));
-        CancelToken { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
+        let token = tokio_postgres::Client::cancel_token(self);
+        CancelToken::new(&self.pool.dialer.opener, self.facts().endpoint.clone(), token)
     }
 
     /// Ends the session, so that it never goes back to the pool. Cancels what still runs on the server, except for a
@@ -444,13 +443,23 @@ impl<C: SessionClient> fmt::Debug for Client<C> {
     }
 }
 
-/// Cancels what one session runs; from [`Client::cancel_token`]. It connects as the pool does, with the pool's TLS.
+/// Cancels what one session runs; from [`Client::cancel_token`] or
+/// [`SessionDriver::cancel_token`](crate::session::SessionDriver::cancel_token). It connects as the pool does, with the pool's TLS.
 #[derive(Clone)]
 pub struct CancelToken {
     cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,
 }
 
 impl CancelToken {
+    pub(super) fn new<C: SessionClient>(
+        opener: &Arc<dyn Open<C>>,
+        endpoint: Endpoint,
+        token: tokio_postgres::CancelToken,
+    ) -> Self {
+        let opener = Arc::clone(opener);
+        Self { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
+    }
+
     /// Asks the server to cancel what the session runs now. The server does not answer whether it has done so: the
     /// statement fails with SQLSTATE 57014, or runs to its end. Fails if the server cannot be reached. Waits without a
     /// limit of its own.

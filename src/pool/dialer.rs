@@ -22,7 +22,7 @@ use super::test_after::TestAfter;
 use super::trail::Trails;
 use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
-use crate::error::{Error, Obstacle, Refused, Unavailable};
+use crate::error::{Error, Obstacle, Refused, Unavailable, UnavailableReason};
 use crate::random::SplitMix64;
 use crate::server::{Notices, Open, OwnedSession, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
@@ -167,44 +167,52 @@ impl<C: SessionClient> Dialer<C> {
             }
             let opening = Self::open(&*self.opener, self.open_timeout, &generation);
             let spare = || generation.take_spare();
-            if let Some(session) = self.opened_through_gate(&generation, asked, spare, opening).await? {
+            let opening = self.open_through_gate(&generation, asked, spare, opening);
+            if let Some(session) = self.unless_left(&generation, opening).await? {
                 return Ok((session, generation));
             }
         }
     }
 
-    /// Returns a session of the current generation that the caller drives. `None` for a wrapped pool.
-    pub(super) async fn owned_session(&self) -> Result<Option<OwnedSession>, Error> {
+    /// Returns a session of the current generation that the caller drives. Not for a wrapped pool.
+    pub(super) async fn owned_session(&self) -> Result<OwnedSession, Error> {
         let asked = Instant::now();
         loop {
             let generation = self.cluster.primary().await.map_err(Error::without_primary)?;
-            let endpoint = generation.endpoint();
-            let opening = self.opener.open_owned(&endpoint, Question::Identity, generation.scope.clone());
-            let Some(opening) = opening else { return Ok(None) };
-            let opening = admitted(&generation, self.open_timeout, opening);
-            if let Some(session) = self.opened_through_gate(&generation, asked, || None, opening).await? {
-                generation.listen_to(&session.notices);
-                return Ok(Some(session));
+            let opening = async {
+                // The address may change during the wait at the gate.
+                let endpoint = generation.endpoint();
+                let opening = self.opener.open_owned(&endpoint, Question::Identity, generation.scope.clone());
+                admitted(&generation, self.open_timeout, opening).await
+            };
+            match self.unless_left(&generation, self.open_through_gate(&generation, asked, || None, opening)).await {
+                Ok(Some(session)) => {
+                    generation.listen_to(&session.notices);
+                    return Ok(session);
+                }
+                Ok(None) => {}
+                // The pause after the failure has passed.
+                Err(Error::Unavailable(none)) if none.reason() == UnavailableReason::NoSession => {}
+                Err(error) => return Err(error),
             }
         }
     }
 
-    /// Makes one attempt through the generation's gate, or takes a spare session. `None`: the generation is no longer
-    /// the current one. Does not wait for a dial to a server that has been replaced meanwhile.
-    async fn opened_through_gate<T>(
+    /// Waits for `opening`, but not for a dial to a server that has been replaced meanwhile. `None`: it has been.
+    async fn unless_left<T>(
         &self,
         generation: &Generation<C>,
-        asked: Instant,
-        spare: impl Fn() -> Option<T>,
-        opening: impl Future<Output = Result<T, ProbeFailure>>,
+        opening: impl Future<Output = Result<Option<T>, Error>>,
     ) -> Result<Option<T>, Error> {
         tokio::select! {
             biased;
             () = self.cluster.left(generation.primary.id) => Ok(None),
-            opened = self.open_through_gate(generation, asked, spare, opening) => opened,
+            opened = opening => opened,
         }
     }
 
+    /// Makes one attempt through the generation's gate, or takes a spare session. `None`: the generation is no longer
+    /// the current one.
     async fn open_through_gate<T>(
         &self,
         generation: &Generation<C>,

@@ -179,8 +179,9 @@ where
         })
     }
 
-    fn open_owned<'a>(&'a self, _: &'a Endpoint, _: Question, _: Scope) -> Option<BoxFuture<'a, OpenedOwned>> {
-        None
+    fn open_owned<'a>(&'a self, _: &'a Endpoint, _: Question, _: Scope) -> BoxFuture<'a, OpenedOwned> {
+        let message = "a wrapped pool's manager drives its sessions itself";
+        Box::pin(async move { Err(ProbeFailure::new(FailureKind::Unreachable, message)) })
     }
 
     fn drives(&self) -> bool {

@@ -12,6 +12,7 @@ use crate::topology::{Endpoint, FailureKind, ProbeFailure, Question, ServerRepor
 /// One open session that no task of this crate drives. Dropping `driving` closes the socket.
 pub(crate) struct OwnedSession {
     pub(crate) client: Client,
+    pub(crate) endpoint: Endpoint,
     /// Ends with the session's scope.
     pub(crate) driving: Driver,
     pub(crate) notices: Arc<Notices>,
@@ -19,7 +20,7 @@ pub(crate) struct OwnedSession {
 
 impl Opener {
     /// Opens a session and asks the question on it. Cancel-safe: dropping this closes the session.
-    pub(super) async fn open_session_of_caller(
+    pub(super) async fn open_owned_session(
         &self,
         endpoint: &Endpoint,
         question: Question,
@@ -40,6 +41,6 @@ impl Opener {
                 }
             }
         };
-        Ok((OwnedSession { client, driving, notices }, report))
+        Ok((OwnedSession { client, endpoint: endpoint.clone(), driving, notices }, report))
     }
 }

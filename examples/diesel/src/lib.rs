@@ -2,8 +2,8 @@
 //!
 //! diesel-async has a pool of its own, which opens each connection by a function that the program may replace. Here
 //! that function is [`Pool::dial`](tokio_postgres_failover::Pool::dial): so each connection is to the verified primary,
-//! and ends as soon as that is lost or replaced. The pool then replaces it at the next checkout. Queries do not run
-//! again by themselves: a statement that is under way when the primary dies fails.
+//! and ends when that dies or is replaced. The pool then replaces it at the next checkout. Queries do not run again by
+//! themselves: a statement that is under way at that moment fails.
 
 use diesel::{ConnectionError, ConnectionResult};
 use diesel_async::AsyncPgConnection;
@@ -14,7 +14,8 @@ use tokio_postgres_failover::Pool as Failover;
 
 /// A diesel-async pool of at most `max_size` connections to the verified primary.
 ///
-/// `failover` finds the primary, and opens no pooled connections by itself. It may be one pool for the whole program.
+/// `failover` finds the primary. It may be one pool for the whole program, and opens connections of its own only for
+/// callers of its own.
 pub fn pool(failover: &Failover, max_size: usize) -> Result<Pool<AsyncPgConnection>, BuildError> {
     let mut config = ManagerConfig::default();
     let failover = failover.clone();

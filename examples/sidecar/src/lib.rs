@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{sleep, timeout};
 use tokio_postgres_failover::Pool;
 
 use route::Routes;
@@ -28,7 +28,9 @@ pub struct Sidecar {
 }
 
 impl Sidecar {
-    /// Follows the primary of `pool`. A connection that comes while there is none waits for `wait` at most.
+    /// Follows the primary of `pool`, which must not have
+    /// [`sleep_after`](tokio_postgres_failover::PoolBuilder::sleep_after): forwarded connections do not keep it awake. A
+    /// connection that comes while there is no primary waits for `wait` at most.
     #[must_use]
     pub fn new(pool: Pool, wait: Duration) -> Self {
         Self { pool, wait }
@@ -44,7 +46,7 @@ impl Sidecar {
                 () = &mut stop => return,
                 accepted = listener.accept() => match accepted {
                     Ok((client, _)) => {
-                        connections.spawn(forwarded(client, routes.clone(), Instant::now() + self.wait));
+                        connections.spawn(forwarded(client, routes.clone(), self.wait));
                     }
                     Err(error) => {
                         tracing::warn!("no connection can be accepted: {error}");
@@ -57,9 +59,9 @@ impl Sidecar {
     }
 }
 
-/// Forwards one connection until either side has ended it, or its server is not the primary any more.
-async fn forwarded(mut client: TcpStream, mut routes: Routes, deadline: Instant) {
-    let opened = timeout_at(deadline, async {
+/// Forwards one connection until it has ended, or its server is not the primary any more.
+async fn forwarded(mut client: TcpStream, mut routes: Routes, wait: Duration) {
+    let opening = timeout(wait, async {
         loop {
             let route = routes.current().await?;
             // A route that has ended meanwhile leads nowhere, and the next one is waited for.
@@ -68,12 +70,16 @@ async fn forwarded(mut client: TcpStream, mut routes: Routes, deadline: Instant)
             }
         }
     });
-    match opened.await {
+    let opened = tokio::select! {
+        opened = opening => opened,
+        () = forward::hung_up(&client) => return tracing::debug!("a client has hung up before there was a primary"),
+    };
+    match opened {
         Ok(Some((route, server))) => {
             tracing::debug!("forwarded to {}", route.endpoint);
-            forward::copy(&mut client, server, &route).await;
+            forward::forward(&mut client, server, &route).await;
         }
         Ok(None) => tracing::warn!("a connection was turned away: the pool was closed"),
-        Err(_) => tracing::warn!("a connection was turned away: there was no primary that takes one in time"),
+        Err(_) => tracing::warn!("a connection was turned away: no primary took it within {wait:?} (WAIT_SECONDS)"),
     }
 }

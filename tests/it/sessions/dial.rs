@@ -1,10 +1,14 @@
 //! Sessions that belong to the caller: to the verified primary, and ended with it.
 
+use std::time::Duration;
+
 use testbed::{Cluster, Node, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::error::UnavailableReason;
+use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::PATIENCE;
@@ -82,7 +86,53 @@ async fn a_dialled_session_keeps_its_pool_and_is_closed_with_it() {
     .await;
 }
 
-/// A call without a primary is told so in time, one with wrong credentials at once, and one on a wrapped pool always.
+/// The driver's own token does not know the address.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dialled_session_runs_can_be_cancelled() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let pool = by_url(cluster.url_hosts()).build().unwrap();
+    let (client, driver) = timeout(LONG, pool.dial()).await.expect("a primary").unwrap();
+    let token = driver.cancel_token();
+    tokio::spawn(driver);
+    let sleeping = tokio::spawn(async move { client.batch_execute("SELECT pg_sleep(3600)").await });
+    let other = cluster.direct(Node(0)).await;
+    eventually("it sleeps", PATIENCE, async || {
+        let sleeps = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+        other.query_one(sleeps, &[]).await.unwrap().get::<_, i64>(0) == 1
+    })
+    .await;
+    token.cancel().await.unwrap();
+    let error = timeout(LONG, sleeping).await.expect("it is cancelled").unwrap().unwrap_err();
+    assert_eq!(error.code(), Some(&SqlState::QUERY_CANCELED));
+}
+
+/// All slots of the server are in use, and one gets free later: that is waited for, as `get` does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dial_waits_for_a_slot_of_the_server() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    cluster.direct(Node(0)).await.batch_execute("CREATE ROLE guest LOGIN CONNECTION LIMIT 5").await.unwrap();
+    let url = cluster.url_hosts();
+    let (_, hosts) = url.split_once('@').unwrap();
+    let pool = by_url(format!("postgres://guest@{hosts}")).checkout_timeout(LONG).build().unwrap();
+    // The pool's own sessions take some of the slots.
+    let mut held = vec![dialled(&pool).await];
+    let waiting = loop {
+        let mut dialling = Box::pin(pool.dial());
+        match timeout(Duration::from_secs(1), dialling.as_mut()).await {
+            Ok(dialled) => {
+                let (client, driver) = dialled.unwrap();
+                held.push((client, tokio::spawn(driver)));
+            }
+            Err(_) => break dialling,
+        }
+    };
+    held.pop();
+    let (client, driver) = timeout(LONG, waiting).await.expect("a slot").unwrap();
+    tokio::spawn(driver);
+    client.batch_execute("SELECT 1").await.unwrap();
+}
+
+/// Without a primary a dial fails in time, with wrong credentials at once, and on a wrapped pool always.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dial_in_vain_is_told_why() {
     let cluster = Cluster::builder().nodes(1).start().await;
@@ -96,8 +146,9 @@ async fn a_dial_in_vain_is_told_why() {
     assert!(matches!(wrapped.dial().await, Err(Error::Wrapped)));
 
     let pool = by_url(cluster.url_hosts()).checkout_timeout(PATIENCE / 10).build().unwrap();
-    drop(dialled(&pool).await);
+    eventually("there is a primary", LONG, async || pool.connect().await.is_ok()).await;
     cluster.kill(Node(0)).await;
+    eventually("the death is noticed", LONG, async || !matches!(pool.status().view.state, State::Primary { .. })).await;
     let Err(Error::Unavailable(error)) = timeout(LONG, pool.dial()).await.expect("in time") else {
         panic!("there is no primary");
     };

@@ -22,7 +22,7 @@ async fn no_connection_is_stale_after_a_failover() {
         .port(sidecar.address.port())
         .username(config.get_user().unwrap())
         .database("app");
-    // Without the test at checkout a stale connection would show.
+    // sqlx tests a connection at checkout. On a frozen host that test would hang.
     let pool = PgPoolOptions::new()
         .min_connections(CONNECTIONS)
         .max_connections(CONNECTIONS)
