@@ -26,17 +26,20 @@ pub(super) struct Number(u64);
 pub(super) struct Kept<S> {
     sessions: BTreeMap<Address, (Number, S)>,
     being_asked: Vec<(Address, Number)>,
+    /// The newest session to each server that was ever kept.
+    opened: BTreeMap<Address, Number>,
     numbers: u64,
 }
 
 impl<S: Keep> Kept<S> {
     pub(super) fn new() -> Self {
-        Self { sessions: BTreeMap::new(), being_asked: Vec::new(), numbers: 0 }
+        Self { sessions: BTreeMap::new(), being_asked: Vec::new(), opened: BTreeMap::new(), numbers: 0 }
     }
 
     /// Keeps a session that was just opened. It takes the place of an older one.
     pub(super) fn opened(&mut self, address: &Address, session: S) {
         let number = self.next_number();
+        self.opened.insert(address.clone(), number);
         self.sessions.insert(address.clone(), (number, session));
     }
 
@@ -54,12 +57,16 @@ impl<S: Keep> Kept<S> {
         number
     }
 
-    /// Notes that the question on the session with this number has ended. Keeps the session again, unless there is a
-    /// newer one.
-    pub(super) fn answered(&mut self, address: &Address, number: Number, session: Option<S>) {
+    /// Notes that the question on the session with this number has ended, with an answer or without one. Keeps the
+    /// session again, unless there is a newer one.
+    ///
+    /// A session without an answer is not kept either if a newer one was opened since: the server lives, or did so
+    /// later, and the session itself is probably dead without a sign. Its next silence would be taken for the server's.
+    pub(super) fn ended(&mut self, address: &Address, number: Number, session: Option<S>, answered: bool) {
         self.being_asked.retain(|asked| *asked != (address.clone(), number));
-        let newest = self.newest(address);
-        if let Some(session) = session.filter(|session| session.is_open() && newest.is_none_or(|it| it < number)) {
+        let opened = self.opened.get(address).copied().filter(|_| !answered);
+        let newest = self.newest(address).max(opened);
+        if let Some(session) = session.filter(|session| session.is_open() && newest.is_none_or(|it| it <= number)) {
             self.sessions.insert(address.clone(), (number, session));
         }
     }
@@ -84,12 +91,14 @@ impl<S: Keep> Kept<S> {
     /// Keeps the sessions to these servers, and closes all others.
     pub(super) fn retain(&mut self, keeps: impl Fn(&Address) -> bool) {
         self.sessions.retain(|address, _| keeps(address));
+        self.opened.retain(|address, _| keeps(address));
     }
 
     /// Closes all sessions, and forgets the questions under way.
     pub(super) fn clear(&mut self) {
         self.sessions.clear();
         self.being_asked.clear();
+        self.opened.clear();
     }
 
     fn next_number(&mut self) -> Number {
@@ -126,13 +135,13 @@ mod tests {
             kept.opened(&here(), Fake('b', true));
             let (b, newer) = kept.ask(&here()).unwrap();
             if older_first {
-                kept.answered(&here(), a, Some(older));
+                kept.ended(&here(), a, Some(older), true);
                 assert!(kept.is_open(&here()), "the newer one is still being asked");
                 assert!(kept.ask(&here()).is_none(), "the older one is not put back");
-                kept.answered(&here(), b, Some(newer));
+                kept.ended(&here(), b, Some(newer), true);
             } else {
-                kept.answered(&here(), b, Some(newer));
-                kept.answered(&here(), a, Some(older));
+                kept.ended(&here(), b, Some(newer), true);
+                kept.ended(&here(), a, Some(older), true);
             }
             assert_eq!(kept.ask(&here()).map(|it| it.1), Some(newer), "{older_first}");
         }
@@ -145,11 +154,11 @@ mod tests {
         let (a, older) = kept.ask(&here()).unwrap();
         kept.opened(&here(), Fake('b', true));
         let (b, _) = kept.ask(&here()).unwrap();
-        kept.answered(&here(), b, None);
+        kept.ended(&here(), b, None, true);
         assert!(kept.is_open(&here()));
-        kept.answered(&here(), a, Some(older));
+        kept.ended(&here(), a, Some(older), true);
         assert_eq!(kept.ask(&here()).map(|it| it.1), Some(older));
-        kept.answered(&here(), a, Some(Fake('a', false)));
+        kept.ended(&here(), a, Some(Fake('a', false)), true);
         assert!(!kept.is_open(&here()), "it has ended");
     }
 
@@ -158,9 +167,33 @@ mod tests {
     fn each_question_under_way_counts() {
         let mut kept = Kept::<Fake>::new();
         let (a, b) = (kept.ask_other(&here()), kept.ask_other(&here()));
-        kept.answered(&here(), a, None);
+        kept.ended(&here(), a, None, true);
         assert!(kept.is_open(&here()));
-        kept.answered(&here(), b, None);
+        kept.ended(&here(), b, None, true);
         assert!(!kept.is_open(&here()));
+    }
+
+    /// The older session is silent, the newer one has shown that the server lives, and has ended: the older one is dead.
+    #[test]
+    fn a_silent_session_does_not_come_back_behind_a_newer_one() {
+        let mut kept = Kept::new();
+        kept.opened(&here(), Fake('a', true));
+        let (a, older) = kept.ask(&here()).unwrap();
+        kept.opened(&here(), Fake('b', true));
+        kept.ended(&here(), a, Some(older), false);
+        assert_eq!(kept.ask(&here()).map(|it| it.1), Some(Fake('b', true)));
+
+        let mut kept = Kept::new();
+        kept.opened(&here(), Fake('a', true));
+        let (a, older) = kept.ask(&here()).unwrap();
+        kept.opened(&here(), Fake('b', false));
+        kept.ended(&here(), a, Some(older), false);
+        assert!(!kept.is_open(&here()), "the newer one has ended, and nothing was heard on the older one");
+
+        let mut kept = Kept::new();
+        kept.opened(&here(), Fake('a', true));
+        let (a, only) = kept.ask(&here()).unwrap();
+        kept.ended(&here(), a, Some(only), false);
+        assert!(kept.is_open(&here()), "a late answer would show that the server lives");
     }
 }

@@ -25,8 +25,8 @@ use crate::resolve::Resolve;
 use crate::server::{Heard, Open, Scope, Session, SessionClient, wall_clock};
 use crate::sync::lock;
 use crate::topology::{
-    Action, Address, Change, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology, TrafficSample,
-    View,
+    Action, Address, Change, FailureKind, GenerationId, NameAnswer, Primary, ProbeFailure, Probed, State, Topology,
+    TrafficSample, View,
 };
 
 /// The pause after a panic: the task goes on, but must not spin if one panic follows another.
@@ -402,7 +402,8 @@ impl<C: SessionClient> Task<C> {
                 let address = endpoint.address;
                 // After a time-out, keep the primary's session: a late answer would show that the server lives.
                 let session = session.filter(|_| result.is_ok() || self.topology.holds(&address));
-                self.sessions.answered(&address, number, session);
+                let answered = !result.as_ref().is_err_and(|failure| failure.kind == FailureKind::TimedOut);
+                self.sessions.ended(&address, number, session, answered);
                 let still_open = self.sessions.is_open(&address);
                 self.topology.probed(now, &Probed { address, result, fresh: false, still_open, beside });
             }
