@@ -270,6 +270,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     if let Proof::Function { sighting, .. } = proof {
         match sighting {
             Sighting::Marker => return Located::Here,
+            Sighting::Other if planted!("ignores what is in the log") => return Located::Here,
             Sighting::Other => return Located::Lost,
             Sighting::NotYet => return Located::NotYet,
             Sighting::Recycled => {}

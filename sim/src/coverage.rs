@@ -23,7 +23,7 @@ const ROWS: [(&str, &str, Option<&str>); 37] = [
     ("events", "PrimaryFound", None),
     ("events", "PrimaryLost", None),
     ("events", "Evicted replaced", None),
-    ("events", "Evicted demoted", None),
+    ("events", "Evicted demoted", Some("a server ends its sessions before it becomes a standby, and no address moves")),
     ("events", "Evicted fenced", None),
     ("events", "Evicted silent", None),
     ("events", "Evicted asleep", Some("the pool does not sleep")),

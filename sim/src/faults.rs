@@ -44,6 +44,7 @@ faults! {
     12 "the primary crashes within a COMMIT" crash_in_commit,
     4 "new connections are cut" cut_new,
     3 "statements fail" errors,
+    6 "connections are cut while the standby is away" cut_waits,
     4 "the disk is slow" slow_disk,
     5 "a standby lags and is promoted" promote_laggard,
     5 "the synchronous standby is lost" lose_standby,
@@ -198,6 +199,14 @@ fn cut_one(world: &mut World, on: usize, links: &[Arc<Link>]) {
 
 /// Cuts every connection, and half of the time the server dies as well.
 async fn cut_commits(sim: &Arc<Sim>) {
+    cut_all(sim).await;
+    if chance(sim, 50) {
+        kill(sim).await;
+    }
+}
+
+/// Cuts every connection within its next answer.
+async fn cut_all(sim: &Arc<Sim>) {
     let (on, net) = leader(sim);
     for link in net.links() {
         let bytes = sim.lock().rng.index(120);
@@ -205,9 +214,6 @@ async fn cut_commits(sim: &Arc<Sim>) {
     }
     sim.lock().say(|| format!("each connection to server {on} is cut within the next answers"));
     pause(sim, 5, 500).await;
-    if chance(sim, 50) {
-        kill(sim).await;
-    }
 }
 
 /// The server crashes before a COMMIT is on the disk, before the standby has it, or before the client has the answer.
@@ -243,9 +249,27 @@ async fn cut_new(sim: &Arc<Sim>) {
     sim.lock().trouble(on);
 }
 
+/// Some statements fail, also those that settle the COMMITs whose connections are cut meanwhile.
 async fn errors(sim: &Arc<Sim>) {
-    trouble_for(sim, |troubles, on| troubles.errors = on, false).await;
-    cut_commits(sim).await;
+    let (on, _) = leader(sim);
+    sim.lock().say(|| format!("statements fail on server {on}"));
+    let percent = if chance(sim, 50) { 40 } else { 100 };
+    sim.lock().nodes[on].troubles.errors = percent;
+    cut_all(sim).await;
+    pause(sim, 500, 9000).await;
+    sim.lock().nodes[on].troubles.errors = 0;
+    sim.lock().trouble(on);
+}
+
+/// COMMITs wait for the standby, and then their connections are cut: the server carries them out later, or never.
+async fn cut_waits(sim: &Arc<Sim>) {
+    crash_standby(&mut sim.lock());
+    pause(sim, 50, 1500).await;
+    let (_, net) = leader(sim);
+    for link in net.links() {
+        link.reset();
+    }
+    pause(sim, 100, 12_000).await;
 }
 
 async fn slow_disk(sim: &Arc<Sim>) {

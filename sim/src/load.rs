@@ -82,7 +82,7 @@ pub(crate) async fn caller(sim: Arc<Sim>, pool: Pool, calls: Arc<AtomicI64>, sto
                 drop_after: rng.millis(0, patience),
                 seed: rng.next(),
             };
-            (rng.millis(30, 1200), kind, plan)
+            (rng.millis(50, 1500), kind, plan)
         };
         sleep(think).await;
         let began = Instant::now();

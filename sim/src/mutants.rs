@@ -1,7 +1,7 @@
 //! Deliberate faults in the crate, by the names that `planted!` has there. The simulation must find each one.
 
 /// The names, and what each one breaks.
-pub(crate) const MUTANTS: [(&str, &str); 11] = [
+pub(crate) const MUTANTS: [(&str, &str); 14] = [
     (
         "settles by the status alone",
         "src/transaction/settle.rs: an id that was given out again counts as the transaction's",
@@ -14,8 +14,14 @@ pub(crate) const MUTANTS: [(&str, &str); 11] = [
     ("waits beyond deadlines", "src/pool/checkout.rs: a checkout takes 50 ms longer"),
     ("gives up at once", "src/topology/search.rs: a suspended primary's connections are closed immediately"),
     ("takes a cancelled wait for a commit", "src/transaction/attempt.rs: the warning is ignored"),
-    ("reuses unclean sessions", "src/transaction/attempt.rs: a session with an open transaction goes back to the pool"),
     ("guesses that it was not committed", "src/commit.rs: what cannot be proved counts as not committed"),
+    ("takes silence for a refusal", "src/transaction/finish.rs: a COMMIT without an answer counts as refused"),
+    (
+        "does not wait for a commit in progress",
+        "src/transaction/settle.rs: what is in progress counts as not committed",
+    ),
+    ("ignores what is in the log", "src/commit.rs: another record in the mark's place counts as the mark"),
+    ("hands out while suspended", "src/pool/connection.rs: an idle connection of a suspended primary is handed out"),
 ];
 
 /// Plants a fault in the crate. Without the simulation's flags, there is none to plant.

@@ -94,8 +94,8 @@ pub(crate) struct Troubles {
     pub(crate) slots_full: bool,
     pub(crate) log_ins_hang: bool,
     pub(crate) log_ins_refused: bool,
-    /// Some statements fail for want of memory.
-    pub(crate) errors: bool,
+    /// So many of a hundred statements fail for want of memory.
+    pub(crate) errors: u64,
     /// A standby receives nothing.
     pub(crate) lags: bool,
     /// How long an fsync takes.

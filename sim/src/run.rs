@@ -79,7 +79,7 @@ async fn simulate(seed: u64, trace: bool) -> Outcome {
         tokio::spawn(events(Arc::clone(&sim), pool.clone())),
     ];
     let calls = Arc::new(AtomicI64::new(1));
-    let callers = sim.lock().rng.between(3, 8);
+    let callers = sim.lock().rng.between(2, 6);
     let callers: Vec<JoinHandle<()>> = (0..callers)
         .map(|_| tokio::spawn(caller(Arc::clone(&sim), pool.clone(), Arc::clone(&calls), stop.clone())))
         .collect();
@@ -98,7 +98,7 @@ async fn simulate(seed: u64, trace: bool) -> Outcome {
 /// Lets things go wrong, and makes everything well again.
 async fn go_wrong(sim: &Arc<Sim>) {
     for _ in 0..ROUNDS {
-        pause(sim, 50, 2000).await;
+        pause(sim, 50, 1500).await;
         let fault = {
             let mut world = sim.lock();
             let fault = &FAULTS[world.rng.weighted(FAULTS.iter().map(|fault| fault.weight))];

@@ -247,7 +247,8 @@ impl Session {
 
     fn fails(&self) -> bool {
         let mut world = self.sim.lock();
-        world.nodes[self.node].troubles.errors && world.rng.chance(40)
+        let percent = world.nodes[self.node].troubles.errors;
+        percent > 0 && world.rng.chance(percent)
     }
 
     /// `INSERT` with parameters, as the extended protocol sends it.

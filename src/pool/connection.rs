@@ -151,7 +151,8 @@ impl<C: SessionClient> Connection<C> {
 
     /// Returns whether a caller may get it now: it is usable, and its generation is the current one.
     pub(super) fn may_be_handed_out(&self, cluster: &Cluster<C>) -> bool {
-        self.usable() && !self.expired() && cluster.is_current(self.inner.facts.generation)
+        let current = cluster.is_current(self.inner.facts.generation) || planted!("hands out while suspended");
+        self.usable() && !self.expired() && current
     }
 
     /// Returns whether no caller may ever get it again. During a suspension, neither this nor

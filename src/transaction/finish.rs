@@ -253,6 +253,9 @@ impl Known {
         match &answer.error {
             None if answer.completed < statements => CommitProof::Nothing,
             Some(_) if planted!("takes an error for a commit") => CommitProof::Committed { answered: false },
+            Some(_) if answer.completed < statements && planted!("takes silence for a refusal") => {
+                CommitProof::Refused { over: false }
+            }
             None if ours => CommitProof::Committed { answered: true },
             None => CommitProof::NotOurs { committed: true },
             // The server has reported the COMMIT as done. A later failure of the session does not change that.

@@ -191,6 +191,9 @@ async fn ask<C: SessionClient>(
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
     };
     match settled {
+        Settled::InProgress if planted!("does not wait for a commit in progress") => {
+            (Some(Ok(Outcome::NotCommitted)), false)
+        }
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
             (None, ends_abandoned(session, mark, began.elapsed() > wal::LATE).await)
