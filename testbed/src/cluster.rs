@@ -38,6 +38,8 @@ pub use timelines::Background;
 /// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time,
 /// and so does a standby that waits ten seconds for its WAL receiver, see [`Cluster::wake`].
 const PATIENCE: Duration = Duration::from_secs(120);
+/// After so many looks in vain, some milliseconds apart, a server is told once more to read its configuration.
+const TELL_AGAIN: u32 = 500;
 /// How long a dead node tries to follow before it is copied anew.
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a promotion waits for the other standbys to turn to the new primary.
@@ -959,7 +961,12 @@ async fn is_ahead(standby: &Client, promoted: &Client, timeline: i32) -> bool {
 /// Waits until commits wait for these standbys. It is the checkpointer that tells the sessions, when it gets to it
 /// (`SyncRepUpdateSyncStandbysDefined`); until then they are acknowledged without a standby.
 async fn wait_synchronous(session: &Client, names: &str) {
+    let looks = AtomicU32::new(0);
     until(&format!("commits wait for {names:?}"), PATIENCE, || async {
+        // On a loaded machine it was seen that a server had never read its configuration again.
+        if looks.fetch_add(1, Ordering::Relaxed) % TELL_AGAIN == TELL_AGAIN - 1 {
+            session.execute("SELECT pg_reload_conf()", &[]).await.expect("pg_reload_conf");
+        }
         let sql = "SELECT current_setting('synchronous_standby_names') = $1
                       AND EXISTS (SELECT FROM pg_stat_activity
                                    WHERE backend_type = 'checkpointer'

@@ -154,7 +154,7 @@ async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
     let most = Duration::from_secs(1) + took / 5 + stalls::slack_since(began);
     assert!(longest < most, "somebody waited for {longest:?} of {took:?}");
     // Each caller may try once at first. Then one of them tries, and the doubted primary is asked on a new session.
-    assert!(startups < 40 + 8 * took.as_secs(), "{startups} log-ins in {took:?}");
+    assert!(startups < 40 + 8 * (took.as_secs() + 1), "{startups} log-ins in {took:?}");
 }
 
 /// After a while without any success, the next log-in at a full server is rare. Whoever waits for it is served as soon as
