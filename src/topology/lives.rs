@@ -276,7 +276,12 @@ impl Topology {
                 self.ask_now(now, &probed.address, Duration::ZERO);
             }
             Finding::NewSessionsFail => self.new_sessions_fail(now, probed),
-            Finding::Gone => self.suspend(now, &why, SuspendCause { silent: true, kept_open: probed.still_open }),
+            Finding::Gone => {
+                // If its own session gives an answer that makes no sense, it is not silent, and what other sessions
+                // receive does not speak for it.
+                let silent = probed.fresh || failure.kind != FailureKind::NotPostgres;
+                self.suspend(now, &why, SuspendCause { silent, kept_open: probed.still_open });
+            }
         }
     }
 

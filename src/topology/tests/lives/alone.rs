@@ -170,3 +170,21 @@ fn a_question_from_before_the_resume_shows_no_silence() {
     bench.poll();
     assert_eq!(bench.primary(), Some(1));
 }
+
+/// The primary's answer on its own session makes no sense: what its other sessions receive does not resume it, and they
+/// are not asked.
+#[test]
+fn a_primary_that_makes_no_sense_is_not_resumed_by_traffic() {
+    let mut bench = Bench::settled();
+    let traffic = TrafficSample { open: 2, ..TrafficSample::default() };
+    bench.topology.traffic(bench.now, traffic);
+    bench.wait(ms(1000));
+    bench.answer(1, Err(failure(FailureKind::NotPostgres)), false, true);
+    assert_eq!(bench.primary(), None);
+    let asked = bench.log.len();
+    bench.wait(settings().heartbeat);
+    assert!(!bench.log[asked..].iter().any(|action| matches!(action, Action::AskIdle)));
+    bench.topology.traffic(bench.now, TrafficSample { received: true, ..traffic });
+    bench.poll();
+    assert_eq!(bench.primary(), None);
+}
