@@ -285,10 +285,10 @@ async fn a_server_that_falls_silent_while_new_sessions_fail_is_found() {
                 let _ = timeout(Duration::from_millis(50), held.simple_query("SELECT 1")).await;
             }
         });
-        // It may have been suspended for a stall of the machine.
+        // It may have been suspended for a stall of the machine, and may be so again before the server falls silent.
+        let mut events = pool.subscribe();
         let has_primary = async || matches!(pool.status().view.state, State::Primary { .. });
         eventually("it has its primary", LONG, has_primary).await;
-        let mut events = pool.subscribe();
         let silent = stalls::now();
         stage.tap.stall(true);
         let lost = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
