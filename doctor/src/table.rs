@@ -1,5 +1,7 @@
 //! The servers as a table, and as JSON.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Value, json};
 use tokio_postgres_failover::error::FailureKind;
 use tokio_postgres_failover::view::{Answer, CandidateReport, Refusal, Role, ServerReport};
@@ -40,6 +42,21 @@ pub(crate) fn json(candidates: &[CandidateReport]) -> Value {
             "round_trip_ms": candidate.took.map(|took| took.as_secs_f64() * 1000.0),
             "error": error,
         })
+    };
+    candidates.iter().map(server).collect()
+}
+
+/// What a line tells of each server, by its address: its role, its timeline, and what is wrong with it.
+pub(crate) fn told(candidates: &[CandidateReport]) -> BTreeMap<String, String> {
+    let newest = newest(candidates);
+    let server = |candidate: &CandidateReport| {
+        let answer = candidate.answer.as_ref();
+        let (report, error) = answer.map_or((None, None), parts);
+        let role = answer.map_or("no answer yet", |answer| role(answer, newest));
+        let timeline = report.and_then(|report| report.timeline).map(|timeline| format!(", timeline {timeline}"));
+        let error = error.map(|error| format!(": {error}"));
+        let told = format!("{role}{}{}", timeline.unwrap_or_default(), error.unwrap_or_default());
+        (candidate.endpoint.address.to_string(), told)
     };
     candidates.iter().map(server).collect()
 }

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::timeout;
-use tokio_postgres_failover::view::CandidateReport;
 use tokio_postgres_failover::{Event, Pool};
 
 use crate::look::Look;
@@ -66,61 +65,49 @@ impl Show for Screen {
     }
 }
 
-/// What was shown of a server: its role, its timeline, and what is wrong with it.
-type Shown = BTreeMap<String, String>;
+/// What was shown last.
+#[derive(Default, PartialEq)]
+struct Shown {
+    servers: BTreeMap<String, String>,
+    sentence: String,
+}
 
-fn shown(candidates: &[CandidateReport]) -> Shown {
-    let servers = table::json(candidates);
-    let told = |server: &Value| {
-        let address = server["address"].as_str().unwrap_or_default().to_owned();
-        let role = server["role"].as_str().unwrap_or("no answer yet");
-        let timeline = server["timeline"].as_u64().map(|timeline| format!(", timeline {timeline}"));
-        let error = server["error"].as_str().map(|error| format!(": {error}"));
-        (address, format!("{role}{}{}", timeline.unwrap_or_default(), error.unwrap_or_default()))
-    };
-    servers.as_array().map(|servers| servers.iter().map(told).collect()).unwrap_or_default()
+impl Shown {
+    fn of(look: &Look) -> Self {
+        Self { servers: table::told(&look.candidates), sentence: look.sentence.clone() }
+    }
 }
 
 /// A line for each event, for each server that has changed, and for a new verdict.
 #[derive(Default)]
-struct Lines {
-    servers: Shown,
-    sentence: String,
-}
+struct Lines(Shown);
 
 impl Show for Lines {
     fn text(&mut self, look: &Look, event: Option<&str>, at: SystemTime) -> String {
-        let servers = shown(&look.candidates);
+        let old = std::mem::replace(&mut self.0, Shown::of(look));
+        let new = &self.0;
         let mut lines: Vec<String> = event.map(str::to_owned).into_iter().collect();
-        for (address, told) in &servers {
-            if self.servers.get(address) != Some(told) {
-                lines.push(format!("{address}: {told}"));
-            }
-        }
-        let gone = self.servers.keys().filter(|address| !servers.contains_key(*address));
+        let changed = new.servers.iter().filter(|(address, told)| old.servers.get(*address) != Some(told));
+        lines.extend(changed.map(|(address, told)| format!("{address}: {told}")));
+        let gone = old.servers.keys().filter(|address| !new.servers.contains_key(*address));
         lines.extend(gone.map(|address| format!("{address}: no candidate any more")));
-        if self.sentence != look.sentence {
-            lines.push(look.sentence.clone());
+        if old.sentence != new.sentence {
+            lines.push(new.sentence.clone());
         }
-        (self.servers, self.sentence) = (servers, look.sentence.clone());
         lines.iter().flat_map(|line| [clock(at), "  ".to_owned(), line.clone(), "\n".to_owned()]).collect()
     }
 }
 
 /// An object for each event and each change.
 #[derive(Default)]
-struct Json {
-    servers: Shown,
-    sentence: String,
-}
+struct Json(Shown);
 
 impl Show for Json {
     fn text(&mut self, look: &Look, event: Option<&str>, at: SystemTime) -> String {
-        let servers = shown(&look.candidates);
-        if event.is_none() && self.servers == servers && self.sentence == look.sentence {
+        let old = std::mem::replace(&mut self.0, Shown::of(look));
+        if event.is_none() && self.0 == old {
             return String::new();
         }
-        (self.servers, self.sentence) = (servers, look.sentence.clone());
         let mut object = look.json();
         object["at"] = json!(at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
         object["event"] = json!(event);
@@ -155,6 +142,8 @@ fn clock(at: SystemTime) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
 
     fn look(sentence: &str) -> Look {
