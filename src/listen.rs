@@ -120,11 +120,7 @@ impl Pool {
         I: IntoIterator,
         I::Item: AsRef<str>,
     {
-        if self.is_wrapped() {
-            return Err(Error::Wrapped);
-        }
-        self.is_open()?;
-        self.not_ended()?;
+        let within = self.beside_within()?;
         let sql = subscription(channels);
         let inbox = Arc::new(Inbox::default());
         let began = Instant::now();
@@ -132,7 +128,6 @@ impl Pool {
         // The session and the task belong to the runtime of the pool, because the caller's runtime may end earlier.
         let mut subscribing = JoinSet::new();
         subscribing.spawn_on(async move { subscribe(&pool, &text, &into).await }, self.runtime());
-        let within = self.checkout_timeout().max(self.opens_within());
         let joined = timeout(within, subscribing.join_next()).await.map_err(|_| self.unavailable_beside(began))?;
         let first = joined.ok_or(Error::RuntimeEnded).and_then(or_panic)??;
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));

@@ -47,14 +47,9 @@ impl Pool {
     /// # }
     /// ```
     pub async fn dial(&self) -> Result<(tokio_postgres::Client, SessionDriver), Error> {
-        if self.is_wrapped() {
-            return Err(Error::Wrapped);
-        }
-        self.is_open()?;
-        self.not_ended()?;
+        let within = self.beside_within()?;
         let began = Instant::now();
         let wanting = self.cluster().want();
-        let within = self.checkout_timeout().max(self.opens_within());
         let dialled = timeout(within, self.dialer.owned_session()).await;
         let session = dialled.map_err(|_| self.unavailable_beside(began))??;
         let cancel = CancelToken::new(&self.dialer.opener, session.endpoint, session.client.cancel_token());

@@ -13,7 +13,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use self::queue::DialQueue;
-pub(super) use self::queue::{InAHook, REFUSED_AFTER};
+pub(super) use self::queue::{Doubted, InAHook, REFUSED_AFTER};
 use super::facts::Facts;
 use super::hooks::Hooks;
 use super::manager::Manager;

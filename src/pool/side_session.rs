@@ -1,6 +1,7 @@
 //! Sessions to the primary outside the pool, for settlers and listeners.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::facts::{cluster_in, life_in};
 use super::{Pool, Source};
@@ -25,9 +26,15 @@ impl<C: SessionClient> Pool<C> {
         Ok(SideSession { session, generation, _wanting: wanting })
     }
 
-    /// Returns whether the connections come from a wrapped pool, whose sessions receive no notifications.
-    pub(crate) fn is_wrapped(&self) -> bool {
-        matches!(self.source, Source::Wrapped(_))
+    /// Returns how long a caller waits for a session outside the pool. Fails immediately if it cannot get one: from a
+    /// wrapped pool, whose manager drives its sessions itself, or after the pool's end.
+    pub(crate) fn beside_within(&self) -> Result<Duration, Error> {
+        if matches!(self.source, Source::Wrapped(_)) {
+            return Err(Error::Wrapped);
+        }
+        self.is_open()?;
+        self.not_ended()?;
+        Ok(self.checkout_timeout().max(self.opens_within()))
     }
 }
 

@@ -10,7 +10,7 @@
 //! then ends without a connection.
 
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use deadpool::managed::Object;
@@ -18,8 +18,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::connection::Connection;
 use super::counted::Counted;
-use super::dialer::Dialer;
+use super::dialer::{Dialer, Doubted};
 use super::manager::Manager;
+use crate::cluster::IdleQuestion;
 use crate::server::{SessionClient, wall_clock};
 use crate::topology::Suspicion;
 
@@ -88,36 +89,13 @@ impl<C: SessionClient> Dialer<C> {
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(question) = self.cluster.idle_question() else { return };
         let Some(connection) = self.queue.take_any(&self.cluster) else { return };
-        let (generation, dialer) = (connection.facts().generation, Arc::downgrade(self));
+        let dialer = Arc::downgrade(self);
         drop(self.queue.runtime().spawn(async move {
-            let (mut doubt, mut was_current, mut outrun) = (None, false, Duration::ZERO);
-            let fit = {
-                let mut asking = pin!(connection.check_connection());
-                loop {
-                    if let Ok(answer) = timeout(ANSWER_WITHIN, asking.as_mut()).await {
-                        break answer.is_ok();
-                    }
-                    let Some(dialer) = dialer.upgrade() else { return };
-                    // Callers may have another one opened in its place. During a suspension they cannot, and when that
-                    // has ended, the answer is probably on its way.
-                    let is_current = dialer.cluster.is_current(generation);
-                    if is_current && was_current && doubt.is_none() {
-                        doubt = Some(dialer.queue.doubt());
-                    }
-                    was_current = is_current;
-                    // The server has answered a question that was asked later, but not this one.
-                    if question.is_outrun() {
-                        outrun += ANSWER_WITHIN;
-                    }
-                    if outrun > DOUBTED_WITHIN {
-                        break false;
-                    }
-                }
-            };
-            if fit {
+            let Some((answered, doubt)) = idle_answer(&connection, &question, &dialer).await else { return };
+            if answered {
                 question.answered();
             }
-            let fit = fit && connection.idle().await;
+            let fit = answered && connection.idle().await;
             if let Some(dialer) = dialer.upgrade().filter(|_| fit) {
                 dialer.queue.take_back(connection, doubt, &dialer.cluster);
             }
@@ -135,6 +113,38 @@ impl<C: SessionClient> Dialer<C> {
                 dialer.queue.take_back(connection, doubt, &dialer.cluster);
             }
         }));
+    }
+}
+
+/// Asks the server on an idle connection until it answers, or has answered on later ones for long. Returns whether it
+/// has answered, and the doubt about the connection that has arisen meanwhile. `None`: the pool has been dropped.
+async fn idle_answer<C: SessionClient>(
+    connection: &Connection<C>,
+    question: &IdleQuestion,
+    dialer: &Weak<Dialer<C>>,
+) -> Option<(bool, Option<Doubted>)> {
+    let generation = connection.facts().generation;
+    let (mut doubt, mut was_current, mut outrun) = (None, false, Duration::ZERO);
+    let mut asking = pin!(connection.check_connection());
+    loop {
+        if let Ok(answer) = timeout(ANSWER_WITHIN, asking.as_mut()).await {
+            return Some((answer.is_ok(), doubt));
+        }
+        let dialer = dialer.upgrade()?;
+        // Callers may have another one opened in its place. During a suspension they cannot, and when that has ended,
+        // the answer is probably on its way.
+        let is_current = dialer.cluster.is_current(generation);
+        if is_current && was_current && doubt.is_none() {
+            doubt = Some(dialer.queue.doubt());
+        }
+        was_current = is_current;
+        // The server has answered a question that was asked later, but not this one.
+        if question.is_outrun() {
+            outrun += ANSWER_WITHIN;
+        }
+        if outrun > DOUBTED_WITHIN {
+            return Some((false, doubt));
+        }
     }
 }
 

@@ -11,7 +11,7 @@ mod after_connect;
 mod dial;
 mod kept;
 
-pub(in crate::pool) use self::kept::InAHook;
+pub(in crate::pool) use self::kept::{Doubted, InAHook};
 
 use std::collections::VecDeque;
 use std::future::pending;
