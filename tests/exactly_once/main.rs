@@ -12,6 +12,8 @@
 //! - `HISTORY=1`: the pool may use the function of sql/history.sql, which shows the history of the server's log.
 //! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over; with the history function,
 //!   unless `HISTORY=0`.
+//! - `PACE=25`: a writer pauses for up to so many milliseconds between two calls, 5 unless told. A longer pause leaves a slow
+//!   machine more time for the faults, and each fault meets fewer calls.
 //! - `SEED=7`: the same order of faults and pauses again. Unless told it comes from the clock.
 //! - `SETTLER=wal`: this one alone.
 //! - `RUST_LOG=tokio_postgres_failover=debug` shows what the pool does.

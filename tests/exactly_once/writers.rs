@@ -13,6 +13,7 @@ use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::retry::RetryBudget;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction};
 
+use crate::command;
 use crate::dice::Dice;
 use crate::trace::{Found, Settling, Trace};
 
@@ -21,7 +22,8 @@ const STUCK_AFTER: Duration = Duration::from_secs(60);
 /// Every writer writes again within this time after a fault.
 const RECOVERY: Duration = Duration::from_secs(30);
 
-/// The longest pause of a writer between two calls, in milliseconds. It leaves two processor cores room for three servers.
+/// The longest pause of a writer between two calls, in milliseconds, unless `PACE` is set. It leaves two processor cores room
+/// for three servers.
 const PACE: u64 = 5;
 /// One writer of so many does not run again: it is told "not committed" where the others have their answer later.
 const IMPATIENT: usize = 4;
@@ -61,6 +63,7 @@ struct Shared {
     settler: Settler,
     pool: Pool,
     begun: Instant,
+    pace: u64,
     stop: AtomicBool,
     next: AtomicI64,
     history: History,
@@ -186,6 +189,7 @@ impl Writers {
             settler,
             pool,
             begun: Instant::now(),
+            pace: command::variable("PACE").unwrap_or(PACE),
             stop: AtomicBool::new(false),
             next: AtomicI64::new(1),
             history: History::new(),
@@ -270,7 +274,7 @@ async fn write(shared: Arc<Shared>, writer: usize, mut dice: Dice) {
         let call = one(&shared.pool, id, pause, is_impatient(writer));
         let (answer, trace) = Trace::of(Box::pin(timeout(STUCK_AFTER, call))).await;
         shared.note(writer, id, answer.ok(), &trace);
-        sleep(dice.milliseconds(0, PACE)).await;
+        sleep(dice.milliseconds(0, shared.pace)).await;
     }
 }
 
