@@ -394,6 +394,28 @@ impl PoolBuilder {
         self
     }
 
+    /// Whether the names or addresses lead to proxies, each of which may lead a new session to another server: HAProxy, a
+    /// Kubernetes Service, a virtual address, RDS Proxy. Default: no.
+    ///
+    /// If a standby is promoted while the old primary still answers, only a new session shows it where the new primary is
+    /// behind the same address. With `true`, each [patrol](PoolBuilder::patrol_interval) opens a session to the primary's
+    /// address and closes it, up to 24 times a minute with the defaults. With `false`, it does so if the pool sees no
+    /// other server, and otherwise once a minute. Set it if the connection string names such a proxy and other servers
+    /// beside it, for instance the `-rw` and the `-ro` service of CloudNativePG.
+    ///
+    /// ```
+    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::Pool;
+    ///
+    /// let pool = Pool::builder("postgres://app@pg-rw.db.svc,pg-ro.db.svc/app")?.proxied(true).build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn proxied(mut self, proxied: bool) -> Self {
+        self.settings.proxied = proxied;
+        self
+    }
+
     /// The most connections that are opened at the same time. Default: 4; `usize::MAX`: no limit. A newly promoted
     /// server should not be flooded.
     pub fn connection_gate(mut self, at_once: usize) -> Self {

@@ -22,6 +22,8 @@ use super::{
 
 /// The longest pause between two attempts to open a new session while these attempts fail.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The pause between two new sessions to the primary's address that look for a proxy, if other servers are in sight.
+const RARE_PATROL: Duration = Duration::from_secs(60);
 
 /// A second question to the primary, which runs at the same time as the first, on another session.
 ///
@@ -112,9 +114,10 @@ impl Circumstances {
 }
 
 impl Topology {
-    /// Opens a new session to the primary with each patrol if no other server is in sight. There may be a proxy at the
-    /// primary's address. A successor then appears only behind this address, and the kept session would never see it.
-    /// The pool does the same if only a new session shows which settings new sessions get.
+    /// Opens a new session to the primary with each patrol if no other server is in sight, or if the user said that there
+    /// are proxies. A successor may then appear only behind the primary's address, and the kept session would never see
+    /// it. The pool does the same if only a new session shows which settings new sessions get. Beside other servers, a
+    /// proxy is unlikely, so such a session is rare.
     pub(super) fn patrol_alone(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;
@@ -127,10 +130,12 @@ impl Topology {
         };
         let current = primary.endpoint.address.clone();
         let alone = !self.members.iter().any(|(address, member)| *address != current && in_sight(member));
-        let due = now >= self.patrolled_at + self.settings.patrol.mul_f64(0.9);
+        let each_patrol = alone || self.settings.proxied || self.must_look_anew();
+        let pause = if each_patrol { self.settings.patrol } else { self.settings.patrol.max(RARE_PATROL) };
+        let due = now >= self.patrolled_at + pause.mul_f64(0.9);
         // A roaming pool opens its sessions by another pool's manager, and has a patrol of its own in
         // `ask_due_members`.
-        if (alone || self.must_look_anew()) && due && !self.settings.roaming {
+        if due && !self.settings.roaming {
             self.patrolled_at = now;
             match self.next_address().filter(|address| *address != current && !self.must_look_anew()) {
                 Some(other) => self.look_anew_at(now, &other),

@@ -62,6 +62,8 @@ pub(crate) struct Settings {
     /// Each new session to a candidate may reach another server, because the manager of a wrapped pool chooses the
     /// server.
     pub(crate) roaming: bool,
+    /// The user said that each new session to an address may reach another server, because there is a proxy.
+    pub(crate) proxied: bool,
     /// The system identifier of the pool's cluster, if the user set it.
     pub(crate) system_identifier: Option<u64>,
     /// If no server of this cluster has answered as its primary for this long, a primary of another cluster is
@@ -80,6 +82,7 @@ impl Default for Settings {
             dead_after: Duration::from_secs(20),
             warm_standbys: true,
             roaming: false,
+            proxied: false,
             system_identifier: None,
             accept_new_cluster_after: None,
         }

@@ -111,7 +111,11 @@ impl Bench {
 
     /// Three members: server 1 is the primary of timeline 1, the others are standbys.
     fn settled() -> Self {
-        let mut bench = Self::new(3);
+        Self::settled_with(settings())
+    }
+
+    fn settled_with(settings: Settings) -> Self {
+        let mut bench = Self::with(settings, 3);
         bench.report(2, standby(2));
         bench.report(3, standby(3));
         bench.report(1, primary(1, 1));

@@ -367,9 +367,9 @@ fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol()
         let asks = |action: &&Action| matches!(action, Action::Probe { fresh: true, beside: true, .. });
         bench.log.iter().filter(asks).count()
     };
-    let patrols = |bench: &mut Bench| {
+    let patrols = |bench: &mut Bench, seconds: u32| {
         bench.log.clear();
-        for _ in 0..300 {
+        for _ in 0..seconds * 10 {
             bench.wait(ms(100));
             if bench.topology.members[&address(1)].asking {
                 bench.answer(1, Ok(primary(1, 1)), false, true);
@@ -382,10 +382,14 @@ fn a_primary_without_others_in_sight_is_looked_at_by_a_new_session_each_patrol()
     };
     let mut alone = Bench::new(1);
     alone.report(1, primary(1, 1));
-    let seen = patrols(&mut alone);
+    let seen = patrols(&mut alone, 30);
     assert!((5..=7).contains(&seen), "{seen} in thirty seconds");
     let mut settled = Bench::settled();
-    assert_eq!(patrols(&mut settled), 0, "the standbys are in sight");
+    let seen = patrols(&mut settled, 600);
+    assert!((9..=11).contains(&seen), "{seen} in ten minutes: the standbys are in sight");
+    let mut proxied = Bench::settled_with(Settings { proxied: true, ..settings() });
+    let seen = patrols(&mut proxied, 30);
+    assert!((5..=7).contains(&seen), "{seen} in thirty seconds behind a proxy");
 
     // A new session reaches a standby, which changes nothing. The next one reaches the new primary.
     alone.wait(ms(5000));
