@@ -84,6 +84,15 @@ fn flag(text: Option<&str>) -> Option<bool> {
     }
 }
 
+/// A boolean setting as an administrator may write it: all forms that PostgreSQL takes.
+fn setting(text: Option<&str>) -> Option<bool> {
+    match text?.to_ascii_lowercase().as_str() {
+        "t" | "tr" | "tru" | "true" | "y" | "ye" | "yes" | "on" | "1" => Some(true),
+        "f" | "fa" | "fal" | "fals" | "false" | "n" | "no" | "of" | "off" | "0" => Some(false),
+        _ => None,
+    }
+}
+
 /// What the row says of the role, read apart from the crate.
 fn role(row: &[Option<&str>]) -> Option<Role> {
     let column = |index: usize| flag(row.get(index).copied().flatten());
@@ -105,7 +114,7 @@ fn says_what_the_row_says(report: &ServerReport, row: &[Option<&str>]) {
     let (fence_pending, started_at, stats_reset) = hidden(report);
     match column(3) {
         None => assert!(!fence_pending, "{row:?}"),
-        fence => assert_eq!(flag(fence), Some(fence_pending), "{row:?}"),
+        fence => assert_eq!(setting(fence), Some(fence_pending), "{row:?}"),
     }
     let identifier = column(4).map(|text| text.parse::<i64>().unwrap().cast_unsigned());
     assert_eq!(report.system_identifier, identifier, "{row:?}");
