@@ -8,8 +8,28 @@ use tokio_postgres_failover::tokio_postgres::config::{LoadBalanceHosts, SslMode,
 use tokio_postgres_failover::{BuildError, Pool};
 use tokio_postgres_failover_fuzz::short_and_in_one_line;
 
-/// Lists of hosts and the names of roles are read as libpq reads them, and the driver reads some of them otherwise.
-const READ_HERE: [&str; 4] = ["host", "port", "target_session_attrs", "%"];
+/// What these words belong to is read as libpq reads it, or is refused, and the driver reads some of it otherwise: lists of
+/// hosts, the names of roles, a time-out in milliseconds, files for TLS, and options of libpq that the driver does not know.
+const READ_HERE: [&str; 18] = [
+    "host",
+    "port",
+    "target_session_attrs",
+    "%",
+    "tcp_user_timeout",
+    "ssl",
+    "client_encoding",
+    "fallback_application_name",
+    "gss",
+    "keepalives_count",
+    "krb",
+    "oauth_",
+    "passfile",
+    "replication",
+    "require",
+    "scram_",
+    "service",
+    "protocol_version",
+];
 
 fuzz_target!(|text: &str| {
     let read_here = READ_HERE.iter().any(|word| text.contains(word));
