@@ -2,6 +2,7 @@
 //! BEGIN, and asks a server about that later. What the answer means is decided in [`commit`](crate::commit). The tests
 //! are in `tests/it/commit/settle.rs`.
 
+mod columns;
 mod evidence;
 pub(crate) mod ledger;
 pub(crate) mod wal;

@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::wal::{BEGIN, BEGUN_HERE, Backend, Row, completes, field, is_of, only_row, text};
+use super::columns::{Column, Row, columns, field, list, only_row, text};
+use super::wal::{BEGIN, BEGUN_HERE, Backend, LAST_REPLAYED, completes, is_of};
 use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
 use crate::topology::{BadReport, STARTED_AT};
 
@@ -20,12 +21,27 @@ const LOCK_TIMEOUT: &str = "250ms";
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// The current time in microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
-/// Columns that identify the life of the server that answers. A proxy may connect the transaction to another server
-/// than the one that was verified.
-const WHO: [&str; 2] = [STARTED_AT, "pg_catalog.pg_last_wal_replay_lsn()"];
 /// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off. Several pools may prune at
 /// the same time and wait for each other; if the time-out ended each attempt, the ledger would grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
+
+// In each answer, `StartedAt` and `Replayed` identify the life of the server that answers. A proxy may connect the
+// transaction to another server than the one that was verified.
+
+columns! {
+    /// The answer to [`Ledger::enter`].
+    enum EntryColumn { Id, Pid, Xid, Begun, BegunHere, StartedAt, Replayed }
+}
+
+columns! {
+    /// The answer to [`Ledger::ask`].
+    enum FoundColumn { Fence, Now, Id, Persistence, StartedAt, Replayed }
+}
+
+columns! {
+    /// The answer to [`Ledger::has`].
+    enum OwnColumn { Exists, StartedAt, Replayed }
+}
 
 impl Ledger {
     /// Returns the statements that [`Ledger::install`] runs.
@@ -82,15 +98,16 @@ impl Ledger {
 
     /// Returns the statement to send with BEGIN. The server creates the id, from its own strong source of randomness.
     pub(crate) fn enter(&self) -> String {
-        format!(
-            "INSERT INTO {} (until) VALUES ({}) \
-               RETURNING id, pg_catalog.pg_backend_pid(), pg_catalog.pg_current_xact_id(), {NOW}, {BEGUN_HERE}, \
-                         {}, {}",
-            self.path(),
-            self.until(),
-            WHO[0],
-            WHO[1]
-        )
+        let columns = list(|column| match column {
+            EntryColumn::Id => "id",
+            EntryColumn::Pid => "pg_catalog.pg_backend_pid()",
+            EntryColumn::Xid => "pg_catalog.pg_current_xact_id()",
+            EntryColumn::Begun => NOW,
+            EntryColumn::BegunHere => BEGUN_HERE,
+            EntryColumn::StartedAt => STARTED_AT,
+            EntryColumn::Replayed => LAST_REPLAYED,
+        });
+        format!("INSERT INTO {} (until) VALUES ({}) RETURNING {columns}", self.path(), self.until())
     }
 
     /// Begins a settler's transaction, and tries to insert the id. If the id's transaction is in progress, this waits
@@ -104,36 +121,43 @@ impl Ledger {
     ) -> Result<Option<Settled>, Option<Error>> {
         // On a conflict, an update that changes nothing writes WAL. So COMMIT waits until a synchronous standby has the
         // row that was found.
+        let columns = list(|column| match column {
+            FoundColumn::Fence => "fence",
+            FoundColumn::Now => NOW,
+            FoundColumn::Id => "id",
+            FoundColumn::Persistence => {
+                "(SELECT c.relpersistence FROM pg_catalog.pg_class c \
+                   WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid)"
+            }
+            FoundColumn::StartedAt => STARTED_AT,
+            FoundColumn::Replayed => LAST_REPLAYED,
+        });
         let sql = format!(
             "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
-                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence, {NOW}, id, \
-                     (SELECT c.relpersistence FROM pg_catalog.pg_class c \
-                       WHERE c.oid OPERATOR(pg_catalog.=) entry.tableoid), {}, {}",
+                 ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING {columns}",
             self.path(),
             entered.id,
             self.until(),
-            WHO[0],
-            WHO[1]
         );
         let row = match only_row(client, &sql).await {
             Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(Some(Settled::InProgress)),
             row => row?,
         };
-        if !is_verified(verified.as_ref(), &row, 4).map_err(|_| None)? {
+        if !is_verified(verified.as_ref(), &row, FoundColumn::StartedAt, FoundColumn::Replayed).map_err(|_| None)? {
             return Ok(None);
         }
         // The row proves nothing if a trigger has given it another id, or if the table is not permanent (`p`), because
         // a crash empties such a table.
-        if text(&row, 2) != Some(&entered.id) || text(&row, 3) != Some("p") {
+        if text(&row, FoundColumn::Id) != Some(&entered.id) || text(&row, FoundColumn::Persistence) != Some("p") {
             return Err(None);
         }
-        let entry = match text(&row, 0) {
+        let entry = match text(&row, FoundColumn::Fence) {
             Some("t") => Entry::Fence,
             Some("f") => Entry::Own,
             _ => return Err(None),
         };
-        let now: i64 = field(&row, 1, "a time").map_err(|_| None)?;
+        let now: i64 = field(&row, FoundColumn::Now, "a time").map_err(|_| None)?;
         // If the clock was set back, the age would be negative. It counts as zero.
         let age = u64::try_from(now.saturating_sub(entered.begun)).unwrap_or(0);
         Ok(Some(settle_entry(entry, Duration::from_micros(age), self.kept_for())))
@@ -147,15 +171,20 @@ impl Ledger {
         verified: Option<Life>,
         entered: &Entered,
     ) -> Result<Option<bool>, Error> {
-        let [started_at, replayed] = WHO;
-        let sql = format!(
-            "{BEGIN}; SELECT EXISTS (SELECT FROM {} WHERE id OPERATOR(pg_catalog.=) '{}' AND NOT fence), \
-                             {started_at}, {replayed}",
+        let exists = format!(
+            "EXISTS (SELECT FROM {} WHERE id OPERATOR(pg_catalog.=) '{}' AND NOT fence)",
             self.path(),
             entered.id
         );
+        let columns = list(|column| match column {
+            OwnColumn::Exists => exists.as_str(),
+            OwnColumn::StartedAt => STARTED_AT,
+            OwnColumn::Replayed => LAST_REPLAYED,
+        });
+        let sql = format!("{BEGIN}; SELECT {columns}");
         let row = only_row(client, &sql).await?;
-        Ok(is_verified(verified.as_ref(), &row, 1).unwrap_or(false).then(|| text(&row, 0) == Some("t")))
+        let known = is_verified(verified.as_ref(), &row, OwnColumn::StartedAt, OwnColumn::Replayed).unwrap_or(false);
+        Ok(known.then(|| text(&row, OwnColumn::Exists) == Some("t")))
     }
 
     /// Ends a settler's transaction. It has written, so its COMMIT waits for the synchronous standbys. If an
@@ -181,9 +210,9 @@ pub(crate) struct Entered {
     begun: i64,
 }
 
-/// Returns whether the server that answered is in its verified life, if that is known. [`WHO`] starts at column `who`.
-fn is_verified(verified: Option<&Life>, row: &Row, who: usize) -> Result<bool, BadReport> {
-    verified.map_or(Ok(true), |life| is_of(life, row, who, who + 1))
+/// Returns whether the server that answered is in its verified life, if that is known.
+fn is_verified<C: Column>(verified: Option<&Life>, row: &Row, started_at: C, replayed: C) -> Result<bool, BadReport> {
+    verified.map_or(Ok(true), |life| is_of(life, row, started_at, replayed))
 }
 
 /// The answer to [`Ledger::enter`].
@@ -198,19 +227,21 @@ pub(crate) enum Entering {
 
 /// Reads the answer to [`Ledger::enter`]: the row, and the session that wrote it.
 pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, BadReport> {
-    if text(row, 4) == Some("f") {
+    if text(row, EntryColumn::BegunHere) == Some("f") {
         return Ok(Entering::Joined);
     }
-    if !is_verified(verified, row, 5)? {
+    if !is_verified(verified, row, EntryColumn::StartedAt, EntryColumn::Replayed)? {
         return Ok(Entering::Elsewhere);
     }
-    let id = text(row, 0).unwrap_or("NULL");
+    let id = text(row, EntryColumn::Id).unwrap_or("NULL");
     // The id is put into a statement as text, so nothing else is accepted.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
-    let backend = Backend { pid: field(row, 1, "a process id")?, xid: field(row, 2, "a transaction id")? };
-    Ok(Entering::As(Entered { id: id.to_owned(), begun: field(row, 3, "a time")? }, backend))
+    let pid = field(row, EntryColumn::Pid, "a process id")?;
+    let xid = field(row, EntryColumn::Xid, "a transaction id")?;
+    let begun = field(row, EntryColumn::Begun, "a time")?;
+    Ok(Entering::As(Entered { id: id.to_owned(), begun }, Backend { pid, xid }))
 }
 
 /// Quotes a name as an SQL identifier.

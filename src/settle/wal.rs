@@ -1,45 +1,65 @@
 //! The SQL that settles commits by the write-ahead log: it writes a transaction's marker, and asks a server about one.
 //! `commit` decides what the answers mean. The tests are in `tests/it/commit/settle.rs`.
 
+mod question;
 #[cfg(test)]
 mod tests;
 
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
+use self::question::{LogColumn, question, refused};
+use super::columns::{Column, columns, field, has, list, only_value, optional, text, time};
+pub(crate) use super::columns::{Row, only_row};
 use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
-use crate::topology::{
-    BadReport, CHECKPOINTED, EVIDENCE, Evidence, STARTED_AT, STATS_RESET, ServerReport, TIMELINE, UNDISTURBED,
-    evidence, microseconds,
-};
+use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, evidence};
 
-/// Returns the SELECT that marks a transaction. The first two columns are NULL if the transaction cannot write anyway,
-/// so that a fenced primary is not made to write WAL. The second column writes a WAL record that carries the id and the
-/// nonce, and returns the record's end. The third and the fifth identify the server's life, because a proxy may have
-/// connected this transaction to another server than the one that was verified. The last column is true if this message
-/// also began the transaction: then the transaction's start time is the time of the message.
+columns! {
+    /// The answer to [`mark`].
+    enum MarkColumn {
+        /// `Xid` and `Lsn` are NULL if the transaction cannot write anyway, so that a fenced primary is not made to
+        /// write WAL.
+        Xid,
+        /// Asking for it writes a WAL record that carries the id and the nonce. It is the record's end.
+        Lsn,
+        /// `Replayed` and `StartedAt` identify the server's life, because a proxy may have connected this transaction
+        /// to another server than the one that was verified.
+        Replayed,
+        Pid,
+        StartedAt,
+        BegunHere,
+    }
+}
+
+/// Returns the SELECT that marks a transaction.
 ///
 /// The mark is part of the user's transaction and must not change its settings. So each name is qualified, because
 /// otherwise the user's `search_path` could lead to other objects.
 fn mark(nonce: &str) -> String {
+    let emit = format!("CASE WHEN writes THEN pg_catalog.pg_logical_emit_message(true, 'failover', {nonce}) END");
+    let columns = list(|column| match column {
+        MarkColumn::Xid => "CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END",
+        MarkColumn::Lsn => &emit,
+        MarkColumn::Replayed => LAST_REPLAYED,
+        MarkColumn::Pid => "pg_catalog.pg_backend_pid()",
+        MarkColumn::StartedAt => STARTED_AT,
+        MarkColumn::BegunHere => BEGUN_HERE,
+    });
     format!(
-        "SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END, \
-                CASE WHEN writes THEN pg_catalog.pg_logical_emit_message(true, 'failover', {nonce}) END, \
-                pg_catalog.pg_last_wal_replay_lsn(), \
-                pg_catalog.pg_backend_pid(), \
-                {STARTED_AT}, \
-                {BEGUN_HERE} \
+        "SELECT {columns} \
            FROM (SELECT pg_catalog.current_setting('transaction_read_only') OPERATOR(pg_catalog.=) 'off' AS writes) s"
     )
 }
 
+/// The end of the last replay. NULL if the server has never replayed WAL in this life.
+pub(super) const LAST_REPLAYED: &str = "pg_catalog.pg_last_wal_replay_lsn()";
+
 /// True if the message that asks also began the transaction. False if the session was already in a transaction, because
-/// it was given back with one open.
+/// it was given back with one open. If it began the transaction, the transaction's start time is the message's time.
 pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_catalog.statement_timestamp()";
 
 /// The name of the mark's prepared statement. Executing it costs the server a fraction of what planning [`mark`] costs.
@@ -98,15 +118,6 @@ pub(crate) struct Backend {
     pub(crate) xid: u64,
 }
 
-/// A row in the driver's simple protocol.
-pub(crate) type Row = Vec<Option<String>>;
-
-/// Returns the only row of the answer. If there is none, or more than one, it returns a row without columns.
-pub(crate) async fn only_row(client: &Client, sql: &str) -> Result<Row, Error> {
-    let mut rows = rows(client, sql).await?;
-    Ok(if rows.len() == 1 { rows.pop().unwrap_or_default() } else { Row::new() })
-}
-
 /// The answer to the mark's statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MarkAnswer {
@@ -120,23 +131,23 @@ pub(crate) enum MarkAnswer {
 }
 
 pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
-    if text(row, 5) == Some("f") {
+    if text(row, MarkColumn::BegunHere) == Some("f") {
         return Ok(MarkAnswer::Joined);
     }
-    if row.len() > 1 && text(row, 0).is_none() {
+    if has(row, MarkColumn::Lsn) && text(row, MarkColumn::Xid).is_none() {
         return Ok(MarkAnswer::ReadOnly);
     }
-    let xid = field(row, 0, "a transaction id")?;
-    let lsn = field(row, 1, "an LSN")?;
-    let backend = Backend { pid: field(row, 3, "a process id")?, xid };
-    if !is_of(life, row, 4, 2)? {
+    let xid = field(row, MarkColumn::Xid, "a transaction id")?;
+    let lsn = field(row, MarkColumn::Lsn, "an LSN")?;
+    let backend = Backend { pid: field(row, MarkColumn::Pid, "a process id")?, xid };
+    if !is_of(life, row, MarkColumn::StartedAt, MarkColumn::Replayed)? {
         return Ok(MarkAnswer::Elsewhere);
     }
     Ok(MarkAnswer::By(Marker { life: *life, xid, lsn, nonce }, backend))
 }
 
-/// Returns whether a server in this life answered. The columns contain the start time and the end of the last replay.
-pub(super) fn is_of(life: &Life, row: &Row, started_at: usize, replayed: usize) -> Result<bool, BadReport> {
+/// Returns whether a server in this life answered.
+pub(super) fn is_of<C: Column>(life: &Life, row: &Row, started_at: C, replayed: C) -> Result<bool, BadReport> {
     let (replayed, started_at) = (optional(row, replayed)?, time(row, started_at)?);
     Ok(life.is(&Life { server: Server { started_at, ..life.server }, replayed, ..*life }))
 }
@@ -161,88 +172,24 @@ pub(crate) async fn look(
     primaries_since: u64,
     verified: Option<Life>,
 ) -> Result<LogAnswer, Option<Error>> {
-    let row = match only_row(client, &question(xid, PARTS.map(|(part, _)| part))).await {
+    let row = match only_row(client, &question(xid, &[])).await {
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
-            only_row(client, &question(xid, offered(client).await)).await?
+            only_row(client, &question(xid, &refused(client).await)).await?
         }
         answer => answer?,
     };
     said(&row, primaries_since, verified).map_err(|_| None)
 }
 
-/// The parts of the answer that the rule can do without, and what replaces each one that is withheld. A verified
-/// server's first two are known already. Without one of the last five, the rule settles less.
-const PARTS: [(&str, &str); 7] = [
-    (IDENTIFIER, "NULL"),
-    (TIMELINE, "NULL"),
-    (RECEIVED, "NULL"),
-    (STATS_RESET, "NULL"),
-    (CHECKPOINTED, "NULL"),
-    (EVIDENCE, "NULL"),
-    // NULL would mean that there was no such checkpoint. This value means that nothing is proved.
-    (STOPPED, "'0/0'::pg_lsn"),
-];
-
-const IDENTIFIER: &str = "(SELECT system_identifier FROM pg_control_system())";
-
-/// Returns each part, or what replaces it if this role may not ask for it. Each part is tried alone.
-async fn offered(client: &Client) -> [&'static str; 7] {
-    let refused = PARTS.map(|(part, _)| async move {
-        let asked = rows(client, &format!("{UNDISTURBED} SELECT {part}")).await;
-        asked.is_err_and(|error| not_offered(&error))
-    });
-    let mut parts = PARTS.map(|(part, _)| part);
-    for ((part, (_, withheld)), refused) in parts.iter_mut().zip(PARTS).zip(join_all(refused).await) {
-        if refused {
-            *part = withheld;
-        }
-    }
-    parts
-}
-
-/// If this is not NULL, the server has been a standby since its shared memory was last set up. It is the position that
-/// a standby has received. A Patroni leader that comes back before its lease has expired receives nothing: it replays
-/// its own WAL as a standby does. Such a server is recognised by the time of the last replayed commit, which archive
-/// recovery notes and crash recovery does not (`recoveryStopsAfter` in `xlogrecovery.c`).
-const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
-                                 CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
-
-/// The position of the last checkpoint, if it ended a shutdown or a recovery and the last replay ended right behind it.
-/// This server continues the WAL that it had before that position. A failover manager may run crash recovery in
-/// single-user mode, which no client sees, before it starts the server as a standby on its own WAL; then this position
-/// shows it. If WAL is archived, as under Patroni, a shutdown begins a new segment first. Then the checkpoint is the
-/// first record of that segment, however far the recovery had come in the segment before. Such a checkpoint proves
-/// nothing, so this is `0/0`.
-const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_segment * \
-                                        div(checkpoint_lsn - '0/0', bytes_per_wal_segment) < 512 \
-                                    THEN '0/0' ELSE checkpoint_lsn END \
-                          FROM pg_control_checkpoint(), pg_control_init() \
-                         WHERE redo_lsn = checkpoint_lsn AND pg_last_wal_replay_lsn() - checkpoint_lsn < 512)";
-
-fn question(xid: u64, parts: [&str; 7]) -> String {
-    let [identifier, timeline, received, stats_reset, checkpointed, evidence, stopped] = parts;
-    // Asking for the status of an id that was not given out yet is an error. So the id is compared with the settler's
-    // own id first, which is the newest one.
-    format!(
-        "{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; \
-         SELECT {identifier}, \
-                {STARTED_AT}, \
-                {timeline}, \
-                pg_last_wal_replay_lsn(), \
-                {received}, \
-                {stats_reset}, \
-                CASE WHEN '{xid}'::xid8 < pg_current_xact_id() \
-                     THEN coalesce(pg_xact_status('{xid}'), 'forgotten') END, \
-                {checkpointed}, \
-                {evidence}, \
-                {stopped}"
-    )
-}
-
 fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<LogAnswer, BadReport> {
-    let evidence = text(row, 8).map_or(Ok(Evidence::Checkpoint), evidence)?;
+    let evidence = text(row, LogColumn::Evidence).map_or(Ok(Evidence::Checkpoint), evidence)?;
     Ok(LogAnswer { now: now(row, primaries_since, verified)?, status: status(row)?, evidence })
+}
+
+columns! {
+    /// What a kind of evidence shows. [`followed`] has the first column alone.
+    enum ProofColumn { Seen, History }
 }
 
 /// Asks, within a settler's transaction, what the server shows about the history of its WAL. If one kind of evidence
@@ -250,7 +197,11 @@ fn said(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<LogAn
 /// same transaction.
 pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
-    let function = format!("SELECT seen, history FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
+    let columns = list(|column| match column {
+        ProofColumn::Seen => "seen",
+        ProofColumn::History => "history",
+    });
+    let function = format!("SELECT {columns} FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
     let files = followed(timeline);
     for (kind, sql) in [(Evidence::Function, function), (Evidence::Files, files)] {
         if kind > evidence {
@@ -282,6 +233,11 @@ fn followed(timeline: u32) -> String {
     )
 }
 
+columns! {
+    /// Identifies the life of the server that signed.
+    enum SignedColumn { StartedAt, Replayed }
+}
+
 /// How many transactions sign a timeline. Each of them commits or aborts at random, so the probability that another
 /// history has the same outcomes is 2⁻³².
 const SIGNED_BY: u32 = 32;
@@ -297,11 +253,15 @@ pub(crate) async fn sign(client: &Client, life: &Life, pattern: u64) -> Result<O
     let one = |committed: &bool| format!("{begin}; {}; ", if *committed { "END" } else { "ABORT" });
     let signing: String = outcomes.iter().map(one).collect();
     // A proxy sends each message to one server.
-    let sql = format!("{clean}; {signing}SELECT {STARTED_AT}, pg_catalog.pg_last_wal_replay_lsn()");
+    let who = list(|column| match column {
+        SignedColumn::StartedAt => STARTED_AT,
+        SignedColumn::Replayed => LAST_REPLAYED,
+    });
+    let sql = format!("{clean}; {signing}SELECT {who}");
     let mut rows = rows(client, &sql).await?;
     let who = rows.pop().unwrap_or_default();
-    let verified = is_of(life, &who, 0, 1).unwrap_or(false);
-    let ids: Option<Vec<u64>> = rows.iter().map(|row| text(row, 0)?.parse().ok()).collect();
+    let verified = is_of(life, &who, SignedColumn::StartedAt, SignedColumn::Replayed).unwrap_or(false);
+    let ids: Option<Vec<u64>> = rows.iter().map(|row| row.first()?.as_deref()?.parse().ok()).collect();
     let ids = ids.filter(|ids| verified && ids.len() == outcomes.len());
     Ok(ids.map(|ids| Signature(ids.into_iter().zip(outcomes).collect())))
 }
@@ -317,7 +277,7 @@ pub(crate) async fn has_signature(client: &Client, signature: &Signature) -> Res
         signed.len(),
         signed.join(", ")
     );
-    Ok(text(&only_row(client, &sql).await?, 0) == Some("t"))
+    Ok(only_value(client, &sql).await?.as_deref() == Some("t"))
 }
 
 /// Returns whether the same question would fail again. After a cancelled statement or a lack of memory it may succeed.
@@ -327,7 +287,7 @@ fn would_fail_again(error: &Error) -> bool {
 }
 
 fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
-    let answer = text(row, 0);
+    let answer = text(row, ProofColumn::Seen);
     let bad = || BadReport::new("what is in the log", answer.unwrap_or("NULL"));
     if evidence == Evidence::Files {
         return match answer {
@@ -343,7 +303,7 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
         Some("recycled") => Sighting::Recycled,
         _ => return Err(bad()),
     };
-    let history = text(row, 1).ok_or_else(|| BadReport::new("a timeline's history", "NULL"))?;
+    let history = text(row, ProofColumn::History).ok_or_else(|| BadReport::new("a timeline's history", "NULL"))?;
     // The newest timelines come last. Without them, the history would seem to lack the mark's timeline.
     if may_be_cut(history) {
         if sighting == Sighting::Recycled {
@@ -356,32 +316,35 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
 }
 
 fn now(row: &Row, primaries_since: u64, verified: Option<Life>) -> Result<Now, BadReport> {
-    let (started_at, replayed) = (time(row, 1)?, optional(row, 3)?);
+    let (started_at, replayed) = (time(row, LogColumn::StartedAt)?, optional(row, LogColumn::Replayed)?);
     // A server in its verified life still has the same identity, even if this role may not read it any more.
     let same = verified.filter(|verified| verified.server.started_at == started_at && verified.replayed == replayed);
-    let system_identifier = match (text(row, 0), same) {
+    let system_identifier = match (text(row, LogColumn::Identifier), same) {
         (None, Some(same)) => same.server.system_identifier,
-        _ => field::<i64>(row, 0, "a system identifier")?.cast_unsigned(),
+        _ => field::<i64>(row, LogColumn::Identifier, "a system identifier")?.cast_unsigned(),
     };
-    let timeline = match (text(row, 2), same) {
+    let timeline = match (text(row, LogColumn::Timeline), same) {
         (None, Some(same)) => same.server.timeline,
         (name, _) => ServerReport::timeline_of(name.unwrap_or("NULL"))?,
     };
     let server = Server { system_identifier, timeline, started_at };
-    let stats_reset = text(row, 5).is_some().then(|| time(row, 5)).transpose()?;
-    let checkpointed: Option<u32> = text(row, 7).map(|_| field(row, 7, "a timeline")).transpose()?;
+    let stats_reset = text(row, LogColumn::StatsReset).map(|_| time(row, LogColumn::StatsReset)).transpose()?;
+    let checkpointed = text(row, LogColumn::Checkpointed);
+    let checkpointed: Option<u32> =
+        checkpointed.map(|_| field(row, LogColumn::Checkpointed, "a timeline")).transpose()?;
     let ancestor = checkpointed.filter(|older| *older < server.timeline);
     let life = Life { server, replayed, stats_reset, ancestor };
-    Ok(Now { life, received: optional(row, 4)?, stopped: optional(row, 9)?, primaries_since })
+    let (received, stopped) = (optional(row, LogColumn::Received)?, optional(row, LogColumn::Stopped)?);
+    Ok(Now { life, received, stopped, primaries_since })
 }
 
 fn status(row: &Row) -> Result<Option<XactStatus>, BadReport> {
-    Ok(Some(match text(row, 6) {
+    Ok(Some(match text(row, LogColumn::Status) {
         Some("in progress") => XactStatus::InProgress,
         Some("committed") => XactStatus::Committed,
         Some("aborted") => XactStatus::Aborted,
         Some("forgotten") => XactStatus::Forgotten,
-        None if row.len() > 6 => return Ok(None),
+        None if has(row, LogColumn::Status) => return Ok(None),
         other => return Err(BadReport::new("the status of a transaction", other.unwrap_or("nothing"))),
     }))
 }
@@ -464,27 +427,10 @@ pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<End
                                    WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND {WORKS}) \
                      THEN 'working' END"
     );
-    Ok(match text(&only_row(client, &sql).await?, 0) {
+    Ok(match only_value(client, &sql).await?.as_deref() {
         Some("prepared") => Some(EndUnderWay::Prepared),
         Some("committing") => Some(EndUnderWay::Committing),
         Some("working") => Some(EndUnderWay::Working),
         _ => None,
     })
-}
-
-pub(crate) fn text(row: &Row, index: usize) -> Option<&str> {
-    row.get(index)?.as_deref()
-}
-
-pub(crate) fn field<T: std::str::FromStr>(row: &Row, index: usize, expected: &'static str) -> Result<T, BadReport> {
-    let text = text(row, index).unwrap_or("NULL");
-    text.parse().map_err(|_| BadReport::new(expected, text))
-}
-
-fn time(row: &Row, index: usize) -> Result<i64, BadReport> {
-    microseconds(text(row, index).unwrap_or("NULL"), "a time")
-}
-
-fn optional<T: std::str::FromStr<Err = BadReport>>(row: &Row, index: usize) -> Result<Option<T>, BadReport> {
-    text(row, index).map(str::parse).transpose()
 }
