@@ -9,6 +9,7 @@ mod action;
 mod candidate;
 mod deadlines;
 mod fence;
+mod generation;
 mod identity;
 mod lives;
 mod member;
@@ -26,19 +27,18 @@ mod unasked;
 mod untold;
 mod view;
 
-pub(crate) use action::{Action, Probed, PromotionWait, Suspicion, TrafficSample};
+pub(crate) use action::{Action, Notice, Probed, Suspicion, TrafficSample};
 pub(crate) use candidate::shortened;
 pub use candidate::{Address, Answer, CandidateReport, Endpoint, FailureKind, Origin, ProbeFailure, Refusal};
+pub(crate) use generation::Primary;
 pub(crate) use identity::Accept;
 pub(crate) use names::NameAnswer;
-pub(crate) use notice::Notice;
 pub(crate) use pace::Settings;
-pub(crate) use primary::Primary;
 pub(crate) use refusals::RefusedLogIn;
 pub use report::{BadReport, Evidence, Lsn, Part, Parts, Role, ServerReport};
 pub(crate) use report::{
-    CHECKPOINTED, EVIDENCE, Question, Refused, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence, microseconds,
-    wait_for_promotion,
+    CHECKPOINTED, EVIDENCE, PromotionWait, Question, Refused, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence,
+    microseconds, wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
 
@@ -52,7 +52,7 @@ use crate::random::SplitMix64;
 use lives::Beside;
 use member::{MAX_MEMBERS, Member};
 use notice::Topic;
-use pace::{FIRST_GRACE, FULL_PAUSE, GRACE, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE};
+use pace::{FIRST_GRACE, GRACE, QUIET, REMEMBER, RENEWED_AFTER, RESOLVE_INTERVAL, UNEASY_PACE};
 use search::{Search, SuspendCause, Suspended};
 
 #[expect(clippy::large_enum_variant, reason = "there is one")]

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Address, Endpoint, Eviction, GenerationId, Notice, Primary, ProbeFailure, ServerReport};
+use super::{
+    Address, Endpoint, Eviction, GenerationId, Parts, Primary, ProbeFailure, PromotionWait, Refusal, ServerReport,
+};
 
 /// Why a caller doubts that the primary is still one.
 #[derive(Clone, Copy, Debug)]
@@ -81,12 +83,19 @@ pub(crate) enum Action {
     Notice(Notice),
 }
 
-/// A wait on a standby for its promotion. The statement runs on the server, so the pool sees the promotion as soon as
-/// it happens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PromotionWait {
-    /// The wait ends after this time in any case.
-    pub(crate) lasts: Duration,
-    /// The pause between two checks.
-    pub(crate) step: Duration,
+/// A notice for an operator.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Notice {
+    /// A writable server was refused.
+    Refused(Address, Refusal),
+    /// Two servers are writable, and no timeline shows which is the newer one. The one in use stays.
+    TwoPrimaries(Address),
+    /// The server withholds these parts from the pool's role.
+    Withheld(Address, Parts),
+    /// There are more addresses than are probed at the same time.
+    TooManyCandidates(usize),
+    /// The user has accepted another cluster as the pool's own. `accepted` is `None` if any cluster is accepted.
+    ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
+    /// There has been no primary for this long.
+    StillSearching(Duration),
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Eviction, Part, ServerReport};
+use super::{Part, ServerReport};
 
 /// The longest kept message, in characters.
 const LONGEST_MESSAGE: usize = 500;
@@ -204,16 +204,6 @@ impl Refusal {
     /// Returns whether it is refused because it withholds something.
     pub(super) fn is_untold(self) -> bool {
         matches!(self, Self::Unidentified | Self::NoTimeline { .. })
-    }
-
-    /// Returns the reason to evict, if the refusal proves that the server itself refuses writes. The other refusals
-    /// only say that its identity is unknown, or that it is another server.
-    pub(super) fn proof(self) -> Option<Eviction> {
-        match self {
-            Self::Standby => Some(Eviction::Demoted),
-            Self::Fenced => Some(Eviction::Fenced),
-            _ => None,
-        }
     }
 }
 

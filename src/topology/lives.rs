@@ -124,7 +124,7 @@ impl Topology {
         };
         let in_sight = |member: &super::Member| match &member.answer {
             Some(Answer::Primary(report) | Answer::Refused(report, _)) => {
-                !super::primary::same_start(report, &primary.report)
+                !super::generation::same_start(report, &primary.report)
             }
             _ => false,
         };

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, FULL_PAUSE, Origin, Parts, Phase, PromotionWait, RENEWED_AFTER,
-    Refusal, Search, ServerReport, Topology, primary::same_start,
+    Address, Answer, CandidateReport, Endpoint, Origin, Parts, Phase, PromotionWait, Refusal, ServerReport, Topology,
+    generation::same_start,
 };
 
 /// The most candidates that are probed at the same time. If there are more, the others wait for their turns.
@@ -75,32 +75,12 @@ impl Member {
         PromotionWait { step, ..promotion_wait }
     }
 
-    /// Returns whether it answered in this search.
-    pub(super) fn answered(&self, search: &Search) -> bool {
-        self.answered_at.is_some_and(|at| at >= search.since)
-    }
-
-    /// Returns whether its kept session has reported a standby for so long that a new session should be opened. The
-    /// address may be a proxy's, and then a new session may reach another server.
-    ///
-    /// The time counts from the start of the search. So each search asks the kept session first, even if that is old.
-    pub(super) fn outlived(&self, search: &Search, now: Instant) -> bool {
-        matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
-            && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
-    }
-
     /// Returns whether the next question is a log-in that will most likely be refused, because the last log-in was
     /// refused.
     pub(super) fn must_log_in(&self, current: Option<&Address>) -> bool {
         let held = current == Some(&self.endpoint.address) && !self.fresh;
         let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in());
         refused && !held
-    }
-
-    /// The pause before this server is asked again, if it had no free connection slot.
-    pub(super) fn full_pause(&self) -> Option<Duration> {
-        let doublings = self.full.checked_sub(1)?.min(16);
-        Some((FULL_PAUSE.0 * 2_u32.pow(doublings)).min(FULL_PAUSE.1))
     }
 
     /// Asks as soon as possible, but not before `pause` has passed since the last question.

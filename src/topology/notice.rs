@@ -4,24 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Action, Address, Answer, Parts, Phase, Probed, Refusal, Topology};
-
-/// A notice for an operator.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Notice {
-    /// A writable server was refused.
-    Refused(Address, Refusal),
-    /// Two servers are writable, and no timeline shows which is the newer one. The one in use stays.
-    TwoPrimaries(Address),
-    /// The server withholds these parts from the pool's role.
-    Withheld(Address, Parts),
-    /// There are more addresses than are probed at the same time.
-    TooManyCandidates(usize),
-    /// The user has accepted another cluster as the pool's own. `accepted` is `None` if any cluster is accepted.
-    ClusterAccepted { before: Option<u64>, accepted: Option<u64> },
-    /// There has been no primary for this long.
-    StillSearching(Duration),
-}
+use super::{Action, Address, Answer, Notice, Phase, Probed, Refusal, Topology};
 
 /// Two notices with the same topic count as the same notice. Numbers are not part of it, because a strange server could
 /// send new numbers for ever.

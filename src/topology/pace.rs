@@ -38,7 +38,7 @@ const PROMOTION_WAIT: (Duration, Duration) = (Duration::from_millis(50), Duratio
 /// and so on.
 const CROWD: usize = 8;
 /// Shortest and longest pause before a server that had no free connection slot is asked again.
-pub(super) const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+const FULL_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 /// A search asks a standby on its open session for this long. Then it opens a new one.
 pub(super) const RENEWED_AFTER: Duration = Duration::from_secs(1);
 
@@ -86,6 +86,14 @@ impl Default for Settings {
             system_identifier: None,
             accept_new_cluster_after: None,
         }
+    }
+}
+
+impl Member {
+    /// The pause before this server is asked again, if it had no free connection slot.
+    pub(super) fn full_pause(&self) -> Option<Duration> {
+        let doublings = self.full.checked_sub(1)?.min(16);
+        Some((FULL_PAUSE.0 * 2_u32.pow(doublings)).min(FULL_PAUSE.1))
     }
 }
 

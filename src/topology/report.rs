@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 pub(crate) use self::parts::Refused;
 pub use self::parts::{Part, Parts};
 use self::parts::{Piece, in_recovery, preface};
-use super::PromotionWait;
 
 /// The questions that the pool asks a server. Each asks only for what is used, because a new session has an empty
 /// catalogue cache, which makes each function, operator and view in a question expensive.
@@ -120,6 +119,16 @@ pub(crate) const EVIDENCE: &str = "\
               AND NOT EXISTS (SELECT FROM pg_proc WHERE proname = 'pg_get_wal_summarizer_state') \
          THEN 'files' \
          ELSE 'none' END";
+
+/// A wait on a standby for its promotion. The statement runs on the server, so the pool sees the promotion as soon as
+/// it happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PromotionWait {
+    /// The wait ends after this time in any case.
+    pub(crate) lasts: Duration,
+    /// The pause between two checks.
+    pub(crate) step: Duration,
+}
 
 /// Returns SQL that runs until the server is no longer a standby, or until the promotion wait is over. Its rows do not
 /// matter.

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{
     Action, Address, Answer, Change, Eviction, FIRST_GRACE, FailureKind, GRACE, GenerationId, Lsn, Member, Phase,
-    Primary, ProbeFailure, ServerReport, Suspicion, Topology,
+    Primary, ProbeFailure, RENEWED_AFTER, Refusal, ServerReport, Suspicion, Topology,
 };
 
 /// One search for a primary: from the loss of a primary, or from the start, until one is known.
@@ -62,6 +62,22 @@ pub(super) struct Pick {
 /// timeline counts, then the most WAL.
 pub(super) fn rank(report: &ServerReport) -> (bool, Option<u32>, Option<Lsn>) {
     (report.system_identifier.is_some(), report.timeline, report.wal)
+}
+
+impl Member {
+    /// Returns whether it answered in this search.
+    pub(super) fn answered(&self, search: &Search) -> bool {
+        self.answered_at.is_some_and(|at| at >= search.since)
+    }
+
+    /// Returns whether its kept session has reported a standby for so long that a new session should be opened. The
+    /// address may be a proxy's, and then a new session may reach another server.
+    ///
+    /// The time counts from the start of the search. So each search asks the kept session first, even if that is old.
+    pub(super) fn outlived(&self, search: &Search, now: Instant) -> bool {
+        matches!(self.answer, Some(Answer::Refused(_, Refusal::Standby)))
+            && self.opened_at.is_some_and(|at| now.duration_since(at.max(search.since)) >= RENEWED_AFTER)
+    }
 }
 
 impl Topology {

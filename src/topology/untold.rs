@@ -13,6 +13,7 @@
 
 use super::{
     Action, Address, Instant, Notice, Part, Parts, Phase, Primary, Probed, Question, Refusal, ServerReport, Topology,
+    generation::same_replay,
 };
 
 /// Returns the parts that are withheld after this report. A part that the question did not ask for stays as it was.
@@ -27,12 +28,6 @@ fn same_server(before: &ServerReport, report: &ServerReport, kept: bool) -> bool
         (Some(then), Some(now)) => then == now,
         _ => kept,
     }
-}
-
-/// Returns `false` if both reports show where the primary's replay ended, and the positions differ.
-pub(super) fn same_replay(before: &ServerReport, report: &ServerReport) -> bool {
-    let told = |report: &ServerReport| !report.in_recovery && !report.withheld.contains(Part::Replay);
-    !told(before) || !told(report) || before.replayed == report.replayed
 }
 
 fn fill<T: Copy>(known: &mut Option<T>, told: Option<T>) -> bool {

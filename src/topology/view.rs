@@ -4,7 +4,7 @@ use std::fmt;
 
 use tokio::time::Instant;
 
-use super::{Endpoint, ProbeFailure, ServerReport};
+use super::{Endpoint, ProbeFailure, Refusal, ServerReport};
 
 /// The number of a generation: one primary, from the moment it was found until it was replaced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,6 +84,18 @@ pub enum Eviction {
     Silent,
     /// No caller asked for a connection for [`sleep_after`](crate::PoolBuilder::sleep_after).
     Asleep,
+}
+
+impl Refusal {
+    /// Returns the reason to evict, if the refusal proves that the server itself refuses writes. The other refusals
+    /// only say that its identity is unknown, or that it is another server.
+    pub(super) fn proof(self) -> Option<Eviction> {
+        match self {
+            Self::Standby => Some(Eviction::Demoted),
+            Self::Fenced => Some(Eviction::Fenced),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Eviction {
