@@ -10,17 +10,14 @@
 
 pub(crate) mod build;
 pub(crate) mod call;
-mod ended;
 mod refused;
-mod transaction;
 mod unavailable;
 mod unknown;
 
 pub(crate) use build::BuildError;
 pub(crate) use call::{CommitOutcome, Error};
-pub use ended::SessionEnded;
+pub use call::{EndedInside, Ending, Exhausted, RolledBack, SessionEnded};
 pub use refused::Refused;
-pub use transaction::{EndedInside, Ending, Exhausted, RolledBack};
 pub(crate) use unavailable::Obstacle;
 pub use unavailable::{Unavailable, UnavailableReason};
 pub use unknown::CommitUnknown;

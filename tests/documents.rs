@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const ENUMS: [(&str, &str); 6] = [
     ("src/error/call.rs", "Error"),
     ("src/error/unavailable.rs", "UnavailableReason"),
-    ("src/error/transaction.rs", "RolledBack"),
+    ("src/error/call/transaction.rs", "RolledBack"),
     ("src/error/build.rs", "BuildError"),
     ("src/commit.rs", "Unsettled"),
     ("src/topology/candidate.rs", "FailureKind"),

@@ -1,11 +1,18 @@
-//! The error of a call on a pool or a transaction.
+//! The error of a call on a pool or a transaction. The modules below have the details that contain such an error
+//! themselves.
+
+mod ended;
+mod transaction;
+
+pub use ended::SessionEnded;
+pub use transaction::{EndedInside, Ending, Exhausted, RolledBack};
 
 use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
 use super::unknown::WhyInDoubt;
-use super::{CommitUnknown, EndedInside, Exhausted, Obstacle, Refused, RolledBack, SessionEnded, Unavailable, ended};
+use super::{CommitUnknown, Obstacle, Refused, Unavailable};
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
 
