@@ -18,6 +18,7 @@ mod env;
 mod facts;
 mod fetches;
 mod generic_client;
+mod hooked;
 mod hooks;
 mod hosts;
 mod idle;

@@ -311,6 +311,11 @@ impl<C: SessionClient> Client<C> {
         self.facts().life()
     }
 
+    /// The system identifier of the server, if the server shows it.
+    pub(crate) fn cluster(&self) -> Option<u64> {
+        self.facts().cluster()
+    }
+
     /// How this session marks transactions.
     pub(crate) fn marking(&self) -> MarkStatement {
         self.facts().marking()

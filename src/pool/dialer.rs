@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use deadpool::managed::Object;
 use tokio::runtime::Handle;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -16,7 +15,6 @@ use self::queue::DialQueue;
 pub(super) use self::queue::{Doubted, InAHook, REFUSED_AFTER};
 use super::facts::Facts;
 use super::hooks::Hooks;
-use super::manager::Manager;
 use super::settling::Settlers;
 use super::test_after::TestAfter;
 use super::trail::Trails;
@@ -106,25 +104,6 @@ impl<C: SessionClient> Dialer<C> {
 
     pub(super) fn next_nonce(&self) -> Nonce {
         self.nonces.next()
-    }
-
-    /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
-    pub(super) fn give_back(&self, mut object: Object<Manager<C>>) {
-        object.returned();
-        if object.is_evicted() {
-            return drop(Object::take(object));
-        }
-        if !self.queue.wanted() {
-            drop(object);
-        } else if self.queue.is_surplus(&mut object) {
-            return drop(Object::take(object));
-        } else if object.may_be_handed_out(&self.cluster) {
-            return self.queue.hand(Object::take(object));
-        }
-        // A caller may have begun to wait just now.
-        if self.queue.wanted() {
-            self.queue.offer_idle();
-        }
     }
 
     /// Asks the server to cancel what `client` runs, in a task of its own that takes some seconds at most. The task

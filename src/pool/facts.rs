@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::Client;
 use super::trail::Trail;
 use crate::cluster::Generation;
 use crate::commit::{Life, Server};
@@ -55,7 +54,8 @@ impl Facts {
         self.learned.get().and_then(life).or(self.life)
     }
 
-    fn cluster(&self) -> Option<u64> {
+    /// The system identifier of the server, if the server shows it.
+    pub(super) fn cluster(&self) -> Option<u64> {
         self.cluster.or_else(|| self.learned.get().and_then(|report| report.system_identifier))
     }
 
@@ -74,13 +74,6 @@ impl Facts {
     /// Returns whether no further caller may use the session.
     pub(super) fn is_unfit(&self) -> bool {
         self.is_poisoned() || self.trail.is_retired()
-    }
-}
-
-impl<C: SessionClient> Client<C> {
-    /// The system identifier of the server, if the server shows it.
-    pub(crate) fn cluster(&self) -> Option<u64> {
-        self.facts().cluster()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
+use deadpool::managed::{self, Metrics, Object, RecycleError, RecycleResult};
 use deadpool_postgres::ClientWrapper;
 
 use super::connection::Connection;
@@ -77,6 +77,27 @@ impl<C: SessionClient> managed::Manager for Manager<C> {
             return Ok(());
         }
         Err(RecycleError::message("the connection belongs to an older generation"))
+    }
+}
+
+impl<C: SessionClient> Dialer<C> {
+    /// Takes back a good connection. It goes to a caller that waits for a new connection, or else to the idle ones.
+    pub(super) fn give_back(&self, mut object: Object<Manager<C>>) {
+        object.returned();
+        if object.is_evicted() {
+            return drop(Object::take(object));
+        }
+        if !self.queue.wanted() {
+            drop(object);
+        } else if self.queue.is_surplus(&mut object) {
+            return drop(Object::take(object));
+        } else if object.may_be_handed_out(&self.cluster) {
+            return self.queue.hand(Object::take(object));
+        }
+        // A caller may have begun to wait just now.
+        if self.queue.wanted() {
+            self.queue.offer_idle();
+        }
     }
 }
 
