@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use tokio::time::Instant;
 use tokio_postgres::Client;
 
-use super::rows;
+use super::rows::rows;
 use crate::classify::{about_a_part, explain, for_primaries_only};
 use crate::sync::{lock, log_safely};
 use crate::topology::{Address, Question, Refused};
