@@ -67,14 +67,11 @@ const CANCEL_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(50), 
 /// If the pool's first session is not open after this time, the pool examines whether the peer is PostgreSQL.
 const STRANGER_AFTER: Duration = Duration::from_secs(1);
 
+type Dialing = BoxFuture<'static, Result<(Client, Driver), Error>>;
+
 /// Hides the type of the TLS connector, and what the stream below it is.
 trait Dial: Send + Sync {
-    fn dial(
-        &self,
-        endpoint: &Endpoint,
-        config: Config,
-        notices: Arc<Notices>,
-    ) -> BoxFuture<'static, Result<(Client, Driver), Error>>;
+    fn dial(&self, endpoint: &Endpoint, config: Config, notices: Arc<Notices>) -> Dialing;
     fn cancel(&self, endpoint: &Endpoint, config: Config, token: CancelToken) -> BoxFuture<'static, Result<(), Error>>;
     /// The connector that opens the streams, if it is the user's.
     fn connector(&self) -> Option<&Arc<dyn Connect>>;
@@ -89,12 +86,7 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
-    fn dial(
-        &self,
-        _: &Endpoint,
-        config: Config,
-        notices: Arc<Notices>,
-    ) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
+    fn dial(&self, _: &Endpoint, config: Config, notices: Arc<Notices>) -> Dialing {
         Box::pin(wire::connect(config, self.0.clone(), notices))
     }
 
@@ -120,12 +112,7 @@ where
     T::TlsConnect: Send,
     <T::TlsConnect as TlsConnect<Over>>::Future: Send,
 {
-    fn dial(
-        &self,
-        endpoint: &Endpoint,
-        config: Config,
-        notices: Arc<Notices>,
-    ) -> BoxFuture<'static, Result<(Client, Driver), Error>> {
+    fn dial(&self, endpoint: &Endpoint, config: Config, notices: Arc<Notices>) -> Dialing {
         let connector = Arc::clone(&self.connector);
         Box::pin(wire::connect_over(connector, endpoint.clone(), config, self.tls.clone(), notices))
     }

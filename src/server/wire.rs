@@ -4,7 +4,7 @@
 //! `connect_raw` begins the session over a counting stream on it.
 
 use std::any::TypeId;
-use std::future::{poll_fn, ready};
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -285,17 +285,13 @@ where
     type Future = BoxFuture<'static, Result<Wire<K::Stream>, Unusable>>;
 
     fn connect(self, wire: Wire<Plain>) -> Self::Future {
-        let connector = match self.connector {
-            Ok(connector) => connector,
-            Err(unusable) => return Box::pin(ready(Err(unusable))),
-        };
-        let socket = match wire.stream {
-            Plain::Tcp(socket) => socket,
+        let connecting = self.connector.and_then(|connector| match wire.stream {
+            Plain::Tcp(socket) => Ok(connector.connect(socket)),
             // The driver does not use TLS on a Unix socket.
             #[cfg(unix)]
-            Plain::Unix(_) => return Box::pin(ready(Err("a Unix socket has no TLS".into()))),
-        };
-        encrypted(connector.connect(socket), self.activity)
+            Plain::Unix(_) => Err("a Unix socket has no TLS".into()),
+        });
+        encrypted(connecting, self.activity)
     }
 }
 
@@ -310,17 +306,13 @@ where
     type Future = BoxFuture<'static, Result<Wire<K::Stream>, Unusable>>;
 
     fn connect(self, wire: Wire<Over>) -> Self::Future {
-        let connector = match self.connector {
-            Ok(connector) => connector,
-            Err(unusable) => return Box::pin(ready(Err(unusable))),
-        };
-        encrypted(connector.connect(wire.stream), self.activity)
+        encrypted(self.connector.map(|connector| connector.connect(wire.stream)), self.activity)
     }
 }
 
-/// Waits for the TLS handshake. Messages are counted above TLS.
+/// Waits for the TLS handshake, if it could be begun. Messages are counted above TLS.
 fn encrypted<S, E>(
-    connecting: impl Future<Output = Result<S, E>> + Send + 'static,
+    connecting: Result<impl Future<Output = Result<S, E>> + Send + 'static, Unusable>,
     activity: Arc<Activity>,
 ) -> BoxFuture<'static, Result<Wire<S>, Unusable>>
 where
@@ -328,7 +320,7 @@ where
     E: Into<Unusable>,
 {
     Box::pin(async move {
-        let stream = connecting.await.map_err(Into::into)?;
+        let stream = connecting?.await.map_err(Into::into)?;
         Ok(Wire { stream, counter: Counter::new(false), activity, begins: None })
     })
 }
