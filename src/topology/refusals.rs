@@ -207,18 +207,12 @@ impl Topology {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topology::tests::KINDS;
 
-    fn kinds() -> [FailureKind; 8] {
-        [
-            FailureKind::Unreachable,
-            FailureKind::TimedOut,
-            FailureKind::NotNow,
-            FailureKind::Full,
-            FailureKind::Refused,
-            FailureKind::NotPostgres,
-            FailureKind::SeveralClusters,
-            FailureKind::UnknownName,
-        ]
+    /// The kinds of a probe's failures that have an outlook, and those that the topology itself makes.
+    fn kinds() -> impl Iterator<Item = FailureKind> {
+        let probed = KINDS.into_iter().filter(|kind| *kind != FailureKind::Errored);
+        probed.chain([FailureKind::SeveralClusters, FailureKind::UnknownName])
     }
 
     /// What [`Topology::outlooks`] makes of a failure of this kind.

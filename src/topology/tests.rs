@@ -21,6 +21,17 @@ mod told;
 mod untold;
 mod world;
 
+/// The kinds of failures that a probe may have.
+pub(super) const KINDS: [FailureKind; 7] = [
+    FailureKind::Unreachable,
+    FailureKind::TimedOut,
+    FailureKind::NotNow,
+    FailureKind::Full,
+    FailureKind::Refused,
+    FailureKind::NotPostgres,
+    FailureKind::Errored,
+];
+
 const fn ms(milliseconds: u64) -> Duration {
     Duration::from_millis(milliseconds)
 }

@@ -156,17 +156,11 @@ mod tests {
         for mode in MODES {
             for stage in [Stage::Body, Stage::Refused] {
                 for verdict in VERDICTS {
-                    let rerun = matches!(
+                    let lasts = matches!(
                         verdict,
-                        Verdict::ConnectionLost
-                            | Verdict::NotNow
-                            | Verdict::Full
-                            | Verdict::ReadOnly
-                            | Verdict::Conflict
-                            | Verdict::OutcomeUnknown
-                            | Verdict::Stale
+                        Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application
                     );
-                    let expected = if rerun { Next::Rerun } else { Next::Return };
+                    let expected = if lasts { Next::Return } else { Next::Rerun };
                     assert_eq!(decide(mode, stage, verdict, None), expected, "{mode:?} {stage:?} {verdict:?}");
                 }
             }

@@ -7,16 +7,6 @@ use crate::topology::lives::{Circumstances, Finding};
 
 mod alone;
 
-const KINDS: [FailureKind; 7] = [
-    FailureKind::Unreachable,
-    FailureKind::TimedOut,
-    FailureKind::NotNow,
-    FailureKind::Full,
-    FailureKind::Refused,
-    FailureKind::NotPostgres,
-    FailureKind::Errored,
-];
-
 fn circumstances(kind: FailureKind, fresh: bool) -> Circumstances {
     Circumstances { kind, fresh, kept_open: false, pooled_open: false, received: false, mute: false }
 }
