@@ -59,7 +59,7 @@ pub use manager::Manager;
 pub(crate) use settling::{SettleSession, Settling};
 pub(crate) use side_session::SideSession;
 pub(crate) use signing::Signing;
-pub(crate) use statements::{cached_statements, statements};
+pub(crate) use statements::{cached_statements, statement_methods, statements};
 pub use status::Status;
 pub use wrap::WrapBuilder;
 

@@ -5,249 +5,37 @@
 /// The methods for one kind of handle. `$client` is an expression for the pool's [`Client`](super::Client) behind it.
 macro_rules! statements {
     ($handle:ident => $client:expr) => {
-        /// As [`tokio_postgres::Client::prepare`].
-        pub async fn prepare(&self, query: &str) -> Result<Statement, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.fresh().prepare(query).await)
-        }
-
-        /// As [`tokio_postgres::Client::prepare_typed`].
-        pub async fn prepare_typed(&self, query: &str, types: &[Type]) -> Result<Statement, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.fresh().prepare_typed(query, types).await)
-        }
-
-        /// As [`tokio_postgres::Client::query`].
-        pub async fn query<T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<Vec<Row>, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_scalar`].
-        pub async fn query_scalar<R: FromSqlOwned, T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<Vec<R>, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement + fmt::Debug,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_scalar(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_one`].
-        pub async fn query_one<T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<Row, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_one(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_one_scalar`].
-        pub async fn query_one_scalar<R: FromSqlOwned, T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<R, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement + fmt::Debug,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_one_scalar(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_opt`].
-        pub async fn query_opt<T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<Option<Row>, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_opt(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_opt_scalar`].
-        pub async fn query_opt_scalar<R: FromSqlOwned, T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<Option<R>, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement + fmt::Debug,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_opt_scalar(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_raw`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-        pub async fn query_raw<T, P, I>(&self, statement: &T, params: I) -> Result<RowStream, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-            P: BorrowToSql,
-            I: IntoIterator<Item = P>,
-            I::IntoIter: ExactSizeIterator,
-        {
-            let $handle = self;
-            let client = $client;
-            client.set_streamed();
-            client.noted(client.driver().query_raw(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_typed`].
-        pub async fn query_typed(
-            &self,
-            query: &str,
-            params: &[(&(dyn ToSql + Sync), Type)],
-        ) -> Result<Vec<Row>, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_typed(query, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_typed_one`].
-        pub async fn query_typed_one(
-            &self,
-            query: &str,
-            params: &[(&(dyn ToSql + Sync), Type)],
-        ) -> Result<Row, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_typed_one(query, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_typed_opt`].
-        pub async fn query_typed_opt(
-            &self,
-            query: &str,
-            params: &[(&(dyn ToSql + Sync), Type)],
-        ) -> Result<Option<Row>, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().query_typed_opt(query, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::query_typed_raw`]. In a transaction, finish or drop the result before the
-        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-        pub async fn query_typed_raw<P, I>(&self, query: &str, params: I) -> Result<RowStream, tokio_postgres::Error>
-        where
-            P: BorrowToSql,
-            I: IntoIterator<Item = (P, Type)>,
-        {
-            let $handle = self;
-            let client = $client;
-            client.set_streamed();
-            client.noted(client.driver().query_typed_raw(query, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::execute`].
-        pub async fn execute<T>(
-            &self,
-            statement: &T,
-            params: &[&(dyn ToSql + Sync)],
-        ) -> Result<u64, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().execute(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::execute_typed`].
-        pub async fn execute_typed(
-            &self,
-            statement: &str,
-            params: &[(&(dyn ToSql + Sync), Type)],
-        ) -> Result<u64, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().execute_typed(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::execute_raw`].
-        pub async fn execute_raw<T, P, I>(&self, statement: &T, params: I) -> Result<u64, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-            P: BorrowToSql,
-            I: IntoIterator<Item = P>,
-            I::IntoIter: ExactSizeIterator,
-        {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().execute_raw(statement, params).await)
-        }
-
-        /// As [`tokio_postgres::Client::copy_in`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-        pub async fn copy_in<T, U>(&self, statement: &T) -> Result<CopyInSink<U>, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-            U: Buf + 'static + Send,
-        {
-            let $handle = self;
-            let client = $client;
-            client.set_streamed();
-            client.noted(client.driver().copy_in(statement).await)
-        }
-
-        /// As [`tokio_postgres::Client::copy_out`]. In a transaction, finish or drop the result before the closure
-        /// returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-        pub async fn copy_out<T>(&self, statement: &T) -> Result<CopyOutStream, tokio_postgres::Error>
-        where
-            T: ?Sized + ToStatement,
-        {
-            let $handle = self;
-            let client = $client;
-            client.set_streamed();
-            client.noted(client.driver().copy_out(statement).await)
-        }
-
-        /// As [`tokio_postgres::Client::simple_query`].
-        pub async fn simple_query(&self, query: &str) -> Result<Vec<SimpleQueryMessage>, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().simple_query(query).await)
-        }
-
-        /// As [`tokio_postgres::Client::simple_query_raw`]. In a transaction, finish or drop the result before the
-        /// closure returns, or the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-        pub async fn simple_query_raw(&self, query: &str) -> Result<SimpleQueryStream, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.set_streamed();
-            client.noted(client.driver().simple_query_raw(query).await)
-        }
-
-        /// As [`tokio_postgres::Client::batch_execute`].
-        pub async fn batch_execute(&self, query: &str) -> Result<(), tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            client.noted(client.driver().batch_execute(query).await)
+        $crate::pool::statement_methods! { $handle, $client, tokio_postgres::Client;
+            fresh prepare[](query: &str) -> Statement, {};
+            fresh prepare_typed[](query: &str, types: &[Type]) -> Statement, {};
+            driver query[T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> Vec<Row>, {T: ?Sized + ToStatement};
+            driver query_scalar[R, T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> Vec<R>,
+                {R: FromSqlOwned, T: ?Sized + ToStatement + fmt::Debug};
+            driver query_one[T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> Row, {T: ?Sized + ToStatement};
+            driver query_one_scalar[R, T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> R,
+                {R: FromSqlOwned, T: ?Sized + ToStatement + fmt::Debug};
+            driver query_opt[T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> Option<Row>,
+                {T: ?Sized + ToStatement};
+            driver query_opt_scalar[R, T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> Option<R>,
+                {R: FromSqlOwned, T: ?Sized + ToStatement + fmt::Debug};
+            streamed query_raw[T, P, I](statement: &T, params: I) -> RowStream, {
+                T: ?Sized + ToStatement, P: BorrowToSql, I: IntoIterator<Item = P>, I::IntoIter: ExactSizeIterator
+            };
+            driver query_typed[](query: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Vec<Row>, {};
+            driver query_typed_one[](query: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Row, {};
+            driver query_typed_opt[](query: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Option<Row>, {};
+            streamed query_typed_raw[P, I](query: &str, params: I) -> RowStream,
+                {P: BorrowToSql, I: IntoIterator<Item = (P, Type)>};
+            driver execute[T](statement: &T, params: &[&(dyn ToSql + Sync)]) -> u64, {T: ?Sized + ToStatement};
+            driver execute_typed[](statement: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> u64, {};
+            driver execute_raw[T, P, I](statement: &T, params: I) -> u64, {
+                T: ?Sized + ToStatement, P: BorrowToSql, I: IntoIterator<Item = P>, I::IntoIter: ExactSizeIterator
+            };
+            streamed copy_in[T, U](statement: &T) -> CopyInSink<U>, {T: ?Sized + ToStatement, U: Buf + 'static + Send};
+            streamed copy_out[T](statement: &T) -> CopyOutStream, {T: ?Sized + ToStatement};
+            driver simple_query[](query: &str) -> Vec<SimpleQueryMessage>, {};
+            streamed simple_query_raw[](query: &str) -> SimpleQueryStream, {};
+            driver batch_execute[](query: &str) -> (), {};
         }
     };
 }
@@ -255,26 +43,46 @@ macro_rules! statements {
 /// The methods of deadpool-postgres' `ClientWrapper` for one kind of handle.
 macro_rules! cached_statements {
     ($handle:ident => $client:expr) => {
-        /// As [`deadpool_postgres::ClientWrapper::prepare_cached`].
-        pub async fn prepare_cached(&self, query: &str) -> Result<Statement, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            let _ = client.fresh();
-            client.noted(client.held().prepare_cached(query).await)
-        }
-
-        /// As [`deadpool_postgres::ClientWrapper::prepare_typed_cached`].
-        pub async fn prepare_typed_cached(
-            &self,
-            query: &str,
-            types: &[Type],
-        ) -> Result<Statement, tokio_postgres::Error> {
-            let $handle = self;
-            let client = $client;
-            let _ = client.fresh();
-            client.noted(client.held().prepare_typed_cached(query, types).await)
+        $crate::pool::statement_methods! { $handle, $client, deadpool_postgres::ClientWrapper;
+            cached prepare_cached[](query: &str) -> Statement, {};
+            cached prepare_typed_cached[](query: &str, types: &[Type]) -> Statement, {};
         }
     };
+}
+
+/// Makes a method of each row. The word before its name says on which client the method runs: on the driver's, on the
+/// driver's after it has forgotten outdated types (`fresh`), or on deadpool-postgres' (`cached`). A method that is
+/// `streamed` returns before its answer has ended.
+macro_rules! statement_methods {
+    ($handle:ident, $client:expr, $origin:path; $(
+        $kind:ident $name:ident[$($generic:ident),*]($($argument:ident: $type:ty),*) -> $returned:ty, {$($bounds:tt)*};
+    )+) => {$(
+        #[doc = concat!("As [`", stringify!($origin), "::", stringify!($name), "`].")]
+        #[doc = $crate::pool::statement_methods!(@about $kind)]
+        pub async fn $name<$($generic),*>(&self, $($argument: $type),*) -> Result<$returned, tokio_postgres::Error>
+        where
+            $($bounds)*
+        {
+            let $handle = self;
+            let client = $client;
+            client.noted($crate::pool::statement_methods!(@run $kind client).$name($($argument),*).await)
+        }
+    )+};
+    (@about streamed) => {
+        "In a transaction, finish or drop the result before the closure returns, or the call fails with \
+         [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept)."
+    };
+    (@about $kind:ident) => { "" };
+    (@run driver $client:ident) => { $client.driver() };
+    (@run fresh $client:ident) => { $client.fresh() };
+    (@run cached $client:ident) => {{
+        let _ = $client.fresh();
+        $client.held()
+    }};
+    (@run streamed $client:ident) => {{
+        $client.set_streamed();
+        $client.driver()
+    }};
 }
 
 use std::fmt;
@@ -290,7 +98,7 @@ use tokio_util::bytes::Buf;
 use super::Client;
 use crate::server::SessionClient;
 
-pub(crate) use {cached_statements, statements};
+pub(crate) use {cached_statements, statement_methods, statements};
 
 impl<C: SessionClient> Client<C> {
     statements!(this => this);
