@@ -2,7 +2,8 @@
 //! Each line names an item with the module that users find it in.
 //!
 //! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of them. What
-//! it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes.
+//! it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes. The one macro that it
+//! knows is `setters!` of `src/pool/options.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
@@ -11,7 +12,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use quote::ToTokens;
-use syn::{Attribute, Fields, ImplItem, Item, ItemImpl, Meta, Path as Name, TraitItem, Type, UseTree, Visibility};
+use syn::parse::ParseStream;
+use syn::{
+    Attribute, Fields, Ident, ImplItem, Item, ItemImpl, Meta, Path as Name, Signature, Token, TraitItem, Type, UseTree,
+    Visibility,
+};
 
 const LIST: &str = "docs/public-api.txt";
 
@@ -422,6 +427,9 @@ fn implemented(item: &ItemImpl, subject: &str, private: &BTreeSet<String>, lines
     } else {
         format!("{name}{generics}")
     };
+    for setter in item.items.iter().flat_map(setters) {
+        lines.insert(format!("fn {whom}{}: {}{}", tidy(&item.generics.where_clause), tidy(&setter), marks(&item.attrs)));
+    }
     for method in item.items.iter().filter_map(|item| match item {
         ImplItem::Fn(method) if matches!(method.vis, Visibility::Public(_)) => Some(method),
         _ => None,
@@ -432,6 +440,32 @@ fn implemented(item: &ItemImpl, subject: &str, private: &BTreeSet<String>, lines
             lines.insert(format!("fn {whom}{clause}: {}{marks}", tidy(&method.sig)));
         }
     }
+}
+
+/// The setters that a call of the macro `setters!` makes. The rules of the macro have their arguments.
+fn setters(item: &ImplItem) -> Vec<Signature> {
+    let ImplItem::Macro(call) = item else { return Vec::new() };
+    if !call.mac.path.is_ident("setters") {
+        return Vec::new();
+    }
+    let rules = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/pool/options.rs")).unwrap();
+    let signature = |name: Ident| {
+        let (_, rule) = rules.split_once(&format!("(@{name} ")).expect("each setter has a rule");
+        let (_, rest) = rule.split_once(&format!(" {name}(")).unwrap();
+        let (argument, _) = rest.split_once(')').unwrap();
+        syn::parse_str(&format!("fn {name}(mut self, {argument}) -> Self")).unwrap()
+    };
+    call.mac.parse_body_with(names_in).unwrap().into_iter().map(signature).collect()
+}
+
+fn names_in(call: ParseStream<'_>) -> syn::Result<Vec<Ident>> {
+    let mut names = Vec::new();
+    while !call.is_empty() {
+        Attribute::parse_outer(call)?;
+        names.push(call.parse()?);
+        call.parse::<Token![;]>()?;
+    }
+    Ok(names)
 }
 
 /// The fields without their attributes.

@@ -20,7 +20,7 @@ use super::Pool;
 use super::config::{Configuration, IntoConfig};
 use super::hooks::Hooks;
 use super::idle::Idle;
-use super::options::CallOptions;
+use super::options::{Options, setters};
 use super::security::Security;
 use super::ssl::Ssl;
 use crate::commit::Guarantee;
@@ -31,7 +31,6 @@ use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Ask, Opener};
 #[cfg(feature = "rustls")]
 use crate::tls::Tls;
-use crate::topology::Settings;
 
 /// Configures a [`Pool`]. Setters take the builder by value and never fail; [`PoolBuilder::build`] reports all errors.
 ///
@@ -67,10 +66,7 @@ pub struct PoolBuilder {
     knows_loans: bool,
     gate: usize,
     hooks: Hooks<ClientWrapper>,
-    calls: CallOptions,
-    settings: Settings,
-    pool_name: Option<String>,
-    seed: Option<u64>,
+    options: Options,
 }
 
 impl PoolBuilder {
@@ -93,10 +89,7 @@ impl PoolBuilder {
             knows_loans: false,
             gate: 4,
             hooks: Hooks::default(),
-            calls: CallOptions::default(),
-            settings: Settings::default(),
-            pool_name: None,
-            seed: None,
+            options: Options::default(),
         })
     }
 
@@ -162,35 +155,25 @@ impl PoolBuilder {
         self
     }
 
-    /// How long [`Pool::get`] and [`Pool::connect`] wait for a primary and a free connection. Default: 30 s.
-    ///
-    /// If it is longer than your failover (60 to 75 s on Fly's repmgr clusters, 30 s with Patroni's defaults), callers
-    /// see a pause. If it is shorter, they fail with a list of each server's last answer.
-    ///
-    /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it survives a failover.
-    /// If other callers use all connections, it waits no longer than this time-out.
-    pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
-        self.calls.checkout_timeout = timeout;
-        self
-    }
+    setters! {
+        /// How long [`Pool::get`] and [`Pool::connect`] wait for a primary and a free connection. Default: 30 s.
+        ///
+        /// If it is longer than your failover (60 to 75 s on Fly's repmgr clusters, 30 s with Patroni's defaults),
+        /// callers see a pause. If it is shorter, they fail with a list of each server's last answer.
+        ///
+        /// A transaction waits for a *primary* until the deadline of its [`RetryPolicy`], so that it survives a
+        /// failover. If other callers use all connections, it waits no longer than this time-out.
+        checkout_timeout;
 
-    /// Sets whether and when failed transactions run again. Default: [`RetryPolicy::default`].
-    pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.calls.retry = policy;
-        self
-    }
+        /// Sets whether and when failed transactions run again. Default: [`RetryPolicy::default`].
+        retry;
 
-    /// What [`Pool::transaction`] guarantees if the connection is lost between COMMIT and its answer. Default:
-    /// [`Guarantee::ExactlyOnce`].
-    pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
-        self.calls.guarantee = guarantee;
-        self
-    }
+        /// What [`Pool::transaction`] guarantees if the connection is lost between COMMIT and its answer. Default:
+        /// [`Guarantee::ExactlyOnce`].
+        guarantee;
 
-    /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
-    pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
-        self.calls.budget = budget;
-        self
+        /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
+        retry_budget;
     }
 
     /// Asks this function for the password of each new session, instead of taking it from the connection string. Use it
@@ -319,40 +302,32 @@ impl PoolBuilder {
         self
     }
 
-    /// The pool's name in its metrics (feature `metrics`): their label `db.client.connection.pool.name`. Default: the
-    /// first host of the configuration, its port and the database, as in `my-pg.internal:5432/app`.
-    ///
-    /// Give each pool of a process a different name. Pools with the same name share their metrics: their counts are
-    /// added up, and `db.client.failover.generation` shows the generation of one of them.
-    pub fn pool_name(mut self, name: impl Into<String>) -> Self {
-        self.pool_name = Some(name.into());
-        self
-    }
+    setters! {
+        /// The pool's name in its metrics (feature `metrics`): their label `db.client.connection.pool.name`. Default:
+        /// the first host of the configuration, its port and the database, as in `my-pg.internal:5432/app`.
+        ///
+        /// Give each pool of a process a different name. Pools with the same name share their metrics: their counts are
+        /// added up, and `db.client.failover.generation` shows the generation of one of them.
+        pool_name;
 
-    /// Pause between two heartbeats, which ask the primary on a connection that the pool keeps for them. Default: 1 s.
-    ///
-    /// The pool notices a closed or refused connection immediately, without the heartbeat. The heartbeat finds failures
-    /// that give no sign: a fence, or a host that vanished while no call was under way. If connections are on loan, and
-    /// all are silent for a twentieth of this time, the pool asks the primary without waiting for the next heartbeat.
-    pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
-        self.settings.heartbeat = interval;
-        self
-    }
+        /// Pause between two heartbeats, which ask the primary on a connection that the pool keeps for them. Default: 1
+        /// s.
+        ///
+        /// The pool notices a closed or refused connection immediately, without the heartbeat. The heartbeat finds
+        /// failures that give no sign: a fence, or a host that vanished while no call was under way. If connections are
+        /// on loan, and all are silent for a twentieth of this time, the pool asks the primary without waiting for the
+        /// next heartbeat.
+        heartbeat_interval;
 
-    /// The time without an answer to a heartbeat after which the pool searches for a primary. Default: 2 s. Work under
-    /// way continues, so if the server was only slow, nothing is lost.
-    pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.heartbeat_timeout = timeout;
-        self
-    }
+        /// The time without an answer to a heartbeat after which the pool searches for a primary. Default: 2 s. Work
+        /// under way continues, so if the server was only slow, nothing is lost.
+        heartbeat_timeout;
 
-    /// Pause between two checks of DNS and of the other members while the primary is well. Default: 5 s.
-    ///
-    /// It limits how long this pool still writes to an old primary that is cut off from its peers, but not from this
-    /// pool.
-    pub fn patrol_interval(mut self, interval: Duration) -> Self {
-        self.settings.patrol = interval;
-        self
+        /// Pause between two checks of DNS and of the other members while the primary is well. Default: 5 s.
+        ///
+        /// It limits how long this pool still writes to an old primary that is cut off from its peers, but not from
+        /// this pool.
+        patrol_interval;
     }
 
     /// Shortest and longest pause between two probes of one server while there is no primary. In between, the pause is
@@ -363,7 +338,7 @@ impl PoolBuilder {
     /// For this it runs a statement with `pg_sleep` that takes 50 to 250 ms. If the role may not call `pg_sleep`, the
     /// standby is asked at the usual pace.
     pub fn poll_interval(mut self, shortest: Duration, longest: Duration) -> Self {
-        self.settings.poll = (shortest, longest);
+        self.options.settings.poll = (shortest, longest);
         self
     }
 
@@ -376,11 +351,10 @@ impl PoolBuilder {
         self
     }
 
-    /// The time of silence after which the connections of a primary are ended, even if no other primary was found.
-    /// Default: 20 s.
-    pub fn dead_after(mut self, silence: Duration) -> Self {
-        self.settings.dead_after = silence;
-        self
+    setters! {
+        /// The time of silence after which the connections of a primary are ended, even if no other primary was found.
+        /// Default: 20 s.
+        dead_after;
     }
 
     /// Whether to keep a session to each standby while there is a primary, and to ask it in each patrol. Default: yes.
@@ -390,7 +364,7 @@ impl PoolBuilder {
     /// `false`, each patrol opens a session to each standby and closes it, so each pool logs in to each standby up to
     /// 24 times a minute. docs/costs.md has the figures.
     pub fn warm_standbys(mut self, warm: bool) -> Self {
-        self.settings.warm_standbys = warm;
+        self.options.settings.warm_standbys = warm;
         self
     }
 
@@ -412,7 +386,7 @@ impl PoolBuilder {
     /// # }
     /// ```
     pub fn proxied(mut self, proxied: bool) -> Self {
-        self.settings.proxied = proxied;
+        self.options.settings.proxied = proxied;
         self
     }
 
@@ -423,39 +397,33 @@ impl PoolBuilder {
         self
     }
 
-    /// The pool's cluster, as `SELECT system_identifier FROM pg_control_system()` returns it on its servers. Default:
-    /// the cluster that the first search finds.
-    ///
-    /// If the first search finds servers of several clusters, it accepts none of them, and callers get
-    /// [`Error::Refused`](crate::Error::Refused), which lists the servers. So set this if a name or a list of hosts may
-    /// lead to a copy: blue/green, a restored backup, a logical subscriber. A server that withholds its identifier is
-    /// then refused. [`Pool::accept_cluster`] changes the cluster later.
-    pub fn system_identifier(mut self, system_identifier: u64) -> Self {
-        self.settings.system_identifier = Some(system_identifier);
-        self
-    }
+    setters! {
+        /// The pool's cluster, as `SELECT system_identifier FROM pg_control_system()` returns it on its servers.
+        /// Default: the cluster that the first search finds.
+        ///
+        /// If the first search finds servers of several clusters, it accepts none of them, and callers get
+        /// [`Error::Refused`](crate::Error::Refused), which lists the servers. So set this if a name or a list of hosts
+        /// may lead to a copy: blue/green, a restored backup, a logical subscriber. A server that withholds its
+        /// identifier is then refused. [`Pool::accept_cluster`] changes the cluster later.
+        system_identifier;
 
-    /// Follows another primary if no server of this pool's cluster has answered as its primary for this long. The other
-    /// primary may belong to a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or to this
-    /// cluster, restored to an older timeline. Default: never.
-    ///
-    /// Without this, such servers are refused until [`Pool::accept_cluster`] or a restart of the service. The danger is
-    /// that a copy or an old primary is reachable while the real primary is not: with this setting the pool would then
-    /// write to it. Choose a time that is longer than any failover, and longer than a network partition that the pool
-    /// should survive. If several clusters answer, none is followed. The time counts only while the pool searches and
-    /// asks its servers: not while it sleeps, and not while its process or machine is stopped.
-    ///
-    /// # Errors
-    /// [`PoolBuilder::build`] fails if this is zero, or if [`PoolBuilder::system_identifier`] is set too.
-    pub fn accept_new_cluster_after(mut self, silence: Duration) -> Self {
-        self.settings.accept_new_cluster_after = Some(silence);
-        self
-    }
+        /// Follows another primary if no server of this pool's cluster has answered as its primary for this long. The
+        /// other primary may belong to a cluster with another system identifier (`pg_upgrade`, blue/green, a copy), or
+        /// to this cluster, restored to an older timeline. Default: never.
+        ///
+        /// Without this, such servers are refused until [`Pool::accept_cluster`] or a restart of the service. The
+        /// danger is that a copy or an old primary is reachable while the real primary is not: with this setting the
+        /// pool would then write to it. Choose a time that is longer than any failover, and longer than a network
+        /// partition that the pool should survive. If several clusters answer, none is followed. The time counts only
+        /// while the pool searches and asks its servers: not while it sleeps, and not while its process or machine is
+        /// stopped.
+        ///
+        /// # Errors
+        /// [`PoolBuilder::build`] fails if this is zero, or if [`PoolBuilder::system_identifier`] is set too.
+        accept_new_cluster_after;
 
-    /// Makes the jitter of this pool repeatable, for tests. Default: random.
-    pub fn seed(mut self, seed: u64) -> Self {
-        self.seed = Some(seed);
-        self
+        /// Makes the jitter of this pool repeatable, for tests. Default: random.
+        seed;
     }
 }
 

@@ -23,6 +23,73 @@ use crate::resolve::{HickoryResolver, Resolve};
 use crate::retry::{FAR, RetryBudget, RetryPolicy};
 use crate::topology::Settings;
 
+/// What both kinds of pool can be configured with.
+#[derive(Clone, Default)]
+pub(super) struct Options {
+    pub(super) calls: CallOptions,
+    pub(super) settings: Settings,
+    pub(super) pool_name: Option<String>,
+    pub(super) seed: Option<u64>,
+}
+
+/// Makes the setters of a builder that has [`Options`]. Each builder documents its setters itself. The last rule makes
+/// a setter, and the others say which option each one sets. `tests/public_api.rs` reads these rules.
+macro_rules! setters {
+    ($($(#[$about:meta])* $setter:ident;)+) => { $(setters! { @$setter $(#[$about])* })+ };
+    (@checkout_timeout $($about:tt)*) => {
+        setters! { @set $($about)* checkout_timeout(timeout: Duration) calls.checkout_timeout = timeout }
+    };
+    (@retry $($about:tt)*) => { setters! { @set $($about)* retry(policy: RetryPolicy) calls.retry = policy } };
+    (@retry_budget $($about:tt)*) => {
+        setters! { @set $($about)* retry_budget(budget: RetryBudget) calls.budget = budget }
+    };
+    (@guarantee $($about:tt)*) => {
+        setters! { @set $($about)* guarantee(guarantee: Guarantee) calls.guarantee = guarantee }
+    };
+    (@slow_checkout_after $($about:tt)*) => {
+        setters! { @set $($about)* slow_checkout_after(wait: Duration) calls.slow_checkout_after = Some(wait) }
+    };
+    (@leak_after $($about:tt)*) => {
+        setters! { @set $($about)* leak_after(on_loan: Duration) calls.leak_after = Some(on_loan) }
+    };
+    (@heartbeat_interval $($about:tt)*) => {
+        setters! { @set $($about)* heartbeat_interval(interval: Duration) settings.heartbeat = interval }
+    };
+    (@heartbeat_timeout $($about:tt)*) => {
+        setters! { @set $($about)* heartbeat_timeout(timeout: Duration) settings.heartbeat_timeout = timeout }
+    };
+    (@patrol_interval $($about:tt)*) => {
+        setters! { @set $($about)* patrol_interval(interval: Duration) settings.patrol = interval }
+    };
+    (@dead_after $($about:tt)*) => {
+        setters! { @set $($about)* dead_after(silence: Duration) settings.dead_after = silence }
+    };
+    (@system_identifier $($about:tt)*) => {
+        setters! {
+            @set $($about)* system_identifier(system_identifier: u64)
+                settings.system_identifier = Some(system_identifier)
+        }
+    };
+    (@accept_new_cluster_after $($about:tt)*) => {
+        setters! {
+            @set $($about)* accept_new_cluster_after(silence: Duration)
+                settings.accept_new_cluster_after = Some(silence)
+        }
+    };
+    (@pool_name $($about:tt)*) => {
+        setters! { @set $($about)* pool_name(name: impl Into<String>) pool_name = Some(name.into()) }
+    };
+    (@seed $($about:tt)*) => { setters! { @set $($about)* seed(seed: u64) seed = Some(seed) } };
+    (@set $(#[$about:meta])* $setter:ident($value:ident: $type:ty) $($option:ident).+ = $set:expr) => {
+        $(#[$about])*
+        pub fn $setter(mut self, $value: $type) -> Self {
+            self.options.$($option).+ = $set;
+            self
+        }
+    };
+}
+pub(super) use setters;
+
 /// The options of `get` and `transaction`. They are the same for an own and for a wrapped pool.
 #[derive(Clone)]
 pub(super) struct CallOptions {

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use super::dialer::Dialer;
 use super::fetches::Wrapped;
-use super::options::{CallOptions, checked, seed_or_random};
+use super::options::{Options, checked, seed_or_random, setters};
 use super::wrapped_pool::{ExistingPool, WrappedPool};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Setup};
@@ -38,10 +38,7 @@ use crate::topology::{Address, Endpoint, Settings, View};
 #[must_use = "a builder does nothing until `build` is called"]
 pub struct WrapBuilder<M: managed::Manager> {
     existing: managed::Pool<M>,
-    calls: CallOptions,
-    settings: Settings,
-    pool_name: Option<String>,
-    seed: Option<u64>,
+    options: Options,
 }
 
 impl<M> WrapBuilder<M>
@@ -52,52 +49,33 @@ where
 {
     pub(super) fn new(existing: managed::Pool<M>) -> Self {
         let settings = Settings { roaming: true, ..Settings::default() };
-        Self { existing, calls: CallOptions::default(), settings, pool_name: None, seed: None }
+        Self { existing, options: Options { settings, ..Options::default() } }
     }
 
-    /// As [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout): the longest wait for a primary and a
-    /// connection. Default: 30 s. If the wrapped pool has a shorter wait time-out, that one ends the wait for a free
-    /// connection.
-    pub fn checkout_timeout(mut self, timeout: Duration) -> Self {
-        self.calls.checkout_timeout = timeout;
-        self
-    }
+    setters! {
+        /// As [`PoolBuilder::checkout_timeout`](crate::PoolBuilder::checkout_timeout): the longest wait for a primary
+        /// and a connection. Default: 30 s. If the wrapped pool has a shorter wait time-out, that one ends the wait for
+        /// a free connection.
+        checkout_timeout;
 
-    /// As [`PoolBuilder::retry`](crate::PoolBuilder::retry).
-    pub fn retry(mut self, policy: RetryPolicy) -> Self {
-        self.calls.retry = policy;
-        self
-    }
+        /// As [`PoolBuilder::retry`](crate::PoolBuilder::retry).
+        retry;
 
-    /// As [`PoolBuilder::retry_budget`](crate::PoolBuilder::retry_budget).
-    pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
-        self.calls.budget = budget;
-        self
-    }
+        /// As [`PoolBuilder::retry_budget`](crate::PoolBuilder::retry_budget).
+        retry_budget;
 
-    /// As [`PoolBuilder::guarantee`](crate::PoolBuilder::guarantee).
-    pub fn guarantee(mut self, guarantee: Guarantee) -> Self {
-        self.calls.guarantee = guarantee;
-        self
-    }
+        /// As [`PoolBuilder::guarantee`](crate::PoolBuilder::guarantee).
+        guarantee;
 
-    /// As [`PoolBuilder::heartbeat_interval`](crate::PoolBuilder::heartbeat_interval). Default: 1 s.
-    pub fn heartbeat_interval(mut self, interval: Duration) -> Self {
-        self.settings.heartbeat = interval;
-        self
-    }
+        /// As [`PoolBuilder::heartbeat_interval`](crate::PoolBuilder::heartbeat_interval). Default: 1 s.
+        heartbeat_interval;
 
-    /// As [`PoolBuilder::heartbeat_timeout`](crate::PoolBuilder::heartbeat_timeout). Default: 2 s.
-    pub fn heartbeat_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.heartbeat_timeout = timeout;
-        self
-    }
+        /// As [`PoolBuilder::heartbeat_timeout`](crate::PoolBuilder::heartbeat_timeout). Default: 2 s.
+        heartbeat_timeout;
 
-    /// Pause between two checks whether the manager now connects to a newer primary. Each check opens a new session.
-    /// Default: 5 s.
-    pub fn patrol_interval(mut self, interval: Duration) -> Self {
-        self.settings.patrol = interval;
-        self
+        /// Pause between two checks whether the manager now connects to a newer primary. Each check opens a new
+        /// session. Default: 5 s.
+        patrol_interval;
     }
 
     /// Time limit for the manager to open a session, and for its server to say what it is. Default: 3 s.
@@ -105,59 +83,41 @@ where
     /// A manager that tries several hosts in turn needs time for all of them: give its configuration a
     /// `connect_timeout` that is a fraction of this.
     pub fn probe_timeout(mut self, timeout: Duration) -> Self {
-        self.settings.probe_timeout = timeout;
+        self.options.settings.probe_timeout = timeout;
         self
     }
 
-    /// As [`PoolBuilder::dead_after`](crate::PoolBuilder::dead_after). Default: 20 s.
-    pub fn dead_after(mut self, silence: Duration) -> Self {
-        self.settings.dead_after = silence;
-        self
-    }
+    setters! {
+        /// As [`PoolBuilder::dead_after`](crate::PoolBuilder::dead_after). Default: 20 s.
+        dead_after;
 
-    /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: the cluster of the first
-    /// server that answers.
-    pub fn system_identifier(mut self, system_identifier: u64) -> Self {
-        self.settings.system_identifier = Some(system_identifier);
-        self
-    }
+        /// As [`PoolBuilder::system_identifier`](crate::PoolBuilder::system_identifier). Default: the cluster of the
+        /// first server that answers.
+        system_identifier;
 
-    /// As [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after). Default: never.
-    pub fn accept_new_cluster_after(mut self, silence: Duration) -> Self {
-        self.settings.accept_new_cluster_after = Some(silence);
-        self
-    }
+        /// As [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after). Default: never.
+        accept_new_cluster_after;
 
-    /// As [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Default: never.
-    pub fn slow_checkout_after(mut self, wait: Duration) -> Self {
-        self.calls.slow_checkout_after = Some(wait);
-        self
-    }
+        /// As [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Default: never.
+        slow_checkout_after;
 
-    /// As [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Default: never.
-    pub fn leak_after(mut self, on_loan: Duration) -> Self {
-        self.calls.leak_after = Some(on_loan);
-        self
-    }
+        /// As [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Default: never.
+        leak_after;
 
-    /// As [`PoolBuilder::pool_name`](crate::PoolBuilder::pool_name). Default: `wrapped`.
-    pub fn pool_name(mut self, name: impl Into<String>) -> Self {
-        self.pool_name = Some(name.into());
-        self
-    }
+        /// As [`PoolBuilder::pool_name`](crate::PoolBuilder::pool_name). Default: `wrapped`.
+        pool_name;
 
-    /// As [`PoolBuilder::seed`](crate::PoolBuilder::seed).
-    pub fn seed(mut self, seed: u64) -> Self {
-        self.seed = Some(seed);
-        self
+        /// As [`PoolBuilder::seed`](crate::PoolBuilder::seed).
+        seed;
     }
 
     /// Wraps the pool. Starts its tasks on the current tokio runtime, which must exist. Needs no server.
-    pub fn build(mut self) -> Result<Pool<M::Type>, BuildError> {
-        checked(&mut self.settings)?;
-        let shared = self.calls.shared(&self.settings)?;
-        let seed = seed_or_random(self.seed);
-        let open_timeout = self.settings.probe_timeout;
+    pub fn build(self) -> Result<Pool<M::Type>, BuildError> {
+        let Options { calls, mut settings, pool_name, seed } = self.options;
+        checked(&mut settings)?;
+        let shared = calls.shared(&settings)?;
+        let seed = seed_or_random(seed);
+        let open_timeout = settings.probe_timeout;
         let existing = Arc::new(ExistingPool {
             existing: self.existing,
             asker: Asker::default(),
@@ -165,11 +125,11 @@ where
             returns: Arc::default(),
             evictions: Arc::default(),
         });
-        let names = Names { pool: self.pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
+        let names = Names { pool: pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));
         observer.sized(existing.status().max_size, 0);
         let cluster = Cluster::start(Setup {
-            settings: self.settings,
+            settings,
             names: Vec::new(),
             configured: vec![Endpoint { host: None, address: Address::Wrapped }],
             resolver: Arc::new(FixedResolver::default()),

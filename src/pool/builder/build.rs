@@ -31,7 +31,7 @@ impl PoolBuilder {
         }
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
-        let shared = self.calls.clone().shared(&self.settings)?;
+        let shared = self.options.calls.clone().shared(&self.options.settings)?;
         let manager = Self { knows_loans: true, ..self }.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
         dialer.cluster.observer().sized(max_size, idle.min);
@@ -53,10 +53,10 @@ impl PoolBuilder {
     /// Creates only the manager, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
     /// `idle_timeout`, `sleep_after` and the retry settings are not used.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
-        let (written, default) = (&self.ssl.written, self.settings.probe_timeout);
-        self.settings.probe_timeout = open_within(&self.config, written, self.probe_timeout, default)?;
-        checked(&mut self.settings)?;
-        let settings = &self.settings;
+        let (written, default) = (&self.ssl.written, self.options.settings.probe_timeout);
+        self.options.settings.probe_timeout = open_within(&self.config, written, self.probe_timeout, default)?;
+        checked(&mut self.options.settings)?;
+        let settings = &self.options.settings;
         not_zero("max_lifetime", self.max_lifetime)?;
         self.sleep_after.map_or(Ok(()), |after| not_zero("sleep_after", after))?;
         if self.gate == 0 {
@@ -72,18 +72,18 @@ impl PoolBuilder {
         }
         // The provider must be able to fail more than once before connections are ended for silence.
         let shortest = settings.probe_timeout.min(settings.heartbeat_timeout).min(settings.dead_after / 3);
-        let names = names(self.pool_name, &targets, &template);
+        let names = names(self.options.pool_name, &targets, &template);
         let passwords = self.ask_password.map(|ask| Passwords::new(ask, shortest));
         let open_timeout = settings.probe_timeout;
         let resolver = resolver(self.resolver, self.dns_servers, targets.names.is_empty())?;
-        let seed = seed_or_random(self.seed);
+        let seed = seed_or_random(self.options.seed);
         let opener = match make_opener {
             Some(make_opener) => make_opener(template),
             None => plain_opener(template, self.connector),
         };
         let opener: Arc<dyn Open<ClientWrapper>> = Arc::new(opener.with_passwords(passwords));
         let cluster = Cluster::start(Setup {
-            settings: self.settings,
+            settings: self.options.settings,
             names: targets.names,
             configured: targets.addresses,
             resolver,

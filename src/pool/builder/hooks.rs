@@ -7,7 +7,7 @@ use std::time::Duration;
 use deadpool_postgres::ClientWrapper;
 
 use super::super::hooks::Hooks;
-use super::super::options::not_zero;
+use super::super::options::{not_zero, setters};
 use super::PoolBuilder;
 use crate::error::BuildError;
 use crate::resolve::BoxFuture;
@@ -180,47 +180,45 @@ impl PoolBuilder {
         self
     }
 
-    /// Reports each checkout that took at least this long. A line in the log and [`Event::SlowCheckout`](crate::Event)
-    /// say how long it took, and where the caller asked for the connection. Default: never.
-    ///
-    /// The place is the line of your code that calls [`Pool::get`](crate::Pool::get), or that starts the transaction.
-    /// In an outage every checkout is slow, so at most one is reported per second, together with the number of the
-    /// others.
-    ///
-    /// ```no_run
-    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use std::time::Duration;
-    /// use tokio_postgres_failover::Pool;
-    ///
-    /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
-    ///     .slow_checkout_after(Duration::from_secs(2))
-    ///     .build()?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn slow_checkout_after(mut self, wait: Duration) -> Self {
-        self.calls.slow_checkout_after = Some(wait);
-        self
-    }
+    setters! {
+        /// Reports each checkout that took at least this long. A line in the log and
+        /// [`Event::SlowCheckout`](crate::Event) say how long it took, and where the caller asked for the connection.
+        /// Default: never.
+        ///
+        /// The place is the line of your code that calls [`Pool::get`](crate::Pool::get), or that starts the
+        /// transaction. In an outage every checkout is slow, so at most one is reported per second, together with the
+        /// number of the others.
+        ///
+        /// ```no_run
+        /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+        /// use std::time::Duration;
+        /// use tokio_postgres_failover::Pool;
+        ///
+        /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
+        ///     .slow_checkout_after(Duration::from_secs(2))
+        ///     .build()?;
+        /// # Ok(())
+        /// # }
+        /// ```
+        slow_checkout_after;
 
-    /// Reports each connection that is on loan for this long. A line in the log and [`Event::LongLoan`](crate::Event)
-    /// say where it was taken, and another line says when it came back. Default: never.
-    ///
-    /// Choose a longer time than your slowest use takes: the purpose is to find leaks, as with `HikariCP`'s
-    /// `leakDetectionThreshold`. It closes nothing. Each checkout then costs a task with a timer.
-    ///
-    /// ```no_run
-    /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
-    /// use std::time::Duration;
-    /// use tokio_postgres_failover::Pool;
-    ///
-    /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?.leak_after(Duration::from_secs(60)).build()?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn leak_after(mut self, on_loan: Duration) -> Self {
-        self.calls.leak_after = Some(on_loan);
-        self
+        /// Reports each connection that is on loan for this long. A line in the log and
+        /// [`Event::LongLoan`](crate::Event) say where it was taken, and another line says when it came back. Default:
+        /// never.
+        ///
+        /// Choose a longer time than your slowest use takes: the purpose is to find leaks, as with `HikariCP`'s
+        /// `leakDetectionThreshold`. It closes nothing. Each checkout then costs a task with a timer.
+        ///
+        /// ```no_run
+        /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
+        /// use std::time::Duration;
+        /// use tokio_postgres_failover::Pool;
+        ///
+        /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?.leak_after(Duration::from_secs(60)).build()?;
+        /// # Ok(())
+        /// # }
+        /// ```
+        leak_after;
     }
 
     /// Checks the hooks. `own`: the pool is this crate's own, so it lends the connections itself and takes them back.

@@ -11,7 +11,7 @@ impl PoolBuilder {
     /// template.
     pub(crate) fn read(&self, tls: bool) -> Result<(Vec<(String, u16)>, Vec<String>, Config), BuildError> {
         let targets = targets(&self.config, &self.ssl.hosts)?;
-        let template = template(&self.config, &self.ssl.written, tls, self.settings.dead_after)?;
+        let template = template(&self.config, &self.ssl.written, tls, self.options.settings.dead_after)?;
         let names = targets.names.iter().map(|name| (name.host.to_string(), name.port)).collect();
         let addresses = targets.addresses.iter().map(ToString::to_string).collect();
         Ok((names, addresses, template))
