@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use tokio_postgres_failover::error::{EndedInside, Ending, Unsettled};
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
-use super::finish::{single, started};
+use super::finish::{single, with_ledger};
 use crate::support::bench::settlers;
 use crate::support::load::LONG;
 use crate::support::{Runs, insert, stored};
@@ -31,7 +31,7 @@ async fn identifier(cluster: &Cluster) -> u64 {
 
 impl Scene {
     async fn new() -> Self {
-        let (blue, green) = (started(single()).await, started(single().foreign()).await);
+        let (blue, green) = (with_ledger(single()).await, with_ledger(single().foreign()).await);
         let (blue_id, green_id) = (identifier(&blue).await, identifier(&green).await);
         let cutter = Cutter::start(SocketAddr::new(blue.spare_addr(0), 0), blue.socket_addr(Node(0))).await;
         let url = format!("postgres://app@{},{}/app", cutter.addr(), green.socket_addr(Node(0)));

@@ -45,7 +45,8 @@ pub(crate) fn pool_of(kind: Kind, addr: SocketAddr, max_size: usize) -> Pool {
     Pool::wrap(config.create_pool(None, NoTls).unwrap()).build().unwrap()
 }
 
-pub(crate) async fn started(builder: ClusterBuilder) -> Cluster {
+/// A cluster with the table that [`insert`] fills, and a ledger.
+pub(crate) async fn with_ledger(builder: ClusterBuilder) -> Cluster {
     let cluster = builder.start().await;
     sql(&cluster, "CREATE TABLE entries (id bigint); GRANT ALL ON entries TO app").await;
     install_ledger(&cluster).await;
@@ -74,7 +75,7 @@ async fn waits_for_the_standby(admin: &Client) {
 /// K7 under every setting that hides warnings: the wait was cancelled, so nothing is `Ok` before the standby has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k7_a_cancelled_wait_is_noticed_whatever_the_role_lets_through() {
-    let cluster = started(Cluster::builder().nodes(2)).await;
+    let cluster = with_ledger(Cluster::builder().nodes(2)).await;
     let admin = cluster.direct(Node(0)).await;
     for level in ["error", "warning", "notice", "log", "debug5"] {
         let set = format!("ALTER ROLE app SET client_min_messages = '{level}'; ALTER ROLE app SET lc_messages = 'C'");
@@ -118,7 +119,7 @@ async fn k7_a_cancelled_wait_is_noticed_whatever_the_role_lets_through() {
 /// the PANIC that ends it. Here it may not remove a file that the transaction has made stale.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_error_behind_the_commit_record_is_no_refusal() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let admin = cluster.direct(Node(0)).await;
     let sql = "SELECT current_setting('data_directory') || '/base/' || oid FROM pg_database WHERE datname = 'app'";
     let folder = PathBuf::from(admin.query_one(sql, &[]).await.unwrap().get::<_, String>(0));
@@ -156,7 +157,7 @@ async fn a_dropped_call_leaves_its_commit_waiting_for_the_standby() {
     for kind in KINDS {
         for closes in [false, true] {
             println!("{kind:?}, the pool is closed: {closes}");
-            let cluster = started(Cluster::builder().nodes(2)).await;
+            let cluster = with_ledger(Cluster::builder().nodes(2)).await;
             cluster.wait_replayed(Node(1)).await;
             let (admin, tap) = (cluster.direct(Node(0)).await, tapped(&cluster).await);
             let pool = pool_of(kind, tap.addr(), 2);
@@ -186,7 +187,7 @@ async fn a_dropped_call_leaves_its_commit_waiting_for_the_standby() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_limit_cuts_a_commits_wait() {
     for kind in KINDS {
-        let cluster = started(Cluster::builder().nodes(2)).await;
+        let cluster = with_ledger(Cluster::builder().nodes(2)).await;
         cluster.wait_replayed(Node(1)).await;
         // A slow machine may need the shorter time for what comes before COMMIT.
         let is_limited = commit_outlasts(&cluster, kind, Duration::from_millis(300)).await
@@ -288,7 +289,7 @@ async fn cleared(admin: &Client) {
 /// A closure that ends its transaction itself is told so: never `Ok`, never run again, and never "not committed".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closure_that_ends_its_transaction_is_told_so() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let admin = cluster.direct(Node(0)).await;
     admin.batch_execute(PROCEDURE).await.unwrap();
     for level in ["notice", "error"] {
@@ -361,7 +362,7 @@ async fn a_closure_that_ends_its_transaction_is_told_so() {
 /// … and the error that it fails with afterwards is not the whole story.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closure_that_ends_its_transaction_and_fails_is_not_run_again() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let admin = cluster.direct(Node(0)).await;
     let kill = "SELECT pg_terminate_backend(pg_backend_pid())";
     for kind in KINDS {
@@ -406,7 +407,7 @@ async fn a_closure_that_ends_its_transaction_and_fails_is_not_run_again() {
 async fn without_the_check_of_commit_every_answer_is_true() {
     let revoke = "REVOKE EXECUTE ON FUNCTION pg_catalog.pg_current_xact_id_if_assigned() FROM PUBLIC";
     for (deallocates, revoked) in [("; DEALLOCATE ALL", false), ("; DEALLOCATE ALL", true), ("", true)] {
-        let cluster = started(single()).await;
+        let cluster = with_ledger(single()).await;
         let admin = cluster.direct(Node(0)).await;
         if revoked {
             admin.batch_execute(revoke).await.unwrap();
@@ -439,7 +440,7 @@ async fn without_the_check_of_commit_every_answer_is_true() {
 /// A closure that goes on in a failed transaction of its own is not told "rolled back" alone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_transaction_behind_a_commit_of_the_closures_own_is_told_apart() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
         let result = pool
@@ -466,7 +467,7 @@ pub(crate) const MANY_ROWS: &str = "SELECT repeat('x', 1000) FROM generate_serie
 /// C6 for what holds a request open without holding the handle. The cases wait for a while each, so they run side by side.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_kept_stream_is_refused_and_named() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         let mut cases = Vec::new();
         for guarantee in guarantees() {
@@ -512,7 +513,7 @@ async fn a_stream_is_kept(cluster: &Cluster, kind: Kind, guarantee: Option<Guara
 /// A stream that was read, dropped or finished within the closure is in nobody's way.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_stream_that_ends_in_the_closure_is_committed() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         let pool = pool_of(kind, cluster.socket_addr(Node(0)), 1);
         pool.transaction(async |tx| {
@@ -531,7 +532,7 @@ async fn c6_a_stream_that_ends_in_the_closure_is_committed() {
 /// A handle is refused whatever else is kept with it.
 #[tokio::test]
 async fn c6_the_handle_is_named_first() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
     let error = pool.transaction(async |tx| Ok((kept_copy(&tx).await?, tx))).await.map(drop).unwrap_err();
     assert!(matches!(error, Error::RolledBack(RolledBack::HandleKept)), "{error:?}");
@@ -543,7 +544,7 @@ async fn k2_a_commit_that_is_answered_is_ok_whatever_becomes_of_the_session() {
     // What says that the session is ready for the next query.
     const READY: usize = 6;
     for guarantee in [Guarantee::AtMostOnce, Guarantee::ExactlyOnce] {
-        let cluster = started(single()).await;
+        let cluster = with_ledger(single()).await;
         let listen = SocketAddr::new(cluster.spare_addr(0), 0);
         let cutter = Cutter::start(listen, cluster.socket_addr(Node(0))).await;
         let pool = pool_of(Kind::Own, cutter.addr(), 2);

@@ -14,7 +14,7 @@ use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
-use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, started};
+use crate::commit::finish::{KINDS, Kind, MANY_ROWS, pool_of, single, with_ledger};
 use crate::support::{CONFLICT, PATIENCE, Runs, commits_call, committing, insert, sql, stored};
 
 const KILL: &str = "SELECT pg_terminate_backend(pg_backend_pid())";
@@ -50,7 +50,7 @@ async fn waits(admin: &Client) {
 /// What is prepared is not over, and another run would do the work twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_that_was_prepared_before_its_session_ended_is_not_run_again() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let admin = cluster.direct(Node(0)).await;
     for kind in KINDS {
         for guarantee in marked() {
@@ -81,7 +81,7 @@ async fn a_transaction_that_was_prepared_before_its_session_ended_is_not_run_aga
 async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
     for guarantee in marked() {
         let what = format!("{guarantee:?}");
-        let cluster = started(Cluster::builder().nodes(2)).await;
+        let cluster = with_ledger(Cluster::builder().nodes(2)).await;
         cluster.wait_replayed(Node(1)).await;
         let admin = cluster.direct(Node(0)).await;
         let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
@@ -113,7 +113,7 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
 /// waits for the end, in its last run, too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closures_own_commit_under_way_is_waited_for() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     commits_call(&cluster, &format!("pg_advisory_xact_lock_shared({GATE})")).await;
     let spellings = ["COMMIT", " /* the last one */ END", "-- the last one\n\tcommit work", "END; -- that is it"];
     for (kind, guarantee) in marked().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
@@ -177,7 +177,7 @@ async fn commits_under_way(
 /// A wrapped pool does not see what the closure has sent. A statement that does not commit is not waited for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let waits = format!("pg_advisory_xact_lock_shared({GATE})");
     // The words that end a transaction also stand elsewhere in a statement.
     let statements = [
@@ -213,7 +213,7 @@ async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
 /// meets nobody else, in a wrapped pool neither.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_was_asked_in_vain_meets_nobody() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let mut config = deadpool_postgres::Config::new();
     config.url = Some(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))));
     config.pool = Some(deadpool_postgres::PoolConfig::new(1));
@@ -250,7 +250,7 @@ enum Keeps {
 /// The session cannot be asked how the transaction ended, as the closure has kept it. Another one can.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closure_that_committed_itself_and_keeps_its_session_is_told_so() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         for guarantee in marked() {
             for keeps in [Keeps::Handle, Keeps::Stream, Keeps::HandleAndFails] {
@@ -304,7 +304,7 @@ async fn commits_and_keeps(pool: &Pool, guarantee: Guarantee, keeps: Keeps, runs
 /// With `exit_on_error`, the check by which COMMIT finds its transaction ends the session instead of failing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closure_that_ends_its_transaction_is_told_so_where_errors_end_sessions() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     sql(&cluster, "ALTER ROLE app SET exit_on_error = on").await;
     for kind in KINDS {
         for guarantee in marked() {
@@ -361,7 +361,7 @@ async fn is_told_of_its_commit(
 /// The last run that is allowed, too, says "not committed" only where it is so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         for guarantee in marked() {
             for ends in ["COMMIT", "COMMIT AND CHAIN", "COMMIT; BEGIN"] {
@@ -378,7 +378,7 @@ async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
 /// … and so does an attempt whose time is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         for guarantee in marked() {
             let what = format!("{kind:?} {guarantee:?}");
@@ -395,7 +395,7 @@ async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
 /// The ledger is asked in the same words under any `search_path`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     sql(
         &cluster,
         "CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO app; \
@@ -427,7 +427,7 @@ async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
 /// Such work was run again until the deadline.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     for kind in KINDS {
         for way in ["batch_execute", "execute", "query", "savepoint"] {
             let what = format!("{kind:?} {way}");
@@ -467,7 +467,7 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
         for way in ["COMMIT", "/* by /* hand */ */ END WORK", "COMMIT; SELECT 1", "execute", "prepared", "transaction"]
         {
             let what = format!("{kind:?} {way}");
-            let cluster = started(Cluster::builder().nodes(2)).await;
+            let cluster = with_ledger(Cluster::builder().nodes(2)).await;
             cluster.wait_replayed(Node(1)).await;
             let admin = cluster.direct(Node(0)).await;
             let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
@@ -517,7 +517,7 @@ async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
 #[tokio::test]
 async fn a_commit_by_hand_that_is_dropped_at_once_is_not_cancelled() {
     for way in ["batch", "transaction", "discard"] {
-        let cluster = started(Cluster::builder().nodes(2)).await;
+        let cluster = with_ledger(Cluster::builder().nodes(2)).await;
         cluster.wait_replayed(Node(1)).await;
         let admin = cluster.direct(Node(0)).await;
         let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;

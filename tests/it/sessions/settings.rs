@@ -43,7 +43,7 @@ const TABLES: &str = "CREATE TABLE public.entries (name text, id bigint); CREATE
 const OWN: [&str; 3] = ["application_name", "transaction_isolation", "transaction_deferrable"];
 
 /// A cluster with the roles and databases of these rows.
-async fn started(rows: &[Row]) -> Arc<Cluster> {
+async fn with_databases_of(rows: &[Row]) -> Arc<Cluster> {
     let cluster = Cluster::builder().nodes(2).setting("max_connections", "400").setting("max_worker_processes", "32");
     let cluster = Arc::new(cluster.start().await);
     let admin = cluster.direct(Node(0)).await;
@@ -419,7 +419,7 @@ async fn each(rows: &[Row], at_once: usize, check: impl AsyncFn(&Row)) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_pools_sql_means_the_same_under_any_setting() {
     let rows = chosen();
-    let cluster = started(&rows).await;
+    let cluster = with_databases_of(&rows).await;
     each(&rows, AT_ONCE, async |row| {
         println!("{}: begins", row.name);
         let mut tries = if row.is_timed() { 3 } else { 1 };
@@ -477,7 +477,7 @@ async fn again_if_cancelled(mut work: impl AsyncFnMut() -> (Result<(), Error>, u
 
 /// One failover, with a pool and two transactions in doubt for each row.
 async fn fails_over(rows: &[Row]) {
-    let cluster = started(rows).await;
+    let cluster = with_databases_of(rows).await;
     let mut benches = Vec::new();
     for row in rows {
         // All at the same time: at the usual pace.

@@ -12,7 +12,7 @@ use crate::support::{Runs, sql};
 
 const SELECT: &str = "SELECT * FROM entries";
 
-async fn started() -> Cluster {
+async fn with_types() -> Cluster {
     let cluster = Cluster::builder().nodes(1).start().await;
     sql(
         &cluster,
@@ -136,7 +136,7 @@ async fn use_it(pool: &Pool, way: Way, change: Change) -> (u32, Result<usize, Er
 /// Each change, each kind of call, in a pool of this crate's and in a wrapped one: one more run, and no error.
 #[tokio::test]
 async fn a_transaction_with_a_stale_statement_is_run_again() {
-    let cluster = started().await;
+    let cluster = with_types().await;
     for (name, pool) in pools(&cluster, 1) {
         for met in CHANGES {
             for way in [Way::Transaction, Way::Idempotent, Way::Read, Way::Opaque] {
@@ -162,7 +162,7 @@ async fn a_transaction_with_a_stale_statement_is_run_again() {
 /// Whoever has a connection by hand gets the error once: the next call finds the connection healed, kept or not.
 #[tokio::test]
 async fn the_next_call_by_hand_finds_it_healed() {
-    let cluster = started().await;
+    let cluster = with_types().await;
     for (name, pool) in pools(&cluster, 1) {
         for met in [Change::Column, Change::Discarded, Change::Deallocated] {
             let by_hand = async || {
@@ -198,7 +198,7 @@ async fn change_column(cluster: &Cluster) {
 /// A call that no fresh statement helps ends: twice, and not until its deadline.
 #[tokio::test]
 async fn what_comes_again_on_a_healed_connection_is_returned() {
-    let cluster = started().await;
+    let cluster = with_types().await;
     for (name, pool) in pools(&cluster, 2) {
         // A statement of another connection's.
         let other = pool.get().await.unwrap();
@@ -250,7 +250,7 @@ async fn what_comes_again_on_a_healed_connection_is_returned() {
 /// A migration that tells the pool: nobody meets an error, on connections that are idle and on those that somebody has.
 #[tokio::test]
 async fn after_all_caches_were_cleared_nobody_meets_an_error() {
-    let cluster = started().await;
+    let cluster = with_types().await;
     for (name, pool) in pools(&cluster, 3) {
         let held = pool.get().await.unwrap();
         {

@@ -28,7 +28,7 @@ const NO_UPDATES: &str = "
     CREATE POLICY read ON failover.ledger FOR SELECT USING (true);
     CREATE POLICY write ON failover.ledger FOR INSERT WITH CHECK (true)";
 
-async fn started(change: &str) -> (Arc<Cluster>, Cutter, Pool) {
+async fn with_changed_ledger(change: &str) -> (Arc<Cluster>, Cutter, Pool) {
     let cluster = Arc::new(Cluster::builder().nodes(1).start().await);
     create_table(&cluster).await;
     Ledger::default().install(&cluster.direct(Node(0)).await).await.unwrap();
@@ -50,7 +50,7 @@ async fn a_ledger_that_proves_nothing_settles_nothing() {
         ("a trigger lets no row in", NO_ROWS, false, Unsettled::NoMarker),
     ] {
         println!("{name}");
-        let (cluster, cutter, pool) = started(change).await;
+        let (cluster, cutter, pool) = with_changed_ledger(change).await;
         let armed = cutter.arm_with(Cut::CommitAnswerDropped, {
             let cluster = Arc::clone(&cluster);
             async move || {
@@ -82,7 +82,7 @@ async fn pruning_takes_its_time() {
             'BEGIN PERFORM pg_sleep(0.05); RETURN OLD; END';
         CREATE TRIGGER slow BEFORE DELETE ON failover.ledger FOR EACH ROW EXECUTE FUNCTION failover.slow();
         ALTER ROLE app SET statement_timeout = '500ms'";
-    let (cluster, _cutter, pool) = started(SLOW).await;
+    let (cluster, _cutter, pool) = with_changed_ledger(SLOW).await;
     let admin = cluster.direct(Node(0)).await;
     // A stall of the machine may be longer than the role's limit, which is the closure's, too.
     let write = async || {
