@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
+#[path = "layers/files.rs"]
+mod files;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -104,6 +107,29 @@ fn no_file_is_longer_than_five_hundred_lines() {
     let long: Vec<_> = all_sources().into_iter().map(|(path, source)| (path, source.lines().count())).collect();
     let long: Vec<_> = long.into_iter().filter(|(_, lines)| *lines > 500).collect();
     assert!(long.is_empty(), "{long:?}");
+}
+
+/// rustfmt keeps code within this limit, but not comments and strings.
+#[test]
+fn no_line_is_longer_than_120_characters() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut long = Vec::new();
+    let mut folders = vec![root.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let source = fs::read_to_string(&path).unwrap();
+                let lines = source.lines().zip(1..).filter(|(line, _)| line.chars().count() > 120);
+                let shown = path.strip_prefix(root).unwrap().display();
+                long.extend(lines.map(|(line, number)| format!("{shown}:{number}: {line}")));
+            }
+        }
+    }
+    assert!(long.is_empty(), "{}", long.join("\n"));
 }
 
 #[test]
