@@ -1,8 +1,8 @@
 //! A primary and its hot standbys, and what can happen to them.
 //!
-//! The test bed is the cluster's manager: it decides who is promoted and whom the standbys follow. Nothing fences an old
-//! primary, so every kind of split brain can be made. A node's own changes ([`Cluster::set_read_only`], the standby it
-//! follows) lie in its `postgresql.auto.conf`.
+//! The test bed is the cluster's manager: it decides who is promoted and whom the standbys follow. Nothing fences an
+//! old primary, so every kind of split brain can be made. A node's own changes ([`Cluster::set_read_only`], the standby
+//! it follows) lie in its `postgresql.auto.conf`.
 
 mod timelines;
 
@@ -35,8 +35,8 @@ use crate::wait::until;
 
 pub use timelines::Background;
 
-/// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine gets time,
-/// and so does a standby that waits ten seconds for its WAL receiver, see [`Cluster::wake`].
+/// How long a step of the test bed itself may take before the test fails. Steps take milliseconds; a loaded machine
+/// gets time, and so does a standby that waits ten seconds for its WAL receiver, see [`Cluster::wake`].
 const PATIENCE: Duration = Duration::from_secs(120);
 /// After so many looks in vain, some milliseconds apart, a server is told once more to read its configuration.
 const TELL_AGAIN: u32 = 500;
@@ -44,8 +44,8 @@ const TELL_AGAIN: u32 = 500;
 const FOLLOW_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a promotion waits for the other standbys to turn to the new primary.
 const TURNING_PATIENCE: Duration = Duration::from_millis(500);
-/// How long after a promotion the manager's own work may come: the waiting for the standbys, the next `ALTER SYSTEM`, the end
-/// of its sessions. A real one comes back some seconds later, and not while the clients do.
+/// How long after a promotion the manager's own work may come: the waiting for the standbys, the next `ALTER SYSTEM`,
+/// the end of its sessions. A real one comes back some seconds later, and not while the clients do.
 const CALM: Duration = Duration::from_millis(250);
 /// What takes longer than this does not go as usual.
 const UNHURRIED: Duration = Duration::from_millis(100);
@@ -116,7 +116,8 @@ impl ClusterBuilder {
         self
     }
 
-    /// Clients may show certificates that this authority signed; which lines of [`ClusterBuilder::hba`] want one, they say.
+    /// Clients may show certificates that this authority signed; which lines of [`ClusterBuilder::hba`] want one, they
+    /// say.
     pub fn tls_clients(mut self, authority: &Authority) -> Self {
         self.clients = Some(authority.pem());
         self
@@ -156,8 +157,8 @@ impl Postmaster {
 /// Real PostgreSQL servers on loopback addresses of their own: a primary and hot standbys.
 ///
 /// All listen on the same port. They have the database `app`, owned by the role `app` (no superuser), and the superuser
-/// `postgres`. Dropping the cluster ends its servers and removes its files; so does the end of the test process, however
-/// it comes.
+/// `postgres`. Dropping the cluster ends its servers and removes its files; so does the end of the test process,
+/// however it comes.
 ///
 /// Methods wait for the state they name, with a deadline, and panic when it does not come.
 pub struct Cluster {
@@ -442,8 +443,8 @@ impl Cluster {
         self.server.give(path);
     }
 
-    /// Another certificate, on a cluster that was built with [`ClusterBuilder::tls`]: for the sessions that are opened from
-    /// about now on, as the server is told and does not answer.
+    /// Another certificate, on a cluster that was built with [`ClusterBuilder::tls`]: for the sessions that are opened
+    /// from about now on, as the server is told and does not answer.
     pub fn set_certificate(&self, node: Node, certificate: &Certificate) {
         self.write_certificate(node, certificate);
         process::signal(self.running(node), Signal::HUP);
@@ -505,8 +506,8 @@ impl Cluster {
 
 /// Faults of processes.
 impl Cluster {
-    /// SIGKILL to the server and its children at once, as when the machine loses power, but that the kernel still closes
-    /// the sockets. Returns when all are gone.
+    /// SIGKILL to the server and its children at once, as when the machine loses power, but that the kernel still
+    /// closes the sockets. Returns when all are gone.
     pub async fn kill(&self, node: Node) {
         let backends = process::kill_tree(self.running(node));
         self.wait_exit(node).await;
@@ -528,7 +529,8 @@ impl Cluster {
         self.wait_exit(node).await;
     }
 
-    /// SIGTERM: no new sessions (57P03), the open ones go on, and the server exits after the last. Does not wait for that.
+    /// SIGTERM: no new sessions (57P03), the open ones go on, and the server exits after the last. Does not wait for
+    /// that.
     #[allow(clippy::unused_async, reason = "stands in one row with the other ways to stop")]
     pub async fn stop_smart(&self, node: Node) {
         process::signal(self.running(node), Signal::TERM);
@@ -549,8 +551,9 @@ impl Cluster {
         self.postmaster(node).frozen = false;
     }
 
-    /// SIGSTOP to the process that sends a standby its WAL: what is committed from now on is on the primary alone, until
-    /// that is killed, or for three seconds: then the standby gives up the silent connection, and is sent everything.
+    /// SIGSTOP to the process that sends a standby its WAL: what is committed from now on is on the primary alone,
+    /// until that is killed, or for three seconds: then the standby gives up the silent connection, and is sent
+    /// everything.
     pub async fn stop_shipping(&self, primary: Node, standby: Node) {
         let sql = "SELECT pid FROM pg_stat_replication WHERE application_name = $1";
         let row = self.direct(primary).await.query_one(sql, &[&name(standby)]).await;
@@ -661,21 +664,21 @@ impl Cluster {
         self.promote_timed(node).await.took
     }
 
-    /// Makes a standby the primary; returns a quarter of a second after it accepts writes, when the other awake standbys stream
-    /// from it. For these it waits half a second more at most.
+    /// Makes a standby the primary; returns a quarter of a second after it accepts writes, when the other awake
+    /// standbys stream from it. For these it waits half a second more at most.
     ///
     /// In a synchronous cluster commits wait for one of these once they stream, and what was committed before
     /// has reached them when this returns; so Patroni does it, too. With none awake commits wait for nobody.
-    /// Nothing is done to the old primary. Promote [`Cluster::most_advanced_standby`]: another one may lack commits that
-    /// were acknowledged.
+    /// Nothing is done to the old primary. Promote [`Cluster::most_advanced_standby`]: another one may lack commits
+    /// that were acknowledged.
     pub async fn promote_timed(&self, node: Node) -> Promotion {
         let (probe, asking) = (self.administrator(node).await, self.direct(node).await);
         let mut followers = Vec::new();
         for other in self.awake_others(node).into_iter().filter(|other| *other != self.primary()) {
             followers.push((other, self.direct(other).await));
         }
-        // The other standbys still follow the old primary: commits that waited for them from the first moment would stand
-        // still until they have turned round.
+        // The other standbys still follow the old primary: commits that waited for them from the first moment would
+        // stand still until they have turned round.
         alter_system(&asking, "synchronous_standby_names", "").await;
 
         let begun = Instant::now();
@@ -739,15 +742,16 @@ impl Cluster {
         false
     }
 
-    /// Wakes a standby's postmaster. Up to PostgreSQL 15 it can miss that a WAL receiver is to be started again, when the old
-    /// one ends just before it goes to sleep; it then sleeps on until anything happens, and the standby waits ten seconds.
+    /// Wakes a standby's postmaster. Up to PostgreSQL 15 it can miss that a WAL receiver is to be started again, when
+    /// the old one ends just before it goes to sleep; it then sleeps on until anything happens, and the standby waits
+    /// ten seconds.
     async fn wake(&self, standby: Node) {
         // Nothing listens while a node starts: then it is awake.
         let _ = timeout(UNHURRIED, TcpStream::connect(self.socket_addr(standby))).await;
     }
 
-    /// A planned change: the primary shuts down cleanly, the standby is promoted, the old primary comes back as a standby.
-    /// Returns the time from the shutdown's begin to the first write.
+    /// A planned change: the primary shuts down cleanly, the standby is promoted, the old primary comes back as a
+    /// standby. Returns the time from the shutdown's begin to the first write.
     pub async fn switch_over(&self, node: Node) -> Duration {
         let (old, begun) = (self.primary(), Instant::now());
         self.stop_fast(old).await;
@@ -762,7 +766,8 @@ impl Cluster {
         for node in self.awake_others(self.primary()) {
             let session = self.direct(node).await;
             // What was received starts anew at a segment's begin when a standby reconnects; what was replayed stays.
-            let sql = "SELECT (coalesce(greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), '0/0') - '0/0')::bigint
+            let sql = "SELECT (coalesce(greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()), '0/0') - \
+                       '0/0')::bigint
                        WHERE pg_is_in_recovery()";
             if let Some(row) = session.query_opt(sql, &[]).await.expect("the LSN") {
                 best = best.max(Some((row.get::<_, i64>(0), node)));
@@ -773,7 +778,8 @@ impl Cluster {
 
     /// Any node but the primary becomes a standby of it, and is streaming when this returns.
     ///
-    /// An old primary is rewound; a node that cannot follow is copied from the primary. Its own `ALTER SYSTEM` settings are lost.
+    /// An old primary is rewound; a node that cannot follow is copied from the primary. Its own `ALTER SYSTEM` settings
+    /// are lost.
     pub async fn restart_as_standby(&self, node: Node) {
         let primary = self.primary();
         assert_ne!(node, primary, "the primary cannot follow itself");
@@ -784,7 +790,8 @@ impl Cluster {
             self.stop_fast(node).await;
         }
         let session = self.administrator(primary).await;
-        // Until its first checkpoint, a promoted server's control file names the old timeline, and pg_rewind finds nothing to do.
+        // Until its first checkpoint, a promoted server's control file names the old timeline, and pg_rewind finds
+        // nothing to do.
         session.batch_execute("CHECKPOINT").await.expect("CHECKPOINT");
         let source = format!("host={} port={} user=postgres dbname=app", self.addr(primary), self.port());
         let data = self.data(node);
@@ -911,8 +918,8 @@ impl Drop for Cluster {
     }
 }
 
-/// Tells somebody who waits for a standby, and looks every few milliseconds, when it is to be woken: what takes longer than
-/// usual is a reason, and each wake-up costs the server a process.
+/// Tells somebody who waits for a standby, and looks every few milliseconds, when it is to be woken: what takes longer
+/// than usual is a reason, and each wake-up costs the server a process.
 struct Alarm {
     set: Instant,
     rung: AtomicU32,
@@ -948,8 +955,8 @@ fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
-/// Has the standby replayed more than the promoted server had when it was promoted, and not from that server's timeline? The
-/// timeline matters: a slow machine may see a standby late that has followed long since.
+/// Has the standby replayed more than the promoted server had when it was promoted, and not from that server's
+/// timeline? The timeline matters: a slow machine may see a standby late that has followed long since.
 async fn is_ahead(standby: &Client, promoted: &Client, timeline: i32) -> bool {
     let fork: String =
         promoted.query_one("SELECT pg_last_wal_replay_lsn()::text", &[]).await.expect("the fork's position").get(0);

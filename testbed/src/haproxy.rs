@@ -1,7 +1,8 @@
-//! The real HAProxy, set up as Fly Postgres (postgres-flex) does it: one on each node, each in front of all nodes, and an
-//! HTTP end point on each node that tells its role.
+//! The real HAProxy, set up as Fly Postgres (postgres-flex) does it: one on each node, each in front of all nodes, and
+//! an HTTP end point on each node that tells its role.
 //!
-//! Fly's ports are 5432 (HAProxy), 5433 (that node's own server) and 5500 (the role). Here they follow the cluster's port.
+//! Fly's ports are 5432 (HAProxy), 5433 (that node's own server) and 5500 (the role). Here they follow the cluster's
+//! port.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -29,8 +30,8 @@ const STATS: u16 = 300;
 /// Checks come every two seconds, and two or three of them decide.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The role of each node by HTTP, as Fly's `/flycheck/role` tells it: `primary`, `replica` or `zombie`, or a failure where the
-/// server gives no session. Each question is a new session; nothing is kept. Dropping it closes all.
+/// The role of each node by HTTP, as Fly's `/flycheck/role` tells it: `primary`, `replica` or `zombie`, or a failure
+/// where the server gives no session. Each question is a new session; nothing is kept. Dropping it closes all.
 pub struct FlyChecks {
     nodes: Vec<Mutex<Option<Port>>>,
     endpoints: Vec<Endpoint>,
@@ -148,7 +149,8 @@ impl HaProxy {
         format!("postgres://app@pg.internal:{}/app", Self::port(cluster))
     }
 
-    /// Starts the proxy of this node with Fly's settings, and returns when it listens: it may not have checked any server yet.
+    /// Starts the proxy of this node with Fly's settings, and returns when it listens: it may not have checked any
+    /// server yet.
     pub async fn start(cluster: &Cluster, node: Node) -> Self {
         let addr = SocketAddr::new(cluster.addr(node), Self::port(cluster));
         let stats = SocketAddr::new(cluster.addr(node), cluster.port() + STATS);
@@ -165,8 +167,8 @@ impl HaProxy {
         self.addr
     }
 
-    /// Its supervisor ends it by SIGTERM and starts it again, as Fly's does whenever a read-only mode begins or ends: all
-    /// sessions get a bare end of file. Returns when it listens.
+    /// Its supervisor ends it by SIGTERM and starts it again, as Fly's does whenever a read-only mode begins or ends:
+    /// all sessions get a bare end of file. Returns when it listens.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.launch().await;
@@ -183,7 +185,8 @@ impl HaProxy {
         self.program.listens(self.addr).await;
     }
 
-    /// A new process takes the port over, and the old one ends with its last session. Returns when the old one listens no more.
+    /// A new process takes the port over, and the old one ends with its last session. Returns when the old one listens
+    /// no more.
     pub async fn reload(&mut self) {
         let old = self.program.id().expect("it runs");
         let replaced = self.program.spawn(&["-db", "-f", &self.config, "-sf", &old.to_string()]);
@@ -276,8 +279,8 @@ pub(crate) async fn ask(stats: SocketAddr, question: &str) -> Result<String, Str
     asked.await.map_err(|error| error.to_string())
 }
 
-/// What Fly's file comes to, with this cluster's names, ports and DNS server. What Fly leaves at HAProxy's defaults (a check
-/// every two seconds, three to fall, two to rise) is left here, too.
+/// What Fly's file comes to, with this cluster's names, ports and DNS server. What Fly leaves at HAProxy's defaults (a
+/// check every two seconds, three to fall, two to rise) is left here, too.
 fn configuration(cluster: &Cluster, node: Node, addr: SocketAddr, stats: SocketAddr) -> String {
     let (own, port, role) = (cluster.socket_addr(node), cluster.port(), cluster.port() + ROLE);
     let mut text = String::from("global\n    maxconn 1000\n    log stdout format raw daemon\n");
@@ -288,8 +291,8 @@ fn configuration(cluster: &Cluster, node: Node, addr: SocketAddr, stats: SocketA
          timeout server 30m\n    timeout check 5s\n\n\
          resolvers dns\n    nameserver dns1 {}\n    accepted_payload_size 8192\n\n\
          frontend ft_postgresql\n    bind {addr}\n    default_backend bk_db\n\n\
-         backend bk_db\n    balance roundrobin\n    option httpchk GET /flycheck/role\n    http-check expect string primary\n    \
-         http-check disable-on-404\n    \
+         backend bk_db\n    balance roundrobin\n    option httpchk GET /flycheck/role\n    \
+         http-check expect string primary\n    http-check disable-on-404\n    \
          server-template pg 10 pg.internal:{port} check port {role} resolvers dns resolve-prefer ipv4 init-addr none \
          on-marked-down shutdown-sessions\n    \
          server own {own} check backup port {role} on-marked-down shutdown-sessions\n",

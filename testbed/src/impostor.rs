@@ -24,8 +24,8 @@ pub struct Impostor {
 }
 
 impl Impostor {
-    /// Shows `certificate` to those who connect, and takes their bytes to `upstream`, whose certificate `authority` signed
-    /// for `pg.internal`.
+    /// Shows `certificate` to those who connect, and takes their bytes to `upstream`, whose certificate `authority`
+    /// signed for `pg.internal`.
     pub async fn start(
         listen: SocketAddr,
         upstream: SocketAddr,

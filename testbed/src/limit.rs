@@ -1,4 +1,5 @@
-//! The end of a test that hangs: after [`LIMIT`], or `TESTBED_LIMIT` seconds, the process says which test it is, and exits.
+//! The end of a test that hangs: after [`LIMIT`], or `TESTBED_LIMIT` seconds, the process says which test it is, and
+//! exits.
 //!
 //! Without it a run that hangs ends when the machine's patience does, and nobody learns which test it was. All tests of
 //! the process end with it, and the reapers clear up behind them.
@@ -35,8 +36,8 @@ impl Drop for Entry {
     }
 }
 
-/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have the
-/// names of the tests. The programs that run for as long as they are told have none.
+/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have
+/// the names of the tests. The programs that run for as long as they are told have none.
 pub(crate) fn begin() {
     let thread = thread::current();
     let Some(name) = thread.name().filter(|name| name.contains("::")) else { return };
@@ -57,7 +58,8 @@ fn watch() {
         thread::sleep(INTERVAL);
         let running = lock(&RUNNING);
         if let Some((_, name, begun)) = running.iter().find(|(.., begun)| begun.elapsed() > limit) {
-            // Written past `print!`, which the harness keeps until the test ends. Nobody is left to tell of a failed write.
+            // Written past `print!`, which the harness keeps until the test ends. Nobody is left to tell of a failed
+            // write.
             let _ = writeln!(stdout(), "\ntest {name} ... FAILED");
             let _ = writeln!(stderr(), "testbed: {name} hangs: it began {:?} ago\n{}", begun.elapsed(), threads());
             process::exit(101);

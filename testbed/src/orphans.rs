@@ -1,5 +1,5 @@
-//! Servers that others started: Patroni and repmgr. When such a server dies it becomes a child of this process, and stays in
-//! the process table until it is reaped. Its manager would take it for one that lives.
+//! Servers that others started: Patroni and repmgr. When such a server dies it becomes a child of this process, and
+//! stays in the process table until it is reaped. Its manager would take it for one that lives.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -47,7 +47,8 @@ impl Path {
         self.port.addr()
     }
 
-    /// Each connection that comes from now on stands still for so long before anything passes: its log-in takes so long.
+    /// Each connection that comes from now on stands still for so long before anything passes: its log-in takes so
+    /// long.
     pub fn delay_log_ins(&self, delay: Duration) {
         *lock(&self.shared.delay) = delay;
     }
@@ -57,8 +58,8 @@ impl Path {
         *lock(&self.shared.upstream) = upstream;
     }
 
-    /// All open connections stay open and nothing passes on them any more, in either direction: neither side is told. New
-    /// ones pass.
+    /// All open connections stay open and nothing passes on them any more, in either direction: neither side is told.
+    /// New ones pass.
     pub fn vanish(&self) {
         self.shared.vanished.send_modify(|times| *times += 1);
     }

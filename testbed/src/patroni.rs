@@ -1,11 +1,11 @@
 //! Three servers that Patroni manages, with etcd. What can happen to them is in `faults`.
 //!
-//! Patroni decides who is the primary here, and nobody else: the test bed starts processes, takes them away, and cuts the
-//! paths between them. Each node has three such paths: its own to etcd, and those of its peers to its PostgreSQL and to its
-//! Patroni. Clients connect to the node itself, past them.
+//! Patroni decides who is the primary here, and nobody else: the test bed starts processes, takes them away, and cuts
+//! the paths between them. Each node has three such paths: its own to etcd, and those of its peers to its PostgreSQL
+//! and to its Patroni. Clients connect to the node itself, past them.
 //!
-//! Patroni 4 enforces a `ttl` of 20 s and more, with which each failover takes 20 s. The test bed takes that limit away, as
-//! Patroni 3 had none; nothing else of Patroni is changed.
+//! Patroni 4 enforces a `ttl` of 20 s and more, with which each failover takes 20 s. The test bed takes that limit
+//! away, as Patroni 3 had none; nothing else of Patroni is changed.
 
 mod config;
 mod faults;
@@ -110,7 +110,8 @@ struct Member {
     to_etcd: Vec<Link>,
 }
 
-/// Three nodes with Patroni and PostgreSQL, and etcd. The database and the roles are those of [`Cluster`](crate::Cluster).
+/// Three nodes with Patroni and PostgreSQL, and etcd. The database and the roles are those of
+/// [`Cluster`](crate::Cluster).
 ///
 /// Dropping it ends all processes and removes the files; so does the end of the test process, however it comes.
 ///
@@ -311,8 +312,8 @@ impl Patroni {
         .await;
     }
 
-    /// Waits until commits wait for a standby that Patroni would promote, or no longer do. PostgreSQL waits for it first, and
-    /// Patroni writes it down a moment later: a primary that is lost in between has no successor.
+    /// Waits until commits wait for a standby that Patroni would promote, or no longer do. PostgreSQL waits for it
+    /// first, and Patroni writes it down a moment later: a primary that is lost in between has no successor.
     async fn wait_synchronous(&self, synchronous: bool) {
         let sql = "SELECT count(*) FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')";
         until("Patroni has set the synchronous standbys", PATIENCE, || async {

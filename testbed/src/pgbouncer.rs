@@ -40,8 +40,8 @@ impl PgBouncerBuilder {
         self
     }
 
-    /// The role `app` must give this password (SCRAM), which stands in PgBouncer's `auth_file`, and by which it logs in to the
-    /// servers.
+    /// The role `app` must give this password (SCRAM), which stands in PgBouncer's `auth_file`, and by which it logs in
+    /// to the servers.
     pub fn password(mut self, password: &str) -> Self {
         self.users.retain(|(user, _)| user != "app");
         self.users.push(("app".to_owned(), password.to_owned()));
@@ -49,8 +49,8 @@ impl PgBouncerBuilder {
         self
     }
 
-    /// Starts it on a spare address of the cluster and leads it to `target`: an address, several in one round with commas in
-    /// between, or a name that its DNS server knows. Returns when it listens.
+    /// Starts it on a spare address of the cluster and leads it to `target`: an address, several in one round with
+    /// commas in between, or a name that its DNS server knows. Returns when it listens.
     pub async fn start(self, cluster: &Cluster, listen: IpAddr, target: &str, port: u16) -> PgBouncer {
         static COUNT: AtomicU8 = AtomicU8::new(0);
         let label = format!("pgbouncer{}", COUNT.fetch_add(1, Ordering::Relaxed));
@@ -103,8 +103,8 @@ impl PgBouncer {
         format!("postgres://app@{}/app", self.addr)
     }
 
-    /// Writes another server into its configuration file and tells it to read that: each server session ends as soon as it is
-    /// free.
+    /// Writes another server into its configuration file and tells it to read that: each server session ends as soon as
+    /// it is free.
     pub async fn set_target(&self, target: &str, port: u16) {
         self.configure(target, port);
         self.command("RELOAD").await;
@@ -159,7 +159,8 @@ impl PgBouncer {
         let auth = if self.choices.passwords { "scram-sha-256" } else { "trust" };
         let mut text = format!(
             "[databases]\napp = host={target} port={port} dbname=app\n\n[pgbouncer]\n\
-             listen_addr = {}\nlisten_port = {}\nunix_socket_dir =\nauth_type = {auth}\nauth_file = {folder}/userlist.txt\n\
+             listen_addr = {}\nlisten_port = {}\nunix_socket_dir =\nauth_type = {auth}\n\
+             auth_file = {folder}/userlist.txt\n\
              admin_users = {ADMIN}\n",
             self.addr.ip(),
             self.addr.port()

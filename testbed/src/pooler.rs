@@ -1,9 +1,9 @@
 //! A connection pooler in transaction mode, as PgBouncer is one: a client's session is its own, and each of its
 //! transactions runs on whichever server connection is free.
 //!
-//! It decides nothing about what passes, and tracks no prepared statements: one that was prepared in another transaction
-//! is there by chance. Nobody may need encryption or a password. `COPY FROM STDIN` by the extended protocol keeps its
-//! client on its server connection until that ends.
+//! It decides nothing about what passes, and tracks no prepared statements: one that was prepared in another
+//! transaction is there by chance. Nobody may need encryption or a password. `COPY FROM STDIN` by the extended protocol
+//! keeps its client on its server connection until that ends.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -29,9 +29,9 @@ const AUTHENTICATED: [u8; 4] = [0; 4];
 
 /// A pooler in front of one server at a time. Dropping it closes its connections and its port.
 ///
-/// Server connections are taken in turn, so that a client's next transaction runs on another one wherever there is one. A
-/// client that goes away within a transaction takes its server connection along. While the target takes nobody, clients
-/// wait.
+/// Server connections are taken in turn, so that a client's next transaction runs on another one wherever there is one.
+/// A client that goes away within a transaction takes its server connection along. While the target takes nobody,
+/// clients wait.
 pub struct Pooler {
     port: Port,
     shared: Arc<Shared>,
@@ -115,7 +115,8 @@ async fn serve(mut client: Wire, shared: Arc<Shared>) -> Option<()> {
     }
 }
 
-/// One transaction, or one statement outside of any: from its first message until the server is idle and owes no answer.
+/// One transaction, or one statement outside of any: from its first message until the server is idle and owes no
+/// answer.
 async fn transact(client: &mut Wire, server: &mut Wire, first: Frame) -> Option<()> {
     let (mut asked, mut owed, mut synced) = (Some(first), 0_u32, false);
     loop {
@@ -214,7 +215,8 @@ impl Drop for Busy<'_> {
     }
 }
 
-/// A connection to a server. Its session is what the start-up message made of it, and clients leave in it what they like.
+/// A connection to a server. Its session is what the start-up message made of it, and clients leave in it what they
+/// like.
 struct Server {
     addr: SocketAddr,
     startup: Vec<u8>,

@@ -36,7 +36,8 @@ pub(crate) fn is_installed(name: &str) -> bool {
     false
 }
 
-/// A running program, whose configuration and log lie in a folder of its own. Ends when it is dropped, and with the cluster.
+/// A running program, whose configuration and log lie in a folder of its own. Ends when it is dropped, and with the
+/// cluster.
 pub(crate) struct Program {
     name: &'static str,
     path: PathBuf,
@@ -72,8 +73,8 @@ impl Program {
         path
     }
 
-    /// Starts it; returns the one that ran before, if it still does. One argument at least names the folder, by which the
-    /// cluster's reaper finds the process.
+    /// Starts it; returns the one that ran before, if it still does. One argument at least names the folder, by which
+    /// the cluster's reaper finds the process.
     pub(crate) fn spawn(&mut self, arguments: &[&str]) -> Option<Child> {
         let folder = self.folder.to_str().expect("a folder of the test bed");
         assert!(arguments.iter().any(|argument| argument.contains(folder)), "{arguments:?}");

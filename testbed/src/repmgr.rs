@@ -60,8 +60,8 @@ impl Repmgr {
         repmgr
     }
 
-    /// The servers, and what can happen to them. [`Cluster::start_node`] starts an old primary again by hand: it is writable,
-    /// beside its successor.
+    /// The servers, and what can happen to them. [`Cluster::start_node`] starts an old primary again by hand: it is
+    /// writable, beside its successor.
     pub fn cluster(&self) -> &Cluster {
         &self.cluster
     }

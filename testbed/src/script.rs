@@ -1,8 +1,8 @@
 //! A server that says what a test tells it to: PostgreSQL's protocol, and nothing behind it.
 //!
 //! Speaks just enough of protocol 3 for sessions without a password and for simple queries. What it answers is a
-//! closure over the text of the query; what becomes of its bytes on the way is a [`Tamper`] for each session. Statements
-//! of the extended protocol are refused with 0A000.
+//! closure over the text of the query; what becomes of its bytes on the way is a [`Tamper`] for each session.
+//! Statements of the extended protocol are refused with 0A000.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,4 +1,5 @@
-//! The PostgreSQL installation: where its programs are, as whom they run, and the template that clusters are copied from.
+//! The PostgreSQL installation: where its programs are, as whom they run, and the template that clusters are copied
+//! from.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsStr;
@@ -19,8 +20,8 @@ use crate::process::Reaper;
 
 /// Every node's settings; what differs by node (address, port, name) is given on the command line.
 ///
-/// `full_page_writes` and `wal_log_hints` are what `pg_rewind` asks for. Nothing lies outside the data folder: no socket
-/// files, and no dynamic shared memory in `/dev/shm`, which a killed server would leave behind.
+/// `full_page_writes` and `wal_log_hints` are what `pg_rewind` asks for. Nothing lies outside the data folder: no
+/// socket files, and no dynamic shared memory in `/dev/shm`, which a killed server would leave behind.
 const SETTINGS: &str = "
 fsync = off
 synchronous_commit = on
@@ -66,7 +67,8 @@ const SCHEMA: [(&str, &str); 2] = [
     (
         "app",
         "DROP DATABASE postgres;\n\nALTER SCHEMA public OWNER TO app;\n\nCREATE SCHEMA testbed;\n\n\
-         CREATE TABLE testbed.probe (writes bigint NOT NULL);\n\nINSERT INTO testbed.probe VALUES (0);\n\nCHECKPOINT;\n\n",
+         CREATE TABLE testbed.probe (writes bigint NOT NULL);\n\n\
+         INSERT INTO testbed.probe VALUES (0);\n\nCHECKPOINT;\n\n",
     ),
 ];
 
@@ -95,9 +97,10 @@ const SMALL: [&str; 5] = [
 /// primary is copied anew.
 const PROGRAMS: [&str; 3] = ["postgres", "initdb", "pg_basebackup"];
 
-const MISSING: &str = "testbed: no PostgreSQL server programs (postgres, initdb, pg_basebackup) in $PG_BIN, $PATH or the usual folders: \
-     install them (Debian: apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; Homebrew: brew install postgresql) \
-     or set PG_BIN to their folder";
+const MISSING: &str = "\
+     testbed: no PostgreSQL server programs (postgres, initdb, pg_basebackup) in $PG_BIN, $PATH or the usual folders: \
+     install them (Debian: apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; \
+     Homebrew: brew install postgresql) or set PG_BIN to their folder";
 
 /// Where clusters live when there is room: their files never reach a disk.
 const MEMORY: &str = "/dev/shm";
@@ -148,8 +151,9 @@ impl Server {
         self.clusters.join(tag)
     }
 
-    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group of its
-    /// own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect `pg_rewind`.
+    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group
+    /// of its own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect
+    /// `pg_rewind`.
     pub(crate) fn command(&self, program: impl AsRef<Path>, folder: &Path) -> Command {
         let mut command = Command::new(self.programs.join(program));
         command.current_dir(folder).env("LC_ALL", "C").process_group(0).stdin(Stdio::null());
@@ -284,7 +288,8 @@ fn programs() -> Option<PathBuf> {
     folders.iter().find_map(|folder| complete(folder))
 }
 
-/// The folder that really holds the programs, if it holds all of them: links are followed, a server finds its files from there.
+/// The folder that really holds the programs, if it holds all of them: links are followed, a server finds its files
+/// from there.
 fn complete(folder: &Path) -> Option<PathBuf> {
     let real = fs::canonicalize(folder.join("postgres")).ok()?;
     let folder = real.parent()?;
@@ -298,7 +303,10 @@ fn postgres_user() -> (u32, u32) {
         (fields.next() == Some("postgres")).then_some(())?;
         Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?))
     });
-    ids.expect("testbed: as root, the servers run as user `postgres`, and there is none: install PostgreSQL's package or run the tests as another user")
+    ids.expect(
+        "testbed: as root, the servers run as user `postgres`, and there is none: install PostgreSQL's package or run \
+         the tests as another user",
+    )
 }
 
 /// Copies a data folder, sharing blocks where the file system can.

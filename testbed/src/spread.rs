@@ -29,8 +29,8 @@ impl Spread {
     }
 }
 
-/// The longest time without an event between the start and the end. The pause at the end counts as well: what never came
-/// back has a gap. Moments are durations since whatever time zero is, in order.
+/// The longest time without an event between the start and the end. The pause at the end counts as well: what never
+/// came back has a gap. Moments are durations since whatever time zero is, in order.
 pub fn longest_gap(start: Duration, moments: impl Iterator<Item = Duration>, end: Duration) -> Duration {
     let mut before = start;
     let mut longest = Duration::ZERO;

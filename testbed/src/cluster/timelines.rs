@@ -1,5 +1,5 @@
-//! Histories with more than one failover: a WAL archive that all nodes share, leaders that come back before their lease is
-//! over, crashes that lose the end of the log, and standbys that lag behind.
+//! Histories with more than one failover: a WAL archive that all nodes share, leaders that come back before their lease
+//! is over, crashes that lose the end of the log, and standbys that lag behind.
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,8 +14,8 @@ use crate::wait::until;
 /// A process of a server that serves no session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Background {
-    /// Writes the log out for transactions that have not committed yet. While it is stopped, a record reaches the disk only
-    /// with a commit behind it; without one, a crash loses the record.
+    /// Writes the log out for transactions that have not committed yet. While it is stopped, a record reaches the disk
+    /// only with a commit behind it; without one, a crash loses the record.
     WalWriter,
     /// While it is stopped, the control file keeps the timeline of the last checkpoint: after a promotion, the old one.
     Checkpointer,
@@ -35,11 +35,11 @@ impl Background {
 }
 
 impl ClusterBuilder {
-    /// All nodes share one WAL archive, [`Cluster::archive`]: each primary archives what it writes, and each standby restores
-    /// from there what it is not sent.
+    /// All nodes share one WAL archive, [`Cluster::archive`]: each primary archives what it writes, and each standby
+    /// restores from there what it is not sent.
     ///
-    /// A server that is promoted then takes the highest timeline whose history file is in the archive, plus one; without an
-    /// archive it only knows the history files in its own `pg_wal`.
+    /// A server that is promoted then takes the highest timeline whose history file is in the archive, plus one;
+    /// without an archive it only knows the history files in its own `pg_wal`.
     pub fn archive(mut self) -> Self {
         self.archive = true;
         self
@@ -65,7 +65,8 @@ impl Cluster {
         format!("archive_mode = on\narchive_command = {}\nrestore_command = {}\n", quoted(&command), quoted(&restore))
     }
 
-    /// Waits until the history file of this timeline is in the archive: from then on no other node takes the same number.
+    /// Waits until the history file of this timeline is in the archive: from then on no other node takes the same
+    /// number.
     pub async fn wait_archived(&self, timeline: u32) {
         let file = self.archive().join(history_file(timeline));
         until(&format!("{} is archived", file.display()), PATIENCE, || async {
@@ -89,7 +90,8 @@ impl Cluster {
         fs::read_to_string(self.data(node).join("pg_wal").join(history_file(timeline))).ok()
     }
 
-    /// Stops one process of a server (SIGSTOP). The server's next start has a new one. A clean shutdown waits for it for ever.
+    /// Stops one process of a server (SIGSTOP). The server's next start has a new one. A clean shutdown waits for it
+    /// for ever.
     pub async fn stop_background(&self, node: Node, which: Background) {
         let session = self.direct(node).await;
         // A server that has just started may not have started this one yet.
@@ -102,23 +104,24 @@ impl Cluster {
         process::stop(pid.unsigned_abs());
     }
 
-    /// Kills a node and starts it as it was, so that it recovers from its own log: a crash. What was not written is lost.
+    /// Kills a node and starts it as it was, so that it recovers from its own log: a crash. What was not written is
+    /// lost.
     pub async fn crash(&self, node: Node) {
         self.kill(node).await;
         self.start_node(node).await;
     }
 
-    /// Starts a stopped primary as a standby that follows nobody: it replays its own log, answers reads, and waits to be
-    /// promoted. Patroni does so with a leader that finds its lease still its own ("starting as readonly because i had
-    /// the session lock").
+    /// Starts a stopped primary as a standby that follows nobody: it replays its own log, answers reads, and waits to
+    /// be promoted. Patroni does so with a leader that finds its lease still its own ("starting as readonly because i
+    /// had the session lock").
     pub async fn start_read_only(&self, node: Node) {
         self.configure(node, None);
         self.signal_standby(node);
         self.start_node(node).await;
     }
 
-    /// Recovers a killed node in single-user mode, and shuts it down cleanly: nobody sees a server meanwhile. Patroni does so
-    /// before `pg_rewind`, with `archive_mode = on` and no archive, whatever is configured.
+    /// Recovers a killed node in single-user mode, and shuts it down cleanly: nobody sees a server meanwhile. Patroni
+    /// does so before `pg_rewind`, with `archive_mode = on` and no archive, whatever is configured.
     pub async fn recover_in_single_user_mode(&self, node: Node, archive_mode: bool) {
         let mut postgres = self.server.command("postgres", &self.folder);
         let archive_mode = if archive_mode { "archive_mode=on" } else { "archive_mode=off" };
@@ -128,8 +131,9 @@ impl Cluster {
         ended(spawn_blocking(move || server::run(&mut postgres))).await;
     }
 
-    /// The primary is killed, comes back read-only before its lease is over, replays its own log, and is promoted. The end of
-    /// the log that was not written is lost, and a new timeline begins. The standbys follow the same node as before.
+    /// The primary is killed, comes back read-only before its lease is over, replays its own log, and is promoted. The
+    /// end of the log that was not written is lost, and a new timeline begins. The standbys follow the same node as
+    /// before.
     pub async fn restart_within_lease(&self) -> Promotion {
         let leader = self.primary();
         self.kill(leader).await;
@@ -137,8 +141,8 @@ impl Cluster {
         self.promote_timed(leader).await
     }
 
-    /// The primary is demoted, as Patroni does when the quorum is lost: a clean shutdown and a start as a standby that follows
-    /// nobody. When the quorum is back the same node is promoted. Nothing is lost, and a new timeline begins.
+    /// The primary is demoted, as Patroni does when the quorum is lost: a clean shutdown and a start as a standby that
+    /// follows nobody. When the quorum is back the same node is promoted. Nothing is lost, and a new timeline begins.
     pub async fn lose_and_regain_quorum(&self) -> Promotion {
         let leader = self.primary();
         self.stop_fast(leader).await;
@@ -146,8 +150,8 @@ impl Cluster {
         self.promote_timed(leader).await
     }
 
-    /// Kills the primary and promotes the standby that received most; returns it when the other standbys have replayed all of
-    /// it, so that they know its timeline and can be promoted in turn.
+    /// Kills the primary and promotes the standby that received most; returns it when the other standbys have replayed
+    /// all of it, so that they know its timeline and can be promoted in turn.
     pub async fn fail_over(&self) -> Node {
         self.kill(self.primary()).await;
         for standby in self.awake_others(self.primary()) {
@@ -161,8 +165,8 @@ impl Cluster {
         new
     }
 
-    /// Waits until a standby has read all that its dead primary had sent: one that reads on could get ahead of the new primary,
-    /// and could not follow it.
+    /// Waits until a standby has read all that its dead primary had sent: one that reads on could get ahead of the new
+    /// primary, and could not follow it.
     pub async fn wait_received_all(&self, standby: Node) {
         let session = self.direct(standby).await;
         until(&format!("{standby:?} sees its primary gone"), PATIENCE, || async {

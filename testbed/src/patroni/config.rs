@@ -50,7 +50,8 @@ bootstrap:
     postgresql:
       use_pg_rewind: true
       use_slots: false
-      parameters: {{max_connections: 100, max_wal_senders: 8, wal_log_hints: 'on', wal_level: replica, hot_standby: 'on'}}
+      parameters: {{max_connections: 100, max_wal_senders: 8, wal_log_hints: 'on', wal_level: replica, \
+         hot_standby: 'on'}}
 postgresql:
   database: app
   listen: '{postgres}'

@@ -26,8 +26,8 @@ pub enum Part {
 
 /// Faults of processes.
 impl Patroni {
-    /// SIGKILL to the processes of this part at once; returns when all are gone. Patroni starts a killed PostgreSQL again, or
-    /// leaves it to another node; a killed Patroni stays away until [`Patroni::start_node`].
+    /// SIGKILL to the processes of this part at once; returns when all are gone. Patroni starts a killed PostgreSQL
+    /// again, or leaves it to another node; a killed Patroni stays away until [`Patroni::start_node`].
     pub async fn kill(&self, node: Node, part: Part) {
         let mut patroni = self.manager(node).await;
         if part != Part::PostgreSql {
@@ -57,8 +57,8 @@ impl Patroni {
         member.launch(&mut patroni);
     }
 
-    /// SIGSTOP to the processes of this part. A primary whose Patroni alone is frozen is a zombie: it takes writes beside its
-    /// successor until Patroni is thawed.
+    /// SIGSTOP to the processes of this part. A primary whose Patroni alone is frozen is a zombie: it takes writes
+    /// beside its successor until Patroni is thawed.
     pub async fn freeze(&self, node: Node, part: Part) {
         if part != Part::PostgreSql {
             process::stop(self.manager(node).await.id().expect("Patroni runs"));
@@ -85,8 +85,8 @@ impl Patroni {
 
 /// Faults of the network.
 impl Patroni {
-    /// The node is cut off from etcd, and its peers from it; clients still see it. What it opens towards its peers by itself
-    /// passes: a primary opens nothing there, unless it is in `failsafe_mode`.
+    /// The node is cut off from etcd, and its peers from it; clients still see it. What it opens towards its peers by
+    /// itself passes: a primary opens nothing there, unless it is in `failsafe_mode`.
     pub fn cut(&self, node: Node) {
         self.hold(node, true);
     }

@@ -34,7 +34,8 @@ impl Checks {
         }
     }
 
-    /// What HAProxy counts up to: so many failures are needed from then on. A server that was never checked has one to go.
+    /// What HAProxy counts up to: so many failures are needed from then on. A server that was never checked has one to
+    /// go.
     fn full_health(self) -> u32 {
         match self {
             Self::Usual => 3 + 2 - 1,

@@ -18,7 +18,8 @@ pub(crate) async fn ask(
     let asked = async {
         let mut stream = TcpStream::connect(addr).await?;
         let question = format!(
-            "{method} {path} HTTP/1.0\r\nHost: {addr}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            "{method} {path} HTTP/1.0\r\nHost: {addr}\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
             body.len()
         );
         stream.write_all(question.as_bytes()).await?;

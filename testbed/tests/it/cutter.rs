@@ -501,8 +501,8 @@ async fn what_is_not_cut_passes() {
     cancelled.unwrap();
     assert_eq!(slept.unwrap_err().code().unwrap().code(), "57014");
 
-    // The server's last words arrive. On a session of its own: a cancel request signals its process twice, and the second
-    // signal may hit what runs there next (`signal_child` of PostgreSQL's postmaster.c).
+    // The server's last words arrive. On a session of its own: a cancel request signals its process twice, and the
+    // second signal may hit what runs there next (`signal_child` of PostgreSQL's postmaster.c).
     let client = connect(cutter.addr()).await;
     let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cut'";
     let (slept, ended) = tokio::join!(client.batch_execute("SELECT pg_sleep(60)"), async {

@@ -46,8 +46,8 @@ async fn two_failovers_in_a_row_make_two_timelines() {
     }
 }
 
-/// The node that is promoted is behind another one. That one cannot follow, stays on the first timeline, and knows that the
-/// second is taken: by the archive, or by the history file that it fetched when it tried to follow.
+/// The node that is promoted is behind another one. That one cannot follow, stays on the first timeline, and knows that
+/// the second is taken: by the archive, or by the history file that it fetched when it tried to follow.
 #[tokio::test]
 async fn a_standby_that_cannot_follow_takes_the_next_free_timeline() {
     for archive in [false, true] {
