@@ -1,7 +1,7 @@
 //! Ten writes to your own database, half a second apart: kill the primary meanwhile.
 //!
-//! `cargo run --example quickstart -- postgres://user:password@my-pg.internal/db`, or with `DATABASE_URL` set. It makes a
-//! table `failover_quickstart`.
+//! `cargo run --example quickstart -- postgres://user:password@my-pg.internal/db`, or with `DATABASE_URL` set. It makes
+//! a table `failover_quickstart`.
 
 use std::error::Error;
 use std::time::Duration;

@@ -211,8 +211,8 @@ pub enum Unsettled {
     /// PostgreSQL 14 and older never show. Or it was promoted, and may have crashed or been restarted afterwards. See
     /// [`Status::evidence`](crate::view::Status::evidence).
     #[error(
-        "the server was restarted since it began, and no longer shows whether it had lost anything: sql/history.sql lets \
-         such outcomes be settled"
+        "the server was restarted since it began, and no longer shows whether it had lost anything: sql/history.sql \
+         lets such outcomes be settled"
     )]
     Restarted,
     /// The primary's timeline has the same number as the transaction's, or a lower one, but is a different timeline.

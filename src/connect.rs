@@ -4,8 +4,8 @@
 //! (a SOCKS proxy, an SSH tunnel, vsock, a test's own network), and give the connector to
 //! [`PoolBuilder::connector`](crate::PoolBuilder::connector).
 
-// This file has the trait. `server/wire.rs` uses it for sessions, probes and cancel requests, and `server/stranger.rs` to
-// examine what answers. Tests: `tests/it/sessions/connector.rs`, and the whole simulation in sim/.
+// This file has the trait. `server/wire.rs` uses it for sessions, probes and cancel requests, and `server/stranger.rs`
+// to examine what answers. Tests: `tests/it/sessions/connector.rs`, and the whole simulation in sim/.
 
 use std::io;
 use std::pin::Pin;

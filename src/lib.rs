@@ -2,8 +2,8 @@
 #![doc = include_str!("docs/picture.md")]
 #![doc = include_str!("../README.md")]
 
-/// Whether the simulation in sim/ has planted this deliberate fault, which it must find. Without `cfg(failover_sim)` this
-/// is `false`, and nothing is left of it.
+/// Whether the simulation in sim/ has planted this deliberate fault, which it must find. Without `cfg(failover_sim)`
+/// this is `false`, and nothing is left of it.
 #[cfg(failover_sim)]
 macro_rules! planted {
     ($mutant:literal) => {

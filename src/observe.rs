@@ -238,7 +238,11 @@ impl Observer {
 
     /// Reports that such a connection came back.
     pub(crate) fn long_loan_ended(held: Duration, place: &'static Location<'static>) {
-        tracing::info!(elapsed_ms = milliseconds(held), taken_at = %place, "a connection that was on loan for long came back");
+        tracing::info!(
+            elapsed_ms = milliseconds(held),
+            taken_at = %place,
+            "a connection that was on loan for long came back"
+        );
     }
 
     /// Reports that a session was opened for the pool.

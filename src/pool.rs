@@ -189,7 +189,8 @@ impl<C: SessionClient> Pool<C> {
     /// use tokio_postgres_failover::{Pool, deadpool_postgres, tokio_postgres};
     ///
     /// let mut config = deadpool_postgres::Config::new();
-    /// config.url = Some("postgres://app@a.my-pg.internal,b.my-pg.internal/app?target_session_attrs=read-write".into());
+    /// let url = "postgres://app@a.my-pg.internal,b.my-pg.internal/app?target_session_attrs=read-write";
+    /// config.url = Some(url.to_owned());
     /// let existing = config.create_pool(None, tokio_postgres::NoTls)?;
     ///
     /// let pool: Pool = Pool::wrap(existing).build()?;

@@ -1,4 +1,5 @@
-//! The pages of `docs/` are all in the documentation, their links lead somewhere, and the page of errors has every variant.
+//! The pages of `docs/` are all in the documentation, their links lead somewhere, and the page of errors has every
+//! variant.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
@@ -95,7 +96,8 @@ fn the_page_of_errors_has_every_variant_and_no_other() {
 
 #[test]
 fn variants_are_found() {
-    let source = "pub enum E {\n    /// No.\n    A,\n    #[error(\"B\")]\n    B(Box<C>),\n    D {\n        After: u8,\n    },\n}\n";
+    let source = "pub enum E {\n    /// No.\n    A,\n    #[error(\"B\")]\n    B(Box<C>),\n    D {\n        After: \
+                  u8,\n    },\n}\n";
     assert_eq!(variants(source, "E"), ["A", "B", "D"]);
     assert_eq!(
         rows("\n## `E`\n\n| variant |\n|---|\n| `A` | x |\n| `B` | `C` |\n\n## `F`\n| `G` |\n", "E"),
@@ -138,7 +140,8 @@ fn links_lead_somewhere() {
     }
 }
 
-/// The documentation has no files beside it, so the pictures are in its text. `make picture` and `make bench-docs` renew it.
+/// The documentation has no files beside it, so the pictures are in its text. `make picture` and `make bench-docs`
+/// renew it.
 #[test]
 fn the_pictures_in_the_documentation_are_those_in_the_readme() {
     let encoded = |(label, path): (&str, &str)| {

@@ -1,5 +1,5 @@
-//! Guards that hold when they compile: the futures are `Send` and `'static`, and not so deep that a user's program, which
-//! wraps them in its own, meets the compiler's recursion limit (128).
+//! Guards that hold when they compile: the futures are `Send` and `'static`, and not so deep that a user's program,
+//! which wraps them in its own, meets the compiler's recursion limit (128).
 
 #![recursion_limit = "96"]
 #![allow(clippy::unwrap_used, reason = "these are tests")]

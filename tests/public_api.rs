@@ -1,9 +1,9 @@
-//! The public API is what docs/public-api.txt says, so that a change of it is seen in review and meant. `make api` renews the file.
-//! Each line names an item with the module that users find it in.
+//! The public API is what docs/public-api.txt says, so that a change of it is seen in review and meant. `make api`
+//! renews the file. Each line names an item with the module that users find it in.
 //!
-//! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of them. What
-//! it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes. The one macro that it
-//! knows is `setters!` of `src/pool/options.rs`.
+//! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of
+//! them. What it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes. The
+//! one macro that it knows is `setters!` of `src/pool/options.rs`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
@@ -85,7 +85,8 @@ fn what_is_public_is_found() {
         #[derive(Clone, Debug)] #[non_exhaustive] pub struct Kept<T> { pub a: Vec<T>, b: u8 }
         pub enum Shown { A, B(u8), C { d: u8 } }
         pub trait Hidden { fn f(); }
-        impl<T: Copy> Kept<T> { pub fn get(&self, x: &mut dyn Fn(u8) -> u8) -> Option<&T> where T: Send { None } fn no() {} }
+        impl<T: Copy> Kept<T> { pub fn get(&self, x: &mut dyn Fn(u8) -> u8) -> Option<&T> where T: Send { None } fn \
+                  no() {} }
         impl<T> Hidden for Kept<T> { fn f() {} }
         impl<'a, T> IntoIterator for &'a Kept<T> {}
         impl From<u8> for Shown { fn from(x: u8) -> Self { Self::A } }
@@ -126,7 +127,8 @@ fn what_is_exported_is_found() {
         found.map(|it| format!("{} is {} of {}", it.path, it.name, it.module)).collect::<Vec<_>>()
     };
     let root = "pub use pool::{Pool, client::Client}; pub(crate) use error::Error; use fly::Fly; mod view {}
-        pub use tokio_postgres; pub mod ledger { pub use crate::commit::Ledger; pub(crate) use crate::commit::Marker; }";
+        pub use tokio_postgres; pub mod ledger { pub use crate::commit::Ledger; pub(crate) use crate::commit::Marker; \
+                }";
     let of_root = ["Pool is Pool of pool", "Client is Client of pool", "ledger::Ledger is Ledger of commit"];
     assert_eq!(found(None, root), of_root);
     let file = "pub use self::hooks::Retry; pub use budget::RetryBudget; pub use crate::commit::Unsettled; mod hooks;
@@ -428,7 +430,12 @@ fn implemented(item: &ItemImpl, subject: &str, private: &BTreeSet<String>, lines
         format!("{name}{generics}")
     };
     for setter in item.items.iter().flat_map(setters) {
-        lines.insert(format!("fn {whom}{}: {}{}", tidy(&item.generics.where_clause), tidy(&setter), marks(&item.attrs)));
+        lines.insert(format!(
+            "fn {whom}{}: {}{}",
+            tidy(&item.generics.where_clause),
+            tidy(&setter),
+            marks(&item.attrs)
+        ));
     }
     for method in item.items.iter().filter_map(|item| match item {
         ImplItem::Fn(method) if matches!(method.vis, Visibility::Public(_)) => Some(method),

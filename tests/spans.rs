@@ -1,7 +1,8 @@
 //! The spans of a pool: the fields that OpenTelemetry gives to a database, and what they hold.
 //!
-//! This test has a process of its own. `tracing` decides once for the whole process whether a span is of interest, and asks
-//! only the thread that meets the span first. Beside other tests that thread often has no subscriber, and the span is lost.
+//! This test has a process of its own. `tracing` decides once for the whole process whether a span is of interest, and
+//! asks only the thread that meets the span first. Beside other tests that thread often has no subscriber, and the span
+//! is lost.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 

@@ -1,7 +1,7 @@
 //! Counts what this process takes from its allocator, and the time of its processors.
 //!
-//! The one place with unsafe code: an allocator cannot be written without. It hands everything on to the system's. While it
-//! does not count, it costs one read of a flag that nobody writes.
+//! The one place with unsafe code: an allocator cannot be written without. It hands everything on to the system's.
+//! While it does not count, it costs one read of a flag that nobody writes.
 
 #![allow(
     unsafe_code,

@@ -1,8 +1,9 @@
 //! Peers that are programs of their own, in other languages.
 //!
 //! `bench/peers/setup.sh` installs them and writes down which it could. A program is told by its environment where the
-//! servers are ([`Target::environment`]). It says `ready` when its pool has its connections, then a line for each answer
-//! ([`Event::parse`]), and ends when its input is closed. What it writes to its standard error explains a failed start.
+//! servers are ([`Target::environment`]). It says `ready` when its pool has its connections, then a line for each
+//! answer ([`Event::parse`]), and ends when its input is closed. What it writes to its standard error explains a failed
+//! start.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -37,7 +38,8 @@ pub fn peers() -> Vec<Box<dyn Peer>> {
     let programs = [
         Program {
             name: "psycopg-pool",
-            config: "all hosts, target_session_attrs=read-write connect_timeout=3; ConnectionPool(check=check_connection)",
+            config: "all hosts, target_session_attrs=read-write connect_timeout=3; \
+                     ConnectionPool(check=check_connection)",
             command: vec![python(&to), source("python/pool.py")],
             ..Program::of(words)
         },
@@ -50,15 +52,17 @@ pub fn peers() -> Vec<Box<dyn Peer>> {
         },
         Program {
             name: "node-postgres",
-            config: "one name, or the first host (it has no multi-host); query_timeout 5000, connectionTimeoutMillis 2000, \
-                     keepAlive, idleTimeoutMillis 0",
+            config: "one name, or the first host (it has no multi-host); query_timeout 5000, connectionTimeoutMillis \
+                     2000, keepAlive, idleTimeoutMillis 0",
             command: vec!["node".into(), to.join("node/load.js").display().to_string()],
             ..Program::of(Words { hosts: Hosts::First, asks_dns: true })
         },
         Program {
             name: "aws-python",
-            config: "AWS advanced Python wrapper over psycopg, plugins=failover wrapper_dialect=pg; that dialect knows no \
-                     topology, so libpq gets all hosts and target_session_attrs=read-write; a connection for each worker",
+            config: "AWS advanced Python wrapper over psycopg, plugins=failover wrapper_dialect=pg; that dialect knows \
+                     no \
+                     topology, so libpq gets all hosts and target_session_attrs=read-write; a connection for each \
+                     worker",
             command: vec![python(&to), source("python/aws.py")],
             ..Program::of(words)
         },

@@ -84,7 +84,8 @@ impl Failure {
             }
             Self::DnsAll => "kill −9 of the primary; one DNS name leads to all members, in changing order",
             Self::DnsLate => {
-                "kill −9 of the primary; one DNS name leads to the primary alone, and moves 1 s after the new one takes writes"
+                "kill −9 of the primary; one DNS name leads to the primary alone, and moves 1 s after the new one \
+                 takes writes"
             }
         }
     }

@@ -1,5 +1,5 @@
-//! What a fleet of pools asks of the servers while nobody asks anything of the pools, and while their log-ins are refused:
-//! sessions and statements per second.
+//! What a fleet of pools asks of the servers while nobody asks anything of the pools, and while their log-ins are
+//! refused: sessions and statements per second.
 //!
 //! Each server stands behind a proxy that counts. The figures go to the terminal; docs/costs.md quotes them.
 
@@ -37,7 +37,8 @@ pub async fn run(settings: &Settings, network: &Arc<Network>) -> Result<(), Erro
     }
     fleet.count("idle", counted).await;
     drop(pools);
-    // A role that is not there is refused as a wrong password is. In each instance somebody asks for a connection all the time.
+    // A role that is not there is refused as a wrong password is. In each instance somebody asks for a connection all
+    // the time.
     let mut callers = JoinSet::new();
     for pool in fleet.pools("nobody", settings.seed).await? {
         callers.spawn(async move {

@@ -1,7 +1,7 @@
 //! How recovery grows: with those who wait, with the candidates behind the name, with the pools on one machine.
 //!
-//! Each point is measured by a process of its own, whose memory is that of one pool and its callers, and of the test bed's
-//! DNS server and proxies. The servers stand behind proxies that count what reaches them.
+//! Each point is measured by a process of its own, whose memory is that of one pool and its callers, and of the test
+//! bed's DNS server and proxies. The servers stand behind proxies that count what reaches them.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -67,12 +67,13 @@ impl Axis {
     fn explained(self) -> &'static str {
         match self {
             Self::Waiters => {
-                "kill −9; so many tasks wait with one row each, on a pool of 16. `beyond_work`: until all have written, \
-                 less the time that the same number of rows takes without a failure"
+                "kill −9; so many tasks wait with one row each, on a pool of 16. `beyond_work`: until all have \
+                 written, less the time that the same number of rows takes without a failure"
             }
             Self::Candidates => {
                 "kill −9; 8 workers; so many addresses behind the name: three servers, of the rest every other one \
-                 refuses connections and the others let them hang. Peers that do not try all addresses of a name are left out"
+                 refuses connections and the others let them hang. Peers that do not try all addresses of a name are \
+                 left out"
             }
             Self::Pools => "kill −9; so many pools of 2 connections in one process, each with 2 workers",
         }

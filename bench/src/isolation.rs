@@ -1,7 +1,9 @@
-//! A network and a resolver of the benchmark's own: then `getaddrinfo` knows the test bed's names, and a host can vanish.
+//! A network and a resolver of the benchmark's own: then `getaddrinfo` knows the test bed's names, and a host can
+//! vanish.
 //!
-//! As root the program starts itself again in new mount and network namespaces. Nothing outside of them changes, and they
-//! end with it. Without root, or where that fails, the cases and peers that need it are left out, and the report says so.
+//! As root the program starts itself again in new mount and network namespaces. Nothing outside of them changes, and
+//! they end with it. Without root, or where that fails, the cases and peers that need it are left out, and the report
+//! says so.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt as _;
@@ -17,7 +19,8 @@ const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(127, 53, 0, 53);
 /// The file is the shell's own; `$1` and what follows is the program.
 const ENTER: &str = r#"
 ip link set lo up || exit 97
-file=$(mktemp) && echo "nameserver $NAMESERVER" >"$file" && mount --bind "$file" /etc/resolv.conf && rm -f "$file" || exit 97
+file=$(mktemp) && echo "nameserver $NAMESERVER" >"$file" || exit 97
+mount --bind "$file" /etc/resolv.conf && rm -f "$file" || exit 97
 exec "$@"
 "#;
 
@@ -68,7 +71,11 @@ impl Network {
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if self.dns.is_none() {
-            notes.push("Not run as root, or without unshare(1): peers that ask the system's resolver could not be given a DNS name.".to_owned());
+            notes.push(
+                "Not run as root, or without unshare(1): peers that ask the system's resolver could not be given a DNS \
+                 name."
+                    .to_owned(),
+            );
         }
         if !self.firewall {
             notes.push("Without root or nft(8) no host can be made to vanish: that case is left out.".to_owned());

@@ -83,8 +83,8 @@ async fn quiet_path(settings: &Settings) -> Result<(), Error> {
     let results = Results {
         case: "quiet".to_owned(),
         explained: format!(
-            "What a call costs while nothing happens, in slices of {:?}, each relative to the slice of deadpool-fast in the \
-             same round; a primary with a synchronous standby, fsync on",
+            "What a call costs while nothing happens, in slices of {:?}, each relative to the slice of deadpool-fast \
+             in the same round; a primary with a synchronous standby, fsync on",
             options.slice
         ),
         command: console::command(settings, "CASES=quiet", options.rounds),

@@ -186,7 +186,8 @@ fn head(title: &str, note: &str, height: f64) -> String {
     put(
         &mut svg,
         format_args!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
+            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"
+     role="img">
 <title>{}</title>
 <style>
 text {{ font-family: {FONT}; fill: #1f2937; }}

@@ -1,7 +1,7 @@
 //! What a call costs while nothing happens: `get`, `SELECT 1` and return, and transactions of one INSERT.
 //!
-//! Each pool runs for a short slice, all of them one after the other, round after round in another order; a ratio is that
-//! of a slice to the slice of deadpool-postgres `Fast` in the same round. What another program does to the machine
+//! Each pool runs for a short slice, all of them one after the other, round after round in another order; a ratio is
+//! that of a slice to the slice of deadpool-postgres `Fast` in the same round. What another program does to the machine
 //! meanwhile hits both. Messages and allocations are counted, not sampled, by a run of one task alone.
 
 mod subjects;
@@ -55,8 +55,8 @@ pub struct Options {
     pub work: Vec<Work>,
     /// `SUBJECTS=failover,bb8`: these alone, and the one that ratios are relative to. All unless told.
     pub subjects: Vec<String>,
-    /// `COMMIT_DELAY`: how long a COMMIT waits for its disk, in microseconds. On loopback and a fast disk, the processors
-    /// are what is measured.
+    /// `COMMIT_DELAY`: how long a COMMIT waits for its disk, in microseconds. On loopback and a fast disk, the
+    /// processors are what is measured.
     pub commit_delay: u64,
 }
 

@@ -112,8 +112,8 @@ impl Settings {
         Ok(peers.into_iter().filter(|peer| is_wanted(&**peer)).collect())
     }
 
-    /// How long a worker may be without an acknowledgement, after the new primary has accepted a write, before it counts
-    /// as stuck.
+    /// How long a worker may be without an acknowledgement, after the new primary has accepted a write, before it
+    /// counts as stuck.
     pub fn stuck_after(&self) -> Duration {
         Duration::from_secs(if self.quick { 15 } else { 60 })
     }

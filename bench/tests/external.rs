@@ -37,7 +37,8 @@ async fn stored(cluster: &Cluster, table: &str) -> HashSet<String> {
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-/// Each program that is installed writes with all workers, reports a failover's errors, follows the primary, and ends when told. Those that are not installed are named.
+/// Each program that is installed writes with all workers, reports a failover's errors, follows the primary, and ends
+/// when told. Those that are not installed are named.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn programs_write_and_say_so() {
     for peer in peers() {

@@ -2,8 +2,8 @@
 //!
 //! `doctor 'postgres://user:password@name:5432/db' [--dns 10.0.0.2:53] [--watch] [--json]`
 //!
-//! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong. With `--watch`
-//! it is 0.
+//! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong. With
+//! `--watch` it is 0.
 
 mod arguments;
 mod look;

@@ -4,7 +4,8 @@ use tokio_postgres_failover::error::FailureKind;
 use tokio_postgres_failover::view::{Answer, CandidateReport, Refusal, State};
 use tokio_postgres_failover::{Error, Pool};
 
-/// What a pool would do, in one sentence, and whether that is good news. `refused`: the error of a call, if there was one.
+/// What a pool would do, in one sentence, and whether that is good news. `refused`: the error of a call, if there was
+/// one.
 pub(crate) fn verdict(pool: &Pool, candidates: &[CandidateReport], refused: Option<Error>) -> (bool, String) {
     let because = match (pool.status().view.state, refused) {
         (State::Primary { endpoint, report }, _) => {
@@ -36,8 +37,8 @@ fn why_none(answers: &[Option<&Answer>]) -> String {
         ),
         (
             count(|answer| matches!(answer, Answer::Refused(_, Refusal::Fenced))),
-            "the primary is fenced (default_transaction_read_only is on), and there is no other; look for a full disk, a \
-             lost quorum or a manual setting",
+            "the primary is fenced (default_transaction_read_only is on), and there is no other; look for a full disk, \
+             a lost quorum or a manual setting",
         ),
         (
             count(|answer| matches!(answer, Answer::Refused(_, Refusal::Promoting))),

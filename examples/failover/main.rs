@@ -1,10 +1,13 @@
-//! The demo: a primary fails in three ways while this pool and a plain deadpool-postgres pool write to the same cluster.
+//! The demo: a primary fails in three ways while this pool and a plain deadpool-postgres pool write to the same
+//! cluster.
 //!
 //! `make demo`, or `cargo run --release --example failover`. It starts its own servers. Environment:
-//! - `FAULT=kill`: `kill -9`; `FAULT=freeze`: the host stops without a word; `FAULT=demotion`: the primary is made read-only
+//! - `FAULT=kill`: `kill -9`; `FAULT=freeze`: the host stops without a word; `FAULT=demotion`: the primary is made
+//!   read-only
 //!   in place. Unless told, all three, one after the other.
 //! - `RUNS=20` repeats each failover on fresh clusters and shows median, minimum and maximum of each figure.
-//! - `DNS=moves` (default): the name leads to the primary alone and moves 200 ms after the promotion; `DNS=all`: it lists
+//! - `DNS=moves` (default): the name leads to the primary alone and moves 200 ms after the promotion; `DNS=all`: it
+//!   lists
 //!   all members all the time; `DNS=hosts`: the connection string names the three hosts, and there is no DNS.
 //! - `DETECT_MS=1000`: how long the cluster's manager takes to notice that the primary is dead.
 //!

@@ -1,4 +1,5 @@
-//! The timeline picture: for each failure the writes per 50 ms of both sides, one above the other, and what happened when.
+//! The timeline picture: for each failure the writes per 50 ms of both sides, one above the other, and what happened
+//! when.
 
 use std::fmt::Write;
 use std::time::Instant;
@@ -111,7 +112,8 @@ fn head(svg: &mut String, runs: &[&Run]) {
     put(
         svg,
         format_args!(
-            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">
+            r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"
+     role="img">
 <title>Acknowledged writes while a PostgreSQL primary fails and a standby is promoted</title>
 <style>
 text {{ font-family: "Inter", "Segoe UI", "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; fill: #1f2937; }}
@@ -149,7 +151,8 @@ fn panel(svg: &mut String, scale: &Scale, nth: usize, side: &Outcome) {
     put(
         svg,
         format_args!(
-            r#"<path d="{outline}V{base}Z" fill="{colour}" fill-opacity="0.28" stroke="{colour}" stroke-width="1.3" stroke-linejoin="round"/>"#
+            r#"<path d="{outline}V{base}Z" fill="{colour}" fill-opacity="0.28"
+      stroke="{colour}" stroke-width="1.3" stroke-linejoin="round"/>"#
         ),
     );
     for (begin, end, count) in scale.bins(&side.errors).filter(|(_, _, count)| *count > 0) {
@@ -183,7 +186,8 @@ fn legend(svg: &mut String, nth: usize, side: &Outcome) {
         svg,
         format_args!(
             r#"<rect x="{LEFT}" y="{}" width="12" height="12" rx="2" fill="{colour}"/>
-<text x="{}" y="{y}" class="side">{name}<tspan dx="10" font-weight="400" style="fill:{note}">{errors}{twice}{lost}{back}</tspan></text>"#,
+<text x="{}" y="{y}" class="side">{name}<tspan dx="10" font-weight="400"
+      style="fill:{note}">{errors}{twice}{lost}{back}</tspan></text>"#,
             y - 11.0,
             LEFT + 20.0
         ),
@@ -201,7 +205,8 @@ fn events(svg: &mut String, scale: &Scale, run: &Run) {
         put(
             svg,
             format_args!(
-                r#"<text x="{aside:.1}" y="{}" class="event" text-anchor="{anchor}" style="fill:{colour}">{label}</text>"#,
+                r#"<text x="{aside:.1}" y="{}" class="event" text-anchor="{anchor}"
+      style="fill:{colour}">{label}</text>"#,
                 PANELS[0] - 8.0
             ),
         );

@@ -1,5 +1,5 @@
-//! A password in a connection string, escaped or not, is in no text that a pool would show: neither in the error, nor in
-//! the builder, nor in a host's name, which gets into logs and questions to the DNS.
+//! A password in a connection string, escaped or not, is in no text that a pool would show: neither in the error, nor
+//! in the builder, nor in a host's name, which gets into logs and questions to the DNS.
 #![no_main]
 
 use std::error::Error;
@@ -192,7 +192,8 @@ fuzz_target!(|input: Input| {
     let made = configuration(&text, false);
     match &made {
         Ok(made) => {
-            // Leaves the password itself out; everything else in it gets into logs, or to the server and into its errors.
+            // Leaves the password itself out; everything else in it gets into logs, or to the server and into its
+            // errors.
             holds_no_secret("what a pool is made of", &format!("{made:?}"));
         }
         Err(error) => {

@@ -40,8 +40,8 @@ const KINDS: [(Kind, u64, &str); 8] = [
     (Kind::Impatient, 8, "impatient get"),
 ];
 
-/// How much longer than its deadline a transaction may take: its last attempt is not cut short, and may wait for a server
-/// that is silent or for a standby that is away. Then its COMMIT is settled for at least five seconds.
+/// How much longer than its deadline a transaction may take: its last attempt is not cut short, and may wait for a
+/// server that is silent or for a standby that is away. Then its COMMIT is settled for at least five seconds.
 const LAST_ATTEMPT: Duration = Duration::from_secs(40);
 /// The same for a checkout, whose deadline is strict. Timers have a resolution of a millisecond.
 const STRICT: Duration = Duration::from_millis(3);

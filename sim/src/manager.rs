@@ -1,5 +1,5 @@
-//! The failover manager of the simulated cluster: it promotes, restarts, rewinds and points standbys at their primary. And
-//! what servers do by themselves: replication, the WAL writer, checkpoints.
+//! The failover manager of the simulated cluster: it promotes, restarts, rewinds and points standbys at their primary.
+//! And what servers do by themselves: replication, the WAL writer, checkpoints.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! The network between the pool and the servers: byte streams in memory that are late, cut at any byte, reset, half open,
-//! or dead in one direction.
+//! The network between the pool and the servers: byte streams in memory that are late, cut at any byte, reset, half
+//! open, or dead in one direction.
 
 use std::collections::VecDeque;
 use std::io;

@@ -42,7 +42,8 @@ pub(crate) struct Oracle {
     pub(crate) connects: u64,
 }
 
-/// A statement may reach the old primary for so long after the pool has published a newer one: the network had it meanwhile.
+/// A statement may reach the old primary for so long after the pool has published a newer one: the network had it
+/// meanwhile.
 const JUST_BEFORE: Duration = Duration::from_secs(15);
 
 impl Oracle {

@@ -225,8 +225,8 @@ impl Answer {
         self.report(b'N', "WARNING", error);
     }
 
-    /// The last words of a session that an administrator ends. While it waits in COMMIT, PostgreSQL says this in a warning,
-    /// and nothing after it (`SyncRepWaitForLSN` in `syncrep.c`).
+    /// The last words of a session that an administrator ends. While it waits in COMMIT, PostgreSQL says this in a
+    /// warning, and nothing after it (`SyncRepWaitForLSN` in `syncrep.c`).
     pub(crate) fn terminated(&mut self) {
         if self.waits {
             let message = "canceling the wait for synchronous replication and terminating connection due to \

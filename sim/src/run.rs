@@ -50,7 +50,8 @@ pub(crate) fn run(seed: u64, trace: bool) -> std::io::Result<Outcome> {
     Ok(outcome)
 }
 
-/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed, too.
+/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed,
+/// too.
 fn runtime(seed: u64) -> std::io::Result<Runtime> {
     let mut builder = Builder::new_current_thread();
     #[cfg(tokio_unstable)]

@@ -1,5 +1,5 @@
-//! Recognises the statements that the pool and the load send. A statement that is not in these tables is an error, which
-//! the oracle reports: the model has to learn it.
+//! Recognises the statements that the pool and the load send. A statement that is not in these tables is an error,
+//! which the oracle reports: the model has to learn it.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

@@ -173,7 +173,8 @@ mod tests {
         assert!(!kept.is_open(&here()));
     }
 
-    /// The older session is silent, the newer one has shown that the server lives, and has ended: the older one is dead.
+    /// The older session is silent, the newer one has shown that the server lives, and has ended: the older one is
+    /// dead.
     #[test]
     fn a_silent_session_does_not_come_back_behind_a_newer_one() {
         let mut kept = Kept::new();

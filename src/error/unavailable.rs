@@ -167,16 +167,16 @@ impl fmt::Display for Unavailable {
             }
             UnavailableReason::NoSession if matches!(self.obstacle, Obstacle::BeingTested) => write!(
                 f,
-                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait longer \
-                 (checkout_timeout), or raise test_idle_after if the network is slow"
+                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait \
+                 longer (checkout_timeout), or raise test_idle_after if the network is slow"
             )?,
             UnavailableReason::NoSession
                 if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::TimedOut) =>
             {
                 write!(
                     f,
-                    "the primary is known, but it took no new session within {waited:.1?}; raise probe_timeout if opening \
-                     one takes longer"
+                    "the primary is known, but it took no new session within {waited:.1?}; raise probe_timeout if \
+                     opening one takes longer"
                 )?;
             }
             UnavailableReason::NoSession => write!(

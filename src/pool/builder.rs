@@ -208,7 +208,10 @@ impl PoolBuilder {
     ///
     /// // An orchestrator renews this secret in a file.
     /// let pool = Pool::builder("postgres://app@my-pg.internal/app")?
-    ///     .password_provider(|| async { Ok(tokio::fs::read_to_string("/run/secrets/pg").await?.trim_end().to_owned()) })
+    ///     .password_provider(|| async {
+    ///         let secret = tokio::fs::read_to_string("/run/secrets/pg").await?;
+    ///         Ok(secret.trim_end().to_owned())
+    ///     })
     ///     .build()?;
     /// # Ok(())
     /// # }
@@ -368,14 +371,14 @@ impl PoolBuilder {
         self
     }
 
-    /// Whether the names or addresses lead to proxies, each of which may lead a new session to another server: HAProxy, a
-    /// Kubernetes Service, a virtual address, RDS Proxy. Default: no.
+    /// Whether the names or addresses lead to proxies, each of which may lead a new session to another server: HAProxy,
+    /// a Kubernetes Service, a virtual address, RDS Proxy. Default: no.
     ///
-    /// If a standby is promoted while the old primary still answers, only a new session shows it where the new primary is
-    /// behind the same address. With `true`, each [patrol](PoolBuilder::patrol_interval) opens a session to the primary's
-    /// address and closes it, up to 24 times a minute with the defaults. With `false`, it does so if the pool sees no
-    /// other server, and otherwise once a minute. Set it if the connection string names such a proxy and other servers
-    /// beside it, for instance the `-rw` and the `-ro` service of CloudNativePG.
+    /// If a standby is promoted while the old primary still answers, only a new session shows it where the new primary
+    /// is behind the same address. With `true`, each [patrol](PoolBuilder::patrol_interval) opens a session to the
+    /// primary's address and closes it, up to 24 times a minute with the defaults. With `false`, it does so if the pool
+    /// sees no other server, and otherwise once a minute. Set it if the connection string names such a proxy and other
+    /// servers beside it, for instance the `-rw` and the `-ro` service of CloudNativePG.
     ///
     /// ```
     /// # fn example() -> Result<(), Box<dyn std::error::Error>> {

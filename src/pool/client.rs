@@ -449,7 +449,8 @@ impl<C: SessionClient> fmt::Debug for Client<C> {
 }
 
 /// Cancels what one session runs; from [`Client::cancel_token`] or
-/// [`SessionDriver::cancel_token`](crate::session::SessionDriver::cancel_token). It connects as the pool does, with the pool's TLS.
+/// [`SessionDriver::cancel_token`](crate::session::SessionDriver::cancel_token). It connects as the pool does, with the
+/// pool's TLS.
 #[derive(Clone)]
 pub struct CancelToken {
     cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,

@@ -85,7 +85,8 @@ impl<C: SessionClient> Pool<C> {
     /// [`Error::Closed`], and so do callers that wait in `get`. A transaction that has begun goes on as usual: it
     /// waits, runs again across a failover, settles its COMMIT, and may make further calls in its closure. The pool
     /// waits for these calls and for each [`Client`](crate::Client). It does not wait for listeners and
-    /// [detached](crate::Client::detach) or [dialled](crate::Pool::dial) sessions, which end when it is closed. Affects all clones.
+    /// [detached](crate::Client::detach) or [dialled](crate::Pool::dial) sessions, which end when it is closed. Affects
+    /// all clones.
     ///
     /// # Cancel safety
     /// If the future is dropped, the pool stays open for what is under way, and turns new callers away. Call it again,

@@ -189,8 +189,8 @@ pub(super) fn template(
         return Err(BuildError::invalid("sslnegotiation", problem));
     }
     if config.get_options().is_some_and(startup::read_only) {
-        let problem = "`default_transaction_read_only` makes each server look fenced, and this pool is for writing to the \
-                       primary; remove it, and ask for read-only transactions one by one";
+        let problem = "`default_transaction_read_only` makes each server look fenced, and this pool is for writing to \
+                       the primary; remove it, and ask for read-only transactions one by one";
         return Err(BuildError::invalid("options", problem));
     }
     if config.get_channel_binding() == ChannelBinding::Require && config.get_ssl_mode() == SslMode::Disable {
@@ -246,8 +246,8 @@ pub(super) fn open_within(
     match (builder, config.get_connect_timeout().copied()) {
         (Some(limit), Some(timeout)) if timeout > limit && !limit.is_zero() => {
             let problem = format!(
-                "{timeout:?} is longer than `PoolBuilder::probe_timeout`, {limit:?}, which limits opening a session; raise \
-                 that, or remove one of them"
+                "{timeout:?} is longer than `PoolBuilder::probe_timeout`, {limit:?}, which limits opening a session; \
+                 raise that, or remove one of them"
             );
             Err(BuildError::invalid("connect_timeout", problem))
         }

@@ -14,12 +14,12 @@ use crate::error::Error;
 impl Pool {
     /// Opens a session to the verified primary that is yours: the driver's own client, and the future that drives it.
     ///
-    /// Use it for libraries that need a [`tokio_postgres::Client`] of their own, such as diesel-async. If a reference to
-    /// a client is enough, use [`Pool::get`] or [`Client::detach`](crate::Client::detach).
+    /// Use it for libraries that need a [`tokio_postgres::Client`] of their own, such as diesel-async. If a reference
+    /// to a client is enough, use [`Pool::get`] or [`Client::detach`](crate::Client::detach).
     ///
     /// The result is that of [`tokio_postgres::connect`], with these differences. No address is needed. The server has
-    /// shown on this very session that it is the verified primary. The session ends when another primary is proved, when
-    /// its server refuses writes, after `dead_after` of silence, and with [`Pool::close`]. The client's own
+    /// shown on this very session that it is the verified primary. The session ends when another primary is proved,
+    /// when its server refuses writes, after `dead_after` of silence, and with [`Pool::close`]. The client's own
     /// `cancel_token` does not know the server's address, so use [`SessionDriver::cancel_token`].
     ///
     /// The session does not count towards [`max_size`](crate::PoolBuilder::max_size), and [`Pool::status`] does not

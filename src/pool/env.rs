@@ -220,8 +220,8 @@ fn add_password(
         [None] | [] => Ok(()),
         _ => {
             let problem = format!(
-                "{} has different passwords for the hosts, or none for some of them, and a pool uses one for all; write \
-                 a line that fits them all, or use `PoolBuilder::password_provider`",
+                "{} has different passwords for the hosts, or none for some of them, and a pool uses one for all; \
+                 write a line that fits them all, or use `PoolBuilder::password_provider`",
                 path.display()
             );
             Err(BuildError::invalid("passfile", problem))

@@ -1,8 +1,8 @@
 //! The user's hooks on a connection: after it was opened, before it is lent, and after it was given back.
 //!
-//! A hook is foreign code on a session of the pool. It runs within a time limit. It has succeeded only if it returned in
-//! time and without a panic, and left the session open, idle and outside of a transaction. `hooked.rs` says what becomes
-//! of the connection. The tests are in `tests/it/checkout/hooks.rs`.
+//! A hook is foreign code on a session of the pool. It runs within a time limit. It has succeeded only if it returned
+//! in time and without a panic, and left the session open, idle and outside of a transaction. `hooked.rs` says what
+//! becomes of the connection. The tests are in `tests/it/checkout/hooks.rs`.
 
 use std::error::Error as StdError;
 use std::fmt;

@@ -61,8 +61,8 @@ impl Hosts {
             return Ok(());
         };
         let problem = format!(
-            "{role} cannot be served: this pool leads to the primary alone; remove the option, or read from standbys through \
-             another pool"
+            "{role} cannot be served: this pool leads to the primary alone; remove the option, or read from standbys \
+             through another pool"
         );
         Err(BuildError::invalid("target_session_attrs", problem))
     }
@@ -123,16 +123,16 @@ impl Target {
         }
         // libpq takes it for one, and the driver for a name.
         if name.is_some_and(|name| name.starts_with('@')) {
-            let problem = "an abstract Unix socket, as in @pg, cannot be connected to by the driver; give the folder of the \
-                           server's socket, or its address";
+            let problem = "an abstract Unix socket, as in @pg, cannot be connected to by the driver; give the folder \
+                           of the server's socket, or its address";
             return Err(BuildError::invalid("host", problem));
         }
         #[cfg(unix)]
         if let Some(Host::Unix(folder)) = &self.host
             && std::os::unix::net::SocketAddr::from_pathname(folder.join(format!(".s.PGSQL.{}", self.port))).is_err()
         {
-            let problem = "the path of the server's socket is too long for this system, which takes about a hundred bytes; give \
-                           a shorter one, such as a symbolic link to the folder";
+            let problem = "the path of the server's socket is too long for this system, which takes about a hundred \
+                           bytes; give a shorter one, such as a symbolic link to the folder";
             return Err(BuildError::invalid("host", problem));
         }
         Ok(self)
@@ -141,8 +141,8 @@ impl Target {
 
 /// The error for an address with an interface, because the driver does not pass an interface to the system.
 fn scoped(option: &'static str) -> BuildError {
-    let problem = "an address with an interface, as in fe80::1%eth0, cannot be connected to by the driver; give the server's \
-                   global or unique local address, or a name that leads to one";
+    let problem = "an address with an interface, as in fe80::1%eth0, cannot be connected to by the driver; give the \
+                   server's global or unique local address, or a name that leads to one";
     BuildError::invalid(option, problem)
 }
 

@@ -48,7 +48,8 @@ pub(super) fn make_opener(
 ) -> Result<Option<MakeOpener>, BuildError> {
     match (security, ssl.files().next()) {
         (Security::Own(_), _) if connector.is_some() => {
-            let problem = "a TLS connector for the driver's sockets cannot encrypt the streams of `PoolBuilder::connector`; \
+            let problem = "a TLS connector for the driver's sockets cannot encrypt the streams of \
+                           `PoolBuilder::connector`; \
                            let that connector encrypt its streams, or use this crate's feature `rustls`";
             Err(BuildError::invalid("tls", problem))
         }
@@ -119,8 +120,8 @@ fn is_asked_for(ssl: &Ssl, config: &Config) -> bool {
 #[cfg(feature = "rustls")]
 fn described(tls: Tls, ssl: &Ssl, config: &Config) -> Result<Tls, BuildError> {
     if let (Some((option, _)), true) = (ssl.files().next(), config.get_ssl_mode() != SslMode::Require) {
-        let problem = "needs sslmode=verify-full (or `verify-ca`, `require`) beside it: without, who is in between can turn \
-                       TLS off";
+        let problem = "needs sslmode=verify-full (or `verify-ca`, `require`) beside it: without, who is in between can \
+                       turn TLS off";
         return Err(BuildError::invalid(option, problem));
     }
     let tls = with_client_certificate(with_roots(tls, ssl)?, ssl)?;

@@ -206,8 +206,8 @@ impl HickoryResolver {
         }
         if let (Some(scoped), true) = (&setup.scoped, setup.name_servers.is_empty()) {
             let problem = format!(
-                "the only name server in resolv.conf, {scoped}, cannot be asked, as its address includes an interface; name \
-                 another one, there or with `PoolBuilder::dns_servers`"
+                "the only name server in resolv.conf, {scoped}, cannot be asked, as its address includes an interface; \
+                 name another one, there or with `PoolBuilder::dns_servers`"
             );
             return Err(ResolveError::custom(host, problem));
         }

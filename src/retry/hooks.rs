@@ -48,7 +48,8 @@ impl fmt::Debug for Hooks {
     }
 }
 
-/// An attempt that failed and is about to be run again, as [`RetryPolicy::on_retry`](crate::RetryPolicy::on_retry) sees it.
+/// An attempt that failed and is about to be run again, as [`RetryPolicy::on_retry`](crate::RetryPolicy::on_retry) sees
+/// it.
 #[derive(Clone, Copy, Debug)]
 pub struct Retry<'a> {
     attempt: u32,

@@ -343,8 +343,8 @@ impl RetryPolicy {
     }
 
     /// Sets a hook that is called before the delay of each retry. It gets the number of the failed attempt, its error,
-    /// and the delay. The hook can stop the call, which then fails with [`Error::Exhausted`](crate::Error::Exhausted) that contains the error of
-    /// the attempt. Default: no hook. A second call replaces the hook.
+    /// and the delay. The hook can stop the call, which then fails with [`Error::Exhausted`](crate::Error::Exhausted)
+    /// that contains the error of the attempt. Default: no hook. A second call replaces the hook.
     ///
     /// It is for counters, for logs, and for reasons to stop that a policy cannot know, such as a shutdown. An attempt
     /// that waits for a primary is not a retry. [`Pool::subscribe`](crate::Pool::subscribe) reports such searches.

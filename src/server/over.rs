@@ -9,15 +9,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::connect::{ByteStream, Connect};
 use crate::topology::Endpoint;
 
-/// Only the driver can make its errors. So a connector's error becomes a stream that fails at once, and the driver reports
-/// why.
+/// Only the driver can make its errors. So a connector's error becomes a stream that fails at once, and the driver
+/// reports why.
 pub(crate) enum Over {
     Stream(Box<dyn ByteStream>),
     Failed(NotConnected),
 }
 
-/// The connector's error, with its kind hidden: a kind such as `InvalidData` would say that the peer is not PostgreSQL, but
-/// no byte of it was seen.
+/// The connector's error, with its kind hidden: a kind such as `InvalidData` would say that the peer is not PostgreSQL,
+/// but no byte of it was seen.
 #[derive(Debug, thiserror::Error)]
 #[error("the connector did not reach the server: {0}")]
 pub(crate) struct NotConnected(#[source] io::Error);

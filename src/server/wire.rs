@@ -1,7 +1,7 @@
 //! Opens the driver's connections over streams that count messages.
 //!
-//! The driver's own `connect` does not accept a stream of another type. So the socket is opened first (`socket.rs`), and
-//! `connect_raw` begins the session over a counting stream on it.
+//! The driver's own `connect` does not accept a stream of another type. So the socket is opened first (`socket.rs`),
+//! and `connect_raw` begins the session over a counting stream on it.
 
 use std::any::TypeId;
 use std::future::poll_fn;

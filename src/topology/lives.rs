@@ -114,10 +114,10 @@ impl Circumstances {
 }
 
 impl Topology {
-    /// Opens a new session to the primary with each patrol if no other server is in sight, or if the user said that there
-    /// are proxies. A successor may then appear only behind the primary's address, and the kept session would never see
-    /// it. The pool does the same if only a new session shows which settings new sessions get. Beside other servers, a
-    /// proxy is unlikely, so such a session is rare.
+    /// Opens a new session to the primary with each patrol if no other server is in sight, or if the user said that
+    /// there are proxies. A successor may then appear only behind the primary's address, and the kept session would
+    /// never see it. The pool does the same if only a new session shows which settings new sessions get. Beside other
+    /// servers, a proxy is unlikely, so such a session is rare.
     pub(super) fn patrol_alone(&mut self, now: Instant) {
         let Phase::Known { primary, .. } = &self.phase else {
             return;

@@ -241,8 +241,8 @@ pub(super) enum CommitProof {
 }
 
 impl Known {
-    /// Decides what this answer to [`Known::commit`] proves. Only COMMIT's own answer proves a commit, not the lack of an
-    /// error: a proxy may keep back a message that begins with SET, and answer that alone.
+    /// Decides what this answer to [`Known::commit`] proves. Only COMMIT's own answer proves a commit, not the lack of
+    /// an error: a proxy may keep back a message that begins with SET, and answer that alone.
     pub(super) fn proof(self, look: Look, answer: &Answer) -> CommitProof {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);

@@ -128,8 +128,8 @@ fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     }
 }
 
-/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left. `waits` is
-/// true while it waits for a session.
+/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left. `waits`
+/// is true while it waits for a session.
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,

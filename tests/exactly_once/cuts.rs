@@ -1,7 +1,7 @@
 //! Connections cut at every point of a transaction: most while the server lives on, some while it crashes or restarts.
 //!
-//! One outage at a time: the next one comes when all that had begun before the last has ended. More than one is what the
-//! settler from the WAL does not promise to know.
+//! One outage at a time: the next one comes when all that had begun before the last has ended. More than one is what
+//! the settler from the WAL does not promise to know.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -24,8 +24,8 @@ const OUTAGE: usize = 12;
 const ANSWER: usize = 100;
 /// For the next cuts, or for an outage and the way back.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// For the first commit that is to stand still. Shorter than the time after which a standby that is not sent anything gives up
-/// its connection.
+/// For the first commit that is to stand still. Shorter than the time after which a standby that is not sent anything
+/// gives up its connection.
 const COMES: Duration = Duration::from_millis(500);
 
 /// In a settler's BEGIN, and in no writer's.
@@ -50,8 +50,8 @@ pub(crate) enum Outage {
     CrashOfBackend,
     /// The whole server is killed, and started again.
     Crash,
-    /// The server is shut down, which ends all sessions, and started again. A settler from the WAL knows of commits before
-    /// that from PostgreSQL 15 on.
+    /// The server is shut down, which ends all sessions, and started again. A settler from the WAL knows of commits
+    /// before that from PostgreSQL 15 on.
     Restart,
 }
 
@@ -162,8 +162,8 @@ impl Withheld {
         Self { gone, stands }
     }
 
-    /// Waits until one stands still, if there is to be any, as a slow machine may not have come to a COMMIT before. Not for
-    /// long: a server that waits for its standbys answers nobody.
+    /// Waits until one stands still, if there is to be any, as a slow machine may not have come to a COMMIT before. Not
+    /// for long: a server that waits for its standbys answers nobody.
     pub(crate) async fn first(&mut self) {
         let _late = timeout(COMES, self.stands.recv()).await;
     }

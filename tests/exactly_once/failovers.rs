@@ -37,8 +37,8 @@ pub(crate) enum Replication {
 
 /// What came of some failovers.
 pub(crate) struct Failovers {
-    /// Of the transactions that a settler found not to be committed, so many had an id that the new primary had given to
-    /// another transaction meanwhile, and had committed.
+    /// Of the transactions that a settler found not to be committed, so many had an id that the new primary had given
+    /// to another transaction meanwhile, and had committed.
     pub(crate) reused: i64,
     pub(crate) outcome: Outcome,
 }
@@ -116,8 +116,8 @@ struct Director<'a> {
 }
 
 impl Director<'_> {
-    /// Fails over so many times as a round has promotions, and has all that died back as standbys. Tells what they may have
-    /// acknowledged and lost.
+    /// Fails over so many times as a round has promotions, and has all that died back as standbys. Tells what they may
+    /// have acknowledged and lost.
     async fn round(&mut self, number: u64) -> Result<Unreplicated, String> {
         let cluster = self.cluster;
         let (mut dead, mut lags) = (Vec::new(), Vec::new());
@@ -155,7 +155,8 @@ impl Director<'_> {
         }
     }
 
-    /// Kills the primary and promotes a standby. Tells when the promotion began, and when the new one took its first write.
+    /// Kills the primary and promotes a standby. Tells when the promotion began, and when the new one took its first
+    /// write.
     async fn fail_over(&mut self, lag: Lag, is_first: bool, is_last: bool) -> Result<(Instant, Instant), String> {
         let cluster = self.cluster;
         let old = cluster.primary();
@@ -213,8 +214,9 @@ impl Director<'_> {
         withheld.end();
     }
 
-    /// Waits until the standbys have all that was acknowledged. In vain, and not for long, where one is ahead of its primary.
-    /// None is at the begin of a round, however slow the machine: what was acknowledged before the round is not excused.
+    /// Waits until the standbys have all that was acknowledged. In vain, and not for long, where one is ahead of its
+    /// primary. None is at the begin of a round, however slow the machine: what was acknowledged before the round is
+    /// not excused.
     async fn follow(&self, primary: Node, standbys: &[Node], is_first: bool) -> bool {
         let all = async {
             self.cluster.wait_streaming(primary, standbys.len()).await;
@@ -240,8 +242,8 @@ impl Director<'_> {
         }
     }
 
-    /// Waits until the other standbys know that the number of the new primary's timeline is taken, whether they can follow it
-    /// or not.
+    /// Waits until the other standbys know that the number of the new primary's timeline is taken, whether they can
+    /// follow it or not.
     async fn know_timeline(&self, primary: Node, standbys: impl Iterator<Item = &Node>) {
         let timeline = self.cluster.timeline(primary).await;
         if self.plan.archive {

@@ -1,26 +1,30 @@
-//! The proof that a transaction is committed exactly once: connections are cut at every point of COMMIT, servers crash and
-//! restart, primaries are killed, and every answer is held against what is stored in the end. For both settlers: the one
-//! that reads the WAL, and the ledger.
+//! The proof that a transaction is committed exactly once: connections are cut at every point of COMMIT, servers crash
+//! and restart, primaries are killed, and every answer is held against what is stored in the end. For both settlers:
+//! the one that reads the WAL, and the ledger.
 //!
 //! `cargo test` runs it small; `make exactly-once` with these numbers. Environment:
 //! - `CUTS=1000`: so many connections are cut between COMMIT and its answer, for each settler.
 //! - `FAILOVERS=200`: so many primaries are killed, where commits wait for a standby.
-//! - `ASYNC=100`: so many more are killed where commits do not wait, and a standby is promoted that lacks some of them. What
+//! - `ASYNC=100`: so many more are killed where commits do not wait, and a standby is promoted that lacks some of them.
+//!   What
 //!   the dead primary had acknowledged, and nobody else had, is `allowed_loss`; the pool cannot know of it.
-//! - `PROMOTIONS=2`: so many in each round of these: the new primary is killed in turn. `FAILOVERS` and `ASYNC` count rounds.
+//! - `PROMOTIONS=2`: so many in each round of these: the new primary is killed in turn. `FAILOVERS` and `ASYNC` count
+//!   rounds.
 //! - `ARCHIVE=1`: all nodes share a WAL archive.
 //! - `HISTORY=1`: the pool may use the function of sql/history.sql, which shows the history of the server's log.
-//! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over; with the history function,
+//! - `LEASES=3`: so many leaders are killed or demoted, and are back before their lease is over; with the history
+//!   function,
 //!   unless `HISTORY=0`.
-//! - `PACE=25`: a writer pauses for up to so many milliseconds between two calls, 5 unless told. A longer pause leaves a slow
+//! - `PACE=25`: a writer pauses for up to so many milliseconds between two calls, 5 unless told. A longer pause leaves
+//!   a slow
 //!   machine more time for the faults, and each fault meets fewer calls.
 //! - `SEED=7`: the same order of faults and pauses again. Unless told it comes from the clock.
 //! - `SETTLER=wal`: this one alone.
 //! - `RUST_LOG=tokio_postgres_failover=debug` shows what the pool does.
 //!
 //! The last lines are the result. The exit code is not zero when something was lost, doubled or untrue, when a call got
-//! stuck or failed, or when no outcome was in doubt; and when an outcome stayed unknown for the ledger, behind failovers with
-//! the history function, or behind leaders that came back within their lease.
+//! stuck or failed, or when no outcome was in doubt; and when an outcome stayed unknown for the ledger, behind
+//! failovers with the history function, or behind leaders that came back within their lease.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is a test")]
 
@@ -260,7 +264,8 @@ impl Report {
 fn reused(failovers: &Failovers) -> String {
     let (reused, not_committed) = (failovers.reused, failovers.outcome.settled.not_committed);
     format!(
-        "of {not_committed} transactions that were found not to be committed {reused} had an id that means another one now"
+        "of {not_committed} transactions that were found not to be committed {reused} had an id that means another one \
+         now"
     )
 }
 

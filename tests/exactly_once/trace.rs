@@ -1,7 +1,8 @@
-//! What became of one call on its way to its answer: when it was tried, with which transaction ids, and what was settled.
+//! What became of one call on its way to its answer: when it was tried, with which transaction ids, and what was
+//! settled.
 //!
-//! The pool tells nobody but its log that a commit was in doubt. The log's events come in the task of the call that they
-//! are about, and are noted there.
+//! The pool tells nobody but its log that a commit was in doubt. The log's events come in the task of the call that
+//! they are about, and are noted there.
 
 use std::cell::RefCell;
 use std::fmt::{Debug, Write as _};

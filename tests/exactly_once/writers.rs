@@ -22,8 +22,8 @@ const STUCK_AFTER: Duration = Duration::from_secs(60);
 /// Every writer writes again within this time after a fault.
 const RECOVERY: Duration = Duration::from_secs(30);
 
-/// The longest pause of a writer between two calls, in milliseconds, unless `PACE` is set. It leaves two processor cores room
-/// for three servers.
+/// The longest pause of a writer between two calls, in milliseconds, unless `PACE` is set. It leaves two processor
+/// cores room for three servers.
 const PACE: u64 = 5;
 /// One writer of so many does not run again: it is told "not committed" where the others have their answer later.
 const IMPATIENT: usize = 4;
@@ -106,8 +106,8 @@ pub(crate) struct Settled {
 pub(crate) struct Unreplicated {
     pub(crate) from: Instant,
     pub(crate) until: Instant,
-    /// A standby that was behind another was promoted first, and the other one after it. What the first one said was lost is
-    /// there again, and all that the first one wrote is gone, a ledger's fences included.
+    /// A standby that was behind another was promoted first, and the other one after it. What the first one said was
+    /// lost is there again, and all that the first one wrote is gone, a ledger's fences included.
     pub(crate) skipped: bool,
 }
 

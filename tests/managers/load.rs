@@ -149,7 +149,8 @@ impl Answers {
         all.filter(|(_, id)| ids.binary_search(id).is_ok()).map(|(at, _)| *at).collect()
     }
 
-    /// From `since` to the first success that was not lost, of the first writer and of the last one. `lost` is in order.
+    /// From `since` to the first success that was not lost, of the first writer and of the last one. `lost` is in
+    /// order.
     pub(crate) fn recovery(&self, since: Instant, lost: &[i64]) -> Option<(Duration, Duration)> {
         self.record.recovery(since, lost)
     }

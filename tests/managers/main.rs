@@ -1,8 +1,9 @@
-//! Patroni with etcd, repmgr, and HAProxy in front, for real: what they do to a pool under load, held against what is stored
-//! in the end.
+//! Patroni with etcd, repmgr, and HAProxy in front, for real: what they do to a pool under load, held against what is
+//! stored in the end.
 //!
-//! `make test-managers` runs one round of the most important trials (`short`); `make managers` runs all of them and prints the
-//! table (`table`). `cargo test` alone runs neither, so that the other tests need no failover manager. Environment:
+//! `make test-managers` runs one round of the most important trials (`short`); `make managers` runs all of them and
+//! prints the table (`table`). `cargo test` alone runs neither, so that the other tests need no failover manager.
+//! Environment:
 //! - `ROUNDS=3`: so many rounds of each trial of the table; 1 unless told.
 //! - `TRIAL=zombie`: those alone whose name contains this.
 //! - `RUST_LOG=tokio_postgres_failover=debug` shows what the pool does.

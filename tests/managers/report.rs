@@ -84,8 +84,8 @@ impl Round {
     pub(crate) fn line(&self) -> String {
         let Self { acknowledged, lost_before, lost_after, doubled, untrue, unknown, .. } = self;
         format!(
-            "acknowledged={acknowledged} lost={lost_before}/{lost_after} lost_for_ms={} doubled={doubled} untrue={untrue} \
-             unknown={unknown} gap_s={:.1} outage_s={:.1} first_ms={} all_ms={}",
+            "acknowledged={acknowledged} lost={lost_before}/{lost_after} lost_for_ms={} doubled={doubled} \
+             untrue={untrue} unknown={unknown} gap_s={:.1} outage_s={:.1} first_ms={} all_ms={}",
             self.lost_for.as_millis(),
             self.gap.as_secs_f64(),
             self.outage.as_secs_f64(),
@@ -96,7 +96,8 @@ impl Round {
 }
 
 pub(crate) const HEAD: &str = "\
-| trial | rounds | lost before / after | doubled | untrue | unknown | longest gap, s | outage of the server, s | first / all writers, ms |
+                               | trial | rounds | lost before / after | doubled | untrue | unknown | longest gap, s | \
+                               outage of the server, s | first / all writers, ms |
 |---|---|---|---|---|---|---|---|---|
 ";
 

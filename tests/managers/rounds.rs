@@ -124,8 +124,8 @@ fn succeeds(fault: Fault) -> bool {
     matches!(fault, Fault::Kill | Fault::KillServer | Fault::Switchover | Fault::Zombie | Fault::Cut)
 }
 
-/// Makes the fault; returns when there was no primary any more, and when there was one again, as the servers tell it. Where
-/// there always was one, both are the same.
+/// Makes the fault; returns when there was no primary any more, and when there was one again, as the servers tell it.
+/// Where there always was one, both are the same.
 async fn happen(patroni: &Patroni, old: Node, fault: Fault) -> (Instant, Instant) {
     if !succeeds(fault) {
         return pass(patroni, old, fault).await;

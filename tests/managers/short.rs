@@ -1,5 +1,6 @@
-//! One round of the most important trials, for `make test-managers`. Each passes with a line that says so where its manager is not
-//! installed. HAProxy in front of a zombie: `between::haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols` in `it`.
+//! One round of the most important trials, for `make test-managers`. Each passes with a line that says so where its
+//! manager is not installed. HAProxy in front of a zombie:
+//! `between::haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols` in `it`.
 
 use crate::trials::{self, Trial};
 

@@ -189,8 +189,8 @@ impl<'a> Director<'a> {
                 self.answer(naming, new);
             }
         };
-        // A frozen primary must not wake before everybody has left it: it could still acknowledge what only the standby has
-        // that was not promoted.
+        // A frozen primary must not wake before everybody has left it: it could still acknowledge what only the standby
+        // has that was not promoted.
         let (recovered, ()) = tokio::join!(load.recovered(accepted), moves_late);
         let recovered = recovered?;
         if matches!(loss, Loss::Freeze) {
@@ -264,8 +264,8 @@ impl<'a> Director<'a> {
         });
     }
 
-    /// A transaction that had begun before the server turned read-only goes on writing. While a standby is promoted that
-    /// would be a split brain, and one that no client can see: the other standby would acknowledge it.
+    /// A transaction that had begun before the server turned read-only goes on writing. While a standby is promoted
+    /// that would be a split brain, and one that no client can see: the other standby would acknowledge it.
     async fn drained(&self, node: Node) {
         let session = self.cluster.direct(node).await;
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND xact_start IS NOT NULL";

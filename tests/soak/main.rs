@@ -94,8 +94,8 @@ async fn soak(seed: u64, until: Until) -> bool {
     }
     command::report("soak", passed, begun);
     println!(
-        "failovers={failovers} acknowledged={} lost={} doubled={} untrue={} stuck={stuck} seed={seed} unknown={unknown} \
-         errors={errors}",
+        "failovers={failovers} acknowledged={} lost={} doubled={} untrue={} stuck={stuck} seed={seed} \
+         unknown={unknown} errors={errors}",
         verdict.acknowledged,
         verdict.lost.len(),
         verdict.doubled.len(),

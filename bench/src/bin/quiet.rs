@@ -8,8 +8,8 @@ async fn main() -> Result<(), Failure> {
     let options = Options::from_environment()?;
     let measured = run(&options, |now| eprintln!("{now}")).await?;
     println!(
-        "{} rounds of {:?} each, synchronous standby, fsync on, commit_delay {} us; ratios to the slice of deadpool-fast in \
-         the same round: median (min - max)",
+        "{} rounds of {:?} each, synchronous standby, fsync on, commit_delay {} us; ratios to the slice of \
+         deadpool-fast in the same round: median (min - max)",
         options.rounds, options.slice, options.commit_delay
     );
     println!("{}", tables(&measured));

@@ -42,7 +42,8 @@ impl Peer for Bb8 {
 
     fn config(&self) -> String {
         format!(
-            "max_size(workers), connection_timeout 5 s, test_on_check_out (default), retry_connection (default); {DRIVER_CONFIG}"
+            "max_size(workers), connection_timeout 5 s, test_on_check_out (default), retry_connection (default); \
+             {DRIVER_CONFIG}"
         )
     }
 

@@ -62,7 +62,8 @@ impl Peer for Variant {
 
     fn config(&self) -> String {
         format!(
-            "RecyclingMethod::{self:?}, max_size(workers), wait_timeout 30 s, create_timeout 5 s, recycle_timeout 2 s; {DRIVER_CONFIG}"
+            "RecyclingMethod::{self:?}, max_size(workers), wait_timeout 30 s, create_timeout 5 s, recycle_timeout 2 s; \
+             {DRIVER_CONFIG}"
         )
     }
 

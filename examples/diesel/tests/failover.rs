@@ -32,7 +32,8 @@ struct Count {
     count: i64,
 }
 
-/// Its pool is full of connections to the primary when that freezes. After the failover each one leads to the successor.
+/// Its pool is full of connections to the primary when that freezes. After the failover each one leads to the
+/// successor.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_connection_is_stale_after_a_failover() {
     let cluster = Cluster::start().await;

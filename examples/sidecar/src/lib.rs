@@ -29,8 +29,8 @@ pub struct Sidecar {
 
 impl Sidecar {
     /// Follows the primary of `pool`, which must not have
-    /// [`sleep_after`](tokio_postgres_failover::PoolBuilder::sleep_after): forwarded connections do not keep it awake. A
-    /// connection that comes while there is no primary waits for `wait` at most.
+    /// [`sleep_after`](tokio_postgres_failover::PoolBuilder::sleep_after): forwarded connections do not keep it awake.
+    /// A connection that comes while there is no primary waits for `wait` at most.
     #[must_use]
     pub fn new(pool: Pool, wait: Duration) -> Self {
         Self { pool, wait }

@@ -13,10 +13,11 @@ pub struct Config {
     pub port: u16,
     /// The port for operators: `OPERATOR_PORT`. Without it they are answered at the port of the users.
     pub operator_port: Option<u16>,
-    /// How long a request may wait for a primary: `DEADLINE_SECONDS`, or 30. Longer than a failover takes, so that a request
-    /// waits for its end.
+    /// How long a request may wait for a primary: `DEADLINE_SECONDS`, or 30. Longer than a failover takes, so that a
+    /// request waits for its end.
     pub deadline: Duration,
-    /// How long the requests under way may take once the service is told to stop: `DRAIN_SECONDS`, or as long as the deadline.
+    /// How long the requests under way may take once the service is told to stop: `DRAIN_SECONDS`, or as long as the
+    /// deadline.
     pub drain: Duration,
     /// Name servers to ask instead of the system's: `DNS_SERVERS`, with commas between.
     pub dns_servers: Vec<SocketAddr>,

@@ -9,14 +9,15 @@ use tokio_postgres_failover::view::State;
 
 use crate::Service;
 
-/// The process runs and answers. It says nothing of the database: to restart a service because its primary is gone makes a
-/// short outage a long one.
+/// The process runs and answers. It says nothing of the database: to restart a service because its primary is gone
+/// makes a short outage a long one.
 pub(crate) async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// Is there a primary that has proved to be one, and answered the last heartbeat? The pool asks it each second, and takes
-/// it out of the view when it refuses, or leaves a question open for two seconds: so the view itself is the answer.
+/// Is there a primary that has proved to be one, and answered the last heartbeat? The pool asks it each second, and
+/// takes it out of the view when it refuses, or leaves a question open for two seconds: so the view itself is the
+/// answer.
 pub(crate) async fn ready(extract::State(service): extract::State<Arc<Service>>) -> (StatusCode, String) {
     let view = service.pool.status().view;
     match view.state {

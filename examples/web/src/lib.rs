@@ -1,5 +1,5 @@
-//! A small web service that takes orders, as an example of a service over [`tokio_postgres_failover`]: it rides through a
-//! failover without a failed request. README.md in this folder says how to run and deploy it.
+//! A small web service that takes orders, as an example of a service over [`tokio_postgres_failover`]: it rides through
+//! a failover without a failed request. README.md in this folder says how to run and deploy it.
 //!
 //! [`Service::new`] makes it, [`Service::serve`] runs it until it is told to stop.
 
@@ -42,13 +42,13 @@ pub struct Service {
 }
 
 impl Service {
-    /// Makes the pool, which begins to look for the primary; whether there is one is told by `/readyz`, so a service starts
-    /// without its database, too. Install the recorder of `metrics` first: the pool looks its figures up here.
+    /// Makes the pool, which begins to look for the primary; whether there is one is told by `/readyz`, so a service
+    /// starts without its database, too. Install the recorder of `metrics` first: the pool looks its figures up here.
     ///
     /// Call it within a Tokio runtime.
     pub fn new(config: Config, metrics: PrometheusHandle) -> Result<Self, BuildError> {
-        // Waiting for a connection, all attempts and the pauses between them end at the deadline. A statement that hangs for
-        // as long is cut off.
+        // Waiting for a connection, all attempts and the pauses between them end at the deadline. A statement that
+        // hangs for as long is cut off.
         let policy = RetryPolicy::interactive().deadline(config.deadline).attempt_timeout(config.deadline);
         let mut builder = Pool::builder(config.database_url)?
             .application_name("failover-web")
@@ -62,8 +62,9 @@ impl Service {
         Ok(Self { pool, metrics, region: config.region, schema: orders::Schema::default(), drain: config.drain })
     }
 
-    /// Answers requests until `stop` ends. Then no connection is accepted any more, the requests under way are finished, and
-    /// the pool is closed. Whatever still waits for a primary when the time for that is over gets its 503 then.
+    /// Answers requests until `stop` ends. Then no connection is accepted any more, the requests under way are
+    /// finished, and the pool is closed. Whatever still waits for a primary when the time for that is over gets its 503
+    /// then.
     ///
     /// With `operators` readiness and metrics, which name servers, are told there alone, and to the end.
     pub async fn serve(

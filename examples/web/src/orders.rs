@@ -116,8 +116,8 @@ impl IntoResponse for Failure {
     }
 }
 
-/// Stores an order, once: across a failover by the pool's `transaction`, across repetitions by its key. 201 where it is new,
-/// 200 where a request with this key has stored it before.
+/// Stores an order, once: across a failover by the pool's `transaction`, across repetitions by its key. 201 where it is
+/// new, 200 where a request with this key has stored it before.
 pub(crate) async fn create(
     State(service): State<Arc<Service>>,
     headers: HeaderMap,

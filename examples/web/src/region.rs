@@ -29,8 +29,8 @@ impl Region {
         Some(Self { outside: here != primary, replay })
     }
 
-    /// What to tell the proxy. A request that was sent on already is not sent on again: after a promotion in another region
-    /// it would go round in circles. It is done here, over the longer way to the primary.
+    /// What to tell the proxy. A request that was sent on already is not sent on again: after a promotion in another
+    /// region it would go round in circles. It is done here, over the longer way to the primary.
     fn elsewhere(&self, headers: &HeaderMap) -> Option<HeaderValue> {
         (self.outside && !headers.contains_key(REPLAYED)).then(|| self.replay.clone())
     }

@@ -235,8 +235,8 @@ impl PoolBuilder {
         for (option, is_set, instead) in unheard {
             if is_set && !own {
                 let problem = format!(
-                    "cannot be had from a manager alone, as a deadpool pool lends its connections itself; give that pool \
-                     {instead}, or use `build`"
+                    "cannot be had from a manager alone, as a deadpool pool lends its connections itself; give that \
+                     pool {instead}, or use `build`"
                 );
                 return Err(BuildError::invalid(option, problem));
             }

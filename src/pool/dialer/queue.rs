@@ -35,7 +35,8 @@ use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
 
-/// How long callers wait at least before they are told of a refused log-in, while connections are open that may come back.
+/// How long callers wait at least before they are told of a refused log-in, while connections are open that may come
+/// back.
 pub(in crate::pool) const REFUSED_AFTER: Duration = Duration::from_millis(500);
 
 type Delivery<C> = Result<Connection<C>, Error>;
@@ -399,7 +400,8 @@ impl<C: SessionClient> Dialer<C> {
         let mut book = self.queue.book();
         book.failed_at = None;
         let mut connection = self.make(session, generation, evictions);
-        // One that was doubted may have come back, and taken the place of this one, or the pool was made smaller meanwhile.
+        // One that was doubted may have come back, and taken the place of this one, or the pool was made smaller
+        // meanwhile.
         let unwanted = if self.queue.gives_way(&mut connection) {
             Some(connection)
         } else {

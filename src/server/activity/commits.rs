@@ -37,9 +37,9 @@ enum Place {
     LineComment,
 }
 
-/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It knows a backslash
-/// before a quote only in a string that an E precedes, which is all that there is while `standard_conforming_strings` is
-/// on.
+/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It knows a
+/// backslash before a quote only in a string that an E precedes, which is all that there is while
+/// `standard_conforming_strings` is on.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Commits {
     place: Place,

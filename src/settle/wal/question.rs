@@ -26,9 +26,9 @@ columns! {
 }
 
 impl LogColumn {
-    /// Returns what replaces this column if the role may not ask for it, or `None` if the rule cannot do without it. The
-    /// identifier and the timeline of a verified server are known already. Without one of the others, the rule settles
-    /// less.
+    /// Returns what replaces this column if the role may not ask for it, or `None` if the rule cannot do without it.
+    /// The identifier and the timeline of a verified server are known already. Without one of the others, the rule
+    /// settles less.
     fn withheld(self) -> Option<&'static str> {
         match self {
             Self::Identifier
@@ -75,7 +75,8 @@ pub(super) async fn refused(client: &Client) -> Vec<LogColumn> {
 /// its own WAL as a standby does. Such a server is recognised by the time of the last replayed commit, which archive
 /// recovery notes and crash recovery does not (`recoveryStopsAfter` in `xlogrecovery.c`).
 const RECEIVED: &str = "coalesce(pg_last_wal_receive_lsn(), \
-                                 CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END)";
+                        CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() \
+                        END)";
 
 /// The position of the last checkpoint, if it ended a shutdown or a recovery and the last replay ended right behind it.
 /// This server continues the WAL that it had before that position. A failover manager may run crash recovery in

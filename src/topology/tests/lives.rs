@@ -228,9 +228,11 @@ proptest! {
             stage.run(ms(1));
         }
         let died = stage.bench.now;
-        stage.traffic = TrafficSample { in_use, received: false, moved: false, open: usize::from(!closes), idle_asked: false };
+        let open = usize::from(!closes);
+        stage.traffic = TrafficSample { in_use, received: false, moved: false, open, idle_asked: false };
         if closes {
-            (stage.kept, stage.new) = (false, Some(if kind == FailureKind::Full { FailureKind::Unreachable } else { kind }));
+            let kind = if kind == FailureKind::Full { FailureKind::Unreachable } else { kind };
+            (stage.kept, stage.new) = (false, Some(kind));
         } else {
             (stage.silent, stage.new) = (true, Some(FailureKind::TimedOut));
         }
@@ -281,7 +283,12 @@ fn the_session_of_a_suspended_primary_is_kept_and_asked() {
     assert!(bench.topology.keeps(&address(1)));
     bench.wait(ms(30));
     let asked = |fresh| {
-        bench.log.iter().any(|action| matches!(action, Action::Probe { endpoint, fresh: it, beside, .. } if endpoint.address == address(1) && *it == fresh && *beside != fresh))
+        bench.log.iter().any(|action| match action {
+            Action::Probe { endpoint, fresh: it, beside, .. } => {
+                endpoint.address == address(1) && *it == fresh && *beside != fresh
+            }
+            _ => false,
+        })
     };
     assert!(asked(true) && asked(false), "on a new session, which may lead to a successor, and on the one it has");
     let beside =

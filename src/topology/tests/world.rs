@@ -91,7 +91,10 @@ proptest! {
     /// in use, or none if there is none.
     #[test]
     fn any_history_ends_on_the_newest_primary(commands in prop::collection::vec(command(), 0..40)) {
-        let started = |started| Server { up: true, frozen: false, fenced: false, primary: started == 1, timeline: 1, started };
+        let started = |started| {
+            let primary = started == 1;
+            Server { up: true, frozen: false, fenced: false, primary, timeline: 1, started }
+        };
         let mut world = World { servers: (1..=3).map(started).collect(), starts: 10, newest: 1 };
         let mut bench = Bench::new(3);
         let mut watch = Watch::default();

@@ -28,7 +28,8 @@ async fn pid(client: &Client) -> i32 {
     client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
 }
 
-/// No caller has the time that a connect takes. After some waves each of them is served, and no connect was thrown away.
+/// No caller has the time that a connect takes. After some waves each of them is served, and no connect was thrown
+/// away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn impatient_callers_of_a_wrapped_pool_are_served() {
     let cluster = Cluster::builder().nodes(1).start().await;
@@ -157,8 +158,8 @@ async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
     assert!(startups < 40 + 8 * (took.as_secs() + 1), "{startups} log-ins in {took:?}");
 }
 
-/// After a while without any success, the next log-in at a full server is rare. Whoever waits for it is served as soon as
-/// connections come back.
+/// After a while without any success, the next log-in at a full server is rare. Whoever waits for it is served as soon
+/// as connections come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_server_holds_up_nobody_when_connections_come_back() {
     let cluster = Cluster::builder().nodes(1).start().await;

@@ -95,7 +95,8 @@ async fn shows(client: &Client, name: &str) -> String {
 async fn nothing_runs(cluster: &Cluster) {
     let direct = cluster.direct(Node(0)).await;
     eventually("nothing runs on", PATIENCE, async || {
-        let sql = "SELECT FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND state <> 'idle' AND pid <> pg_backend_pid()";
+        let sql = "SELECT FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND state <> 'idle' AND pid <> \
+                   pg_backend_pid()";
         let open = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND state LIKE 'idle in transaction%'";
         direct.query(sql, &[]).await.unwrap().is_empty() && direct.query(open, &[]).await.unwrap().is_empty()
     })
@@ -153,7 +154,8 @@ async fn every_connection_meets_after_connect_before_it_is_lent() {
     }
 }
 
-/// A hook that misbehaves costs its own connection and a pause; callers are told what it said, and nothing is left behind.
+/// A hook that misbehaves costs its own connection and a pause; callers are told what it said, and nothing is left
+/// behind.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_misused_after_connect_ends_at_the_deadline_and_heals() {
     let cluster = server().await;
@@ -366,7 +368,8 @@ async fn a_connection_is_reset_when_it_comes_back() {
     assert_eq!((shows(&client, "app.mine").await, shows(&client, "app.greeted").await), (String::new(), "yes".into()));
     assert_ne!(shows(&client, "work_mem").await, "77MB");
     let left = "SELECT (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid())
-                     + (SELECT count(*) FROM pg_cursors WHERE name <> '') + (SELECT count(*) FROM pg_listening_channels())
+                     + (SELECT count(*) FROM pg_cursors WHERE name <> '')
+                     + (SELECT count(*) FROM pg_listening_channels())
                      + coalesce((SELECT 1 WHERE to_regclass('mine') IS NOT NULL), 0)";
     assert_eq!(client.query_one(left, &[]).await.unwrap().get::<_, i64>(0), 0);
     assert_eq!(client.query_one(&statement, &[]).await.unwrap().get::<_, i32>(0), 7, "prepared statements stay");

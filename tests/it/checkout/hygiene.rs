@@ -57,8 +57,8 @@ async fn c6_a_stray_handle_writes_nothing_after_a_failed_closure() {
     assert_eq!(stored(&cluster).await, 0);
 }
 
-/// K7: the server reports a cancelled wait for its standby as a warning and a success; a failover may lose such a commit.
-/// It counts when the standby has it, and is unknown if it never gets it.
+/// K7: the server reports a cancelled wait for its standby as a warning and a success; a failover may lose such a
+/// commit. It counts when the standby has it, and is unknown if it never gets it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k7_a_cancelled_wait_for_the_standby_counts_once_the_standby_has_it() {
     let cluster = Cluster::builder().nodes(2).start().await;

@@ -1,4 +1,5 @@
-//! Connections that have been idle: tested before they are handed out, where their sockets may have died without a word.
+//! Connections that have been idle: tested before they are handed out, where their sockets may have died without a
+//! word.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -298,7 +299,8 @@ fn is_asleep(pool: &Pool) -> bool {
     matches!(pool.status().view.state, State::Asleep)
 }
 
-/// Without a caller nothing is open at the server, and nothing is asked of it or of DNS; the first caller wakes the pool.
+/// Without a caller nothing is open at the server, and nothing is asked of it or of DNS; the first caller wakes the
+/// pool.
 #[tokio::test]
 async fn a_pool_without_callers_sleeps_until_the_next_one() {
     let cluster = Cluster::builder().nodes(2).start().await;
@@ -351,8 +353,8 @@ async fn wakes_to_the_successor(pool: &Pool) -> Result<(), String> {
     if timeline == "00000002" { Ok(()) } else { Err(format!("it leads to timeline {timeline}")) }
 }
 
-/// A standby was promoted while the pool slept, and the old primary still takes writes: the first caller is not led there.
-/// The others have a tenth of a second to object to it, which passes on a machine that stands still.
+/// A standby was promoted while the pool slept, and the old primary still takes writes: the first caller is not led
+/// there. The others have a tenth of a second to object to it, which passes on a machine that stands still.
 #[tokio::test]
 async fn a_zombie_of_the_time_of_sleep_is_not_believed() {
     unless_stalled(async || {

@@ -56,8 +56,8 @@ async fn pid(client: &Client) -> i32 {
     client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
 }
 
-/// A growing pool: each caller holds what it got, and none has the time that a log-in takes. The first may fail, while its
-/// dial goes on for the second.
+/// A growing pool: each caller holds what it got, and none has the time that a log-in takes. The first may fail, while
+/// its dial goes on for the second.
 #[tokio::test]
 async fn a_dial_outlives_the_caller_that_needed_it() {
     let bench = Bench::new().await;
@@ -129,8 +129,8 @@ async fn who_waits_for_a_dial_takes_what_is_given_back() {
     assert!(pool.status().size <= 2);
 }
 
-/// A connection is given back with a statement on its way, to a caller that gives up at that moment: the next caller does
-/// not meet the statement.
+/// A connection is given back with a statement on its way, to a caller that gives up at that moment: the next caller
+/// does not meet the statement.
 #[tokio::test]
 async fn what_was_given_to_a_caller_that_gave_up_is_idle() {
     let bench = Bench::new().await;
@@ -149,8 +149,8 @@ async fn what_was_given_to_a_caller_that_gave_up_is_idle() {
     assert_ne!(asked, first);
 }
 
-/// A dial ends while its primary is suspended, and its caller, on a machine that is busy, sees nothing of that: it is served
-/// as soon as the primary is verified again.
+/// A dial ends while its primary is suspended, and its caller, on a machine that is busy, sees nothing of that: it is
+/// served as soon as the primary is verified again.
 #[tokio::test]
 async fn what_arrived_during_a_suspension_is_handed_out_after_it() {
     for by_hand in [false, true] {
@@ -273,8 +273,8 @@ fn bench_waiting<T>(tasks: &[tokio::task::JoinHandle<T>], all: usize) -> bool {
     tasks.iter().filter(|task| !task.is_finished()).count() == all
 }
 
-/// Callers that give up at random moments, and hold what they got for random times: never more than `max_size` sessions at
-/// the server, no dial is thrown away, and afterwards each caller is served.
+/// Callers that give up at random moments, and hold what they got for random times: never more than `max_size` sessions
+/// at the server, no dial is thrown away, and afterwards each caller is served.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_of_callers_that_give_up_opens_no_more_than_max_size() {
     const MAX_SIZE: usize = 5;
@@ -308,8 +308,8 @@ async fn a_storm_of_callers_that_give_up_opens_no_more_than_max_size() {
         })
         .collect();
     let began = Instant::now();
-    // The pool's, the heartbeat's, and the session that found the primary until it is taken. One that has reached its age
-    // is closed before the next is opened; its backend may take a moment to end.
+    // The pool's, the heartbeat's, and the session that found the primary until it is taken. One that has reached its
+    // age is closed before the next is opened; its backend may take a moment to end.
     let most = i64::try_from(MAX_SIZE).unwrap() + 2;
     let (mut above, mut larger, mut looks) = (0, 0, 0);
     let is_enough = |looks: usize| looks > 50 && got.load(Ordering::SeqCst) > 100;

@@ -55,7 +55,8 @@ async fn who_gives_up_during_a_suspension_closes_nothing() {
     assert_eq!((pid(&client).await, client.generation()), before);
 }
 
-/// A transaction was dropped, and its driver has not seen the ROLLBACK yet. A caller that does not wait at all comes first.
+/// A transaction was dropped, and its driver has not seen the ROLLBACK yet. A caller that does not wait at all comes
+/// first.
 #[tokio::test]
 async fn who_does_not_wait_for_a_rollback_closes_nothing() {
     let cluster = single().await;

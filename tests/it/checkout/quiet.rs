@@ -41,9 +41,9 @@ impl Bench {
         deadpool_postgres::Pool::builder(manager).max_size(2).build().unwrap()
     }
 
-    /// What was sent while `work` ran `TIMES` times. The driver closes a statement without waiting for that, so each run
-    /// ends in a round trip of its own, by which all before it has passed. If the machine stood still and that cost a
-    /// connection, it is counted anew.
+    /// What was sent while `work` ran `TIMES` times. The driver closes a statement without waiting for that, so each
+    /// run ends in a round trip of its own, by which all before it has passed. If the machine stood still and that cost
+    /// a connection, it is counted anew.
     async fn count(&self, mut work: impl AsyncFnMut()) -> Counts {
         let mut counts = Counts::default();
         for _ in 0..3 {

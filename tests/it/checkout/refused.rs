@@ -47,8 +47,8 @@ async fn refused(pool: &Pool, callers: usize, within: Duration) -> usize {
     refused
 }
 
-/// C9: sixteen log-ins are under way when the password changes. When it is right again, the next log-in does not wait for
-/// a second for each of them.
+/// C9: sixteen log-ins are under way when the password changes. When it is right again, the next log-in does not wait
+/// for a second for each of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_ins_refused_together_hold_up_nobody_for_long() {
     for (kind, build) in [("own", own as fn(SocketAddr, &str, usize) -> Pool), ("wrapped", wrapped)] {

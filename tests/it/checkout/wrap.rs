@@ -258,8 +258,8 @@ async fn left_in_commit(read_only: bool) -> (CommitOutcome, String) {
     (error.commit_outcome(), error.to_string())
 }
 
-/// A settler's session is the manager's, too: nobody else ends what waits on a server that was left. Here COMMIT, and then
-/// its settler, wait for a standby that was promoted without it.
+/// A settler's session is the manager's, too: nobody else ends what waits on a server that was left. Here COMMIT, and
+/// then its settler, wait for a standby that was promoted without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_is_settled_by_the_successor_of_whom_was_asked_first() {
     let cluster = Cluster::builder().nodes(2).start().await;
@@ -484,7 +484,8 @@ async fn a_connection_that_was_asked_in_vain_does_not_go_back() {
     pool.get_within(LONG).await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
 
-/// What its owner gives back after a failover leads to the old server: such connections are of no interest to the new one.
+/// What its owner gives back after a failover leads to the old server: such connections are of no interest to the new
+/// one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_come_back_late_cast_no_doubt() {
     let cluster = started().await;

@@ -1,5 +1,5 @@
-//! Transactions in doubt whose pool is led to another cluster meanwhile, as at a blue/green switch. The other cluster knows
-//! nothing of them, so its answer is never asked for, and nothing is written there to find out.
+//! Transactions in doubt whose pool is led to another cluster meanwhile, as at a blue/green switch. The other cluster
+//! knows nothing of them, so its answer is never asked for, and nothing is written there to find out.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! A primary is fenced while a COMMIT is under way on it. A fence keeps back new transactions, and the server goes on with
-//! those that have begun.
+//! A primary is fenced while a COMMIT is under way on it. A fence keeps back new transactions, and the server goes on
+//! with those that have begun.
 
 use std::time::Duration;
 

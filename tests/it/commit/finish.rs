@@ -1,4 +1,5 @@
-//! How a transaction is finished: what COMMIT's answer proves, what nobody may cut off, and closures that end it themselves.
+//! How a transaction is finished: what COMMIT's answer proves, what nobody may cut off, and closures that end it
+//! themselves.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -115,8 +116,8 @@ async fn k7_a_cancelled_wait_is_noticed_whatever_the_role_lets_through() {
     }
 }
 
-/// A server that fails behind the commit record reports that error, and only then that the transaction was committed, with
-/// the PANIC that ends it. Here it may not remove a file that the transaction has made stale.
+/// A server that fails behind the commit record reports that error, and only then that the transaction was committed,
+/// with the PANIC that ends it. Here it may not remove a file that the transaction has made stale.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_error_behind_the_commit_record_is_no_refusal() {
     let cluster = with_ledger(single()).await;
@@ -247,7 +248,8 @@ fn call<'a>(pool: &'a Pool, guarantee: Option<&Guarantee>) -> TransactionBuilder
     }
 }
 
-/// What a closure may do to its own transaction, and which rows are there afterwards. In a read nothing is written in it.
+/// What a closure may do to its own transaction, and which rows are there afterwards. In a read nothing is written in
+/// it.
 const ENDS: &[(&str, &[i64], &str)] = &[
     ("INSERT INTO entries VALUES (1); ROLLBACK", &[], "RolledBack"),
     ("INSERT INTO entries VALUES (1); ABORT", &[], "RolledBack"),
@@ -401,8 +403,8 @@ async fn a_closure_that_ends_its_transaction_and_fails_is_not_run_again() {
     }
 }
 
-/// COMMIT checks for its transaction by a statement that the session has prepared. Where the closure takes that away, or the
-/// role may not call what it asks for, nothing is lost, doubled or untrue.
+/// COMMIT checks for its transaction by a statement that the session has prepared. Where the closure takes that away,
+/// or the role may not call what it asks for, nothing is lost, doubled or untrue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_the_check_of_commit_every_answer_is_true() {
     let revoke = "REVOKE EXECUTE ON FUNCTION pg_catalog.pg_current_xact_id_if_assigned() FROM PUBLIC";
@@ -464,7 +466,8 @@ async fn kept_copy(tx: &Transaction) -> Result<std::pin::Pin<Box<CopyInSink<std:
 /// More than the sockets between the two hold.
 pub(crate) const MANY_ROWS: &str = "SELECT repeat('x', 1000) FROM generate_series(1, 100000)";
 
-/// C6 for what holds a request open without holding the handle. The cases wait for a while each, so they run side by side.
+/// C6 for what holds a request open without holding the handle. The cases wait for a while each, so they run side by
+/// side.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_kept_stream_is_refused_and_named() {
     let cluster = with_ledger(single()).await;

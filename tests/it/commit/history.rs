@@ -1,9 +1,9 @@
 //! Commits whose answer is lost, settled after more than one crash or promotion, against real servers.
 //!
-//! Each case is a history that the pool does not see: it happens between COMMIT and the end of the connection, and meanwhile
-//! the one path to the servers, a proxy, leads nowhere. Wherever a
-//! commit is lost, its transaction id is given to others, who commit: a pool that asked for the id alone would be told
-//! "committed". What the pool may find out depends on what its role may see, a [`Right`].
+//! Each case is a history that the pool does not see: it happens between COMMIT and the end of the connection, and
+//! meanwhile the one path to the servers, a proxy, leads nowhere. Wherever a commit is lost, its transaction id is
+//! given to others, who commit: a pool that asked for the id alone would be told "committed". What the pool may find
+//! out depends on what its role may see, a [`Right`].
 
 mod crashes;
 mod earlier;
@@ -41,7 +41,8 @@ enum Right {
     Nothing,
 }
 
-/// How long a call may wait for the end of a history, in which servers start, crash and are promoted one after the other.
+/// How long a call may wait for the end of a history, in which servers start, crash and are promoted one after the
+/// other.
 const HISTORY: Duration = Duration::from_secs(120);
 
 /// The number of an address where nobody listens, for [`Cluster::spare_addr`].
@@ -159,8 +160,8 @@ async fn burn_ids(cluster: &Cluster) {
     server.batch_execute(sql).await.unwrap();
 }
 
-/// From now on the log is written with commits alone, and not before: the end of it is lost in a crash. So are some ids that
-/// are used up now.
+/// From now on the log is written with commits alone, and not before: the end of it is lost in a crash. So are some ids
+/// that are used up now.
 async fn write_no_more(cluster: &Cluster) {
     cluster.stop_background(cluster.primary(), Background::WalWriter).await;
     let server = cluster.direct(cluster.primary()).await;
@@ -234,14 +235,14 @@ impl Case {
         self
     }
 
-    /// Runs the work, and looks what became of it. The history takes place between COMMIT and the end of the connection, and
-    /// the pool gets to no server meanwhile.
+    /// Runs the work, and looks what became of it. The history takes place between COMMIT and the end of the
+    /// connection, and the pool gets to no server meanwhile.
     async fn assert(self, cut: Cut, history: impl AsyncFn(&Scene), answer: Answer) {
         self.assert_in_steps(cut, 1, async |scene, _| history(scene).await, answer).await;
     }
 
-    /// The same with several steps, counted from 0. The pool sees the primary behind each of them: every step but the first
-    /// takes place while the pool asks what became of the commit, and so it gets no answer before the last.
+    /// The same with several steps, counted from 0. The pool sees the primary behind each of them: every step but the
+    /// first takes place while the pool asks what became of the commit, and so it gets no answer before the last.
     async fn assert_in_steps(self, cut: Cut, steps: usize, step: impl AsyncFn(&Scene, usize), answer: Answer) {
         let Self { right, bench } = self;
         let doubt = Arc::<Mutex<Doubt>>::default();

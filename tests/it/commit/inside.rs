@@ -1,5 +1,5 @@
-//! Closures that end their transaction themselves where the session tells nothing any more, or leave it in a COPY; and a COMMIT
-//! that is sent by hand.
+//! Closures that end their transaction themselves where the session tells nothing any more, or leave it in a COPY; and
+//! a COMMIT that is sent by hand.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -33,8 +33,9 @@ fn told(error: &Error, ending: Ending, what: &str) {
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{what}");
 }
 
-/// The pool holds back the last error of a call for half a second, to ask how the closure has ended its transaction. A machine
-/// that stood still for so long gets no answer: then the case is played again. `usual`: how long the call takes by itself.
+/// The pool holds back the last error of a call for half a second, to ask how the closure has ended its transaction. A
+/// machine that stood still for so long gets no answer: then the case is played again. `usual`: how long the call takes
+/// by itself.
 fn must_play_again(error: &Error, began: Instant, usual: Duration, round: u32) -> bool {
     const ASKED_WITHIN: Duration = Duration::from_millis(500);
     let is_told = matches!(error, Error::EndedInside(inside) if EndedInside::ending(inside) != Ending::Unknown);
@@ -109,8 +110,8 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
     }
 }
 
-/// The COMMIT of a closure is in a deferred trigger when its connection is lost. Nothing shows yet how it ends, so the call
-/// waits for the end, in its last run, too.
+/// The COMMIT of a closure is in a deferred trigger when its connection is lost. Nothing shows yet how it ends, so the
+/// call waits for the end, in its last run, too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closures_own_commit_under_way_is_waited_for() {
     let cluster = with_ledger(single()).await;
@@ -160,7 +161,8 @@ async fn commits_under_way(
     let fault = async {
         committing(&gate).await;
         tap.drop_connections();
-        // A settler that was told "in progress" looks whether the session was abandoned. The pool may be too late to ask.
+        // A settler that was told "in progress" looks whether the session was abandoned. The pool may be too late to
+        // ask.
         let asks = "SELECT FROM pg_stat_activity WHERE query LIKE '%idle in transaction%' AND pid <> pg_backend_pid()";
         let asked = async {
             while gate.query(asks, &[]).await.unwrap().is_empty() {
@@ -209,8 +211,8 @@ async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
     }
 }
 
-/// The question how a closure has ended its transaction is given up, as a lock holds it up. The session in the midst of it
-/// meets nobody else, in a wrapped pool neither.
+/// The question how a closure has ended its transaction is given up, as a lock holds it up. The session in the midst of
+/// it meets nobody else, in a wrapped pool neither.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_was_asked_in_vain_meets_nobody() {
     let cluster = with_ledger(single()).await;
@@ -423,8 +425,8 @@ async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {
     assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]));
 }
 
-/// COPY through a method that knows nothing of it: the server waits for data, and takes COMMIT for a mistake of the protocol.
-/// Such work was run again until the deadline.
+/// COPY through a method that knows nothing of it: the server waits for data, and takes COMMIT for a mistake of the
+/// protocol. Such work was run again until the deadline.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
     let cluster = with_ledger(single()).await;
@@ -459,8 +461,8 @@ async fn c6_a_copy_whose_data_nobody_sends_is_refused_at_once() {
     }
 }
 
-/// A COMMIT that is sent on a connection of [`Pool::get`](tokio_postgres_failover::Pool::get) is as little cut off as the pool's
-/// own.
+/// A COMMIT that is sent on a connection of [`Pool::get`](tokio_postgres_failover::Pool::get) is as little cut off as
+/// the pool's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_commit_by_hand_goes_on_waiting_for_the_standby() {
     for kind in KINDS {

@@ -1,4 +1,5 @@
-//! Commits whose answer is lost, against real servers: what the pool finds out, how often the work ran, and what is stored.
+//! Commits whose answer is lost, against real servers: what the pool finds out, how often the work ran, and what is
+//! stored.
 //!
 //! The table has no key, so a work that was applied twice shows.
 
@@ -97,7 +98,8 @@ async fn k2_a_commit_under_way_is_waited_for() {
     .await;
 }
 
-/// C1, K2: somebody gives a connection back in the midst of a transaction. A settler's COMMIT must not be the end of it.
+/// C1, K2: somebody gives a connection back in the midst of a transaction. A settler's COMMIT must not be the end of
+/// it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k2_a_settler_commits_nobody_elses_work() {
     with_each_settler(single, async |bench| {
@@ -174,8 +176,8 @@ async fn k2_work_whose_commit_was_not_delivered_runs_again() {
     }
 }
 
-/// K2: COMMIT did not get through, and every connection of the pool waits for the locks of its transaction: whoever settles
-/// needs none of them.
+/// K2: COMMIT did not get through, and every connection of the pool waits for the locks of its transaction: whoever
+/// settles needs none of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k2_callers_that_all_wait_for_the_lock_of_an_undelivered_commit_all_finish() {
     const CONNECTIONS: usize = 4;
@@ -207,8 +209,8 @@ async fn k2_callers_that_all_wait_for_the_lock_of_an_undelivered_commit_all_fini
     .await;
 }
 
-/// K2: COMMIT is lost in a partition that outlasts `dead_after`. Afterwards the same server, in the same life, is the next
-/// generation: the session that it still holds for the lost one is ended, and the work runs again.
+/// K2: COMMIT is lost in a partition that outlasts `dead_after`. Afterwards the same server, in the same life, is the
+/// next generation: the session that it still holds for the lost one is ended, and the work runs again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k2_work_whose_commit_a_partition_swallowed_runs_again_on_the_same_server() {
     with_each_settler(single, async |bench| {
@@ -334,47 +336,51 @@ async fn k4_a_commit_that_a_promoted_standby_has_is_found() {
     .await;
 }
 
-/// K5: the trap. The commit was lost with its primary, and its transaction id was given to another one, which committed: the
-/// new primary says "committed" of it, and means somebody else's work.
+/// K5: the trap. The commit was lost with its primary, and its transaction id was given to another one, which
+/// committed: the new primary says "committed" of it, and means somebody else's work.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k5_a_lost_commit_is_not_taken_for_the_one_that_got_its_id() {
-    with_each_settler(|| Cluster::builder().nodes(2).asynchronous(), async |bench| {
-        let bench = bench.unaware_of_standbys().await;
-        cut_replication(&bench.cluster, &[Node(1)]).await;
-        // The promotion takes a few ids, too.
-        let old = bench.cluster.direct(Node(0)).await;
-        for _ in 0..30 {
-            old.query_one("SELECT pg_current_xact_id()::text", &[]).await.unwrap();
-        }
-        let lost = Arc::new(AtomicI64::new(0));
-        let of_closure = Arc::clone(&lost);
-        bench.cut_with(Cut::CommitAnswerDropped, async move |cluster| {
-            cluster.kill(Node(0)).await;
-            cluster.promote(Node(1)).await;
-            let writer = cluster.direct(Node(1)).await;
-            let lost = lost.load(Ordering::SeqCst);
-            let mut used = 0;
-            while used < lost {
-                let sql = "INSERT INTO keyed (id) SELECT count(*) FROM keyed RETURNING pg_current_xact_id()::text::bigint";
-                used = writer.query_one(sql, &[]).await.unwrap().get(0);
+    with_each_settler(
+        || Cluster::builder().nodes(2).asynchronous(),
+        async |bench| {
+            let bench = bench.unaware_of_standbys().await;
+            cut_replication(&bench.cluster, &[Node(1)]).await;
+            // The promotion takes a few ids, too.
+            let old = bench.cluster.direct(Node(0)).await;
+            for _ in 0..30 {
+                old.query_one("SELECT pg_current_xact_id()::text", &[]).await.unwrap();
             }
-            assert_eq!(used, lost, "the id was not free any more");
-            let sql = "SELECT pg_xact_status($1::bigint::text::xid8)";
-            let says: Option<String> = writer.query_one(sql, &[&lost]).await.unwrap().get(0);
-            assert_eq!(says.as_deref(), Some("committed"), "the trap is not set");
-            assert!(stored(&cluster).await.is_empty(), "the commit was not lost");
-            list(&cluster, &[Node(0), Node(1)]);
-        });
-        let work = bench.call().run(async |tx| {
-            let xid = tx.query_one("SELECT pg_current_xact_id()::text::bigint", &[]).await?.get(0);
-            if bench.runs.begin() == 1 {
-                of_closure.store(xid, Ordering::SeqCst);
-            }
-            insert(&tx, 1).await
-        });
-        timeout(LONG, work).await.expect("the call hangs").unwrap();
-        bench.assert_once(2).await;
-    })
+            let lost = Arc::new(AtomicI64::new(0));
+            let of_closure = Arc::clone(&lost);
+            bench.cut_with(Cut::CommitAnswerDropped, async move |cluster| {
+                cluster.kill(Node(0)).await;
+                cluster.promote(Node(1)).await;
+                let writer = cluster.direct(Node(1)).await;
+                let lost = lost.load(Ordering::SeqCst);
+                let mut used = 0;
+                while used < lost {
+                    let sql = "INSERT INTO keyed (id) SELECT count(*) FROM keyed RETURNING \
+                               pg_current_xact_id()::text::bigint";
+                    used = writer.query_one(sql, &[]).await.unwrap().get(0);
+                }
+                assert_eq!(used, lost, "the id was not free any more");
+                let sql = "SELECT pg_xact_status($1::bigint::text::xid8)";
+                let says: Option<String> = writer.query_one(sql, &[&lost]).await.unwrap().get(0);
+                assert_eq!(says.as_deref(), Some("committed"), "the trap is not set");
+                assert!(stored(&cluster).await.is_empty(), "the commit was not lost");
+                list(&cluster, &[Node(0), Node(1)]);
+            });
+            let work = bench.call().run(async |tx| {
+                let xid = tx.query_one("SELECT pg_current_xact_id()::text::bigint", &[]).await?.get(0);
+                if bench.runs.begin() == 1 {
+                    of_closure.store(xid, Ordering::SeqCst);
+                }
+                insert(&tx, 1).await
+            });
+            timeout(LONG, work).await.expect("the call hangs").unwrap();
+            bench.assert_once(2).await;
+        },
+    )
     .await;
 }
 
@@ -422,7 +428,8 @@ async fn k6_a_commit_that_no_standby_got_runs_again_on_the_survivor() {
     .await;
 }
 
-/// K6: the ledger's "not committed" is a row, too, and must hold for a successor: nothing runs again before a standby has it.
+/// K6: the ledger's "not committed" is a row, too, and must hold for a successor: nothing runs again before a standby
+/// has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn k6_the_ledgers_fence_waits_for_a_standby() {
     let bench = Bench::new(Cluster::builder().nodes(2), Guarantee::Ledger(Ledger::default())).await;
@@ -438,7 +445,8 @@ async fn k6_the_ledgers_fence_waits_for_a_standby() {
     bench.assert_once(2).await;
 }
 
-/// `InProgress`: the deadline comes while COMMIT waits for its standby. It lands later, and the error had said that it may.
+/// `InProgress`: the deadline comes while COMMIT waits for its standby. It lands later, and the error had said that it
+/// may.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_while_it_is_in_progress() {
     with_each_settler(
@@ -475,7 +483,8 @@ async fn unknown_where_the_server_refuses_to_tell() {
         bench.cut_with(Cut::CommitAnswerDropped, async |cluster| {
             sql(
                 &cluster,
-                "REVOKE EXECUTE ON FUNCTION pg_xact_status(xid8) FROM PUBLIC; REVOKE UPDATE ON failover.ledger FROM app",
+                "REVOKE EXECUTE ON FUNCTION pg_xact_status(xid8) FROM PUBLIC; REVOKE UPDATE ON failover.ledger FROM \
+                 app",
             )
             .await;
         });
@@ -541,7 +550,8 @@ async fn unknown_after_two_failovers_but_for_the_ledger() {
     async fn two_failovers(cluster: Arc<Cluster>) {
         cluster.kill(Node(0)).await;
         cluster.promote(Node(1)).await;
-        // A standby that has not turned round does not know the second timeline, and would give its own the same number.
+        // A standby that has not turned round does not know the second timeline, and would give its own the same
+        // number.
         cluster.wait_replayed(Node(2)).await;
         cluster.kill(Node(1)).await;
         cluster.promote(Node(2)).await;
@@ -606,8 +616,8 @@ impl io::Write for Log {
     }
 }
 
-/// Without the right to leave a mark, a transaction works, and is not settled; the pool tells why, and logs it once. With
-/// the next primary it looks again.
+/// Without the right to leave a mark, a transaction works, and is not settled; the pool tells why, and logs it once.
+/// With the next primary it looks again.
 #[tokio::test]
 async fn without_the_right_to_mark_it_is_at_most_once() {
     for function in ["pg_logical_emit_message(boolean, text, text)", "pg_current_xact_id()"] {

@@ -198,7 +198,8 @@ async fn r11_a_wrapped_pool_accepts_the_next_cluster_too() {
     assert_eq!(leads_to(&pool).await, green_id);
 }
 
-/// The promoted server takes the role some time later: nobody is refused meanwhile, neither in the search nor by the growth.
+/// The promoted server takes the role some time later: nobody is refused meanwhile, neither in the search nor by the
+/// growth.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c9_a_role_that_comes_after_the_promotion_is_waited_for() {
     for warm in [false, true] {

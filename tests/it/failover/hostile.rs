@@ -1,5 +1,6 @@
-//! Whatever a server or a name server sends, the pool neither panics nor believes what makes no sense, and it goes on as
-//! soon as somebody answers honestly. Nothing here knows how the bytes are read; the scripts only know how to be wrong.
+//! Whatever a server or a name server sends, the pool neither panics nor believes what makes no sense, and it goes on
+//! as soon as somebody answers honestly. Nothing here knows how the bytes are read; the scripts only know how to be
+//! wrong.
 
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
@@ -343,8 +344,8 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     let patient = builder(&addr).heartbeat_timeout(PATIENCE).probe_timeout(PATIENCE).dead_after(PATIENCE * 10);
     let pool = patient.checkout_timeout(DEADLINE).build().unwrap();
     let held = pool.get().await.unwrap();
-    // What a new session says is no word of the primary's while `held` is open. The heartbeat's session is new, too, until it
-    // has been asked twice.
+    // What a new session says is no word of the primary's while `held` is open. The heartbeat's session is new, too,
+    // until it has been asked twice.
     eventually("the heart-beat has a session", PATIENCE, async || script.accepted() >= 2).await;
     for beat in ["first", "second"] {
         let sent = script.sent();
@@ -372,8 +373,8 @@ async fn a_primary_that_begins_to_lie_is_suspended_until_it_is_honest() {
     for (name, bytes) in garbage() {
         let before = script.accepted();
         script.answer(probed(Reply::Raw(bytes)));
-        // The heartbeat's session ends of it or waits for more, and new ones fare no better. The connections that are open
-        // are asked for no role, and serve on.
+        // The heartbeat's session ends of it or waits for more, and new ones fare no better. The connections that are
+        // open are asked for no role, and serve on.
         eventually(name, PATIENCE, async || script.accepted() > before + 2).await;
         script.answer(Script::honest);
         found(&pool, name).await;
@@ -719,7 +720,8 @@ async fn no_answer_of_a_name_server_is_more_than_a_named_failure() {
     }
 }
 
-/// Random changes of an honest answer: an error, or addresses, and no end of either. What follows is honest and believed.
+/// Random changes of an honest answer: an error, or addresses, and no end of either. What follows is honest and
+/// believed.
 #[tokio::test]
 async fn random_answers_of_a_name_server_are_survived() {
     let _watch = NoPanic::watch();

@@ -1,5 +1,5 @@
-//! Only *new* sessions fail: what is open serves on, nothing is lost, nothing evicted. And a server that dies in the midst of
-//! it is found as ever.
+//! Only *new* sessions fail: what is open serves on, nothing is lost, nothing evicted. And a server that dies in the
+//! midst of it is found as ever.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -62,8 +62,8 @@ struct Callers {
 }
 
 impl Callers {
-    /// Two hold a connection for good, and two take an idle one again and again. A fifth wants more than there are, and gets
-    /// none: that is what makes the pool open sessions.
+    /// Two hold a connection for good, and two take an idle one again and again. A fifth wants more than there are, and
+    /// gets none: that is what makes the pool open sessions.
     async fn start(pool: &Pool) -> Self {
         let (stop, served) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let mut tasks = JoinSet::new();
@@ -127,8 +127,8 @@ impl Callers {
     }
 }
 
-/// The heartbeat's question waits for a lock on a catalog, and so does each new session; callers of `get` are answered all the
-/// while. So it is when `VACUUM FULL` waits behind an open transaction.
+/// The heartbeat's question waits for a lock on a catalog, and so does each new session; callers of `get` are answered
+/// all the while. So it is when `VACUUM FULL` waits behind an open transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_answers_callers_is_not_left_while_the_question_is_held_up() {
     let stage = Stage::start().await;
@@ -359,8 +359,8 @@ async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
     assert!(lost.is_empty(), "{lost:#?}");
 }
 
-/// The heartbeat's session is ended and no new one can be had, while the only connection on loan is silent, as its statement
-/// takes long: the pool's idle connections show that the server lives.
+/// The heartbeat's session is ended and no new one can be had, while the only connection on loan is silent, as its
+/// statement takes long: the pool's idle connections show that the server lives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_speak_for_a_server_that_takes_no_new_session() {
     let stage = Stage::start().await;
@@ -394,8 +394,8 @@ async fn idle_connections_speak_for_a_server_that_takes_no_new_session() {
     pool.get_within(Duration::from_secs(2)).await.unwrap().batch_execute("SELECT 1").await.unwrap();
 }
 
-/// Nobody uses the pool, the heartbeat's session was ended, and new ones hang. As long as an idle session answers, the primary
-/// is kept; when nothing answers any more, it is lost.
+/// Nobody uses the pool, the heartbeat's session was ended, and new ones hang. As long as an idle session answers, the
+/// primary is kept; when nothing answers any more, it is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_pool_leaves_a_silent_primary_that_takes_no_new_session() {
     let stage = Stage::start().await;

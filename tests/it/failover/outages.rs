@@ -134,8 +134,8 @@ async fn twenty_failovers_in_a_row() {
     assert_eq!(generation(&pool), failovers + 1);
 }
 
-/// S1, K2: the same with work that may be applied twice. A re-run that finds its row there writes nothing of its own, and
-/// is acknowledged only when a standby has the row.
+/// S1, K2: the same with work that may be applied twice. A re-run that finds its row there writes nothing of its own,
+/// and is acknowledged only when a standby has the row.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_with_idempotent_work() {
     let cluster = started().await;
@@ -202,8 +202,8 @@ async fn terminated_backends_cost_nothing_else() {
         administrator.execute(sql, &[]).await.unwrap();
         load.all_written_since(Instant::now()).await;
     }
-    // After each loss the pool asks on a new session, and the loss of such a session would be a reason for doubt. The last
-    // of them has been answered by then.
+    // After each loss the pool asks on a new session, and the loss of such a session would be a reason for doubt. The
+    // last of them has been answered by then.
     sleep(Duration::from_millis(300)).await;
     // All at once, the heartbeat's own among them.
     let ended = cluster.terminate_backends(cluster.primary(), "tokio-postgres-failover").await;

@@ -13,8 +13,8 @@ use crate::support::PATIENCE;
 /// How long the questions are counted.
 const COUNTED: Duration = Duration::from_secs(4);
 
-/// D1: whatever asks for a primary in a loop, a name that nobody knows is looked up about once a second, and `listen` is
-/// told as soon as `get` is.
+/// D1: whatever asks for a primary in a loop, a name that nobody knows is looked up about once a second, and `listen`
+/// is told as soon as `get` is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unknown_name_is_no_storm_of_questions() {
     let dns = Dns::start(([127, 0, 0, 1], 0).into()).await;
@@ -63,8 +63,9 @@ async fn a_caller_in_a_loop_does_not_hurry_what_is_no_server() {
     assert!(connections <= 10 * (seconds + 1), "{connections} connections in {seconds} s");
 }
 
-/// C9, C10: a password provider that was right once and is wrong now is tried once a second, whatever the number of servers
-/// and callers, while there is a primary and while one is searched for; the callers wait, and are served when it is right.
+/// C9, C10: a password provider that was right once and is wrong now is tried once a second, whatever the number of
+/// servers and callers, while there is a primary and while one is searched for; the callers wait, and are served when
+/// it is right.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rotation_that_goes_wrong_is_no_storm_of_log_ins() {
     let cluster = Cluster::builder().nodes(3).password("first").start().await;

@@ -37,7 +37,8 @@ async fn count(client: &tokio_postgres::Client, table: &str) -> i64 {
     client.query_one(&format!("SELECT count(*) FROM {table}"), &[]).await.unwrap().get(0)
 }
 
-/// S4: a server that shuts down smartly takes no new session; what is open works on, and growth waits for the next primary.
+/// S4: a server that shuts down smartly takes no new session; what is open works on, and growth waits for the next
+/// primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s4_a_smart_shutdown_leaves_open_sessions_alone() {
     let cluster = started().await;
@@ -284,8 +285,8 @@ async fn r4_a_new_pool_prefers_the_higher_timeline_to_a_zombie_named_first() {
     assert_eq!(count(&zombie, "entries").await, 0);
 }
 
-/// R7: a proxy leads to a standby and, from some moment on, each new session to the primary; it ends nobody's session. The pool does
-/// not stay with the session that it has.
+/// R7: a proxy leads to a standby and, from some moment on, each new session to the primary; it ends nobody's session.
+/// The pool does not stay with the session that it has.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r7_a_proxy_is_not_judged_by_one_session_for_ever() {
     let cluster = Cluster::builder().nodes(2).start().await;
@@ -358,7 +359,8 @@ async fn r7_a_standby_behind_a_proxy_is_never_handed_out() {
     assert_eq!(generation(&pool), 1, "it was one server all the time: {:?}", pool.status().view);
 }
 
-/// R8: a proxy without a primary behind it accepts and hangs up, before the first connection and in the middle of the work.
+/// R8: a proxy without a primary behind it accepts and hangs up, before the first connection and in the middle of the
+/// work.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r8_a_proxy_that_hangs_up_is_asked_again() {
     let cluster = started_single().await;
@@ -391,9 +393,9 @@ async fn r8_a_proxy_that_hangs_up_is_asked_again() {
 const HOT_STANDBY: &str =
     "DO $$ BEGIN RAISE 'cannot use serializable mode in a hot standby' USING ERRCODE = '0A000'; END $$";
 
-/// R12: what a standby says to a serializable BEGIN. From a server that lost its role it is a reason to run again, as it is
-/// with 25006; from a healthy primary it is the caller's error, and evicts nobody. The pool never begins on a standby, so
-/// here the closure makes the server say it.
+/// R12: what a standby says to a serializable BEGIN. From a server that lost its role it is a reason to run again, as
+/// it is with 25006; from a healthy primary it is the caller's error, and evicts nobody. The pool never begins on a
+/// standby, so here the closure makes the server say it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn r12_a_feature_that_a_standby_lacks_is_a_read_only_error() {
     let cluster = started().await;
@@ -429,8 +431,8 @@ async fn r12_a_feature_that_a_standby_lacks_is_a_read_only_error() {
     assert_eq!(count(&cluster.direct(cluster.primary()).await, "entries").await, 1);
 }
 
-/// S7: a frozen primary and nobody promoted: what hangs is given up after `dead_after`, and the pool works when it thaws.
-/// `DEAD_AFTER=default` for the figure with the pool's own settings.
+/// S7: a frozen primary and nobody promoted: what hangs is given up after `dead_after`, and the pool works when it
+/// thaws. `DEAD_AFTER=default` for the figure with the pool's own settings.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after() {
     let cluster = started_single().await;
@@ -452,7 +454,8 @@ async fn s7_calls_on_a_frozen_primary_without_a_successor_end_after_dead_after()
     let frozen = Instant::now();
     let work = tokio::spawn({
         let pool = pool.clone();
-        async move { pool.transaction(async |tx| Ok(tx.execute("INSERT INTO entries (id) VALUES (1)", &[]).await?)).await }
+        let insert = "INSERT INTO entries (id) VALUES (1)";
+        async move { pool.transaction(async |tx| Ok(tx.execute(insert, &[]).await?)).await }
     });
     let ended = hung.released().await - frozen;
     println!("the hanging call ended {ended:?} after the freeze, dead_after is {dead_after:?}");
@@ -542,7 +545,8 @@ async fn c8_two_thousand_tasks_wait_through_a_failover() {
     assert_eq!(generation(&pool), 2);
 }
 
-/// S11, S12: no slot for a heartbeat, and a stall that costs it the session it had: the pool's own connections still serve.
+/// S11, S12: no slot for a heartbeat, and a stall that costs it the session it had: the pool's own connections still
+/// serve.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s11_a_full_server_that_stalls_is_used_again() {
     let cluster = started_single().await;

@@ -455,8 +455,8 @@ async fn a_panic_in_the_log_ends_no_listener() {
     }
 }
 
-/// A notice of the server, or the end of a session, is logged in the task that drives the session: a panic there costs the
-/// line.
+/// A notice of the server, or the end of a session, is logged in the task that drives the session: a panic there costs
+/// the line.
 #[tokio::test]
 async fn a_panic_in_the_log_ends_no_session() {
     let cluster = Cluster::builder().nodes(1).start().await;

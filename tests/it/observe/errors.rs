@@ -132,7 +132,8 @@ async fn harmless_options_are_taken() {
         "postgres://app@127.0.0.1/app?sslmode=prefer",
         "postgres://app@127.0.0.1/app?connect_timeout=5&keepalives=0&tcp_user_timeout=7",
         "postgres://app:my-password=1@127.0.0.1/app",
-        "postgres://app@127.0.0.1/app?options=-c%20default_transaction_read_only%3Don%20-c%20default_transaction_read_only%3Doff",
+        "postgres://app@127.0.0.1/app?options=-c%20default_transaction_read_only%3Don\
+         %20-c%20default_transaction_read_only%3Doff",
         "host=127.0.0.1 options='-c my.default_transaction_read_only=on'",
         "host=/var/run/postgresql user=app",
         "host=127.0.0.1 user=app client_encoding=UTF8",
@@ -265,7 +266,8 @@ async fn c9_a_missing_password_fails_at_once() {
     refused_at_once(&pool, &["password", "check user, password"]).await;
 }
 
-/// Acceptance 9, C9: a missing database, a missing role, a TLS server that is none: at once, and the first two can be made.
+/// Acceptance 9, C9: a missing database, a missing role, a TLS server that is none: at once, and the first two can be
+/// made.
 #[tokio::test]
 async fn c9_a_missing_database_or_role_fails_at_once() {
     let cluster = Cluster::builder().nodes(1).start().await;
@@ -312,8 +314,8 @@ async fn what_is_not_postgresql_fails_at_once() {
     }
 }
 
-/// Acceptance 9: what hangs up without a word looks like a proxy without a server (R8), which is waited for; the error names
-/// both.
+/// Acceptance 9: what hangs up without a word looks like a proxy without a server (R8), which is waited for; the error
+/// names both.
 #[tokio::test]
 async fn what_may_not_be_postgresql_is_named_at_the_deadline() {
     let garbage = Garbage::start(([127, 0, 0, 1], 0).into(), b"").await;
@@ -407,7 +409,8 @@ async fn a_refusal_from_before_a_call_is_not_its_answer() {
     pool.get().await.unwrap();
 }
 
-/// However many callers there are, a wrong password is tried about once a second, and no slot is waited for with a pause.
+/// However many callers there are, a wrong password is tried about once a second, and no slot is waited for with a
+/// pause.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_password_is_no_storm_of_log_ins() {
     let cluster = Cluster::builder().nodes(1).password("right").start().await;

@@ -1,5 +1,6 @@
-//! HAProxy and PgBouncer between the pool and the servers: the real programs, set up as their operators do. docs/proxies.md has
-//! what they cost. Each test passes with a line that says so where its program is not installed, and fails there under CI.
+//! HAProxy and PgBouncer between the pool and the servers: the real programs, set up as their operators do.
+//! docs/proxies.md has what they cost. Each test passes with a line that says so where its program is not installed,
+//! and fails there under CI.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -209,8 +210,8 @@ async fn haproxy_a_planned_change_is_no_error() {
     traffic.assert_flawless(&fly.cluster).await;
 }
 
-/// R7: after a restart HAProxy takes every server for the primary until it has checked it, and hands out standbys. The pool meets
-/// them, and nothing but the probe's question ever reaches one.
+/// R7: after a restart HAProxy takes every server for the primary until it has checked it, and hands out standbys. The
+/// pool meets them, and nothing but the probe's question ever reaches one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn haproxy_r7_a_standby_handed_out_after_a_restart_is_never_written_to() {
     if !HaProxy::is_installed() {
@@ -237,7 +238,8 @@ async fn haproxy_r7_a_standby_handed_out_after_a_restart_is_never_written_to() {
             met >= round
         })
         .await;
-        // What they think of a standby changes with the third answer: this goes on for some seconds, while everybody writes.
+        // What they think of a standby changes with the third answer: this goes on for some seconds, while everybody
+        // writes.
         fly.checks.hold(false);
         traffic.flows().await;
         for _ in 0..50 {
@@ -267,7 +269,8 @@ async fn sessions_of_the_pool(cluster: &Cluster, node: Node) -> usize {
     log.lines().filter(let_in).count()
 }
 
-/// R8: HAProxy accepts and hangs up while it has no server. Callers wait, and whoever does not wait that long is told why.
+/// R8: HAProxy accepts and hangs up while it has no server. Callers wait, and whoever does not wait that long is told
+/// why.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn haproxy_r8_without_a_primary_callers_wait_and_are_told() {
     if !HaProxy::is_installed() {
@@ -326,7 +329,8 @@ async fn haproxy_restarts_and_reloads_are_no_error() {
     }
 }
 
-/// R4: an old primary that comes back writable, and says so: Fly's role check believes it for a moment, and HAProxy leads to both.
+/// R4: an old primary that comes back writable, and says so: Fly's role check believes it for a moment, and HAProxy
+/// leads to both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn haproxy_r4_a_zombie_in_its_round_robin_is_never_written_to() {
     if !HaProxy::is_installed() {
@@ -356,8 +360,8 @@ async fn haproxy_r4_a_zombie_in_its_round_robin_is_never_written_to() {
     traffic.assert_flawless(&fly.cluster).await;
 }
 
-/// R4b behind one address: a standby is promoted behind the primary's back, and HAProxy leads to both. The pool's sessions are
-/// all on the old primary, which answers as ever; only a new session shows the new one.
+/// R4b behind one address: a standby is promoted behind the primary's back, and HAProxy leads to both. The pool's
+/// sessions are all on the old primary, which answers as ever; only a new session shows the new one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn haproxy_a_zombie_at_the_only_address_is_left_within_two_patrols() {
     if !HaProxy::is_installed() {
@@ -380,8 +384,8 @@ async fn haproxy_a_zombie_beside_a_standby_in_sight_is_left_within_two_patrols()
     assert_zombie_is_left(&fly, by_url(url).proxied(true)).await;
 }
 
-/// Promotes node 1 behind the back of node 0, which goes on. The pool writes all the time, and must leave node 0 within two
-/// patrols from when HAProxy leads to both. What it writes from then on must be there.
+/// Promotes node 1 behind the back of node 0, which goes on. The pool writes all the time, and must leave node 0 within
+/// two patrols from when HAProxy leads to both. What it writes from then on must be there.
 async fn assert_zombie_is_left(fly: &Fly, builder: PoolBuilder) {
     let patrol = Duration::from_secs(2);
     let pool = builder.max_size(4).patrol_interval(patrol).build().unwrap();
@@ -458,8 +462,8 @@ fn through(bouncer: &PgBouncer) -> PoolBuilder {
 enum Change {
     /// `kill -9`, promotion, the other server in its configuration, RELOAD.
     Crash,
-    /// PAUSE, promotion, RELOAD, RESUME; the old primary lives on. In session mode a PAUSE waits for the end of sessions that
-    /// do not end.
+    /// PAUSE, promotion, RELOAD, RESUME; the old primary lives on. In session mode a PAUSE waits for the end of
+    /// sessions that do not end.
     Pause,
     /// The same without a pause.
     Split,
@@ -477,7 +481,8 @@ async fn name_server(cluster: &Cluster) -> Option<Dns> {
     Some(Dns::start(addr).await)
 }
 
-/// Changes the primary behind it in this way, under load, settled by the log. Then the old primary is a standby again, and back.
+/// Changes the primary behind it in this way, under load, settled by the log. Then the old primary is a standby again,
+/// and back.
 async fn follows(mode: &str, change: Change) {
     follows_with(mode, change, Guarantee::ExactlyOnce).await;
 }
@@ -490,8 +495,8 @@ async fn follows_with(mode: &str, change: Change, guarantee: Guarantee) {
     create_table(&cluster).await;
     install_ledger(&cluster).await;
     cluster.wait_replayed(Node(1)).await;
-    // Without these the old server is tried for 15 s more, and new clients are turned away meanwhile. The last is for session
-    // mode, where the sessions of a pool do not end by themselves.
+    // Without these the old server is tried for 15 s more, and new clients are turned away meanwhile. The last is for
+    // session mode, where the sessions of a pool do not end by themselves.
     let mut builder = PgBouncer::builder(mode).setting("server_login_retry", "1").setting("dns_max_ttl", "1");
     builder = builder.setting("server_fast_close", "1");
     let (mut dns, mut target) = (None, cluster.addr(Node(0)).to_string());
@@ -574,7 +579,8 @@ async fn pgbouncer_transaction_mode_a_name_that_moves_is_no_error() {
     follows("transaction", Change::Dns).await;
 }
 
-/// It is restarted by SIGTERM, which ends all sessions, and told to renew its own: by RECONNECT, and by short lives of them.
+/// It is restarted by SIGTERM, which ends all sessions, and told to renew its own: by RECONNECT, and by short lives of
+/// them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pgbouncer_restarts_and_new_server_sessions_are_no_error() {
     if !PgBouncer::is_installed() {
@@ -673,8 +679,8 @@ async fn pgbouncer_statement_mode_is_refused_at_once() {
     assert_eq!(stored(&cluster).await, Vec::<i64>::new());
 }
 
-/// What transaction mode cannot give. Before 1.21 a prepared statement is on one server session, and the next transaction may be
-/// on another: its error is the caller's, and the pool works on.
+/// What transaction mode cannot give. Before 1.21 a prepared statement is on one server session, and the next
+/// transaction may be on another: its error is the caller's, and the pool works on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pgbouncer_transaction_mode_keeps_no_session() {
     if !PgBouncer::is_installed() {
@@ -710,9 +716,9 @@ async fn pgbouncer_transaction_mode_keeps_no_session() {
     assert_eq!(generation(&pool), 1);
 }
 
-/// What each costs: a round trip, and a transaction with one INSERT, as ratios to the same without anything in between. Each
-/// round asks all of them, so that a busy machine is busy for all. Prints figures and checks none; `ROUNDS=30` and `--release`
-/// for those of docs/proxies.md.
+/// What each costs: a round trip, and a transaction with one INSERT, as ratios to the same without anything in between.
+/// Each round asks all of them, so that a busy machine is busy for all. Prints figures and checks none; `ROUNDS=30` and
+/// `--release` for those of docs/proxies.md.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn proxies_cost() {
     if !PgBouncer::is_installed() || !HaProxy::is_installed() {

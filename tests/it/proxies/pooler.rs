@@ -46,8 +46,8 @@ enum Change {
     Crash,
 }
 
-/// Changes the primary behind the pooler, under eight writers, `ROUNDS` times with each settler. No caller sees an error, and
-/// every write is stored once.
+/// Changes the primary behind the pooler, under eight writers, `ROUNDS` times with each settler. No caller sees an
+/// error, and every write is stored once.
 async fn changes_behind_a_pooler(change: Change) {
     let rounds = from_env("ROUNDS", 5);
     for guarantee in settlers() {
@@ -100,8 +100,8 @@ async fn c11_a_crash_behind_a_pooler_doubles_and_loses_nothing() {
     changes_behind_a_pooler(Change::Crash).await;
 }
 
-/// C11: a session that was verified with one server leads to another one. Work with a mark in the log begins there when that
-/// one is verified, too, and not before: the mark would be read as one of the first.
+/// C11: a session that was verified with one server leads to another one. Work with a mark in the log begins there when
+/// that one is verified, too, and not before: the mark would be read as one of the first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c11_marked_work_begins_on_no_server_that_was_not_verified() {
     let (cluster, pooler) = behind_pooler().await;
@@ -128,8 +128,8 @@ async fn backend(client: &Client) -> i32 {
     client.query_typed("SELECT pg_backend_pid()", &[]).await.unwrap()[0].get(0)
 }
 
-/// C11: whatever needs no session works, with parameters and under each guarantee. What a session would have to remember
-/// does not, and says so.
+/// C11: whatever needs no session works, with parameters and under each guarantee. What a session would have to
+/// remember does not, and says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c11_what_works_behind_a_pooler() {
     let (cluster, pooler) = behind_pooler().await;

@@ -1,4 +1,5 @@
-//! A pool that finds its configuration where `psql` finds it. The variables are a process's, so each case runs in a child.
+//! A pool that finds its configuration where `psql` finds it. The variables are a process's, so each case runs in a
+//! child.
 
 use std::env;
 use std::fs;

@@ -296,8 +296,8 @@ async fn a_listener_is_a_stream() {
     assert_eq!(payloads, ["1", "2", "3"]);
 }
 
-/// The session of a listener is none of the pool's: where it cannot be had in time, that all of the pool's are in use is not
-/// the reason.
+/// The session of a listener is none of the pool's: where it cannot be had in time, that all of the pool's are in use
+/// is not the reason.
 #[tokio::test]
 async fn a_listener_without_a_session_is_not_told_that_the_pool_is_exhausted() {
     let cluster = Cluster::builder().nodes(1).start().await;

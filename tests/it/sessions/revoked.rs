@@ -1,5 +1,5 @@
-//! Functions, views and settings that the pool asks for, hidden from its role: from the start, or under a pool at work. Each
-//! costs what it would tell, and nothing else; and it is used again once it may be.
+//! Functions, views and settings that the pool asks for, hidden from its role: from the start, or under a pool at work.
+//! Each costs what it would tell, and nothing else; and it is used again once it may be.
 //!
 //! Rights to the functions and views of the catalogue are a database's own, so each case has a database.
 
@@ -321,7 +321,8 @@ async fn several_hidden_parts_and_all_of_them_cost_no_checkout() {
     }
 }
 
-/// The pool goes on to the next primary although none tells its cluster or its timeline any more, and not to an old one.
+/// The pool goes on to the next primary although none tells its cluster or its timeline any more, and not to an old
+/// one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     let cluster = Cluster::builder().nodes(3).asynchronous().start().await;
@@ -374,8 +375,8 @@ async fn failovers_among_servers_that_have_stopped_telling_who_they_are() {
     assert_eq!(pool.status().view.generation.get(), 2);
 }
 
-/// A promoted server hides where its replay ended, and shows it later: its transactions are marked then, and are taken for
-/// no other server's.
+/// A promoted server hides where its replay ended, and shows it later: its transactions are marked then, and are taken
+/// for no other server's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promoted_primary_that_shows_its_replay_later_is_the_same_server() {
     let cluster = Cluster::builder().nodes(2).asynchronous().start().await;

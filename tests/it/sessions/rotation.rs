@@ -1,4 +1,5 @@
-//! Passwords and certificates that change while the pool runs: each new session uses what the user's provider gives then.
+//! Passwords and certificates that change while the pool runs: each new session uses what the user's provider gives
+//! then.
 
 use std::error::Error as StdError;
 use std::io;
@@ -149,7 +150,8 @@ async fn c10_new_sessions_give_the_password_of_the_moment() {
     assert_eq!(vault.asked(), 4);
 }
 
-/// C10: the provider is behind the server: callers wait instead of failing, and the open connections are used meanwhile.
+/// C10: the provider is behind the server: callers wait instead of failing, and the open connections are used
+/// meanwhile.
 #[tokio::test]
 async fn c10_a_rotation_under_way_is_waited_for() {
     let cluster = one_node().await;
@@ -227,8 +229,8 @@ async fn c10_a_failing_provider_is_named() {
     }
 }
 
-/// The error of a call that nobody can serve. A slow machine may not get to the provider's answer within the time of the
-/// first call.
+/// The error of a call that nobody can serve. A slow machine may not get to the provider's answer within the time of
+/// the first call.
 async fn tells(pool: &Pool, words: &str) -> Error {
     let mut error = pool.get().await.unwrap_err();
     let began = Instant::now();
@@ -311,8 +313,8 @@ async fn c10_a_slow_provider_stalls_nobody_else() {
     assert!(waited.is_ok() || matches!(waited, Err(Error::Unavailable(_))), "{waited:?}");
 }
 
-/// C10: a dropped `get` leaves the question to the provider under way, whose session is the next caller's; the end of the pool
-/// drops it.
+/// C10: a dropped `get` leaves the question to the provider under way, whose session is the next caller's; the end of
+/// the pool drops it.
 #[tokio::test]
 async fn c10_a_dropped_get_leaves_the_providers_future_to_the_pool() {
     let cluster = one_node().await;
@@ -344,7 +346,8 @@ async fn c10_a_dropped_get_leaves_the_providers_future_to_the_pool() {
     eventually("the pool drops the provider's future", PATIENCE, async || vault.open() == 0).await;
 }
 
-/// C10: the recipe of docs/tuning.md for a file: it is replaced as an orchestrator does it, and read for the next session.
+/// C10: the recipe of docs/tuning.md for a file: it is replaced as an orchestrator does it, and read for the next
+/// session.
 #[tokio::test]
 async fn c10_a_password_file_is_read_anew() {
     let cluster = one_node().await;

@@ -1,7 +1,8 @@
-//! The pool's own SQL means the same whatever a role, a database, a connection string or an object in the database sets.
+//! The pool's own SQL means the same whatever a role, a database, a connection string or an object in the database
+//! sets.
 //!
-//! A row of the matrix is a role with settings of its own. Each is put through everything that the pool says to a server;
-//! what the closure of a transaction runs stays under the role's settings.
+//! A row of the matrix is a role with settings of its own. Each is put through everything that the pool says to a
+//! server; what the closure of a transaction runs stays under the role's settings.
 
 mod ledger;
 mod rows;

@@ -1,4 +1,5 @@
-//! TLS by the feature `rustls`, against servers that have it: which certificates pass, and what is said of those that do not.
+//! TLS by the feature `rustls`, against servers that have it: which certificates pass, and what is said of those that
+//! do not.
 
 use std::fs;
 use std::path::PathBuf;
@@ -131,7 +132,8 @@ async fn t2_a_failover_over_tls() {
     works_encrypted(&pool).await;
 }
 
-/// T3: each with its own reason, at once, whether the connection string, the builder or the user's connector asks for it.
+/// T3: each with its own reason, at once, whether the connection string, the builder or the user's connector asks for
+/// it.
 #[tokio::test]
 async fn t3_a_bad_certificate_is_refused_at_once() {
     let (authority, other) = (Authority::new(), Authority::new());

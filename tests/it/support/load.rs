@@ -369,8 +369,8 @@ pub(crate) async fn silent_primaries_hold_nobody(
     assert_eq!(generation(pool), 2 * rounds + 1);
 }
 
-/// Stalls of a second and a half (`stall(node, true)`), one after the other, `STALL_SECONDS` long, under load and beside
-/// an open transaction: nothing is lost, ended or even suspended.
+/// Stalls of a second and a half (`stall(node, true)`), one after the other, `STALL_SECONDS` long, under load and
+/// beside an open transaction: nothing is lost, ended or even suspended.
 ///
 /// The pool has the default settings, and more connections than the eight writers need.
 pub(crate) async fn stalls_are_no_failure(cluster: &Cluster, pool: &Pool, fault: &str, stall: impl Fn(Node, bool)) {

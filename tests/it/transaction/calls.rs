@@ -277,7 +277,12 @@ async fn c12_a_serialization_failure_is_run_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c12_a_deadlock_is_run_again() {
     let cluster = Cluster::builder().nodes(1).setting("deadlock_timeout", "20ms").start().await;
-    sql(&cluster, "CREATE TABLE stock (id int, left_over int); INSERT INTO stock VALUES (1, 10), (2, 10); GRANT ALL ON stock TO app").await;
+    sql(
+        &cluster,
+        "CREATE TABLE stock (id int, left_over int); INSERT INTO stock VALUES (1, 10), (2, 10); GRANT ALL ON stock TO \
+         app",
+    )
+    .await;
     let pool = pool(&cluster);
     let (runs, meet) = (Runs::default(), Arc::new(Barrier::new(2)));
     let take = |order: [i32; 2]| {
@@ -342,7 +347,8 @@ async fn slow_commit() -> (Cluster, tokio_postgres::Client) {
     (cluster, gate)
 }
 
-/// K2 for `AtMostOnce`: cut off after COMMIT was sent, and the server goes on and commits: unknown, and never run again.
+/// K2 for `AtMostOnce`: cut off after COMMIT was sent, and the server goes on and commits: unknown, and never run
+/// again.
 #[tokio::test]
 async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
     let (cluster, gate) = slow_commit().await;

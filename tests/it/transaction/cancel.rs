@@ -31,8 +31,8 @@ struct Bench {
     observer: tokio_postgres::Client,
     pool: Pool,
     tasks_before: usize,
-    /// The cluster's task, the one that closes idle connections, the heartbeat's session; and the one that found the primary,
-    /// where nobody has taken it.
+    /// The cluster's task, the one that closes idle connections, the heartbeat's session; and the one that found the
+    /// primary, where nobody has taken it.
     tasks_own: usize,
 }
 
@@ -254,7 +254,8 @@ async fn c1_get_dropped_at_every_poll() {
     bench.ends_clean().await;
 }
 
-/// C1, C2: a statement that would run for ten minutes, holding a lock, is cancelled on the server when its call is dropped.
+/// C1, C2: a statement that would run for ten minutes, holding a lock, is cancelled on the server when its call is
+/// dropped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c1_the_server_is_told_to_stop() {
     let bench = Bench::new().await;
@@ -264,7 +265,8 @@ async fn c1_the_server_is_told_to_stop() {
         Ok(())
     };
     let running = format!(
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{NAME}' AND query = '{SLOW}' AND state = 'active'"
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{NAME}' AND query = '{SLOW}' AND state = \
+         'active'"
     );
     for call in 0..3 {
         let pool = bench.pool.clone();

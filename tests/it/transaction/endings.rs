@@ -169,7 +169,8 @@ async fn a_user_of_get_is_told_how_the_session_ended() {
     assert_eq!(client.session_end().await.unwrap().code().code(), "57P01");
 }
 
-/// An administrator, or a shutdown: run again, whatever the closure makes of it; and the reason is told where nothing is.
+/// An administrator, or a shutdown: run again, whatever the closure makes of it; and the reason is told where nothing
+/// is.
 #[tokio::test]
 async fn what_an_administrator_ended_is_run_again() {
     let cluster = server().await;

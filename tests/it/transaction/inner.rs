@@ -1,5 +1,5 @@
-//! Calls within the closure of another call. When the outcome of the inner one is unknown, the outer work never runs again:
-//! it would do the inner work twice.
+//! Calls within the closure of another call. When the outcome of the inner one is unknown, the outer work never runs
+//! again: it would do the inner work twice.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use crate::commit::finish::{KINDS, Kind, pool_of};
 use crate::support::load::LONG;
 use crate::support::{CONFLICT, PATIENCE, Runs, close_gate, committing, insert, open_gate, server, sql, stored};
 
-/// Who writes to `doomed` loses the session within COMMIT, and who writes to `refused` is refused there with a conflict.
+/// Who writes to `doomed` loses the session within COMMIT, and who writes to `refused` is refused there with a
+/// conflict.
 const TRIGGERS: &str = "
     CREATE FUNCTION dies() RETURNS trigger LANGUAGE plpgsql AS
         'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END';
@@ -190,7 +191,8 @@ async fn an_inner_call_that_is_dropped_is_not_run_again() {
     }
 }
 
-/// An inner call between two runs: the first one was rolled back, and the second one has not begun. It is dropped there.
+/// An inner call between two runs: the first one was rolled back, and the second one has not begun. It is dropped
+/// there.
 #[tokio::test]
 async fn an_inner_call_that_is_dropped_between_two_runs_is_in_no_doubt() {
     let cluster = prepared().await;

@@ -1,5 +1,5 @@
-//! What a closure makes of a lost connection or a conflict does not decide whether its work is run again: how the session
-//! ended does.
+//! What a closure makes of a lost connection or a conflict does not decide whether its work is run again: how the
+//! session ended does.
 
 use std::error::Error as StdError;
 use std::io;

@@ -89,7 +89,8 @@ async fn change(cluster: &Cluster, pool: &Pool, change: Change) {
         Change::Type => {
             sql(
                 cluster,
-                "DROP TYPE mood CASCADE; CREATE TYPE mood AS ENUM ('sad', 'glad'); ALTER TABLE moods ADD COLUMN mood mood",
+                "DROP TYPE mood CASCADE; CREATE TYPE mood AS ENUM ('sad', 'glad'); ALTER TABLE moods ADD COLUMN mood \
+                 mood",
             )
             .await;
         }

@@ -132,7 +132,8 @@ async fn the_hook_ends_a_call_with_its_last_error() {
     assert_eq!(stored(&cluster).await, [0_i64; 0]);
 }
 
-/// Work that may be applied twice is run again after a COMMIT without an answer; the hook is told, and its stop keeps the doubt.
+/// Work that may be applied twice is run again after a COMMIT without an answer; the hook is told, and its stop keeps
+/// the doubt.
 #[tokio::test]
 async fn the_hook_is_told_of_a_doubt() {
     let (cluster, pool) = one_node().await;
@@ -284,7 +285,8 @@ async fn presets_across_a_failover() {
     for (policy, survives) in
         [(RetryPolicy::interactive(), true), (RetryPolicy::batch(), true), (RetryPolicy::none(), false)]
     {
-        // The failover of a slow machine may take longer than the five seconds of the first one: then there is another one.
+        // The failover of a slow machine may take longer than the five seconds of the first one: then there is another
+        // one.
         for round in 1..=3 {
             let cluster = started().await;
             let pool = by_name(&cluster).retry(policy.clone()).build().unwrap();

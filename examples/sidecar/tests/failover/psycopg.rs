@@ -18,7 +18,8 @@ while True:
     try:
         if connection is None:
             connection = psycopg.connect(sys.argv[1], autocommit=True)
-        server = connection.execute("INSERT INTO notes VALUES (%s) RETURNING host(inet_server_addr())", (number,)).fetchone()[0]
+        insert = "INSERT INTO notes VALUES (%s) RETURNING host(inet_server_addr())"
+        server = connection.execute(insert, (number,)).fetchone()[0]
         print(server, flush=True)
         number += 1
     except psycopg.OperationalError:

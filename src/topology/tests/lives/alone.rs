@@ -153,8 +153,8 @@ fn an_idle_session_speaks_for_a_suspended_primary() {
     }
 }
 
-/// The kept session is dead without a sign, and a new one resumes the primary. The last question on the dead one, from the
-/// time of the suspension, ends after that: it is no new silence.
+/// The kept session is dead without a sign, and a new one resumes the primary. The last question on the dead one, from
+/// the time of the suspension, ends after that: it is no new silence.
 #[test]
 fn a_question_from_before_the_resume_shows_no_silence() {
     let mut bench = Bench::settled();

@@ -40,7 +40,8 @@ async fn restart(cluster: &Cluster) {
     cluster.start_node(cluster.primary()).await;
 }
 
-/// A crash among them loses the mark, whose id is given away: statistics tell, and without the function nothing is guessed.
+/// A crash among them loses the mark, whose id is given away: statistics tell, and without the function nothing is
+/// guessed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_among_clean_restarts_is_noticed() {
     for right in RIGHTS {
@@ -88,8 +89,8 @@ async fn a_crash_loop_that_lost_the_mark_is_settled_by_the_log() {
     }
 }
 
-/// The first crash loses the mark, its id is given away, and the log goes on with a new segment: where the mark was is nothing
-/// but zeros, without a page's header.
+/// The first crash loses the mark, its id is given away, and the log goes on with a new segment: where the mark was is
+/// nothing but zeros, without a page's header.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_segment_over_a_lost_mark_is_read_as_one() {
     let case = Case::new(single(), Right::Function).await;
@@ -153,8 +154,8 @@ async fn a_crash_loop_that_lost_nothing_is_settled_by_the_log() {
     }
 }
 
-/// The mark is lost in a crash, its id is given away, and then a standby that has all of that is promoted: the mark's timeline
-/// is an ancestor that ends behind the mark.
+/// The mark is lost in a crash, its id is given away, and then a standby that has all of that is promoted: the mark's
+/// timeline is an ancestor that ends behind the mark.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_before_a_promotion_is_settled_by_the_log() {
     for archive in [false, true] {
@@ -179,8 +180,9 @@ async fn a_crash_before_a_promotion_is_settled_by_the_log() {
     }
 }
 
-/// The mark is lost in a crash. In the next life another pool's transaction has the same id, and its mark ends at the very
-/// same position. Then the server crashes again, so that its last replay ends behind the mark: only the nonce tells.
+/// The mark is lost in a crash. In the next life another pool's transaction has the same id, and its mark ends at the
+/// very same position. Then the server crashes again, so that its last replay ends behind the mark: only the nonce
+/// tells.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mark_at_the_very_same_position_is_told_by_its_nonce() {
     let case = Case::new(single(), Right::Function).await;
@@ -189,7 +191,8 @@ async fn a_mark_at_the_very_same_position_is_told_by_its_nonce() {
     // What a transaction reads for the first time may write, too.
     case.bench.pool.transaction(async |tx| insert(&tx, 7).await).await.unwrap();
     case.bench.pool.transaction(async |tx| insert(&tx, 8).await).await.unwrap();
-    // It writes a record of its own every 15 seconds, which would be between the position and the mark on a slow machine.
+    // It writes a record of its own every 15 seconds, which would be between the position and the mark on a slow
+    // machine.
     cluster.stop_background(Node(0), Background::BackgroundWriter).await;
     let server = cluster.direct(Node(0)).await;
     // Nor has whoever reads the catalogue anything to tidy up there, in this life and the next.

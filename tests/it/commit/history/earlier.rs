@@ -1,5 +1,5 @@
-//! A call whose first attempt is lost with a standby that lagged and was promoted, and is found again when the standby that
-//! has it is promoted next. No two histories of the servers hold two attempts of one call.
+//! A call whose first attempt is lost with a standby that lagged and was promoted, and is found again when the standby
+//! that has it is promoted next. No two histories of the servers hold two attempts of one call.
 
 use std::future::pending;
 use std::net::SocketAddr;
@@ -172,8 +172,8 @@ async fn an_earlier_attempt_that_cannot_be_looked_for_is_unknown() {
     }
 }
 
-/// The server on which the first attempt began has said itself that it is not committed. Nobody can commit it later, so no
-/// history needs to be searched for it, and two promotions after that leave nothing open.
+/// The server on which the first attempt began has said itself that it is not committed. Nobody can commit it later, so
+/// no history needs to be searched for it, and two promotions after that leave nothing open.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_its_own_server_has_denied_is_denied_for_good() {
     for server_stays in [false, true] {
@@ -224,8 +224,8 @@ enum Dies {
     TimedOut,
 }
 
-/// The primary that did not have the first attempt dies, and nobody is promoted before the call's deadline. A standby has it:
-/// "not committed" would be untrue a moment later.
+/// The primary that did not have the first attempt dies, and nobody is promoted before the call's deadline. A standby
+/// has it: "not committed" would be untrue a moment later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_earlier_attempt_is_not_denied_by_a_primary_that_has_died() {
     let cases = settlers().map(|guarantee| (guarantee, Dies::Statement));

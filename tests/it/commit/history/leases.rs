@@ -174,8 +174,9 @@ async fn several_leases_are_settled_by_the_log() {
     }
 }
 
-/// The leader lost the end of its log, came back, was promoted, gave the id away, and crashed on its new timeline. It shows
-/// the same as one that has lost nothing: the next timeline, no WAL received, and an end of its last replay behind the mark.
+/// The leader lost the end of its log, came back, was promoted, gave the id away, and crashed on its new timeline. It
+/// shows the same as one that has lost nothing: the next timeline, no WAL received, and an end of its last replay
+/// behind the mark.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_behind_a_lease_is_not_taken_for_the_lease() {
     for right in RIGHTS {
@@ -254,8 +255,9 @@ async fn leases_that_the_pool_has_seen_are_not_guessed() {
     case.assert_in_steps(Fate::Done.cut(), 2, step, SEVERAL).await;
 }
 
-/// The recovery is done in single-user mode, which nobody sees; then the server is started as a standby on its own log, and
-/// promoted. With an archive the shutdown begins a new segment, so the last replay ends far behind the mark, lost or not.
+/// The recovery is done in single-user mode, which nobody sees; then the server is started as a standby on its own log,
+/// and promoted. With an archive the shutdown begins a new segment, so the last replay ends far behind the mark, lost
+/// or not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_that_was_recovered_in_single_user_mode_is_not_guessed() {
     for right in [Right::Function, Right::Nothing] {
@@ -289,7 +291,8 @@ async fn a_leader_that_was_recovered_in_single_user_mode_is_not_guessed() {
     }
 }
 
-/// The position that tells a recovery which nobody saw is withheld from the role: that is not as if there had been none.
+/// The position that tells a recovery which nobody saw is withheld from the role: that is not as if there had been
+/// none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_recovery_that_may_not_be_looked_for_is_not_ruled_out() {
     let case = Case::new(single(), Right::Nothing).await;

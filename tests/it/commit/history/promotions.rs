@@ -14,8 +14,8 @@ async fn fail_over(cluster: &Cluster, times: usize) {
     }
 }
 
-/// The transaction that begins on a lagging standby's new timeline; the standby that was ahead of it is promoted then, and
-/// skips that timeline, as the number is taken. Its history holds another transaction of the same id, committed.
+/// The transaction that begins on a lagging standby's new timeline; the standby that was ahead of it is promoted then,
+/// and skips that timeline, as the number is taken. Its history holds another transaction of the same id, committed.
 async fn skipped(right: Right, cluster: ClusterBuilder, archive: bool) {
     let case = Case::new(cluster, right).await;
     let cluster = &case.bench.cluster;
@@ -97,8 +97,8 @@ async fn a_commit_is_found_after_several_promotions() {
     }
 }
 
-/// Two and three promotions; the commit got to no standby, and its id is given out again, before the last promotion or behind
-/// it. What is replayed at the last promotion ends behind the mark.
+/// Two and three promotions; the commit got to no standby, and its id is given out again, before the last promotion or
+/// behind it. What is replayed at the last promotion ends behind the mark.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_was_lost_before_several_promotions_is_not_taken_for_another() {
     for right in RIGHTS {
@@ -180,8 +180,8 @@ async fn two_promotions_that_the_pool_has_seen_are_settled() {
     }
 }
 
-/// The transaction begins on the second timeline: a role without rights is told by the control file whose child the third
-/// is, and by nothing once a checkpoint has written it.
+/// The transaction begins on the second timeline: a role without rights is told by the control file whose child the
+/// third is, and by nothing once a checkpoint has written it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_parent_of_a_later_timeline_is_proved() {
     for right in RIGHTS {
@@ -224,8 +224,8 @@ async fn the_parent_of_a_later_timeline_is_proved() {
     }
 }
 
-/// Two standbys of one primary are promoted apart, to timelines of the same number. The transaction is committed on one of
-/// them; then the other takes over.
+/// Two standbys of one primary are promoted apart, to timelines of the same number. The transaction is committed on one
+/// of them; then the other takes over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_split_brain_with_timelines_of_the_same_number_is_settled_by_the_log() {
     for right in RIGHTS {
@@ -249,8 +249,8 @@ async fn a_split_brain_with_timelines_of_the_same_number_is_settled_by_the_log()
     }
 }
 
-/// The same, and the primary that is asked is a standby of the other one, promoted in turn: it does not show by itself that
-/// its parent is another second timeline.
+/// The same, and the primary that is asked is a standby of the other one, promoted in turn: it does not show by itself
+/// that its parent is another second timeline.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_on_the_other_side_of_a_split_brain_is_settled_by_the_log() {
     for right in RIGHTS {

@@ -1,5 +1,5 @@
-//! The segment that held the mark is not there any more: the log cannot be looked at, nor does a file show that the timeline
-//! was followed. What else there is decides, or nothing is claimed.
+//! The segment that held the mark is not there any more: the log cannot be looked at, nor does a file show that the
+//! timeline was followed. What else there is decides, or nothing is claimed.
 
 use testbed::{Cut, Node, eventually};
 use tokio_postgres_failover::error::Unsettled;
@@ -8,8 +8,8 @@ use super::{Answer, Case, RIGHTS, Right, SEVERAL, Scene, asynchronous, burn_ids,
 use crate::support::PATIENCE;
 use crate::support::bench::{cut_replication, standbys};
 
-/// The transaction runs on the second timeline, and its successor has no file of that any more. Its role without rights goes by
-/// what the pool has signed the timeline with.
+/// The transaction runs on the second timeline, and its successor has no file of that any more. Its role without rights
+/// goes by what the pool has signed the timeline with.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_parent_of_a_timeline_whose_files_are_gone_is_proved() {
     for right in RIGHTS {
@@ -62,7 +62,8 @@ async fn two_promotions_over_a_recycled_segment_are_not_guessed() {
     }
 }
 
-/// A standby that could not follow the transaction's timeline, has skipped its number, and has recycled what it had before.
+/// A standby that could not follow the transaction's timeline, has skipped its number, and has recycled what it had
+/// before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_timeline_that_was_skipped_is_no_ancestor_when_files_are_gone() {
     for right in RIGHTS {

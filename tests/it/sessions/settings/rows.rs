@@ -52,7 +52,8 @@ BEGIN
     FOR it IN SELECT oid, proname FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace AND prokind = 'f' LOOP
         BEGIN
             EXECUTE format(
-                $sql$ CREATE FUNCTION evil.%I(%s) RETURNS %s LANGUAGE plpgsql AS 'BEGIN RAISE ''shadow of %s''; END' $sql$,
+                $sql$ CREATE FUNCTION evil.%I(%s) RETURNS %s LANGUAGE plpgsql
+                      AS 'BEGIN RAISE ''shadow of %s''; END' $sql$,
                 it.proname, pg_get_function_arguments(it.oid), pg_get_function_result(it.oid), it.proname);
         EXCEPTION WHEN OTHERS THEN NULL;
         END;
@@ -66,7 +67,8 @@ BEGIN
         EXCEPTION WHEN OTHERS THEN NULL;
         END;
     END LOOP;
-    FOR it IN SELECT relname FROM pg_class WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v') LOOP
+    FOR it IN SELECT relname FROM pg_class
+               WHERE relnamespace = 'pg_catalog'::regnamespace AND relkind IN ('r', 'v') LOOP
         BEGIN
             EXECUTE format('CREATE TABLE evil.%I AS SELECT * FROM pg_catalog.%I WITH NO DATA', it.relname, it.relname);
         EXCEPTION WHEN OTHERS THEN NULL;
@@ -107,7 +109,8 @@ CREATE CAST (pg_lsn AS text) WITH INOUT AS IMPLICIT;
 ";
 
 /// Several at once, by the connection string.
-const OPTIONS: &str = "?options=-c%20client_min_messages%3Derror%20-c%20datestyle%3Dgerman%20-c%20extra_float_digits%3D-15\
+const OPTIONS: &str = "?options=-c%20client_min_messages%3Derror%20-c%20datestyle%3Dgerman\
+    %20-c%20extra_float_digits%3D-15\
     %20-c%20default_transaction_isolation%3Dserializable%20-c%20standard_conforming_strings%3Doff\
     %20-c%20timezone%3DAsia/Kathmandu%20-c%20synchronous_commit%3Doff%20-c%20search_path%3Devil,pg_catalog";
 
