@@ -43,7 +43,7 @@ fn mark(nonce: &str) -> String {
     let emit = format!("CASE WHEN writes THEN pg_catalog.pg_logical_emit_message(true, 'failover', {nonce}) END");
     let columns = list(|column| match column {
         MarkColumn::Xid => "CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END",
-        MarkColumn::Lsn => &emit,
+        MarkColumn::Lsn => emit.as_str(),
         MarkColumn::Replayed => LAST_REPLAYED,
         MarkColumn::Pid => "pg_catalog.pg_backend_pid()",
         MarkColumn::StartedAt => STARTED_AT,

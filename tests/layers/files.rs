@@ -58,7 +58,7 @@ fn circles(edges: &BTreeSet<(Name, Name)>) -> Vec<&(Name, Name)> {
     edges.iter().filter(|edge| edge.0 < edge.1 && !related(&edge.0, &edge.1) && back(edge)).collect()
 }
 
-fn related(one: &Name, other: &Name) -> bool {
+fn related(one: &[String], other: &[String]) -> bool {
     one.starts_with(other) || other.starts_with(one)
 }
 
@@ -82,7 +82,7 @@ impl File {
         let mut previous = String::new();
         while let Some(token) = rest.next() {
             if token == "use" {
-                file.import(&mut rest, &Name::new());
+                file.import(&mut rest, &[]);
                 continue;
             }
             let begins = previous != "::" && is_word(&token) && rest.peek().is_some_and(|next| next == "::");
@@ -102,8 +102,8 @@ impl File {
     }
 
     /// Reads what follows a `use`, or what follows a `::` or a brace in it.
-    fn import(&mut self, rest: &mut Peekable<IntoIter<String>>, before: &Name) {
-        let mut path = before.clone();
+    fn import(&mut self, rest: &mut Peekable<IntoIter<String>>, before: &[String]) {
+        let mut path = before.to_vec();
         while let Some(token) = rest.next() {
             if token == "{" {
                 while rest.peek().is_some_and(|next| next != "}") {
@@ -148,16 +148,16 @@ impl Files {
     }
 
     /// The file that has what `path` means in the file `from`.
-    fn file_of(&self, from: &Name, path: &[String], depth: u32) -> Option<Name> {
-        let child = |of: &Name, word: &String| [&of[..], std::slice::from_ref(word)].concat();
+    fn file_of(&self, from: &[String], path: &[String], depth: u32) -> Option<Name> {
+        let child = |of: &[String], word: &String| [of, std::slice::from_ref(word)].concat();
         let (mut at, mut path) = match path.first()?.as_str() {
             "crate" => (Name::new(), &path[1..]),
-            "self" => (from.clone(), &path[1..]),
+            "self" => (from.to_vec(), &path[1..]),
             "super" => {
                 let up = path.iter().take_while(|word| *word == "super").count();
                 (from[..from.len().checked_sub(up)?].to_vec(), &path[up..])
             }
-            _ if self.0.contains_key(&child(from, path.first()?)) => (from.clone(), path),
+            _ if self.0.contains_key(&child(from, path.first()?)) => (from.to_vec(), path),
             _ => return None,
         };
         while let Some(word) = path.first()
