@@ -16,7 +16,7 @@ use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
-use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, evidence};
+use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, UNDISTURBED, evidence};
 
 columns! {
     /// The answer to [`mark`].

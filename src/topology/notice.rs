@@ -1,6 +1,5 @@
 //! The notices for an operator; each is given once.
 
-use std::time::Duration;
 
 use tokio::time::Instant;
 
