@@ -1,6 +1,5 @@
 //! The notices for an operator; each is given once.
 
-
 use tokio::time::Instant;
 
 use super::{Action, Address, Answer, Notice, Phase, Probed, Refusal, Topology};
