@@ -54,8 +54,8 @@ fn planted_circles_are_found() {
 
 /// The pairs of files that name each other, without parents and children.
 fn circles(edges: &BTreeSet<(Name, Name)>) -> Vec<&(Name, Name)> {
-    let back = |(from, to): &(Name, Name)| edges.contains(&(to.clone(), from.clone()));
-    edges.iter().filter(|edge| edge.0 < edge.1 && !related(&edge.0, &edge.1) && back(edge)).collect()
+    let both = |from: &Name, to: &Name| edges.contains(&(to.clone(), from.clone()));
+    edges.iter().filter(|(from, to)| from < to && !related(from, to) && both(from, to)).collect()
 }
 
 fn related(one: &[String], other: &[String]) -> bool {
