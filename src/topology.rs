@@ -205,10 +205,13 @@ impl Topology {
     pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
         self.notice_pause(now);
         let Some(member) = self.members.get(&probed.address) else {
+        // This comes first, because the server may be no candidate any more. Otherwise no question would ever be asked
+        // beside the first one again.
+        let took_beside = if probed.beside { self.beside.answered(now) } else { None };
             return;
         };
         let (took, asked_at) = match probed.beside {
-            true => (self.beside.answered(now), self.beside.asked_at),
+            true => (took_beside, self.beside.asked_at),
             false if member.promotion_wait.is_some() => (member.took, member.asked_at),
             false => (member.asked_at.map(|at| now.duration_since(at)), member.asked_at),
         };

@@ -250,6 +250,41 @@ fn a_successor_is_followed_when_the_cluster_has_had_no_primary_for_long_enough()
     assert_eq!(bench.primary(), None);
 }
 
+/// When another cluster is accepted, DNS may no longer name the servers of the one before, while a question beside the
+/// first one is still under way to one of them. Its end is noted all the same, so that the next primary is asked
+/// beside, too.
+#[test]
+fn a_question_to_a_server_that_is_forgotten_meanwhile_blocks_no_later_one() {
+    let now = Instant::now();
+    let mut bench = Bench { topology: Topology::new(settings(), Vec::new(), 1, 1, now), now, log: Vec::new() };
+    bench.poll();
+    bench.topology.resolved(bench.now, 0, named([endpoint(1)]));
+    bench.poll();
+    bench.report(1, primary(1, 1));
+    bench.wait(ms(600));
+    assert_eq!(bench.primary(), Some(1));
+    bench.suspect(1);
+    bench.wait(ms(30));
+    assert!(bench.topology.beside.asking);
+    bench.topology.accept(bench.now, Accept::Cluster(78));
+    bench.poll();
+    bench.topology.resolved(bench.now, 0, named([endpoint(2)]));
+    bench.poll();
+    assert!(!bench.topology.members.contains_key(&address(1)));
+    let result = Err(failure(FailureKind::TimedOut));
+    let late = Probed { address: address(1), result, fresh: true, still_open: false, beside: true };
+    bench.topology.probed(bench.now, &late);
+    bench.report(2, of(78, primary(2, 1)));
+    bench.wait(ms(600));
+    assert_eq!(bench.primary(), Some(2));
+    bench.answer(2, Ok(of(78, primary(2, 1))), false, true);
+    bench.log.clear();
+    let generation = bench.topology.view().generation.get();
+    bench.suspect(generation);
+    bench.wait(ms(30));
+    assert!(bench.asked_freshly(2), "a suspicion is looked into on a new session");
+}
+
 /// One name is never answered, and one always fails. The addresses of the third are forgotten as usual when it no
 /// longer leads to them.
 #[test]
