@@ -391,7 +391,7 @@ impl<C: SessionClient> Task<C> {
                 let address = endpoint.address;
                 let still_open = self.sessions.is_open(&address);
                 let result = result.map(|(session, report)| {
-                    if !self.topology.strayed(&address, &report) {
+                    if !self.topology.strayed(&address, &report, still_open) {
                         self.sessions.opened(&address, session);
                     }
                     report

@@ -35,6 +35,14 @@ impl Primary {
             _ => self.endpoint.address == *address && same_replay,
         }
     }
+
+    /// Returns whether the report is of another server that is writable on this primary's timeline. No report proves
+    /// which of the two is the right one.
+    pub(super) fn has_rival(&self, report: &ServerReport) -> bool {
+        let mine = &self.report;
+        let started = |report: &ServerReport| report.started_at.is_some();
+        started(mine) && started(report) && !same_start(mine, report) && mine.timeline == report.timeline
+    }
 }
 
 /// Checks by the server's role whether it accepts writes.

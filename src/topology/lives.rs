@@ -44,6 +44,9 @@ pub(super) struct Beside {
     idle_asked_at: Option<Instant>,
     /// Since when that question has no answer.
     pub(super) idle_waits_since: Option<Instant>,
+    /// A new session has reached another writable server on the primary's timeline. The session to the primary has not
+    /// answered since.
+    pub(super) met_rival: bool,
 }
 
 impl Beside {

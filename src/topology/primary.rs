@@ -33,15 +33,18 @@ impl Topology {
         }
     }
 
-    /// Returns whether a new session to the primary's address has reached another server, which cannot be the primary.
-    /// The cluster's task then keeps the session to the primary, and closes this one.
-    pub(crate) fn strayed(&self, address: &Address, report: &ServerReport) -> bool {
-        let primary = match &self.phase {
-            Phase::Known { primary, .. } => Some(primary),
-            Phase::Searching(search) => search.suspended.as_ref().map(|suspended| &suspended.primary),
+    /// Returns whether a new session to the primary's address has reached another server, which is not to take the
+    /// primary's place. The cluster's task then keeps the session to the primary, and closes this one. `kept_open`:
+    /// there is a session to the primary.
+    pub(crate) fn strayed(&self, address: &Address, report: &ServerReport, kept_open: bool) -> bool {
+        let (primary, is_known) = match &self.phase {
+            Phase::Known { primary, .. } => (Some(primary), true),
+            Phase::Searching(search) => (search.suspended.as_ref().map(|suspended| &suspended.primary), false),
         };
-        let strays = |primary: &Primary| primary.endpoint.address == *address && !primary.is(address, report);
-        primary.is_some_and(strays) && self.admissible(address, report, false).is_err()
+        let strays = |primary: &&Primary| primary.endpoint.address == *address && !primary.is(address, report);
+        primary.filter(strays).is_some_and(|primary| {
+            self.admissible(address, report, false).is_err() || (is_known && kept_open && primary.has_rival(report))
+        })
     }
 
     /// Handles an answer from the known primary's address.
@@ -63,7 +66,16 @@ impl Topology {
                 if !probed.fresh && self.must_look_at_fence(now, report) {
                     self.beside.hurry(now, self.settings.poll.0);
                 }
+                if !probed.fresh && std::mem::take(&mut self.beside.met_rival) {
+                    self.say(Notice::TwoPrimaries(probed.address.clone()));
+                }
                 self.learn(now, probed, report);
+            }
+            // Behind a proxy there may be a second writable server. Or the server was restarted, and then the session
+            // to it has ended. So ask that session.
+            Answer::Primary(report) if probed.fresh && probed.still_open && primary.has_rival(report) => {
+                self.beside.met_rival = true;
+                self.ask_now(now, &probed.address, Duration::ZERO);
             }
             Answer::Primary(report) => {
                 self.adopt(now, &probed.address, report.clone(), "the address leads to another primary");
@@ -180,7 +192,7 @@ impl Topology {
         self.revision += 1;
         self.phase = Phase::Known { primary, answered_at: now };
         self.own_primary_at = now;
-        (self.beside.due, self.beside.alone_since) = (None, None);
+        (self.beside.due, self.beside.alone_since, self.beside.met_rival) = (None, None, false);
         self.quiet_pause = self.settings.heartbeat / QUIET;
         if let Some(member) = self.members.get_mut(&current) {
             member.verified = true;

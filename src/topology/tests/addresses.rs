@@ -112,3 +112,38 @@ fn a_frozen_host_is_noticed_as_soon_as_usual_after_one_slow_answer() {
     bench.wait(ms(300));
     assert!(bench.asked(2) > 0, "the others are asked for a successor");
 }
+
+/// Two servers behind one address are writable on one timeline. A new session reaches the other one. As long as the
+/// session to the primary is open, it decides: the primary stays, and the operator is told once that there is a second
+/// one.
+#[test]
+fn a_second_writable_server_behind_the_address_of_the_primary_takes_nobodys_place() {
+    let told = |bench: &Bench| {
+        let seconds = |action: &&Action| matches!(action, Action::Notice(Notice::TwoPrimaries(_)));
+        bench.log.iter().filter(seconds).count()
+    };
+    let mut bench = Bench::new(1);
+    bench.report(1, primary(1, 1));
+    for _ in 0..5 {
+        bench.wait(ms(5000));
+        if bench.topology.members[&address(1)].asking {
+            bench.answer(1, Ok(primary(1, 1)), false, true);
+        }
+        bench.answer(1, Ok(primary(9, 1)), true, true);
+        assert!(bench.topology.members[&address(1)].asking, "the session to the primary is asked at once");
+        bench.answer(1, Ok(primary(1, 1)), false, true);
+        assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![]));
+    }
+    assert_eq!(told(&bench), 1);
+    // The session to the primary ends, because the server has been restarted, or has given way to the other one.
+    bench.wait(ms(5000));
+    bench.answer(1, Ok(primary(9, 1)), true, true);
+    bench.answer(1, Err(failure(FailureKind::Unreachable)), false, false);
+    assert!(bench.ended().is_empty());
+    bench.answer(1, Ok(primary(9, 1)), true, false);
+    assert_eq!((bench.primary(), bench.ended()), (Some(1), vec![1]));
+    // A server on a newer timeline takes its place at once.
+    bench.wait(ms(5000));
+    bench.answer(1, Ok(primary(7, 2)), true, true);
+    assert_eq!(bench.ended(), [1, 2]);
+}

@@ -18,8 +18,16 @@ fn a_roaming_address_is_looked_at_by_a_new_session_each_patrol() {
 #[test]
 fn a_new_session_that_leads_astray_changes_nothing_while_the_primary_is_held() {
     let mut bench = Bench::roaming();
-    for (said, strayed) in [(standby(2), true), (primary(3, 1), false), (fenced(2, 1), true), (primary(1, 1), false)] {
-        assert_eq!(bench.topology.strayed(&address(1), &said), strayed, "{said:?}");
+    for (said, kept_open, strayed) in [
+        (standby(2), true, true),
+        (standby(2), false, true),
+        (fenced(2, 1), true, true),
+        (primary(3, 1), true, true),
+        (primary(3, 1), false, false),
+        (primary(3, 2), true, false),
+        (primary(1, 1), true, false),
+    ] {
+        assert_eq!(bench.topology.strayed(&address(1), &said, kept_open), strayed, "{said:?}");
     }
     for result in [Ok(standby(2)), Ok(fenced(2, 1)), Err(failure(FailureKind::Unreachable))] {
         bench.wait(ms(6000));
@@ -47,7 +55,7 @@ fn no_session_is_kept_that_a_roaming_address_would_lead_elsewhere() {
     let mut bench = Bench::roaming();
     bench.answer(1, Err(failure(FailureKind::Unreachable)), true, false);
     bench.answer(1, Ok(standby(2)), true, true);
-    assert!(bench.topology.strayed(&address(1), &standby(2)), "its promotion would not be where others are led");
+    assert!(bench.topology.strayed(&address(1), &standby(2), true), "its promotion would not be where others are led");
 }
 
 #[test]
