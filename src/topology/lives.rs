@@ -223,14 +223,24 @@ impl Topology {
     }
 
     /// When the primary is next to be asked on an idle session of the pool: while it is known and no session is kept,
-    /// or while it is suspended for silence. Nothing else might show that it lives.
+    /// while it takes long to answer the heartbeat, or while it is suspended for silence. Nothing else might show that
+    /// it lives.
     pub(super) fn idle_due(&self) -> Option<Instant> {
-        let wanted = match &self.phase {
-            Phase::Known { .. } => self.beside.alone_since.is_some(),
-            Phase::Searching(search) => search.suspended.as_ref().is_some_and(|suspended| suspended.silent),
+        if self.traffic.open == 0 || self.settings.roaming {
+            return None;
+        }
+        let from = match &self.phase {
+            Phase::Known { .. } if self.beside.alone_since.is_some() => self.polled_at,
+            // The server may hold up the heartbeat's question for reasons of its own, such as a lock on a catalog.
+            Phase::Known { primary, .. } => {
+                let asking = self.members.get(&primary.endpoint.address).filter(|member| member.asking)?;
+                asking.asked_at? + self.settings.heartbeat_timeout / 2
+            }
+            Phase::Searching(search) => {
+                search.suspended.as_ref().filter(|suspended| suspended.silent).map(|_| self.polled_at)?
+            }
         };
-        let next = || self.beside.idle_asked_at.map_or(self.polled_at, |at| at + self.settings.heartbeat / 4);
-        (wanted && self.traffic.open > 0 && !self.settings.roaming).then(next)
+        Some(self.beside.idle_asked_at.map_or(from, |at| from.max(at + self.settings.heartbeat / 4)))
     }
 
     /// Has the primary asked on an idle session of the pool.

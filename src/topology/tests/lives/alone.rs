@@ -188,3 +188,22 @@ fn a_primary_that_makes_no_sense_is_not_resumed_by_traffic() {
     bench.poll();
     assert_eq!(bench.primary(), None);
 }
+
+/// The server holds up the heartbeat's question for reasons of its own, such as a lock on a catalog, and nobody uses
+/// the pool. Its idle sessions answer, so nothing is suspended, however long that lasts.
+#[test]
+fn idle_sessions_speak_for_a_server_that_holds_up_the_question() {
+    let mut stage = Stage::new();
+    stage.traffic = TrafficSample { open: 2, ..TrafficSample::default() };
+    stage.run(ms(10_000));
+    stage.silent = true;
+    let asked = stage.run_with_an_idle_session(ms(60_000));
+    assert_eq!((stage.suspended_at, stage.ended_at), (None, None));
+    assert!((20..=150).contains(&asked), "{asked} times");
+    // They fall silent, too.
+    let froze = stage.bench.now;
+    stage.traffic.received = false;
+    stage.run(ms(10_000));
+    let after = stage.suspended_at.map(|at| at.duration_since(froze)).expect("it is left");
+    assert!(after <= settings().heartbeat_timeout * 2 + settings().heartbeat, "{after:?}");
+}
