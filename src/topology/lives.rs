@@ -199,7 +199,8 @@ impl Topology {
     /// there, and the primary has not reported on any other session. If no connection is in use, the question on an
     /// idle session decides.
     fn is_mute(&self, now: Instant) -> bool {
-        if !self.traffic.in_use {
+        // What callers have sent proves nothing if the idle sessions have no answer.
+        if !self.traffic.in_use || self.idle_is_mute(now) {
             return self.idle_is_mute(now);
         }
         let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);

@@ -207,3 +207,20 @@ fn idle_sessions_speak_for_a_server_that_holds_up_the_question() {
     let after = stage.suspended_at.map(|at| at.duration_since(froze)).expect("it is left");
     assert!(after <= settings().heartbeat_timeout * 2 + settings().heartbeat, "{after:?}");
 }
+
+/// No session is kept, new ones fail, and the server dies. Callers go on sending on one connection after the other,
+/// which proves nothing: the idle sessions that were asked have no answer.
+#[test]
+fn callers_that_go_on_sending_hide_no_silence() {
+    let mut stage = Stage::new();
+    stage.traffic = TrafficSample { in_use: true, moved: true, received: false, open: 9, idle_asked: false };
+    stage.run(ms(10_000));
+    (stage.kept, stage.new) = (false, Some(FailureKind::Unreachable));
+    stage.run_with_an_idle_session(ms(10_000));
+    assert_eq!(stage.suspended_at, None);
+    let died = stage.bench.now;
+    (stage.traffic.received, stage.traffic.idle_asked) = (false, true);
+    stage.run(ms(20_000));
+    let after = stage.suspended_at.map(|at| at.duration_since(died)).expect("it is left");
+    assert!(after <= settings().heartbeat_timeout * 2 + settings().heartbeat, "{after:?}");
+}
