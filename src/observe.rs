@@ -247,7 +247,7 @@ impl Observer {
 
     /// Reports that a session was opened for the pool.
     pub(crate) fn opened(&self, took: Duration) {
-        self.meters.opened(took);
+        log_safely(|| self.meters.opened(took));
     }
 
     /// Reports one connection of a generation, for as long as its session lives.
@@ -374,7 +374,7 @@ pub(crate) struct Watched {
 impl Watched {
     /// Counts the open connection as idle. No caller has used it yet.
     pub(crate) fn ready(&self) {
-        self.place.idle(&self.observer.meters);
+        log_safely(|| self.place.idle(&self.observer.meters));
     }
 
     pub(crate) fn lent(&self) -> Stopwatch {
@@ -405,9 +405,9 @@ impl Watched {
 impl SessionEndListener for Arc<Watched> {
     fn session_ended(&self, lost: bool) {
         self.open.0.fetch_sub(1, Ordering::Relaxed);
-        self.place.left(&self.observer.meters);
+        log_safely(|| self.place.left(&self.observer.meters));
         if lost {
-            self.observer.meters.connection_lost();
+            log_safely(|| self.observer.meters.connection_lost());
         }
     }
 }

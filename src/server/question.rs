@@ -8,6 +8,7 @@ use super::failure;
 use super::rows::rows;
 use super::withheld::{self, Withheld};
 use crate::classify::{Verdict, about_a_part, classify, cut_off, explain, not_offered};
+use crate::sync::log_safely;
 use crate::topology::{
     Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
 };
@@ -47,7 +48,7 @@ impl Questions {
                     return report;
                 }
             };
-            tracing::debug!("a part of the question is refused: {}", explain(&error));
+            log_safely(|| tracing::debug!("a part of the question is refused: {}", explain(&error)));
             refused = refused.and(withheld::look_for(client, question, refused).await);
             if last {
                 // Ask only for what needs no privilege. This is not remembered, because it is unknown what the server
@@ -73,7 +74,7 @@ impl Questions {
                 return;
             };
             let Err(error) = rows(client, &wait_for_promotion(promotion_wait)).await else { return };
-            tracing::debug!("the server does not wait for its promotion: {}", explain(&error));
+            log_safely(|| tracing::debug!("the server does not wait for its promotion: {}", explain(&error)));
             if not_offered(&error) || cut_off(&error) {
                 self.promotion_wait.note(address, (), |(), ()| ());
             }

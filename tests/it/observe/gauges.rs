@@ -1,7 +1,7 @@
 //! Gauges of a pool, seen by a recorder that looks at each change, or panics at one.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use futures_util::FutureExt;
@@ -90,4 +90,26 @@ async fn a_panic_in_a_recorder_leaves_no_loan() {
     armed.store(false, Ordering::SeqCst);
     drop(pool.get().await.unwrap());
     assert!(timeout(PATIENCE, pool.close_within(PATIENCE * 2)).await.expect("it waits for nobody"));
+}
+
+/// The program's recorder panics with each connection that is opened in advance. That costs the count and no
+/// connection, so the pool does not open one after the other.
+#[tokio::test]
+async fn a_panic_in_a_recorder_costs_no_connection() {
+    let cluster = server().await;
+    let (armed, panics) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicUsize::new(0)));
+    let (is_armed, count) = (Arc::clone(&armed), Arc::clone(&panics));
+    let changed = move |_: f64| {
+        if is_armed.load(Ordering::SeqCst) {
+            count.fetch_add(1, Ordering::SeqCst);
+            panic!("a bug in the recorder");
+        }
+    };
+    let watch = Watch { gauge: "db.client.connection.count", changed: Arc::new(changed) };
+    let pool = || by_url(cluster.url_hosts()).max_size(4).min_idle(2).build().unwrap();
+    let pool = metrics::with_local_recorder(&watch, pool);
+    eventually("its connections are ready", PATIENCE, async || pool.status().available == 2).await;
+    assert_eq!(panics.load(Ordering::SeqCst), 2, "one for each connection");
+    armed.store(false, Ordering::SeqCst);
+    drop(pool.get().await.unwrap());
 }
