@@ -48,6 +48,32 @@ const PATIENT: u32 = 4;
 /// Of so many names it remembers at most that one of their families is missing.
 const MOST_NAMES: usize = 1024;
 
+/// What the name servers have told about one name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    /// Something about one address family, and nothing about the other one.
+    Half,
+    All,
+}
+
+impl Told {
+    fn by(one: &Result<Addresses, ResolveError>, other: &Result<Addresses, ResolveError>) -> Self {
+        let silent = |found: &Result<Addresses, ResolveError>| matches!(found, Err(ResolveError::TimedOut { .. }));
+        match (silent(one), silent(other)) {
+            (true, true) => Self::Nothing,
+            (false, false) => Self::All,
+            _ => Self::Half,
+        }
+    }
+}
+
+/// Why a name has led to no address.
+struct Unfound {
+    error: ResolveError,
+    told: Told,
+}
+
 /// A resolver that asks DNS for each question, without a cache.
 ///
 /// - It caches neither addresses nor failures, whatever their time to live says.
@@ -213,14 +239,24 @@ impl HickoryResolver {
         }
         let client = self.client(&setup).map_err(|error| failure(host, error, Duration::ZERO))?;
         let mut reported = ResolveError::NotFound { name: host.to_owned() };
+        let mut half = self.misses_a_family(host);
         for name in setup.candidates(&name) {
-            match self.both_families(&client, host, &name).await {
+            match self.both_families(&client, host, &name, half).await {
                 Ok(addresses) => return Ok(addresses),
-                // As in the C library, a time-out ends the search list, because the other names would time out as well.
-                Err(silence @ ResolveError::TimedOut { .. }) => return Err(reported.or_more_telling(silence)),
-                Err(error) => reported = reported.or_more_telling(error),
+                Err(unfound) => {
+                    reported = reported.or_more_telling(unfound.error);
+                    // As in the C library, silence ends the search list, because the other names would time out as
+                    // well. But an answer for one family is an answer.
+                    match unfound.told {
+                        Told::Nothing => break,
+                        Told::Half => half = true,
+                        Told::All => {}
+                    }
+                }
             }
         }
+        // What was not waited for may have had an address, so the next look-up waits.
+        self.note(host, 0, false);
         Err(reported)
     }
 
@@ -238,6 +274,12 @@ impl HickoryResolver {
         builder.build()
     }
 
+    /// Returns whether the last look-up has found one address family only, and this one is not to wait long for the
+    /// other.
+    fn misses_a_family(&self, host: &str) -> bool {
+        lock(&self.partial).get(host).is_some_and(|missed| missed % PATIENT != PATIENT - 1)
+    }
+
     /// Notes whether a look-up has missed one family, as the `missed` ones in a row before it have.
     fn note(&self, host: &str, missed: u32, is_partial: bool) {
         let mut partial = lock(&self.partial);
@@ -248,8 +290,15 @@ impl HickoryResolver {
         }
     }
 
-    /// Asks for `name`. Errors name `host`.
-    async fn both_families(&self, client: &TokioResolver, host: &str, name: &Name) -> Result<Addresses, ResolveError> {
+    /// Asks for `name`. Errors name `host`. `half`: one of the families is probably not answered at all, so this does
+    /// not wait long for it if the other one has no address.
+    async fn both_families(
+        &self,
+        client: &TokioResolver,
+        host: &str,
+        name: &Name,
+        half: bool,
+    ) -> Result<Addresses, Unfound> {
         let started = Instant::now();
         let silent = |_| failure(host, NetError::Timeout, started.elapsed());
         let family = async |record_type| {
@@ -269,12 +318,13 @@ impl HickoryResolver {
         let missed = lock(&self.partial).get(host).copied().unwrap_or_default();
         let patient = missed % PATIENT == PATIENT - 1;
         let grace = if patient { LONG_GRACE } else { GRACE };
-        let slower = if faster.is_ok() {
+        let slower = if faster.is_ok() || (half && faster.as_ref().is_err_and(ResolveError::is_answer)) {
             timeout(grace, slower).await.unwrap_or_else(|elapsed| Err(silent(elapsed)))
         } else {
             slower.await
         };
-        let mut merged = Addresses::merge(faster, slower)?;
+        let told = Told::by(&faster, &slower);
+        let mut merged = Addresses::merge(faster, slower).map_err(|error| Unfound { error, told })?;
         self.note(host, missed, merged.partial().is_some());
         // Either family may answer first, so sort by family. The sort is stable and keeps the order within each family.
         merged.addresses.sort_by_key(IpAddr::is_ipv6);

@@ -229,6 +229,44 @@ fn d6_search_domains_and_ndots() {
     assert_eq!(candidates("domain corp.example", "pg"), ["pg.corp.example.", "pg."]);
 }
 
+/// A name server drops the questions for one address family. As in the C library, its answer for the other family
+/// counts: the search list goes on behind a name that does not exist.
+#[tokio::test]
+async fn d6_a_silent_family_does_not_end_the_search_list() {
+    let dns = testbed::Dns::start(([127, 0, 0, 1], 0).into()).await;
+    let split = |a, aaaa| testbed::Answer::Split { a: Box::new(a), aaaa: Box::new(aaaa) };
+    let resolver = || {
+        let mut resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(Duration::from_millis(500));
+        let Source::Given(setup) = &mut resolver.setup else { unreachable!("they were given") };
+        let setup = Arc::get_mut(setup).expect("nobody else has it");
+        setup.search = ["a.example.", "b.example."].map(|domain| Name::from_ascii(domain).unwrap()).to_vec();
+        setup.ndots = 5;
+        resolver
+    };
+    let (here, gone) = ([10, 0, 0, 1].into(), || testbed::Answer::NxDomain);
+    for silent in ["AAAA", "A"] {
+        let but = |answer| match silent {
+            "AAAA" => split(answer, testbed::Answer::Silent),
+            _ => split(testbed::Answer::Silent, answer),
+        };
+        let address: IpAddr = if silent == "AAAA" { here } else { "fdaa::1".parse().unwrap() };
+        dns.answer_name("pg.a.example", but(gone()));
+        dns.answer_name("pg.b.example", but(testbed::Answer::Addresses(vec![address])));
+        let resolver = resolver();
+        let addresses = resolver.resolve("pg").await.unwrap();
+        assert_eq!(addresses.iter().collect::<Vec<_>>(), [address], "{silent}");
+        assert!(addresses.partial().is_some(), "{silent}");
+        // No name has an address. What was silent may have one.
+        dns.answer_name("pg.b.example", but(gone()));
+        dns.answer_name("pg", but(gone()));
+        assert!(!resolver.resolve("pg").await.unwrap_err().is_answer(), "{silent}");
+        // The silence of both families ends the list.
+        dns.answer_name("pg.a.example", testbed::Answer::Silent);
+        dns.answer_name("pg.b.example", but(testbed::Answer::Addresses(vec![address])));
+        assert!(matches!(resolver.resolve("pg").await, Err(ResolveError::TimedOut { .. })), "{silent}");
+    }
+}
+
 #[test]
 fn a_resolver_prints_whom_it_asks() {
     let resolver = HickoryResolver::with_name_servers([([10, 0, 0, 2], 5353).into()]);
