@@ -45,7 +45,8 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 
 use crate::classify::{
-    NO_DIRECT_TLS, NO_TLS, Verdict, explain, hung_up, hung_up_in_handshake, links, not_let_in, verdict_of_open,
+    BadCertificate, NO_DIRECT_TLS, NO_TLS, TlsTrouble, Verdict, explain, hung_up, hung_up_in_handshake, links,
+    not_let_in, tls_trouble, verdict_of_open,
 };
 use crate::connect::Connect;
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
@@ -319,6 +320,9 @@ impl Opener {
         let hung_up = hung_up(&error) || self.begins_with_tls() && hung_up_in_handshake(&error);
         let hung_up = hung_up && !self.worked.load(Ordering::Relaxed);
         let mut failure = failure(verdict_of_open(&error), error);
+        if tls_trouble(&failure.message) == Some(TlsTrouble::Certificate(BadCertificate::WrongName)) {
+            failure = failure.of_a_wrong_name();
+        }
         if hung_up && failure.kind == FailureKind::Unreachable {
             failure.message.push_str(HUNG_UP);
         }

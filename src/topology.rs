@@ -184,6 +184,7 @@ impl Topology {
             } else {
                 (self.settings.probe_timeout, self.settings.probe_timeout)
             };
+            member.turn_to_next_name();
             member.asking = true;
             member.prompt = false;
             member.asked_at = Some(now);
@@ -204,10 +205,10 @@ impl Topology {
     /// Handles the result of a probe.
     pub(crate) fn probed(&mut self, now: Instant, probed: &Probed) {
         self.notice_pause(now);
-        let Some(member) = self.members.get(&probed.address) else {
         // This comes first, because the server may be no candidate any more. Otherwise no question would ever be asked
         // beside the first one again.
         let took_beside = if probed.beside { self.beside.answered(now) } else { None };
+        let Some(member) = self.members.get(&probed.address) else {
             return;
         };
         let (took, asked_at) = match probed.beside {
@@ -263,6 +264,7 @@ impl Topology {
                 member.note_pace(took);
             }
             member.answered_at = Some(now);
+            member.note_name(result.as_ref().err().copied());
             member.told_at = member.asked_at;
             let full = matches!(&probed.result, Err(failure) if failure.kind == FailureKind::Full);
             member.full = if full { member.full.saturating_add(1) } else { 0 };

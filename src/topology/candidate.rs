@@ -123,11 +123,22 @@ pub struct ProbeFailure {
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
     /// The server refused a log-in, but callers are told that a later one may succeed.
     may_pass: bool,
+    /// The server's certificate is not for the host name by which it was reached.
+    wrong_name: bool,
 }
 
 impl ProbeFailure {
     pub(crate) fn new(kind: FailureKind, message: impl Into<String>) -> Self {
-        Self { kind, message: shortened(message.into()), source: None, may_pass: false }
+        Self { kind, message: shortened(message.into()), source: None, may_pass: false, wrong_name: false }
+    }
+
+    /// Notes that the certificate is for another name, so another name of the same address may be the right one.
+    pub(crate) fn of_a_wrong_name(self) -> Self {
+        Self { wrong_name: true, ..self }
+    }
+
+    pub(super) fn is_of_a_wrong_name(&self) -> bool {
+        self.wrong_name
     }
 
     /// Marks a refused log-in that may succeed later, because the password is being changed. Callers wait, and the next

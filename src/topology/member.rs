@@ -1,11 +1,13 @@
 //! What is known of each candidate, which candidates are added, and which one is forgotten to make room.
 
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, Origin, Parts, Phase, PromotionWait, Refusal, ServerReport, Topology,
+    Address, Answer, CandidateReport, Endpoint, Origin, Parts, Phase, ProbeFailure, PromotionWait, Refusal, ServerReport, Topology,
     generation::same_start,
 };
 
@@ -16,6 +18,10 @@ pub(super) const MAX_MEMBERS: usize = 64;
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Member {
     pub(super) endpoint: Endpoint,
+    /// The other names that lead to this address. The server's certificate may be for one of these.
+    other_names: VecDeque<Option<Arc<str>>>,
+    /// With how many names in a row the certificate did not fit.
+    wrong_names: usize,
     pub(super) origin: Origin,
     /// When to ask next. If a probe is under way, it must end first.
     pub(super) due: Instant,
@@ -60,6 +66,33 @@ impl Member {
     /// after the fence is lifted.
     pub(super) fn is_standby(&self) -> bool {
         matches!(&self.answer, Some(Answer::Refused(report, Refusal::Standby)) if !report.default_read_only)
+    }
+
+    /// Notes that this name leads to the address, too.
+    fn add_name(&mut self, name: Option<Arc<str>>) {
+        if self.endpoint.host != name && !self.other_names.contains(&name) {
+            self.other_names.push_back(name);
+        }
+    }
+
+    /// Notes whether the certificate fitted the name. If it did not, the next question tries the next name.
+    pub(super) fn note_name(&mut self, failure: Option<&ProbeFailure>) {
+        let is_wrong = failure.is_some_and(ProbeFailure::is_of_a_wrong_name);
+        self.wrong_names = if is_wrong { self.wrong_names.saturating_add(1) } else { 0 };
+    }
+
+    /// Turns to the next name if the certificate did not fit the last one.
+    pub(super) fn turn_to_next_name(&mut self) {
+        if self.wrong_names > 0
+            && let Some(next) = self.other_names.pop_front()
+        {
+            self.other_names.push_back(std::mem::replace(&mut self.endpoint.host, next));
+        }
+    }
+
+    /// Returns whether the certificate did not fit the names that were tried, and another one was not tried yet.
+    pub(super) fn has_untried_name(&self) -> bool {
+        (1..=self.other_names.len()).contains(&self.wrong_names)
     }
 
     /// Notes how long a report took. A single slow report does not count.
@@ -119,6 +152,10 @@ impl Topology {
 
     pub(super) fn add(&mut self, endpoint: Endpoint, origin: Origin, now: Instant) {
         if let Some(member) = self.members.get_mut(&endpoint.address) {
+            member.add_name(endpoint.host);
+            if member.has_untried_name() {
+                member.due = member.due.min(now);
+            }
             member.named_at = now;
             if member.origin != Origin::Configured {
                 member.origin = origin;
@@ -130,6 +167,8 @@ impl Topology {
         }
         let member = Member {
             endpoint: endpoint.clone(),
+            other_names: VecDeque::new(),
+            wrong_names: 0,
             origin,
             due: now,
             asking: false,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Address, Answer, Member, Phase, PromotionWait, Topology};
+use super::{Address, Answer, Member, Phase, ProbeFailure, PromotionWait, Topology};
 
 /// How long a verified member is remembered after the resolver has last named it and it has last answered.
 pub(super) const REMEMBER: Duration = Duration::from_secs(600);
@@ -189,9 +189,10 @@ impl Topology {
                 }
             }
             Phase::Searching(search) => {
-                let refused = self.members.get(address).is_some_and(
-                    |member| matches!(&member.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in()),
-                );
+                let refused = self.members.get(address).is_some_and(|member| {
+                    let refused = |failure: &ProbeFailure| failure.is_refused_log_in() && !member.has_untried_name();
+                    matches!(&member.answer, Some(Answer::Failed(failure)) if refused(failure))
+                });
                 // Many dead addresses are asked less often, so that the pool does not open a new session to each of
                 // them a hundred times a second.
                 let crowd = self.members.values().filter(|member| member.is_dead()).count().div_ceil(CROWD).max(1);

@@ -142,7 +142,7 @@ impl Topology {
 
     fn outlooks(&self) -> impl Iterator<Item = Outlook> {
         let members = self.members.values().map(|member| match (&member.answer, member.told_at) {
-            _ if !self.answered(member) => Outlook::Open,
+            _ if !self.answered(member) || member.has_untried_name() => Outlook::Open,
             (Some(Answer::Failed(failure)), Some(at)) => match failure.kind {
                 FailureKind::Refused | FailureKind::NotPostgres => Outlook::Hopeless(failure.clone(), at),
                 FailureKind::Unreachable => Outlook::Silent,

@@ -147,3 +147,48 @@ fn a_second_writable_server_behind_the_address_of_the_primary_takes_nobodys_plac
     bench.answer(1, Ok(primary(7, 2)), true, true);
     assert_eq!(bench.ended(), [1, 2]);
 }
+
+/// Two names lead to one address, and the server's certificate is for the second one. So the second one is tried at
+/// once, before callers are told that the certificate does not fit.
+#[test]
+fn each_name_of_an_address_is_tried_if_the_certificate_does_not_fit() {
+    let by = |host: &str| Endpoint { host: Some(Arc::from(host)), address: address(1) };
+    let bench = |names: &[&str]| {
+        let (now, endpoints) = (Instant::now(), names.iter().map(|name| by(name)).collect());
+        let mut bench = Bench { topology: Topology::new(settings(), endpoints, 0, 1, now), now, log: Vec::new() };
+        bench.poll();
+        bench
+    };
+    let asked_by = |bench: &Bench| {
+        bench.log.iter().rev().find_map(|action| match action {
+            Action::Probe { endpoint, .. } => endpoint.host.as_deref().map(ToOwned::to_owned),
+            _ => None,
+        })
+    };
+    let wrong = || Err(failure(FailureKind::Refused).of_a_wrong_name());
+    let mut two = bench(&["a.internal", "b.internal", "a.internal"]);
+    assert_eq!(asked_by(&two).as_deref(), Some("a.internal"));
+    two.answer(1, wrong(), true, false);
+    assert!(!two.refused(), "there is another name");
+    two.wait(ms(30));
+    assert_eq!(asked_by(&two).as_deref(), Some("b.internal"));
+    two.report(1, primary(1, 1));
+    let State::Primary { endpoint, .. } = two.topology.view().state else { panic!("it is not found") };
+    assert_eq!(endpoint.host.as_deref(), Some("b.internal"));
+    // None fits.
+    let mut two = bench(&["a.internal", "b.internal"]);
+    two.answer(1, wrong(), true, false);
+    two.wait(ms(30));
+    two.answer(1, wrong(), true, false);
+    assert!(two.refused());
+    two.wait(ms(2000));
+    assert_eq!(asked_by(&two).as_deref(), Some("a.internal"), "they take turns");
+    // The password is the same by each name.
+    let mut two = bench(&["a.internal", "b.internal"]);
+    two.fail(1, FailureKind::Refused);
+    assert!(two.refused());
+    // There is only one name.
+    let mut one = bench(&["a.internal"]);
+    one.answer(1, wrong(), true, false);
+    assert!(one.refused());
+}

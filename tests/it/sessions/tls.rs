@@ -97,6 +97,21 @@ async fn t1_verify_full_checks_the_name_and_connects_to_the_address() {
     }
 }
 
+/// T1: of several names for one address, the certificate need only be for one, as in libpq.
+#[tokio::test]
+async fn t1_each_name_of_an_address_is_tried() {
+    let authority = Authority::new();
+    let cluster = with_tls(&authority).hba(TLS_ONLY).start().await;
+    let root = trusted(&cluster, &authority);
+    let (ip, port, root) = (cluster.addr(Node(0)), cluster.port(), root.display());
+    let options = format!("port={port} user=app dbname=app sslmode=verify-full sslrootcert={root}");
+    cluster.dns().answer_name("alias.internal", testbed::Answer::Addresses(vec![ip]));
+    for hosts in [format!("{ip},{NAME}"), format!("alias.internal,{NAME}")] {
+        let pool = Pool::builder(format!("host={hosts} {options}")).unwrap().dns_servers([cluster.dns().addr()]);
+        works_encrypted(&pool.build().unwrap()).await;
+    }
+}
+
 /// T1: an address in the certificate is as good as a name.
 #[tokio::test]
 async fn t1_verify_full_by_address() {
