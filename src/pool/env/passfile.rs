@@ -13,13 +13,18 @@ use crate::pool::hosts::Target;
 #[cfg(unix)]
 const SOCKETS: [&str; 3] = ["/tmp", "/var/run/postgresql", "/run/postgresql"];
 
-/// Reads the file. `None`: there is none, or others may read it, in which case libpq ignores it, too.
+/// Reads the file. `None`: there is none, it cannot be looked at, or others may read it. libpq ignores it then, too.
 pub(super) fn read(path: &Path) -> Result<Option<String>, BuildError> {
     let unusable = |error: std::io::Error| BuildError::invalid("passfile", format!("{}: {error}", path.display()));
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
-        Err(error) => return Err(unusable(error)),
+        Err(error) => {
+            // Often nobody needs it: the home of a service may be another user's.
+            if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) {
+                tracing::warn!("the password file {} cannot be looked at and is ignored: {error}", path.display());
+            }
+            return Ok(None);
+        }
     };
     if !metadata.is_file() {
         tracing::warn!("the password file {} is no plain file and is ignored", path.display());

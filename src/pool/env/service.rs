@@ -1,7 +1,6 @@
 //! Reads libpq's service file: sections of options, each under the name of a service.
 
 use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::Surroundings;
@@ -13,11 +12,11 @@ pub(super) fn find(surroundings: &Surroundings<'_>, service: &str) -> Result<Vec
     let own = own.or_else(|| surroundings.at_home(".pg_service.conf"));
     let system = surroundings.variable("PGSYSCONFDIR").map(|folder| Path::new(&folder).join("pg_service.conf"));
     for path in own.iter().chain(&system) {
-        let text = match fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            Err(error) => return Err(unusable(path, &error.to_string())),
-        };
+        // As in libpq, one that cannot be looked at is none.
+        if fs::metadata(path).is_err() {
+            continue;
+        }
+        let text = fs::read_to_string(path).map_err(|error| unusable(path, &error.to_string()))?;
         if let Some(options) = read(&text, service).map_err(|problem| unusable(path, &problem))? {
             return Ok(options);
         }

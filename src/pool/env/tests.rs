@@ -149,6 +149,16 @@ fn a_password_file_is_read_where_no_password_is_given() {
     assert_eq!(read(&ignored).unwrap().config.get_password(), None, "others may read it");
     let none = [("PGHOST", "a.internal"), ("PGUSER", "app"), ("PGPASSFILE", "/nowhere/at/all")];
     assert_eq!(read(&none).unwrap().config.get_password(), None);
+    // As for libpq, one that cannot be looked at is none. The home of a service may be another user's.
+    let circle = folder.0.join("circle").display().to_string();
+    let _ = fs::remove_file(&circle);
+    std::os::unix::fs::symlink(&circle, &circle).unwrap();
+    let unusable = [("PGHOST", "a.internal"), ("PGUSER", "app"), ("PGPASSFILE", &*circle)];
+    assert_eq!(read(&unusable).unwrap().config.get_password(), None);
+    let system = folder.write("pg_service.conf", "[shop]\nhost=s.internal\n", 0o644);
+    let system = Path::new(&system).parent().unwrap().display().to_string();
+    let service = [("PGSERVICE", "shop"), ("PGSERVICEFILE", &*circle), ("PGSYSCONFDIR", &*system)];
+    assert_eq!(hosts(&read(&service).unwrap()), ["s.internal:5432"]);
     let by_os_user = [("PGHOST", "a.internal"), ("USER", "app"), ("PGDATABASE", "app"), ("PGPASSFILE", &*file)];
     assert_eq!(read(&by_os_user).unwrap().config.get_password(), Some(&b"one"[..]));
 }
