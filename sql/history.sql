@@ -55,7 +55,8 @@ BEGIN
     END IF;
 
     -- The mark may begin on one page and end on the next.
-    FOR page IN REVERSE last_page .. greatest(last_page - 1, 0) LOOP
+    -- A loop over `a .. b` would count with an integer, which is too small for the pages of more than 16 TiB of log.
+    FOR page IN SELECT generate_series(last_page, greatest(last_page - 1, 0), -1) LOOP
         segment := page * page_size / segment_size;
         part := NULL;
         -- A promotion copies the begun segment to its own timeline, so the newest timeline that had begun by the end of the

@@ -131,6 +131,14 @@ impl Cluster {
         ended(spawn_blocking(move || server::run(&mut postgres))).await;
     }
 
+    /// Lets the log of a stopped node go on at a file of this name, so far on as that of a server that has worked for
+    /// years. No other node can follow it.
+    pub async fn continue_log_at(&self, node: Node, file: &str) {
+        let mut resetwal = self.server.command("pg_resetwal", &self.folder);
+        resetwal.args(["-l", file]).arg(self.data(node));
+        ended(spawn_blocking(move || server::run(&mut resetwal))).await;
+    }
+
     /// The primary is killed, comes back read-only before its lease is over, replays its own log, and is promoted. The
     /// end of the log that was not written is lost, and a new timeline begins. The standbys follow the same node as
     /// before.

@@ -70,3 +70,30 @@ async fn the_function_shows_no_byte_of_the_log() {
     admin.batch_execute("SET ROLE app").await.unwrap();
     assert!(seen(word).await.is_err(), "nobody may call it who was not told to");
 }
+
+/// A server that has written much has positions beyond 16 TiB, where a page's number is no integer any more.
+#[tokio::test]
+async fn the_function_knows_a_log_of_any_length() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let word = "0123456789abcdef0123456789abcdef";
+    for (file, first) in [("0000000100000FFF000000FF", "FFF/FF"), ("000000010000400000000001", "4000/1")] {
+        cluster.stop_fast(Node(0)).await;
+        cluster.continue_log_at(Node(0), file).await;
+        cluster.start_node(Node(0)).await;
+        let admin = cluster.direct(Node(0)).await;
+        Evidence::install(&admin).await.unwrap();
+        // On two pages at least.
+        for size in [0, 3000, 6000, 9000] {
+            let mark = format!(
+                "SELECT pg_logical_emit_message(true, 'testbed', repeat('x', {size})),
+                        pg_logical_emit_message(true, 'failover', '{word}')::text"
+            );
+            let mark: String = admin.query_one(&mark, &[]).await.unwrap().get(1);
+            assert!(mark.starts_with(first), "{mark}");
+            for (nonce, seen) in [(word, "marker"), ("1123456789abcdef0123456789abcdef", "other")] {
+                let sql = format!("SELECT seen FROM failover.wal_history('{mark}', '{nonce}')");
+                assert_eq!(admin.query_one(&sql, &[]).await.unwrap().get::<_, String>(0), seen, "{mark}");
+            }
+        }
+    }
+}
