@@ -182,25 +182,28 @@ impl Error {
 
     /// The closure's own error if it is an `E`, and this error unchanged if it is not. An `E` within a source chain
     /// cannot be moved out of it. Use [`Error::downcast_ref`] for that.
+    ///
+    /// The error also stays unchanged if its [`commit_outcome`](Self::commit_outcome) is unknown, because the own error
+    /// alone would not say so.
     pub fn downcast<E: StdError + 'static>(self) -> Result<E, Self> {
+        if !self.is_own::<E>() {
+            return Err(self);
+        }
         match self {
             Self::Aborted(source) => source.downcast().map(|own| *own).map_err(Self::Aborted),
-            Self::Exhausted(exhausted) if exhausted.source.downcast_ref::<E>().is_some() => exhausted.source.downcast(),
-            Self::EndedInside(ended) => match *ended {
-                EndedInside { source: Some(source), .. } if source.downcast_ref::<E>().is_some() => source.downcast(),
-                ended => Err(Self::EndedInside(Box::new(ended))),
-            },
-            Self::Exhausted(exhausted) if exhausted.source.is_own::<E>() => exhausted.source.downcast(),
-            Self::SessionEnded(ended) if ended.last_error().is_own::<E>() => ended.into_last_error().downcast(),
+            Self::Exhausted(exhausted) => exhausted.source.downcast(),
+            Self::SessionEnded(ended) => ended.into_last_error().downcast(),
             other => Err(other),
         }
     }
 
-    /// Returns whether an `E` can be moved out of it.
+    /// Returns whether an `E` can be moved out of it, and nothing but its context is lost by that.
     fn is_own<E: StdError + 'static>(&self) -> bool {
         match self {
             Self::Aborted(source) => source.is::<E>(),
-            Self::Exhausted(exhausted) => exhausted.source.is_own::<E>(),
+            Self::Exhausted(exhausted) => {
+                exhausted.outcome == CommitOutcome::NotCommitted && exhausted.source.is_own::<E>()
+            }
             Self::SessionEnded(ended) => ended.last_error().is_own::<E>(),
             _ => false,
         }
@@ -292,5 +295,48 @@ impl fmt::Debug for Error {
             // The `Debug` of the caller's own error may say more than its text.
             Self::Aborted(source) => write!(f, "Aborted: {source:?}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Ending;
+
+    #[derive(Debug, PartialEq, thiserror::Error)]
+    #[error("sold out")]
+    struct SoldOut;
+
+    /// The own error is the source of another one.
+    #[derive(Debug, thiserror::Error)]
+    #[error("the order failed")]
+    struct Failed(#[source] SoldOut);
+
+    fn exhausted(outcome: CommitOutcome, source: Error) -> Error {
+        Error::Exhausted(Box::new(Exhausted::new(2, "for a test".to_owned(), outcome, source)))
+    }
+
+    #[test]
+    fn an_own_error_that_cannot_be_moved_out_changes_nothing() {
+        for own in [|| Error::abort(SoldOut), || Error::abort(Failed(SoldOut))] {
+            for error in [
+                exhausted(CommitOutcome::Unknown, own()),
+                EndedInside::error(Ending::Committed, Some(own())),
+                exhausted(CommitOutcome::NotCommitted, Error::abort(Failed(SoldOut))),
+            ] {
+                assert_eq!(error.downcast_ref::<SoldOut>(), Some(&SoldOut));
+                let (text, outcome) = (error.to_string(), error.commit_outcome());
+                let error = error.downcast::<SoldOut>().expect_err(&text);
+                assert_eq!((error.to_string(), error.commit_outcome()), (text, outcome));
+            }
+        }
+    }
+
+    #[test]
+    fn the_own_error_of_a_call_that_was_rolled_back_is_moved_out() {
+        assert_eq!(
+            exhausted(CommitOutcome::NotCommitted, Error::abort(SoldOut)).downcast::<SoldOut>().unwrap(),
+            SoldOut
+        );
     }
 }
