@@ -386,9 +386,11 @@ pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
 
 impl<'a, C: SessionClient> Savepoint<'a, C> {
     async fn set(client: &'a Client<C>, depth: u32) -> Result<Self, tokio_postgres::Error> {
-        let savepoint = Self { client, depth, open: true };
-        client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await?;
-        Ok(savepoint)
+        let mut savepoint = Self { client, depth, open: true };
+        let set = client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await;
+        // An earlier savepoint may still have this name. A rollback to it would revive a failed transaction.
+        savepoint.open = set.is_ok();
+        set.map(|()| savepoint)
     }
 
     /// Sets a savepoint within this one.

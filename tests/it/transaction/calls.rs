@@ -11,7 +11,9 @@ use tokio_postgres::IsolationLevel;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::error::{RolledBack, Unsettled};
 use tokio_postgres_failover::retry::RetryBudget;
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction};
+use tokio_postgres_failover::{
+    CommitOutcome, Error, GenericClient, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction,
+};
 
 use crate::support::{
     CONFLICT, PATIENCE, Runs, close_gate, committing, insert, open_gate, server, sql, stored, wait_gone,
@@ -588,6 +590,41 @@ async fn savepoints_undo_a_part() {
     .await
     .unwrap();
     assert_eq!(stored(&cluster).await, [1, 2, 4, 6, 8]);
+}
+
+/// Takes two steps, each in a savepoint, and does not look at errors.
+async fn careless(client: &mut impl GenericClient) {
+    for id in [2_i64, 3] {
+        let Ok(step) = client.transaction().await else { continue };
+        let _ = step.execute("INSERT INTO entries VALUES ($1::bigint / 0)", &[&id]).await;
+        let _ = step.commit().await;
+    }
+}
+
+/// A savepoint that cannot be set, as the transaction has failed, does not roll back to an earlier one of its name: that would
+/// revive the transaction, and the call would return `Ok` for a part of its work.
+#[tokio::test]
+async fn a_savepoint_that_cannot_be_set_revives_nothing() {
+    let cluster = server().await;
+    let pool = pool(&cluster);
+    for nested in [false, true] {
+        let result = pool
+            .transaction(async |mut tx| {
+                insert(&tx, 1).await?;
+                if nested {
+                    let mut outer = tx.savepoint().await?;
+                    careless(&mut outer).await;
+                    let _ = outer.release().await;
+                } else {
+                    careless(&mut tx).await;
+                }
+                Ok(())
+            })
+            .await;
+        assert_eq!(stored(&cluster).await, [0_i64; 0], "{result:?}");
+        let error = result.expect_err("a statement has failed");
+        assert!(matches!(error, Error::RolledBack(RolledBack::FailedInside)), "{error:?}");
+    }
 }
 
 /// The options of a transaction reach the server, and READ WRITE is never asked for: it would break through a fence.
