@@ -6,37 +6,110 @@ use crate::commit::Signature;
 use crate::sync::lock;
 use crate::topology::GenerationId;
 
-/// The signature of the newest primary's timeline. The inner `None`: signing is under way, or it is impossible.
+/// The signature of the newest primary's timeline.
 #[derive(Default)]
-pub(crate) struct Signatures(Mutex<Option<(GenerationId, Option<Arc<Signature>>)>>);
+pub(crate) struct Signatures(Mutex<Option<(GenerationId, State)>>);
+
+enum State {
+    UnderWay,
+    /// `None`: signing is impossible.
+    Ended(Option<Arc<Signature>>),
+}
 
 /// The state of signing a primary's timeline.
-pub(crate) enum Signing {
+pub(crate) enum Signing<'a> {
     /// The timeline has this signature, or none.
     Done(Option<Arc<Signature>>),
-    Yours,
+    Yours(Signer<'a>),
+}
+
+/// Signs a timeline. If this is dropped before [`Signer::ended`], the next transaction signs it.
+pub(crate) struct Signer<'a> {
+    signatures: &'a Signatures,
+    id: GenerationId,
 }
 
 impl Signatures {
     /// Returns the signature of this primary's timeline. Only the first caller gets [`Signing::Yours`], and must sign
     /// the timeline.
-    pub(crate) fn of(&self, id: GenerationId) -> Signing {
+    pub(crate) fn of(&self, id: GenerationId) -> Signing<'_> {
         let mut signature = lock(&self.0);
         match &*signature {
-            Some((signed, by)) if *signed >= id => Signing::Done(by.clone().filter(|_| *signed == id)),
+            Some((signed, State::Ended(by))) if *signed == id => Signing::Done(by.clone()),
+            Some((signed, _)) if *signed >= id => Signing::Done(None),
             _ => {
-                *signature = Some((id, None));
-                Signing::Yours
+                *signature = Some((id, State::UnderWay));
+                Signing::Yours(Signer { signatures: self, id })
             }
         }
     }
+}
 
-    pub(crate) fn set(&self, id: GenerationId, by: Option<Arc<Signature>>) {
-        let mut signature = lock(&self.0);
-        if let Some((signed, held)) = &mut *signature
-            && *signed == id
+impl Signer<'_> {
+    /// Keeps the signature for the transactions that follow. `None`: signing is impossible here.
+    pub(crate) fn ended(self, by: Option<Arc<Signature>>) {
+        if let Some((signed, state)) = &mut *lock(&self.signatures.0)
+            && *signed == self.id
         {
-            *held = by;
+            *state = State::Ended(by);
         }
+    }
+}
+
+/// The first transaction was dropped, or has lost its connection, before it could sign.
+impl Drop for Signer<'_> {
+    fn drop(&mut self) {
+        let mut signature = lock(&self.signatures.0);
+        if matches!(&*signature, Some((signed, State::UnderWay)) if *signed == self.id) {
+            *signature = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: GenerationId = GenerationId(1);
+    const NEW: GenerationId = GenerationId(2);
+
+    fn signed() -> Option<Arc<Signature>> {
+        Some(Arc::new(Signature(vec![(7, true)])))
+    }
+
+    fn is_done(signing: &Signing<'_>, by: Option<Arc<Signature>>) -> bool {
+        matches!(signing, Signing::Done(signature) if *signature == by)
+    }
+
+    #[test]
+    fn one_transaction_signs_for_all() {
+        let signatures = Signatures::default();
+        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        assert!(is_done(&signatures.of(NEW), None), "it is under way");
+        signer.ended(signed());
+        assert!(is_done(&signatures.of(NEW), signed()));
+        assert!(is_done(&signatures.of(OLD), None), "the pool has left it");
+    }
+
+    /// A dropped future, or a lost connection.
+    #[test]
+    fn a_transaction_that_did_not_sign_leaves_it_to_the_next() {
+        let signatures = Signatures::default();
+        for _ in 0..3 {
+            assert!(matches!(signatures.of(NEW), Signing::Yours { .. }), "nobody signs any more");
+        }
+        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        signer.ended(None);
+        assert!(is_done(&signatures.of(NEW), None), "it is impossible, and not tried again");
+    }
+
+    #[test]
+    fn who_signs_an_old_timeline_takes_nothing_from_the_new_one() {
+        let signatures = Signatures::default();
+        let old = signatures.of(OLD);
+        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        drop(old);
+        signer.ended(signed());
+        assert!(is_done(&signatures.of(NEW), signed()));
     }
 }

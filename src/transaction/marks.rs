@@ -106,17 +106,18 @@ impl<C: SessionClient> Attempt<C> {
     async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
         let (client, pool) = (self.client(), self.pool());
         let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
-        match pool.signatures().of(client.generation()) {
+        let signer = match pool.signatures().of(client.generation()) {
             Signing::Done(signature) => return Ok(signature),
-            Signing::Yours => {}
-        }
+            Signing::Yours(signer) => signer,
+        };
         match wal::sign(client, &life, pool.next_seed()).await {
             Ok(signature) => {
                 let signature = signature.map(Arc::new);
-                pool.signatures().set(client.generation(), signature.clone());
+                signer.ended(signature.clone());
                 Ok(signature)
             }
             Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
+                signer.ended(None);
                 log_safely(|| tracing::debug!("the timeline could not be signed: {}", explain(&error)));
                 client.batch_execute("ROLLBACK").await?;
                 Ok(None)
