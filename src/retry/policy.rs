@@ -236,7 +236,8 @@ impl RetryPolicy {
     ///
     /// An attempt that takes longer ends with [`Error::TimedOut`](crate::Error::TimedOut). The pool tells the server to
     /// stop what it runs and closes the connection, which frees the locks. Nothing is committed, and the work is not
-    /// run again. COMMIT itself is not cut off, because that would make its outcome unknown. To limit each statement,
+    /// run again. A statement that still runs after the closure, because its future was dropped, counts as a part of
+    /// the attempt. COMMIT itself is not cut off, because that would make its outcome unknown. To limit each statement,
     /// set PostgreSQL's own `statement_timeout`, for example by `options=-c statement_timeout=5s` in the connection
     /// string.
     ///

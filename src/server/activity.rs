@@ -97,6 +97,11 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & COMMIT != 0
     }
 
+    /// Returns whether a request goes on only if a caller reads on, or sends data.
+    pub(crate) fn is_held_up(&self) -> bool {
+        self.flags.load(Ordering::Acquire) & (STALLED | COPYING) != 0
+    }
+
     /// Returns whether the answer to the last request was not received, or not read, to its end.
     pub(super) fn is_finishing(&self) -> bool {
         self.flags.load(Ordering::Acquire) & (FAILED | STALLED) != 0

@@ -15,7 +15,7 @@ use super::earlier::{ClosuresEnd, Earlier, Unsent};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
 use super::settle::{Mark, Outcome, settle};
-use super::streams::{answers, is_free};
+use super::streams::{answers, is_answering, is_free};
 use super::verdict::{Session, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
@@ -153,6 +153,7 @@ enum Fault {
     Session(Verdict, Error),
     /// The closure failed.
     Closure(Error),
+    Kept(RolledBack),
 }
 
 impl<C: SessionClient> Attempt<C> {
@@ -200,6 +201,8 @@ impl<C: SessionClient> Attempt<C> {
                 let failed = match fault {
                     Fault::Session(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
                     Fault::Closure(error) => self.closure_failed(mode, error).await,
+                    // The session is closed, and so cannot be asked.
+                    Fault::Kept(kept) => Failed::new(Verdict::Application, Error::RolledBack(kept)),
                 };
                 // If the session did not answer that it has rolled back, the closure may have committed by itself.
                 if failed.verdict.is_loss() || !self.held.clean {
@@ -253,10 +256,13 @@ impl<C: SessionClient> Attempt<C> {
         if self.is_shared() {
             return Some(RolledBack::HandleKept);
         }
-        if self.client().has_streamed() && !is_free(self.client()).await {
+        let client = self.client();
+        // A statement may still run although its future was dropped, and COMMIT would wait for it beyond the limit.
+        let waits = client.has_streamed() || (self.limit.is_some() && is_answering(client).await);
+        if waits && !is_free(client).await {
             return Some(RolledBack::StreamKept);
         }
-        if self.client().trail().has_misread() && !answers(self.client()).await {
+        if client.trail().has_misread() && !answers(client).await {
             return Some(RolledBack::StreamKept);
         }
         None
@@ -272,7 +278,7 @@ impl<C: SessionClient> Attempt<C> {
         timeout(limit, self.client().evicted()).await.is_err().then_some(limit)
     }
 
-    /// Runs BEGIN and the closure.
+    /// Runs BEGIN and the closure, and waits for what the closure has left under way.
     async fn body<T, F, Fut>(&self, begin: &Begin, work: &mut F) -> Result<T, Fault>
     where
         F: FnMut(Transaction<C>) -> Fut,
@@ -298,17 +304,15 @@ impl<C: SessionClient> Attempt<C> {
         self.begun.store(true, Ordering::Relaxed);
         self.inner.begin_work();
         self.client().trail().forget();
-        let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
-        let done = poll_fn(|context| nested::poll_within(&self.inner, work.as_mut(), context)).await;
-        done.map_err(Fault::Closure)
+        let done = {
+            let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
+            poll_fn(|context| nested::poll_within(&self.inner, work.as_mut(), context)).await
+        };
+        let value = done.map_err(Fault::Closure)?;
+        self.kept().await.map_or(Ok(value), |kept| Err(Fault::Kept(kept)))
     }
 
     async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Unsent>) -> Ended<T> {
-        if let Some(kept) = self.kept().await {
-            // The closure may have committed by itself before.
-            *lost = self.unsent();
-            return Ended::before_commit(Verdict::Application, Error::RolledBack(kept));
-        }
         if self.client().is_evicted() {
             *lost = self.unsent();
             let (verdict, error) = evicted();

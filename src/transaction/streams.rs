@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use crate::pool::Client;
 use crate::server::SessionClient;
 
-/// How long a session may be silent during this check. A server never pauses for so long within an answer.
+/// How long a session may be silent during this check.
 const SILENT: Duration = Duration::from_secs(2);
 /// The limit for the whole check on a wrapped pool's session, because this crate does not see what such a session
 /// receives.
@@ -30,8 +30,19 @@ pub(super) async fn answers<C: SessionClient>(client: &Client<C>) -> bool {
     }
 }
 
+/// Returns whether the session of an open transaction still answers a request. Its future must have been dropped,
+/// because the closure has ended.
+pub(super) async fn is_answering<C: SessionClient>(client: &Client<C>) -> bool {
+    let notices = client.notices();
+    notices.requests_are_seen().await;
+    notices.are_driven() && !notices.activity.in_transaction()
+}
+
 /// Waits until the session has answered all requests. `false`: a stream that is not read on holds the answers back. The
 /// answer itself does not matter: if the session has ended, COMMIT will find that out.
+///
+/// If nobody holds the answers back, a silent session only means that the server is still busy with a statement. This
+/// cannot be seen on a wrapped pool's session, so its silence counts as a stream that is kept.
 pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
     let mut answer = pin!(client.driver().batch_execute(""));
     let silent = if client.notices().are_driven() { SILENT } else { UNSEEN };
@@ -45,7 +56,8 @@ pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
         if waited.is_ok() {
             return true;
         }
-        if client.notices().traffic() == before {
+        let (notices, silent) = (client.notices(), client.notices().traffic() == before);
+        if silent && (!notices.are_driven() || notices.activity.is_held_up()) {
             return false;
         }
     }

@@ -532,6 +532,51 @@ async fn c6_a_stream_that_ends_in_the_closure_is_committed() {
     }
 }
 
+/// The server sends a part of the rows, and then is busy for longer than a kept stream is waited for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c6_a_dropped_stream_of_a_slow_statement_is_committed() {
+    let cluster = started(single()).await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
+    let slow = "SELECT repeat('x', 9000) UNION ALL SELECT pg_sleep(4)::text";
+    let runs = Runs::default();
+    let work = pool.transaction(async |tx| {
+        runs.begin();
+        insert(&tx, 1).await?;
+        drop(tx.query_raw(slow, Vec::<i32>::new()).await?);
+        Ok(())
+    });
+    timeout(PATIENCE, work).await.expect("it hangs").expect("nothing is kept");
+    assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]));
+}
+
+/// The limit of an attempt counts until COMMIT can be sent: a statement that nobody waits for any more does not hold it up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn c2_a_dropped_statement_holds_no_attempt_beyond_its_limit() {
+    let cluster = started(single()).await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
+    pool.connect().await.unwrap();
+    for dropped in ["statement", "stream"] {
+        let limit = RetryPolicy::new().attempt_timeout(Duration::from_secs(2));
+        let runs = Runs::default();
+        let work = pool.build_transaction().retry(limit).run(async |tx| {
+            runs.begin();
+            insert(&tx, 1).await?;
+            if dropped == "stream" {
+                let slow = "SELECT repeat('x', 9000) UNION ALL SELECT pg_sleep(600)::text";
+                drop(tx.query_raw(slow, Vec::<i32>::new()).await?);
+            } else {
+                let statement = tx.batch_execute("SELECT pg_sleep(600)");
+                assert!(timeout(Duration::from_millis(100), statement).await.is_err());
+            }
+            Ok(())
+        });
+        let error = timeout(PATIENCE, work).await.expect("it hangs").expect_err("the limit is over");
+        assert!(matches!(error, Error::TimedOut { .. }), "{dropped}: {error:?}");
+        assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{dropped}");
+        assert_eq!(stored(&cluster).await, [0_i64; 0], "{dropped}");
+    }
+}
+
 /// A handle is refused whatever else is kept with it.
 #[tokio::test]
 async fn c6_the_handle_is_named_first() {
