@@ -5,4 +5,5 @@
 mod columns;
 mod evidence;
 pub(crate) mod ledger;
+pub(crate) mod lost;
 pub(crate) mod wal;

@@ -14,11 +14,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
 use super::verdict::Session;
-use crate::classify::Verdict;
+use crate::classify::{Verdict, explain};
 use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
 use crate::pool::{CallSite, Client, Pool};
 use crate::server::SessionClient;
+use crate::settle::lost::end_lost;
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
 
@@ -115,9 +116,25 @@ impl Unsent {
         mark.map(|mark| Self { mark, closures })
     }
 
-    /// Finds out whether the closure has ended the transaction itself, if this session's server can tell.
+    /// Finds out whether the closure has ended the transaction itself, if this session's server can tell. A lock on the
+    /// ledger may hold the answer up, so the question has a time limit. If the time is over, the session is closed.
     async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
-        self.concluded(client.pool(), ended_inside(client, &self.mark).await, deadline).await
+        let until = deadline.max(Instant::now() + ASKED_WITHIN);
+        let found = timeout_at(until, ended_inside(client, &self.mark)).await.ok().flatten();
+        if matches!(found, Some(Inside::InProgress | Inside::Working)) && self.closures == ClosuresEnd::NotSent {
+            self.end_session(client).await;
+        }
+        self.concluded(client.pool(), found, deadline).await
+    }
+
+    /// Ends the transaction's session, so that the next run does not wait for its locks. Nobody has sent a COMMIT on it.
+    async fn end_session<C: SessionClient>(&self, client: &Client<C>) {
+        if !self.mark.is_life_of(client) {
+            return;
+        }
+        if let Ok(Err(error)) = timeout(ASKED_WITHIN, end_lost(client, self.mark.backend)).await {
+            log_safely(|| tracing::debug!("a lost session could not be ended: {}", explain(&error)));
+        }
     }
 
     /// Concludes from what [`ended_inside`] has found how the closure has ended the transaction. Asks further questions

@@ -61,7 +61,7 @@ impl Mark {
         self.cluster.zip(cluster).is_some_and(|(then, now)| then != now)
     }
 
-    fn is_life_of<C: SessionClient>(&self, client: &Client<C>) -> bool {
+    pub(super) fn is_life_of<C: SessionClient>(&self, client: &Client<C>) -> bool {
         self.is_life(client.life(), client.generation())
     }
 

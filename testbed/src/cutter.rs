@@ -35,6 +35,9 @@ pub enum Cut {
     /// parameters that `tokio_postgres` prepares first makes two, and a third when it is dropped. 0 is after BEGIN's
     /// own answer. A COMMIT, and what ends the transaction in another way, does not count.
     AfterStatement(u32),
+    /// The same, but the server's side stays open and silent, as when a path vanishes: the session stays idle in
+    /// transaction, with its locks, until [`Cutter::release`].
+    AfterStatementHeld(u32),
     /// COMMIT is not passed on.
     CommitUndelivered {
         /// The server's side stays open and silent, as when a path vanishes: the session stays idle in transaction,
@@ -61,6 +64,7 @@ impl Cut {
             Self::BeginUndelivered => "BeginUndelivered",
             Self::BeforeBeginAnswer => "BeforeBeginAnswer",
             Self::AfterStatement(_) => "AfterStatement",
+            Self::AfterStatementHeld(_) => "AfterStatementHeld",
             Self::CommitUndelivered { .. } => "CommitUndelivered",
             Self::CommitDelivered => "CommitDelivered",
             Self::CommitAnswerDropped => "CommitAnswerDropped",
@@ -79,11 +83,11 @@ impl Cut {
     }
 
     fn at_commit(self) -> bool {
-        !self.at_begin() && !matches!(self, Self::AfterStatement(_))
+        !self.at_begin() && !matches!(self, Self::AfterStatement(_) | Self::AfterStatementHeld(_))
     }
 
     fn keeps_server(self) -> bool {
-        matches!(self, Self::CommitUndelivered { server_stays: true } | Self::CommitHeld)
+        matches!(self, Self::CommitUndelivered { server_stays: true } | Self::CommitHeld | Self::AfterStatementHeld(_))
     }
 }
 
@@ -262,7 +266,8 @@ impl Cutter {
         self.shared.held.load(Ordering::SeqCst)
     }
 
-    /// Closes the connections to the server that [`Cut::CommitHeld`] and [`Cut::CommitUndelivered`] have left open.
+    /// Closes the connections to the server that [`Cut::CommitHeld`], [`Cut::CommitUndelivered`] and
+    /// [`Cut::AfterStatementHeld`] have left open.
     pub fn release(&self) {
         self.shared.released.send_modify(|released| *released += 1);
     }
@@ -284,6 +289,8 @@ mod tests {
         assert!(at_commit.iter().all(|cut| cut.at_commit() && !cut.at_begin()));
         let at_begin = [Cut::BeginUndelivered, Cut::BeforeBeginAnswer];
         assert!(at_begin.iter().all(|cut| cut.at_begin() && !cut.at_commit()));
-        assert!(!Cut::AfterStatement(1).at_begin() && !Cut::AfterStatement(1).at_commit());
+        for cut in [Cut::AfterStatement(1), Cut::AfterStatementHeld(1)] {
+            assert!(!cut.at_begin() && !cut.at_commit());
+        }
     }
 }

@@ -7,5 +7,6 @@ mod fenced;
 pub(crate) mod finish;
 mod history;
 mod inside;
+mod lost;
 mod settle;
 mod unsent;

@@ -301,7 +301,8 @@ impl Link {
             _ => return None,
         }
         let statements = transaction.statements;
-        self.reached(|cut| cut == Cut::AfterStatement(statements)).map(|order| (order, Some(false)))
+        let reached = |cut| cut == Cut::AfterStatement(statements) || cut == Cut::AfterStatementHeld(statements);
+        self.reached(reached).map(|order| (order, Some(false)))
     }
 
     fn end_answer(&mut self, withheld: Withheld, committed: Option<bool>) -> (Order, Option<bool>) {

@@ -1,0 +1,58 @@
+//! What an attempt that was lost before its COMMIT leaves behind on its server.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use testbed::{Cut, Cutter, Node, eventually};
+use tokio::time::timeout;
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, RetryPolicy};
+
+use crate::commit::finish::{Kind, pool_of, single, started};
+use crate::support::{PATIENCE, Runs, insert, stored};
+
+/// A path has vanished: the server does not know that the client is gone, and keeps the session with its locks. The next run
+/// needs the same locks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_was_lost_before_commit_holds_no_run_up() {
+    let cluster = started(single()).await;
+    let cutter = Cutter::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    let pool = pool_of(Kind::Own, cutter.addr(), 2);
+    pool.connect().await.unwrap();
+    for (id, guarantee) in (1..).zip([Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())]) {
+        let (cut, runs) = (cutter.arm(Cut::AfterStatementHeld(1)), Runs::default());
+        let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
+            runs.begin();
+            tx.batch_execute("LOCK TABLE entries IN SHARE ROW EXCLUSIVE MODE").await?;
+            insert(&tx, id).await
+        });
+        let result = timeout(PATIENCE, work).await.expect("it waits for the locks of its own first run");
+        result.unwrap_or_else(|error| panic!("{guarantee:?}: {error}"));
+        timeout(PATIENCE, cut.happened()).await.unwrap();
+        assert_eq!((runs.count(), stored(&cluster).await), (2, (1..=id).collect()), "{guarantee:?}");
+        eventually("the server has ended the session", PATIENCE, async || cutter.held() == 0).await;
+    }
+}
+
+/// The question how a lost run has ended waits for a lock. It does not wait beyond the call's deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_question_that_is_held_up_ends_with_the_deadline() {
+    let cluster = started(single()).await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
+    pool.connect().await.unwrap();
+    let (admin, runs) = (cluster.direct(Node(0)).await, Runs::default());
+    let call = pool.build_transaction().guarantee(Guarantee::Ledger(Ledger::default()));
+    let call = call.retry(RetryPolicy::new().deadline(Duration::from_secs(3))).run(async |tx| {
+        runs.begin();
+        insert(&tx, 1).await?;
+        let _ = tx.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").await;
+        // It waits for the end of this transaction.
+        admin.batch_execute("BEGIN; LOCK TABLE failover.ledger").await.unwrap();
+        Ok::<_, Error>(())
+    });
+    let error = timeout(PATIENCE, call).await.expect("the call hangs").expect_err("its session was ended");
+    assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{error}");
+    admin.batch_execute("COMMIT").await.unwrap();
+    pool.transaction(async |tx| insert(&tx, 2).await).await.unwrap();
+    assert_eq!(stored(&cluster).await, [2]);
+}
