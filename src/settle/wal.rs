@@ -408,7 +408,7 @@ pub(crate) enum EndUnderWay {
 /// words that end one count where a statement may begin: first, or behind a semicolon or a comment. A text as long
 /// as the server keeps may have been cut, so it counts as an end, too.
 const WORKS: &str = "state = 'active' AND query <> '' \
-     AND query !~* E'(^|;|\\\\*/|--[^\\\\n]*\\\\n)\\\\s*(commit|end|prepare)\\\\M' \
+     AND query !~* E'(^|;|\\\\*/|--[^\\\\n\\\\r]*[\\\\n\\\\r])\\\\s*(commit|end|prepare)\\\\M' \
      AND octet_length(query) < (SELECT setting::int - 4 FROM pg_settings WHERE name = 'track_activity_query_size')";
 
 /// Asks whether a transaction in progress was prepared, is being committed, or carries out something else. This runs

@@ -98,7 +98,7 @@ impl Commits {
                 self.outside(byte)
             }
             (Place::Comment(depth) | Place::Star(depth), b'*') => Place::Star(depth),
-            (Place::Star(0), b'/') | (Place::LineComment, b'\n') => Place::Outside,
+            (Place::Star(0), b'/') | (Place::LineComment, b'\n' | b'\r') => Place::Outside,
             (Place::Star(depth), b'/') => Place::Comment(depth - 1),
             (Place::Comment(depth) | Place::Nested(depth), b'/') => Place::Nested(depth),
             (Place::Comment(depth) | Place::Star(depth) | Place::Nested(depth), _) => Place::Comment(depth),
@@ -130,6 +130,8 @@ impl Commits {
         let before = self.before;
         self.before = match byte {
             b'e' | b'E' if before == Before::Other => Before::Escaping,
+            // A dollar sign behind a letter belongs to a name.
+            b'$' if before != Before::Other => Before::Letter,
             _ if is_letter(byte) => Before::Letter,
             _ => Before::Other,
         };
@@ -140,7 +142,9 @@ impl Commits {
             }
             b'/' => return Place::Slash,
             b'-' => return Place::Dash,
-            _ if byte.is_ascii_whitespace() => return Place::Outside,
+            // The vertical tab is a space from PostgreSQL 16 on.
+            _ if byte.is_ascii_whitespace() || byte == b'\x0B' => return Place::Outside,
+            b'$' if self.before == Before::Letter => return Place::Outside,
             _ => {}
         }
         let begins = !std::mem::replace(&mut self.begun, true) || self.prepares;

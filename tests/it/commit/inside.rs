@@ -116,7 +116,13 @@ async fn a_closures_own_commit_that_waits_for_the_standby_is_not_run_again() {
 async fn a_closures_own_commit_under_way_is_waited_for() {
     let cluster = with_ledger(single()).await;
     commits_call(&cluster, &format!("pg_advisory_xact_lock_shared({GATE})")).await;
-    let spellings = ["COMMIT", " /* the last one */ END", "-- the last one\n\tcommit work", "END; -- that is it"];
+    let spellings = [
+        "COMMIT",
+        " /* the last one */ END",
+        "-- the last one\n\tcommit work",
+        "-- the last one\rCOMMIT",
+        "END; -- that is it",
+    ];
     for (kind, guarantee) in marked().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
         for (attempts, commit) in [1, 3].into_iter().flat_map(|attempts| spellings.map(|commit| (attempts, commit))) {
             let what = format!("{kind:?}, {guarantee:?}, {attempts} attempts, {commit}");
