@@ -4,18 +4,11 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd,
 };
 
+pub use tokio_postgres_failover_testkit::bed::certificate::Certificate;
+
 /// One that signs certificates. All have the same name, as a renewed one has: only their keys differ.
 pub struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
-}
-
-/// A certificate and its key, both in PEM.
-#[derive(Clone, Debug)]
-pub struct Certificate {
-    /// The certificate.
-    pub certificate: String,
-    /// Its private key.
-    pub key: String,
 }
 
 impl Authority {

@@ -24,35 +24,26 @@
 #![allow(clippy::must_use_candidate, reason = "getters of a test bed")]
 #![allow(clippy::doc_markdown, reason = "PostgreSQL is a name")]
 
-mod block;
 mod certificate;
-mod cluster;
-mod cutter;
-mod dns;
 mod etcd;
-mod frames;
 mod haproxy;
 mod history;
 mod impostor;
-mod limit;
 mod orphans;
-mod path;
 mod patroni;
 mod pgbouncer;
 mod pooler;
-mod port;
-mod process;
 mod program;
 mod raw_dns;
 mod repmgr;
 mod script;
-mod server;
-mod site;
 mod spread;
-mod sync;
 mod tap;
 mod trap;
-mod wait;
+
+use tokio_postgres_failover_testkit::bed;
+// The modules of this crate find what the kit has of them where they would lie.
+use bed::{cluster, cutter, dns, frames, limit, path, port, process, server, site, sync, wait};
 
 pub use certificate::{Authority, Certificate};
 pub use cluster::{Background, Cluster, ClusterBuilder, Node, Promotion};

@@ -437,7 +437,7 @@ async fn t8_cancel_requests_are_encrypted() {
 async fn t9_a_client_certificate() {
     let authority = Authority::new();
     let hba = "hostssl all app 127.0.0.0/8 cert";
-    let cluster = with_tls(&authority).tls_clients(&authority).hba(hba).start().await;
+    let cluster = with_tls(&authority).tls_clients(&authority.pem()).hba(hba).start().await;
     let (app, stranger) = (authority.issue_client("app"), Authority::new().issue_client("app"));
     let root = trusted(&cluster, &authority);
     let (certificate, key) = (cluster.folder().join("app.crt"), cluster.folder().join("app.key"));

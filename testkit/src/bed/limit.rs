@@ -11,7 +11,7 @@ use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 use std::{env, fs, process};
 
-use crate::sync::lock;
+use crate::bed::sync::lock;
 
 /// A multiple of what the longest test takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -36,9 +36,9 @@ impl Drop for Entry {
     }
 }
 
-/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have
-/// the names of the tests. The programs that run for as long as they are told have none.
-pub(crate) fn begin() {
+/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have the
+/// names of the tests. The programs that run for as long as they are told have none.
+pub fn begin() {
     let thread = thread::current();
     let Some(name) = thread.name().filter(|name| name.contains("::")) else { return };
     THIS.with_borrow_mut(|this| {

@@ -24,14 +24,15 @@ use tokio::time::{interval, sleep, sleep_until, timeout};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls};
 
-use crate::block::Block;
-use crate::certificate::{Authority, Certificate};
-use crate::dns::Dns;
-use crate::process::{self, Reaper};
-use crate::server::{self, Server};
-use crate::site::Site;
-use crate::sync::lock;
-use crate::wait::until;
+use crate::Error;
+use crate::bed::block::Block;
+use crate::bed::certificate::Certificate;
+use crate::bed::dns::Dns;
+use crate::bed::process::{self, Reaper};
+use crate::bed::server::{self, Server};
+use crate::bed::site::Site;
+use crate::bed::sync::lock;
+use crate::bed::wait::until;
 
 pub use timelines::Background;
 
@@ -51,6 +52,12 @@ const CALM: Duration = Duration::from_millis(250);
 const UNHURRIED: Duration = Duration::from_millis(100);
 
 /// A member of a cluster, counted from 0. `Node(0)` is the first primary.
+///
+/// ```
+/// use tokio_postgres_failover_testkit::Node;
+///
+/// assert!(Node(0) < Node(1));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Node(pub usize);
 
@@ -87,8 +94,13 @@ impl ClusterBuilder {
     }
 
     /// Commits do not wait for a standby. Without this call they wait for any one, where there is one.
-    pub fn asynchronous(mut self) -> Self {
-        self.synchronous = false;
+    pub fn asynchronous(self) -> Self {
+        self.synchronous(false)
+    }
+
+    /// Whether commits wait for a standby.
+    pub fn synchronous(mut self, synchronous: bool) -> Self {
+        self.synchronous = synchronous;
         self
     }
 
@@ -116,10 +128,10 @@ impl ClusterBuilder {
         self
     }
 
-    /// Clients may show certificates that this authority signed; which lines of [`ClusterBuilder::hba`] want one, they
-    /// say.
-    pub fn tls_clients(mut self, authority: &Authority) -> Self {
-        self.clients = Some(authority.pem());
+    /// Clients may show certificates that the authority with this certificate signed; which lines of
+    /// [`ClusterBuilder::hba`] want one, they say.
+    pub fn tls_clients(mut self, pem: &str) -> Self {
+        self.clients = Some(pem.to_owned());
         self
     }
 
@@ -131,6 +143,11 @@ impl ClusterBuilder {
 
     /// Starts the servers and returns when all standbys are streaming.
     pub async fn start(self) -> Cluster {
+        self.try_start().await.unwrap_or_else(|error| panic!("testbed: {error}"))
+    }
+
+    /// [`ClusterBuilder::start`], with an error where this machine cannot have a cluster.
+    pub async fn try_start(self) -> Result<Cluster, Error> {
         Cluster::launch(self).await
     }
 }
@@ -196,10 +213,10 @@ impl Cluster {
         }
     }
 
-    async fn launch(choices: ClusterBuilder) -> Self {
+    async fn launch(choices: ClusterBuilder) -> Result<Self, Error> {
         let ClusterBuilder { nodes, synchronous, foreign, archive, settings, hba, password, certificate, clients } =
             choices;
-        let Site { server, template, tag, folder, dns, reaper, block } = Site::claim(foreign).await;
+        let Site { server, template, tag, folder, dns, reaper, block } = Site::try_claim(foreign).await?;
         let cluster = Arc::new(Self {
             nodes: (0..nodes).map(|_| Mutex::default()).collect(),
             primary: AtomicUsize::new(0),
@@ -248,6 +265,9 @@ impl Cluster {
             ended(node).await;
         }
         let cluster = Arc::into_inner(cluster).expect("the copies have ended");
+        for node in cluster.nodes() {
+            cluster.wait_up(node).await;
+        }
         if let Some(password) = &cluster.password {
             let sql = format!("ALTER ROLE app PASSWORD {}", quoted(password));
             let session = cluster.administrator(Node(0)).await;
@@ -258,7 +278,20 @@ impl Cluster {
         }
         cluster.wait_streaming(Node(0), nodes - 1).await;
         cluster.dns.set(&cluster.nodes().into_iter().map(|node| cluster.addr(node)).collect::<Vec<_>>());
-        cluster
+        Ok(cluster)
+    }
+
+    /// Waits until a node that was just started gives sessions. One that exits instead, over a setting for example, is told
+    /// at once.
+    async fn wait_up(&self, node: Node) {
+        let what = format!("{node:?} accepts connections");
+        let up = until(&what, PATIENCE, || async {
+            if !self.is_running(node) {
+                return Ok(false);
+            }
+            self.try_direct(node).await.map(|_| true).map_err(|error| format!("{error:?}"))
+        });
+        assert!(up.await, "{node:?} does not start:\n{}", self.last_lines(node, 5));
     }
 
     /// The port of every node.
@@ -308,7 +341,8 @@ impl Cluster {
         format!("postgres://{}@{}/app", self.user(), hosts.join(","))
     }
 
-    fn user(&self) -> String {
+    /// The role `app` with its password, as a connection string has them.
+    pub fn user(&self) -> String {
         let mut user = String::from("app");
         for (n, byte) in self.password.iter().flat_map(|password| password.bytes()).enumerate() {
             let separator = if n == 0 { ":" } else { "" };
@@ -322,14 +356,23 @@ impl Cluster {
         self.postmaster(node).running().is_some()
     }
 
+    /// Whether it is frozen; see [`Cluster::freeze`].
+    pub fn is_frozen(&self, node: Node) -> bool {
+        self.postmaster(node).frozen
+    }
+
     /// What the servers said last, for the report of a failed test.
     fn show_logs(&self) {
         for node in self.nodes() {
-            let log = fs::read_to_string(self.log_file(node)).unwrap_or_default();
-            let lines: Vec<_> = log.lines().collect();
-            let last = &lines[lines.len().saturating_sub(30)..];
-            eprintln!("testbed: the last of {node:?}'s log:\n{}", last.join("\n"));
+            eprintln!("testbed: the last of {node:?}'s log:\n{}", self.last_lines(node, 30));
         }
+    }
+
+    fn last_lines(&self, node: Node, count: usize) -> String {
+        let log = fs::read(self.log_file(node)).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<_> = log.lines().collect();
+        lines[lines.len().saturating_sub(count)..].join("\n")
     }
 
     /// What the node's server wrote to its log so far. A failing test prints the last lines of each.
@@ -369,7 +412,7 @@ impl Cluster {
     }
 
     /// The installation that the servers are of.
-    pub(crate) fn server(&self) -> &'static Server {
+    pub fn server(&self) -> &'static Server {
         self.server
     }
 
@@ -946,7 +989,7 @@ fn name(node: Node) -> String {
 }
 
 /// The task's result, or its panic.
-pub(crate) async fn ended<T>(task: JoinHandle<T>) -> T {
+pub async fn ended<T>(task: JoinHandle<T>) -> T {
     task.await.unwrap_or_else(|error| resume_unwind(error.into_panic()))
 }
 

@@ -28,7 +28,7 @@ use hickory_server::{
 };
 use tokio::net::{TcpListener, UdpSocket};
 
-use crate::sync::lock;
+use crate::bed::sync::lock;
 
 /// The name that [`Dns::set`] and [`Dns::answer`] speak of.
 const NAME: &str = "pg.internal";
@@ -96,7 +96,7 @@ impl Dns {
     /// # Panics
     /// When the address cannot be bound.
     pub async fn start(addr: SocketAddr) -> Self {
-        crate::limit::begin();
+        crate::bed::limit::begin();
         let (udp, tcp) = bind(addr).await;
         let addr = udp.local_addr().unwrap_or_else(|error| panic!("a bound UDP socket has no address: {error}"));
         let book = Arc::new(Book::default());

@@ -9,9 +9,9 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 
 use super::{Cut, Done, Order, Shared};
-use crate::frames::{self, Frame, Frames, Head};
-use crate::port::{connect, drain};
-use crate::sync::lock;
+use crate::bed::frames::{self, Frame, Frames, Head};
+use crate::bed::port::{connect, drain};
+use crate::bed::sync::lock;
 
 pub(super) async fn serve(client: TcpStream, shared: Arc<Shared>) {
     let upstream = *lock(&shared.upstream);
@@ -363,8 +363,9 @@ impl Drop for Held {
     }
 }
 
+/// `START TRANSACTION` is what tokio-postgres sends.
 fn begins(text: &str) -> bool {
-    first_word(text).eq_ignore_ascii_case("BEGIN")
+    ["BEGIN", "START"].iter().any(|word| first_word(text).eq_ignore_ascii_case(word))
 }
 
 /// Not `READ COMMITTED`, `synchronous_commit` or `ON COMMIT DROP`, in which there is one, too.
@@ -383,14 +384,25 @@ mod tests {
 
     #[test]
     fn begin_and_commit_are_told_from_what_looks_like_them() {
-        for text in ["BEGIN", "begin;", " BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()"] {
+        for text in [
+            "BEGIN",
+            "begin;",
+            "START TRANSACTION READ WRITE",
+            " BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_current_xact_id()",
+        ] {
             assert!(begins(text) && !commits(text), "{text}");
         }
         for text in ["COMMIT", "SELECT 1; COMMIT", "select 1;commit;", "COMMIT AND CHAIN"] {
             assert!(commits(text) && !begins(text), "{text}");
         }
-        let others =
-            ["", "BEGINNING", "SET synchronous_commit = local", "CREATE TEMP TABLE a () ON COMMIT DROP", "ROLLBACK"];
+        let others = [
+            "",
+            "BEGINNING",
+            "START_REPLICATION",
+            "SET synchronous_commit = local",
+            "CREATE TEMP TABLE a () ON COMMIT DROP",
+            "ROLLBACK",
+        ];
         for text in others {
             assert!(!commits(text) && !begins(text), "{text}");
         }

@@ -6,38 +6,44 @@ use std::process as this_process;
 
 use tokio::task::spawn_blocking;
 
-use crate::block::Block;
-use crate::cluster::ended;
-use crate::dns::Dns;
-use crate::limit;
-use crate::process::{self, Reaper};
-use crate::server::{self, Server};
+use crate::Error;
+use crate::bed::block::Block;
+use crate::bed::cluster::ended;
+use crate::bed::dns::Dns;
+use crate::bed::limit;
+use crate::bed::process::{self, Reaper};
+use crate::bed::server::{self, Server};
 
 const DNS_PORT: u16 = 15353;
 
 /// A place for one cluster. Dropping it ends the processes that carry its tag, and removes the folder.
-pub(crate) struct Site {
-    pub(crate) server: &'static Server,
+pub struct Site {
+    pub server: &'static Server,
     /// The data folder to copy.
-    pub(crate) template: PathBuf,
+    pub template: PathBuf,
     /// Unique on the machine: the reaper finds the cluster's processes by it. It fits into `cluster_name` (63 bytes).
-    pub(crate) tag: String,
-    pub(crate) folder: PathBuf,
-    pub(crate) dns: Dns,
-    pub(crate) reaper: Reaper,
-    pub(crate) block: Block,
+    pub tag: String,
+    pub folder: PathBuf,
+    pub dns: Dns,
+    pub reaper: Reaper,
+    pub block: Block,
 }
 
 impl Site {
     /// `foreign`: another system identifier than all other clusters of the test bed have.
-    pub(crate) async fn claim(foreign: bool) -> Self {
+    pub async fn claim(foreign: bool) -> Self {
+        Self::try_claim(foreign).await.unwrap_or_else(|error| panic!("testbed: {error}"))
+    }
+
+    /// [`Site::claim`], with an error where this machine has no PostgreSQL, or no addresses.
+    pub async fn try_claim(foreign: bool) -> Result<Self, Error> {
         limit::begin();
         let (server, template) = ended(spawn_blocking(move || {
-            let server = Server::installed();
-            (server, server.template(foreign))
+            let server = Server::find()?;
+            Ok::<_, Error>((server, server.template(foreign)))
         }))
-        .await;
-        let block = Block::claim();
+        .await?;
+        let block = Block::claim()?;
         let tag = format!("testbed-{}-{}-{}", this_process::id(), block.node(0), unique());
         let folder = server.cluster_folder(&tag);
         process::adopt_orphans();
@@ -45,7 +51,7 @@ impl Site {
         server::make_folder(&folder);
         server.give(&folder);
         let dns = Dns::start(SocketAddr::new(block.dns(), DNS_PORT)).await;
-        Self { server, template, tag, folder, dns, reaper, block }
+        Ok(Self { server, template, tag, folder, dns, reaper, block })
     }
 }
 

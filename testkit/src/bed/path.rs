@@ -9,14 +9,16 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::port::{Port, connect, relay_at};
-use crate::sync::lock;
+use crate::bed::port::{Port, connect, relay_at};
+use crate::bed::sync::lock;
 
 struct Shared {
     upstream: Mutex<SocketAddr>,
     delay: Mutex<Duration>,
     /// How often [`Path::vanish`] was called.
     vanished: watch::Sender<u64>,
+    /// How often [`Path::close`] was called.
+    closed: watch::Sender<u64>,
     held: watch::Sender<bool>,
     rate: AtomicU64,
 }
@@ -34,6 +36,7 @@ impl Path {
             upstream: Mutex::new(upstream),
             delay: Mutex::default(),
             vanished: watch::Sender::new(0),
+            closed: watch::Sender::new(0),
             held: watch::Sender::new(false),
             rate: AtomicU64::new(0),
         });
@@ -64,6 +67,11 @@ impl Path {
         self.shared.vanished.send_modify(|times| *times += 1);
     }
 
+    /// All open connections are closed, on both sides. New ones pass.
+    pub fn close(&self) {
+        self.shared.closed.send_modify(|times| *times += 1);
+    }
+
     /// While held nothing passes in either direction, on open connections and on new ones, and neither side is told: a
     /// network that is cut. Afterwards all of them go on. The port still takes connections, as the kernel does that.
     pub fn hold(&self, held: bool) {
@@ -82,8 +90,8 @@ impl Path {
 }
 
 async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
-    let mut vanished = shared.vanished.subscribe();
-    let begun = *vanished.borrow();
+    let (mut vanished, mut closed) = (shared.vanished.subscribe(), shared.closed.subscribe());
+    let (begun, open) = (*vanished.borrow(), *closed.borrow());
     let delay = *lock(&shared.delay);
     let upstream = *lock(&shared.upstream);
     sleep(delay).await;
@@ -96,9 +104,18 @@ async fn serve(mut client: TcpStream, shared: Arc<Shared>) {
         // The sender lives in `shared`, which this task holds.
         let _ = vanished.wait_for(|times| *times > begun).await.map(drop);
     };
+    let carried = async {
+        tokio::select! {
+            () = passing => {}
+            // Both sockets stay open, and nobody reads from them.
+            () = vanished => std::future::pending().await,
+        }
+    };
+    let closed = async {
+        let _ = closed.wait_for(|times| *times > open).await.map(drop);
+    };
     tokio::select! {
-        () = passing => {}
-        // Both sockets stay open, and nobody reads from them.
-        () = vanished => std::future::pending().await,
+        () = carried => {}
+        () = closed => {}
     }
 }

@@ -1,15 +1,15 @@
 //! The messages of PostgreSQL's protocol in a byte stream, however it was cut into pieces.
 
 // Request codes of the start-up phase: https://www.postgresql.org/docs/current/protocol-message-formats.html
-pub(crate) const CANCEL: u32 = 80_877_102;
-pub(crate) const TLS: u32 = 80_877_103;
-pub(crate) const GSS: u32 = 80_877_104;
+pub const CANCEL: u32 = 80_877_102;
+pub const TLS: u32 = 80_877_103;
+pub const GSS: u32 = 80_877_104;
 /// The first byte of a TLS record that carries a handshake.
 const HANDSHAKE: u8 = 0x16;
 
 /// What a frame is, as its header says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Head {
+pub enum Head {
     /// A message of the start-up phase, with its code.
     Request(u32),
     /// The server's one byte in answer to the wish for encryption.
@@ -21,14 +21,14 @@ pub(crate) enum Head {
 }
 
 /// One message, with its header.
-pub(crate) struct Frame {
-    pub(crate) head: Head,
-    pub(crate) bytes: Vec<u8>,
+pub struct Frame {
+    pub head: Head,
+    pub bytes: Vec<u8>,
 }
 
 impl Frame {
     /// What follows on the letter and the length; nothing in a message of the start-up phase.
-    pub(crate) fn body(&self) -> &[u8] {
+    pub fn body(&self) -> &[u8] {
         match self.head {
             Head::Message(_) => self.bytes.get(5..).unwrap_or_default(),
             _ => &[],
@@ -37,7 +37,7 @@ impl Frame {
 }
 
 /// Takes bytes and gives whole frames. Every byte that goes in comes out once, in its place.
-pub(crate) struct Frames {
+pub struct Frames {
     bytes: Vec<u8>,
     /// The bytes before this one have been given out.
     at: usize,
@@ -54,33 +54,33 @@ impl Frames {
     }
 
     /// What a client sends, from the start.
-    pub(crate) fn of_client() -> Self {
+    pub fn of_client() -> Self {
         Self::new(false)
     }
 
     /// What a server sends, from the start.
-    pub(crate) fn of_server() -> Self {
+    pub fn of_server() -> Self {
         Self::new(true)
     }
 
-    pub(crate) fn feed(&mut self, bytes: &[u8]) {
+    pub fn feed(&mut self, bytes: &[u8]) {
         self.bytes.drain(..self.at);
         self.at = 0;
         self.bytes.extend_from_slice(bytes);
     }
 
     /// The server was asked for encryption: it answers with a byte.
-    pub(crate) fn expect_byte(&mut self) {
+    pub fn expect_byte(&mut self) {
         self.single += 1;
     }
 
     /// From here on there is nothing to be understood.
-    pub(crate) fn make_opaque(&mut self) {
+    pub fn make_opaque(&mut self) {
         self.opaque = true;
     }
 
     /// The next frame, if it is there to its end.
-    pub(crate) fn next(&mut self) -> Option<Frame> {
+    pub fn next(&mut self) -> Option<Frame> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let first = *rest.first()?;
         self.opaque |= !self.lettered && first == HANDSHAKE;
@@ -107,15 +107,14 @@ fn length(bytes: &[u8]) -> Option<usize> {
 }
 
 /// A message with its letter and its length.
-pub(crate) fn framed(letter: u8, body: &[u8]) -> Vec<u8> {
+pub fn framed(letter: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(4 + body.len()).expect("a message of less than 4 GiB");
     [&[letter][..], &length.to_be_bytes(), body].concat()
 }
 
 /// For the tests of whatever is built on this.
-#[cfg(test)]
-pub(crate) mod samples {
-    pub(crate) fn startup(code: u32, body: &[u8]) -> Vec<u8> {
+pub mod samples {
+    pub fn startup(code: u32, body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(8 + body.len()).unwrap();
         [&length.to_be_bytes(), &code.to_be_bytes(), body].concat()
     }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
 /// Accepts connections until it is dropped, which closes the port and ends what serves the connections.
-pub(crate) struct Port {
+pub struct Port {
     addr: SocketAddr,
     accepted: Arc<AtomicU64>,
     task: JoinHandle<()>,
@@ -20,11 +20,7 @@ pub(crate) struct Port {
 
 impl Port {
     /// Listens on `addr`, and serves each connection in a task of its own. `name` says in a panic who could not listen.
-    pub(crate) async fn open<F>(
-        name: &str,
-        addr: SocketAddr,
-        serve: impl FnMut(TcpStream) -> F + Send + 'static,
-    ) -> Self
+    pub async fn open<F>(name: &str, addr: SocketAddr, serve: impl FnMut(TcpStream) -> F + Send + 'static) -> Self
     where
         F: Future<Output: Send + 'static> + Send + 'static,
     {
@@ -32,7 +28,7 @@ impl Port {
     }
 
     /// The same with a listener that is there already.
-    pub(crate) fn on<F>(listener: TcpListener, mut serve: impl FnMut(TcpStream) -> F + Send + 'static) -> Self
+    pub fn on<F>(listener: TcpListener, mut serve: impl FnMut(TcpStream) -> F + Send + 'static) -> Self
     where
         F: Future<Output: Send + 'static> + Send + 'static,
     {
@@ -56,12 +52,12 @@ impl Port {
         Self { addr, accepted, task }
     }
 
-    pub(crate) fn addr(&self) -> SocketAddr {
+    pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
     /// How many connections it has accepted.
-    pub(crate) fn accepted(&self) -> u64 {
+    pub fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::SeqCst)
     }
 }
@@ -72,20 +68,20 @@ impl Drop for Port {
     }
 }
 
-pub(crate) async fn listen(name: &str, addr: SocketAddr) -> TcpListener {
+pub async fn listen(name: &str, addr: SocketAddr) -> TcpListener {
     TcpListener::bind(addr).await.unwrap_or_else(|error| panic!("{name} on {addr}: {error}"))
 }
 
 /// Connects a proxy's client to `upstream`. `None`: it cannot be reached.
-pub(crate) async fn connect(client: &TcpStream, upstream: SocketAddr) -> Option<TcpStream> {
+pub async fn connect(client: &TcpStream, upstream: SocketAddr) -> Option<TcpStream> {
     let server = TcpStream::connect(upstream).await.ok()?;
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     Some(server)
 }
 
-/// Copies both directions to their ends, and the ends themselves. `sent` sees what the client sends, before the server
-/// does: a client that has its answer finds its question counted. Nothing passes while `stalled`.
-pub(crate) async fn relay(
+/// Copies both directions to their ends, and the ends themselves. `sent` sees what the client sends, before the server does:
+/// a client that has its answer finds its question counted. Nothing passes while `stalled`.
+pub async fn relay(
     client: &mut TcpStream,
     server: &mut TcpStream,
     stalled: watch::Receiver<bool>,
@@ -95,7 +91,7 @@ pub(crate) async fn relay(
 }
 
 /// The same, and the server's bytes come to the client at this rate, in bytes per second. 0 stands for no limit.
-pub(crate) async fn relay_at(
+pub async fn relay_at(
     client: &mut TcpStream,
     server: &mut TcpStream,
     stalled: watch::Receiver<bool>,
@@ -136,13 +132,13 @@ async fn copy(
 }
 
 /// Waits for the end of a stall.
-pub(crate) async fn flowing(stalled: &mut watch::Receiver<bool>) {
+pub async fn flowing(stalled: &mut watch::Receiver<bool>) {
     // An error means that the proxy is gone, and this task is about to end.
     let _ = stalled.wait_for(|stalled| !stalled).await;
 }
 
 /// Reads to the end. A close with unread bytes would be a RST, which can overtake what was sent.
-pub(crate) async fn drain(from: &mut (impl AsyncRead + Unpin)) {
+pub async fn drain(from: &mut (impl AsyncRead + Unpin)) {
     let mut buffer = [0; 1024];
     while from.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
 }

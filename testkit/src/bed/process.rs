@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid};
 
 /// Sends a signal; a process that is already gone is no error.
-pub(crate) fn signal(id: u32, signal: Signal) {
+pub fn signal(id: u32, signal: Signal) {
     match kill_process(pid(id), signal) {
         Ok(()) | Err(Errno::SRCH) => {}
         Err(error) => panic!("cannot send {signal:?} to process {id}: {error}"),
@@ -28,18 +28,18 @@ fn state(id: u32) -> Option<char> {
 }
 
 /// Whether this is a server's process that lives, or waits to be reaped.
-pub(crate) fn is_postgres(id: u32) -> bool {
+pub fn is_postgres(id: u32) -> bool {
     fs::read_to_string(format!("/proc/{id}/comm")).is_ok_and(|name| name.trim() == "postgres")
 }
 
 /// Lets the children of a killed server become children of this process, which reaps them. A container's first process
 /// often reaps nobody, and the dead would fill the process table.
-pub(crate) fn adopt_orphans() {
+pub fn adopt_orphans() {
     set_child_subreaper(Some(getpid())).expect("prctl");
 }
 
 /// Whether an orphan has ended; takes it out of the process table then.
-pub(crate) fn reap(id: u32) -> bool {
+pub fn reap(id: u32) -> bool {
     match waitpid(Some(pid(id)), WaitOptions::NOHANG) {
         Ok(reaped) => reaped.is_some(),
         Err(_not_our_child) => matches!(state(id), None | Some('Z' | 'X')),
@@ -50,7 +50,7 @@ fn pid(id: u32) -> Pid {
     i32::try_from(id).ok().and_then(Pid::from_raw).expect("a process id")
 }
 
-pub(crate) fn children(id: u32) -> Vec<u32> {
+pub fn children(id: u32) -> Vec<u32> {
     // The file is missing from kernels built without CONFIG_PROC_CHILDREN.
     if let Ok(list) = fs::read_to_string(format!("/proc/{id}/task/{id}/children")) {
         return list.split_whitespace().filter_map(|child| child.parse().ok()).collect();
@@ -69,7 +69,7 @@ pub(crate) fn children(id: u32) -> Vec<u32> {
 }
 
 /// Stops one process and returns when it has stopped.
-pub(crate) fn stop(id: u32) {
+pub fn stop(id: u32) {
     signal(id, Signal::STOP);
     let deadline = Instant::now() + Duration::from_secs(20);
     while !matches!(state(id), None | Some('T' | 't' | 'Z' | 'X')) {
@@ -79,7 +79,7 @@ pub(crate) fn stop(id: u32) {
 }
 
 /// Stops a process and its children. The parent goes first, so that it cannot start another child meanwhile.
-pub(crate) fn stop_tree(id: u32) {
+pub fn stop_tree(id: u32) {
     stop(id);
     for child in children(id) {
         stop(child);
@@ -87,7 +87,7 @@ pub(crate) fn stop_tree(id: u32) {
 }
 
 /// Undoes [`stop_tree`].
-pub(crate) fn continue_tree(id: u32) {
+pub fn continue_tree(id: u32) {
     for child in children(id) {
         signal(child, Signal::CONT);
     }
@@ -95,7 +95,7 @@ pub(crate) fn continue_tree(id: u32) {
 }
 
 /// Kills a process and its children, as a power cut does. Returns the children, which their new parent reaps.
-pub(crate) fn kill_tree(id: u32) -> Vec<u32> {
+pub fn kill_tree(id: u32) -> Vec<u32> {
     stop(id);
     let children = children(id);
     signal(id, Signal::KILL);
@@ -107,11 +107,10 @@ pub(crate) fn kill_tree(id: u32) -> Vec<u32> {
 
 /// Ends the processes of one folder and removes it: when told to, or when this process dies in any way.
 ///
-/// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process
-/// holds. It ends the PostgreSQL programs, their managers, and the proxies in front of them, that carry the folder's
-/// name in their command line, by id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its
-/// configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
-pub(crate) struct Reaper {
+/// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process holds.
+/// It ends the PostgreSQL programs, their managers, and the proxies in front of them, that carry the folder's name in their command line, by
+/// id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
+pub struct Reaper {
     folder: PathBuf,
     shell: Child,
     pipe: Option<ChildStdin>,
@@ -159,7 +158,7 @@ rm -rf "$folder"
 
 impl Reaper {
     /// Watches over `folder`, which need not exist yet. Its last component must be unique on the machine.
-    pub(crate) fn watch(folder: &Path) -> Self {
+    pub fn watch(folder: &Path) -> Self {
         let mut shell = Command::new("sh")
             .args(["-c", SCRIPT, "testbed-reaper"])
             .current_dir("/")

@@ -15,12 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::watch;
 
-use crate::port::Port;
-use crate::sync::lock;
+use crate::bed::port::Port;
+use crate::bed::sync::lock;
 
 /// Where a transaction's connection is cut.
 ///
-/// BEGIN is a simple query whose text begins with it, and COMMIT one that has it as a statement, as `SELECT 1; COMMIT`.
+/// BEGIN is a simple query whose text begins with it or with START, and COMMIT one that has it as a statement, as `SELECT 1; COMMIT`.
 /// The answer of a message ends with ReadyForQuery. "Closed" is a FIN after all that was passed on, and is for both
 /// sides where nothing else is said; the server then rolls back what it has open, as soon as it reads from the
 /// connection.

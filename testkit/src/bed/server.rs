@@ -16,7 +16,8 @@ use std::{env, process};
 use rustix::fs::{FlockOperation, flock, statvfs};
 use rustix::process::getuid;
 
-use crate::process::Reaper;
+use crate::Error;
+use crate::bed::process::Reaper;
 
 /// Every node's settings; what differs by node (address, port, name) is given on the command line.
 ///
@@ -84,7 +85,7 @@ const INITDB: [&str; 7] = [
 ];
 
 /// The template's own size. A standby refuses to start with less than its control file says the primary had, so this is
-/// the least that a cluster can be given by [`ClusterBuilder::setting`](crate::ClusterBuilder::setting).
+/// the least that a cluster can be given by [`ClusterBuilder::setting`](crate::bed::ClusterBuilder::setting).
 const SMALL: [&str; 5] = [
     "max_connections=4",
     "max_wal_senders=0",
@@ -97,17 +98,12 @@ const SMALL: [&str; 5] = [
 /// primary is copied anew.
 const PROGRAMS: [&str; 3] = ["postgres", "initdb", "pg_basebackup"];
 
-const MISSING: &str = "\
-     testbed: no PostgreSQL server programs (postgres, initdb, pg_basebackup) in $PG_BIN, $PATH or the usual folders: \
-     install them (Debian: apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; \
-     Homebrew: brew install postgresql) or set PG_BIN to their folder";
-
 /// Where clusters live when there is room: their files never reach a disk.
 const MEMORY: &str = "/dev/shm";
 const ENOUGH_MEMORY: u64 = 4 << 30;
 
 /// The installed server.
-pub(crate) struct Server {
+pub struct Server {
     programs: PathBuf,
     /// The servers' user and group when the tests run as root, which PostgreSQL refuses to.
     user: Option<(u32, u32)>,
@@ -117,44 +113,47 @@ pub(crate) struct Server {
 
 impl Server {
     /// Found once per process.
-    pub(crate) fn installed() -> &'static Self {
-        static SERVER: OnceLock<Server> = OnceLock::new();
-        SERVER.get_or_init(|| {
-            let programs = programs().unwrap_or_else(|| panic!("{MISSING}"));
-            let version = Command::new(programs.join("postgres")).arg("--version").output().expect("postgres runs");
-            // "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
-            let version =
-                String::from_utf8_lossy(&version.stdout).split_whitespace().nth(2).expect("a version").to_owned();
-            let mut contents = DefaultHasher::new();
-            (SETTINGS, HBA, SCHEMA, INITDB, SMALL).hash(&mut contents);
-            let name =
-                format!("tokio-postgres-failover-testbed-{}-pg{version}-{:016x}", getuid().as_raw(), contents.finish());
-            let memory = Path::new(MEMORY);
-            let roomy = statvfs(memory).is_ok_and(|fs| fs.f_bavail.saturating_mul(fs.f_frsize) >= ENOUGH_MEMORY);
-            let clusters = if roomy { memory.to_owned() } else { env::temp_dir() };
-            Self {
-                programs,
-                user: getuid().is_root().then(postgres_user),
-                cache: own_folder(&env::temp_dir().join(&name)),
-                clusters: own_folder(&clusters.join(&name)),
-            }
+    pub fn installed() -> &'static Self {
+        Self::find().unwrap_or_else(|error| panic!("testbed: {error}"))
+    }
+
+    /// [`Server::installed`], with the reason as a value where it cannot be used.
+    pub fn find() -> Result<&'static Self, Error> {
+        static SERVER: OnceLock<Result<Server, Error>> = OnceLock::new();
+        SERVER.get_or_init(Self::look).as_ref().map_err(Clone::clone)
+    }
+
+    fn look() -> Result<Self, Error> {
+        let programs = programs()?;
+        let version = version(&programs.join("postgres"))?;
+        let mut contents = DefaultHasher::new();
+        (SETTINGS, HBA, SCHEMA, INITDB, SMALL).hash(&mut contents);
+        let name =
+            format!("tokio-postgres-failover-testbed-{}-pg{version}-{:016x}", getuid().as_raw(), contents.finish());
+        let memory = Path::new(MEMORY);
+        let roomy = statvfs(memory).is_ok_and(|fs| fs.f_bavail.saturating_mul(fs.f_frsize) >= ENOUGH_MEMORY);
+        let clusters = if roomy { memory.to_owned() } else { env::temp_dir() };
+        Ok(Self {
+            programs,
+            user: if getuid().is_root() { Some(servers_user()?) } else { None },
+            cache: own_folder(&env::temp_dir().join(&name))?,
+            clusters: own_folder(&clusters.join(&name))?,
         })
     }
 
     /// The folder of the server's programs.
-    pub(crate) fn programs(&self) -> &Path {
+    pub fn programs(&self) -> &Path {
         &self.programs
     }
 
     /// The folder of a new cluster; not made yet.
-    pub(crate) fn cluster_folder(&self, tag: &str) -> PathBuf {
+    pub fn cluster_folder(&self, tag: &str) -> PathBuf {
         self.clusters.join(tag)
     }
 
-    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group
-    /// of its own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect
-    /// `pg_rewind`.
-    pub(crate) fn command(&self, program: impl AsRef<Path>, folder: &Path) -> Command {
+    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group of its
+    /// own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect `pg_rewind`.
+    pub fn command(&self, program: impl AsRef<Path>, folder: &Path) -> Command {
         let mut command = Command::new(self.programs.join(program));
         command.current_dir(folder).env("LC_ALL", "C").process_group(0).stdin(Stdio::null());
         for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
@@ -168,7 +167,7 @@ impl Server {
     }
 
     /// Gives a file or folder to the servers' user.
-    pub(crate) fn give(&self, path: &Path) {
+    pub fn give(&self, path: &Path) {
         if let Some((user, group)) = self.user {
             chown(path, Some(user), Some(group)).unwrap_or_else(|error| panic!("chown {}: {error}", path.display()));
         }
@@ -177,7 +176,7 @@ impl Server {
     /// The data folder to copy: an initialised, cleanly stopped server with the database `app`. Made once per machine.
     ///
     /// A second one, the `foreign`, has another system identifier.
-    pub(crate) fn template(&self, foreign: bool) -> PathBuf {
+    pub fn template(&self, foreign: bool) -> PathBuf {
         let name = if foreign { "foreign" } else { "template" };
         let template = self.cache.join(name);
         if template.exists() {
@@ -224,7 +223,7 @@ impl Server {
 }
 
 /// Runs a program to its end and returns what it said.
-pub(crate) fn run(command: &mut Command) -> String {
+pub fn run(command: &mut Command) -> String {
     match try_run(command) {
         Ok(output) => output,
         Err(output) => panic!("{command:?} failed: {output}"),
@@ -232,14 +231,14 @@ pub(crate) fn run(command: &mut Command) -> String {
 }
 
 /// [`run`], with a failure as a value.
-pub(crate) fn try_run(command: &mut Command) -> Result<String, String> {
+pub fn try_run(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| error.to_string())?;
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if output.status.success() { Ok(text) } else { Err(text) }
 }
 
 /// Adds text to a file that exists.
-pub(crate) fn append(file: &Path, text: &str) {
+pub fn append(file: &Path, text: &str) {
     let opened = File::options().append(true).open(file);
     opened
         .and_then(|mut file| file.write_all(text.as_bytes()))
@@ -247,32 +246,48 @@ pub(crate) fn append(file: &Path, text: &str) {
 }
 
 /// A folder that the servers' user may pass through.
-pub(crate) fn make_folder(folder: &Path) {
+pub fn make_folder(folder: &Path) {
     DirBuilder::new().mode(0o755).create(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
 }
 
 /// A folder with a foreseeable name in a shared place: made, or found to be ours.
-fn own_folder(folder: &Path) -> PathBuf {
+fn own_folder(folder: &Path) -> Result<PathBuf, Error> {
     if let Err(error) = DirBuilder::new().mode(0o755).create(folder) {
         let ours = fs::symlink_metadata(folder).is_ok_and(|found| found.is_dir() && found.uid() == getuid().as_raw());
-        assert!(ours, "testbed: {} cannot be made ({error}) and is not a folder of this user", folder.display());
+        if !ours {
+            let reason = format!("{} cannot be made ({error}) and is not a folder of this user", folder.display());
+            return Err(Error::failed("preparing the servers' files", reason));
+        }
     }
-    folder.to_owned()
+    Ok(folder.to_owned())
 }
 
-fn programs() -> Option<PathBuf> {
+/// As `15.18` of "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)".
+fn version(postgres: &Path) -> Result<String, Error> {
+    let failed = |reason| Error::failed(&format!("asking {} for its version", postgres.display()), reason);
+    let output = Command::new(postgres).arg("--version").output().map_err(|error| failed(error.to_string()))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    said.split_whitespace().nth(2).map(ToOwned::to_owned).ok_or_else(|| failed(format!("it says {said:?}")))
+}
+
+/// Folders of packages that leave the programs out of PATH: parent, what stands before the version, what follows.
+const PACKAGES: [(&str, &str, &str); 6] = [
+    ("/usr/lib/postgresql", "", "bin"),
+    ("/usr", "pgsql-", "bin"),
+    ("/usr/lib", "postgresql", "bin"),
+    ("/home/linuxbrew/.linuxbrew/opt", "postgresql@", "bin"),
+    ("/opt/homebrew/opt", "postgresql@", "bin"),
+    ("/usr/local/opt", "postgresql@", "bin"),
+];
+
+fn programs() -> Result<PathBuf, Error> {
     if let Some(folder) = env::var_os("PG_BIN") {
-        return complete(Path::new(&folder));
+        let folder = Path::new(&folder);
+        return complete(folder).ok_or_else(|| Error::NoPostgres { searched: format!("PG_BIN={}", folder.display()) });
     }
     let path = env::var_os("PATH").unwrap_or_default();
     let mut folders: Vec<PathBuf> = env::split_paths(&path).collect();
-    for (parent, prefix, below) in [
-        ("/usr/lib/postgresql", "", "bin"),
-        ("/usr", "pgsql-", "bin"),
-        ("/home/linuxbrew/.linuxbrew/opt", "postgresql@", "bin"),
-        ("/opt/homebrew/opt", "postgresql@", "bin"),
-        ("/usr/local/opt", "postgresql@", "bin"),
-    ] {
+    for (parent, prefix, below) in PACKAGES {
         let mut versions: Vec<(u32, PathBuf)> = fs::read_dir(parent)
             .into_iter()
             .flatten()
@@ -285,7 +300,9 @@ fn programs() -> Option<PathBuf> {
         versions.sort();
         folders.extend(versions.into_iter().rev().map(|(_, folder)| folder));
     }
-    folders.iter().find_map(|folder| complete(folder))
+    let packages = PACKAGES.map(|(parent, prefix, below)| format!("{parent}/{prefix}*/{below}")).join(", ");
+    let searched = || format!("PATH, {packages}");
+    folders.iter().find_map(|folder| complete(folder)).ok_or_else(|| Error::NoPostgres { searched: searched() })
 }
 
 /// The folder that really holds the programs, if it holds all of them: links are followed, a server finds its files
@@ -296,22 +313,38 @@ fn complete(folder: &Path) -> Option<PathBuf> {
     PROGRAMS.iter().all(|program| folder.join(program).is_file()).then(|| folder.to_owned())
 }
 
-fn postgres_user() -> (u32, u32) {
-    let users = fs::read_to_string("/etc/passwd").expect("/etc/passwd");
-    let ids = users.lines().find_map(|line| {
+/// As whom the servers run when the tests run as root. Where PostgreSQL was unpacked without its package there is no
+/// `postgres`; any user without rights will do.
+fn servers_user() -> Result<(u32, u32), Error> {
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    user(&users, "postgres").or_else(|| user(&users, "nobody")).ok_or(Error::NoUser)
+}
+
+/// User and group of this name, in the lines of `/etc/passwd`.
+fn user(users: &str, name: &str) -> Option<(u32, u32)> {
+    users.lines().find_map(|line| {
         let mut fields = line.split(':');
-        (fields.next() == Some("postgres")).then_some(())?;
+        (fields.next() == Some(name)).then_some(())?;
         Some((fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?))
-    });
-    ids.expect(
-        "testbed: as root, the servers run as user `postgres`, and there is none: install PostgreSQL's package or run \
-         the tests as another user",
-    )
+    })
 }
 
 /// Copies a data folder, sharing blocks where the file system can.
-pub(crate) fn copy(from: &Path, to: &Path) {
+pub fn copy(from: &Path, to: &Path) {
     run(Command::new("cp")
         .args([OsStr::new("-a"), OsStr::new("--reflink=auto"), from.as_os_str(), to.as_os_str()])
         .process_group(0));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_is_found_by_the_whole_name() {
+        let users = "root:x:0:0:root:/root:/bin/sh\npostgresql:x:7:8::/:/bin/sh\npostgres:x:105:113::/:/bin/sh\n";
+        assert_eq!(user(users, "postgres"), Some((105, 113)));
+        assert_eq!(user(users, "nobody"), None);
+        assert_eq!(user("postgres:x:many:113", "postgres"), None);
+    }
 }

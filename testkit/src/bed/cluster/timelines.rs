@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use tokio::task::spawn_blocking;
 
 use super::{Cluster, ClusterBuilder, Node, PATIENCE, Promotion, alter_system, ended, quoted};
-use crate::process;
-use crate::server;
-use crate::wait::until;
+use crate::bed::process;
+use crate::bed::server;
+use crate::bed::wait::until;
 
 /// A process of a server that serves no session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
