@@ -71,9 +71,9 @@ lint: features ## Formatting, clippy and documentation, warnings denied; each fe
 features: ## The library without features, with each alone, and with all
 	@sh scripts/features.sh
 
-api: ## Renew the list of the public API, docs/public-api.txt
+api: ## Renew the lists of the public API, docs/public-api.txt and testkit/public-api.txt
 	RENEW=1 cargo test --quiet --test public_api listed
-	@git --no-pager diff --stat -- docs/public-api.txt
+	@git --no-pager diff --stat -- docs/public-api.txt testkit/public-api.txt
 
 size: ## Crates and compile time of the default build, beside deadpool-postgres
 	@sh scripts/size.sh

@@ -1,5 +1,5 @@
-//! The public API is what docs/public-api.txt says, so that a change of it is seen in review and meant. `make api`
-//! renews the file. Each line names an item with the module that users find it in.
+//! The public API is what docs/public-api.txt and testkit/public-api.txt say, so that a change of it is seen in review and meant. `make api` renews the file.
+//! Each line names an item with the module that users find it in.
 //!
 //! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of
 //! them. What it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes. The
@@ -18,7 +18,8 @@ use syn::{
     Visibility,
 };
 
-const LIST: &str = "docs/public-api.txt";
+/// The sources of each crate that users depend on, and the list of what they find in it.
+const LISTS: [(&str, &str); 2] = [("src", "docs/public-api.txt"), ("testkit/src", "testkit/public-api.txt")];
 
 /// By the name of each public item, the path that users write.
 type Public = BTreeMap<String, String>;
@@ -34,20 +35,26 @@ struct Export {
 
 #[test]
 fn the_public_api_is_the_one_that_is_listed() {
+    for (sources, list) in LISTS {
+        is_listed(sources, list);
+    }
+}
+
+fn is_listed(sources: &str, list: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let found = api_of(&root.join("src"));
+    let found = api_of(&root.join(sources));
     let text = found.iter().fold(String::new(), |text, line| text + line + "\n");
     if std::env::var_os("RENEW").is_some() {
-        fs::write(root.join(LIST), text).unwrap();
+        fs::write(root.join(list), text).unwrap();
         return;
     }
     let listed: BTreeSet<String> =
-        fs::read_to_string(root.join(LIST)).unwrap_or_default().lines().map(ToOwned::to_owned).collect();
+        fs::read_to_string(root.join(list)).unwrap_or_default().lines().map(ToOwned::to_owned).collect();
     let gone: Vec<_> = listed.difference(&found).collect();
     let new: Vec<_> = found.difference(&listed).collect();
     assert!(
         gone.is_empty() && new.is_empty(),
-        "the public API is not the one in {LIST}.\n\ngone, which breaks users:\n{gone:#?}\n\nnew:\n{new:#?}\n\n\
+        "the public API is not the one in {list}.\n\ngone, which breaks users:\n{gone:#?}\n\nnew:\n{new:#?}\n\n\
          If that is meant, `make api` renews the list"
     );
 }
@@ -191,6 +198,7 @@ fn modules_of(src: &Path) -> Vec<Module> {
 /// What the root and the public modules export.
 fn exports_of(src: &Path) -> Vec<Export> {
     let root = parsed(&src.join("lib.rs"));
+    let root: Vec<Item> = root.into_iter().filter(|item| !hidden(attributes(item))).collect();
     let mut found: Vec<Export> = root.iter().flat_map(|item| exported(None, item)).collect();
     for item in &root {
         if let Item::Mod(module) = item
