@@ -33,21 +33,36 @@ pub(super) enum Peer {
 /// Finds out what answers at this address, over a stream of the user's connector if there is one. `None`: that is not
 /// known.
 pub(super) async fn what_answers(endpoint: &Endpoint, connector: Option<&Arc<dyn Connect>>) -> Option<Peer> {
-    let Address::Tcp(address) = endpoint.address else {
-        return None;
-    };
-    let stream: Box<dyn ByteStream> = match connector {
-        Some(connector) => timeout(WITHIN, connector.connect(endpoint)).await.ok()?.ok()?,
-        None => Box::new(timeout(WITHIN, TcpStream::connect(address)).await.ok()?.ok()?),
-    };
-    peer(&first_words(stream).await?)
+    let words = first_words(connect(endpoint, connector).await?).await?;
+    if !words.is_empty() {
+        return peer(&words);
+    }
+    // Some web servers hang up on what is no request of theirs.
+    peer(&words_of_a_web_server(connect(endpoint, connector).await?).await?)
+}
+
+async fn connect(endpoint: &Endpoint, connector: Option<&Arc<dyn Connect>>) -> Option<Box<dyn ByteStream>> {
+    match (connector, &endpoint.address) {
+        (Some(connector), Address::Tcp(_)) => timeout(WITHIN, connector.connect(endpoint)).await.ok()?.ok(),
+        (None, Address::Tcp(address)) => Some(Box::new(timeout(WITHIN, TcpStream::connect(address)).await.ok()?.ok()?)),
+        _ => None,
+    }
+}
+
+/// Returns the answer to a request for a page, if it is one of HTTP. PostgreSQL hangs up on this request.
+async fn words_of_a_web_server(mut stream: Box<dyn ByteStream>) -> Option<Vec<u8>> {
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await.ok()?;
+    let mut words = vec![0; 5];
+    timeout(WITHIN, stream.read_exact(&mut words)).await.ok()?.ok()?;
+    (words == b"HTTP/").then_some(words)
 }
 
 async fn first_words(mut stream: Box<dyn ByteStream>) -> Option<Vec<u8>> {
     stream.write_all(&TLS_REQUEST).await.ok()?;
     let mut words = vec![0; 64];
     let first = if let Ok(read) = timeout(WITHIN, stream.read(&mut words)).await {
-        read.ok()?
+        // A peer that hangs up may also reset the connection.
+        read.unwrap_or(0)
     } else {
         // Some protocols answer only to whole lines, so send one. PostgreSQL would have answered by now.
         stream.write_all(b"\r\n\r\n").await.ok()?;
