@@ -243,5 +243,10 @@ pub(crate) fn not_let_in(error: &Error) -> bool {
     error.code().is_some_and(|code| codes.contains(code))
 }
 
+/// Returns whether the server has no database of the name that was asked for.
+pub(crate) fn no_such_database(error: &Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_CATALOG_NAME)
+}
+
 #[cfg(test)]
 pub(crate) mod tests;

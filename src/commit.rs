@@ -222,7 +222,7 @@ pub enum Unsettled {
     #[error("the primary belongs to another cluster than the one that it began on")]
     OtherCluster,
     /// The transaction is so old that the server has forgotten it.
-    #[error("the server has forgotten so old a transaction")]
+    #[error("the transaction is so old that the server has forgotten it: make transactions shorter")]
     Forgotten,
     /// The server was still committing it at the deadline, perhaps because it waited for a synchronous standby.
     #[error("it was still in progress at the deadline: look whether COMMIT waits for a synchronous standby")]
@@ -232,17 +232,23 @@ pub enum Unsettled {
     #[error("what the primary says of it had not been confirmed by a synchronous standby at the deadline")]
     NotReplicated,
     /// No primary answered before the deadline.
-    #[error("there was no primary that answered before the deadline")]
+    #[error(
+        "there was no primary that answered before the deadline: raise `RetryPolicy::deadline` above the length of your \
+         failover"
+    )]
     NoPrimary,
     /// The primary answered the question with an error each time, such as that its disk is full. The log has the error,
     /// at level `debug`.
-    #[error("the primary answered the question with an error until the deadline")]
+    #[error("the primary answered the question with an error until the deadline: the log has it, at level `debug`")]
     Failed,
     /// The primary does not answer the question, because a function, a privilege or the table is missing.
-    #[error("the primary refuses to tell: it lacks a function, a right or the ledger's table")]
+    #[error(
+        "the primary refuses to tell: it lacks a function, a right or the ledger's table, or the ledger proves nothing \
+         because it is UNLOGGED or a trigger changes its rows"
+    )]
     NotOffered,
     /// The transaction's row may already have been pruned from the ledger.
-    #[error("it began too long ago for the ledger to tell")]
+    #[error("it began too long ago for the ledger to tell: make transactions shorter, or `Ledger::keep` longer")]
     TooOld,
 }
 

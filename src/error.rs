@@ -6,11 +6,13 @@
 // The public errors are made of what the layers below report.
 //
 // Invariants: an error that says "not committed" is true. Every error says what happened and what to do. A time-out
-// never hides its cause. Tests: `tests/it/observe/errors.rs`.
+// never hides its cause. Tests: `tests.rs`, `tests/it/observe/errors.rs` and `texts.rs`.
 
 pub(crate) mod build;
 pub(crate) mod call;
 mod refused;
+#[cfg(test)]
+mod tests;
 mod unavailable;
 mod unknown;
 

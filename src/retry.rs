@@ -52,6 +52,11 @@ impl Retries {
         self.deadline
     }
 
+    /// How long the call may take, from its beginning.
+    pub(crate) fn limit(&self) -> Duration {
+        self.deadline.saturating_duration_since(self.began)
+    }
+
     /// The number of the current attempt. The first is 1.
     pub(crate) fn attempt(&self) -> u32 {
         self.attempt
@@ -113,15 +118,20 @@ pub(crate) enum GiveUp {
     Hook,
 }
 
-impl fmt::Display for GiveUp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl GiveUp {
+    /// Says why, in the words of an error. `limit` is the [`deadline`](RetryPolicy::deadline) of the policy.
+    pub(crate) fn explain(self, limit: Duration) -> String {
         match self {
-            Self::Attempts(1) => f.write_str("the policy allows one attempt"),
-            Self::Attempts(count) => write!(f, "the policy allows {count} attempts"),
-            Self::Deadline => f.write_str("the deadline is reached before another attempt"),
-            Self::Schedule => f.write_str("the retry schedule has ended"),
-            Self::Budget => f.write_str("the retry budget grants no attempt before the deadline"),
-            Self::Hook => f.write_str("the policy's on_retry said stop"),
+            Self::Attempts(1) => "the policy allows one attempt (attempts)".to_owned(),
+            Self::Attempts(count) => format!("the policy allows {count} attempts (attempts)"),
+            Self::Deadline => {
+                format!("another attempt would begin after the policy's deadline of {limit:?} (deadline)")
+            }
+            Self::Schedule => "the retry schedule has ended (schedule)".to_owned(),
+            Self::Budget => {
+                format!("the retry budget grants no attempt before the policy's deadline of {limit:?} (retry_budget)")
+            }
+            Self::Hook => "the policy's on_retry said stop".to_owned(),
         }
     }
 }

@@ -46,7 +46,7 @@ use tokio_postgres::{CancelToken, Client, Config, Error, Socket};
 
 use crate::classify::{
     BadCertificate, NO_DIRECT_TLS, NO_TLS, TlsTrouble, Verdict, explain, hung_up, hung_up_in_handshake, links,
-    not_let_in, tls_trouble, verdict_of_open,
+    no_such_database, not_let_in, tls_trouble, verdict_of_open,
 };
 use crate::connect::Connect;
 use crate::topology::{Address, Endpoint, FailureKind, ProbeFailure, PromotionWait, Question, ServerReport};
@@ -319,10 +319,12 @@ impl Opener {
         // A server that has worked before may also hang up, because it or its machine was killed.
         let hung_up = hung_up(&error) || self.begins_with_tls() && hung_up_in_handshake(&error);
         let hung_up = hung_up && !self.worked.load(Ordering::Relaxed);
+        let unnamed = not_named(&self.template, &error);
         let mut failure = failure(verdict_of_open(&error), error);
         if tls_trouble(&failure.message) == Some(TlsTrouble::Certificate(BadCertificate::WrongName)) {
             failure = failure.of_a_wrong_name();
         }
+        failure.message.push_str(unnamed);
         if hung_up && failure.kind == FailureKind::Unreachable {
             failure.message.push_str(HUNG_UP);
         }
@@ -432,6 +434,15 @@ pub(crate) fn panicked(whose: &str, panic: &(dyn Any + Send)) -> ProbeFailure {
 fn failure(verdict: Verdict, error: Error) -> ProbeFailure {
     let message = explain(&error);
     ProbeFailure::new(kind_of(verdict), message).caused_by(Arc::new(error))
+}
+
+/// What to add to a refusal of a user or a database that the configuration does not name.
+fn not_named(config: &Config, error: &Error) -> &'static str {
+    match (config.get_user(), config.get_dbname()) {
+        (None, _) if not_let_in(error) => "; the URL names no user, so the one of this process is taken",
+        (_, None) if no_such_database(error) => "; the URL names no database, so one of the user's name is taken",
+        _ => "",
+    }
 }
 
 fn kind_of(verdict: Verdict) -> FailureKind {

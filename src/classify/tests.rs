@@ -7,7 +7,7 @@ mod script;
 use super::*;
 use script::{Report, refusal, report};
 
-pub(crate) use script::reported;
+pub(crate) use script::{refused_statement, reported};
 
 #[test]
 fn each_row_of_the_table() {

@@ -59,7 +59,7 @@ pub enum Error {
     RuntimeEnded,
     /// A [wrapped](crate::Pool::wrap) pool can neither listen nor dial. Its manager opens its connections, and their
     /// drivers do not pass notifications to this crate.
-    #[error("a wrapped pool can neither listen nor dial; use one made by `Pool::builder` for that")]
+    #[error("a pool of `Pool::wrap` can neither listen nor dial; use one made by `Pool::builder` for that")]
     Wrapped,
     /// The database answered with an error, or the connection was lost.
     #[error("{}", explain(.0))]
@@ -253,6 +253,14 @@ impl Error {
                 Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
             }
         }
+    }
+
+    /// Lets the text name the deadline of the retry policy, which limits how long a transaction waits for a primary.
+    pub(crate) fn of_transaction(mut self) -> Self {
+        if let Self::Unavailable(unavailable) = &mut self {
+            unavailable.limited_by("RetryPolicy::deadline");
+        }
+        self
     }
 
     /// A short name for what failed, for telemetry. There are only a few of these names.

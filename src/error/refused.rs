@@ -44,7 +44,7 @@ impl fmt::Display for Refused {
             );
         }
         let advice = match (self.failure.kind, trouble) {
-            (FailureKind::NotPostgres, _) => "what answers there is not PostgreSQL; check host and port",
+            (FailureKind::NotPostgres, _) => "that is not PostgreSQL; check host and port",
             (_, Some(trouble)) => advice_on_tls(trouble),
             _ => "check user, password, database, pg_hba.conf and sslmode",
         };

@@ -37,6 +37,8 @@ pub struct Unavailable {
     waited: Duration,
     obstacle: Obstacle,
     diagnosis: Diagnosis,
+    /// The setting that limits how long a caller waits for a primary.
+    limit: &'static str,
 }
 
 /// Why a caller got no connection.
@@ -79,7 +81,12 @@ impl Unavailable {
             }
             Obstacle::NoPrimary => UnavailableReason::NoPrimary,
         };
-        Self { reason, waited, obstacle, diagnosis }
+        Self { reason, waited, obstacle, diagnosis, limit: "checkout_timeout" }
+    }
+
+    /// Names another setting than `checkout_timeout`.
+    pub(super) fn limited_by(&mut self, limit: &'static str) {
+        self.limit = limit;
     }
 
     /// Why there was no connection.
@@ -137,7 +144,8 @@ impl fmt::Display for Unavailable {
         let waited = self.waited;
         match self.reason {
             UnavailableReason::NoPrimary => {
-                write!(f, "no writable primary within {waited:.1?}; start or promote one, or raise the deadline")?;
+                let limit = self.limit;
+                write!(f, "no writable primary within {waited:.1?}; start or promote one, or wait longer ({limit})")?;
             }
             UnavailableReason::Fenced => write!(
                 f,
@@ -167,8 +175,9 @@ impl fmt::Display for Unavailable {
             }
             UnavailableReason::NoSession if matches!(self.obstacle, Obstacle::BeingTested) => write!(
                 f,
-                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait \
-                 longer (checkout_timeout), or raise test_idle_after if the network is slow"
+                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait longer \
+                 ({}), or raise test_idle_after if the network is slow",
+                self.limit
             )?,
             UnavailableReason::NoSession
                 if self.trouble().is_some_and(|trouble| trouble.kind == FailureKind::TimedOut) =>

@@ -73,18 +73,18 @@ impl fmt::Display for CommitUnknown {
                 explain(&source.0)
             )?,
             WhyInDoubt::Evicted => f.write_str(
-                "the primary was left before it answered to COMMIT: the transaction may or may not have been committed",
+                "the pool left the primary before it answered COMMIT: the transaction may or may not have been committed",
             )?,
             WhyInDoubt::NotReplicated => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
                  failover may still lose it",
             )?,
             WhyInDoubt::Incomplete => f.write_str(
-                "the answer to COMMIT is not complete, as if a proxy had kept a part of the message back: the \
+                "the answer to COMMIT is incomplete, as if a proxy had kept back a part of the message: the \
                  transaction may or may not have been committed",
             )?,
             WhyInDoubt::Earlier => f.write_str(
-                "an earlier run's COMMIT was not answered, and the primary that did not have it was lost, too: the \
+                "the COMMIT of an earlier attempt was not answered, and the primary that did not have it was lost, too: the \
                  transaction may or may not have been committed",
             )?,
         }
@@ -94,7 +94,7 @@ impl fmt::Display for CommitUnknown {
                 f.write_str(", or use `idempotent` for work that may be applied twice, or a guarantee that settles")
             }
             Unsettled::SeveralFailovers | Unsettled::Restarted | Unsettled::OtherHistory | Unsettled::Forgotten => {
-                f.write_str("; `Guarantee::Ledger` would have known")
+                f.write_str("; `Guarantee::Ledger` would have settled it")
             }
             _ => Ok(()),
         }

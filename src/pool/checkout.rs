@@ -29,7 +29,8 @@ impl<C: SessionClient> Pool<C> {
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
     pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: CallSite) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, Some(self.shared.checkout_timeout), place).await
+        let client = self.get_by(|| deadline, Some(self.shared.checkout_timeout), place).await;
+        client.map_err(Error::of_transaction)
     }
 
     /// `in_use` limits the wait while there is a primary and all connections are in use. While there is no primary,

@@ -1,5 +1,7 @@
 //! The loop of a call: attempt, decide, wait, repeat. It carries out what `decide` says.
 
+use std::time::Duration;
+
 use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
@@ -158,7 +160,7 @@ where
                 // The hook and the log are the program's and may panic. Then the token goes back.
                 let promised = pool.budget().promised();
                 if !options.retry.allows(&Retry::new(&retries, &error, delay, outcome)) {
-                    return Err(ended(given_up(error, number, GiveUp::Hook, stage, doubt)));
+                    return Err(ended(given_up(error, number, retries.limit(), GiveUp::Hook, stage, doubt)));
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
@@ -166,7 +168,7 @@ where
                 sleep(delay).await;
                 promised.spend();
             }
-            Err(why) => return Err(ended(given_up(error, number, why, stage, doubt))),
+            Err(why) => return Err(ended(given_up(error, number, retries.limit(), why, stage, doubt))),
         }
     }
 }
@@ -193,12 +195,12 @@ fn by_a_call_within(error: Error, attempts: u32) -> Error {
 }
 
 /// Makes the call's error after the policy, the budget or the hook has refused another attempt.
-fn given_up(error: Error, attempts: u32, why: GiveUp, stage: Stage, doubt: bool) -> Error {
+fn given_up(error: Error, attempts: u32, limit: Duration, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
         return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
     }
     let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
-    Error::Exhausted(Box::new(Exhausted::new(attempts, why.to_string(), outcome, error)))
+    Error::Exhausted(Box::new(Exhausted::new(attempts, why.explain(limit), outcome, error)))
 }
 
 /// Asks the user's `RetryPolicy::classify` about the server's report. Takes the report from the error, or else from the

@@ -4,5 +4,6 @@ mod ended;
 mod errors;
 #[cfg(feature = "metrics")]
 mod gauges;
+mod texts;
 #[cfg(feature = "metrics")]
 mod watch;

@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod load;
 pub(crate) mod stalls;
+pub(crate) mod texts;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

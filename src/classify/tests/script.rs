@@ -125,6 +125,11 @@ pub(super) fn report(report: Report<'_>) -> Error {
     error
 }
 
+/// The error of a statement that a server refused.
+pub(crate) fn refused_statement(code: &str, message: &str) -> Error {
+    report(Report::server("ERROR", code, message, "exec_simple_query"))
+}
+
 /// A server's report, or a proxy's if there is no routine.
 pub(crate) fn reported(severity: &str, code: &str, message: &str, routine: Option<&str>) -> DbError {
     let row = Report { severity, plain: Some(severity), code, message, routine };

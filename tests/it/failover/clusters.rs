@@ -11,6 +11,7 @@ use tokio_postgres_failover::{Error, Event, Pool, PoolBuilder, deadpool_postgres
 
 use crate::support::load::{LONG, primary_lost};
 use crate::support::stalls;
+use crate::support::texts::says;
 
 async fn one(foreign: bool) -> Cluster {
     let builder = Cluster::builder().nodes(1);
@@ -99,6 +100,9 @@ async fn r11_the_next_cluster_is_accepted_without_a_restart() {
             eventually("the green one is refused", LONG, async || {
                 let error = pool.get().await.map(drop).unwrap_err();
                 let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+                if unavailable.reason() == UnavailableReason::OtherCluster {
+                    says(&error, "UnavailableReason::OtherCluster");
+                }
                 unavailable.reason() == UnavailableReason::OtherCluster
                     && error.to_string().contains(&format!("accept_cluster({green_id})"))
                     && error.to_string().contains("accept_new_cluster_after")
@@ -157,6 +161,9 @@ async fn r4_an_older_timeline_is_accepted_at_the_users_word() {
     eventually("the old one is refused", LONG, async || {
         let Err(error) = pool.get().await else { return false };
         let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
+        if unavailable.reason() == UnavailableReason::OldPrimary {
+            says(&error, "UnavailableReason::OldPrimary");
+        }
         unavailable.reason() == UnavailableReason::OldPrimary
             && error.to_string().contains("timeline 1, but timeline 2 exists")
             && error.to_string().contains(&format!("accept_cluster({identifier})"))

@@ -9,6 +9,7 @@ use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{BuildError, Error, Pool, PoolBuilder, RetryPolicy};
 
 use crate::support::PATIENCE;
+use crate::support::texts::says;
 
 /// The default deadline is thirty seconds: what ends before this did not wait for it. A refused log-in is tried once a
 /// second, and a machine may stall.
@@ -464,6 +465,7 @@ async fn a_name_that_does_not_resolve_says_so() {
         let error = told_at_a_deadline(&pool, &words).await;
         let Error::Unavailable(unavailable) = &error else { panic!("{error:?}") };
         assert_eq!(unavailable.reason(), UnavailableReason::Dns);
+        says(&error, "UnavailableReason::Dns");
     }
 }
 
