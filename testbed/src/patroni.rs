@@ -30,7 +30,7 @@ use crate::orphans::{Orphans, postmaster};
 use crate::path::Path as Link;
 use crate::process;
 use crate::program::Program;
-use crate::server;
+use crate::server::{self, Server};
 use crate::site::Site;
 use crate::wait::until_slowly as until;
 
@@ -131,6 +131,15 @@ impl Patroni {
         // Written past `eprintln!`, which the harness keeps to itself when a test passes.
         let _ = writeln!(stderr(), "skipped: Patroni is not installed: {why} (sh scripts/setup.sh)");
         false
+    }
+
+    /// What to install before [`Patroni::start`] works; `None` if nothing is missing. For programs, which are not skipped.
+    pub fn missing() -> Option<String> {
+        if let Some(server) = Server::missing() {
+            return Some(server.to_owned());
+        }
+        let why = installed::python().err()?;
+        Some(format!("Patroni and etcd are needed, and {why}: install them with `sh scripts/setup.sh managers`"))
     }
 
     /// One etcd, short times, asynchronous.
