@@ -5,8 +5,11 @@
 
 mod config;
 mod health;
+mod journal;
+mod live;
 mod orders;
 mod region;
+mod status;
 
 use std::future::{Future, IntoFuture, pending};
 use std::io;
@@ -14,13 +17,16 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::Response;
 use axum::routing::{get, post};
-use axum::{Router, middleware};
 use metrics_exporter_prometheus::{
     BuildError as MetricsError, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{interval, sleep, timeout};
 use tokio_postgres_failover::{BuildError, Pool, RetryPolicy};
 
@@ -38,6 +44,15 @@ pub struct Service {
     pub(crate) metrics: PrometheusHandle,
     pub(crate) region: Option<Region>,
     pub(crate) schema: orders::Schema,
+    pub(crate) tally: orders::Tally,
+    /// The pool's last events, for the page.
+    pub(crate) journal: journal::Journal,
+    /// A place for each viewer of the page.
+    pub(crate) viewers: Arc<Semaphore>,
+    /// Whether the service was told to stop: the viewers' streams end then.
+    pub(crate) stopping: watch::Sender<bool>,
+    /// Each request under way holds a receiver, but no viewer does.
+    under_way: watch::Sender<()>,
     drain: Duration,
 }
 
@@ -59,14 +74,26 @@ impl Service {
             builder = builder.dns_servers(config.dns_servers);
         }
         let pool = builder.build()?;
-        Ok(Self { pool, metrics, region: config.region, schema: orders::Schema::default(), drain: config.drain })
+        Ok(Self {
+            journal: journal::Journal::keep(&pool),
+            pool,
+            metrics,
+            region: config.region,
+            schema: orders::Schema::default(),
+            tally: orders::Tally::default(),
+            viewers: Arc::new(Semaphore::new(live::VIEWERS)),
+            stopping: watch::Sender::new(false),
+            under_way: watch::Sender::new(()),
+            drain: config.drain,
+        })
     }
 
     /// Answers requests until `stop` ends. Then no connection is accepted any more, the requests under way are
     /// finished, and the pool is closed. Whatever still waits for a primary when the time for that is over gets its 503
     /// then.
     ///
-    /// With `operators` readiness and metrics, which name servers, are told there alone, and to the end.
+    /// With `operators` the page, readiness and metrics, which name servers, are told there alone. Readiness and metrics are
+    /// told to the end; the viewers' streams end when the service is told to stop.
     pub async fn serve(
         self,
         listener: TcpListener,
@@ -80,17 +107,20 @@ impl Service {
             Some(listener) => (for_users, Some(axum::serve(listener, for_operators))),
             None => (for_users.merge(for_operators), None),
         };
-        let stopping = Arc::new(Notify::new());
-        let told = Arc::clone(&stopping);
+        let (told, stopping) = (Arc::clone(&service), Arc::clone(&service));
         let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
             stop.await;
             tracing::info!("stopping: requests under way are finished");
-            told.notify_one();
+            told.stopping.send_replace(true);
         });
         let mut server = pin!(server.into_future());
         let overdue = async {
-            stopping.notified().await;
+            stopping.is_told_to_stop().await;
             sleep(drain).await;
+        };
+        let answered = async {
+            stopping.is_told_to_stop().await;
+            stopping.all_is_answered().await;
         };
         let upkeep = async {
             let mut ticks = interval(UPKEEP);
@@ -112,12 +142,36 @@ impl Service {
                 pool.close();
                 timeout(LAST_ANSWERS, server).await.unwrap_or(Ok(()))
             }
+            // The connections that are left are those of viewers who do not read the end of their stream.
+            () = answered => Ok(()),
             ended = operators => ended,
             () = upkeep => Ok(()),
         };
         pool.close();
         ended
     }
+
+    async fn is_told_to_stop(&self) {
+        // Fails when the sender is dropped, which is a part of this service.
+        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+    }
+
+    /// Waits until no request of a user is under way, and the last answers had time to arrive.
+    async fn all_is_answered(&self) {
+        loop {
+            self.under_way.closed().await;
+            sleep(LAST_ANSWERS).await;
+            if self.under_way.is_closed() {
+                return;
+            }
+        }
+    }
+}
+
+/// Around each request of a user.
+async fn counted(State(service): State<Arc<Service>>, request: Request, next: Next) -> Response {
+    let _under_way = service.under_way.subscribe();
+    next.run(request).await
 }
 
 fn users(service: &Arc<Service>) -> Router {
@@ -128,11 +182,14 @@ fn users(service: &Arc<Service>) -> Router {
         .route("/orders/{id}", get(orders::show))
         .route("/healthz", get(health::alive))
         .merge(writes)
+        .layer(middleware::from_fn_with_state(Arc::clone(service), counted))
         .with_state(Arc::clone(service))
 }
 
 fn operators_only(service: &Arc<Service>) -> Router {
     Router::new()
+        .route("/", get(live::page))
+        .route("/events", get(live::events))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))
         .with_state(Arc::clone(service))

@@ -1,6 +1,8 @@
 //! What the service is for: orders are stored, each once, and shown.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -8,6 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 use tokio_postgres_failover::{CommitOutcome, Error, Pool};
 
 use crate::Service;
@@ -36,6 +39,59 @@ impl Schema {
     async fn there(&self, pool: &Pool) -> Result<(), Error> {
         let make = || pool.idempotent(async |tx| Ok(tx.batch_execute(TABLE).await?));
         self.0.get_or_try_init(make).await.copied()
+    }
+}
+
+/// How many orders were stored since the start, and how many requests for one failed on the side of the service.
+#[derive(Default)]
+pub(crate) struct Tally {
+    stored: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Tally {
+    fn count(&self, answer: Result<StatusCode, &Failure>) {
+        match answer {
+            Ok(StatusCode::CREATED) => self.stored.fetch_add(1, Ordering::Relaxed),
+            Err(failure) if failure.status().is_server_error() => self.failed.fetch_add(1, Ordering::Relaxed),
+            _ => return,
+        };
+    }
+}
+
+/// A tally with its pace, for the page.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct Measured {
+    stored: u64,
+    failed: u64,
+    /// `None` in the first second of a viewer.
+    per_second: Option<f64>,
+}
+
+/// Measures the pace of a tally over a second or more.
+pub(crate) struct Pace {
+    since: Instant,
+    stored: u64,
+    per_second: Option<f64>,
+}
+
+impl Pace {
+    /// The shortest time to measure over. Two ticks may be a little less than a second apart.
+    const SHORTEST: Duration = Duration::from_millis(900);
+
+    pub(crate) fn new(tally: &Tally) -> Self {
+        Self { since: Instant::now(), stored: tally.stored.load(Ordering::Relaxed), per_second: None }
+    }
+
+    pub(crate) fn measured(&mut self, tally: &Tally) -> Measured {
+        let stored = tally.stored.load(Ordering::Relaxed);
+        let over = self.since.elapsed();
+        if over >= Self::SHORTEST {
+            let new = u32::try_from(stored.saturating_sub(self.stored)).unwrap_or(u32::MAX);
+            self.per_second = Some(f64::from(new) / over.as_secs_f64());
+            (self.since, self.stored) = (Instant::now(), stored);
+        }
+        Measured { stored, failed: tally.failed.load(Ordering::Relaxed), per_second: self.per_second }
     }
 }
 
@@ -128,7 +184,9 @@ pub(crate) async fn create(
     if sku.is_empty() {
         return Err(Failure::BadRequest("sku is empty; name what is ordered"));
     }
-    let (status, id, stored) = store(&service, key, &sku).await.map_err(|error| Failure::of(error, key))?;
+    let answer = store(&service, key, &sku).await.map_err(|error| Failure::of(error, key));
+    service.tally.count(answer.as_ref().map(|(status, ..)| *status));
+    let (status, id, stored) = answer?;
     if stored != sku {
         return Err(Failure::OtherOrder);
     }
