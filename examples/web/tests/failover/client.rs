@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{HeaderMap, Request, StatusCode};
 use hyper_util::rt::TokioIo;
@@ -55,6 +55,14 @@ impl Client {
             request = request.header(*name, *value);
         }
         self.send(request.body(Full::from(json!({ "sku": sku }).to_string())).unwrap()).await
+    }
+
+    /// The head of an answer, and its body as it comes.
+    pub(crate) async fn open(&mut self, path: &str) -> Result<(StatusCode, Incoming), String> {
+        let request = Request::get(path).header("host", "orders").body(Full::default()).unwrap();
+        let answer = timeout(LIMIT, self.send.send_request(request)).await.map_err(|_| format!("{path}: no answer"))?;
+        let (parts, body) = answer.map_err(|error| format!("{path}: {error}"))?.into_parts();
+        Ok((parts.status, body))
     }
 
     async fn send(&mut self, request: Request<Full<Bytes>>) -> Result<Answer, String> {

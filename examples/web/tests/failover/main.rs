@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
+mod browser;
 mod client;
 mod load;
+mod page;
+mod patroni;
 mod program;
+mod viewer;
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener as Port};
 use std::time::Duration;
@@ -19,6 +23,7 @@ use tokio::task::JoinHandle;
 use client::{Answer, Client};
 use load::Load;
 use program::Program;
+use viewer::Viewer;
 
 /// For what comes within milliseconds on an idle machine.
 const LONG: Duration = Duration::from_secs(30);
@@ -33,11 +38,14 @@ struct Running {
 
 impl Running {
     async fn start(config: Config) -> Self {
+        Self::start_at(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap(), config)
+    }
+
+    fn start_at(listener: TcpListener, config: Config) -> Self {
         let recorder = recorder().unwrap();
         let handle = recorder.handle();
         // Each service of these tests has figures of its own.
         let service = metrics::with_local_recorder(&recorder, || Service::new(config, handle)).unwrap();
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, told) = oneshot::channel();
         let served = tokio::spawn(service.serve(listener, None, async {
@@ -252,10 +260,13 @@ async fn sigterm_finishes_the_requests_under_way() {
     let mut client = Client::connect(program.address).await.unwrap();
     assert_eq!(client.order("tea", &[]).await.unwrap().status, StatusCode::CREATED);
 
-    for path in ["/readyz", "/metrics"] {
+    for path in ["/", "/readyz", "/metrics"] {
         assert_eq!(client.get(path).await.unwrap().status, StatusCode::NOT_FOUND, "{path} is for operators");
         assert_eq!(operator.get(path).await.unwrap().status, StatusCode::OK);
     }
+    assert_eq!(client.get("/events").await.unwrap().status, StatusCode::NOT_FOUND, "events are for operators");
+    let mut viewer = Viewer::open(program.operators).await;
+    viewer.status("the primary", |status| status["ready"] == true).await;
     assert_eq!(client.get("/healthz").await.unwrap().status, StatusCode::OK);
 
     let mut direct = cluster.direct(cluster.primary()).await;
@@ -270,6 +281,7 @@ async fn sigterm_finishes_the_requests_under_way() {
     .await;
     program.signal(rustix::process::Signal::TERM);
     eventually("no new connection is accepted", LONG, async || Client::connect(program.address).await.is_err()).await;
+    viewer.ends().await;
     assert!(program.is_running(), "it waits for the request");
     assert_eq!(ready(&mut operator).await.status, StatusCode::OK, "operators are answered to the end");
     lock.commit().await.unwrap();
