@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants
+.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -10,6 +10,9 @@ setup: ## Install the server programs that the tests need, if they are missing
 
 demo: setup ## A primary fails under load in three ways: this pool beside a plain one (FAULT=kill|freeze|demotion, RUNS=20, DNS=moves|all|hosts)
 	cargo run --release --quiet --example failover
+
+web: setup-managers ## Three Patroni nodes, etcd and a web service here, with failovers at the keyboard, and a page that shows them (PORT=8080, SYNCHRONOUS=1)
+	@cargo run --quiet --example patroni
 
 picture: demo ## Renew the picture in the README from a run of the demo
 	cp target/demo/failover.svg docs/failover.svg
@@ -41,8 +44,10 @@ managers: setup-managers ## Patroni with etcd, repmgr and HAProxy, for real: eac
 model: ## The rule of settling against random histories of a modelled cluster (HISTORIES=1000000)
 	HISTORIES=$${HISTORIES:-1000000} cargo test --release --all-features --lib a_search_finds_naive_rules -- --nocapture
 
-test-managers: setup-managers ## One round of the most important trials with Patroni, etcd and repmgr
+test-managers: setup-managers ## One round of the most important trials with Patroni, etcd and repmgr; the web service with Patroni
 	cargo test --all-features --test managers -- --ignored short::
+	cargo build --all-features --example patroni
+	cargo test --all-features --test failover -- --ignored patroni::
 
 setup-managers:
 	@sh scripts/setup.sh managers
