@@ -366,7 +366,7 @@ fn named(item: &Item) -> Option<String> {
 }
 
 fn describe(item: &Item, public: &Public, private: &BTreeSet<String>, lines: &mut BTreeSet<String>) {
-    let path = |name: &syn::Ident| public.get(&name.to_string());
+    let path = |name: &Ident| public.get(&name.to_string());
     match item {
         Item::Enum(item) => {
             let Some(path) = path(&item.ident) else { return };

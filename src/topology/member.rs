@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    Address, Answer, CandidateReport, Endpoint, Origin, Parts, Phase, ProbeFailure, PromotionWait, Refusal, ServerReport, Topology,
-    generation::same_start,
+    Address, Answer, CandidateReport, Endpoint, Origin, Parts, Phase, ProbeFailure, PromotionWait, Refusal,
+    ServerReport, Topology, generation::same_start,
 };
 
 /// The most candidates that are probed at the same time. If there are more, the others wait for their turns.

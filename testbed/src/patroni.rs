@@ -133,10 +133,11 @@ impl Patroni {
         false
     }
 
-    /// What to install before [`Patroni::start`] works; `None` if nothing is missing. For programs, which are not skipped.
+    /// What to install before [`Patroni::start`] works; `None` if nothing is missing. For programs, which are not
+    /// skipped.
     pub fn missing() -> Option<String> {
-        if let Some(server) = Server::missing() {
-            return Some(server.to_owned());
+        if let Err(why) = Server::find() {
+            return Some(why.to_string());
         }
         let why = installed::python().err()?;
         Some(format!("Patroni and etcd are needed, and {why}: install them with `sh scripts/setup.sh managers`"))

@@ -141,11 +141,6 @@ impl Server {
         })
     }
 
-    /// What to install before [`Server::installed`] finds something, if there is nothing.
-    pub(crate) fn missing() -> Option<&'static str> {
-        programs().is_none().then_some(MISSING)
-    }
-
     /// The folder of the server's programs.
     pub fn programs(&self) -> &Path {
         &self.programs

@@ -535,7 +535,7 @@ async fn c6_a_stream_that_ends_in_the_closure_is_committed() {
 /// The server sends a part of the rows, and then is busy for longer than a kept stream is waited for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c6_a_dropped_stream_of_a_slow_statement_is_committed() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
     let slow = "SELECT repeat('x', 9000) UNION ALL SELECT pg_sleep(4)::text";
     let runs = Runs::default();
@@ -552,7 +552,7 @@ async fn c6_a_dropped_stream_of_a_slow_statement_is_committed() {
 /// The limit of an attempt counts until COMMIT can be sent: a statement that nobody waits for any more does not hold it up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c2_a_dropped_statement_holds_no_attempt_beyond_its_limit() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 1);
     pool.connect().await.unwrap();
     for dropped in ["statement", "stream"] {

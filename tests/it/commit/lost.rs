@@ -8,14 +8,14 @@ use tokio::time::timeout;
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, RetryPolicy};
 
-use crate::commit::finish::{Kind, pool_of, single, started};
+use crate::commit::finish::{Kind, pool_of, single, with_ledger};
 use crate::support::{PATIENCE, Runs, insert, stored};
 
 /// A path has vanished: the server does not know that the client is gone, and keeps the session with its locks. The next run
 /// needs the same locks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_was_lost_before_commit_holds_no_run_up() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let cutter = Cutter::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let pool = pool_of(Kind::Own, cutter.addr(), 2);
     pool.connect().await.unwrap();
@@ -37,7 +37,7 @@ async fn a_session_that_was_lost_before_commit_holds_no_run_up() {
 /// The question how a lost run has ended waits for a lock. It does not wait beyond the call's deadline.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_question_that_is_held_up_ends_with_the_deadline() {
-    let cluster = started(single()).await;
+    let cluster = with_ledger(single()).await;
     let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
     pool.connect().await.unwrap();
     let (admin, runs) = (cluster.direct(Node(0)).await, Runs::default());

@@ -291,7 +291,7 @@ impl<'a> FromSql<'a> for Calm {
 /// use of the connection could read the new one.
 #[tokio::test]
 async fn a_type_that_got_another_label_is_read_again() {
-    let cluster = started().await;
+    let cluster = with_types().await;
     for (name, pool) in pools(&cluster, 1) {
         for way in ["plain", "own error", "read"] {
             let what = format!("{name}, {way}");
