@@ -49,8 +49,8 @@ pub(super) struct Task<C: SessionClient> {
     /// suspension.
     generation: Option<Arc<Generation<C>>>,
     live: bool,
-    /// The topology's actions that are still to be carried out. They stay here if the program's log panics, so a panic
-    /// costs at most one event.
+    /// The topology's actions that are still to be carried out. If the program's log panics while the task carries out
+    /// one of them, the others stay here for the next step. So a panic costs at most one event.
     actions: VecDeque<Action>,
     /// Scopes to end once the newer state is published.
     scopes: Scopes,
@@ -158,8 +158,8 @@ impl<C: SessionClient> Task<C> {
         true
     }
 
-    /// Falls asleep or wakes up, depending on whether a primary is or was recently needed. Returns whether the task is
-    /// awake.
+    /// Wakes up if a caller needs a primary, and falls asleep if none has needed one for `sleep_after`. Returns whether
+    /// the task is awake.
     fn is_awake(&mut self, now: Instant, traffic: TrafficSample) -> bool {
         let Some(after) = self.sleep_after else { return true };
         let lent = self.shared.lent.swap(false, Ordering::SeqCst);
@@ -227,7 +227,7 @@ impl<C: SessionClient> Task<C> {
         if in_use {
             self.shared.listening.store(true, Ordering::SeqCst);
         }
-        // If the sessions' drivers are not this crate's, their ends go unnoticed, so they are not counted.
+        // If another crate drives the sessions, this task does not notice when they end. So it does not count them.
         let generation = self.generation.as_ref().filter(|_| self.opener.drives());
         let open = generation.map_or(0, |generation| generation.open.count());
         let idle_asked = self.shared.idle_asked.load(Ordering::Relaxed) > 0;
@@ -327,8 +327,8 @@ impl<C: SessionClient> Task<C> {
     fn begin(&mut self, primary: &Primary, lost_for: Option<Duration>) {
         let took = lost_for.unwrap_or_else(|| self.searching_since.elapsed());
         self.shared.newest.store(primary.id.get(), Ordering::Relaxed);
-        // Behind a proxy the next session may reach another server. So the session that is known to reach the primary
-        // is kept for the heartbeat.
+        // Callers may take the spare session, but not behind a proxy: there the next session may reach another server,
+        // so the heartbeat keeps the one that is known to reach the primary.
         let spare = if self.topology.roams() { None } else { self.sessions.remove(&primary.endpoint.address) };
         // A pooler may have connected a session of the older generation to the new primary. Do not take that session,
         // because it ends with its own generation.
@@ -362,7 +362,8 @@ impl<C: SessionClient> Task<C> {
         })
     }
 
-    /// The time of the next inputs. The topology learns what both clocks say.
+    /// Returns the time for the next inputs. Also tells the topology what the wall clock says: it compares both clocks,
+    /// because they differ after the machine was suspended.
     fn now(&mut self) -> Instant {
         let now = Instant::now();
         self.topology.wall_clock(now, Duration::from_millis(wall_clock()));
@@ -444,7 +445,8 @@ impl<C: SessionClient> Task<C> {
             self.revision = self.topology.revision();
             self.send(self.topology.view());
         } else if refused_as_of != self.refused_as_of {
-            // The view is unchanged, but the refusal in it is newer. Callers that began to wait meanwhile need that.
+            // The view is unchanged, but its refusal answers a newer question. A waiting caller may accept only a
+            // refusal whose question was asked after the call began, so it needs the new time.
             self.send_snapshot(self.topology.view());
         }
         // The log and the metrics are user code and may panic. So the scopes are ended first, and each event is removed
@@ -469,7 +471,7 @@ impl<C: SessionClient> Task<C> {
         self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
     }
 
-    /// Copies the span of the search. Copying calls the program's log, and a panic there must not end the work.
+    /// Copies the span of the search. Copying calls the program's log. If that panics, the work goes on without a span.
     fn span(&self) -> Span {
         let copied = catch_unwind(AssertUnwindSafe(|| self.search.clone()));
         copied.ok().flatten().unwrap_or_else(Span::none)

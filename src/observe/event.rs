@@ -14,7 +14,8 @@ use tokio_util::sync::ReusableBoxFuture;
 use crate::commit::Unsettled;
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId};
 
-/// Something that has happened in a pool, from [`Pool::subscribe`](crate::Pool::subscribe).
+/// Something that has happened in a pool. [`Pool::subscribe`](crate::Pool::subscribe) returns the stream of these
+/// events.
 ///
 /// When an event about the primary arrives, [`Pool::status`](crate::Pool::status) already shows that state or a later
 /// one.
@@ -101,7 +102,7 @@ pub enum Event {
     /// [`PoolBuilder::accept_new_cluster_after`](crate::PoolBuilder::accept_new_cluster_after).
     #[non_exhaustive]
     ClusterAccepted {
-        /// The system identifier of the cluster until now, if it was known.
+        /// The system identifier of the pool's cluster before the change, if it was known.
         before: Option<u64>,
         /// The system identifier of the new cluster. `None` if the next search decides it.
         accepted: Option<u64>,
@@ -162,14 +163,15 @@ pub enum Settlement {
     Unknown(Unsettled),
 }
 
-/// The events of a pool, beginning with the call of [`Pool::subscribe`](crate::Pool::subscribe). It is a [`Stream`]
-/// that ends when the pool is closed.
+/// The events of a pool since [`Pool::subscribe`](crate::Pool::subscribe) was called. It is a [`Stream`] that ends when
+/// the pool is closed.
 ///
 /// It never holds up the pool. A reader may be 256 events behind. If it falls further behind, the oldest events are
 /// dropped, and [`Event::Missed`] tells the reader how many.
 #[must_use = "events are lost unless they are read"]
 pub struct Events {
-    /// The future takes the receiver, and returns it together with the next event.
+    /// The future that waits for the next event. It owns the receiver meanwhile, and returns it with the event, so that
+    /// the next future can have it.
     next: ReusableBoxFuture<'static, (Result<Event, RecvError>, Receiver<Event>)>,
 }
 

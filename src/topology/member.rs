@@ -14,7 +14,7 @@ use super::{
 /// The most candidates that are probed at the same time. If there are more, the others wait for their turns.
 pub(super) const MAX_MEMBERS: usize = 64;
 
-/// One candidate. If it is `verified`, it is what the glossary calls a member.
+/// One candidate. The glossary calls it a member only if it is `verified`.
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Member {
     pub(super) endpoint: Endpoint,
@@ -33,17 +33,18 @@ pub(super) struct Member {
     /// When its last report came.
     pub(super) heard_at: Option<Instant>,
     pub(super) answer: Option<Answer>,
-    /// When the question was asked whose answer came last.
+    /// When the pool asked the question that was answered last.
     pub(super) told_at: Option<Instant>,
     /// Its last report, which came at `heard_at`.
     pub(super) report: Option<ServerReport>,
-    /// The parts that it withholds, and that the operator has been told about.
+    /// The withheld parts that the operator has already been told of.
     pub(super) kept_back: Parts,
     /// How many times in a row it had no free connection slot.
     pub(super) full: u32,
     pub(super) took: Option<Duration>,
-    /// How long its last report took. `usually` is the shorter time of the last two reports.
+    /// How long its last report took.
     reported_in: Option<Duration>,
+    /// The shorter time of its last two reports.
     pub(super) usually: Option<Duration>,
     /// The next probe must open a new session.
     pub(super) fresh: bool,
@@ -101,15 +102,15 @@ impl Member {
         self.usually = last.into_iter().chain(took).min();
     }
 
-    /// Adapts the promotion wait to the server. A slow server is probably polled by many pools, so it is checked less
-    /// often.
+    /// Adapts the promotion wait to the server. A slow server is probably polled by many pools, so its recovery is
+    /// checked less often.
     pub(super) fn spares(&self, promotion_wait: PromotionWait) -> PromotionWait {
         let step = promotion_wait.step.max(self.took.unwrap_or_default() / 2).min(promotion_wait.lasts);
         PromotionWait { step, ..promotion_wait }
     }
 
-    /// Returns whether the next question is a log-in that will most likely be refused, because the last log-in was
-    /// refused.
+    /// Returns whether the next question needs a new log-in although the server has refused the last one. Such a log-in
+    /// will most likely be refused, too.
     pub(super) fn must_log_in(&self, current: Option<&Address>) -> bool {
         let held = current == Some(&self.endpoint.address) && !self.fresh;
         let refused = matches!(&self.answer, Some(Answer::Failed(failure)) if failure.is_refused_log_in());
@@ -138,8 +139,8 @@ impl Topology {
         !self.settings.roaming && self.members.get(address).is_some_and(Member::is_standby)
     }
 
-    /// The members that are kept even if DNS no longer names them: the primary, or the suspended primary and the server
-    /// that is about to be accepted.
+    /// The members that are kept even if DNS no longer names them. While a primary is known, this is the primary.
+    /// During a search, these are the suspended primary and the server that is about to be accepted.
     pub(super) fn needed(&self) -> Vec<Address> {
         match &self.phase {
             Phase::Known { primary, .. } => vec![primary.endpoint.address.clone()],
@@ -195,8 +196,8 @@ impl Topology {
     }
 
     /// Makes room for a new member. Forgets the member that was named longest ago, among those that the newest DNS
-    /// answer does not name. A verified member may be the next primary, so verified members are forgotten only while
-    /// they are more than half of all, however wrong DNS is.
+    /// answer does not name. A verified member may be the next primary, and DNS may be wrong about it. So a verified
+    /// member is forgotten only if more than half of all places are taken by verified members.
     fn forget_one(&mut self, now: Instant) -> bool {
         let needed = self.needed();
         let crowded = self.members.values().filter(|member| member.verified).count() > MAX_MEMBERS / 2;
@@ -220,7 +221,7 @@ impl Topology {
         self.primary_address().as_ref() == Some(address) || self.suspended_address().as_ref() == Some(address)
     }
 
-    /// Returns whether the known primary was the server that last answered at this address, too.
+    /// Returns whether the last answer from this address came from the known primary, which may have several addresses.
     pub(super) fn is_also_primary(&self, address: &Address) -> bool {
         let Phase::Known { primary, .. } = &self.phase else {
             return false;
