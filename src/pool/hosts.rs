@@ -1,5 +1,5 @@
-//! Reads the hosts of a connection string as libpq does: the lists in `host`, `hostaddr` and `port`, which override
-//! those in a URL before the path, and `target_session_attrs`.
+//! Reads the hosts of a connection string as libpq does. The parameters `host`, `hostaddr` and `port` are lists. They
+//! override the hosts and ports that a URL has before its path. `target_session_attrs` is read here, too.
 
 use std::net::IpAddr;
 
@@ -29,7 +29,8 @@ pub(super) struct Target {
 const DEFAULT_PORT: u16 = 5432;
 
 impl Hosts {
-    /// Takes an option out of the text. `false` leaves it to the driver. If an option is repeated, the last one counts.
+    /// Takes an option out of the text, and returns whether it has. If not, the driver gets the option. If an option is
+    /// repeated, the last one counts.
     pub(super) fn take(&mut self, key: &str, value: &str) -> bool {
         let option = match key {
             "host" => &mut self.host,
@@ -121,7 +122,7 @@ impl Target {
         if name.is_some_and(is_scoped) {
             return Err(scoped("host"));
         }
-        // libpq takes it for one, and the driver for a name.
+        // libpq takes such a host for an abstract Unix socket, but the driver takes it for a name.
         if name.is_some_and(|name| name.starts_with('@')) {
             let problem = "an abstract Unix socket, as in @pg, cannot be connected to by the driver; give the folder \
                            of the server's socket, or its address";
@@ -139,7 +140,8 @@ impl Target {
     }
 }
 
-/// The error for an address with an interface, because the driver does not pass an interface to the system.
+/// The error for an address with an interface. The driver cannot connect to one, because it does not pass the interface
+/// to the system.
 fn scoped(option: &'static str) -> BuildError {
     let problem = "an address with an interface, as in fe80::1%eth0, cannot be connected to by the driver; give the \
                    server's global or unique local address, or a name that leads to one";
@@ -162,7 +164,7 @@ fn port(text: &str) -> Result<u16, BuildError> {
     }
 }
 
-/// The driver's error text, without the value, which may be a piece of a password.
+/// The error that the driver would give. The text leaves out the value, because that may be a piece of a password.
 fn invalid(option: &str) -> BuildError {
     BuildError::Url(format!("invalid connection string: invalid value for option `{option}`"))
 }

@@ -1,7 +1,7 @@
-//! Sessions for settling commits. Callers may wait for the locks of the transaction in doubt, and a settler must not
-//! queue behind them. So it uses a new connection of the pool if there is a free slot; its caller needs a connection
-//! next anyway. Otherwise it uses a session outside the pool. If no session can be opened, it uses an idle one of the
-//! pool, which callers have used before.
+//! Sessions for settling commits. A settler must not queue behind other callers, because these may wait for locks that
+//! the transaction in doubt still holds. So it uses a new connection of the pool if there is a free slot. That
+//! connection is not wasted, because the settler's caller needs one next anyway. Otherwise it uses a session outside
+//! the pool. If no session can be opened, it uses an idle one of the pool, which callers have used before.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,7 +38,7 @@ impl<C> Default for Settlers<C> {
     }
 }
 
-/// One commit that is being settled. When the last of them has ended, the kept sessions are closed.
+/// A commit that is being settled. When no commit is being settled any more, the kept sessions are closed.
 pub(crate) struct Settling<'a, C: SessionClient> {
     pool: &'a Pool<C>,
     settlers: &'a Settlers<C>,
@@ -52,8 +52,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         Self { pool, settlers }
     }
 
-    /// Returns a session to the current primary, and for a session outside the pool the permit to use it. Waits for
-    /// both without a limit of its own. Cancel-safe.
+    /// Returns a session to the current primary. If the session is outside the pool, its permit is returned, too: the
+    /// session may be used while the permit is held. Waits for both without a limit of its own. Cancel-safe.
     pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, SettleSession<'a, C>), Error> {
         if let Some(lent) = self.lent().await? {
             return Ok((None, SettleSession::Pooled(lent)));
@@ -76,8 +76,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         }
     }
 
-    /// Takes an idle connection that callers may have used. The caller may have left a transaction open on it, if this
-    /// crate does not see that.
+    /// Takes an idle connection that callers may have used. Rolls back first, because a caller may have left a
+    /// transaction open that this crate did not see.
     async fn used(&self) -> Option<PooledSession<'a, C>> {
         let counted = Counted::new(&self.settlers.pooled);
         let client = self.pool.get_idle().await?;
@@ -88,7 +88,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     }
 
     /// Takes a connection of the pool, unless settlers hold half of the pool already. The other half stays for other
-    /// callers, such as readers, because confirming a commit may wait for a standby for long.
+    /// callers, such as readers. A settler may hold its connection for long, because it waits until a standby has
+    /// confirmed the commit.
     async fn lent(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
         let counted = Counted::new(&self.settlers.pooled);
         if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
@@ -103,7 +104,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         self.pool.suspect(id, Suspicion::Connection);
     }
 
-    /// Keeps a session without a transaction for the next settler.
+    /// Keeps a session, so that it can be used again. No transaction may be open on it.
     pub(crate) fn keep(&self, session: SettleSession<'_, C>) {
         match session {
             SettleSession::Pooled(mut lent) => lent.clean = true,
@@ -135,7 +136,7 @@ pub(crate) enum SettleSession<'a, C: SessionClient> {
 pub(crate) struct PooledSession<'a, C: SessionClient> {
     client: Client<C>,
     clean: bool,
-    /// Callers may have used it, so its role and settings may be theirs.
+    /// Callers may have used it, so they may have changed its role and settings.
     used: bool,
     _counted: Counted<'a>,
 }
@@ -156,14 +157,14 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// Returns whether callers may have changed the role or the settings of this session. Then a refusal says nothing
-    /// about the pool's role.
+    /// Returns whether callers may have changed the role or the settings of this session. If so, a refused question
+    /// does not show what the pool's own role may do.
     pub(crate) fn is_used(&self) -> bool {
         matches!(self, Self::Pooled(lent) if lent.used)
     }
 
-    /// Notes whether the settler's COMMIT is under way. If the settler is dropped meanwhile, the COMMIT is then not
-    /// cancelled. A session outside the pool is never cancelled.
+    /// Notes whether the settler's COMMIT is under way. If the settler is dropped while it is, the COMMIT is not
+    /// cancelled. On a session outside the pool nothing is ever cancelled, so nothing is noted for it.
     pub(crate) fn set_committing(&self, committing: bool) {
         if let Self::Pooled(lent) = self {
             lent.client.set_committing(committing);
@@ -199,7 +200,8 @@ impl<C: SessionClient> SettleSession<'_, C> {
         }
     }
 
-    /// Waits until the generation of the session has ended, if the session does not end with it. Cancel-safe.
+    /// Waits until the generation of the session has ended. If the session itself ends with the generation, this may
+    /// wait for ever. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self {
             Self::Pooled(lent) => lent.client.evicted().await,

@@ -2,12 +2,12 @@
 //! because a machine was suspended, or a router forgot the connection.
 //!
 //! A test belongs to the pool and not to the caller that needed it first. If that caller gives up, the test goes on,
-//! and a good connection stays in the pool. So callers whose time limit is shorter than a round trip close no
-//! connections. If the server gives no answer in time, the connection is *doubted*, and so are all others that have
-//! been idle for as long. No caller gets a doubted connection before it has answered, and others may be opened in its
-//! place. One that gives no answer for long is closed. A short stall of the server or the network closes none: each
-//! doubted connection that answers comes back if `max_size` has room for it, and a dial that was begun in its place
-//! then ends without a connection.
+//! and a good connection stays in the pool. So a caller whose time limit is shorter than a round trip does not cost the
+//! pool a good connection. If the server gives no answer in time, the connection is *doubted*, and so are all others
+//! that have been idle for as long. No caller gets a doubted connection before the server has answered on it, and the
+//! pool may open another one in its place. A doubted connection without an answer is closed after a while. A short
+//! stall of the server or the network closes none: a doubted connection with an answer comes back if `max_size` has
+//! room for it. If a dial was begun in its place, the dial then ends without a connection.
 
 use std::pin::pin;
 use std::sync::{Arc, Weak};
@@ -32,9 +32,10 @@ const ANSWER_WITHIN: Duration = Duration::from_millis(500);
 const DOUBTED_WITHIN: Duration = Duration::from_secs(2);
 
 impl<C: SessionClient> Dialer<C> {
-    /// Returns the connection if it may be handed out, and closes it if not. It may have been given back with something
-    /// under way that its driver has not seen yet. Or it was idle, or on loan without being used, for so long that its
-    /// socket may be dead. Cancel-safe: the test goes on in the background.
+    /// Tests a connection, and returns it if it may be handed out. Otherwise closes or doubts it. There are two reasons
+    /// for a test. A caller may have given the connection back with a request that its driver has not seen yet. Or the
+    /// connection was unused, idle or on loan, for so long that its socket may be dead. Cancel-safe: the test goes on
+    /// in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
         let _counted = Counted::new(self.queue.tested());
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };
@@ -61,8 +62,8 @@ impl<C: SessionClient> Dialer<C> {
         self.test_after.is_due(connection.facts().notices.activity.heard_at(), wall_clock())
     }
 
-    /// Returns whether the connection may be handed out. This is for a pool built by hand, whose connections deadpool
-    /// itself holds while they are tested.
+    /// Returns whether the connection may be handed out. Only the manager of a pool built by hand uses this: there
+    /// deadpool itself holds a connection during the test.
     pub(super) async fn is_alive(self: &Arc<Self>, connection: &Connection<C>) -> bool {
         !self.must_be_tested(connection)
             || matches!(self.asked(connection, Instant::now() + ANSWER_WITHIN).await, Found::Fit)
@@ -74,18 +75,20 @@ impl<C: SessionClient> Dialer<C> {
         let found = answers(connection, deadline).await;
         if !matches!(found, Found::Fit) {
             tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}");
-            // The pool's own session may be dead too.
+            // The session on which the cluster's task asks the primary may be dead, too. So let the task check.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
             self.queue.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
         }
         found
     }
 
-    /// Asks the primary on an idle connection, and on another one if it is being asked so already: a socket may be dead
-    /// without a sign, and then its silence says nothing about the server. An answer is noted as a sign of life.
+    /// Asks the primary on an idle connection. If such a question is under way already, asks on another connection: the
+    /// socket of the first may be dead without a sign, and then its silence says nothing about the server. An answer is
+    /// noted as a sign of life.
     ///
-    /// There is no time limit as long as none is answered, because whether a primary is silent is not decided here. A
-    /// connection without an answer is closed if the server has answered on a later one.
+    /// As long as no such question is answered, there is no time limit, because the topology decides whether the
+    /// primary is silent. Once a later question is answered, this one must be answered within `DOUBTED_WITHIN`, or its
+    /// connection is closed.
     pub(super) fn ask_idle(self: &Arc<Self>) {
         let Some(question) = self.cluster.idle_question() else { return };
         let Some(connection) = self.queue.take_any(&self.cluster) else { return };
@@ -116,8 +119,9 @@ impl<C: SessionClient> Dialer<C> {
     }
 }
 
-/// Asks the server on an idle connection until it answers, or has answered on later ones for long. Returns whether it
-/// has answered, and the doubt about the connection that has arisen meanwhile. `None`: the pool has been dropped.
+/// Asks the server on an idle connection. Waits until the server has answered. Once it has answered a later question,
+/// waits for `DOUBTED_WITHIN` at most. Returns whether it has answered, and the doubt if the connection was doubted
+/// meanwhile. `None`: the pool has been dropped.
 async fn idle_answer<C: SessionClient>(
     connection: &Connection<C>,
     question: &IdleQuestion,
@@ -131,8 +135,9 @@ async fn idle_answer<C: SessionClient>(
             return Some((answer.is_ok(), doubt));
         }
         let dialer = dialer.upgrade()?;
-        // Callers may have another one opened in its place. During a suspension they cannot, and when that has ended,
-        // the answer is probably on its way.
+        // The pool may now open another connection in the place of this one. During a suspension it opens none for
+        // callers, so a doubt is of no use. Right after a suspension the answer is probably on its way, so wait once
+        // more.
         let is_current = dialer.cluster.is_current(generation);
         if is_current && was_current && doubt.is_none() {
             doubt = Some(dialer.queue.doubt());
@@ -221,7 +226,8 @@ impl<C: SessionClient, T: Tested<C>> Testing<'_, C, T> {
         let Some(tested) = &self.tested else { return Found::Unfit };
         let connection = tested.connection();
         let idle = connection.idle().await;
-        // The driver of a session that it has closed has sent the cancel request itself.
+        // If the driver has closed the session, the driver has also sent the cancel request. So nothing is to be
+        // cancelled here.
         if !connection.usable() {
             return Found::Unfit;
         }
