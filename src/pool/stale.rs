@@ -74,7 +74,7 @@ impl<C: SessionClient> Dialer<C> {
         let heard_at = connection.facts().notices.activity.heard_at();
         let found = answers(connection, deadline).await;
         if !matches!(found, Found::Fit) {
-            tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}");
+            tracing::debug!("an idle connection gave no answer within {ANSWER_WITHIN:?}, or an error");
             // The session on which the cluster's task asks the primary may be dead, too. So let the task check.
             self.cluster.suspect(connection.facts().generation, Suspicion::Connection);
             self.queue.take_silent(heard_at).into_iter().for_each(|silent| self.doubt(silent));
