@@ -233,8 +233,8 @@ pub enum Unsettled {
     NotReplicated,
     /// No primary answered before the deadline.
     #[error(
-        "there was no primary that answered before the deadline: raise `RetryPolicy::deadline` above the length of your \
-         failover"
+        "there was no primary that answered before the deadline: raise `RetryPolicy::deadline` above the length of \
+         your failover"
     )]
     NoPrimary,
     /// The primary answered the question with an error each time, such as that its disk is full. The log has the error,

@@ -281,8 +281,8 @@ fn level_name(level: IsolationLevel) -> &'static str {
 ///
 /// Within the closure, read a stream of rows to its end or drop it, and finish a COPY, because COMMIT's answer comes
 /// after theirs. If one is kept, the call fails with [`RolledBack::StreamKept`](crate::error::RolledBack::StreamKept).
-/// To find that out, a transaction that uses the streaming methods below takes one more round trip, and waits for the rest
-/// of a stream that was dropped. A stream that was begun in another way, through the driver's
+/// To find that out, a transaction that uses the streaming methods below takes one more round trip, and waits for the
+/// rest of a stream that was dropped. A stream that was begun in another way, through the driver's
 /// [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,

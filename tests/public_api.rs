@@ -1,5 +1,5 @@
-//! The public API is what docs/public-api.txt and testkit/public-api.txt say, so that a change of it is seen in review and meant. `make api` renews the file.
-//! Each line names an item with the module that users find it in.
+//! The public API is what docs/public-api.txt and testkit/public-api.txt say, so that a change of it is seen in review
+//! and meant. `make api` renews the file. Each line names an item with the module that users find it in.
 //!
 //! Read from the sources, by their syntax: it needs no nightly compiler and no tool, and says the same under all of
 //! them. What it cannot see are traits that are implemented by themselves (`Send`, `Sync`), and what a macro makes. The

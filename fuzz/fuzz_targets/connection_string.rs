@@ -8,8 +8,9 @@ use tokio_postgres_failover::tokio_postgres::config::{LoadBalanceHosts, SslMode,
 use tokio_postgres_failover::{BuildError, Pool};
 use tokio_postgres_failover_fuzz::short_and_in_one_line;
 
-/// What these words belong to is read as libpq reads it, or is refused, and the driver reads some of it otherwise: lists of
-/// hosts, the names of roles, a time-out in milliseconds, files for TLS, and options of libpq that the driver does not know.
+/// What these words belong to is read as libpq reads it, or is refused, and the driver reads some of it otherwise:
+/// lists of hosts, the names of roles, a time-out in milliseconds, files for TLS, and options of libpq that the driver
+/// does not know.
 const READ_HERE: [&str; 18] = [
     "host",
     "port",

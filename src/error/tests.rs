@@ -1,5 +1,5 @@
-//! The texts of all errors are those on the page of errors. `tests/it/observe/texts.rs` holds real ones against the same
-//! table.
+//! The texts of all errors are those on the page of errors. `tests/it/observe/texts.rs` holds real ones against the
+//! same table.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

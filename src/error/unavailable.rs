@@ -175,8 +175,8 @@ impl fmt::Display for Unavailable {
             }
             UnavailableReason::NoSession if matches!(self.obstacle, Obstacle::BeingTested) => write!(
                 f,
-                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait longer \
-                 ({}), or raise test_idle_after if the network is slow",
+                "the primary is known, but its idle connections were still being tested after {waited:.1?}; wait \
+                 longer ({}), or raise test_idle_after if the network is slow",
                 self.limit
             )?,
             UnavailableReason::NoSession

@@ -73,7 +73,8 @@ impl fmt::Display for CommitUnknown {
                 explain(&source.0)
             )?,
             WhyInDoubt::Evicted => f.write_str(
-                "the pool left the primary before it answered COMMIT: the transaction may or may not have been committed",
+                "the pool left the primary before it answered COMMIT: the transaction may or may not have been \
+                 committed",
             )?,
             WhyInDoubt::NotReplicated => f.write_str(
                 "the wait for a synchronous standby was cancelled: the transaction is committed on the primary, and a \
@@ -84,8 +85,8 @@ impl fmt::Display for CommitUnknown {
                  transaction may or may not have been committed",
             )?,
             WhyInDoubt::Earlier => f.write_str(
-                "the COMMIT of an earlier attempt was not answered, and the primary that did not have it was lost, too: the \
-                 transaction may or may not have been committed",
+                "the COMMIT of an earlier attempt was not answered, and the primary that did not have it was lost, \
+                 too: the transaction may or may not have been committed",
             )?,
         }
         write!(f, "; {}; look for its effect before repeating it", self.reason)?;

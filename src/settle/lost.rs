@@ -5,8 +5,8 @@ use tokio_postgres::{Client, Error};
 use super::wal::Backend;
 use crate::topology::UNDISTURBED;
 
-/// Ends the server's session of a transaction for which no COMMIT was sent and whose connection was lost. The server may
-/// not learn for hours that the client is gone, and until then the session holds the locks that the next run needs.
+/// Ends the server's session of a transaction for which no COMMIT was sent and whose connection was lost. The server
+/// may not learn for hours that the client is gone, and until then the session holds the locks that the next run needs.
 ///
 /// The statement runs as the role that logged in, as the lost session did.
 pub(crate) async fn end_lost(client: &Client, backend: Backend) -> Result<(), Error> {

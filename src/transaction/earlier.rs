@@ -127,7 +127,8 @@ impl Unsent {
         self.concluded(client.pool(), found, deadline).await
     }
 
-    /// Ends the transaction's session, so that the next run does not wait for its locks. Nobody has sent a COMMIT on it.
+    /// Ends the transaction's session, so that the next run does not wait for its locks. Nobody has sent a COMMIT on
+    /// it.
     async fn end_session<C: SessionClient>(&self, client: &Client<C>) {
         if !self.mark.is_life_of(client) {
             return;

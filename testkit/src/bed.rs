@@ -1,5 +1,5 @@
-//! What the kit is built of, for this project's own test bed: it panics where the kit returns errors, and it can do more.
-//! Nothing here is part of the public API.
+//! What the kit is built of, for this project's own test bed: it panics where the kit returns errors, and it can do
+//! more. Nothing here is part of the public API.
 
 #![allow(
     clippy::unwrap_used,

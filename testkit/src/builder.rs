@@ -42,8 +42,8 @@ impl ClusterBuilder {
         self
     }
 
-    /// Whether a commit waits for any one standby, as it does unless told otherwise. Without it a failover may lose what
-    /// was committed in its last moments.
+    /// Whether a commit waits for any one standby, as it does unless told otherwise. Without it a failover may lose
+    /// what was committed in its last moments.
     ///
     /// ```no_run
     /// # async fn example() -> Result<(), tokio_postgres_failover_testkit::Error> {

@@ -153,8 +153,8 @@ impl Cluster {
         self.shared.url_at(&format!("{}:{}", Dns::NAME, self.shared.bed.port()))
     }
 
-    /// The connection string of the superuser `postgres` on one node, for the test's own look at what is stored. It leads
-    /// past [`Cluster::cut`].
+    /// The connection string of the superuser `postgres` on one node, for the test's own look at what is stored. It
+    /// leads past [`Cluster::cut`].
     ///
     /// # Errors
     /// [`Error::NoNode`].
@@ -292,8 +292,8 @@ impl Shared {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        // A step that was dropped lets go of the cluster a moment later. The servers end on this thread, so that a test that
-        // panics shows their logs.
+        // A step that was dropped lets go of the cluster a moment later. The servers end on this thread, so that a test
+        // that panics shows their logs.
         let begun = Instant::now();
         while Arc::strong_count(&self.shared) > 1 && begun.elapsed() < STOPPING {
             thread::sleep(Duration::from_millis(1));

@@ -32,8 +32,8 @@ pub struct Cutter {
 
 /// Where a connection is cut. Then both sides see it closed.
 ///
-/// BEGIN is a simple query that begins with this word or with START TRANSACTION, and COMMIT one that has it as a statement,
-/// as drivers send them. What is encrypted passes, and is not cut.
+/// BEGIN is a simple query that begins with this word or with START TRANSACTION, and COMMIT one that has it as a
+/// statement, as drivers send them. What is encrypted passes, and is not cut.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Cut {

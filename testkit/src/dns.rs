@@ -9,8 +9,8 @@ use crate::{Error, Node};
 
 /// A cluster's own DNS server, by UDP and TCP; see [`Cluster::dns`](crate::Cluster::dns).
 ///
-/// It answers for [`Dns::NAME`], at first with the addresses of all nodes. What it says changes at once, and only when the
-/// test says so: not even a promotion changes it.
+/// It answers for [`Dns::NAME`], at first with the addresses of all nodes. What it says changes at once, and only when
+/// the test says so: not even a promotion changes it.
 #[derive(Clone, Copy)]
 pub struct Dns<'a> {
     shared: &'a Shared,

@@ -16,8 +16,8 @@ use crate::Node;
 pub enum Error {
     /// PostgreSQL's server programs are not installed, or lie where nobody looks for them.
     #[error(
-        "no PostgreSQL server programs (postgres, initdb, pg_basebackup) in {searched}; install them (Debian and Ubuntu: \
-         apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; Alpine: apk add \
+        "no PostgreSQL server programs (postgres, initdb, pg_basebackup) in {searched}; install them (Debian and \
+         Ubuntu: apt-get install postgresql; Fedora: dnf install postgresql-server postgresql-contrib; Alpine: apk add \
          postgresql), or set PG_BIN to the folder that has them"
     )]
     NoPostgres {

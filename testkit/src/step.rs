@@ -15,9 +15,9 @@ type Work<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
 /// Something that is done to a [`Cluster`](crate::Cluster): `.await` it, or call [`Step::wait`] in a test that is not
 /// `async`.
 ///
-/// It begins when it is awaited, and ends with the state that its method names. It runs on a thread of the kit's own, so
-/// any runtime may await it, and a test that blocks holds up neither the cluster nor its network. A step that is dropped
-/// before its end stops where it is: a promotion that has begun goes on in the server.
+/// It begins when it is awaited, and ends with the state that its method names. It runs on a thread of the kit's own,
+/// so any runtime may await it, and a test that blocks holds up neither the cluster nor its network. A step that is
+/// dropped before its end stops where it is: a promotion that has begun goes on in the server.
 ///
 /// ```no_run
 /// use tokio_postgres_failover_testkit::{Cluster, Error, Node};

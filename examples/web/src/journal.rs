@@ -1,5 +1,5 @@
-//! The last events of the pool, and when they were seen, for the page. A task waits for the pool's events and does nothing
-//! in between, so that somebody who opens the page after a failover still sees what happened.
+//! The last events of the pool, and when they were seen, for the page. A task waits for the pool's events and does
+//! nothing in between, so that somebody who opens the page after a failover still sees what happened.
 
 use std::collections::VecDeque;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -64,8 +64,8 @@ impl Entries {
         self.add(Entry { at: since_1970(at), kind, tone, text, times: 1 });
     }
 
-    /// A failover settles many commits and delays many callers. Each kind of these takes one entry, so that they do not push
-    /// out the loss of the primary.
+    /// A failover settles many commits and delays many callers. Each kind of these takes one entry, so that they do not
+    /// push out the loss of the primary.
     fn add(&mut self, mut entry: Entry) {
         let repeats = self.0.back().is_some_and(|last| last.kind == entry.kind && last.tone == entry.tone);
         if repeats && is_frequent(entry.kind) {

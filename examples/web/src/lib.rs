@@ -92,8 +92,8 @@ impl Service {
     /// finished, and the pool is closed. Whatever still waits for a primary when the time for that is over gets its 503
     /// then.
     ///
-    /// With `operators` the page, readiness and metrics, which name servers, are told there alone. Readiness and metrics are
-    /// told to the end; the viewers' streams end when the service is told to stop.
+    /// With `operators` the page, readiness and metrics, which name servers, are told there alone. Readiness and
+    /// metrics are told to the end; the viewers' streams end when the service is told to stop.
     pub async fn serve(
         self,
         listener: TcpListener,

@@ -1,8 +1,8 @@
 //! The page in the browser, and the server-sent events that feed it.
 //!
-//! A viewer is a stream that hyper polls while the connection has room. Of a viewer who does not read hyper keeps a few messages,
-//! and then polls it no more. Nothing else is kept for it: when it reads again it gets the newest state. Without viewers
-//! nothing here runs.
+//! A viewer is a stream that hyper polls while the connection has room. Of a viewer who does not read hyper keeps a few
+//! messages, and then polls it no more. Nothing else is kept for it: when it reads again it gets the newest state.
+//! Without viewers nothing here runs.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -45,8 +45,8 @@ pub(crate) async fn page() -> impl IntoResponse {
     (headers, PAGE)
 }
 
-/// Sends the `status` each second and whenever it changes, and the list of the last `events` whenever there is a new one. Ends
-/// with `stopping` when the service stops.
+/// Sends the `status` each second and whenever it changes, and the list of the last `events` whenever there is a new
+/// one. Ends with `stopping` when the service stops.
 pub(crate) async fn events(extract::State(service): extract::State<Arc<Service>>) -> Response {
     let Ok(place) = Arc::clone(&service.viewers).try_acquire_owned() else {
         return (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], "too many viewers\n").into_response();

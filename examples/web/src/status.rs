@@ -118,7 +118,8 @@ fn report(answer: &Answer) -> Option<&ServerReport> {
     }
 }
 
-/// What to call a member. The last answer may be older than the pool's verdict, so only the verified primary is shown as one.
+/// What to call a member. The last answer may be older than the pool's verdict, so only the verified primary is shown
+/// as one.
 fn role(answer: Option<&Answer>, verified: bool) -> (&'static str, Tone) {
     if verified {
         return ("primary", Tone::Good);

@@ -18,15 +18,15 @@ pub enum RolledBack {
     /// The pool left the primary that the transaction ran on, and the transaction is not committed. Either its COMMIT
     /// was not sent, or it was lost with that primary before a standby had received it.
     #[error(
-        "the pool left the primary that the transaction ran on, and the transaction is not committed; it is safe to run \
-         it again"
+        "the pool left the primary that the transaction ran on, and the transaction is not committed; it is safe to \
+         run it again"
     )]
     LostWithPrimary,
     /// BEGIN reached another server than the one that the connection was verified with, because a proxy switched
     /// servers.
     #[error(
-        "nothing was done: a proxy has led the connection to another server than the one that was verified; it is safe to run \
-         the transaction again"
+        "nothing was done: a proxy has led the connection to another server than the one that was verified; it is \
+         safe to run the transaction again"
     )]
     OtherServer,
     /// The pooled connection already had an open transaction. An earlier user of it began one by hand and did not end

@@ -281,8 +281,8 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Waits until a node that was just started gives sessions. One that exits instead, over a setting for example, is told
-    /// at once.
+    /// Waits until a node that was just started gives sessions. One that exits instead, over a setting for example, is
+    /// told at once.
     async fn wait_up(&self, node: Node) {
         let what = format!("{node:?} accepts connections");
         let up = until(&what, PATIENCE, || async {

@@ -20,10 +20,10 @@ use crate::bed::sync::lock;
 
 /// Where a transaction's connection is cut.
 ///
-/// BEGIN is a simple query whose text begins with it or with START, and COMMIT one that has it as a statement, as `SELECT 1; COMMIT`.
-/// The answer of a message ends with ReadyForQuery. "Closed" is a FIN after all that was passed on, and is for both
-/// sides where nothing else is said; the server then rolls back what it has open, as soon as it reads from the
-/// connection.
+/// BEGIN is a simple query whose text begins with it or with START, and COMMIT one that has it as a statement, as
+/// `SELECT 1; COMMIT`. The answer of a message ends with ReadyForQuery. "Closed" is a FIN after all that was passed on,
+/// and is for both sides where nothing else is said; the server then rolls back what it has open, as soon as it reads
+/// from the connection.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Cut {
     /// BEGIN is not passed on.

@@ -36,8 +36,8 @@ impl Drop for Entry {
     }
 }
 
-/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have the
-/// names of the tests. The programs that run for as long as they are told have none.
+/// Limits the test that calls this, if it is one of the test harness's: these run in threads of their own, which have
+/// the names of the tests. The programs that run for as long as they are told have none.
 pub fn begin() {
     let thread = thread::current();
     let Some(name) = thread.name().filter(|name| name.contains("::")) else { return };

@@ -79,8 +79,8 @@ pub async fn connect(client: &TcpStream, upstream: SocketAddr) -> Option<TcpStre
     Some(server)
 }
 
-/// Copies both directions to their ends, and the ends themselves. `sent` sees what the client sends, before the server does:
-/// a client that has its answer finds its question counted. Nothing passes while `stalled`.
+/// Copies both directions to their ends, and the ends themselves. `sent` sees what the client sends, before the server
+/// does: a client that has its answer finds its question counted. Nothing passes while `stalled`.
 pub async fn relay(
     client: &mut TcpStream,
     server: &mut TcpStream,

@@ -107,9 +107,10 @@ pub fn kill_tree(id: u32) -> Vec<u32> {
 
 /// Ends the processes of one folder and removes it: when told to, or when this process dies in any way.
 ///
-/// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process holds.
-/// It ends the PostgreSQL programs, their managers, and the proxies in front of them, that carry the folder's name in their command line, by
-/// id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
+/// A shell in a process group of its own (Ctrl-C passes it by) waits for the end of a pipe that only this process
+/// holds. It ends the PostgreSQL programs, their managers, and the proxies in front of them, that carry the folder's
+/// name in their command line, by id: a postmaster does by `-D`, its children by `cluster_name`, a proxy by its
+/// configuration file. That finds children that are frozen, orphaned, or not yet born when this process died.
 pub struct Reaper {
     folder: PathBuf,
     shell: Child,

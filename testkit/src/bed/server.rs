@@ -151,8 +151,9 @@ impl Server {
         self.clusters.join(tag)
     }
 
-    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group of its
-    /// own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect `pg_rewind`.
+    /// A program of the server, or another one by its whole path, run by the right user in `folder`, in a process group
+    /// of its own: a Ctrl-C for the tests is no shutdown request. libpq's variables are taken away, they would redirect
+    /// `pg_rewind`.
     pub fn command(&self, program: impl AsRef<Path>, folder: &Path) -> Command {
         let mut command = Command::new(self.programs.join(program));
         command.current_dir(folder).env("LC_ALL", "C").process_group(0).stdin(Stdio::null());

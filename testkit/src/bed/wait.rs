@@ -37,7 +37,8 @@ pub async fn eventually(what: &str, deadline: Duration, mut condition: impl Asyn
 
 /// [`eventually`] for a value, and with the reason of the last failure in the panic.
 ///
-/// Takes a plain closure: futures built on `AsyncFnMut` are not provably `Send`, and a fault is often injected from a spawned task.
+/// Takes a plain closure: futures built on `AsyncFnMut` are not provably `Send`, and a fault is often injected from a
+/// spawned task.
 pub async fn until<T, F>(what: &str, deadline: Duration, attempt: impl FnMut() -> F) -> T
 where
     F: Future<Output = Result<T, String>>,

@@ -77,8 +77,8 @@ impl Cluster {
         })
     }
 
-    /// Starts a node that was killed or stopped, as it is. An old primary comes back writable, beside the new one: nothing
-    /// fences it. In a synchronous cluster its commits wait for ever, because no standby follows it.
+    /// Starts a node that was killed or stopped, as it is. An old primary comes back writable, beside the new one:
+    /// nothing fences it. In a synchronous cluster its commits wait for ever, because no standby follows it.
     ///
     /// # Errors
     /// [`Error::Running`], [`Error::NoNode`].
@@ -102,8 +102,8 @@ impl Cluster {
         })
     }
 
-    /// Makes the node refuse to write (`default_transaction_read_only`), as failover managers fence a primary, or allows
-    /// it to write again. Open sessions see it, too.
+    /// Makes the node refuse to write (`default_transaction_read_only`), as failover managers fence a primary, or
+    /// allows it to write again. Open sessions see it, too.
     ///
     /// ```no_run
     /// # use tokio_postgres_failover_testkit::{Cluster, Error};
@@ -125,8 +125,8 @@ impl Cluster {
 impl Cluster {
     /// Makes a standby the primary. It ends when the node accepts writes, and the standbys that are awake follow it.
     ///
-    /// Nothing is done to the old primary, and DNS says what it said before. Take [`Cluster::best_standby`]: another one
-    /// may lack commits that were acknowledged.
+    /// Nothing is done to the old primary, and DNS says what it said before. Take [`Cluster::best_standby`]: another
+    /// one may lack commits that were acknowledged.
     ///
     /// ```no_run
     /// # use tokio_postgres_failover_testkit::{Cluster, Error};
@@ -204,8 +204,8 @@ impl Cluster {
         })
     }
 
-    /// Makes a node a standby of the present primary, whatever it was before: what it alone had is gone. It ends when the
-    /// node is streaming.
+    /// Makes a node a standby of the present primary, whatever it was before: what it alone had is gone. It ends when
+    /// the node is streaming.
     ///
     /// # Errors
     /// [`Error::Invalid`] for the primary itself.
@@ -230,8 +230,8 @@ impl Cluster {
 
 /// Faults of the network between clients and nodes. The nodes reach each other all the time.
 impl Cluster {
-    /// Cuts clients off from this node, until [`Cluster::mend`]: nothing passes on any connection, in either direction, and
-    /// neither side is told.
+    /// Cuts clients off from this node, until [`Cluster::mend`]: nothing passes on any connection, in either direction,
+    /// and neither side is told.
     ///
     /// ```no_run
     /// # use tokio_postgres_failover_testkit::{Cluster, Error};

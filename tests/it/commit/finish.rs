@@ -549,7 +549,8 @@ async fn c6_a_dropped_stream_of_a_slow_statement_is_committed() {
     assert_eq!((runs.count(), stored(&cluster).await), (1, vec![1]));
 }
 
-/// The limit of an attempt counts until COMMIT can be sent: a statement that nobody waits for any more does not hold it up.
+/// The limit of an attempt counts until COMMIT can be sent: a statement that nobody waits for any more does not hold it
+/// up.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn c2_a_dropped_statement_holds_no_attempt_beyond_its_limit() {
     let cluster = with_ledger(single()).await;

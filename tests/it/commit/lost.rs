@@ -11,8 +11,8 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, RetryPolicy};
 use crate::commit::finish::{Kind, pool_of, single, with_ledger};
 use crate::support::{PATIENCE, Runs, insert, stored};
 
-/// A path has vanished: the server does not know that the client is gone, and keeps the session with its locks. The next run
-/// needs the same locks.
+/// A path has vanished: the server does not know that the client is gone, and keeps the session with its locks. The
+/// next run needs the same locks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_that_was_lost_before_commit_holds_no_run_up() {
     let cluster = with_ledger(single()).await;

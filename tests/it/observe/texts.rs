@@ -183,8 +183,8 @@ fn a_pool_needs_a_runtime_with_everything() {
     says(&other.block_on(pool.get()).map(drop).unwrap_err(), "Error::RuntimeEnded");
 }
 
-/// The driver logs in as the user of the process where the connection string names none. The tests may run as any user, so
-/// all of them are rejected.
+/// The driver logs in as the user of the process where the connection string names none. The tests may run as any user,
+/// so all of them are rejected.
 #[tokio::test]
 async fn a_url_without_a_user_or_a_database_says_so() {
     let cluster = Cluster::builder().nodes(1).hba("host orders all 127.0.0.0/8 reject").start().await;

@@ -601,8 +601,8 @@ async fn careless(client: &mut impl GenericClient) {
     }
 }
 
-/// A savepoint that cannot be set, as the transaction has failed, does not roll back to an earlier one of its name: that would
-/// revive the transaction, and the call would return `Ok` for a part of its work.
+/// A savepoint that cannot be set, as the transaction has failed, does not roll back to an earlier one of its name:
+/// that would revive the transaction, and the call would return `Ok` for a part of its work.
 #[tokio::test]
 async fn a_savepoint_that_cannot_be_set_revives_nothing() {
     let cluster = server().await;

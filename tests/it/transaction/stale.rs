@@ -287,8 +287,8 @@ impl<'a> FromSql<'a> for Calm {
     }
 }
 
-/// `ALTER TYPE … ADD VALUE`: the server has nothing against the old statements, and the driver knows the old labels. No later
-/// use of the connection could read the new one.
+/// `ALTER TYPE … ADD VALUE`: the server has nothing against the old statements, and the driver knows the old labels. No
+/// later use of the connection could read the new one.
 #[tokio::test]
 async fn a_type_that_got_another_label_is_read_again() {
     let cluster = with_types().await;

@@ -1,4 +1,5 @@
-//! What one may type, and what it does. Each fault is undone when the cluster has another primary, so each can be repeated.
+//! What one may type, and what it does. Each fault is undone when the cluster has another primary, so each can be
+//! repeated.
 
 use std::str::FromStr;
 

@@ -1,5 +1,5 @@
-//! `make web`: three Patroni nodes, etcd and the service on this machine, under load, with failovers at the keyboard and the
-//! page in the browser that shows them. README.md of the service says more.
+//! `make web`: three Patroni nodes, etcd and the service on this machine, under load, with failovers at the keyboard
+//! and the page in the browser that shows them. README.md of the service says more.
 //!
 //! Environment: `PORT`, or 8080; `SYNCHRONOUS=1` for Patroni's synchronous mode.
 
@@ -61,8 +61,8 @@ impl Signals {
     }
 }
 
-/// The lines of the standard input; the channel ends with it. A thread reads them: a task that reads would hold the end of the
-/// program until the next line.
+/// The lines of the standard input; the channel ends with it. A thread reads them: a task that reads would hold the end
+/// of the program until the next line.
 fn lines() -> mpsc::UnboundedReceiver<String> {
     let (sender, receiver) = mpsc::unbounded_channel();
     thread::spawn(move || {

@@ -1,4 +1,5 @@
-//! The service and its page against Patroni and etcd, and the program behind `make web`. `make test-managers` runs them.
+//! The service and its page against Patroni and etcd, and the program behind `make web`. `make test-managers` runs
+//! them.
 
 use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
