@@ -73,12 +73,12 @@ mod tests {
     const OLD: GenerationId = GenerationId(1);
     const NEW: GenerationId = GenerationId(2);
 
-    fn signed() -> Option<Arc<Signature>> {
-        Some(Arc::new(Signature(vec![(7, true)])))
+    fn signature() -> Arc<Signature> {
+        Arc::new(Signature(vec![(7, true)]))
     }
 
-    fn is_done(signing: &Signing<'_>, by: Option<Arc<Signature>>) -> bool {
-        matches!(signing, Signing::Done(signature) if *signature == by)
+    fn is_done(signing: &Signing<'_>, by: Option<&Arc<Signature>>) -> bool {
+        matches!(signing, Signing::Done(signature) if signature.as_ref() == by)
     }
 
     #[test]
@@ -86,8 +86,8 @@ mod tests {
         let signatures = Signatures::default();
         let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
         assert!(is_done(&signatures.of(NEW), None), "it is under way");
-        signer.ended(signed());
-        assert!(is_done(&signatures.of(NEW), signed()));
+        signer.ended(Some(signature()));
+        assert!(is_done(&signatures.of(NEW), Some(&signature())));
         assert!(is_done(&signatures.of(OLD), None), "the pool has left it");
     }
 
@@ -109,7 +109,7 @@ mod tests {
         let old = signatures.of(OLD);
         let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
         drop(old);
-        signer.ended(signed());
-        assert!(is_done(&signatures.of(NEW), signed()));
+        signer.ended(Some(signature()));
+        assert!(is_done(&signatures.of(NEW), Some(&signature())));
     }
 }
