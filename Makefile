@@ -86,5 +86,5 @@ size: ## Crates and compile time of the default build, beside deadpool-postgres
 sim: ## The whole crate in a deterministic simulation (SEEDS=1000 FIRST=1 LIMIT=60 seconds, or one story: SEED=42 TRACE=1)
 	@sh scripts/sim.sh run
 
-sim-mutants: ## Plants deliberate faults in the crate; the simulation must find each (SEEDS=2000)
+sim-mutants: ## Plants deliberate faults in the crate; the simulation must find each (ONLY=words LIMIT=seconds for each)
 	@sh scripts/sim.sh mutants

@@ -372,6 +372,7 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
 /// of the rule does not hold, and the outcome is unknown.
 pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
     use Unsettled::{OtherHistory, Restarted, SeveralFailovers, Unproven};
+    seen!("settle", "{located:?} {status:?}");
     match (located, status) {
         (Located::Here, Some(status)) => status.into(),
         (Located::Here, None) => Settled::Unknown(OtherHistory),
@@ -407,7 +408,10 @@ pub(crate) enum Entry {
 /// row may be pruned once it is older than `keep`, and then a settler would insert a fence. So a fence is trusted only
 /// for half of that time. The other half allows for differences between the clocks of two servers.
 pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> Settled {
+    seen!("ledger", "{entry:?}, old: {}", age > keep / 2);
     match entry {
+        Entry::Fence if planted!("takes a fence for the work's own row") => Settled::Committed,
+        Entry::Own if planted!("takes the work's own row for a fence") => Settled::NotCommitted,
         Entry::Own => Settled::Committed,
         Entry::Fence if age > keep / 2 => Settled::Unknown(Unsettled::TooOld),
         Entry::Fence => Settled::NotCommitted,

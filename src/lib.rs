@@ -17,6 +17,19 @@ macro_rules! planted {
     };
 }
 
+/// Counts for the simulation in sim/ that a row of a decision was used: its group, and its name as a format. Without
+/// `cfg(failover_sim)` nothing is left of it.
+#[cfg(failover_sim)]
+macro_rules! seen {
+    ($group:literal, $($name:tt)+) => {
+        crate::simulation::see($group, format!($($name)+))
+    };
+}
+#[cfg(not(failover_sim))]
+macro_rules! seen {
+    ($group:literal, $($name:tt)+) => {};
+}
+
 // Level 0 decides, without I/O, clock or task. `random` and `sync` are helpers. `resolve` has the trait and its types;
 // its file `hickory.rs` asks DNS, and belongs to level 1.
 mod classify;

@@ -167,6 +167,13 @@ impl Topology {
             if member.asking || member.due > now {
                 continue;
             }
+            let is_primary = current.as_ref() == Some(address);
+            if is_primary && planted!("does not ask the primary")
+                || !is_primary && search.is_none() && planted!("does not ask the others")
+            {
+                member.due = now + self.settings.patrol;
+                continue;
+            }
             if member.must_log_in(current.as_ref()) {
                 if log_in.as_ref() != Some(address) {
                     continue;
@@ -229,6 +236,7 @@ impl Topology {
             },
             Err(failure) => Answer::Failed(ProbeFailure::clone(failure)),
         };
+        seen!("answers", "{}", answer.name());
         self.note_fence(now, probed, asked_at, &answer);
         if probed.beside && !probed.fresh {
             return self.kept_answered(now, probed, &answer);

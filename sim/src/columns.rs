@@ -5,8 +5,9 @@
 use crate::log::What;
 use crate::node::{Node, epoch, lsn};
 use crate::session::Session;
+use crate::setup::Shown;
 use crate::sql::{Column, SqlError, between};
-use crate::world::{SYSTEM_IDENTIFIER, Shown};
+use crate::world::SYSTEM_IDENTIFIER;
 
 type Value = Result<Option<String>, SqlError>;
 type Is = fn(&str) -> bool;

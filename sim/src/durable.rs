@@ -1,14 +1,54 @@
-//! What a COMMIT waits for: the disk, and the synchronous standby.
+//! How a transaction commits, and what that waits for: the disk, and the synchronous standby.
 
 use tokio::time::sleep;
 
 use crate::load::CANCELLED_WAITS;
+use crate::log::What;
 use crate::node::{Doing, Stage};
 use crate::proto::Answer;
 use crate::session::Session;
 use crate::sql::SqlError;
+use crate::work::RAISED;
 
 impl Session {
+    /// Commits: the record, the disk, the synchronous standby. Others see the transaction only afterwards.
+    pub(crate) async fn commit(&mut self, answer: &mut Answer) -> Result<(), SqlError> {
+        if let Some(which) = self.transaction.as_ref().and_then(|it| it.raises) {
+            self.abort();
+            return Err(raised(which));
+        }
+        let Some(transaction) = &self.transaction else { return Ok(()) };
+        if let Some(xid) = transaction.xid {
+            let waits = self.settings.get("synchronous_commit").is_none_or(|value| value != "off");
+            let records = {
+                let mut world = self.sim.lock();
+                world.oracle.committed(&transaction.rows);
+                let (node, pid) = (self.node, self.pid);
+                let row = transaction.rows.first().copied();
+                world.say(|| format!("session {pid} of server {node} commits transaction {xid}: {row:?}"));
+                world.append(self.node, What::Commit { xid })
+            };
+            if waits {
+                self.spring(Stage::Written).await;
+                self.to_disk(records).await;
+                self.spring(Stage::Flushed).await;
+                self.to_standby(records, answer).await;
+                self.spring(Stage::Confirmed).await;
+            }
+            let mut world = self.sim.lock();
+            world.nodes[self.node].running.remove(&xid);
+            if let Some(backend) = world.nodes[self.node].backends.get_mut(&self.pid) {
+                backend.xid = None;
+            }
+            world.nodes[self.node].ended.notify_waiters();
+        }
+        if let Some(transaction) = self.transaction.take() {
+            self.tell(&transaction.tells);
+            self.undo_settings(transaction.before, true);
+        }
+        Ok(())
+    }
+
     /// Lets the server crash now, if that was planned. Then this session never goes on.
     pub(crate) async fn spring(&self, stage: Stage) {
         let crashed = self.sim.lock().spring(self.node, stage);
@@ -57,4 +97,10 @@ impl Session {
             }
         }
     }
+}
+
+/// The error that the server raises on demand.
+pub(crate) fn raised(which: usize) -> SqlError {
+    let raised = RAISED[which];
+    SqlError { fatal: raised.fatal, ..SqlError::new(raised.code, raised.message).by(raised.routine) }
 }

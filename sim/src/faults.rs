@@ -1,6 +1,6 @@
-//! What goes wrong, by weight. A new fault is a row of [`FAULTS`] and its function in this file. When the function
-//! ends, the manager makes sure that there is a primary, and brings back what has left; until then anything may stay
-//! broken.
+//! What goes wrong, by weight. A new fault is a row of the table here or in `faults/long.rs`, and its function in the same
+//! file. When the function ends, the manager makes sure that there is a primary, and brings back what has left; until then
+//! anything may stay broken.
 
 #![allow(clippy::unused_async, reason = "each fault may wait, and some do not")]
 
@@ -24,9 +24,16 @@ pub(crate) struct Fault {
 
 macro_rules! faults {
     ($($weight:literal $name:literal $happen:ident),* $(,)?) => {
-        pub(crate) const FAULTS: &[Fault] =
-            &[$(Fault { name: $name, weight: $weight, happen: |sim| Box::pin($happen(sim)) }),*];
+        pub(super) const ROWS: &[$crate::faults::Fault] =
+            &[$($crate::faults::Fault { name: $name, weight: $weight, happen: |sim| Box::pin($happen(sim)) }),*];
     };
+}
+
+mod long;
+
+/// All faults.
+pub(crate) fn all() -> impl Iterator<Item = &'static Fault> + Clone {
+    ROWS.iter().chain(long::ROWS)
 }
 
 faults! {
@@ -140,7 +147,8 @@ async fn partition(sim: &Arc<Sim>) {
     sim.lock().say(|| format!("the pool cannot reach server {on}"));
     net.block(Direction::ToServer, true);
     net.block(Direction::ToPool, true);
-    pause(sim, 50, 16_000).await;
+    let most = if chance(sim, 30) { 16_000 } else { 4000 };
+    pause(sim, 50, most).await;
     open(sim, on, &net);
 }
 

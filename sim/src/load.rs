@@ -1,4 +1,4 @@
-//! The callers: work of each guarantee, reads, checkouts, calls that are dropped, and closures that fail.
+//! The callers: which calls they make, and what each answer promises. `work.rs` has what their closures do.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -6,38 +6,57 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::view::State;
-use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy};
+use tokio_postgres_failover::{CommitOutcome, Error, Pool};
 use tokio_util::sync::CancellationToken;
 
 use crate::oracle::Expect;
+use crate::rng::Rng;
+use crate::work::{Act, Plan, Promise, RAISED, transaction};
 use crate::world::Sim;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Exactly,
-    AtMostOnce,
-    Idempotent,
-    /// Exactly once, dropped by its caller at some moment.
+enum How {
+    Transaction,
+    /// Its caller drops it at some moment.
     Dropped,
-    /// The closure fails after its work.
-    Aborts,
-    Read,
     /// A connection, and one statement that is its own transaction.
     Get,
     /// A connection, waited for with little patience.
     Impatient,
 }
 
-/// Each kind of call, its weight, and its name in the counts.
-const KINDS: [(Kind, u64, &str); 8] = [
-    (Kind::Exactly, 40, "exactly once"),
-    (Kind::AtMostOnce, 8, "at most once"),
-    (Kind::Idempotent, 8, "idempotent"),
-    (Kind::Dropped, 10, "dropped"),
-    (Kind::Aborts, 4, "aborting"),
-    (Kind::Read, 8, "read"),
-    (Kind::Get, 14, "get"),
-    (Kind::Impatient, 8, "impatient get"),
+struct Kind {
+    weight: u64,
+    name: &'static str,
+    how: How,
+    promise: Promise,
+    act: Act,
+}
+
+const fn kind(weight: u64, name: &'static str, how: How, promise: Promise, act: Act) -> Kind {
+    Kind { weight, name, how, promise, act }
+}
+
+/// Each kind of call, by weight.
+static KINDS: [Kind; 18] = [
+    kind(30, "exactly once", How::Transaction, Promise::Exactly, Act::Plain),
+    kind(8, "ledger", How::Transaction, Promise::Ledger, Act::Plain),
+    kind(8, "at most once", How::Transaction, Promise::AtMostOnce, Act::Plain),
+    kind(8, "idempotent", How::Transaction, Promise::Idempotent, Act::Plain),
+    kind(8, "read", How::Transaction, Promise::Read, Act::Plain),
+    kind(8, "dropped", How::Dropped, Promise::Exactly, Act::Plain),
+    kind(3, "ledger, dropped", How::Dropped, Promise::Ledger, Act::Plain),
+    kind(3, "aborting", How::Transaction, Promise::Any, Act::Aborts),
+    kind(9, "raising", How::Transaction, Promise::Any, Act::Raises),
+    kind(2, "going on after an error", How::Transaction, Promise::Any, Act::GoesOn),
+    kind(2, "swallowing an error", How::Transaction, Promise::Exactly, Act::Swallows),
+    kind(3, "committing itself", How::Transaction, Promise::Exactly, Act::Commits),
+    kind(2, "committing itself, ledger", How::Transaction, Promise::Ledger, Act::Commits),
+    kind(1, "committing itself, read", How::Transaction, Promise::Read, Act::Commits),
+    kind(1, "deallocating", How::Transaction, Promise::Exactly, Act::Deallocates),
+    kind(4, "nesting", How::Transaction, Promise::Exactly, Act::Nests),
+    kind(12, "get", How::Get, Promise::Exactly, Act::Plain),
+    kind(8, "impatient get", How::Impatient, Promise::Exactly, Act::Plain),
 ];
 
 /// How much longer than its deadline a transaction may take: its last attempt is not cut short, and may wait for a
@@ -51,17 +70,26 @@ pub(crate) const CANCELLED_WAITS: &str = "cancelled waits for a standby";
 
 pub(crate) const CHECKOUT: Duration = Duration::from_secs(6);
 
-/// One call's plan.
-#[derive(Clone, Copy, Debug)]
-struct Plan {
-    call: i64,
-    rows: usize,
-    extended: bool,
-    /// How long the closure waits between its statements.
-    slow: Duration,
-    deadline: Duration,
-    drop_after: Duration,
-    seed: u64,
+fn plan(rng: &mut Rng, kind: &Kind, call: i64) -> Plan {
+    let patience = if rng.chance(50) { 30 } else { 4000 };
+    let slow = if rng.chance(12) { rng.millis(1, 800) } else { Duration::ZERO };
+    let any = [Promise::Exactly, Promise::Ledger, Promise::AtMostOnce, Promise::Idempotent, Promise::Read];
+    let promise = if kind.promise == Promise::Any { any[rng.index(any.len())] } else { kind.promise };
+    Plan {
+        call,
+        promise,
+        act: kind.act,
+        rows: 1 + rng.index(2),
+        extended: rng.chance(30),
+        slow,
+        deadline: rng.millis(1000, 12_000),
+        drop_after: rng.millis(0, patience),
+        seed: rng.next(),
+        raises: rng.index(RAISED.len()),
+        at_commit: rng.chance(50),
+        tells: kind.promise == Promise::Exactly && kind.act == Act::Plain && rng.chance(50),
+        word: [None, None, Some(true), Some(false)][rng.index(4)],
+    }
 }
 
 /// Calls until it is stopped.
@@ -69,27 +97,23 @@ pub(crate) async fn caller(sim: Arc<Sim>, pool: Pool, calls: Arc<AtomicI64>, sto
     while !stop.is_cancelled() {
         let (think, kind, plan) = {
             let mut world = sim.lock();
+            let sleeps = world.setup.sleeps;
             let rng = &mut world.rng;
-            let kind = KINDS[rng.weighted(KINDS.iter().map(|(_, weight, _)| *weight))];
-            let patience = if rng.chance(50) { 30 } else { 4000 };
-            let slow = if rng.chance(15) { rng.millis(1, 800) } else { Duration::ZERO };
-            let plan = Plan {
-                call: calls.fetch_add(1, Ordering::Relaxed),
-                rows: 1 + rng.index(2),
-                extended: rng.chance(30),
-                slow,
-                deadline: rng.millis(1000, 12_000),
-                drop_after: rng.millis(0, patience),
-                seed: rng.next(),
-            };
-            (rng.millis(50, 1500), kind, plan)
+            let kind = &KINDS[rng.weighted(KINDS.iter().map(|kind| kind.weight))];
+            let think = if sleeps && rng.chance(40) { rng.millis(2000, 9000) } else { rng.millis(50, 2500) };
+            let mut plan = plan(rng, kind, calls.fetch_add(1, Ordering::Relaxed));
+            // What is sent on a wrapped pool's sessions is not seen: docs/exactly-once.md, the fourth case.
+            if plan.act == Act::Commits && world.setup.wrapped {
+                plan.act = Act::Plain;
+            }
+            (think, kind, plan)
         };
         sleep(think).await;
         let began = Instant::now();
-        sim.lock().say(|| format!("call {} begins, {}", plan.call, kind.2));
-        let outcome = one(&sim, &pool, kind.0, plan).await;
+        sim.lock().say(|| format!("call {} begins, {}, {:?}", plan.call, kind.name, plan.promise));
+        let outcome = one(&sim, &pool, &calls, kind.how, plan).await;
         let mut world = sim.lock();
-        world.counts.note("calls", format!("{} {outcome}", kind.2));
+        world.counts.note("calls", format!("{} {outcome}", kind.name));
         if let Some(reason) = outcome.strip_prefix("CommitUnknown(") {
             world.counts.note("unknown", reason.trim_end_matches(')'));
         }
@@ -97,62 +121,40 @@ pub(crate) async fn caller(sim: Arc<Sim>, pool: Pool, calls: Arc<AtomicI64>, sto
     }
 }
 
-async fn one(sim: &Arc<Sim>, pool: &Pool, kind: Kind, plan: Plan) -> String {
+async fn one(sim: &Arc<Sim>, pool: &Pool, calls: &AtomicI64, how: How, plan: Plan) -> String {
     let began = Instant::now();
-    let (expect, outcome, limit) = match kind {
-        Kind::Get | Kind::Impatient => {
-            let patience = if kind == Kind::Get { CHECKOUT } else { plan.drop_after };
-            let got = pool.get_within(patience).await;
-            let took = began.elapsed();
-            if took > patience + STRICT {
-                let call = plan.call;
-                let violation = format!("the checkout of call {call} took {took:?}, and its deadline was {patience:?}");
-                sim.lock().oracle.violation(violation);
-            }
-            match got {
-                Err(error) => return name(&error),
-                Ok(client) => {
-                    let view = pool.status().view;
-                    if !matches!(view.state, State::Primary { .. }) || client.generation() != view.generation {
-                        let was = client.generation();
-                        let violation = format!("call {} got a connection of generation {was}: {view:?}", plan.call);
-                        sim.lock().oracle.violation(violation);
-                    }
-                    let sql = format!("INSERT INTO payments VALUES ({}, 1)", plan.call);
-                    match timeout(plan.deadline, client.batch_execute(&sql)).await {
-                        // Such a statement is reported as done, with a warning that nobody looks at.
-                        Ok(Ok(())) if sim.lock().counts.of("seen", CANCELLED_WAITS) > 0 => {
-                            (Expect::AtMostOnce, "Ok".to_owned(), None)
-                        }
-                        Ok(Ok(())) => (Expect::Once, "Ok".to_owned(), None),
-                        Ok(Err(error)) => (Expect::AtMostOnce, format!("failed {:?}", error.code()), None),
-                        Err(_) => (Expect::AtMostOnce, "gave up".to_owned(), None),
-                    }
-                }
-            }
-        }
-        Kind::Dropped => match timeout(plan.drop_after, transaction(pool, kind, plan)).await {
-            Ok(result) => expected(kind, &result),
+    let (expect, outcome, limit) = match how {
+        How::Get | How::Impatient => match checked_out(sim, pool, how, plan).await {
+            Some((expect, outcome)) => (expect, outcome, None),
+            None => return "Unavailable".to_owned(),
+        },
+        How::Dropped => match timeout(plan.drop_after, transaction(sim, pool, calls, plan)).await {
+            Ok(result) => expected(plan, &result),
             Err(_) => (Expect::AtMostOnce, "was dropped".to_owned(), None),
         },
-        _ => expected(kind, &transaction(pool, kind, plan).await),
+        How::Transaction => {
+            let result = transaction(sim, pool, calls, plan).await;
+            check(sim, plan, &result);
+            if plan.tells && result.is_ok() {
+                sim.lock().told.sent(plan.call, began);
+            }
+            expected(plan, &result)
+        }
     };
-    if outcome == "EndedInside" {
-        let violation = format!("call {} says that its closure ended its transaction", plan.call);
-        sim.lock().oracle.violation(violation);
-    }
-    let limit = limit.map(|()| plan.deadline + LAST_ATTEMPT);
+    let limit = limit
+        .map(|()| plan.deadline + LAST_ATTEMPT + if plan.act == Act::Nests { LAST_ATTEMPT } else { Duration::ZERO });
     let took = began.elapsed();
     let mut world = sim.lock();
     if let Some(limit) = limit.filter(|limit| took > *limit) {
         world.oracle.violation(format!("call {} took {took:?}, and its limit was {limit:?}", plan.call));
     }
-    let rows = match kind {
-        Kind::Read => return outcome,
-        Kind::Get | Kind::Impatient => 1,
-        _ => plan.rows,
-    };
-    if expect == Expect::Once && world.setup.synchronous {
+    if plan.promise == Promise::Read && matches!(how, How::Transaction | How::Dropped) {
+        return outcome;
+    }
+    let rows = if matches!(how, How::Get | How::Impatient) { 1 } else { plan.rows };
+    // A wrapped pool's warnings are not seen.
+    let unseen = world.setup.wrapped && world.counts.of("seen", CANCELLED_WAITS) > 0;
+    if expect == Expect::Once && world.setup.synchronous && !unseen {
         let copies = world.nodes.iter().filter(|node| node.log.has(plan.call)).count();
         if copies < 2 {
             world.oracle.violation(format!("call {} was answered `Ok`, and {copies} servers have it", plan.call));
@@ -162,13 +164,62 @@ async fn one(sim: &Arc<Sim>, pool: &Pool, kind: Kind, plan: Plan) -> String {
     outcome
 }
 
+/// Gets a connection, and uses it. `None`: there was none in time.
+async fn checked_out(sim: &Arc<Sim>, pool: &Pool, how: How, plan: Plan) -> Option<(Expect, String)> {
+    let (began, call) = (Instant::now(), plan.call);
+    let patience = if how == How::Get { CHECKOUT } else { plan.drop_after };
+    let got = pool.get_within(patience).await;
+    let took = began.elapsed();
+    if took > patience + STRICT {
+        let violation = format!("the checkout of call {call} took {took:?}, and its deadline was {patience:?}");
+        sim.lock().oracle.violation(violation);
+    }
+    let client = got.ok()?;
+    let view = pool.status().view;
+    if !matches!(view.state, State::Primary { .. }) || client.generation() != view.generation {
+        let was = client.generation();
+        sim.lock().oracle.violation(format!("call {call} got a connection of generation {was}: {view:?}"));
+    }
+    let sql = format!("INSERT INTO payments VALUES ({call}, 1)");
+    Some(match timeout(plan.deadline, client.batch_execute(&sql)).await {
+        // Such a statement is reported as done, with a warning that nobody looks at.
+        Ok(Ok(())) if sim.lock().counts.of("seen", CANCELLED_WAITS) > 0 => (Expect::AtMostOnce, "Ok".to_owned()),
+        Ok(Ok(())) => (Expect::Once, "Ok".to_owned()),
+        Ok(Err(error)) => (Expect::AtMostOnce, format!("failed {:?}", error.code().map(|code| code.code().to_owned()))),
+        Err(_) => (Expect::AtMostOnce, "gave up".to_owned()),
+    })
+}
+
+/// Checks a transaction's answer for what no answer may be, whatever is in the table in the end.
+fn check(sim: &Sim, plan: Plan, result: &Result<(), Error>) {
+    let call = plan.call;
+    let said = match result {
+        Ok(()) if plan.act == Act::Commits => Some("`Ok`, and its closure had committed itself".to_owned()),
+        Ok(()) if plan.act == Act::Swallows => Some("`Ok`, and its transaction had failed".to_owned()),
+        Err(Error::EndedInside(_)) if plan.act != Act::Commits => Some("that its closure ended it".to_owned()),
+        Err(Error::Database(error)) => {
+            let code = error.code().map_or("", |code| code.code());
+            let own = plan.raised() == Some(code);
+            match code {
+                "40001" | "40P01" if plan.word.is_none() => Some(format!("{code}, which another run helps against")),
+                "25006" if !own => Some(format!("{code}, which another primary helps against")),
+                _ => None,
+            }
+        }
+        _ => None,
+    };
+    if let Some(said) = said {
+        sim.lock().oracle.violation(format!("call {call} was answered {said}"));
+    }
+}
+
 /// What a result promises, its name, and whether the call has a limit.
-fn expected(kind: Kind, result: &Result<(), Error>) -> (Expect, String, Option<()>) {
-    let expect = match (kind, result) {
-        (Kind::Idempotent, Ok(())) => Expect::AtLeastOnce,
+fn expected(plan: Plan, result: &Result<(), Error>) -> (Expect, String, Option<()>) {
+    let expect = match (plan.promise, result) {
+        (Promise::Idempotent, Ok(())) => Expect::AtLeastOnce,
         (_, Ok(())) => Expect::Once,
         (_, Err(error)) if error.commit_outcome() == CommitOutcome::NotCommitted => Expect::Never,
-        (Kind::Idempotent, Err(_)) => Expect::Any,
+        (Promise::Idempotent, Err(_)) => Expect::Any,
         (_, Err(_)) => Expect::AtMostOnce,
     };
     (expect, result.as_ref().map_or_else(name, |()| "Ok".to_owned()), Some(()))
@@ -177,45 +228,7 @@ fn expected(kind: Kind, result: &Result<(), Error>) -> (Expect, String, Option<(
 fn name(error: &Error) -> String {
     match error {
         Error::CommitUnknown(unknown) => format!("CommitUnknown({:?})", unknown.reason()),
+        Error::Database(error) => format!("Database {}", error.code().map_or("lost", |code| code.code())),
         error => format!("{error:?}").split(':').next().unwrap_or_default().to_owned(),
     }
-}
-
-async fn transaction(pool: &Pool, kind: Kind, plan: Plan) -> Result<(), Error> {
-    let guarantee = match kind {
-        Kind::AtMostOnce => Guarantee::AtMostOnce,
-        Kind::Idempotent => Guarantee::AtLeastOnce,
-        _ => Guarantee::ExactlyOnce,
-    };
-    let attempts = Arc::new(AtomicI64::new(0));
-    let retry = RetryPolicy::new().seed(plan.seed).deadline(plan.deadline);
-    let builder = pool.build_transaction().guarantee(guarantee).read_only(kind == Kind::Read).retry(retry);
-    builder
-        .run(|transaction| {
-            let attempt = attempts.fetch_add(1, Ordering::Relaxed) + 1;
-            async move {
-                for _ in 0..plan.rows {
-                    if kind == Kind::Read {
-                        transaction.batch_execute("SELECT 1").await?;
-                    } else if plan.extended {
-                        let sql = "INSERT INTO payments VALUES ($1, $2)";
-                        transaction.execute(sql, &[&plan.call, &attempt]).await?;
-                    } else {
-                        let sql = format!("INSERT INTO payments VALUES ({}, {attempt})", plan.call);
-                        transaction.batch_execute(&sql).await?;
-                    }
-                    if plan.slow.is_zero() {
-                        continue;
-                    }
-                    if plan.seed.is_multiple_of(2) {
-                        sleep(plan.slow).await;
-                    } else {
-                        let sql = format!("SELECT pg_sleep({:.3})", plan.slow.as_secs_f64());
-                        transaction.batch_execute(&sql).await?;
-                    }
-                }
-                if kind == Kind::Aborts { Err(Error::abort("the caller changed its mind")) } else { Ok(()) }
-            }
-        })
-        .await
 }

@@ -8,11 +8,29 @@ const BASE: u64 = 0x0300_0028 + 4096;
 /// What a record says. Sizes are those of PostgreSQL, roughly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum What {
-    Mark { xid: u64, nonce: String },
-    Message { xid: u64 },
-    Insert { xid: u64, row: Row },
-    Commit { xid: u64 },
-    Abort { xid: u64 },
+    Mark {
+        xid: u64,
+        nonce: String,
+    },
+    Message {
+        xid: u64,
+    },
+    Insert {
+        xid: u64,
+        row: Row,
+    },
+    /// A row of the ledger.
+    Entry {
+        xid: u64,
+        id: u64,
+        fence: bool,
+    },
+    Commit {
+        xid: u64,
+    },
+    Abort {
+        xid: u64,
+    },
     Checkpoint,
     EndOfRecovery,
 }
@@ -30,6 +48,7 @@ impl What {
             Self::Mark { .. } => 104,
             Self::Message { .. } => 64,
             Self::Insert { .. } => 72,
+            Self::Entry { .. } => 96,
             Self::Commit { .. } | Self::Abort { .. } => 40,
             Self::Checkpoint => 120,
             Self::EndOfRecovery => 48,
@@ -42,6 +61,7 @@ impl What {
             Self::Mark { xid, .. }
             | Self::Message { xid }
             | Self::Insert { xid, .. }
+            | Self::Entry { xid, .. }
             | Self::Commit { xid }
             | Self::Abort { xid } => Some(*xid),
             Self::Checkpoint | Self::EndOfRecovery => None,
@@ -65,9 +85,15 @@ pub(crate) struct Log {
     /// The outcome of each transaction whose end is in the log.
     outcomes: BTreeMap<u64, bool>,
     newest_xid: u64,
+    /// The ledger's rows by their ids: the transaction that wrote each one, and whether it is a settler's.
+    entries: BTreeMap<u64, Vec<(u64, bool)>>,
 }
 
 impl Log {
+    pub(crate) fn entries(&self, id: u64) -> &[(u64, bool)] {
+        self.entries.get(&id).map(Vec::as_slice).unwrap_or_default()
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.records.len()
     }
@@ -101,6 +127,7 @@ impl Log {
         match what {
             What::Commit { xid } => drop(self.outcomes.insert(*xid, true)),
             What::Abort { xid } => drop(self.outcomes.insert(*xid, false)),
+            What::Entry { xid, id, fence } => self.entries.entry(*id).or_default().push((*xid, *fence)),
             _ => {}
         }
     }
@@ -117,6 +144,7 @@ impl Log {
         self.records.truncate(records);
         self.flushed = self.flushed.min(records);
         self.outcomes.clear();
+        self.entries.clear();
         self.newest_xid = 0;
         let kept = std::mem::take(&mut self.records);
         for record in &kept {

@@ -7,6 +7,8 @@ mod coverage;
 mod done;
 mod durable;
 mod faults;
+mod ledger;
+mod listen;
 mod load;
 mod log;
 mod manager;
@@ -19,20 +21,24 @@ mod questions;
 mod reach;
 mod rng;
 mod run;
+mod script;
 mod server;
 mod session;
+mod setup;
 mod sql;
 #[cfg(test)]
 mod tests;
 mod trace;
+mod work;
 mod world;
 
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use mutants::{MUTANTS, plant};
+use mutants::{all_mutants, plant};
 use run::run;
+use script::{Script, shrink};
 use trace::Counts;
 
 fn setting<T: FromStr>(name: &str) -> Option<T> {
@@ -44,77 +50,64 @@ fn main() -> ExitCode {
         eprintln!("built without its flags, so a seed is not repeatable: use `make sim`");
     }
     if std::env::args().nth(1).as_deref() == Some("mutants") {
-        return all_mutants(setting("SEEDS").unwrap_or(2000));
+        return all_mutants();
     }
     plant(&std::env::var("MUTANT").unwrap_or_default());
-    if let Some(seed) = setting("SEED") {
-        return one(seed);
+    if let Some(text) = setting::<String>("SEED") {
+        let Some(script) = Script::parse(&text) else {
+            eprintln!("SEED is a number, perhaps with rounds=1,2 and callers=0,1");
+            return ExitCode::FAILURE;
+        };
+        return one(&script);
     }
-    let (first, seeds) = (setting("FIRST").unwrap_or(1), setting("SEEDS").unwrap_or(100));
-    let limit = setting("LIMIT").map(Duration::from_secs);
-    many(first, seeds, limit)
+    many(setting("FIRST").unwrap_or(1), setting("SEEDS").unwrap_or(100))
 }
 
 /// Runs one seed, and tells its story if `TRACE` is set or something is wrong.
-fn one(seed: u64) -> ExitCode {
-    let outcome = match run(seed, true) {
+fn one(script: &Script) -> ExitCode {
+    let outcome = match run(script, true) {
         Ok(outcome) => outcome,
         Err(error) => {
             eprintln!("no runtime: {error}");
             return ExitCode::FAILURE;
         }
     };
-    if std::env::var_os("TRACE").is_some() || !outcome.violations.is_empty() {
+    if std::env::var_os("TRACE").is_some() {
         outcome.trace.iter().for_each(|line| println!("{line}"));
     }
     outcome.counts.lines().iter().for_each(|line| println!("{line}"));
-    println!("seed {seed}: {} failovers in {:?} of the simulation", outcome.failovers, outcome.simulated);
-    told(seed, &outcome.violations)
+    println!("seed {script}: {} failovers in {:?} of the simulation", outcome.failovers, outcome.simulated);
+    told(script, &outcome.violations)
 }
 
-fn told(seed: u64, violations: &[String]) -> ExitCode {
+/// Prints the violations of a seed, and the least of its story that has the first of them.
+fn told(script: &Script, violations: &[String]) -> ExitCode {
+    let Some(first) = violations.first() else { return ExitCode::SUCCESS };
     for violation in violations {
-        println!("VIOLATION with seed {seed}: {violation}");
+        println!("VIOLATION with seed {script}: {violation}");
     }
-    if violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    let least = if std::env::var_os("SHRINK").is_some() { shrink(script, first) } else { script.clone() };
+    println!("`make sim SEED=\"{least}\" TRACE=1` tells the story");
+    ExitCode::FAILURE
 }
 
-/// Plants each deliberate fault, and runs seeds until it is found.
-fn all_mutants(seeds: u64) -> ExitCode {
-    let mut survivors = 0;
-    for (mutant, what) in MUTANTS {
-        let began = Instant::now();
-        plant(mutant);
-        let found = (1..=seeds).find_map(|seed| {
-            let violation = run(seed, false).ok()?.violations.into_iter().next()?;
-            Some((seed, violation))
-        });
-        if let Some((seed, violation)) = found {
-            println!("found in {:.1?}, seed {seed}: {mutant}: {violation}", began.elapsed());
-        } else {
-            survivors += 1;
-            println!("NOT FOUND in {seeds} seeds and {:.1?}: {mutant} ({what})", began.elapsed());
-        }
-    }
-    plant("");
-    if survivors == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-fn many(first: u64, seeds: u64, limit: Option<Duration>) -> ExitCode {
+fn many(first: u64, seeds: u64) -> ExitCode {
+    let (limit, stops) = (setting("LIMIT").map(Duration::from_secs), std::env::var_os("STOP").is_some());
     let began = Instant::now();
     let (mut counts, mut failovers, mut simulated, mut bad) = (Counts::default(), 0, Duration::ZERO, Vec::new());
     let mut done = 0;
     for seed in first..first.saturating_add(seeds) {
-        if limit.is_some_and(|limit| began.elapsed() >= limit) {
+        if limit.is_some_and(|limit| began.elapsed() >= limit) || (stops && !bad.is_empty()) {
             break;
         }
-        match run(seed, false) {
+        let script = Script::whole(seed);
+        match run(&script, false) {
             Ok(outcome) => {
                 counts.add(&outcome.counts);
                 failovers += outcome.failovers;
                 simulated += outcome.simulated;
                 if !outcome.violations.is_empty() {
-                    told(seed, &outcome.violations);
+                    told(&script, &outcome.violations);
                     bad.push(seed);
                 }
             }
@@ -129,6 +122,7 @@ fn many(first: u64, seeds: u64, limit: Option<Duration>) -> ExitCode {
         f64::from(u32::try_from(failovers).unwrap_or(u32::MAX)) / took.as_secs_f64()
     );
     let unseen = coverage::unseen(&counts);
+    coverage::lines(&counts).iter().for_each(|line| println!("{line}"));
     if !unseen.is_empty() {
         println!("never seen: {}", unseen.join("; "));
     }
@@ -136,6 +130,6 @@ fn many(first: u64, seeds: u64, limit: Option<Duration>) -> ExitCode {
         let has_seen_all = unseen.is_empty() || done < coverage::ENOUGH;
         return if has_seen_all { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    println!("{} seeds have violations: {bad:?}; `make sim SEED={} TRACE=1` tells the story", bad.len(), bad[0]);
+    println!("{} seeds have violations: {bad:?}", bad.len());
     ExitCode::FAILURE
 }

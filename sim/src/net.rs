@@ -114,6 +114,8 @@ struct State {
     /// The server's machine has forgotten the connection: what the pool sends is answered by a reset.
     forgotten: bool,
     pool_left: bool,
+    /// What is sent disappears, as behind a router that has forgotten the connection.
+    deaf: bool,
     delays: Rng,
 }
 
@@ -162,6 +164,10 @@ impl Link {
         lock(&self.state).forgotten = true;
     }
 
+    pub(crate) fn die_without_a_sign(&self) {
+        lock(&self.state).deaf = true;
+    }
+
     fn send(&self, direction: Direction, bytes: &[u8]) -> io::Result<usize> {
         let way = self.net.way(direction);
         let mut state = lock(&self.state);
@@ -170,6 +176,9 @@ impl Link {
         }
         if state.reset {
             return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        if state.deaf {
+            return Ok(bytes.len());
         }
         let at = Instant::now() + Duration::from_millis(state.delays.between(1, 2)) + way.late;
         let half = state.half(direction);
@@ -186,6 +195,9 @@ impl Link {
 
     fn end(&self, direction: Direction) {
         let mut state = lock(&self.state);
+        if state.deaf {
+            return;
+        }
         let half = state.half(direction);
         half.end = Some(half.last_at.unwrap_or_else(Instant::now).max(Instant::now() + Duration::from_millis(1)));
         let reader = half.reader.take();
@@ -266,6 +278,7 @@ pub(crate) fn connection(net: &Arc<Net>, seed: u64) -> (End, End) {
         reset: false,
         forgotten: false,
         pool_left: false,
+        deaf: false,
         delays,
     };
     let link = Arc::new(Link { net: Arc::clone(net), state: Mutex::new(state) });

@@ -8,6 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::listen::Mail;
 use crate::log::Log;
 use crate::net::Net;
 
@@ -67,6 +68,8 @@ pub(crate) struct Backend {
     pub(crate) cancel: Arc<Notify>,
     /// `pg_terminate_backend`.
     pub(crate) terminate: CancellationToken,
+    pub(crate) listens: bool,
+    pub(crate) mail: Arc<Mail>,
 }
 
 /// A moment within a COMMIT.
@@ -138,6 +141,12 @@ pub(crate) struct Node {
     pub(crate) net: Arc<Net>,
     /// Woken when the server can go on, or is promoted.
     pub(crate) thawed: Arc<Notify>,
+    /// Woken when a transaction ends.
+    pub(crate) ended: Arc<Notify>,
+    /// By how many microseconds its clock is ahead of the others.
+    pub(crate) clock_ahead: i64,
+    /// Since when it is no longer the primary that the manager wants.
+    pub(crate) superseded_at: Option<Instant>,
 }
 
 impl Node {
@@ -172,6 +181,9 @@ impl Node {
             backends: BTreeMap::new(),
             net,
             thawed: Arc::default(),
+            ended: Arc::default(),
+            clock_ahead: 0,
+            superseded_at: None,
         }
     }
 

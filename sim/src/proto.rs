@@ -221,6 +221,19 @@ impl Answer {
         self.report(b'E', severity, error);
     }
 
+    pub(crate) fn notification(&mut self, pid: i32, payload: &str) {
+        self.message(b'A', |body| {
+            body.extend(pid.to_be_bytes());
+            text(body, "calls");
+            text(body, payload);
+        });
+    }
+
+    /// Something that is no message.
+    pub(crate) fn garbage(&mut self) {
+        self.empty(b'!');
+    }
+
     pub(crate) fn notice(&mut self, error: &SqlError) {
         self.report(b'N', "WARNING", error);
     }

@@ -1,11 +1,16 @@
 //! How the pool reaches the world: its connector and its resolver.
 
+use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use deadpool_postgres::Manager;
+use tokio::task::JoinHandle;
 use tokio::time::sleep;
+use tokio_postgres::{Client, Config, NoTls};
 use tokio_postgres_failover::connect::{ByteStream, Connect, Connecting};
 use tokio_postgres_failover::resolve::{Addresses, Resolve, ResolveError};
 use tokio_postgres_failover::view::{Address, Endpoint};
@@ -13,7 +18,8 @@ use tokio_postgres_failover::view::{Address, Endpoint};
 use crate::net::connection;
 use crate::node::Process;
 use crate::server::serve;
-use crate::world::{Dns, Sim};
+use crate::setup::Dns;
+use crate::world::Sim;
 
 /// The address of a server.
 pub(crate) fn address(node: usize) -> IpAddr {
@@ -96,6 +102,38 @@ impl Resolve for Reach {
                 Dns::Primary => vec![address(names.primary)],
                 Dns::All | Dns::Hosts => (0..setup.servers).map(address).collect(),
             }))
+        })
+    }
+}
+
+/// A pool of deadpool's, as a program has it that does not know this crate.
+pub(crate) fn existing(reach: Reach, max_size: usize) -> deadpool_postgres::Pool {
+    let mut config = Config::new();
+    config.user("app").password("secret").dbname("app").ssl_mode(tokio_postgres::config::SslMode::Disable);
+    let manager = Manager::from_connect(config, reach, deadpool_postgres::ManagerConfig::default());
+    // Without time limits of its own, building it cannot fail.
+    deadpool_postgres::Pool::builder(manager).max_size(max_size).build().unwrap_or_else(|_| unreachable!())
+}
+
+type Opening<'a> = Pin<Box<dyn Future<Output = Result<(Client, JoinHandle<()>), tokio_postgres::Error>> + Send + 'a>>;
+
+impl deadpool_postgres::Connect for Reach {
+    /// Connects to wherever the cluster's name leads.
+    fn connect(&self, config: &Config) -> Opening<'_> {
+        let config = config.clone();
+        Box::pin(async move {
+            let node = self.0.lock().names.primary;
+            let stream: Box<dyn ByteStream> = match self.open(node).await {
+                Ok(stream) => stream,
+                // The driver has no error for it, so the connection ends at once.
+                Err(_) => Box::new(tokio::io::duplex(1).0),
+            };
+            let (client, connection) = config.connect_raw(stream, NoTls).await?;
+            let driver = tokio::spawn(async move {
+                // The client's calls return the error.
+                let _ = connection.await;
+            });
+            Ok((client, driver))
         })
     }
 }

@@ -11,15 +11,19 @@ use tokio_postgres_failover::view::{Eviction, State};
 use tokio_postgres_failover::{Event, Pool, PoolBuilder};
 use tokio_util::sync::CancellationToken;
 
-use crate::faults::FAULTS;
+use crate::faults::all;
+use crate::listen::listener;
 use crate::load::{CHECKOUT, caller};
 use crate::manager::{fail_over, heal, keep_house, pause, rejoin, ship};
-use crate::reach::{Reach, address, node_at};
+use crate::reach::{Reach, address, existing, node_at};
+use crate::rng::Rng;
+use crate::script::Script;
+use crate::setup::Dns;
 use crate::trace::Counts;
-use crate::world::{Dns, Sim};
+use crate::world::Sim;
 
 /// How often something goes wrong in one simulation.
-const ROUNDS: usize = 24;
+pub(crate) const ROUNDS: usize = 24;
 /// Once everything is well again, each call must end within this time, and a new caller must be served.
 const LIVELY: Duration = Duration::from_secs(90);
 const SERVED: Duration = Duration::from_secs(15);
@@ -30,7 +34,8 @@ const LONGEST: Duration = Duration::from_secs(3600);
 const DEAD_AFTER: Duration = Duration::from_secs(12);
 /// A primary is suspended long before it counts as dead: within a heartbeat and its time limits.
 const SUSPENDED_FOR: Duration = Duration::from_secs(1);
-const MAX_SIZE: usize = 6;
+/// A pool that may sleep does so after so long.
+const SLEEP_AFTER: Duration = Duration::from_secs(3);
 
 /// What came of one seed.
 #[derive(Debug, Default)]
@@ -43,15 +48,24 @@ pub(crate) struct Outcome {
 }
 
 /// Runs one seed. `trace`: tell what happens.
-pub(crate) fn run(seed: u64, trace: bool) -> std::io::Result<Outcome> {
-    let runtime = runtime(seed)?;
-    let outcome = runtime.block_on(simulate(seed, trace));
+pub(crate) fn run(script: &Script, trace: bool) -> std::io::Result<Outcome> {
+    let runtime = runtime(script.seed)?;
+    let outcome = runtime.block_on(simulate(script, trace));
     drop(runtime);
+    #[cfg(failover_sim)]
+    let outcome = with_what_was_seen(outcome);
     Ok(outcome)
 }
 
-/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed,
-/// too.
+#[cfg(failover_sim)]
+fn with_what_was_seen(mut outcome: Outcome) -> Outcome {
+    for ((group, name), times) in tokio_postgres_failover::simulation::take_seen() {
+        outcome.counts.note_many(group, name, times);
+    }
+    outcome
+}
+
+/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed, too.
 fn runtime(seed: u64) -> std::io::Result<Runtime> {
     let mut builder = Builder::new_current_thread();
     #[cfg(tokio_unstable)]
@@ -60,13 +74,13 @@ fn runtime(seed: u64) -> std::io::Result<Runtime> {
     builder.enable_all().start_paused(true).build()
 }
 
-async fn simulate(seed: u64, trace: bool) -> Outcome {
+async fn simulate(script: &Script, trace: bool) -> Outcome {
     #[cfg(failover_sim)]
     tokio_postgres_failover::simulation::begin();
-    let sim = Sim::new(seed, trace);
+    let sim = Sim::new(script.seed, trace);
     let setup = sim.lock().setup;
-    sim.lock().say(|| format!("seed {seed}: {setup:?}"));
-    let pool = match pool(&sim, seed) {
+    sim.lock().say(|| format!("seed {script}: {setup:?}"));
+    let pool = match pool(&sim, script.seed) {
         Ok(pool) => pool,
         Err(error) => {
             return Outcome { violations: vec![format!("the pool cannot be built: {error}")], ..Outcome::default() };
@@ -79,12 +93,16 @@ async fn simulate(seed: u64, trace: bool) -> Outcome {
         tokio::spawn(watch(Arc::clone(&sim), pool.clone())),
         tokio::spawn(events(Arc::clone(&sim), pool.clone())),
     ];
+    if setup.listens() {
+        tokio::spawn(listener(Arc::clone(&sim), pool.clone()));
+    }
     let calls = Arc::new(AtomicI64::new(1));
-    let callers = sim.lock().rng.between(2, 6);
+    let callers = if setup.sleeps { 2 } else { sim.lock().rng.index(5) + 2 };
     let callers: Vec<JoinHandle<()>> = (0..callers)
+        .filter(|caller| script.callers.contains(caller))
         .map(|_| tokio::spawn(caller(Arc::clone(&sim), pool.clone(), Arc::clone(&calls), stop.clone())))
         .collect();
-    if timeout(LONGEST, go_wrong(&sim)).await.is_err() {
+    if timeout(LONGEST, go_wrong(&sim, script)).await.is_err() {
         sim.lock().oracle.violation(format!("the faults did not end within {LONGEST:?}"));
     }
     sim.lock().say(|| "everything is well from now on".to_owned());
@@ -97,16 +115,22 @@ async fn simulate(seed: u64, trace: bool) -> Outcome {
 }
 
 /// Lets things go wrong, and makes everything well again.
-async fn go_wrong(sim: &Arc<Sim>) {
-    for _ in 0..ROUNDS {
-        pause(sim, 50, 1500).await;
+async fn go_wrong(sim: &Arc<Sim>, script: &Script) {
+    for round in &script.rounds {
         let fault = {
             let mut world = sim.lock();
-            let fault = &FAULTS[world.rng.weighted(FAULTS.iter().map(|fault| fault.weight))];
-            world.counts.note("faults", fault.name);
-            world.say(|| format!("FAULT: {}", fault.name));
-            fault
+            // So that a round is much the same without those before it.
+            world.rng = Rng::new((script.seed << 8) ^ *round as u64);
+            let chosen = world.rng.weighted(all().map(|fault| fault.weight));
+            all().nth(chosen)
         };
+        let Some(fault) = fault else { continue };
+        pause(sim, 20, 900).await;
+        {
+            let mut world = sim.lock();
+            world.counts.note("faults", fault.name);
+            world.say(|| format!("FAULT of round {round}: {}", fault.name));
+        }
         (fault.happen)(sim).await;
         fail_over(sim).await;
         rejoin(sim).await;
@@ -116,14 +140,19 @@ async fn go_wrong(sim: &Arc<Sim>) {
 
 fn pool(sim: &Arc<Sim>, seed: u64) -> Result<Pool, tokio_postgres_failover::BuildError> {
     let setup = sim.lock().setup;
+    if setup.wrapped {
+        let wrapped = Pool::wrap(existing(Reach(Arc::clone(sim)), setup.max_size));
+        return wrapped.checkout_timeout(CHECKOUT).dead_after(DEAD_AFTER).seed(seed).build();
+    }
     let hosts: Vec<String> = (0..setup.servers).map(|node| address(node).to_string()).collect();
     let hosts = if setup.dns == Dns::Hosts { hosts.join(",") } else { "db.internal".to_owned() };
     let builder: PoolBuilder =
         Pool::builder(format!("host={hosts} user=app password=secret dbname=app sslmode=disable"))?;
+    let builder = if setup.sleeps { builder.sleep_after(SLEEP_AFTER) } else { builder };
     builder
         .connector(Reach(Arc::clone(sim)))
         .resolver(Reach(Arc::clone(sim)))
-        .max_size(MAX_SIZE)
+        .max_size(setup.max_size)
         .checkout_timeout(CHECKOUT)
         .dead_after(DEAD_AFTER)
         .seed(seed)
@@ -135,8 +164,10 @@ async fn watch(sim: Arc<Sim>, pool: Pool) {
     let mut views = pool.watch();
     while views.changed().await.is_ok() {
         let view = views.borrow_and_update().clone();
-        if let State::Primary { report, .. } = &view.state {
+        sim.lock().published = None;
+        if let State::Primary { report, endpoint, .. } = &view.state {
             let mut world = sim.lock();
+            world.published = node_at(&endpoint.address);
             if let Some(timeline) = report.timeline {
                 world.oracle.published(timeline);
             }
@@ -157,20 +188,28 @@ async fn events(sim: Arc<Sim>, pool: Pool) {
         world.say(|| format!("the pool: {told}"));
         let (left, what) = match &event {
             Event::PrimaryFound { generation, endpoint, .. } => {
-                let node = node_at(&endpoint.address).unwrap_or(0);
-                generations.push((*generation, node, world.nodes[node].lives));
+                if let Some(node) = node_at(&endpoint.address) {
+                    generations.push((*generation, node, world.nodes[node].lives));
+                }
                 world.counts.note("events", short);
                 continue;
             }
-            Event::PrimaryLost { generation, .. } => {
+            Event::PrimaryLost { generation, why, .. } => {
                 lost_at = Some(Instant::now());
-                (Some(*generation), short)
+                // The load raises such errors, too, and they are a reason to look at the primary.
+                (Some(*generation).filter(|_| !why.contains("turned read-only")), short)
             }
             Event::Evicted { generation, cause: Eviction::Silent, .. } => {
                 if lost_at.is_none_or(|at: Instant| at.elapsed() < SUSPENDED_FOR) {
                     world.oracle.violation("a silent primary was given up at once");
                 }
                 (Some(*generation), format!("{short} {}", Eviction::Silent))
+            }
+            Event::Evicted { cause: Eviction::Asleep, .. } => {
+                if world.holding > 0 {
+                    world.oracle.violation("the pool fell asleep over its work");
+                }
+                (None, format!("{short} {}", Eviction::Asleep))
             }
             Event::Evicted { generation, cause, .. } => (Some(*generation), format!("{short} {cause}")),
             Event::CommitSettled { outcome, .. } => (None, format!("{short} {outcome:?}")),
@@ -207,6 +246,8 @@ async fn finish(sim: &Arc<Sim>, pool: &Pool, callers: Vec<JoinHandle<()>>) {
         Ok(Err(error)) => sim.lock().oracle.violation(format!("after the faults a call fails: {error}")),
         Err(_) => sim.lock().oracle.violation(format!("after the faults a call is not served within {SERVED:?}")),
     }
+    // The last notifications are on their way.
+    sleep(Duration::from_secs(1)).await;
     pool.close();
     sleep(Duration::from_secs(10)).await;
 }
@@ -219,8 +260,12 @@ fn judge(sim: &Sim) -> Outcome {
     for _ in 0..lost {
         world.counts.note("seen", "calls lost by asynchronous replication");
     }
-    let most = MAX_SIZE * 2 + 2 + 3 * world.nodes.len();
-    if world.oracle.most_open > most {
+    let missed = world.told.missed();
+    if !missed.is_empty() {
+        world.oracle.violation(format!("the listener missed calls {missed:?}, and was not told"));
+    }
+    let most = world.setup.max_size * 2 + 2 + 3 * world.nodes.len();
+    if world.oracle.most_open > most && !world.setup.wrapped {
         let open = world.oracle.most_open;
         world.oracle.violation(format!("{open} connections were open at a time, more than {most}"));
     }

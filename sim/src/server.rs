@@ -8,6 +8,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use crate::listen::Mail;
 use crate::net::End;
 use crate::node::{Backend, Doing, Goodbye, Process};
 use crate::proto::{Answer, First, Request, first, next};
@@ -67,9 +68,10 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
         answer.error("FATAL", &refusal);
         return end.send(&std::mem::take(&mut answer.bytes));
     }
-    let (pid, secret, cancel, terminate) = {
+    let (pid, secret, cancel, terminate, mail) = {
         let mut world = sim.lock();
         let pid = world.next_pid();
+        let mail = Arc::<Mail>::default();
         let (secret, cancel, terminate) = (pid ^ 0x5EED, Arc::<Notify>::default(), CancellationToken::new());
         let backend = Backend {
             secret,
@@ -79,9 +81,11 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
             ends: false,
             cancel: Arc::clone(&cancel),
             terminate: terminate.clone(),
+            listens: false,
+            mail: Arc::clone(&mail),
         };
         world.nodes[node].backends.insert(pid, backend);
-        (pid, secret, cancel, terminate)
+        (pid, secret, cancel, terminate, mail)
     };
     let mut session = Session::new(sim, node, pid, cancel);
     answer.authenticated();
@@ -97,7 +101,7 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
     answer.key(pid, secret);
     answer.ready(b'I');
     end.send(&std::mem::take(&mut answer.bytes))?;
-    let ended = terminate.run_until_cancelled(messages(&mut session, end, &mut buffer, answer)).await;
+    let ended = terminate.run_until_cancelled(messages(&mut session, end, &mut buffer, answer, &mail)).await;
     session.abort();
     sim.lock().nodes[node].backends.remove(&pid);
     if ended.is_none() {
@@ -151,12 +155,28 @@ async fn cancel(sim: &Arc<Sim>, node: usize, pid: i32, secret: i32) {
     notify.notify_waiters();
 }
 
-async fn messages(session: &mut Session, end: &mut End, buffer: &mut Vec<u8>, answer: &mut Answer) -> io::Result<()> {
+async fn messages(
+    session: &mut Session,
+    end: &mut End,
+    buffer: &mut Vec<u8>,
+    answer: &mut Answer,
+    mail: &Mail,
+) -> io::Result<()> {
     let (mut bound, mut skips) = (None, false);
     loop {
         let Some(request) = next(buffer) else {
-            if end.read(buffer).await? == 0 {
-                return Ok(());
+            // Between transactions, the server tells what others have sent.
+            if session.status() == b'I' {
+                let mut told = Answer::default();
+                mail.take().iter().for_each(|call| told.notification(session.pid, &call.to_string()));
+                if !told.bytes.is_empty() {
+                    end.send(&told.bytes)?;
+                }
+            }
+            tokio::select! {
+                biased;
+                read = end.read(buffer) => if read? == 0 { return Ok(()) },
+                () = mail.arrived.notified() => session.thaw().await,
             }
             continue;
         };
@@ -198,6 +218,9 @@ async fn messages(session: &mut Session, end: &mut End, buffer: &mut Vec<u8>, an
             }
             Request::Other => None,
         };
+        if session.ended {
+            return end.send(&std::mem::take(&mut answer.bytes));
+        }
         if let Some(error) = failed {
             answer.error("ERROR", &error);
             skips = true;

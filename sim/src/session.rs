@@ -8,8 +8,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::columns::value_of;
 use crate::done::Done;
+use crate::durable::raised;
 use crate::log::{Row, What};
-use crate::node::{Node, Stage};
+use crate::node::Node;
 use crate::proto::Answer;
 use crate::sql::{SqlError, Statement, parse, statements};
 use crate::world::Sim;
@@ -19,19 +20,23 @@ const READ_ONLY: &str = "25006";
 /// An open transaction.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-struct Transaction {
+pub(crate) struct Transaction {
     /// It was begun by BEGIN, and not by a statement alone.
     block: bool,
     failed: bool,
-    xid: Option<u64>,
+    pub(crate) xid: Option<u64>,
     began_in_recovery: bool,
     read_only: bool,
     /// The message that began it.
     message: u64,
     begun_at: Instant,
-    rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
+    /// The calls of which its NOTIFY tells.
+    pub(crate) tells: Vec<i64>,
+    /// Which of `RAISED` its COMMIT meets.
+    pub(crate) raises: Option<usize>,
     /// The values before each `SET`, and whether it was a `SET LOCAL`.
-    before: Vec<(String, Option<String>, bool)>,
+    pub(crate) before: Vec<(String, Option<String>, bool)>,
 }
 
 pub(crate) struct Session {
@@ -39,10 +44,12 @@ pub(crate) struct Session {
     pub(crate) node: usize,
     pub(crate) pid: i32,
     pub(crate) cancel: Arc<Notify>,
-    transaction: Option<Transaction>,
-    settings: BTreeMap<String, String>,
+    pub(crate) transaction: Option<Transaction>,
+    pub(crate) settings: BTreeMap<String, String>,
     prepared: BTreeMap<String, String>,
     message: u64,
+    /// An error has ended it.
+    pub(crate) ended: bool,
 }
 
 impl Session {
@@ -63,6 +70,7 @@ impl Session {
             settings,
             prepared: BTreeMap::new(),
             message: 0,
+            ended: false,
         }
     }
 
@@ -123,12 +131,14 @@ impl Session {
             message: self.message,
             begun_at: Instant::now(),
             rows: Vec::new(),
+            tells: Vec::new(),
+            raises: None,
             before: Vec::new(),
         });
     }
 
     /// Undoes each `SET LOCAL` at a transaction's end, and each `SET` if it was rolled back.
-    fn undo_settings(&mut self, before: Vec<(String, Option<String>, bool)>, committed: bool) {
+    pub(crate) fn undo_settings(&mut self, before: Vec<(String, Option<String>, bool)>, committed: bool) {
         for (name, value, local) in before.into_iter().rev() {
             match value {
                 _ if committed && !local => {}
@@ -156,6 +166,7 @@ impl Session {
         if let Some(backend) = world.nodes[self.node].backends.get_mut(&self.pid) {
             backend.xid = None;
         }
+        world.nodes[self.node].ended.notify_waiters();
     }
 
     /// Waits while the process is stopped.
@@ -185,7 +196,8 @@ impl Session {
     /// Carries out the statements of one message.
     pub(crate) async fn query(&mut self, text: &str, answer: &mut Answer) {
         self.message += 1;
-        let ends = ["COMMIT", "END", "PREPARE"].iter().any(|word| text.contains(word));
+        // No caller's work is as long as the pool's questions.
+        let ends = text.len() > 1000 || ["COMMIT", "END", "PREPARE"].iter().any(|word| text.contains(word));
         self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.ends = ends));
         let mut all = statements(text).peekable();
         if all.peek().is_none() {
@@ -201,7 +213,12 @@ impl Session {
                     answer.complete(done.tag);
                 }
                 Err(error) => {
-                    answer.error("ERROR", &error);
+                    self.ended |= error.fatal;
+                    if error.code == "garbage" {
+                        answer.garbage();
+                    } else {
+                        answer.error(if error.fatal { "FATAL" } else { "ERROR" }, &error);
+                    }
                     self.fail();
                     return;
                 }
@@ -280,7 +297,7 @@ impl Session {
         world.append(self.node, What::Insert { xid, row });
         let timeline = world.nodes[self.node].timeline;
         if let Some(transaction) = &mut self.transaction {
-            world.oracle.work_on(timeline, transaction.begun_at);
+            world.work_on(self.node, timeline, transaction.begun_at);
             transaction.rows.push(row);
         }
         Ok(())
@@ -400,6 +417,24 @@ impl Session {
                 });
                 Done::row(vec![Some(if all { "t" } else { "f" }.to_owned())])
             }
+            Statement::Raise { which, at_commit: false } => return Err(raised(which)),
+            Statement::Raise { which, at_commit: true } => {
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.raises = Some(which);
+                }
+                Done::nothing()
+            }
+            Statement::Enter => self.enter()?,
+            Statement::Fence(id) => self.fence_entry(id).await?,
+            Statement::HasEntry(id) => self.has_entry(id),
+            Statement::Listen => self.listen(),
+            Statement::Channels => self.channels(),
+            Statement::Stay => Done::row(vec![Some("0".to_owned())]),
+            Statement::Notify(call) => {
+                self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(call));
+                Done::row(vec![Some(String::new())])
+            }
+            Statement::Prune => Done::tag("DELETE 0"),
             Statement::Terminate { pid, xid } => self.end_abandoned(pid, xid),
             Statement::Ends { pid, xid } => Done::row(vec![self.ends(pid, xid)]),
             Statement::Columns(list) => {
@@ -410,38 +445,6 @@ impl Session {
                 return Err(self.unknown(text));
             }
         })
-    }
-
-    /// Commits: the record, the disk, the synchronous standby. Others see the transaction only afterwards.
-    async fn commit(&mut self, answer: &mut Answer) -> Result<(), SqlError> {
-        let Some(transaction) = &self.transaction else { return Ok(()) };
-        if let Some(xid) = transaction.xid {
-            let waits = self.settings.get("synchronous_commit").is_none_or(|value| value != "off");
-            let records = {
-                let mut world = self.sim.lock();
-                world.oracle.committed(&transaction.rows);
-                let (node, pid) = (self.node, self.pid);
-                let row = transaction.rows.first().copied();
-                world.say(|| format!("session {pid} of server {node} commits transaction {xid}: {row:?}"));
-                world.append(self.node, What::Commit { xid })
-            };
-            if waits {
-                self.spring(Stage::Written).await;
-                self.to_disk(records).await;
-                self.spring(Stage::Flushed).await;
-                self.to_standby(records, answer).await;
-                self.spring(Stage::Confirmed).await;
-            }
-            let mut world = self.sim.lock();
-            world.nodes[self.node].running.remove(&xid);
-            if let Some(backend) = world.nodes[self.node].backends.get_mut(&self.pid) {
-                backend.xid = None;
-            }
-        }
-        if let Some(transaction) = self.transaction.take() {
-            self.undo_settings(transaction.before, true);
-        }
-        Ok(())
     }
 
     /// Prepares a statement of the extended protocol.

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::columns::row_of;
+use crate::ledger::id_of;
+use crate::work::RAISED;
 
 /// An error that a server reports.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,11 +17,13 @@ pub(crate) struct SqlError {
     pub(crate) message: String,
     /// The function in PostgreSQL's source that reports it. A pooler's errors have none.
     pub(crate) routine: &'static str,
+    /// It ends the session.
+    pub(crate) fatal: bool,
 }
 
 impl SqlError {
     pub(crate) fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), routine: "ProcessQuery" }
+        Self { code, message: message.into(), routine: "ProcessQuery", fatal: false }
     }
 
     pub(crate) fn by(self, routine: &'static str) -> Self {
@@ -90,6 +94,24 @@ pub(crate) enum Statement {
         pid: i32,
         xid: u64,
     },
+    /// Fails with one of `RAISED`, now or at COMMIT.
+    Raise {
+        which: usize,
+        at_commit: bool,
+    },
+    /// A transaction's row in the ledger.
+    Enter,
+    /// A settler's row in the ledger.
+    Fence(u64),
+    /// Whether a transaction's own row is in the ledger.
+    HasEntry(u64),
+    Prune,
+    Listen,
+    /// Which channels the session listens to.
+    Channels,
+    /// The listener's session may be idle for ever.
+    Stay,
+    Notify(i64),
     Columns(Arc<[Column]>),
     Unknown,
 }
@@ -107,10 +129,32 @@ pub(crate) fn statements(message: &str) -> impl Iterator<Item = &str> {
 type Recognise = fn(&str) -> Option<Statement>;
 
 /// The first one that recognises a statement counts.
-const KNOWN: [Recognise; 12] =
-    [transactions, settings, prepared, rows, waits, marks, insists, histories, files, signatures, sessions, columns];
+const KNOWN: [Recognise; 15] = [
+    transactions,
+    settings,
+    prepared,
+    rows,
+    waits,
+    marks,
+    insists,
+    histories,
+    files,
+    signatures,
+    sessions,
+    raises,
+    ledger,
+    crate::listen::statement,
+    columns,
+];
+
+/// Texts longer than this are the pool's questions. There are only a few of them.
+const LONG: usize = 300;
 
 pub(crate) fn parse(text: &str) -> Statement {
+    let known = if text.len() > LONG { READ.with_borrow(|read| read.get(text).map(Arc::clone)) } else { None };
+    if let Some(known) = known {
+        return Statement::Columns(known);
+    }
     KNOWN.iter().find_map(|recognise| recognise(text)).unwrap_or(Statement::Unknown)
 }
 
@@ -227,16 +271,33 @@ fn sessions(text: &str) -> Option<Statement> {
     Some(Statement::Ends { pid: pid()?, xid: between(text, "transaction = '", "'")?.parse().ok()? })
 }
 
+fn raises(text: &str) -> Option<Statement> {
+    let (at_commit, code) = match between(text, "SELECT raise('", "')") {
+        Some(code) => (false, code),
+        None => (true, between(text, "SELECT raise_at_commit('", "')")?),
+    };
+    Some(Statement::Raise { which: RAISED.iter().position(|raised| raised.code == code)?, at_commit })
+}
+
+fn ledger(text: &str) -> Option<Statement> {
+    if text.starts_with("INSERT INTO \"failover\".\"ledger\" (until)") {
+        return Some(Statement::Enter);
+    }
+    if text.starts_with("INSERT INTO \"failover\".\"ledger\" AS entry") {
+        return Some(Statement::Fence(id_of(between(text, "VALUES ('", "'")?)?));
+    }
+    if text.starts_with("SELECT EXISTS (SELECT FROM \"failover\".\"ledger\"") {
+        return Some(Statement::HasEntry(id_of(between(text, "OPERATOR(pg_catalog.=) '", "'")?)?));
+    }
+    text.starts_with("DELETE FROM \"failover\".\"ledger\"").then_some(Statement::Prune)
+}
+
 thread_local! {
     /// The long questions that were read before. There are only a few.
     static READ: RefCell<HashMap<String, Arc<[Column]>>> = RefCell::default();
 }
 
 fn columns(text: &str) -> Option<Statement> {
-    let known = READ.with_borrow(|read| read.get(text).map(Arc::clone));
-    if let Some(known) = known {
-        return Some(Statement::Columns(known));
-    }
     let list = text.strip_prefix("SELECT ")?;
     let list = list.strip_suffix(" FROM pg_control_system()").unwrap_or(list);
     let column = |expression: &str| {
@@ -246,7 +307,7 @@ fn columns(text: &str) -> Option<Statement> {
     };
     let columns: Arc<[Column]> = split_columns(list).into_iter().map(column).collect();
     READ.with_borrow_mut(|read| {
-        if text.len() > 300 && read.len() < 64 {
+        if text.len() > LONG && read.len() < 64 {
             read.insert(text.to_owned(), Arc::clone(&columns));
         }
     });

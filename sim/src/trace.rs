@@ -12,6 +12,10 @@ impl Counts {
         *self.0.entry((group, name.into())).or_default() += 1;
     }
 
+    pub(crate) fn note_many(&mut self, group: &'static str, name: String, times: u64) {
+        *self.0.entry((group, name)).or_default() += times;
+    }
+
     pub(crate) fn of(&self, group: &str, name: &str) -> u64 {
         self.0.iter().filter(|((its, own), _)| *its == group && own == name).map(|(_, count)| *count).sum()
     }
@@ -20,6 +24,11 @@ impl Counts {
         for (key, count) in &others.0 {
             *self.0.entry(key.clone()).or_default() += count;
         }
+    }
+
+    /// The names of a group that were seen.
+    pub(crate) fn names<'a>(&'a self, group: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0.keys().filter(move |(its, _)| *its == group).map(|(_, name)| name.as_str())
     }
 
     /// One line for each group.

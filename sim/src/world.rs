@@ -7,65 +7,24 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::listen::Told;
 use crate::log::What;
 use crate::net::{Net, lock};
 use crate::node::{Checkpoint, Doing, Goodbye, Node, Process, Stage};
 use crate::oracle::Oracle;
 use crate::rng::Rng;
+use crate::setup::Setup;
 use crate::trace::{Counts, Trace};
 
+/// The pool must have left an old primary by then: it looks at the other servers every five seconds.
+const SUPERSEDED_FOR: Duration = Duration::from_secs(20);
+
 pub(crate) const SYSTEM_IDENTIFIER: &str = "7300000000000000001";
-
-/// How the name of the cluster is resolved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Dns {
-    /// The name has the address of each server.
-    All,
-    /// The name has the address of the primary, and changes some time after a failover.
-    Primary,
-    /// The configuration has the addresses. There is no name.
-    Hosts,
-}
-
-/// What the pool's role may read about the history of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Shown {
-    Function,
-    Files,
-    Nothing,
-}
-
-/// What stays the same through one simulation.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Setup {
-    pub(crate) servers: usize,
-    pub(crate) synchronous: bool,
-    pub(crate) shown: Shown,
-    pub(crate) dns: Dns,
-}
-
-impl Setup {
-    pub(crate) fn choose(rng: &mut Rng) -> Self {
-        Self {
-            servers: [2, 3, 3, 3][rng.index(4)],
-            synchronous: rng.chance(50),
-            shown: [Shown::Function, Shown::Function, Shown::Files, Shown::Nothing][rng.index(4)],
-            dns: [Dns::All, Dns::All, Dns::Primary, Dns::Hosts][rng.index(4)],
-        }
-    }
-
-    /// Returns whether a crash loses what was not flushed. Without the function of `sql/history.sql`, the pool must see
-    /// each crash that loses a mark, and a simulation cannot promise that. So such servers flush each record at once:
-    /// docs/exactly-once.md, assumption 5.
-    fn loses_unflushed(self) -> bool {
-        self.shown == Shown::Function
-    }
-}
 
 /// What DNS answers now.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Names {
-    /// The server that [`Dns::Primary`] leads to.
+    /// The server that [`Dns::Primary`](crate::setup::Dns::Primary) leads to.
     pub(crate) primary: usize,
     pub(crate) gone: bool,
 }
@@ -82,6 +41,14 @@ pub(crate) struct World {
     pub(crate) oracle: Oracle,
     pub(crate) counts: Counts,
     pub(crate) failovers: u64,
+    /// How many closures hold a connection.
+    pub(crate) holding: usize,
+    /// The server that the pool has published as the primary.
+    pub(crate) published: Option<usize>,
+    /// The highest timeline of the archive.
+    pub(crate) archived: u32,
+    entries: u64,
+    pub(crate) told: Told,
     /// When something was last done to a server, or to its network.
     pub(crate) troubled_at: Vec<Instant>,
     trace: Trace,
@@ -105,7 +72,8 @@ impl Sim {
     pub(crate) fn new(seed: u64, trace: bool) -> Arc<Self> {
         let mut rng = Rng::new(seed);
         let setup = Setup::choose(&mut rng);
-        let nodes = (0..setup.servers).map(|index| Node::new(index, Arc::new(Net::default()))).collect();
+        let mut nodes: Vec<_> = (0..setup.servers).map(|index| Node::new(index, Arc::new(Net::default()))).collect();
+        nodes[1].clock_ahead = if setup.wrong_clock { 2_000_000_000 } else { 0 };
         let world = World {
             setup,
             rng,
@@ -116,6 +84,11 @@ impl Sim {
             oracle: Oracle::default(),
             counts: Counts::default(),
             failovers: 0,
+            holding: 0,
+            published: None,
+            archived: 1,
+            entries: 0,
+            told: Told::default(),
             troubled_at: vec![Instant::now(); setup.servers],
             trace: Trace::new(trace),
             zero: Instant::now(),
@@ -148,6 +121,25 @@ impl World {
     /// Notes that something is done to this server, so that the pool may leave it.
     pub(crate) fn trouble(&mut self, on: usize) {
         self.troubled_at[on] = Instant::now();
+    }
+
+    /// Returns whether nothing was done to any server for so long.
+    pub(crate) fn is_quiet_for(&self, time: Duration) -> bool {
+        self.troubled_at.iter().all(|at| at.elapsed() > time)
+    }
+
+    /// A transaction that began then writes on this server. The pool must know by then of a primary that came long before.
+    pub(crate) fn work_on(&mut self, on: usize, timeline: u32, begun_at: Instant) {
+        self.oracle.work_on(timeline, begun_at);
+        let late = |since: Instant| begun_at > since + SUPERSEDED_FOR && self.is_quiet_for(SUPERSEDED_FOR);
+        if on != self.leader && self.nodes[on].superseded_at.is_some_and(late) {
+            self.oracle.violation(format!("work began on server {on} long after server {} was promoted", self.leader));
+        }
+    }
+
+    pub(crate) fn next_entry(&mut self) -> u64 {
+        self.entries += 1;
+        self.entries
     }
 
     pub(crate) fn next_pid(&mut self) -> i32 {
@@ -199,6 +191,7 @@ impl World {
         self.troubled_at[on] = Instant::now();
         let node = &mut self.nodes[on];
         node.running.clear();
+        node.ended.notify_waiters();
         node.backends.clear();
         std::mem::replace(&mut node.life, CancellationToken::new()).cancel();
     }
@@ -259,6 +252,7 @@ impl World {
         if leads {
             self.became_primary(on, if clean { "restarted" } else { "recovered" });
         } else {
+            self.nodes[on].superseded_at = Some(Instant::now());
             self.counts.note("seen", "zombies");
             self.say(|| format!("server {on} comes back as a primary that nobody wants"));
         }
@@ -332,8 +326,10 @@ impl World {
         let node = &mut self.nodes[on];
         let (end, old) = (node.log.end(), node.timeline);
         node.ancestry.push((old, end));
-        node.timeline += 1;
+        let newest = if self.setup.archives { self.archived.max(old) } else { old };
+        node.timeline = newest + 1;
         let timeline = node.timeline;
+        self.archived = self.archived.max(timeline);
         node.segments.insert(timeline);
         (node.recovery, node.replayed, node.upstream) = (false, Some(end), None);
         node.next_xid_from_log();
@@ -349,6 +345,9 @@ impl World {
         self.failovers += 1;
         let now = Instant::now();
         self.troubled_at.fill(now);
+        for (other, node) in self.nodes.iter_mut().enumerate() {
+            node.superseded_at = if other == on { None } else { node.superseded_at.or(Some(now)) };
+        }
         self.counts.note("failovers", how);
         let timeline = self.nodes[on].timeline;
         self.say(|| format!("server {on} is the primary, {how}, timeline {timeline}"));
@@ -407,88 +406,4 @@ impl World {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::log::Row;
-
-    /// Commits a row on a server, and flushes it if that is wanted.
-    fn commit(world: &mut World, on: usize, call: i64, flush: bool) -> u64 {
-        let xid = world.assign_xid(on, 0);
-        world.append(on, What::Insert { xid, row: Row { call, attempt: 1 } });
-        let records = world.append(on, What::Commit { xid });
-        world.nodes[on].running.remove(&xid);
-        if flush {
-            world.nodes[on].log.flush(records);
-        }
-        xid
-    }
-
-    fn world() -> Arc<Sim> {
-        let sim = Sim::new(1, false);
-        {
-            let mut world = sim.lock();
-            world.setup = Setup { servers: 2, synchronous: true, shown: Shown::Function, dns: Dns::All };
-            world.nodes = (0..2).map(|index| Node::new(index, Arc::new(Net::default()))).collect();
-            world.sync_standby = Some(1);
-        }
-        sim
-    }
-
-    fn calls(world: &World, on: usize) -> Vec<i64> {
-        world.nodes[on].log.rows().map(|row| row.call).collect()
-    }
-
-    #[test]
-    fn a_crash_loses_what_was_not_flushed_and_its_id_is_given_out_again() {
-        let sim = world();
-        let mut world = sim.lock();
-        commit(&mut world, 0, 1, true);
-        let lost = commit(&mut world, 0, 2, false);
-        world.crash(0, Goodbye::Closed);
-        world.start_primary(0, false, true);
-        assert_eq!(calls(&world, 0), [1]);
-        assert_eq!(commit(&mut world, 0, 3, true), lost);
-        assert!(world.nodes[0].replayed.is_some());
-    }
-
-    #[test]
-    fn a_laggard_loses_what_it_lacks_and_the_old_primary_must_be_rewound() {
-        let sim = world();
-        let mut world = sim.lock();
-        commit(&mut world, 0, 1, true);
-        assert!(world.replicate());
-        let records = world.nodes[0].log.len();
-        assert!(world.is_confirmed(0, records));
-        commit(&mut world, 0, 2, true);
-        assert!(!world.is_confirmed(0, records + 2), "the standby lacks it");
-        world.crash(0, Goodbye::Closed);
-        assert!(world.may_be_promoted(1));
-        world.promote(1);
-        assert_eq!((world.leader, world.nodes[1].timeline, calls(&world, 1)), (1, 2, vec![1]));
-        assert!(!world.nodes[0].log.is_prefix_of(&world.nodes[1].log));
-        world.rewind(0, 1);
-        world.start_standby(0, Some(1), false);
-        world.replicate();
-        assert_eq!((calls(&world, 0), world.nodes[0].timeline), (vec![1], 2));
-        assert!(!world.may_be_promoted(0), "it is not the synchronous standby yet");
-    }
-
-    #[test]
-    fn what_a_promoted_server_shows_is_what_postgresql_shows() {
-        let sim = world();
-        let mut world = sim.lock();
-        commit(&mut world, 0, 1, true);
-        world.replicate();
-        let end = world.nodes[1].log.end();
-        world.shut_down(0);
-        world.promote(1);
-        let node = &world.nodes[1];
-        assert!(node.replayed > Some(end), "it has the shutdown's checkpoint, too");
-        assert_eq!((node.received(), node.checkpoint.timeline), (node.received, 1));
-        assert!(node.history().starts_with("1\t0/"), "{}", node.history());
-        assert!(node.segments.contains(&1) && node.segments.contains(&2));
-        world.checkpoint(1, false);
-        assert_eq!((world.nodes[1].checkpoint.timeline, world.nodes[1].stopped()), (2, None));
-        assert!(!world.nodes[1].segments.contains(&1));
-    }
-}
+mod tests;

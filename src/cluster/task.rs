@@ -174,7 +174,7 @@ impl<C: SessionClient> Task<C> {
                 self.actions.extend(actions);
             }
             self.act_all();
-            if !wanted() {
+            if !wanted() || planted!("does not wake") {
                 return false;
             }
             self.shared.asleep.store(false, Ordering::SeqCst);
@@ -183,7 +183,7 @@ impl<C: SessionClient> Task<C> {
             self.search = Some(self.observer.search());
             return true;
         }
-        if traffic.in_use || traffic.moved || lent || wanted() {
+        if (traffic.in_use || traffic.moved || lent || wanted()) && !planted!("falls asleep over its work") {
             self.used_at = now;
             return true;
         }

@@ -106,7 +106,7 @@ impl<C: SessionClient> Pool<C> {
     async fn checkout(&self, place: Option<CallSite>, begun: bool) -> Result<Client<C>, Error> {
         loop {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
-            if !self.cluster().has_primary() {
+            if !self.cluster().has_primary() && !planted!("hands out while suspended") {
                 self.not_ended()?;
                 let _counted = Counted::new(&self.shared.searching);
                 if let Err(none) = Box::pin(self.cluster().primary()).await {
@@ -153,7 +153,7 @@ impl<C: SessionClient> Pool<C> {
             (object, false)
         };
         // The pool's `recycle` has just checked everything else.
-        let current = self.cluster().is_current(object.facts().generation);
+        let current = self.cluster().is_current(object.facts().generation) || planted!("hands out while suspended");
         if !current || (tested && !object.may_be_handed_out(self.cluster())) {
             // The connection can be used again if the primary is resumed, so give it back. The next round waits for a
             // primary.

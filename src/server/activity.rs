@@ -333,7 +333,7 @@ impl Counter {
                 *answered += 1;
                 *failed = false;
                 *copying = false;
-                *transaction = in_transaction;
+                *transaction = in_transaction && !planted!("gives back what is within a transaction");
             }
             // The server ignores the Sync that was sent before the COPY data.
             b'G' => {

@@ -257,6 +257,18 @@ pub enum Answer {
     Failed(ProbeFailure),
 }
 
+#[cfg(failover_sim)]
+impl Answer {
+    /// A short name for the coverage of the simulation in sim/.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::Primary(_) => "primary".to_owned(),
+            Self::Refused(_, refusal) => format!("{refusal:?}").split([' ', '{']).next().unwrap_or_default().to_owned(),
+            Self::Failed(failure) => format!("{:?}", failure.kind),
+        }
+    }
+}
+
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

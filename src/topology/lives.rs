@@ -278,7 +278,12 @@ impl Topology {
         if failure.kind.is_an_answer() {
             self.primary_lives(now);
         }
+        seen!("findings", "{:?}, {:?}", circumstances.finding(), failure.kind);
         match circumstances.finding() {
+            Finding::NewSessionsFail if planted!("takes what new sessions meet for silence") => {
+                self.suspend(now, &why, SuspendCause { silent: true, kept_open: false });
+                self.give_up_silent(now);
+            }
             Finding::Lives => {
                 self.primary_lives(now);
                 // No other failure is the server's own answer to this question. On a new session it may be another

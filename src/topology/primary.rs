@@ -152,8 +152,10 @@ impl Topology {
         };
         if let Some((id, lost)) = old {
             let why = format!("{endpoint} is the primary now");
+            seen!("transitions", "{} to another primary", if lost { "known" } else { "suspended" });
             self.actions.push(Action::End { id, cause: Eviction::Replaced, why, lost });
         }
+        seen!("adopted because", "{why}");
         self.generation.0 += 1 + std::mem::take(&mut self.crossings);
         self.new_sessions_succeed();
         self.note_told(now, &report);

@@ -109,6 +109,7 @@ impl Topology {
         // question may take.
         let longest = self.settings.probe_timeout + self.settings.heartbeat_timeout;
         let answered_at = now.checked_sub(longest).map_or(*answered_at, |at| at.max(*answered_at));
+        seen!("transitions", "known to suspended, silent: {}", cause.silent);
         let suspended = Suspended { primary: primary.clone(), answered_at, silent: cause.silent };
         self.phase = Phase::Searching(Search { suspended: Some(suspended), ..Search::new(now) });
         self.changed = Change { at: now, why: why.to_owned() };
@@ -129,6 +130,7 @@ impl Topology {
         };
         if search.suspended.as_ref().is_some_and(|suspended| suspended.primary.id == id) {
             search.suspended = None;
+            seen!("transitions", "suspended to lost, {cause}");
             self.actions.push(Action::End { id, cause, why: why.to_owned(), lost: false });
         }
     }
@@ -273,6 +275,7 @@ impl Topology {
         if self.pick_at().is_none_or(|at| at > now) {
             return;
         }
+        seen!("transitions", "searching to known, suspended: {}", self.suspended_address().is_some());
         let (address, report) = (pick.address.clone(), pick.report.clone());
         if self.conflict(now).is_some() {
             if let Phase::Searching(search) = &mut self.phase {
@@ -288,9 +291,14 @@ impl Topology {
         let Phase::Searching(search) = &mut self.phase else {
             return;
         };
-        let Some(Suspended { mut primary, .. }) = search.suspended.take() else {
+        if planted!("does not resume") {
+            return;
+        }
+        let Some(suspended) = search.suspended.take() else {
             return;
         };
+        seen!("transitions", "suspended to known, silent: {}", suspended.silent);
+        let mut primary = suspended.primary;
         let lost_for = now.duration_since(search.since);
         if let Some(member) = self.members.get(address) {
             primary.endpoint = member.endpoint.clone();

@@ -15,6 +15,7 @@ impl Topology {
             Phase::Searching(search) => search.suspended.as_ref().map(|suspended| suspended.primary.id),
         };
         self.actions.clear();
+        seen!("transitions", "{} to asleep", if id.is_some() { "known or suspended" } else { "searching" });
         if let Some(id) = id {
             let why = why.to_owned();
             self.actions.push(Action::End { id, cause: Eviction::Asleep, why, lost: false });
@@ -33,6 +34,7 @@ impl Topology {
     /// others.
     pub(crate) fn wake(&mut self, now: Instant) {
         self.asleep = false;
+        seen!("transitions", "asleep to searching");
         self.search_anew(now, "woken by a caller");
         self.unasked.end(now);
         self.names.iter_mut().for_each(|name| name.ask_anew(now));

@@ -50,6 +50,7 @@ pub(super) enum Next {
 /// committed. So no hook can make a commit with an unknown outcome run again.
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Option<bool>) -> Next {
+    seen!("decide", "{mode:?} {stage:?} {verdict:?} {decision:?}");
     match (stage, mode) {
         (Stage::InDoubt, Mode::Exactly) if planted!("runs again in doubt") => return Next::Rerun,
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
@@ -60,10 +61,14 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Optio
     }
     match decision {
         Some(true) => return Next::Rerun,
+        Some(false) if planted!("ignores the user's word") => return Next::Rerun,
         Some(false) => return Next::Return,
         None => {}
     }
     match verdict {
+        Verdict::Conflict if planted!("returns a conflict") => Next::Return,
+        Verdict::ReadOnly if planted!("returns a refusal to write") => Next::Return,
+        Verdict::Application if planted!("runs again what would fail again") => Next::Rerun,
         Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
             Next::Rerun
         }
@@ -79,6 +84,7 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Optio
 /// work does not run again in any mode, whatever the user's hook says: it would apply the other call's work twice.
 pub(super) fn unless_in_doubt(next: Next, mode: Mode, stage: Stage, inner: bool) -> Next {
     match next {
+        Next::Rerun if inner && planted!("runs again behind a call in doubt") => next,
         Next::Rerun if inner && stage == Stage::InDoubt && mode != Mode::Read => Next::Unknown,
         Next::Rerun if inner => Next::Return,
         next => next,

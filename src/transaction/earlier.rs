@@ -194,6 +194,9 @@ pub(super) async fn found_ended<C: SessionClient>(
     deadline: Instant,
 ) -> Option<Error> {
     let generation = client.generation();
+    if planted!("does not look for a closure's own COMMIT") {
+        return None;
+    }
     for index in 0..lost.len() {
         let Some(attempt) = lost.get_mut(index).filter(|attempt| attempt.asked != Some(generation)) else {
             continue;

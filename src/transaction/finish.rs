@@ -256,6 +256,12 @@ impl Known {
             Some(_) if answer.completed < statements && planted!("takes silence for a refusal") => {
                 CommitProof::Refused { over: false }
             }
+            Some(_) if answer.completed == 0 && answer.ready && planted!("takes a failed transaction for a commit") => {
+                CommitProof::Committed { answered: true }
+            }
+            Some(error) if not_ours(error) && planted!("takes a closure's own end for a commit") => {
+                CommitProof::Committed { answered: true }
+            }
             None if ours => CommitProof::Committed { answered: true },
             None => CommitProof::NotOurs { committed: true },
             // The server has reported the COMMIT as done. A later failure of the session does not change that.

@@ -141,6 +141,7 @@ where
         let decided = decide(mode, stage, verdict, users);
         match unless_in_doubt(decided, mode, stage, inner.is_noted()) {
             // Settling was tried above. `Settle` arrives here only if the attempt left no mark.
+            Next::Settle | Next::Unknown if planted!("hides a doubt") => return Err(error),
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
                 return Err(unknown(error, Unsettled::NoMarker));
@@ -150,7 +151,7 @@ where
             Next::Rerun => {}
         }
         if stage == Stage::InDoubt && mode != Mode::Read {
-            doubt = true;
+            doubt = !planted!("forgets a doubt");
             // From now on each attempt writes, so that its COMMIT waits for the standbys (see `MarkWith::Write`).
             begin.marks = MarkWith::Write;
         }

@@ -454,6 +454,7 @@ impl<C: SessionClient> DialQueue<C> {
     /// nobody.
     fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
         let live = if waits { self.undoubted() } else { self.room.live.load(Ordering::Acquire) };
-        live + book.dialing < self.max_size.load(Ordering::Relaxed)
+        let most = self.max_size.load(Ordering::Relaxed);
+        live + book.dialing < if planted!("opens too many connections") { most * 4 } else { most }
     }
 }
