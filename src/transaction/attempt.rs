@@ -16,10 +16,10 @@ use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
 use super::settle::{Mark, Outcome, settle};
 use super::streams::{answers, is_answering, is_free};
-use super::verdict::{Session, judge_absent, judge_begin};
+use super::verdict::{Session, evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
-use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
+use crate::error::{CommitUnknown, EndedInside, Ending, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::SessionClient;
 use crate::settle::wal::MarkStatement;
@@ -59,6 +59,8 @@ impl Failed {
 pub(super) struct Unanswered<T> {
     value: T,
     mark: Option<Mark>,
+    /// What the closure had sent before.
+    closures: ClosuresEnd,
     pub(super) failed: Failed,
 }
 
@@ -69,10 +71,14 @@ impl<T> Unanswered<T> {
         if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
             return Ended::InDoubt(self);
         }
-        let Self { value, mark: Some(mark), failed } = self else { return Ended::InDoubt(self) };
+        let Self { value, mark: Some(mark), closures, failed } = self else { return Ended::InDoubt(self) };
         let Failed { verdict, error, session, .. } = failed;
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
+            // The mark does not show whose COMMIT it was, but the closure has sent one.
+            Ok((Outcome::Committed, _)) if closures.is_sent() && !planted!("takes a closure's COMMIT for its own") => {
+                Ended::Unknown(EndedInside::error(Ending::Committed, None))
+            }
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
             Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {
                 let error = match error {
@@ -84,7 +90,7 @@ impl<T> Unanswered<T> {
                 if outcome == Outcome::Aborted {
                     return Ended::Aborted(absent_from, failed);
                 }
-                Ended::Absent(Earlier { mark, value, absent_from }, failed)
+                Ended::Absent(Earlier { mark, value, closures, absent_from }, failed)
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }
@@ -330,7 +336,7 @@ impl<C: SessionClient> Attempt<C> {
             () = self.client().abandoned() => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
                 let failed = Failed::new(Verdict::ConnectionLost, error);
-                return Ended::InDoubt(Unanswered { value, mark, failed });
+                return Ended::InDoubt(Unanswered { value, mark, closures: ended, failed });
             }
         };
         let proof = known.proof(look, &answer);
@@ -345,7 +351,7 @@ impl<C: SessionClient> Attempt<C> {
                 if self.client().notices().not_replicated() && !planted!("takes a cancelled wait for a commit") {
                     let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
                     let failed = Failed::new(Verdict::OutcomeUnknown, error);
-                    return Ended::InDoubt(Unanswered { value, mark, failed });
+                    return Ended::InDoubt(Unanswered { value, mark, closures: ended, failed });
                 }
                 if answered {
                     self.prune(begin);
@@ -358,7 +364,8 @@ impl<C: SessionClient> Attempt<C> {
             }
             (_, None) => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::incomplete(Unsettled::NoMarker)));
-                Ended::InDoubt(Unanswered { value, mark, failed: Failed::new(Verdict::OutcomeUnknown, error) })
+                let failed = Failed::new(Verdict::OutcomeUnknown, error);
+                Ended::InDoubt(Unanswered { value, mark, closures: ended, failed })
             }
             (CommitProof::Unchecked, Some(error)) => {
                 self.pool().lacking().check_refused(self.check, &explain(&error));
@@ -384,7 +391,7 @@ impl<C: SessionClient> Attempt<C> {
                 }
                 let (verdict, session) = (classify(&error), self.session_after(&error).await);
                 let failed = Failed { session, ..Failed::new(verdict, error) };
-                Ended::InDoubt(Unanswered { value, mark, failed })
+                Ended::InDoubt(Unanswered { value, mark, closures: ended, failed })
             }
         }
     }
@@ -491,10 +498,4 @@ pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
         }
         other => other,
     }
-}
-
-/// Returns the failure of an attempt whose generation has ended. The session of a wrapped pool may still be open then,
-/// because its driver is not this crate's.
-pub(super) fn evicted() -> (Verdict, Error) {
-    (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }

@@ -6,16 +6,16 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
-use super::attempt::{Attempt, Ended, Failed, evicted, unknown};
+use super::attempt::{Attempt, Ended, Failed, unknown};
 use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
 use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
 use super::nested::{Inner, InnerDoubt};
-use super::verdict::{Bounds, ClosureError, Session, with_reason};
+use super::verdict::{Bounds, ClosureError, Session, evicted, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
 use crate::commit::Unsettled;
-use crate::error::{CommitOutcome, CommitUnknown, Error, Exhausted, RolledBack};
+use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::Observer;
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
@@ -86,9 +86,10 @@ where
         let generation = client.generation();
         match find(pool, &mut earlier, generation, deadline).await {
             Ok(None) => {}
-            Ok(Some(value)) => {
+            Ok(Some(attempt)) if attempt.closures.is_sent() => return Err(EndedInside::error(Ending::Committed, None)),
+            Ok(Some(attempt)) => {
                 pool.budget().deposit();
-                return Ok(value);
+                return Ok(attempt.value);
             }
             Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::earlier(why)))),
         }

@@ -11,7 +11,7 @@ use crate::classify::{
     Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, misfits,
     misfits_in_chain, recurs, report_in_chain, verdict_of_end,
 };
-use crate::error::{Error, InDoubt, SessionEnded};
+use crate::error::{Error, InDoubt, RolledBack, SessionEnded};
 use crate::topology::GenerationId;
 
 /// What the closure's error alone says.
@@ -158,6 +158,12 @@ pub(super) fn is_misfit(error: &Error) -> bool {
         },
         _ => false,
     }
+}
+
+/// Returns the failure of an attempt whose generation has ended. The session of a wrapped pool may still be open then,
+/// because its driver is not this crate's.
+pub(super) fn evicted() -> (Verdict, Error) {
+    (Verdict::ConnectionLost, Error::RolledBack(RolledBack::LostWithPrimary))
 }
 
 /// Adds the reason of the session's end to the error, unless the error shows it already.

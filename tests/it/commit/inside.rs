@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use testbed::{Cluster, Node, Tap, eventually};
+use testbed::{Cluster, Cut, Cutter, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
@@ -380,6 +380,28 @@ async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
                 is_told_of_its_commit(&pool, &guarantee, &retry, [ends, KILL], Duration::ZERO, &what).await;
             }
         }
+    }
+}
+
+/// The mark of a transaction does not show whose COMMIT it was: the closure's, or the pool's that got no answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_committed_itself_is_told_so_although_the_pools_commit_gets_no_answer() {
+    for guarantee in marked() {
+        let what = format!("{guarantee:?}");
+        let cluster = started(single()).await;
+        let listen = SocketAddr::new(cluster.spare_addr(0), 0);
+        let cutter = Cutter::start(listen, cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, cutter.addr(), 2);
+        let call = pool.build_transaction().guarantee(guarantee);
+        let work = call.run(async |tx| {
+            insert(&tx, 1).await?;
+            tx.batch_execute("COMMIT").await?;
+            cutter.arm(Cut::CommitAnswerDropped);
+            Ok(())
+        });
+        let error = timeout(PATIENCE, work).await.unwrap().expect_err(&what);
+        told(&error, Ending::Committed, &what);
+        assert_eq!(stored(&cluster).await.len(), 1, "{what}");
     }
 }
 
