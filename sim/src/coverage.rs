@@ -12,8 +12,8 @@ const WHOLE_ROLE: Option<&str> = Some("the role may read and call everything");
 const LOST_SHOWS: Option<&str> = Some("a server that lacks the id lacks the mark, too, and its last replay shows that");
 const ONE_CLUSTER: Option<&str> = Some("there is one cluster");
 
-/// Group and name of a count, or what its name begins with, and why it is not seen. The groups from `transitions` on are
-/// counted by the crate itself, where its code says `seen!`.
+/// Group and name of a count, or what its name begins with, and why it is not seen. The groups from `transitions` on
+/// are counted by the crate itself, where its code says `seen!`.
 const ROWS: &[Row] = &[
     ("failovers", "promoted", None),
     ("failovers", "recovered", None),

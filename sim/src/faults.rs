@@ -1,6 +1,6 @@
-//! What goes wrong, by weight. A new fault is a row of the table here or in `faults/long.rs`, and its function in the same
-//! file. When the function ends, the manager makes sure that there is a primary, and brings back what has left; until then
-//! anything may stay broken.
+//! What goes wrong, by weight. A new fault is a row of the table here or in `faults/long.rs`, and its function in the
+//! same file. When the function ends, the manager makes sure that there is a primary, and brings back what has left;
+//! until then anything may stay broken.
 
 #![allow(clippy::unused_async, reason = "each fault may wait, and some do not")]
 

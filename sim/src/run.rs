@@ -65,7 +65,8 @@ fn with_what_was_seen(mut outcome: Outcome) -> Outcome {
     outcome
 }
 
-/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed, too.
+/// The clock stands still unless every task waits for it. With `tokio_unstable`, tokio's own choices follow the seed,
+/// too.
 fn runtime(seed: u64) -> std::io::Result<Runtime> {
     let mut builder = Builder::new_current_thread();
     #[cfg(tokio_unstable)]

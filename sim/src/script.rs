@@ -1,5 +1,5 @@
-//! What a seed is run with: everything, or only some of its faults and callers. A failing seed is shrunk to those that it
-//! needs.
+//! What a seed is run with: everything, or only some of its faults and callers. A failing seed is shrunk to those that
+//! it needs.
 
 use std::collections::BTreeSet;
 use std::fmt;

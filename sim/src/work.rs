@@ -1,4 +1,5 @@
-//! What the closures of the load do: their statements, and how they fail, end their transactions or call the pool again.
+//! What the closures of the load do: their statements, and how they fail, end their transactions or call the pool
+//! again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};

@@ -128,7 +128,8 @@ impl World {
         self.troubled_at.iter().all(|at| at.elapsed() > time)
     }
 
-    /// A transaction that began then writes on this server. The pool must know by then of a primary that came long before.
+    /// A transaction that began then writes on this server. The pool must know by then of a primary that came long
+    /// before.
     pub(crate) fn work_on(&mut self, on: usize, timeline: u32, begun_at: Instant) {
         self.oracle.work_on(timeline, begun_at);
         let late = |since: Instant| begun_at > since + SUPERSEDED_FOR && self.is_quiet_for(SUPERSEDED_FOR);

@@ -37,7 +37,8 @@ pub(super) struct Earlier<T> {
     pub(super) absent_from: GenerationId,
 }
 
-/// Asks this generation's primary about the call's earlier attempts. `Ok(Some)`: this one of them was committed. For the others, notes that this primary's history does not contain them.
+/// Asks this generation's primary about the call's earlier attempts. `Ok(Some)`: this one of them was committed. For
+/// the others, notes that this primary's history does not contain them.
 pub(super) async fn find<C: SessionClient, T>(
     pool: &Pool<C>,
     earlier: &mut Vec<Earlier<T>>,
