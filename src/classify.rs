@@ -20,7 +20,7 @@ pub(crate) use chain::{explain, links};
 pub(crate) use driver::{hung_up, hung_up_in_handshake, unexpected, without_code};
 pub(crate) use encryption::{BadCertificate, NO_DIRECT_TLS, NO_TLS, TlsTrouble, tls_trouble};
 pub(crate) use fatal::{Recurs, advice, announces_end, ends_session, recurs, verdict_of_end};
-pub(crate) use stale::{Cure, may_be_stale, misfits, stale, stale_report};
+pub(crate) use stale::{Cure, may_be_stale, stale, stale_report};
 
 use std::error::Error as StdError;
 
@@ -124,11 +124,6 @@ pub(crate) fn report_in_chain<'a>(error: &'a (dyn StdError + 'static)) -> Option
         Found::Driver(error) => error.as_db_error(),
         Found::Report(report) => Some(report),
     }
-}
-
-/// Returns whether the first database error in an error's source chain is one of [`misfits`].
-pub(crate) fn misfits_in_chain(error: &(dyn StdError + 'static)) -> bool {
-    matches!(links(error).find_map(Found::in_link), Some(Found::Driver(error)) if misfits(error))
 }
 
 /// The verdict on what the server reported in a session that was open.

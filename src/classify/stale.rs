@@ -1,13 +1,10 @@
 //! The errors of a session whose prepared statements cannot be used any more, because a table, a type or the session
 //! itself has changed since they were prepared.
 
-use std::error::Error as StdError;
-
 use tokio_postgres::Error;
 use tokio_postgres::error::{DbError, SqlState};
-use tokio_postgres::types::WrongType;
 
-use super::{Kind, links};
+use super::Kind;
 
 /// How to repair a session whose prepared statements cannot be used any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -24,21 +21,11 @@ pub(crate) enum Cure {
 pub(crate) fn stale(error: &Error) -> Option<Cure> {
     match Kind::of(error) {
         Kind::Db(db) => stale_report(db),
-        _ if misfits(error) => Some(Cure::Clear),
+        // A type that the driver has cached may have changed. The error may as well be a mistake in the call, so it
+        // does not make the work run again.
+        Kind::Usage if error.to_string().starts_with("error serializing parameter") => Some(Cure::Clear),
         _ => None,
     }
-}
-
-/// Returns whether a value did not fit the type of its parameter or column. The driver may have read the type before it
-/// was changed: for instance, it does not know a new label of an enum. The error may as well be a mistake in the call.
-pub(crate) fn misfits(error: &Error) -> bool {
-    if Kind::of(error) != Kind::Usage {
-        return false;
-    }
-    let text = error.to_string();
-    text.starts_with("error serializing parameter")
-        // A NULL where the program expects a value says nothing about the type.
-        || (text.starts_with("error deserializing column") && links(error).any(<dyn StdError>::is::<WrongType>))
 }
 
 /// The same as [`stale`], for a report of the server.

@@ -5,7 +5,7 @@ use tokio::time::timeout;
 use super::attempt::{Attempt, Failed};
 use super::decide::Mode;
 use super::undo::ROLLBACK_WITHIN;
-use super::verdict::{ClosureError, Session, is_misfit, judge, perhaps_stale};
+use super::verdict::{ClosureError, Session, judge, perhaps_stale};
 use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};
 use crate::server::SessionClient;
@@ -22,13 +22,7 @@ impl<C: SessionClient> Attempt<C> {
         }
         let session = self.session(closure_error).await;
         let mut verdict = judge(closure_error, &session);
-        let misfit = is_misfit(&error) && matches!(session, Session::Open);
-        if misfit {
-            // The row that the closure has read is not the session's, so its trail does not know the error.
-            self.client().trail().heal(Cure::Clear);
-        }
-        let stale = (misfit && self.statements) || perhaps_stale(closure_error, &session, self.statements);
-        if verdict == Verdict::Application && stale {
+        if verdict == Verdict::Application && perhaps_stale(closure_error, &session, self.statements) {
             self.client().trail().heal(Cure::Clear);
             verdict = Verdict::Stale;
         }

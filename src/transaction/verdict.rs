@@ -8,8 +8,8 @@ use std::error::Error as StdError;
 use tokio_postgres::error::DbError;
 
 use crate::classify::{
-    Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, misfits,
-    misfits_in_chain, recurs, report_in_chain, verdict_of_end,
+    Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, recurs,
+    report_in_chain, verdict_of_end,
 };
 use crate::error::{Error, InDoubt, RolledBack, SessionEnded};
 use crate::topology::GenerationId;
@@ -144,20 +144,6 @@ pub(super) fn passes(verdict: Verdict) -> bool {
 pub(super) fn perhaps_stale(closure_error: ClosureError<'_>, session: &Session, statements: bool) -> bool {
     let report = closure_error.report().or(session.report());
     statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
-}
-
-/// Returns whether the closure's error says that a value did not fit its type. The driver may have read the type before
-/// it was changed.
-pub(super) fn is_misfit(error: &Error) -> bool {
-    match error {
-        Error::Database(error) => misfits(error),
-        Error::Aborted(source) => match links(source.as_ref()).find_map(|link| link.downcast_ref::<Error>()) {
-            Some(Error::Database(error)) => misfits(error),
-            Some(_) => false,
-            None => misfits_in_chain(source.as_ref()),
-        },
-        _ => false,
-    }
 }
 
 /// Returns the failure of an attempt whose generation has ended. The session of a wrapped pool may still be open then,

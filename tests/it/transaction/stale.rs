@@ -5,7 +5,7 @@ use std::error::Error as StdError;
 
 use testbed::{Cluster, Node};
 use tokio_postgres::types::private::BytesMut;
-use tokio_postgres::types::{FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
+use tokio_postgres::types::{IsNull, Kind, ToSql, Type, to_sql_checked};
 use tokio_postgres_failover::{Error, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::support::{Runs, sql};
@@ -270,51 +270,5 @@ async fn after_all_caches_were_cleared_nobody_meets_an_error() {
             client.query(&statement, &[]).await.unwrap();
         }
         revert(&cluster).await;
-    }
-}
-
-/// A label that the program knows. As derived code does, it takes only a type that has the label.
-#[derive(Debug)]
-struct Calm;
-
-impl<'a> FromSql<'a> for Calm {
-    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
-        if raw == b"calm" { Ok(Self) } else { Err("another label".into()) }
-    }
-
-    fn accepts(of: &Type) -> bool {
-        matches!(of.kind(), Kind::Enum(labels) if labels.iter().any(|label| label == "calm"))
-    }
-}
-
-/// `ALTER TYPE … ADD VALUE`: the server has nothing against the old statements, and the driver knows the old labels. No
-/// later use of the connection could read the new one.
-#[tokio::test]
-async fn a_type_that_got_another_label_is_read_again() {
-    let cluster = with_types().await;
-    for (name, pool) in pools(&cluster, 1) {
-        for way in ["plain", "own error", "read"] {
-            let what = format!("{name}, {way}");
-            change(&cluster, &pool, Change::Type).await;
-            pool.clear_statement_caches();
-            let runs = Runs::default();
-            let work = async |tx: Transaction| -> Result<usize, Error> {
-                runs.begin();
-                let statement = tx.prepare_cached("SELECT mood FROM moods").await?;
-                let rows = tx.query(&statement, &[]).await?;
-                let read: Result<Vec<Calm>, _> = rows.iter().map(|row| row.try_get(0)).collect();
-                match read {
-                    Err(error) if way == "own error" => Err(Error::abort(error)),
-                    read => Ok(read?.len()),
-                }
-            };
-            let call = async || if way == "read" { pool.read(work).await } else { pool.transaction(work).await };
-            assert_eq!(call().await.unwrap(), 0, "{what}: there is no row yet");
-            sql(&cluster, "TRUNCATE moods; ALTER TYPE mood ADD VALUE 'calm'").await;
-            sql(&cluster, "INSERT INTO moods VALUES ('calm')").await;
-            let result = call().await;
-            assert_eq!((result.unwrap(), runs.count()), (1, 3), "{what}");
-            assert_eq!((call().await.unwrap(), runs.count()), (1, 4), "{what}, the next");
-        }
     }
 }
