@@ -168,9 +168,12 @@ impl Topology {
                 continue;
             }
             let is_primary = current.as_ref() == Some(address);
-            if is_primary && planted!("does not ask the primary")
-                || !is_primary && search.is_none() && planted!("does not ask the others")
-            {
+            let is_left_out = if is_primary {
+                planted!("does not ask the primary")
+            } else {
+                search.is_none() && planted!("does not ask the others")
+            };
+            if is_left_out {
                 member.due = now + self.settings.patrol;
                 continue;
             }

@@ -299,8 +299,7 @@ impl<C: SessionClient> Attempt<C> {
         if self.client().notices().already_in_transaction() {
             // The open transaction is somebody else's, and must not be committed. The work has not begun, so it can
             // begin on another connection.
-            let strange = Error::RolledBack(RolledBack::StrangeSession);
-            return Err(Fault::Session(Verdict::ConnectionLost, strange));
+            return Err(Fault::Session(Verdict::ConnectionLost, Error::RolledBack(RolledBack::StrangeSession)));
         }
         if let Some(mark) = mark {
             // Setting it cannot fail, because an attempt begins only once.

@@ -51,8 +51,11 @@ pub(super) enum Next {
 #[deny(clippy::wildcard_enum_match_arm)]
 pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Option<bool>) -> Next {
     seen!("decide", "{mode:?} {stage:?} {verdict:?} {decision:?}");
+    #[cfg(failover_sim)]
+    if let Some(wrong) = planted(mode, stage, verdict, decision) {
+        return wrong;
+    }
     match (stage, mode) {
-        (Stage::InDoubt, Mode::Exactly) if planted!("runs again in doubt") => return Next::Rerun,
         (Stage::InDoubt, Mode::Exactly) => return Next::Settle,
         (Stage::InDoubt, Mode::Once) => return Next::Unknown,
         // The reads of a serializable transaction are valid only if its COMMIT succeeds, so `Read` runs again, too.
@@ -61,14 +64,10 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Optio
     }
     match decision {
         Some(true) => return Next::Rerun,
-        Some(false) if planted!("ignores the user's word") => return Next::Rerun,
         Some(false) => return Next::Return,
         None => {}
     }
     match verdict {
-        Verdict::Conflict if planted!("returns a conflict") => Next::Return,
-        Verdict::ReadOnly if planted!("returns a refusal to write") => Next::Return,
-        Verdict::Application if planted!("runs again what would fail again") => Next::Rerun,
         Verdict::ConnectionLost | Verdict::NotNow | Verdict::Full | Verdict::ReadOnly | Verdict::Conflict => {
             Next::Rerun
         }
@@ -77,6 +76,21 @@ pub(super) fn decide(mode: Mode, stage: Stage, verdict: Verdict, decision: Optio
         // verdict.
         Verdict::OutcomeUnknown | Verdict::Stale => Next::Rerun,
         Verdict::Aborted | Verdict::Refused | Verdict::NotPostgres | Verdict::Application => Next::Return,
+    }
+}
+
+/// The deliberate faults of the simulation in this table; see `planted!`.
+#[cfg(failover_sim)]
+fn planted(mode: Mode, stage: Stage, verdict: Verdict, decision: Option<bool>) -> Option<Next> {
+    match (stage, mode, decision, verdict) {
+        (Stage::InDoubt, Mode::Exactly, _, _) if planted!("runs again in doubt") => Some(Next::Rerun),
+        (Stage::InDoubt, ..) => None,
+        (_, _, Some(false), _) if planted!("ignores the user's word") => Some(Next::Rerun),
+        (_, _, Some(_), _) => None,
+        (_, _, _, Verdict::Conflict) if planted!("returns a conflict") => Some(Next::Return),
+        (_, _, _, Verdict::ReadOnly) if planted!("returns a refusal to write") => Some(Next::Return),
+        (_, _, _, Verdict::Application) if planted!("runs again what would fail again") => Some(Next::Rerun),
+        _ => None,
     }
 }
 

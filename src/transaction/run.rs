@@ -63,14 +63,11 @@ where
     F: FnMut(Transaction<C>) -> Fut,
     Fut: Future<Output = Result<T, Error>>,
 {
-    let pool = options.pool;
-    let mode = options.mode();
+    let (pool, mode) = (options.pool, options.mode());
     let mut begin = options.begin();
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
-    let mut doubt = false;
-    let mut lost = Vec::new();
-    let mut bounds = Bounds::default();
-    let mut earlier = Vec::new();
+    let (mut doubt, mut bounds) = (false, Bounds::default());
+    let (mut lost, mut earlier) = (Vec::new(), Vec::new());
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
         let client = match pool.get_for_transaction(deadline, options.place).await {
