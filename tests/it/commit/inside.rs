@@ -388,7 +388,7 @@ async fn the_last_run_that_committed_itself_before_its_session_ended_is_told() {
 async fn a_closure_that_committed_itself_is_told_so_although_the_pools_commit_gets_no_answer() {
     for guarantee in marked() {
         let what = format!("{guarantee:?}");
-        let cluster = started(single()).await;
+        let cluster = with_ledger(single()).await;
         let listen = SocketAddr::new(cluster.spare_addr(0), 0);
         let cutter = Cutter::start(listen, cluster.socket_addr(Node(0))).await;
         let pool = pool_of(Kind::Own, cutter.addr(), 2);
