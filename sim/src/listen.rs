@@ -67,7 +67,9 @@ impl Session {
     pub(crate) fn tell(&self, calls: &[i64]) {
         self.of_node(|node| {
             for backend in node.backends.values().filter(|backend| backend.listens) {
-                calls.iter().for_each(|call| backend.mail.put(*call));
+                for call in calls {
+                    backend.mail.put(*call);
+                }
             }
         });
     }

@@ -116,13 +116,17 @@ fn many(first: u64, seeds: u64) -> ExitCode {
         done += 1;
     }
     let took = began.elapsed();
-    counts.lines().iter().for_each(|line| println!("{line}"));
+    for line in counts.lines() {
+        println!("{line}");
+    }
     println!(
         "{done} seeds from {first}: {failovers} failovers in {took:.1?}, {:.0} a second; {simulated:.0?} simulated",
         f64::from(u32::try_from(failovers).unwrap_or(u32::MAX)) / took.as_secs_f64()
     );
     let unseen = coverage::unseen(&counts);
-    coverage::lines(&counts).iter().for_each(|line| println!("{line}"));
+    for line in coverage::lines(&counts) {
+        println!("{line}");
+    }
     if !unseen.is_empty() {
         println!("never seen: {}", unseen.join("; "));
     }

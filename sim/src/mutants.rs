@@ -79,15 +79,12 @@ pub(crate) fn all_mutants() -> ExitCode {
     let (mut found, mut survivors) = (0, 0);
     for (mutant, what) in MUTANTS.iter().filter(|(mutant, _)| mutant.contains(&only)) {
         let began = Instant::now();
-        match violation(mutant, limit) {
-            Some(violation) => {
-                found += 1;
-                println!("found in {:.1?}: {mutant}: {violation}", began.elapsed());
-            }
-            None => {
-                survivors += 1;
-                println!("NOT FOUND in {:.1?}: {mutant} ({what})", began.elapsed());
-            }
+        if let Some(violation) = violation(mutant, limit) {
+            found += 1;
+            println!("found in {:.1?}: {mutant}: {violation}", began.elapsed());
+        } else {
+            survivors += 1;
+            println!("NOT FOUND in {:.1?}: {mutant} ({what})", began.elapsed());
         }
     }
     println!("{found} of {} found", found + survivors);

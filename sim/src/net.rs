@@ -106,6 +106,7 @@ pub(crate) struct Link {
 }
 
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fault of its own, and they combine")]
 struct State {
     to_server: Half,
     to_pool: Half,

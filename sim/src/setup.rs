@@ -23,6 +23,7 @@ pub(crate) enum Shown {
 
 /// What stays the same through one simulation.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub(crate) struct Setup {
     pub(crate) servers: usize,
     pub(crate) synchronous: bool,

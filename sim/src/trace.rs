@@ -12,6 +12,7 @@ impl Counts {
         *self.0.entry((group, name.into())).or_default() += 1;
     }
 
+    #[cfg(failover_sim)]
     pub(crate) fn note_many(&mut self, group: &'static str, name: String, times: u64) {
         *self.0.entry((group, name)).or_default() += times;
     }
