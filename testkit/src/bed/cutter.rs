@@ -161,9 +161,12 @@ impl Shared {
 /// A proxy in front of one server. Dropping it closes its connections and its port, and drops hooks that are running.
 ///
 /// ```no_run
-/// # async fn example(cluster: std::sync::Arc<testbed::Cluster>) {
+/// # use tokio_postgres_failover_testkit::bed::{cluster, cutter};
+/// # async fn example(cluster: std::sync::Arc<cluster::Cluster>) {
 /// use std::net::SocketAddr;
-/// use testbed::{Cut, Cutter, Node};
+///
+/// use cluster::Node;
+/// use cutter::{Cut, Cutter};
 ///
 /// let listen = SocketAddr::new(cluster.spare_addr(0), 0);
 /// let cutter = Cutter::start(listen, cluster.socket_addr(Node(0))).await;

@@ -17,7 +17,7 @@ const SLOWLY: Duration = Duration::from_millis(50);
 /// # tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
 /// use std::time::Duration;
 /// let mut left = 3;
-/// testbed::eventually("the countdown ends", Duration::from_secs(1), async || {
+/// tokio_postgres_failover_testkit::bed::wait::eventually("the countdown ends", Duration::from_secs(1), async || {
 ///     left -= 1;
 ///     left == 0
 /// })
