@@ -23,7 +23,7 @@ impl Script {
         Self { seed, rounds: (0..ROUNDS).collect(), callers: (0..CALLERS).collect() }
     }
 
-    /// Reads what [`Self::fmt`] writes: a seed, perhaps with `rounds=1,2` and `callers=0,3`.
+    /// Reads what its `Display` writes: a seed, perhaps with `rounds=1,2` and `callers=0,3`.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut words = text.split_whitespace();
         let mut script = Self::whole(words.next()?.parse().ok()?);

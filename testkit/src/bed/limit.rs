@@ -1,4 +1,4 @@
-//! The end of a test that hangs: after [`LIMIT`], or `TESTBED_LIMIT` seconds, the process says which test it is, and
+//! The end of a test that hangs: after `LIMIT`, or `TESTBED_LIMIT` seconds, the process says which test it is, and
 //! exits.
 //!
 //! Without it a run that hangs ends when the machine's patience does, and nobody learns which test it was. All tests of
