@@ -16,7 +16,7 @@ use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
-use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, UNDISTURBED, evidence};
+use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, evidence};
 
 columns! {
     /// The answer to [`mark`].
@@ -107,15 +107,18 @@ pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
 
-/// A COMMIT that is under way usually arrives within this time. If its session were ended earlier, the work would often
-/// run again needlessly.
-pub(crate) const LATE: Duration = Duration::from_millis(250);
-
 /// The session that a transaction runs on. The server may keep it long after its client has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Backend {
     pub(crate) pid: i32,
     pub(crate) xid: u64,
+}
+
+impl Backend {
+    /// The transaction's id without its epoch, as the server's views of sessions and locks show it.
+    pub(super) fn short_xid(self) -> u64 {
+        self.xid & u64::from(u32::MAX)
+    }
 }
 
 /// The answer to the mark's statement.
@@ -366,33 +369,6 @@ pub(super) async fn completes(client: &Client, sql: &str, statements: usize) -> 
     Ok(completed == statements)
 }
 
-/// Ends the session of a transaction whose COMMIT has not arrived. Such a session is idle in its transaction and holds
-/// its locks, and the server may not learn for hours that the client is gone. A session that is committing is left
-/// alone. Also ends a settler's transaction.
-///
-/// `late`: the connection was lost so long ago that COMMIT would have arrived by now. The session's state shows whether
-/// it is idle. If `track_activities` is off, only its wait event is known: an idle session waits for its client. If the
-/// server's clock was set back, the time of the session's last change is in the future.
-///
-/// The statement runs as the role that logged in, as the abandoned session did. `ALTER ROLE … SET role` may have
-/// changed this session's role to one that may not see the other session.
-pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
-    let Backend { pid, xid } = backend;
-    // `pg_stat_activity` shows the id without its epoch.
-    let xid = xid & u64::from(u32::MAX);
-    let sql = format!(
-        "ROLLBACK; {UNDISTURBED} SET LOCAL ROLE NONE; \
-         SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-          WHERE pid = {pid} AND backend_xid = '{xid}'::xid \
-            AND CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' AND {late} \
-                     ELSE starts_with(state, 'idle in transaction') \
-                          AND (state_change < now() - interval '{LATE} milliseconds' \
-                               OR state_change > clock_timestamp() AND {late}) END",
-        LATE = LATE.as_millis()
-    );
-    client.batch_execute(&sql).await
-}
-
 /// How a transaction that is still in progress is about to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum EndUnderWay {
@@ -414,9 +390,7 @@ const WORKS: &str = "state = 'active' AND query <> '' \
 /// Asks whether a transaction in progress was prepared, is being committed, or carries out something else. This runs
 /// within a settler's transaction.
 pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<EndUnderWay>, Error> {
-    let Backend { pid, xid } = backend;
-    // Both views show the id without its epoch.
-    let xid = xid & u64::from(u32::MAX);
+    let (pid, xid) = (backend.pid, backend.short_xid());
     let sql = format!(
         "SET LOCAL ROLE NONE; SET LOCAL search_path = pg_catalog, pg_temp; \
          SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts WHERE transaction = '{xid}'::xid) THEN 'prepared' \

@@ -19,6 +19,7 @@ use crate::pool::{Client, Pool, SettleSession, Settling};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::settle::ledger::Entered;
+use crate::settle::lost;
 use crate::settle::wal::{self, Backend, EndUnderWay, LogAnswer};
 use crate::sync::log_safely;
 use crate::topology::GenerationId;
@@ -196,7 +197,7 @@ async fn ask<C: SessionClient>(
         }
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
-            (None, ends_abandoned(session, mark, began.elapsed() > wal::LATE).await)
+            (None, ends_abandoned(session, mark, began.elapsed() > lost::LATE).await)
         }
         Settled::Committed => holding(permit, confirmed(session, mark, Outcome::Committed, reason)).await,
         Settled::NotCommitted => {
@@ -224,7 +225,7 @@ async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: 
     if !mark.is_of(session) {
         return false;
     }
-    let ended = wal::end_abandoned(session.client(), mark.backend, late).await;
+    let ended = lost::end_abandoned(session.client(), mark.backend, late).await;
     if let Err(error) = &ended {
         log_safely(|| tracing::debug!("an abandoned session could not be ended: {}", explain(error)));
     }
