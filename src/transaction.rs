@@ -9,6 +9,7 @@ mod attempt;
 mod begin;
 mod decide;
 mod earlier;
+mod ended;
 mod finish;
 mod generic_client;
 mod marks;

@@ -1,4 +1,4 @@
-//! One attempt on one connection: BEGIN, the closure, COMMIT, and how it ended.
+//! One attempt on one connection: BEGIN, the closure, COMMIT.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -10,11 +10,12 @@ use tokio::time::{Instant, timeout};
 
 use super::Transaction;
 use super::begin::{Begin, MarkWith};
-use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{ClosuresEnd, Earlier, Unsent};
+use super::decide::{Mode, Stage};
+use super::earlier::{ClosuresEnd, Unsent};
+use super::ended::{Ended, Failed, Unanswered};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
-use super::settle::{Mark, Outcome, settle};
+use super::settle::Mark;
 use super::streams::{answers, is_answering, is_free};
 use super::verdict::{Session, evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
@@ -23,85 +24,7 @@ use crate::error::{CommitUnknown, EndedInside, Ending, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::SessionClient;
 use crate::settle::wal::MarkStatement;
-use crate::topology::{GenerationId, Suspicion};
-
-/// How an attempt ended.
-pub(super) enum Ended<T> {
-    Committed(T),
-    Failed(Stage, Failed),
-    InDoubt(Unanswered<T>),
-    /// COMMIT was sent, and the settler found that it is not in the history of the primary. `Failed` says why the
-    /// answer to COMMIT was lost.
-    Absent(Earlier<T>, Failed),
-    /// As `Absent`, but no other history can contain it either, because the server that it began on says so. That
-    /// server is the primary of this generation.
-    Aborted(GenerationId, Failed),
-    /// COMMIT was sent, and its outcome could not be found out.
-    Unknown(Error),
-}
-
-pub(super) struct Failed {
-    pub(super) verdict: Verdict,
-    pub(super) error: Error,
-    /// The state of the session after the closure has failed.
-    pub(super) session: Session,
-    /// The session has answered the end of the transaction, or could not be asked because the closure kept it.
-    pub(super) answered: bool,
-}
-
-impl Failed {
-    pub(super) fn new(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self { verdict, error: error.into(), session: Session::Open, answered: true }
-    }
-}
-
-/// An attempt whose COMMIT was sent, but no answer shows the outcome.
-pub(super) struct Unanswered<T> {
-    value: T,
-    mark: Option<Mark>,
-    /// What the closure had sent before.
-    closures: ClosuresEnd,
-    pub(super) failed: Failed,
-}
-
-impl<T> Unanswered<T> {
-    /// Settles the commit if `decide` says [`Next::Settle`] and the attempt has left a mark. Otherwise it stays in
-    /// doubt, and `run.rs` asks `decide` once more for what follows.
-    pub(super) async fn settled<C: SessionClient>(self, pool: &Pool<C>, mode: Mode, deadline: Instant) -> Ended<T> {
-        if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
-            return Ended::InDoubt(self);
-        }
-        let Self { value, mark: Some(mark), closures, failed } = self else { return Ended::InDoubt(self) };
-        let Failed { verdict, error, session, .. } = failed;
-        // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
-        match Box::pin(settle(pool, &mark, deadline)).await {
-            // The mark does not show whose COMMIT it was, but the closure has sent one.
-            Ok((Outcome::Committed, _)) if closures.is_sent() && !planted!("takes a closure's COMMIT for its own") => {
-                Ended::Unknown(EndedInside::error(Ending::Committed, None))
-            }
-            Ok((Outcome::Committed, _)) => Ended::Committed(value),
-            Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {
-                let error = match error {
-                    Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
-                    error => error,
-                };
-                let verdict = judge_absent(verdict, &session);
-                let failed = Failed { session, ..Failed::new(verdict, error) };
-                if outcome == Outcome::Aborted {
-                    return Ended::Aborted(absent_from, failed);
-                }
-                Ended::Absent(Earlier { mark, value, closures, absent_from }, failed)
-            }
-            Err(why) => Ended::Unknown(unknown(error, why)),
-        }
-    }
-}
-
-impl<T> Ended<T> {
-    fn before_commit(verdict: Verdict, error: impl Into<Error>) -> Self {
-        Self::Failed(Stage::Body, Failed::new(verdict, error))
-    }
-}
+use crate::topology::Suspicion;
 
 /// The connection of an attempt. Dropping this closes the connection unless `clean` was set. So a future that is
 /// dropped at any point, or a closure that panics, leaves no open transaction behind.
@@ -484,17 +407,5 @@ impl<C: SessionClient> Attempt<C> {
 
     pub(super) fn pool(&self) -> &Pool<C> {
         self.client().pool()
-    }
-}
-
-pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
-    match error {
-        Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
-        // This error already says why: the session was evicted, or the commit was not replicated. Only what a settler
-        // has found replaces that reason.
-        Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
-            Error::CommitUnknown(Box::new(unknown.because(why)))
-        }
-        other => other,
     }
 }

@@ -6,10 +6,11 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
-use super::attempt::{Attempt, Ended, Failed, unknown};
+use super::attempt::Attempt;
 use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
 use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
+use super::ended::{Ended, Failed, unknown};
 use super::nested::{Inner, InnerDoubt};
 use super::verdict::{Bounds, ClosureError, Session, evicted, with_reason};
 use super::{Transaction, TransactionBuilder};

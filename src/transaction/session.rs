@@ -2,7 +2,8 @@
 
 use tokio::time::timeout;
 
-use super::attempt::{Attempt, Failed};
+use super::attempt::Attempt;
+use super::ended::Failed;
 use super::decide::Mode;
 use super::undo::ROLLBACK_WITHIN;
 use super::verdict::{ClosureError, Session, judge, perhaps_stale};

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::attempt::{Attempt, Failed};
+use super::attempt::Attempt;
+use super::ended::Failed;
 use super::decide::Mode;
 use super::finish::{Answer, Known, Undone, ending};
 use crate::classify::Verdict;
