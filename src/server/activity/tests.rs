@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::messages::ROLLBACK;
 use super::*;
 
 fn message(letter: u8, body: &[u8]) -> Vec<u8> {
