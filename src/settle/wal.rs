@@ -5,8 +5,6 @@ mod question;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
-
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use self::question::{LogColumn, question, refused};
