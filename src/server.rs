@@ -19,7 +19,7 @@ mod stranger;
 mod wire;
 mod withheld;
 
-pub(crate) use activity::{Activity, Heard};
+pub(crate) use activity::{Activity, Heard, POOLS_COMMIT, TransactionEnd, Unanswered};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use owned::OwnedSession;
@@ -377,7 +377,8 @@ impl Open<ClientWrapper> for Opener {
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
             let session = Session { client, abort, scope, notices };
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
+            let told = &session.notices.session;
+            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
             Ok((session, report))
         })
     }

@@ -37,8 +37,8 @@ pub(crate) use pace::Settings;
 pub(crate) use refusals::RefusedLogIn;
 pub use report::{BadReport, Evidence, Lsn, Part, Parts, Role, ServerReport};
 pub(crate) use report::{
-    CHECKPOINTED, EVIDENCE, PromotionWait, Question, Refused, STARTED_AT, STATS_RESET, TIMELINE, UNDISTURBED, evidence,
-    microseconds, wait_for_promotion,
+    CHECKPOINTED, EVIDENCE, PromotionWait, Question, Refused, STARTED_AT, STATS_RESET, ServerSession, TIMELINE,
+    UNDISTURBED, evidence, microseconds, wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
 

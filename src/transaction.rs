@@ -7,6 +7,7 @@
 
 mod attempt;
 mod begin;
+mod closures;
 mod decide;
 mod earlier;
 mod ended;

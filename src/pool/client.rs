@@ -266,15 +266,10 @@ impl<C: SessionClient> Client<C> {
         self.facts().committing.store(committing, Ordering::Release);
     }
 
-    /// Returns whether a COMMIT of the pool or of a caller was sent and not answered.
-    pub(crate) fn is_committing(&self) -> bool {
-        self.facts().is_committing()
-    }
-
-    /// The number of the session's last COMMIT. `None` if this crate does not drive the session, so that nobody counts.
-    pub(crate) fn last_commit(&self) -> Option<u64> {
+    /// What passes on the session. `None` if this crate does not drive the session, so that nobody counts.
+    pub(crate) fn watched_activity(&self) -> Option<&Activity> {
         let activity = &self.facts().notices.activity;
-        (activity.heard_at() > 0).then(|| activity.last_commit())
+        (activity.heard_at() > 0).then_some(activity)
     }
 
     /// Waits until the generation of a wrapped pool's session has ended, because such a session stays open. Waits for

@@ -174,7 +174,8 @@ where
             // The manager may keep a record of the clients that it created, as the one of deadpool-postgres does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
+            let told = &session.notices.session;
+            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
             Ok((session, report))
         })
     }

@@ -2,20 +2,26 @@
 //!
 //! It counts requests (`Query` and `Sync`) on the way to the server and their ends (`ReadyForQuery`) on the way back,
 //! and keeps the last transaction state. The driver sends two messages by itself: it closes a statement, and it rolls
-//! back a dropped transaction. No caller waits for these, so they do not make a session busy. The module is pure except
-//! for the atomics that publish the result. The tests are `activity/tests.rs` and `tests/it/checkout/busy.rs`.
+//! back a dropped transaction. No caller waits for these, so they do not make a session busy.
+//!
+//! It also notes when a closure ends the pool's transaction. The answers show that exactly. Only for a request that was
+//! not answered does the text count that was sent.
+//!
+//! The module is pure except for the atomics that publish the result. The tests are `activity/tests.rs`,
+//! `activity/tests/ends.rs` and `tests/it/checkout/busy.rs`.
 
 mod commits;
 mod counter;
 mod messages;
 mod names;
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Notify;
 
 pub(super) use self::counter::Counter;
+pub(crate) use self::messages::POOLS_COMMIT;
 
 /// A caller's request is under way.
 const REQUEST: u8 = 1;
@@ -49,8 +55,14 @@ pub(crate) struct Activity {
     settled: Notify,
     /// When the server last sent something, in milliseconds of the wall clock.
     heard_at: AtomicU64,
-    /// The number of the last request that commits.
-    last_commit: AtomicU64,
+    /// The number of the last request that is the pool's own COMMIT.
+    pools_commit: AtomicU64,
+    /// The first [`TransactionEnd`] since the last call of [`Activity::watch`]. 0: none.
+    first_end: AtomicU8,
+    /// The [`Unanswered`] of now.
+    unanswered: AtomicU8,
+    /// The server process of the session, as the log-in has shown it. 0 if it has not.
+    pid: AtomicI32,
     /// Where signs of the server's life are noted.
     heard: OnceLock<Heard>,
 }
@@ -204,9 +216,47 @@ impl Activity {
         self.heard_at.store(now, Ordering::Relaxed);
     }
 
-    /// The number of the last request whose text commits. It changes with each such request.
-    pub(crate) fn last_commit(&self) -> u64 {
-        self.last_commit.load(Ordering::Acquire)
+    /// The number of the last request that is the pool's own COMMIT. It changes when one is sent.
+    pub(crate) fn pools_commit(&self) -> u64 {
+        self.pools_commit.load(Ordering::Acquire)
+    }
+
+    /// Forgets how earlier transactions ended. Call this while no request is under way.
+    pub(crate) fn watch(&self) {
+        self.first_end.store(0, Ordering::Release);
+    }
+
+    /// Returns how a transaction has ended first since the last call of [`Self::watch`], as the answers show it. The
+    /// pool's own COMMIT does not count.
+    pub(crate) fn transaction_end(&self) -> Option<TransactionEnd> {
+        [TransactionEnd::Committed, TransactionEnd::Prepared, TransactionEnd::RolledBack]
+            .into_iter()
+            .find(|end| *end as u8 == self.first_end.load(Ordering::Acquire))
+    }
+
+    /// Returns what a request that was not answered may have done to the transaction.
+    pub(crate) fn unanswered(&self) -> Unanswered {
+        match self.unanswered.load(Ordering::Acquire) {
+            0 => Unanswered::Nothing,
+            1 => Unanswered::Commits,
+            _ => Unanswered::GoesOn,
+        }
+    }
+
+    /// Waits until each request is answered that may have ended the transaction, or the session has ended. Cancel-safe.
+    pub(crate) async fn ends_are_answered(&self) {
+        let answered = |this: &Self| this.unanswered() == Unanswered::Nothing || this.is_condemned();
+        self.until(|this| answered(this).then_some(())).await;
+    }
+
+    /// Waits until the session has ended. Cancel-safe.
+    pub(crate) async fn until_over(&self) {
+        self.until(|this| this.is_condemned().then_some(())).await;
+    }
+
+    /// The server process of the session, as the log-in has shown it.
+    pub(crate) fn pid(&self) -> Option<i32> {
+        Some(self.pid.load(Ordering::Acquire)).filter(|pid| *pid != 0)
     }
 
     /// From now on, signs of the server's life on this session are noted in `heard`. Only the first call counts.
@@ -226,10 +276,37 @@ impl Activity {
         self.flags.load(Ordering::Acquire) & !STALLED != 0
     }
 
-    pub(super) fn publish(&self, counter: &Counter) {
-        self.last_commit.store(counter.last_commit, Ordering::Release);
+    pub(super) fn publish(&self, counter: &mut Counter) {
+        let counts = &mut counter.counts;
+        if let Some(end) = counts.end.take() {
+            // Only the first one counts.
+            let _ = self.first_end.compare_exchange(0, end as u8, Ordering::AcqRel, Ordering::Acquire);
+        }
+        self.pid.store(counts.pid, Ordering::Release);
+        self.pools_commit.store(counts.pools_commit, Ordering::Release);
+        self.unanswered.store(counts.unanswered() as u8, Ordering::Release);
         self.flags.store(counter.flags(), Ordering::Release);
     }
+}
+
+/// How the answers show that a transaction has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum TransactionEnd {
+    Committed = 1,
+    Prepared = 2,
+    RolledBack = 3,
+}
+
+/// What the requests that were not answered may have done to the transaction, by their text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Unanswered {
+    Nothing = 0,
+    /// They may have committed or prepared it, and done nothing after that.
+    Commits = 1,
+    /// They may have ended it in any way, and carried out other statements after that.
+    GoesOn = 2,
 }
 
 #[cfg(test)]

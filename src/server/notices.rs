@@ -14,7 +14,7 @@ use tokio_postgres::error::{DbError, SqlState};
 
 use super::{Activity, End};
 use crate::sync::{lock, log_safely};
-use crate::topology::shortened;
+use crate::topology::{ServerSession, shortened};
 
 /// The longest wait until a driver's task has seen all requests of its session.
 const SEEN_WITHIN: Duration = Duration::from_secs(1);
@@ -56,6 +56,8 @@ pub(crate) struct Notices {
     /// What receives the session's notifications, if anything does.
     sink: OnceLock<Arc<dyn NotificationSink>>,
     end: End,
+    /// What the server calls this session.
+    pub(crate) session: OnceLock<ServerSession>,
     /// What is under way on the session, if its driver is this crate's.
     pub(crate) activity: Arc<Activity>,
 }
@@ -154,6 +156,12 @@ impl Notices {
     /// Returns whether this crate sees what the session sends and receives.
     pub(crate) fn are_driven(&self) -> bool {
         self.traffic() > 0
+    }
+
+    /// What the server calls this session. `None` if the server has not said it, or if a proxy may give the same
+    /// session of the server to others: then the log-in has shown another process than the answer to the question.
+    pub(crate) fn server_session(&self) -> Option<ServerSession> {
+        self.session.get().copied().filter(|session| self.activity.pid() == Some(session.pid))
     }
 
     /// What the server said when it ended the session.

@@ -31,7 +31,7 @@ impl Opener {
         let (noted, traffic) = (Arc::clone(&notices), Arc::clone(&self.asker.traffic));
         let mut driving: Driver = Box::pin(async move { drive_until_end(driver, scope, &noted, &traffic).await.0 });
         let report = {
-            let mut asking = pin!(self.asker.questions.ask(&endpoint.address, &client, question));
+            let mut asking = pin!(self.asker.questions.ask(&endpoint.address, &client, question, &notices.session));
             tokio::select! {
                 biased;
                 report = asking.as_mut() => report?,

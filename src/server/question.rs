@@ -1,6 +1,6 @@
 //! Asks a server what it is, and reads the answer. Each part of the answer may be missing.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio_postgres::{Client, Error};
 
@@ -10,7 +10,8 @@ use super::withheld::{self, Withheld};
 use crate::classify::{Verdict, about_a_part, classify, cut_off, explain, not_offered};
 use crate::sync::log_safely;
 use crate::topology::{
-    Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, wait_for_promotion,
+    Address, BadReport, FailureKind, ProbeFailure, PromotionWait, Question, Refused, ServerReport, ServerSession,
+    wait_for_promotion,
 };
 
 /// Asks servers what they are.
@@ -24,12 +25,14 @@ pub(crate) struct Questions {
 
 impl Questions {
     /// Asks the question. This takes one round trip, unless a part of the question is refused. Then the pool finds out
-    /// the refused parts, and leaves them out for a while.
+    /// the refused parts, and leaves them out for a while. `session` receives what the server calls this session, if
+    /// the question asks for that.
     pub(crate) async fn ask(
         &self,
         address: &Address,
         client: &Client,
         question: Question,
+        session: &OnceLock<ServerSession>,
     ) -> Result<ServerReport, ProbeFailure> {
         let known = self.parts.of(address).unwrap_or_default();
         let mut refused = known;
@@ -37,6 +40,9 @@ impl Questions {
             let error = match rows(client, &question.sql(refused)).await {
                 Err(error) if about_a_part(&error) => error,
                 answer => {
+                    if let Some(told) = answer.as_ref().ok().and_then(|rows| ServerSession::of(rows)) {
+                        let _ = session.set(told);
+                    }
                     let report = read(question, refused, answer);
                     match &report {
                         Ok(_) if refused != known => self.parts.note(address, refused, Refused::and),
@@ -79,7 +85,8 @@ impl Questions {
                 self.promotion_wait.note(address, (), |(), ()| ());
             }
         };
-        let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again));
+        let untold = OnceLock::new();
+        let ((), report) = tokio::join!(biased; waiting, self.ask(address, client, Question::Again, &untold));
         report
     }
 }

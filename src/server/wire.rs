@@ -217,7 +217,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
             }
             Poll::Pending => this.counter.drained(),
         }
-        this.activity.publish(&this.counter);
+        this.activity.publish(&mut this.counter);
         polled
     }
 }
@@ -230,7 +230,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
             Poll::Ready(Ok(taken)) => this.counter.sent(buf.get(..*taken).unwrap_or_default()),
             _ => this.counter.blocked(),
         }
-        this.activity.publish(&this.counter);
+        this.activity.publish(&mut this.counter);
         polled
     }
 

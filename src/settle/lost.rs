@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::{Client, Error};
 
 use super::wal::Backend;
-use crate::topology::UNDISTURBED;
+use crate::topology::{ServerSession, UNDISTURBED};
 
 /// A COMMIT that is under way usually arrives within this time. If its session were ended earlier, the work would often
 /// run again needlessly.
@@ -15,6 +15,19 @@ pub(crate) const LATE: Duration = Duration::from_millis(250);
 /// Ends the session of a transaction for which no COMMIT was sent, so that the next run does not wait for its locks.
 pub(crate) async fn end_lost(client: &Client, backend: Backend) -> Result<(), Error> {
     client.batch_execute(&format!("{UNDISTURBED} {}", end(backend, "true"))).await
+}
+
+/// As [`end_lost`], for a transaction that has left no mark and began so long ago. If a proxy has given the session to
+/// somebody else since, the transaction that is open on it is younger.
+pub(crate) async fn end_unmarked(client: &Client, session: ServerSession, began: Duration) -> Result<(), Error> {
+    let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
+    client
+        .batch_execute(&format!(
+            "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+              WHERE pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
+                AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
+        ))
+        .await
 }
 
 /// Ends the session of a transaction whose COMMIT has not arrived. A session that is committing is left alone. Also

@@ -51,6 +51,7 @@ impl Question {
             part(Part::Statistics, STATS_RESET),
             part(Part::Checkpoint, &unless_recovering(CHECKPOINTED)),
             part(Part::Evidence, EVIDENCE),
+            if self == Self::Again { "NULL".into() } else { told(Piece::Session, SESSION) },
         ];
         let from = if refused.holds(Piece::Told(Part::Identity)) { "" } else { "FROM pg_control_system()" };
         format!("{preface} SELECT {} {from}", columns.join(", "))
@@ -120,6 +121,11 @@ pub(crate) const EVIDENCE: &str = "\
          THEN 'files' \
          ELSE 'none' END";
 
+/// The server process of this session, and when it was started: [`ServerSession::parse`] reads it.
+pub(super) const SESSION: &str = "\
+    (SELECT pid || ' ' || round(extract(epoch FROM backend_start)::numeric, 6) \
+       FROM pg_stat_get_activity(pg_backend_pid()))";
+
 /// A wait on a standby for its promotion. The statement runs on the server, so the pool sees the promotion as soon as
 /// it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +180,33 @@ impl FromStr for Lsn {
 impl fmt::Display for Lsn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:X}/{:X}", self.0 >> 32, self.0 & 0xFFFF_FFFF)
+    }
+}
+
+/// A session, as its server knows it. No other session of any server has the same two values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ServerSession {
+    pub(crate) pid: i32,
+    /// When the process was started, in microseconds since 1970.
+    pub(crate) started_at: i64,
+}
+
+impl ServerSession {
+    /// Reads a column of [`SESSION`].
+    fn parse(text: &str) -> Option<Self> {
+        let (pid, started_at) = text.split_once(' ')?;
+        Some(Self { pid: pid.parse().ok()?, started_at: microseconds(started_at, "a start time").ok()? })
+    }
+
+    /// The session that has answered the question with this row, if it says so.
+    pub(crate) fn of(rows: &[Vec<Option<String>>]) -> Option<Self> {
+        Self::parse(rows.last()?.get(12)?.as_deref()?)
+    }
+
+    /// When the process was started, as SQL prints it in seconds with six decimals.
+    pub(crate) fn epoch(self) -> String {
+        let (sign, micros) = (if self.started_at < 0 { "-" } else { "" }, self.started_at.unsigned_abs());
+        format!("{sign}{}.{:06}", micros / 1_000_000, micros % 1_000_000)
     }
 }
 

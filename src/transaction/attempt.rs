@@ -2,7 +2,6 @@
 
 use std::future::poll_fn;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,19 +9,20 @@ use tokio::time::{Instant, timeout};
 
 use super::Transaction;
 use super::begin::{Begin, MarkWith};
+use super::closures::ClosuresEnd;
 use super::decide::{Mode, Stage};
-use super::earlier::{ClosuresEnd, Unsent};
-use super::ended::{Ended, Failed, Unanswered};
+use super::earlier::Unsent;
+use super::ended::{Ended, Failed};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
 use super::settle::Mark;
 use super::streams::{answers, is_answering, is_free};
-use super::verdict::{Session, evicted, judge_absent, judge_begin};
+use super::verdict::{evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
-use crate::error::{CommitUnknown, EndedInside, Ending, Error, RolledBack};
+use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
-use crate::server::SessionClient;
+use crate::server::{Activity, SessionClient};
 use crate::settle::wal::MarkStatement;
 use crate::topology::Suspicion;
 
@@ -61,11 +61,11 @@ pub(super) struct Attempt<C: SessionClient> {
     /// The time limit from BEGIN until COMMIT is sent. `None` saves the attempt from setting and clearing a timer.
     limit: Option<Duration>,
     /// The mark by which the transaction can be found later. Set once the transaction has begun.
-    mark: OnceLock<Mark>,
-    /// The closure has started.
-    pub(super) begun: AtomicBool,
-    /// The session's last COMMIT when the closure started.
-    last_commit: AtomicU64,
+    pub(super) mark: OnceLock<Mark>,
+    /// When the closure has started.
+    pub(super) began: OnceLock<Instant>,
+    /// How the closure has ended the transaction, when that was last looked at.
+    pub(super) closures: ClosuresEnd,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
@@ -94,8 +94,8 @@ impl<C: SessionClient> Attempt<C> {
             held: DirtyGuard::new(client),
             limit,
             mark: OnceLock::new(),
-            begun: AtomicBool::new(false),
-            last_commit: AtomicU64::new(0),
+            began: OnceLock::new(),
+            closures: ClosuresEnd::NotSent,
             inner,
         }
     }
@@ -127,25 +127,23 @@ impl<C: SessionClient> Attempt<C> {
         let ended = match ended {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
             Ok(Err(fault)) => {
+                self.wait_for_closures_end().await;
                 let failed = match fault {
                     Fault::Session(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
                     Fault::Closure(error) => self.closure_failed(mode, error).await,
                     // The session is closed, and so cannot be asked.
                     Fault::Kept(kept) => Failed::new(Verdict::Application, Error::RolledBack(kept)),
                 };
-                // If the session did not answer that it has rolled back, the closure may have committed by itself.
-                if failed.verdict.is_loss() || !self.held.clean {
-                    *lost = self.unsent();
+                if self.is_shared() {
+                    self.sever().await;
                 }
-                Ended::Failed(Stage::Body, failed)
+                self.not_committed(Stage::Body, failed, lost)
             }
             Err(after) => {
                 self.client().suspect(Suspicion::Connection);
-                // The closure may have committed by itself before the limit was over, with a message that the session's
-                // driver has not seen yet.
-                self.client().notices().requests_are_seen().await;
-                *lost = self.unsent();
-                Ended::before_commit(Verdict::Application, Error::TimedOut { after })
+                self.sever().await;
+                let failed = Failed::new(Verdict::Application, Error::TimedOut { after });
+                self.not_committed(Stage::Body, failed, lost)
             }
         };
         let answered = self.held.clean || self.is_shared();
@@ -155,29 +153,8 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    fn unsent(&mut self) -> Option<Unsent> {
-        let closures = self.closures_end();
-        Unsent::of(self.mark.take(), closures)
-    }
-
-    /// Handles a COMMIT that the server did not carry out. See [`Self::run`] for `lost`.
-    fn refused<T>(&self, failed: Failed, unsent: Option<Unsent>, lost: &mut Option<Unsent>) -> Ended<T> {
-        if !self.held.clean {
-            *lost = unsent;
-        }
-        Ended::Failed(Stage::Refused, failed)
-    }
-
-    /// Finds out whether the closure has sent anything that ends the transaction.
-    fn closures_end(&self) -> ClosuresEnd {
-        if self.client().is_committing() {
-            return ClosuresEnd::UnderWay;
-        }
-        match self.client().last_commit() {
-            Some(last) if last == self.last_commit.load(Ordering::Relaxed) => ClosuresEnd::NotSent,
-            Some(_) => ClosuresEnd::Sent,
-            None => ClosuresEnd::Unwatched,
-        }
+    pub(super) fn has_begun(&self) -> bool {
+        self.began.get().is_some()
     }
 
     /// Returns what the closure has kept, if that makes COMMIT impossible.
@@ -228,8 +205,8 @@ impl<C: SessionClient> Attempt<C> {
             // Setting it cannot fail, because an attempt begins only once.
             let _ = self.mark.set(mark);
         }
-        self.last_commit.store(self.client().last_commit().unwrap_or_default(), Ordering::Relaxed);
-        self.begun.store(true, Ordering::Relaxed);
+        self.client().notices().activity.watch();
+        let _ = self.began.set(Instant::now());
         self.inner.begin_work();
         self.client().trail().forget();
         let done = {
@@ -242,25 +219,26 @@ impl<C: SessionClient> Attempt<C> {
 
     async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Unsent>) -> Ended<T> {
         if self.client().is_evicted() {
-            *lost = self.unsent();
+            self.look_at_closure();
             let (verdict, error) = evicted();
-            return Ended::before_commit(verdict, error);
+            return self.not_committed(Stage::Body, Failed::new(verdict, error), lost);
         }
-        // The pool sends no COMMIT on a session that has ended, but the closure may have sent one.
-        let (closed, ended, commits) = (self.client().is_closed(), self.closures_end(), self.client().last_commit());
+        // The pool sends no COMMIT on a session that has ended.
+        let (closed, before) = (self.client().is_closed(), self.pools_commit());
         let known = self.known(mode);
         let look = self.look(known);
-        let (sql, mark) = (known.commit(look), self.mark.take());
+        let sql = known.commit(look);
         self.client().set_committing(true);
         let answer = tokio::select! {
             biased;
             answer = Answer::to(self.client(), &sql) => answer,
             () = self.client().abandoned() => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
-                let failed = Failed::new(Verdict::ConnectionLost, error);
-                return Ended::InDoubt(Unanswered { value, mark, closures: ended, failed });
+                self.look_at_closure();
+                return self.in_doubt(mode, value, Failed::new(Verdict::ConnectionLost, error));
             }
         };
+        self.look_at_closure();
         let proof = known.proof(look, &answer);
         if look == Look::Prepare && answer.completed > 1 {
             self.client().set_check_prepared(true);
@@ -272,8 +250,7 @@ impl<C: SessionClient> Attempt<C> {
                 self.held.clean(answered);
                 if self.client().notices().not_replicated() && !planted!("takes a cancelled wait for a commit") {
                     let error = Error::CommitUnknown(Box::new(CommitUnknown::new(None, Unsettled::NotReplicated)));
-                    let failed = Failed::new(Verdict::OutcomeUnknown, error);
-                    return Ended::InDoubt(Unanswered { value, mark, closures: ended, failed });
+                    return self.in_doubt(mode, value, Failed::new(Verdict::OutcomeUnknown, error));
                 }
                 if answered {
                     self.prune(begin);
@@ -286,36 +263,40 @@ impl<C: SessionClient> Attempt<C> {
             }
             (_, None) => {
                 let error = Error::CommitUnknown(Box::new(CommitUnknown::incomplete(Unsettled::NoMarker)));
-                let failed = Failed::new(Verdict::OutcomeUnknown, error);
-                Ended::InDoubt(Unanswered { value, mark, closures: ended, failed })
+                self.in_doubt(mode, value, Failed::new(Verdict::OutcomeUnknown, error))
             }
             (CommitProof::Unchecked, Some(error)) => {
                 self.pool().lacking().check_refused(self.check, &explain(&error));
                 let failed = self.not_checked(known, error).await;
-                self.refused(failed, Unsent::of(mark, ended), lost)
+                self.not_committed(Stage::Refused, failed, lost)
             }
             (CommitProof::Unprepared, Some(error)) => {
                 self.pool().lacking().check_is_gone();
                 let failed = self.not_checked(known, error).await;
-                self.refused(failed, Unsent::of(mark, ended), lost)
+                self.not_committed(Stage::Refused, failed, lost)
             }
             (CommitProof::Refused { over }, Some(error)) => {
                 let failed = self.commit_refused(known, over, error).await;
-                self.refused(failed, Unsent::of(mark, ended), lost)
+                self.not_committed(Stage::Refused, failed, lost)
             }
             (CommitProof::Nothing, Some(error)) => {
                 self.suspect();
                 // The session may also have ended before its driver has sent this COMMIT.
-                let unsent = commits.is_some() && self.client().is_closed() && commits == self.client().last_commit();
+                let unsent = before.is_some() && self.client().is_closed() && before == self.pools_commit();
                 if closed || unsent {
-                    *lost = Unsent::of(mark, ended);
-                    return Ended::Failed(Stage::Body, self.ended_before_commit(error.into()).await);
+                    let failed = self.ended_before_commit(error.into()).await;
+                    return self.not_committed(Stage::Body, failed, lost);
                 }
                 let (verdict, session) = (classify(&error), self.session_after(&error).await);
                 let failed = Failed { session, ..Failed::new(verdict, error) };
-                Ended::InDoubt(Unanswered { value, mark, closures: ended, failed })
+                self.in_doubt(mode, value, failed)
             }
         }
+    }
+
+    /// The number of the session's last COMMIT by the pool. `None` if nobody counts.
+    fn pools_commit(&self) -> Option<u64> {
+        self.client().watched_activity().map(Activity::pools_commit)
     }
 
     /// Returns how COMMIT looks for the transaction. It prepares the check only if the session has kept the mark's

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::closures::ClosuresEnd;
 use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
 use super::verdict::Session;
 use crate::classify::{Verdict, explain};
@@ -19,9 +20,9 @@ use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
 use crate::pool::{CallSite, Client, Pool};
 use crate::server::SessionClient;
-use crate::settle::lost::end_lost;
+use crate::settle::lost::{end_lost, end_unmarked};
 use crate::sync::log_safely;
-use crate::topology::GenerationId;
+use crate::topology::{GenerationId, ServerSession};
 
 /// A call that will not run again asks for at most this long before it returns its error.
 const ASKED_WITHIN: Duration = Duration::from_millis(500);
@@ -87,55 +88,63 @@ pub(super) fn shows_primary(verdict: Verdict, session: &Session) -> bool {
     !verdict.is_loss() && verdict != Verdict::ReadOnly && !matches!(session, Session::Ended(_))
 }
 
-/// The transaction of an attempt whose COMMIT by the pool did not run, and whose rollback the server did not confirm.
-/// Its closure may have committed it.
+/// What is left of an attempt whose COMMIT by the pool did not run, and whose rollback the server did not confirm. Its
+/// closure may have committed its transaction.
 #[derive(Debug)]
 pub(super) struct Unsent {
-    pub(super) mark: Mark,
-    pub(super) closures: ClosuresEnd,
-}
-
-/// Whether the closure itself has sent anything that ends the transaction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ClosuresEnd {
-    /// It has sent a COMMIT, which was not answered.
-    UnderWay,
-    /// It has sent a COMMIT. The text that was sent shows this.
-    Sent,
-    NotSent,
-    /// Nobody knows: the session belongs to a wrapped pool, and this crate does not see what is sent on it.
-    Unwatched,
-}
-
-impl ClosuresEnd {
-    pub(super) fn is_sent(self) -> bool {
-        matches!(self, Self::UnderWay | Self::Sent)
-    }
+    /// By this a primary can be asked about the transaction.
+    mark: Option<Mark>,
+    closures: ClosuresEnd,
+    /// The session, and when the closure began, if nobody has sent a COMMIT on it. The server may not know that the
+    /// client has gone.
+    session: Option<(ServerSession, Instant)>,
 }
 
 impl Unsent {
-    pub(super) fn of(mark: Option<Mark>, closures: ClosuresEnd) -> Option<Self> {
-        mark.map(|mark| Self { mark, closures })
+    /// `None` if nothing is stored, and no session has to be ended.
+    pub(super) fn of(
+        mark: Option<Mark>,
+        closures: ClosuresEnd,
+        session: Option<(ServerSession, Instant)>,
+    ) -> Option<Self> {
+        let unsent = Self { mark, closures, session };
+        (unsent.mark.is_some() || unsent.session.is_some() || !unsent.is_undone()).then_some(unsent)
+    }
+
+    /// Returns whether nothing of it is stored, as far as the pool sees what was sent.
+    fn is_undone(&self) -> bool {
+        self.closures == ClosuresEnd::NotSent
     }
 
     /// Finds out whether the closure has ended the transaction itself, if this session's server can tell. A lock on the
     /// ledger may hold the answer up, so the question has a time limit. If the time is over, the session is closed.
     async fn ended<C: SessionClient>(&self, client: &Client<C>, deadline: Instant) -> Option<Inside> {
+        if let ClosuresEnd::Left(ending) = self.closures {
+            return Some(Inside::Ended(ending));
+        }
+        let Some(mark) = &self.mark else {
+            self.end_session(client).await;
+            return Some(if self.closures.is_sent() { Inside::Ended(Ending::Unknown) } else { Inside::No });
+        };
         let until = deadline.max(Instant::now() + ASKED_WITHIN);
-        let found = timeout_at(until, ended_inside(client, &self.mark)).await.ok().flatten();
-        if matches!(found, Some(Inside::InProgress | Inside::Working)) && self.closures == ClosuresEnd::NotSent {
+        let found = timeout_at(until, ended_inside(client, mark)).await.ok().flatten();
+        if matches!(found, Some(Inside::InProgress | Inside::Working)) && self.is_undone() {
             self.end_session(client).await;
         }
-        self.concluded(client.pool(), found, deadline).await
+        self.concluded(client.pool(), mark, found, deadline).await
     }
 
     /// Ends the transaction's session, so that the next run does not wait for its locks. Nobody has sent a COMMIT on
     /// it.
     async fn end_session<C: SessionClient>(&self, client: &Client<C>) {
-        if !self.mark.is_life_of(client) {
-            return;
-        }
-        if let Ok(Err(error)) = timeout(ASKED_WITHIN, end_lost(client, self.mark.backend)).await {
+        let ending = async {
+            match (&self.mark, self.session) {
+                (Some(mark), _) if mark.is_life_of(client) => end_lost(client, mark.backend).await,
+                (None, Some((session, began))) => end_unmarked(client, session, began.elapsed()).await,
+                _ => Ok(()),
+            }
+        };
+        if let Ok(Err(error)) = timeout(ASKED_WITHIN, ending).await {
             log_safely(|| tracing::debug!("a lost session could not be ended: {}", explain(&error)));
         }
     }
@@ -145,6 +154,22 @@ impl Unsent {
     async fn concluded<C: SessionClient>(
         &self,
         pool: &Pool<C>,
+        mark: &Mark,
+        found: Option<Inside>,
+        deadline: Instant,
+    ) -> Option<Inside> {
+        let concluded = self.concluded_by_mark(pool, mark, found, deadline).await;
+        match concluded {
+            // The mark says nothing about the statements behind the end of the transaction.
+            Some(Inside::No) if self.closures == ClosuresEnd::WithMore => Some(Inside::Ended(Ending::Unknown)),
+            concluded => concluded,
+        }
+    }
+
+    async fn concluded_by_mark<C: SessionClient>(
+        &self,
+        pool: &Pool<C>,
+        mark: &Mark,
         found: Option<Inside>,
         deadline: Instant,
     ) -> Option<Inside> {
@@ -156,17 +181,17 @@ impl Unsent {
             }
             (
                 Some(Inside::InProgress | Inside::Working | Inside::Untold) | None,
-                ClosuresEnd::UnderWay | ClosuresEnd::Sent,
+                ClosuresEnd::UnderWay | ClosuresEnd::WithMore,
             )
             | (Some(Inside::InProgress), ClosuresEnd::Unwatched) => {}
             // In another life of the server, only a settler finds out about a ledger's row.
-            (Some(Inside::Untold), _) if matches!(self.mark.by, Settler::Ledger(..)) => {}
+            (Some(Inside::Untold), _) if matches!(mark.by, Settler::Ledger(..)) => {}
             (Some(Inside::Untold), ClosuresEnd::Unwatched) => return Some(Inside::Ended(Ending::Unknown)),
             _ => return found,
         }
         // The server may still be busy with the closure's COMMIT, so ask until that has ended. Boxed, because it is
         // rare and large.
-        Some(match Box::pin(settle(pool, &self.mark, deadline)).await {
+        Some(match Box::pin(settle(pool, mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
             Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Inside::No,
             // Its text shows that the closure has sent nothing that commits.
@@ -189,6 +214,11 @@ pub(super) struct Lost {
 impl Lost {
     pub(super) fn new(unsent: Unsent, error: Error) -> Self {
         Self { unsent, error, asked: None }
+    }
+
+    /// Returns whether nothing of it is stored, as far as the pool sees what was sent.
+    pub(super) fn is_undone(&self) -> bool {
+        self.unsent.is_undone()
     }
 }
 
@@ -237,6 +267,8 @@ pub(super) async fn or_ended_at_last<C: SessionClient>(
     unsent: Unsent,
     error: Error,
 ) -> Error {
+    // Its session may keep locks, but no further run waits for them.
+    let Some(mark) = &unsent.mark else { return error };
     // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
     let asked = Box::pin(async {
         let within = Instant::now() + ASKED_WITHIN;
@@ -244,15 +276,15 @@ pub(super) async fn or_ended_at_last<C: SessionClient>(
         if unsent.closures != ClosuresEnd::Unwatched {
             return unsent.ended(&client, within).await;
         }
-        let found = timeout_at(within, ended_inside(&client, &unsent.mark)).await.ok().flatten();
+        let found = timeout_at(within, ended_inside(&client, mark)).await.ok().flatten();
         drop(client);
-        unsent.concluded(pool, found, within).await
+        unsent.concluded(pool, mark, found, within).await
     });
     let limit = match unsent.closures {
-        ClosuresEnd::UnderWay => AT_LEAST,
+        ClosuresEnd::UnderWay | ClosuresEnd::WithMore => AT_LEAST,
         // Only if the transaction is in progress does this take longer than usual, and then its settling ends first.
         ClosuresEnd::Unwatched => AT_LEAST + 2 * ASKED_WITHIN,
-        ClosuresEnd::Sent | ClosuresEnd::NotSent => ASKED_WITHIN,
+        ClosuresEnd::Left(_) | ClosuresEnd::NotSent => ASKED_WITHIN,
     };
     match timeout(limit, asked).await {
         Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),

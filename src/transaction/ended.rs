@@ -2,8 +2,9 @@
 
 use tokio::time::Instant;
 
+use super::closures::ClosuresEnd;
 use super::decide::{Mode, Next, Stage, decide};
-use super::earlier::{ClosuresEnd, Earlier};
+use super::earlier::Earlier;
 use super::settle::{Mark, Outcome, settle};
 use super::verdict::{Session, judge_absent};
 use crate::classify::Verdict;
@@ -64,10 +65,14 @@ impl<T> Unanswered<T> {
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
             // The mark does not show whose COMMIT it was, but the closure has sent one.
-            Ok((Outcome::Committed, _)) if closures.is_sent() && !planted!("takes a closure's COMMIT for its own") => {
+            Ok((Outcome::Committed, _)) if closures.is_sent() => {
                 Ended::Unknown(EndedInside::error(Ending::Committed, None))
             }
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
+            // The mark says nothing about the statements behind the end of the transaction.
+            Ok(_) if closures == ClosuresEnd::WithMore => {
+                Ended::Unknown(EndedInside::error(Ending::Unknown, Some(error)))
+            }
             Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {
                 let error = match error {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
@@ -79,6 +84,10 @@ impl<T> Unanswered<T> {
                     return Ended::Aborted(absent_from, failed);
                 }
                 Ended::Absent(Earlier { mark, value, closures, absent_from }, failed)
+            }
+            // The pool does not know which COMMIT this is about, or whether the transaction was prepared.
+            Err(why) if closures.is_sent() => {
+                Ended::Unknown(EndedInside::error(Ending::Unknown, Some(unknown(error, why))))
             }
             Err(why) => Ended::Unknown(unknown(error, why)),
         }

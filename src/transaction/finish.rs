@@ -18,6 +18,7 @@ use crate::classify::{commit_refused, is_the_servers, no_transaction, not_offere
 use crate::commit::Nonce;
 use crate::error::Ending;
 use crate::pool::Check;
+use crate::server::POOLS_COMMIT;
 
 /// How long the rest of an answer may take after an error. A server sends the rest immediately.
 const ENDS_WITHIN: Duration = Duration::from_secs(2);
@@ -93,7 +94,7 @@ impl Known {
             (_, Look::Execute | Look::Prepare) => self.looks(Check::Full),
             (_, Look::Plain(check)) => self.looks(check),
         };
-        format!("SET LOCAL client_min_messages = warning; {looks}; COMMIT")
+        format!("{POOLS_COMMIT}{looks}; COMMIT")
     }
 
     fn looks(self, check: Check) -> String {

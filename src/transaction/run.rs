@@ -164,7 +164,7 @@ where
                 }
                 pool.observer().runs_again(number, verdict, delay, &error);
                 lost.extend(unsent.take().map(|unsent| Lost::new(unsent, error)));
-                inner.rest_if(!doubt && lost.is_empty() && earlier.is_empty());
+                inner.rest_if(!doubt && lost.iter().all(Lost::is_undone) && earlier.is_empty());
                 sleep(delay).await;
                 promised.spend();
             }

@@ -3,8 +3,8 @@
 use tokio::time::timeout;
 
 use super::attempt::Attempt;
-use super::ended::Failed;
 use super::decide::Mode;
+use super::ended::Failed;
 use super::undo::ROLLBACK_WITHIN;
 use super::verdict::{ClosureError, Session, judge, perhaps_stale};
 use crate::classify::{Cure, Verdict, ends_session};

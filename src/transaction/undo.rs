@@ -1,13 +1,13 @@
 //! Cleans up after a failed attempt: rolls back, and finds out whether the closure had ended its transaction itself.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
 use super::attempt::Attempt;
-use super::ended::Failed;
+use super::closures::ClosuresEnd;
 use super::decide::Mode;
+use super::ended::Failed;
 use super::finish::{Answer, Known, Undone, ending};
 use crate::classify::Verdict;
 use crate::error::{EndedInside, Ending};
@@ -38,7 +38,7 @@ impl<C: SessionClient> Attempt<C> {
             return failed;
         }
         let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then(role);
-        let known = self.begun.load(Ordering::Relaxed).then(|| self.known(mode));
+        let known = self.has_begun().then(|| self.known(mode));
         let (undone, server_is_read_only) = self.undo(known, role.as_deref()).await;
         undone.explains(own_doing(failed, server_is_read_only))
     }
@@ -85,11 +85,16 @@ impl<C: SessionClient> Attempt<C> {
         let asked_status = answer.error.is_none() && known.is_some_and(|known| known.status().is_some());
         let status = if asked_status { answer.values.pop().flatten() } else { None };
         let undone = match (Known::undone(known, &answer, status.as_deref()), known) {
+            // Whatever was rolled back here, it was not the pool's transaction.
+            (Some(_), _) if matches!(self.closures, ClosuresEnd::Left(_)) => {
+                Undone::Before(self.ending(status.as_deref()))
+            }
             (Some(undone), _) => undone,
             (None, None) => Undone::Unanswered,
             (None, Some(known)) => return (Undone::Before(self.ended_before(known).await), false),
         };
-        self.held.clean(undone != Undone::Unanswered && (answer.error.is_none() || answer.left_idle()));
+        let is_answered = Known::undone(known, &answer, None) != Some(Undone::Unanswered);
+        self.held.clean(is_answered && (answer.error.is_none() || answer.left_idle()));
         let read_only = role.is_some() && answer.values.first().is_none_or(|value| value.as_deref() != Some("off"));
         if read_only {
             self.held.clean(false);
@@ -103,10 +108,18 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) async fn ended_before(&mut self, known: Known) -> Ending {
         let sql = known.status().map_or_else(|| "ROLLBACK".to_owned(), |status| format!("ROLLBACK; {status}"));
         let Ok(answer) = timeout(ROLLBACK_WITHIN, Answer::to(self.client(), &sql)).await else {
-            return Ending::Unknown;
+            return self.ending(None);
         };
         self.held.clean(answer.error.is_none());
-        ending(answer.values.first().and_then(Option::as_deref))
+        self.ending(answer.values.first().and_then(Option::as_deref))
+    }
+
+    /// How the closure has ended the transaction: by its status if there is one, or else by the answers to the closure.
+    fn ending(&self, status: Option<&str>) -> Ending {
+        match (ending(status), self.closures) {
+            (Ending::Unknown, ClosuresEnd::Left(ending)) => ending,
+            (ending, _) => ending,
+        }
     }
 }
 

@@ -7,6 +7,7 @@ mod fenced;
 pub(crate) mod finish;
 mod history;
 mod inside;
+mod left;
 mod lost;
 mod settle;
 mod unsent;

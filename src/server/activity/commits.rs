@@ -1,10 +1,18 @@
-//! Recognises a statement that commits by the text of a query. The text may arrive in pieces.
+//! Recognises by the text of a query whether it ends its transaction. The text may arrive in pieces.
 
-/// A statement commits if it begins with one of these words.
-const WORDS: [&str; 2] = ["COMMIT", "END"];
-/// A statement also ends its transaction if it begins with these two words. The first word alone prepares a statement.
-const PREPARE: [&str; 2] = ["PREPARE", "TRANSACTION"];
-/// The most bytes of a word or a tag that are kept.
+/// What the statements of a text do to the transaction of their session, if all of them succeed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ends {
+    /// A statement commits the transaction, or prepares it.
+    pub(super) commits: bool,
+    /// A statement ends the transaction: it commits, prepares it or rolls it back. `ROLLBACK AND CHAIN` does not count,
+    /// because nothing outlasts a lost connection that is sent behind it.
+    pub(super) leaves: bool,
+    /// Another statement follows one that ends the transaction. It may be carried out outside of a transaction.
+    pub(super) goes_on: bool,
+}
+
+/// The most bytes of a word that are kept. No word that is looked for is as long.
 const LONGEST: usize = 16;
 
 /// The part of the text that the last byte belongs to.
@@ -13,7 +21,7 @@ enum Place {
     /// None of the following.
     #[default]
     Outside,
-    /// The first word of a statement.
+    /// A word that may tell what the statement does.
     Word,
     /// A string, or a quoted name.
     Quoted(u8),
@@ -35,22 +43,50 @@ enum Place {
     /// A slash in a comment, which may begin a nested one.
     Nested(u32),
     LineComment,
+    /// Behind the end of the text.
+    Over,
 }
 
-/// Looks at the first word of each statement in a text. It skips strings, quoted names and comments. It knows a
-/// backslash before a quote only in a string that an E precedes, which is all that there is while
+/// What the words of the current statement have told so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Told {
+    /// No word has come yet.
+    #[default]
+    Nothing,
+    /// It prepares the transaction, or a statement.
+    Prepare,
+    /// It rolls back, but further words may say that it only rolls back to a savepoint, or that it chains.
+    Rollback,
+    /// It creates something.
+    Create,
+    /// It creates a function or a procedure, whose body may be a list of statements.
+    Routine,
+    /// The same, and the last word may begin that list.
+    Begin,
+    /// Within that list. The number says how many ENDs are missing.
+    Body(u32),
+    /// Further words tell nothing.
+    All,
+}
+
+/// Looks at the words of each statement in a text that tell what it does. It skips strings, quoted names and comments.
+/// It knows a backslash before a quote only in a string that an E precedes, which is all that there is while
 /// `standard_conforming_strings` is on.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Commits {
+#[derive(Debug, Default)]
+pub(super) struct Statements {
     place: Place,
+    told: Told,
     /// The current statement has begun.
     begun: bool,
-    /// The current statement has begun with the first word of [`PREPARE`], and its second word is next.
-    prepares: bool,
+    /// The current statement rolls back.
+    rolls_back: bool,
+    /// The number of brackets that are open.
+    brackets: u32,
     word: Word,
-    tag: Word,
+    /// The tag of a string between dollar signs. PostgreSQL does not limit its length.
+    tag: Vec<u8>,
     before: Before,
-    found: bool,
+    ends: Ends,
 }
 
 /// What came immediately before this byte, within no string or comment.
@@ -63,15 +99,22 @@ enum Before {
     Escaping,
 }
 
-impl Commits {
-    /// Returns whether one of the statements commits. At least one byte after the text's last word must have been fed.
-    pub(super) fn found(&self) -> bool {
-        self.found
+impl Statements {
+    /// A new text begins.
+    pub(super) fn begin(&mut self) {
+        let mut tag = std::mem::take(&mut self.tag);
+        tag.clear();
+        *self = Self { tag, ..Self::default() };
+    }
+
+    /// Returns what the text does. The zero byte behind the text must have been fed.
+    pub(super) fn ends(&self) -> Ends {
+        self.ends
     }
 
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         for byte in bytes {
-            if self.found {
+            if self.place == Place::Over {
                 return;
             }
             self.place = self.step(*byte);
@@ -82,19 +125,19 @@ impl Commits {
         match (self.place, byte) {
             (Place::Word, _) if is_letter(byte) => {
                 self.word.push(byte);
+                self.before = Before::Letter;
                 Place::Word
             }
             (Place::Word, _) => {
-                let [first, second] = PREPARE;
-                self.found = WORDS.iter().any(|known| self.word.is(known)) || (self.prepares && self.word.is(second));
-                self.prepares = !self.prepares && self.word.is(first);
+                self.told = self.tells();
                 self.outside(byte)
             }
+            (_, 0) => self.outside(byte),
             (Place::Slash, b'*') => Place::Comment(0),
             (Place::Nested(depth), b'*') => Place::Comment(depth.saturating_add(1)),
             (Place::Dash, b'-') => Place::LineComment,
             (Place::Slash | Place::Dash, _) => {
-                self.begun = true;
+                self.begins(false);
                 self.outside(byte)
             }
             (Place::Comment(depth) | Place::Star(depth), b'*') => Place::Star(depth),
@@ -117,9 +160,9 @@ impl Commits {
                 self.tag.push(byte);
                 Place::Tag
             }
-            (Place::Outside | Place::Tag, _) => self.outside(byte),
-            (Place::ClosingTag(matched), b'$') if matched == self.tag.length => Place::Outside,
-            (Place::ClosingTag(matched), _) if self.tag.byte(matched) == Some(byte) => Place::ClosingTag(matched + 1),
+            (Place::Outside | Place::Tag | Place::Over, _) => self.outside(byte),
+            (Place::ClosingTag(matched), b'$') if matched == self.tag.len() => Place::Outside,
+            (Place::ClosingTag(matched), _) if self.tag.get(matched) == Some(&byte) => Place::ClosingTag(matched + 1),
             (Place::Dollars | Place::ClosingTag(_), b'$') => Place::ClosingTag(0),
             (Place::Dollars | Place::ClosingTag(_), _) => Place::Dollars,
         }
@@ -136,8 +179,15 @@ impl Commits {
             _ => Before::Other,
         };
         match byte {
+            0 => {
+                self.statement_ends();
+                return Place::Over;
+            }
             b';' => {
-                (self.begun, self.prepares) = (false, false);
+                // In the body of a routine it ends a statement of that body. So it does within brackets, in a rule.
+                if self.brackets == 0 && !matches!(self.told, Told::Body(_)) {
+                    self.statement_ends();
+                }
                 return Place::Outside;
             }
             b'/' => return Place::Slash,
@@ -147,21 +197,77 @@ impl Commits {
             b'$' if self.before == Before::Letter => return Place::Outside,
             _ => {}
         }
-        let begins = !std::mem::replace(&mut self.begun, true) || self.prepares;
+        let may_tell = self.begins(is_letter(byte));
         match byte {
             b'\'' if before == Before::Escaping => Place::Escaped,
             b'\'' | b'"' => Place::Quoted(byte),
             b'$' => {
-                self.tag = Word::default();
+                self.tag.clear();
                 Place::Tag
             }
-            _ if begins && is_letter(byte) => {
+            b'(' | b')' => {
+                self.brackets = if byte == b'(' { self.brackets + 1 } else { self.brackets.saturating_sub(1) };
+                Place::Outside
+            }
+            _ if may_tell && is_letter(byte) && before != Before::Letter => {
                 self.word = Word::default();
                 self.word.push(byte);
                 Place::Word
             }
             _ => Place::Outside,
         }
+    }
+
+    /// A part of a statement comes, which may be its first one. Returns whether a word may tell something.
+    fn begins(&mut self, is_letter: bool) -> bool {
+        if !std::mem::replace(&mut self.begun, true) {
+            self.ends.goes_on |= self.ends.leaves;
+            if !is_letter {
+                self.told = Told::All;
+            }
+        }
+        self.told != Told::All
+    }
+
+    fn statement_ends(&mut self) {
+        self.ends.leaves |= std::mem::take(&mut self.rolls_back);
+        (self.begun, self.told, self.brackets) = (false, Told::Nothing, 0);
+    }
+
+    /// Returns what is known with the word that has ended.
+    fn tells(&mut self) -> Told {
+        let word = |words: &[&str]| words.iter().any(|known| self.word.is(known));
+        match self.told {
+            Told::Nothing if word(&["COMMIT", "END"]) => self.commits(),
+            Told::Prepare if word(&["TRANSACTION"]) => self.commits(),
+            Told::Nothing if word(&["PREPARE"]) => Told::Prepare,
+            Told::Nothing if word(&["ROLLBACK", "ABORT"]) => {
+                self.rolls_back = true;
+                Told::Rollback
+            }
+            Told::Rollback if word(&["WORK", "TRANSACTION", "AND"]) => Told::Rollback,
+            Told::Rollback => {
+                self.rolls_back = !word(&["TO", "PREPARED", "CHAIN"]);
+                Told::All
+            }
+            Told::Nothing if word(&["CREATE"]) => Told::Create,
+            Told::Create if word(&["OR", "REPLACE"]) => Told::Create,
+            Told::Create if word(&["FUNCTION", "PROCEDURE"]) => Told::Routine,
+            Told::Routine | Told::Begin if self.brackets == 0 && word(&["BEGIN"]) => Told::Begin,
+            Told::Begin if self.brackets == 0 && word(&["ATOMIC"]) => Told::Body(1),
+            Told::Routine | Told::Begin => Told::Routine,
+            // The END of a CASE is none of the body.
+            Told::Body(depth) if word(&["CASE"]) => Told::Body(depth.saturating_add(1)),
+            Told::Body(1) if word(&["END"]) => Told::All,
+            Told::Body(depth) if word(&["END"]) => Told::Body(depth - 1),
+            Told::Body(depth) => Told::Body(depth),
+            Told::Nothing | Told::Prepare | Told::Create | Told::All => Told::All,
+        }
+    }
+
+    fn commits(&mut self) -> Told {
+        (self.ends.commits, self.ends.leaves) = (true, true);
+        Told::All
     }
 }
 
@@ -170,7 +276,7 @@ fn is_letter(byte: u8) -> bool {
 }
 
 /// The beginning of a word.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Word {
     bytes: [u8; LONGEST],
     length: usize,
@@ -182,10 +288,6 @@ impl Word {
             *place = byte;
             self.length += 1;
         }
-    }
-
-    fn byte(&self, index: usize) -> Option<u8> {
-        self.bytes.get(..self.length)?.get(index).copied()
     }
 
     fn is(&self, known: &str) -> bool {

@@ -1,14 +1,21 @@
-//! Counts the messages that pass in both directions.
+//! Counts the messages that pass in both directions, and notes what they do to the session's transaction.
 
-use super::messages::Messages;
-use super::{BLOCKED, COMMIT, COPYING, FAILED, REQUEST, STALLED, TRANSACTION};
+use super::commits::Ends;
+use super::messages::{Message, Messages, Says};
+use super::{BLOCKED, COMMIT, COPYING, FAILED, REQUEST, STALLED, TRANSACTION, TransactionEnd, Unanswered};
 
 /// Counts the messages that pass in both directions.
-#[expect(clippy::struct_excessive_bools, reason = "they are independent, and each is one of the published flags")]
 #[derive(Debug)]
 pub(in crate::server) struct Counter {
     sent: Messages,
     received: Messages,
+    pub(super) counts: Counts,
+}
+
+/// What the messages have told so far.
+#[expect(clippy::struct_excessive_bools, reason = "they are independent, and each is one of the published flags")]
+#[derive(Debug, Default)]
+pub(super) struct Counts {
     /// The number of requests that were sent. `answered` is the number of those that have ended.
     requests: u64,
     answered: u64,
@@ -16,10 +23,14 @@ pub(in crate::server) struct Counter {
     /// the driver sent by itself.
     last_request: u64,
     last_rollback: u64,
-    /// The last request that commits.
+    /// The number of the last request that commits.
     pub(super) last_commit: u64,
-    /// The request being sent carries out a prepared statement that commits.
-    binds_commit: bool,
+    /// The number of the last request that is the pool's own COMMIT.
+    pub(super) pools_commit: u64,
+    /// The other requests that end a transaction.
+    endings: Endings,
+    /// What the prepared statements do that the request being sent carries out.
+    bound: Ends,
     /// The request being sent does more than close a statement.
     begun: bool,
     /// The request that is being answered has failed. Its end follows soon, and shows whether a transaction is open.
@@ -30,6 +41,35 @@ pub(in crate::server) struct Counter {
     stalled: bool,
     /// The data that was read last shows that the server lives.
     alive: bool,
+    /// The server process of the session, as the log-in has shown it.
+    pub(super) pid: i32,
+    /// The first answer since the last publication that shows the end of a transaction.
+    pub(super) end: Option<TransactionEnd>,
+}
+
+/// The requests whose text ends a transaction. The pool's own COMMIT is none of them.
+#[derive(Debug, Default)]
+struct Endings {
+    /// The number of the last one that commits.
+    last_commit: u64,
+    /// The number of the last one.
+    last: u64,
+    /// While the last one is not answered: another statement was sent behind one that was not answered.
+    goes_on: bool,
+}
+
+impl Endings {
+    /// Notes that a request with this number was sent, whose statements do this. `answered`: so many requests are
+    /// answered.
+    fn note(&mut self, number: u64, ends: Ends, answered: u64) {
+        self.goes_on = if self.last > answered { true } else { ends.goes_on };
+        if ends.leaves {
+            self.last = number;
+        }
+        if ends.commits {
+            self.last_commit = number;
+        }
+    }
 }
 
 impl Counter {
@@ -42,108 +82,160 @@ impl Counter {
             sent: Messages::behind(0, asks + 1),
             received: Messages::behind(asks, 0),
             // The log-in ends with `ReadyForQuery`, like a request.
-            requests: 1,
-            answered: 0,
-            last_request: 1,
-            last_rollback: 0,
-            last_commit: 0,
-            binds_commit: false,
-            begun: false,
-            failed: false,
-            transaction: false,
-            copying: false,
-            blocked: false,
-            stalled: false,
-            alive: false,
+            counts: Counts { requests: 1, last_request: 1, ..Counts::default() },
         }
     }
 
     pub(in crate::server) fn sent(&mut self, bytes: &[u8]) {
-        self.blocked = false;
-        let Self { sent, requests, last_request, last_rollback, last_commit, binds_commit, begun, .. } = self;
-        sent.feed(bytes, |letter, rollback, commit| match letter {
-            // These close a statement, give a password, or end the session.
-            b'C' | b'p' | b'X' => {}
-            b'S' => {
-                *requests += 1;
-                if std::mem::take(begun) {
-                    *last_request = *requests;
-                }
-                if std::mem::take(binds_commit) {
-                    *last_commit = *requests;
-                }
-            }
-            b'Q' => {
-                *requests += 1;
-                let last = if rollback { &mut *last_rollback } else { &mut *last_request };
-                *last = *requests;
-                if commit {
-                    *last_commit = *requests;
-                }
-            }
-            _ => {
-                *begun = true;
-                *binds_commit |= letter == b'B' && commit;
-            }
-        });
+        self.counts.blocked = false;
+        let Self { sent, counts, .. } = self;
+        sent.feed(bytes, |message| counts.sent(message));
     }
 
     /// The network accepted none of the data.
     pub(in crate::server) fn blocked(&mut self) {
-        self.blocked = true;
+        self.counts.blocked = true;
     }
 
     /// Returns whether a request has ended.
     pub(in crate::server) fn received(&mut self, bytes: &[u8]) -> bool {
+        let Self { received, counts, .. } = self;
         // Data that had waited in a buffer may have been sent long ago, by a server that is dead now.
-        let fresh = !self.stalled && !bytes.is_empty();
-        self.stalled = true;
-        let Self { received, answered, failed, transaction, copying, .. } = self;
-        let before = *answered;
-        received.feed(bytes, |letter, in_transaction, _| match letter {
-            b'Z' => {
-                *answered += 1;
-                *failed = false;
-                *copying = false;
-                *transaction = in_transaction && !planted!("gives back what is within a transaction");
-            }
-            // The server ignores the Sync that was sent before the COPY data.
-            b'G' => {
-                *answered += 1;
-                *copying = true;
-            }
-            // The driver passes an error on before the end of the request has arrived.
-            b'E' => *failed = true,
-            _ => {}
-        });
-        let ended = *answered != before;
+        let fresh = !counts.stalled && !bytes.is_empty();
+        counts.stalled = true;
+        let before = counts.answered;
+        received.feed(bytes, |message| counts.received(message));
+        let ended = counts.answered != before;
         // An error without the end of a request after it may be a proxy's, or the server's last message. The same is
         // true of a notice: after an immediate shutdown or the crash of another backend, a server sends one on each
         // session. A server that ends sends nothing else unasked, so a parameter or a notification shows that it goes
         // on.
-        let last_words = self.failed || matches!(self.received.last(), b'E' | b'N');
-        self.alive = (ended || fresh) && !last_words;
+        let last_words = counts.failed || matches!(received.last(), b'E' | b'N');
+        counts.alive = (ended || fresh) && !last_words;
         ended
     }
 
     /// Returns whether the bytes that were read last show that the server lives: they end a request, or the driver had
     /// waited for them.
     pub(in crate::server) fn shows_life(&self) -> bool {
-        self.alive
+        self.counts.alive
     }
 
     /// The driver has read all received data.
     pub(in crate::server) fn drained(&mut self) {
-        self.stalled = false;
+        self.counts.stalled = false;
     }
 
-    pub(in crate::server) fn flags(&self) -> u8 {
-        let sending = self.begun || self.sent.within();
+    pub(super) fn flags(&self) -> u8 {
+        self.counts.flags(self.sent.within())
+    }
+}
+
+impl Counts {
+    fn sent(&mut self, message: Message) {
+        match message.letter {
+            // These close a statement, give a password, or end the session.
+            b'C' | b'p' | b'X' => {}
+            b'S' => {
+                self.requests += 1;
+                if std::mem::take(&mut self.begun) {
+                    self.last_request = self.requests;
+                    let ends = std::mem::take(&mut self.bound);
+                    self.requested(ends, None);
+                }
+            }
+            b'Q' => {
+                self.requests += 1;
+                if message.says == Some(Says::DriversRollback) {
+                    self.last_rollback = self.requests;
+                } else {
+                    self.last_request = self.requests;
+                }
+                self.requested(message.ends, message.says);
+            }
+            letter => {
+                self.begun = true;
+                if letter == b'B' {
+                    self.bound.commits |= message.ends.commits;
+                    self.bound.leaves |= message.ends.leaves;
+                }
+            }
+        }
+    }
+
+    /// A whole request was sent, whose statements do this.
+    fn requested(&mut self, ends: Ends, says: Option<Says>) {
+        if ends.commits {
+            self.last_commit = self.requests;
+        }
+        match says {
+            Some(Says::PoolsCommit) => self.pools_commit = self.requests,
+            // It writes nothing outside of a transaction, whatever is under way before it.
+            Some(Says::DriversRollback) if self.endings.last > self.answered => {}
+            _ => self.endings.note(self.requests, ends, self.answered),
+        }
+    }
+
+    fn received(&mut self, message: Message) {
+        match (message.letter, message.says) {
+            (b'Z', says) => {
+                self.answered += 1;
+                // A proxy that has lost its server may answer with an error and "idle". No statement has ended the
+                // transaction then. So a failed request counts only if its text, or that of a later one, ends one.
+                if says == Some(Says::Idle) && (!self.failed || self.endings.last >= self.answered) {
+                    self.ends(self.answered, TransactionEnd::RolledBack);
+                }
+                self.failed = false;
+                self.copying = false;
+                self.transaction = says != Some(Says::Idle) && !planted!("gives back what is within a transaction");
+            }
+            (b'C', Some(Says::Committed)) => self.ends(self.answered + 1, TransactionEnd::Committed),
+            (b'C', Some(Says::Prepared)) => self.ends(self.answered + 1, TransactionEnd::Prepared),
+            // The server ignores the Sync that was sent before the COPY data.
+            (b'G', _) => {
+                self.answered += 1;
+                self.copying = true;
+            }
+            // The driver passes an error on before the end of the request has arrived.
+            (b'E', _) => self.failed = true,
+            (b'K', _) => self.pid = message.pid,
+            _ => {}
+        }
+    }
+
+    /// The answer to the request with this number shows that a transaction has ended, or that none is open.
+    fn ends(&mut self, request: u64, end: TransactionEnd) {
+        if request != self.pools_commit {
+            self.end.get_or_insert(end);
+        }
+    }
+
+    /// The server carries out a prepared statement before the end of the request has arrived.
+    fn binds_commit(&self) -> bool {
+        self.begun && self.bound.commits
+    }
+
+    /// What a request that was not answered may have done to the transaction, by its text. The pool's own COMMIT does
+    /// not count.
+    pub(super) fn unanswered(&self) -> Unanswered {
+        if self.endings.last > self.answered && self.endings.goes_on {
+            Unanswered::GoesOn
+        } else if self.endings.last_commit > self.answered || self.binds_commit() {
+            Unanswered::Commits
+        } else {
+            Unanswered::Nothing
+        }
+    }
+
+    /// `within`: a message was sent in part.
+    fn flags(&self, within: bool) -> u8 {
+        let sending = self.begun || within;
         let failed = self.failed && self.last_request == self.answered + 1 && !sending;
         let under_way = sending || self.last_request > self.answered;
         // If a ROLLBACK follows a failed request, it does not matter whether that request has left a transaction open.
         let ending = failed && self.last_rollback < self.last_request;
         let open = self.transaction && self.last_rollback <= self.answered;
+        let commits = self.last_commit > self.answered || self.binds_commit();
         [
             (REQUEST, under_way && !failed),
             (TRANSACTION, open),
@@ -151,7 +243,7 @@ impl Counter {
             (BLOCKED, self.blocked),
             (STALLED, self.stalled),
             (FAILED, ending),
-            (COMMIT, under_way && !failed && self.last_commit > self.answered),
+            (COMMIT, under_way && !failed && commits),
         ]
         .into_iter()
         .filter_map(|(flag, set)| set.then_some(flag))

@@ -1,12 +1,96 @@
-//! Splits the bytes of one direction into messages.
+//! Splits the bytes of one direction into messages, and reads from each one what the counts need. The bytes may come in
+//! chunks of any size.
 
-use super::commits::Commits;
+use super::commits::{Ends, Statements};
 use super::names::Names;
 
 /// The text that the driver sends by itself when a transaction is dropped.
 pub(super) const ROLLBACK: &[u8] = b"ROLLBACK\0";
 
-/// Splits the bytes of one direction into messages. The bytes may come in chunks of any size.
+/// How the message of the pool's own COMMIT begins. No closure has a reason to send this. So the pool tells its own
+/// COMMIT from a closure's, even if both are under way.
+pub(crate) const POOLS_COMMIT: &str = "SET LOCAL client_min_messages = warning; ";
+
+/// What the body of a message says, as far as it is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Says {
+    /// `Query`: the ROLLBACK that the driver sends by itself.
+    DriversRollback,
+    /// `Query`: the pool's own COMMIT.
+    PoolsCommit,
+    /// `ReadyForQuery`: no transaction is open.
+    Idle,
+    /// `CommandComplete`: a statement has committed. A COMMIT that has rolled back is reported as ROLLBACK.
+    Committed,
+    /// `CommandComplete`: a transaction is prepared.
+    Prepared,
+}
+
+/// A text that bodies are compared with.
+struct Text {
+    letter: u8,
+    bytes: &'static [u8],
+    /// The whole body must be equal. Otherwise its beginning must be.
+    whole: bool,
+    says: Says,
+}
+
+const TEXTS: [Text; 5] = [
+    Text { letter: b'Q', bytes: ROLLBACK, whole: true, says: Says::DriversRollback },
+    Text { letter: b'Q', bytes: POOLS_COMMIT.as_bytes(), whole: false, says: Says::PoolsCommit },
+    Text { letter: b'Z', bytes: b"I", whole: true, says: Says::Idle },
+    Text { letter: b'C', bytes: b"COMMIT\0", whole: true, says: Says::Committed },
+    Text { letter: b'C', bytes: b"PREPARE TRANSACTION\0", whole: true, says: Says::Prepared },
+];
+
+/// Compares the body of one message with [`TEXTS`].
+#[derive(Debug, Default)]
+struct Comparison {
+    /// A bit for each text that still matches.
+    matches: u8,
+    /// How many bytes were compared.
+    at: usize,
+}
+
+impl Comparison {
+    fn begin(&mut self, letter: u8) {
+        self.at = 0;
+        self.matches = if matches!(letter, b'Q' | b'Z' | b'C') { u8::MAX } else { 0 };
+    }
+
+    fn feed(&mut self, letter: u8, body: &[u8]) {
+        if self.matches == 0 {
+            return;
+        }
+        for (index, text) in TEXTS.iter().enumerate() {
+            let rest = text.bytes.get(self.at..).unwrap_or_default();
+            let goes_on = rest.iter().zip(body).all(|(expected, byte)| expected == byte);
+            if text.letter != letter || !goes_on || (text.whole && body.len() > rest.len()) {
+                self.matches &= !(1 << index);
+            }
+        }
+        self.at += body.len();
+    }
+
+    fn end(&self) -> Option<Says> {
+        let is_complete =
+            |text: &Text| if text.whole { self.at == text.bytes.len() } else { self.at >= text.bytes.len() };
+        let found = TEXTS.iter().enumerate().find(|(index, text)| self.matches & 1 << index != 0 && is_complete(text));
+        found.map(|(_, text)| text.says)
+    }
+}
+
+/// One message that has passed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Message {
+    pub(super) letter: u8,
+    pub(super) says: Option<Says>,
+    /// What the statements of `Query`, or the prepared statement of `Bind`, do to the session's transaction.
+    pub(super) ends: Ends,
+    /// The first number in the body of `BackendKeyData`: the server process of the session.
+    pub(super) pid: i32,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Messages {
     /// The number of leading bytes without a message header.
@@ -17,12 +101,14 @@ pub(super) struct Messages {
     have: usize,
     /// The number of bytes of the current body that have not come yet.
     left: usize,
-    /// How many bytes of the body match the text that is looked for. `None` if they do not match.
-    matched: Option<usize>,
-    /// Looks for a commit in the text of a query. `named`: the name of a prepared statement comes first, as in `Parse`.
-    commits: Commits,
+    comparison: Comparison,
+    /// Reads the text of a query. `named`: the name of a prepared statement comes first, as in `Parse`.
+    statements: Statements,
     named: bool,
     names: Names,
+    pid: i32,
+    /// The number of bytes of `pid` that have not come yet.
+    pid_left: u8,
 }
 
 impl Messages {
@@ -41,10 +127,8 @@ impl Messages {
         self.header[0]
     }
 
-    /// Calls `tell` at the end of each message, with its letter and two flags. The first flag of `Query` says whether
-    /// it is a ROLLBACK, and that of `ReadyForQuery` whether a transaction is open. The second flag of `Query` says
-    /// whether one of its statements commits, and that of `Bind` whether its prepared statement does.
-    pub(super) fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(u8, bool, bool)) {
+    /// Calls `tell` at the end of each message.
+    pub(super) fn feed(&mut self, mut bytes: &[u8], mut tell: impl FnMut(Message)) {
         while !bytes.is_empty() {
             if self.bare > 0 {
                 self.bare -= 1;
@@ -57,14 +141,7 @@ impl Messages {
                 self.have += 1;
                 bytes = &bytes[1..];
                 if self.have + from == 5 {
-                    let [_, length @ ..] = self.header;
-                    self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
-                    self.matched = Some(0);
-                    self.named = self.header[0] == b'P';
-                    self.names.begin(self.header[0]);
-                    if matches!(self.header[0], b'Q' | b'P') {
-                        self.commits = Commits::default();
-                    }
+                    self.begin();
                 }
             } else {
                 let (body, rest) = bytes.split_at(self.left.min(bytes.len()));
@@ -76,17 +153,33 @@ impl Messages {
                 if self.untyped > 0 {
                     self.untyped -= 1;
                 } else {
-                    let found = match self.header[0] {
-                        b'Z' => self.matched == Some(1),
-                        _ => self.matched == Some(ROLLBACK.len()),
-                    };
-                    let commits = matches!(self.header[0], b'Q' | b'P') && self.commits.found();
-                    let binds = self.names.end(self.header[0], commits);
-                    tell(self.header[0], found, commits || binds);
+                    tell(self.end());
                 }
                 self.have = 0;
             }
         }
+    }
+
+    /// The header is complete.
+    fn begin(&mut self) {
+        let [letter, length @ ..] = self.header;
+        self.left = (u32::from_be_bytes(length) as usize).saturating_sub(4);
+        self.comparison.begin(letter);
+        self.named = letter == b'P';
+        self.names.begin(letter);
+        if matches!(letter, b'Q' | b'P') {
+            self.statements.begin();
+        }
+        self.pid_left = if letter == b'K' { 4 } else { 0 };
+    }
+
+    /// The body is complete.
+    fn end(&mut self) -> Message {
+        let letter = self.header[0];
+        let ends = if matches!(letter, b'Q' | b'P') { self.statements.ends() } else { Ends::default() };
+        let bound = self.names.end(letter, ends);
+        let ends = if letter == b'Q' { ends } else { bound };
+        Message { letter, says: self.comparison.end(), ends, pid: self.pid }
     }
 
     /// Returns the part of a body that belongs to the text of a query.
@@ -100,17 +193,16 @@ impl Messages {
     }
 
     fn look_at(&mut self, body: &[u8]) {
+        let letter = self.header[0];
         self.names.feed(body);
-        if matches!(self.header[0], b'Q' | b'P') {
+        if matches!(letter, b'Q' | b'P') {
             let text = self.text_of(body);
-            self.commits.feed(text);
+            self.statements.feed(text);
         }
-        self.matched = match (self.header[0], self.matched) {
-            // `T` and `E` mean an open transaction, `I` means none.
-            (b'Z', Some(at)) if body.first().is_some_and(|state| *state != b'I') => Some(at + 1),
-            (b'Q', Some(at)) if ROLLBACK.get(at..).is_some_and(|rest| rest.starts_with(body)) => Some(at + body.len()),
-            (b'Z', before) => before,
-            _ => None,
-        };
+        self.comparison.feed(letter, body);
+        for byte in body.iter().take(usize::from(self.pid_left)) {
+            self.pid = self.pid << 8 | i32::from(*byte);
+            self.pid_left -= 1;
+        }
     }
 }

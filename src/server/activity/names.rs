@@ -1,5 +1,7 @@
-//! Remembers which prepared statements commit, by their names. The text of a statement is sent once, in `Parse`, and
-//! later each `Bind` names it.
+//! Remembers which prepared statements end a transaction, by their names. The text of a statement is sent once, in
+//! `Parse`, and later each `Bind` names it.
+
+use super::commits::Ends;
 
 /// The most bytes of a name that are kept. Longer names are compared by their beginning.
 const LONGEST: usize = 64;
@@ -9,8 +11,8 @@ const MOST: usize = 64;
 /// Reads the name of the statement in `Parse`, `Bind` and `Close`. The body of a message may arrive in pieces.
 #[derive(Debug, Default)]
 pub(super) struct Names {
-    /// The names of the statements that commit.
-    known: Vec<Vec<u8>>,
+    /// The names of the statements that end a transaction, and how they do.
+    known: Vec<(Vec<u8>, Ends)>,
     name: Vec<u8>,
     /// The number of strings that come before the name.
     before: u8,
@@ -43,25 +45,25 @@ impl Names {
         }
     }
 
-    /// Returns whether the message, which has ended, binds a statement that commits. `commits`: a parsed statement
-    /// does.
-    pub(super) fn end(&mut self, letter: u8, commits: bool) -> bool {
+    /// Returns how the statement ends a transaction that the message, which has ended, binds. `ends`: how a parsed
+    /// statement does.
+    pub(super) fn end(&mut self, letter: u8, ends: Ends) -> Ends {
         match letter {
             b'P' => {
-                self.known.retain(|known| *known != self.name);
-                if commits {
+                self.known.retain(|(known, _)| *known != self.name);
+                if ends != Ends::default() {
                     self.known.truncate(MOST - 1);
-                    self.known.insert(0, self.name.clone());
+                    self.known.insert(0, (self.name.clone(), ends));
                 }
-                false
+                Ends::default()
             }
             b'C' => {
                 let closed = self.name.strip_prefix(b"S");
-                self.known.retain(|known| Some(known.as_slice()) != closed);
-                false
+                self.known.retain(|(known, _)| Some(known.as_slice()) != closed);
+                Ends::default()
             }
-            b'B' => self.known.contains(&self.name),
-            _ => false,
+            b'B' => self.known.iter().find(|(known, _)| *known == self.name).map_or(Ends::default(), |(_, ends)| *ends),
+            _ => Ends::default(),
         }
     }
 }

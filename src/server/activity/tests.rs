@@ -1,7 +1,10 @@
 //! Tests that the count of requests follows from the messages that are sent and received.
 
+mod ends;
+
 use proptest::prelude::*;
 
+use super::commits::{Ends, Statements};
 use super::messages::ROLLBACK;
 use super::*;
 
@@ -172,6 +175,8 @@ proptest! {
         bytes.chunks(cut).for_each(|piece| { pieces.received(piece); });
         if !bytes.is_empty() {
             prop_assert_eq!(whole.flags(), pieces.flags());
+            prop_assert_eq!(whole.counts.unanswered(), pieces.counts.unanswered());
+            prop_assert_eq!(whole.counts.end, pieces.counts.end);
         }
     }
 }
@@ -260,7 +265,7 @@ fn a_prepared_commit_is_known_whenever_it_is_carried_out() {
                 let mut counter = logged_in();
                 let mut send = |bytes: Vec<u8>| {
                     bytes.chunks(size).for_each(|part| counter.sent(part));
-                    let (flags, last) = (counter.flags(), counter.last_commit);
+                    let (flags, last) = (counter.flags(), counter.counts.last_commit);
                     counter.received(&ready(b'I'));
                     counter.drained();
                     assert_eq!(counter.flags(), 0, "{sql:?}");

@@ -8,8 +8,8 @@
 use std::fmt;
 
 use super::{
-    BadReport, CHECKPOINTED, EVIDENCE, FENCE, IN_RECOVERY, Question, REPLAYED, STARTED_AT, STATS_RESET, ServerReport,
-    TIMELINE, WRITTEN,
+    BadReport, CHECKPOINTED, EVIDENCE, FENCE, IN_RECOVERY, Question, REPLAYED, SESSION, STARTED_AT, STATS_RESET,
+    ServerReport, TIMELINE, WRITTEN,
 };
 
 /// One part of a server's report, which the server may withhold from the role that asks.
@@ -161,6 +161,8 @@ pub(crate) enum Piece {
     /// `current_setting()`. If refused, `SHOW` replaces it, which needs no privilege.
     Settings,
     InHotStandby,
+    /// Which session this is. Without it, the session of lost work may keep its locks.
+    Session,
     /// `SET LOCAL jit`, which servers that only imitate PostgreSQL do not know.
     Jit,
 }
@@ -169,6 +171,7 @@ impl Piece {
     fn bit(self) -> u16 {
         1 << match self {
             Self::Told(part) => part as u16,
+            Self::Session => 11,
             Self::Recovery => 12,
             Self::Settings => 13,
             Self::InHotStandby => 14,
@@ -192,6 +195,7 @@ impl Piece {
             Self::Recovery => format!("SELECT {IN_RECOVERY}"),
             Self::Settings => "SELECT current_setting('transaction_read_only')".to_owned(),
             Self::InHotStandby => "SHOW in_hot_standby".to_owned(),
+            Self::Session => format!("SELECT {SESSION}"),
             Self::Jit => "SET LOCAL jit = off".to_owned(),
         };
         format!("{} {asked}", undisturbed(Refused(Self::Jit.bit())))
@@ -237,7 +241,8 @@ impl Question {
     /// The pieces of the question that a server may refuse.
     pub(crate) fn pieces(self) -> impl Iterator<Item = Piece> {
         let others = [Piece::Recovery, Piece::Settings, Piece::InHotStandby, Piece::Jit];
-        self.parts().iter().map(Piece::Told).chain(others)
+        let session = (self != Self::Again).then_some(Piece::Session);
+        self.parts().iter().map(Piece::Told).chain(others).chain(session)
     }
 
     /// Reads the answer to [`Question::sql`].
@@ -331,7 +336,7 @@ mod tests {
 
     fn rows(shown: &[&str], columns: [Option<&str>; 3]) -> Vec<Vec<Option<String>>> {
         let mut row: Vec<Option<String>> = columns.iter().map(|value| value.map(str::to_owned)).collect();
-        row.resize(12, None);
+        row.resize(13, None);
         shown.iter().map(|value| vec![Some((*value).to_owned())]).chain([row]).collect()
     }
 
@@ -364,6 +369,7 @@ mod tests {
             Piece::Settings => "current_setting('default_transaction_read_only')",
             Piece::Jit => "jit",
             Piece::InHotStandby => "in_hot_standby",
+            Piece::Session => "pg_stat_get_activity",
         };
         for question in QUESTIONS {
             for piece in question.pieces().filter(|piece| *piece != Piece::InHotStandby) {

@@ -83,8 +83,32 @@ fn a_fence_is_read_however_it_was_written() {
 fn a_new_session_is_asked_who_it_leads_to_and_no_more() {
     let sql = Question::Identity.sql(Refused::default());
     assert!(sql.contains(STARTED_AT) && sql.contains("pg_last_wal_replay_lsn()"), "{sql}");
-    assert!(!sql.contains("walfile") && !sql.contains("pg_stat") && !sql.contains("pg_db_role_setting"), "{sql}");
-    assert!(Question::Again.sql(Refused::default()).contains("pg_db_role_setting"));
+    assert!(!sql.contains("walfile") && !sql.contains("bgwriter") && !sql.contains("pg_db_role_setting"), "{sql}");
+    let again = Question::Again.sql(Refused::default());
+    assert!(again.contains("pg_db_role_setting") && !again.contains(SESSION), "{again}");
+}
+
+#[test]
+fn a_session_is_told_by_its_process_and_its_start() {
+    let row = |told: Option<&str>| {
+        let mut row = vec![None; 12];
+        row.push(told.map(str::to_owned));
+        ServerSession::of(&[vec![Some("off".to_owned())], row])
+    };
+    for (told, started_at, epoch) in [
+        ("4711 1764000000.123456", 1_764_000_000_123_456, "1764000000.123456"),
+        ("4711 1764000000.12", 1_764_000_000_120_000, "1764000000.120000"),
+        ("4711 -1.500000", -1_500_000, "-1.500000"),
+    ] {
+        let session = row(Some(told)).unwrap();
+        assert_eq!(session, ServerSession { pid: 4711, started_at });
+        assert_eq!(session.epoch(), epoch);
+    }
+    for untold in [None, Some(""), Some("4711"), Some(" 1764000000.1"), Some("4711 yesterday")] {
+        assert_eq!(row(untold), None, "{untold:?}");
+    }
+    assert_eq!(ServerSession::of(&[]), None);
+    assert_eq!(ServerSession::of(&[vec![None; 12]]), None);
 }
 
 #[test]

@@ -422,6 +422,51 @@ async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
     }
 }
 
+/// Without a mark nobody can ask, but the server has answered the closure's COMMIT.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_committed_itself_without_a_mark_does_not_run_again() {
+    let cluster = with_ledger(single()).await;
+    for guarantee in [Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        for then in [KILL, "SELECT pg_sleep(60)"] {
+            let what = format!("{guarantee:?} {then}");
+            sql(&cluster, "TRUNCATE entries").await;
+            let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2);
+            let retry = RetryPolicy::new().attempt_timeout(Duration::from_secs(2));
+            let call = pool.build_transaction().guarantee(guarantee.clone()).retry(retry);
+            let work = call.run(async |tx| {
+                insert(&tx, 1).await?;
+                tx.batch_execute("COMMIT").await?;
+                tx.batch_execute(then).await?;
+                Ok(())
+            });
+            let error = timeout(PATIENCE, work).await.expect(&what).expect_err(&what);
+            told(&error, Ending::Committed, &what);
+            assert_eq!(stored(&cluster).await, [1], "{what}");
+        }
+    }
+}
+
+/// … and where the pool's COMMIT gets no answer, the closure's own was carried out nevertheless.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closures_own_commit_without_a_mark_is_told_although_the_pools_gets_no_answer() {
+    for guarantee in [Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        let what = format!("{guarantee:?}");
+        let cluster = with_ledger(single()).await;
+        let cutter = Cutter::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(Kind::Own, cutter.addr(), 2);
+        let call = pool.build_transaction().guarantee(guarantee);
+        let work = call.run(async |tx| {
+            insert(&tx, 1).await?;
+            tx.batch_execute("COMMIT").await?;
+            cutter.arm(Cut::CommitAnswerDropped);
+            Ok(())
+        });
+        let error = timeout(PATIENCE, work).await.unwrap().expect_err(&what);
+        told(&error, Ending::Committed, &what);
+        assert_eq!(stored(&cluster).await, [1], "{what}");
+    }
+}
+
 /// The ledger is asked in the same words under any `search_path`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_namesake_of_an_operator_hides_no_row_of_the_ledger() {

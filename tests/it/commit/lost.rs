@@ -19,7 +19,8 @@ async fn a_session_that_was_lost_before_commit_holds_no_run_up() {
     let cutter = Cutter::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
     let pool = pool_of(Kind::Own, cutter.addr(), 2);
     pool.connect().await.unwrap();
-    for (id, guarantee) in (1..).zip([Guarantee::ExactlyOnce, Guarantee::Ledger(Ledger::default())]) {
+    let ledger = Guarantee::Ledger(Ledger::default());
+    for (id, guarantee) in (1..).zip([Guarantee::ExactlyOnce, ledger, Guarantee::AtMostOnce, Guarantee::AtLeastOnce]) {
         let (cut, runs) = (cutter.arm(Cut::AfterStatementHeld(1)), Runs::default());
         let work = pool.build_transaction().guarantee(guarantee.clone()).run(async |tx| {
             runs.begin();

@@ -51,6 +51,7 @@ const EACH: &[(Hidden, &[Part])] = &[
     (Function("starts_with(text, text)"), &[Fence]),
     (Function("unnest(anyarray)"), &[Fence]),
     (Function("current_database()"), &[Fence]),
+    (Function("pg_stat_get_activity(int)"), &[]),
     (View("pg_stat_bgwriter"), &[Statistics]),
     (View("pg_db_role_setting"), &[Fence]),
     (View("pg_database"), &[Fence]),
