@@ -32,12 +32,16 @@ where
     let span = options.pool.observer().transaction(&options.mode());
     // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
     let inner = Inner::begin(matches!(options.mode(), Mode::Exactly | Mode::Once));
-    let mut unsent = None;
-    let result = match attempts(&options, &span, &mut unsent, inner.doubt(), work).instrument(span.clone()).await {
+    let (mut unsent, mut number, doubt) = (None, 0, inner.doubt());
+    let attempts = attempts(&options, &span, &mut unsent, &mut number, doubt.clone(), work);
+    let result = match attempts.instrument(span.clone()).await {
         Ok(value) => Ok(value),
-        Err(error) => Err(match unsent {
-            Some(unsent) => or_ended_at_last(options.pool, options.place, unsent, error).await,
-            None => error,
+        Err(error) => Err({
+            let error = match unsent {
+                Some(unsent) => or_ended_at_last(options.pool, options.place, unsent, error).await,
+                None => error,
+            };
+            beside_a_call_within(error, number, doubt.is_noted())
         }),
     };
     inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
@@ -50,12 +54,13 @@ where
 /// Makes the attempts of a call. After each failed one, `decide` says what follows.
 ///
 /// `unsent` receives the last attempt's transaction if the pool's COMMIT did not run and the server did not confirm a
-/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `inner`:
-/// whether the outcome of a call within the closure is unknown.
+/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `made` receives
+/// the number of attempts. `inner`: whether the outcome of a call within the closure is unknown.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
     unsent: &mut Option<Unsent>,
+    made: &mut u32,
     inner: InnerDoubt,
     mut work: F,
 ) -> Result<T, Error>
@@ -71,6 +76,7 @@ where
     let (mut lost, mut earlier) = (Vec::new(), Vec::new());
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
+        *made = number;
         let client = match pool.get_for_transaction(deadline, options.place).await {
             Ok(client) => client,
             Err(error) => {
@@ -192,6 +198,15 @@ fn of_a_read(error: Error) -> Error {
 /// Makes the call's error from one after which the work would run again, if its closure has made a call in doubt.
 fn by_a_call_within(error: Error, attempts: u32) -> Error {
     Error::Exhausted(Box::new(Exhausted::by_a_call_within(attempts, error)))
+}
+
+/// Makes the call's error if the outcome of a call within its closure is unknown (`inner`). The error must not say "not
+/// committed" then: a program that repeats the call would do the inner work twice.
+fn beside_a_call_within(error: Error, attempts: u32, inner: bool) -> Error {
+    if !inner || error.commit_outcome() != CommitOutcome::NotCommitted || planted!("hides the doubt of a call within") {
+        return error;
+    }
+    Error::Exhausted(Box::new(Exhausted::beside_a_call_within(attempts, error)))
 }
 
 /// Makes the call's error after the policy, the budget or the hook has refused another attempt.

@@ -133,7 +133,7 @@ impl StdError for EndedInside {
 }
 
 /// [`Error::Exhausted`]: a call was ended by its retry policy, or by an error that allowed no further attempt after an
-/// attempt in doubt.
+/// attempt in doubt, or after a call within its closure whose outcome is unknown.
 #[derive(Debug)]
 pub struct Exhausted {
     attempts: u32,
@@ -151,7 +151,16 @@ impl Exhausted {
 
     /// The work would run again, but its closure has made another call whose outcome is unknown.
     pub(crate) fn by_a_call_within(attempts: u32, source: Error) -> Self {
-        let why = "another run would repeat a call within the closure".to_owned();
+        Self::within("another run would repeat a call within the closure", attempts, source)
+    }
+
+    /// The work would not run again anyway, but its closure has made another call whose outcome is unknown.
+    pub(crate) fn beside_a_call_within(attempts: u32, source: Error) -> Self {
+        Self::within("the outcome of a call within the closure is unknown", attempts, source)
+    }
+
+    fn within(why: &str, attempts: u32, source: Error) -> Self {
+        let why = why.to_owned();
         let doubt = "that call may have been committed: look for its effect before repeating this one";
         Self { attempts, why, outcome: CommitOutcome::Unknown, doubt, source }
     }

@@ -3,6 +3,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use testbed::{Cluster, Node, eventually};
 use tokio::sync::Notify;
@@ -127,6 +128,86 @@ async fn an_inner_call_in_doubt_is_run_again_on_no_path() {
             assert!(!error.to_string().contains("run it again"), "{what}: {error}");
         }
     }
+}
+
+/// How the outer call ends, such that its work would not run again anyway.
+#[derive(Clone, Copy, Debug)]
+enum Ends {
+    OwnError,
+    /// Its own error contains the inner call's.
+    Wraps,
+    AnError,
+    Refused,
+    TimeIsOver,
+    NoAttemptIsLeft,
+    HookForbids,
+}
+
+/// An error of the application around the inner call's.
+#[derive(Debug, thiserror::Error)]
+#[error("the order was not paid")]
+struct NotPaid(#[source] Error);
+
+/// A program that repeats what is "not committed" would do the inner work twice.
+#[tokio::test]
+async fn no_error_says_not_committed_beside_an_inner_call_in_doubt() {
+    let cluster = prepared().await;
+    for guarantee in [Guarantee::ExactlyOnce, Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+        for ends in [
+            Ends::OwnError,
+            Ends::Wraps,
+            Ends::AnError,
+            Ends::Refused,
+            Ends::TimeIsOver,
+            Ends::NoAttemptIsLeft,
+            Ends::HookForbids,
+        ] {
+            let what = format!("{guarantee:?} {ends:?}");
+            let retry = match ends {
+                Ends::TimeIsOver => RetryPolicy::new().attempt_timeout(Duration::from_secs(2)),
+                Ends::NoAttemptIsLeft => RetryPolicy::new().attempts(1),
+                Ends::HookForbids => RetryPolicy::new().classify(|_| Some(false)),
+                _ => RetryPolicy::new(),
+            };
+            let (pool, runs) = (pool_of(Kind::Own, cluster.socket_addr(Node(0)), 2), Runs::default());
+            let call = pool.build_transaction().guarantee(guarantee.clone()).retry(retry).run(async |tx| {
+                runs.begin();
+                let inner = pool.build_transaction().guarantee(Guarantee::AtMostOnce);
+                let inner = inner.run(async |tx| Ok(tx.batch_execute(DOOMED).await?)).await.unwrap_err();
+                match ends {
+                    Ends::OwnError => return Err(Error::abort("own")),
+                    Ends::Wraps => return Err(Error::abort(NotPaid(inner))),
+                    Ends::AnError => tx.batch_execute("SELECT 1 / 0").await?,
+                    Ends::Refused => drop(tx.batch_execute("SELECT 1 / 0").await),
+                    Ends::TimeIsOver => tx.batch_execute("SELECT pg_sleep(60)").await?,
+                    Ends::NoAttemptIsLeft | Ends::HookForbids => tx.batch_execute(CONFLICT).await?,
+                }
+                Ok(())
+            });
+            let error = timeout(PATIENCE, call).await.expect(&what).expect_err(&what);
+            assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::Unknown, 1), "{what}: {error}");
+            assert!(matches!(error, Error::Exhausted(_)), "{what}: {error:?}");
+            println!("{what}: {error}");
+            if matches!(ends, Ends::Wraps) {
+                assert!(error.downcast_ref::<NotPaid>().is_some(), "{what}");
+            }
+        }
+    }
+}
+
+/// The time of the outer call is over while the inner COMMIT is under way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outer_call_whose_time_is_over_tells_of_the_inner_one() {
+    let cluster = server().await;
+    let gate = close_gate(&cluster).await;
+    let pool = pool_of(Kind::Own, cluster.socket_addr(Node(0)), 3);
+    let retry = RetryPolicy::new().attempt_timeout(Duration::from_secs(2));
+    let work =
+        pool.build_transaction().retry(retry).run(async |_| pool.transaction(async |tx| insert(&tx, 1).await).await);
+    let error = timeout(PATIENCE, work).await.expect("the call hangs").unwrap_err();
+    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{error}");
+    open_gate(&gate).await;
+    eventually("the inner commit goes on", PATIENCE, async || stored(&cluster).await == [1]).await;
 }
 
 /// What the call between the outermost and the innermost one is.
