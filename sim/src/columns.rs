@@ -14,9 +14,10 @@ type Is = fn(&str) -> bool;
 type Evaluate = fn(&mut Session, &str) -> Value;
 
 /// How to recognise an expression, and its value. The first row that matches counts.
-const EXPRESSIONS: [(Is, Evaluate); 22] = [
+const EXPRESSIONS: [(Is, Evaluate); 23] = [
     (|it| it == "NULL", |_, _| Ok(None)),
     (|it| it == "1", |_, _| found("1")),
+    (|it| it.contains("pg_stat_get_activity"), |session, _| found(format!("{pid} {pid}.000000", pid = session.pid))),
     (|it| it.starts_with("'0/0'"), |_, _| found("0/0")),
     (|it| it.contains("redo_lsn = checkpoint_lsn"), |session, _| session.of_node(|node| Ok(node.stopped().map(lsn)))),
     (|it| it.contains("pg_xact_status"), |session, it| status(session, it)),

@@ -38,7 +38,7 @@ const fn kind(weight: u64, name: &'static str, how: How, promise: Promise, act: 
 }
 
 /// Each kind of call, by weight.
-static KINDS: [Kind; 18] = [
+static KINDS: [Kind; 22] = [
     kind(30, "exactly once", How::Transaction, Promise::Exactly, Act::Plain),
     kind(8, "ledger", How::Transaction, Promise::Ledger, Act::Plain),
     kind(8, "at most once", How::Transaction, Promise::AtMostOnce, Act::Plain),
@@ -53,6 +53,10 @@ static KINDS: [Kind; 18] = [
     kind(3, "committing itself", How::Transaction, Promise::Exactly, Act::Commits),
     kind(2, "committing itself, ledger", How::Transaction, Promise::Ledger, Act::Commits),
     kind(1, "committing itself, read", How::Transaction, Promise::Read, Act::Commits),
+    kind(2, "committing itself, at most once", How::Transaction, Promise::AtMostOnce, Act::Commits),
+    kind(1, "committing itself, idempotent", How::Transaction, Promise::Idempotent, Act::Commits),
+    kind(2, "rolling back itself", How::Transaction, Promise::Exactly, Act::RollsBack),
+    kind(2, "rolling back itself, at most once", How::Transaction, Promise::AtMostOnce, Act::RollsBack),
     kind(1, "deallocating", How::Transaction, Promise::Exactly, Act::Deallocates),
     kind(4, "nesting", How::Transaction, Promise::Exactly, Act::Nests),
     kind(12, "get", How::Get, Promise::Exactly, Act::Plain),
@@ -79,7 +83,8 @@ fn plan(rng: &mut Rng, kind: &Kind, call: i64) -> Plan {
         call,
         promise,
         act: kind.act,
-        rows: 1 + rng.index(2),
+        // What is written outside of a transaction is not written together.
+        rows: 1 + if kind.act == Act::RollsBack { 0 } else { rng.index(2) },
         extended: rng.chance(30),
         slow,
         deadline: rng.millis(1000, 12_000),
@@ -103,7 +108,7 @@ pub(crate) async fn caller(sim: Arc<Sim>, pool: Pool, calls: Arc<AtomicI64>, sto
             let think = if sleeps && rng.chance(40) { rng.millis(2000, 9000) } else { rng.millis(50, 2500) };
             let mut plan = plan(rng, kind, calls.fetch_add(1, Ordering::Relaxed));
             // What is sent on a wrapped pool's sessions is not seen: docs/exactly-once.md, the fourth case.
-            if plan.act == Act::Commits && world.setup.wrapped {
+            if plan.act.ends() && world.setup.wrapped {
                 plan.act = Act::Plain;
             }
             (think, kind, plan)
@@ -194,9 +199,9 @@ async fn checked_out(sim: &Arc<Sim>, pool: &Pool, how: How, plan: Plan) -> Optio
 fn check(sim: &Sim, plan: Plan, result: &Result<(), Error>) {
     let call = plan.call;
     let said = match result {
-        Ok(()) if plan.act == Act::Commits => Some("`Ok`, and its closure had committed itself".to_owned()),
+        Ok(()) if plan.act.ends() => Some("`Ok`, and its closure had ended its transaction itself".to_owned()),
         Ok(()) if plan.act == Act::Swallows => Some("`Ok`, and its transaction had failed".to_owned()),
-        Err(Error::EndedInside(_)) if plan.act != Act::Commits => Some("that its closure ended it".to_owned()),
+        Err(Error::EndedInside(_)) if !plan.act.ends() => Some("that its closure ended it".to_owned()),
         Err(Error::Database(error)) => {
             let code = error.code().map_or("", |code| code.code());
             let own = plan.raised() == Some(code);

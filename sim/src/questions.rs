@@ -69,6 +69,22 @@ impl Session {
         Done::row(vec![Some("t".to_owned())])
     }
 
+    /// Ends a session in a transaction whose client has gone. No COMMIT was sent on it.
+    pub(crate) fn end_unmarked(&self, pid: i32) -> Done {
+        let mut world = self.sim.lock();
+        let found = world.nodes[self.node].backends.get(&pid).filter(|backend| backend.doing != Doing::Idle);
+        let Some((terminate, doing, ends)) = found.map(|found| (found.terminate.clone(), found.doing, found.ends))
+        else {
+            return Done::nothing();
+        };
+        if doing == Doing::Committing && ends {
+            world.oracle.violation("a session was ended in the midst of a COMMIT");
+        }
+        drop(world);
+        terminate.cancel();
+        Done::row(vec![Some("t".to_owned())])
+    }
+
     pub(crate) fn ends(&self, pid: i32, xid: u64) -> Option<String> {
         self.of_node(|node| {
             let backend = node.backends.get(&pid).filter(|backend| backend.xid == Some(xid))?;

@@ -90,6 +90,9 @@ pub(crate) enum Statement {
         pid: i32,
         xid: u64,
     },
+    /// Ends a session that has lost its client, and whose transaction has no mark. In this model, each process has a
+    /// number of its own.
+    TerminateUnmarked(i32),
     Ends {
         pid: i32,
         xid: u64,
@@ -264,6 +267,9 @@ fn signatures(text: &str) -> Option<Statement> {
 
 fn sessions(text: &str) -> Option<Statement> {
     let pid = || between(text, "pid = ", " ")?.parse().ok();
+    if text.starts_with("SELECT pg_terminate_backend(pid)") && text.contains("xact_start") {
+        return Some(Statement::TerminateUnmarked(pid()?));
+    }
     if text.starts_with("SELECT pg_terminate_backend(pid)") {
         return Some(Statement::Terminate { pid: pid()?, xid: between(text, "backend_xid = '", "'")?.parse().ok()? });
     }

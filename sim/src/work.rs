@@ -38,6 +38,8 @@ pub(crate) enum Act {
     Swallows,
     /// It sends a COMMIT of its own.
     Commits,
+    /// It rolls back, and writes outside of the transaction after that.
+    RollsBack,
     /// It drops all prepared statements, those of the pool, too.
     Deallocates,
     /// It makes another call of the pool.
@@ -96,6 +98,13 @@ pub(crate) struct Plan {
     pub(crate) word: Option<bool>,
 }
 
+impl Act {
+    /// Returns whether the closure ends its transaction itself.
+    pub(crate) fn ends(self) -> bool {
+        matches!(self, Self::Commits | Self::RollsBack)
+    }
+}
+
 impl Plan {
     pub(crate) fn raised(&self) -> Option<&'static str> {
         (self.act == Act::Raises).then(|| RAISED[self.raises].code)
@@ -143,7 +152,7 @@ pub(crate) async fn transaction(sim: &Arc<Sim>, pool: &Pool, calls: &AtomicI64, 
         retry = retry.classify(move |report| (report.code().code() == code).then_some(word));
     }
     let builder = pool.build_transaction().guarantee(guarantee).read_only(plan.promise == Promise::Read).retry(retry);
-    builder
+    let result = builder
         .run(|transaction| {
             let attempt = met.attempts.fetch_add(1, Ordering::Relaxed) + 1;
             run_again(sim, &met, plan, attempt);
@@ -154,7 +163,13 @@ pub(crate) async fn transaction(sim: &Arc<Sim>, pool: &Pool, calls: &AtomicI64, 
                 closure.end(transaction, calls).await
             }
         })
-        .await
+        .await;
+    let denies = result.as_ref().is_err_and(|error| error.commit_outcome() == CommitOutcome::NotCommitted);
+    if denies && met.inner_doubt.load(Ordering::Relaxed) {
+        let violation = format!("call {} says \"not committed\", and a call within it is in doubt", plan.call);
+        sim.lock().oracle.violation(violation);
+    }
+    result
 }
 
 /// Checks that nothing forbids this run of the closure.
@@ -226,9 +241,19 @@ impl Closure {
                 Ok(())
             }
             Act::Commits => Ok(transaction.batch_execute("COMMIT").await?),
+            Act::RollsBack => self.roll_back(&transaction).await,
             Act::Deallocates => Ok(transaction.batch_execute("DEALLOCATE ALL").await?),
             Act::Nests => self.nest(calls).await,
         }
+    }
+
+    async fn roll_back(&self, transaction: &Transaction) -> Result<(), Error> {
+        let again = format!("INSERT INTO payments VALUES ({}, {})", self.plan.call, self.attempt);
+        if self.plan.extended {
+            transaction.batch_execute("ROLLBACK").await?;
+            return Ok(transaction.batch_execute(&again).await?);
+        }
+        Ok(transaction.batch_execute(&format!("ROLLBACK; {again}")).await?)
     }
 
     async fn raise(&self, transaction: &Transaction) -> Result<(), Error> {
