@@ -20,7 +20,7 @@ pub(crate) use chain::{explain, links};
 pub(crate) use driver::{hung_up, hung_up_in_handshake, unexpected, without_code};
 pub(crate) use encryption::{BadCertificate, NO_DIRECT_TLS, NO_TLS, TlsTrouble, tls_trouble};
 pub(crate) use fatal::{Recurs, advice, announces_end, ends_session, recurs, verdict_of_end};
-pub(crate) use stale::{Cure, may_be_stale, stale, stale_report};
+pub(crate) use stale::{Cure, may_be_stale, misfits, stale, stale_report};
 
 use std::error::Error as StdError;
 

@@ -400,7 +400,9 @@ impl<C: SessionClient> Pool<C> {
     /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and
     /// after an error of a [`Client`]'s own methods the connection is repaired for the next call. It does not see the
     /// errors of the client's [`transaction`](deadpool_postgres::ClientWrapper::transaction), or of the driver's client
-    /// that a [`Client`] derefs to. It also learns of an error only when the first caller gets it. To avoid that error,
+    /// that a [`Client`] derefs to. It does not see either that [`Row::try_get`](tokio_postgres::Row::try_get) fails
+    /// with [`WrongType`](tokio_postgres::types::WrongType) because a type has changed (`ALTER TYPE … ADD VALUE`): call
+    /// this after such an error. It also learns of an error only when the first caller gets it. To avoid that error,
     /// call this in each of your processes after a migration.
     ///
     /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection, and what the driver has

@@ -1,10 +1,13 @@
 //! The errors of a session whose prepared statements cannot be used any more, because a table, a type or the session
 //! itself has changed since they were prepared.
 
+use std::error::Error as StdError;
+
 use tokio_postgres::Error;
 use tokio_postgres::error::{DbError, SqlState};
+use tokio_postgres::types::WrongType;
 
-use super::Kind;
+use super::{Kind, links};
 
 /// How to repair a session whose prepared statements cannot be used any more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -21,11 +24,22 @@ pub(crate) enum Cure {
 pub(crate) fn stale(error: &Error) -> Option<Cure> {
     match Kind::of(error) {
         Kind::Db(db) => stale_report(db),
-        // A type that the driver has cached may have changed. The error may as well be a mistake in the call, so it
-        // does not make the work run again.
+        _ if misfits(error) => Some(Cure::Clear),
+        // A type that the driver has cached may have changed, and the program's own conversion may say so in its own
+        // words.
         Kind::Usage if error.to_string().starts_with("error serializing parameter") => Some(Cure::Clear),
         _ => None,
     }
+}
+
+/// Returns whether the error, or one of its causes, says that a Rust type does not take the type of a parameter or a
+/// column. The driver may have read that type before it was changed: for instance, it does not know a new label of an
+/// enum. The error can be a mistake in the program as well. A NULL never causes it.
+///
+/// An error that wraps the driver's error transparently shows only the cause of that error. So this looks for the cause
+/// alone.
+pub(crate) fn misfits(error: &(dyn StdError + 'static)) -> bool {
+    links(error).any(<dyn StdError>::is::<WrongType>)
 }
 
 /// The same as [`stale`], for a report of the server.

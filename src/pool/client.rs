@@ -140,7 +140,7 @@ impl<C: SessionClient> Loan<C> {
 impl<C: SessionClient> Client<C> {
     /// The caller counts the loan. Calls the program's metrics, which may panic.
     pub(super) fn new(loan: Loan<C>, pool: Pool<C>, watch: Option<LoanWatch>) -> Self {
-        loan.facts().trail.freshen(loan.client());
+        loan.facts().trail.lend(loan.client());
         let streamed = AtomicBool::new(false);
         Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false, _watch: watch }
     }

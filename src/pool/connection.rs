@@ -52,7 +52,7 @@ impl<C: SessionClient> Connection<C> {
     ) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
-        let trail = Arc::new(Trail::of(&*session.client));
+        let trail = Arc::new(Trail::of(&*session.client, false));
         let opened_at = Instant::now();
         let inner = Inner {
             watched,

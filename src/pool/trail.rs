@@ -24,6 +24,10 @@ pub(crate) struct Trail {
     cache: Option<Arc<StatementCache>>,
     /// The driver must forget the types that it has read.
     forget_types: AtomicBool,
+    /// Somebody has had the connection.
+    lent: AtomicBool,
+    /// When the connection was lent, the driver may have known types as they were long ago.
+    old_types: AtomicBool,
     /// The driver got an answer to a statement that it did not expect.
     misread: AtomicBool,
     /// No other caller may use the session.
@@ -31,8 +35,10 @@ pub(crate) struct Trail {
 }
 
 impl Trail {
-    pub(super) fn of<C: SessionClient>(client: &C) -> Self {
-        Self { cache: wrapper(client).map(|client| Arc::clone(&client.statement_cache)), ..Self::default() }
+    /// `used`: somebody has had the connection before.
+    pub(super) fn of<C: SessionClient>(client: &C, used: bool) -> Self {
+        let cache = wrapper(client).map(|client| Arc::clone(&client.statement_cache));
+        Self { cache, lent: AtomicBool::new(used), ..Self::default() }
     }
 
     /// Forgets what was noted, so that it does not count for the next use of the session.
@@ -98,11 +104,25 @@ impl Trail {
         self.retired.load(Ordering::Acquire)
     }
 
-    /// Call this before the session is used again.
-    pub(super) fn freshen(&self, client: &tokio_postgres::Client) {
-        if self.forget_types.swap(false, Ordering::AcqRel) {
+    /// Call this when somebody gets the connection.
+    pub(super) fn lend(&self, client: &tokio_postgres::Client) {
+        let forgotten = self.freshen(client);
+        let lent = self.lent.swap(true, Ordering::Relaxed);
+        self.old_types.store(lent && !forgotten, Ordering::Relaxed);
+    }
+
+    /// Returns whether the driver may know types as they were before its present user got the connection.
+    pub(crate) fn has_old_types(&self) -> bool {
+        self.old_types.load(Ordering::Relaxed)
+    }
+
+    /// Call this before the session is used again. Returns whether the driver has forgotten its types.
+    pub(super) fn freshen(&self, client: &tokio_postgres::Client) -> bool {
+        let forgets = self.forget_types.swap(false, Ordering::AcqRel);
+        if forgets {
             client.clear_type_cache();
         }
+        forgets
     }
 }
 

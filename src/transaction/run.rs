@@ -100,6 +100,8 @@ where
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {
             client.trail().heal(Cure::Clear);
+            // A statement that is not prepared by hand must not use the old types, either.
+            let _ = client.fresh();
         }
         let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt::new(client, options.retry.attempt_limit(), inner.clone());

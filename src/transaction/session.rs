@@ -6,7 +6,7 @@ use super::attempt::Attempt;
 use super::decide::Mode;
 use super::ended::Failed;
 use super::undo::ROLLBACK_WITHIN;
-use super::verdict::{ClosureError, Session, judge, perhaps_stale};
+use super::verdict::{ClosureError, Session, is_misfit, judge, perhaps_stale};
 use crate::classify::{Cure, Verdict, ends_session};
 use crate::error::{Error, RolledBack};
 use crate::server::SessionClient;
@@ -23,8 +23,16 @@ impl<C: SessionClient> Attempt<C> {
         }
         let session = self.session(closure_error).await;
         let mut verdict = judge(closure_error, &session);
-        if verdict == Verdict::Application && perhaps_stale(closure_error, &session, self.statements) {
-            self.client().trail().heal(Cure::Clear);
+        let trail = self.client().trail();
+        let misfit = is_misfit(&error);
+        if misfit {
+            // The closure may have read the value from a row, so the trail does not know the error.
+            trail.heal(Cure::Clear);
+        }
+        let old_types = self.statements || trail.has_old_types();
+        let stale = misfit && old_types && matches!(session, Session::Open);
+        if verdict == Verdict::Application && (stale || perhaps_stale(closure_error, &session, self.statements)) {
+            trail.heal(Cure::Clear);
             verdict = Verdict::Stale;
         }
         self.cleaned_up(mode, Failed { session, ..Failed::new(verdict, error) }).await

@@ -8,7 +8,7 @@ use std::error::Error as StdError;
 use tokio_postgres::error::DbError;
 
 use crate::classify::{
-    Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, recurs,
+    Recurs, Verdict, classify, classify_chain, classify_report, ends_session, links, may_be_stale, misfits, recurs,
     report_in_chain, verdict_of_end,
 };
 use crate::error::{Error, InDoubt, RolledBack, SessionEnded};
@@ -146,6 +146,15 @@ pub(super) fn perhaps_stale(closure_error: ClosureError<'_>, session: &Session, 
     statements && !matches!(session, Session::Ended(_)) && report.is_some_and(may_be_stale)
 }
 
+/// Returns whether the closure's error says that a Rust type does not take the type of a value; see [`misfits`].
+pub(super) fn is_misfit(error: &Error) -> bool {
+    match error {
+        Error::Database(error) => misfits(error),
+        Error::Aborted(own) => !matches!(ClosureError::of(error), ClosureError::OtherCall) && misfits(own.as_ref()),
+        _ => false,
+    }
+}
+
 /// Returns the failure of an attempt whose generation has ended. The session of a wrapped pool may still be open then,
 /// because its driver is not this crate's.
 pub(super) fn evicted() -> (Verdict, Error) {
@@ -202,6 +211,8 @@ impl Bounds {
 
 #[cfg(test)]
 mod tests {
+    use tokio_postgres::types::{Type, WrongType};
+
     use super::*;
     use crate::classify::tests::reported;
     use crate::commit::Unsettled;
@@ -248,6 +259,28 @@ mod tests {
         }
         assert_eq!(verdict_of(&Error::abort("own")), Verdict::Application);
         assert_eq!(verdict_of(&Error::abort(App::Pool(Error::Closed))), Verdict::Application);
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_its_type_is_found_at_any_depth() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("reading failed")]
+        struct Reading(#[source] WrongType);
+
+        let wrong = || WrongType::new::<i32>(Type::TEXT);
+        for error in [
+            Error::abort(wrong()),
+            Error::abort(Reading(wrong())),
+            Error::abort(anyhow::Error::new(Reading(wrong()))),
+            Error::abort(anyhow::Error::new(Reading(wrong())).context("with a context")),
+            Error::abort(eyre::Report::new(Reading(wrong()))),
+            Error::abort_report(anyhow::Error::new(Reading(wrong()))),
+        ] {
+            assert!(is_misfit(&error), "{error:?}");
+        }
+        for error in [Error::abort("own"), Error::abort(App::Named(Error::Database(driver_error()))), Error::Closed] {
+            assert!(!is_misfit(&error), "{error:?}");
+        }
     }
 
     #[test]

@@ -300,7 +300,7 @@ impl<C: SessionClient> Fetching<C> {
             generation.opened();
             dialer.let_in();
         }
-        let trail = Arc::new(Trail::of::<C>(&object));
+        let trail = Arc::new(Trail::of::<C>(&object, used));
         self.wrapped.trails.add(&trail);
         let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default()), trail));
         self.wrapped.remember(object_id, &facts);

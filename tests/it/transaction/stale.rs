@@ -5,7 +5,7 @@ use std::error::Error as StdError;
 
 use testbed::{Cluster, Node};
 use tokio_postgres::types::private::BytesMut;
-use tokio_postgres::types::{IsNull, Kind, ToSql, Type, to_sql_checked};
+use tokio_postgres::types::{FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
 use tokio_postgres_failover::{Error, Pool, RetryPolicy, Transaction, deadpool_postgres};
 
 use crate::support::{Runs, sql};
@@ -270,5 +270,180 @@ async fn after_all_caches_were_cleared_nobody_meets_an_error() {
             client.query(&statement, &[]).await.unwrap();
         }
         revert(&cluster).await;
+    }
+}
+
+/// A label that the program knows. As derived code does, it takes only a type that has the label.
+#[derive(Debug)]
+struct Calm;
+
+impl<'a> FromSql<'a> for Calm {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Sync + Send>> {
+        if raw == b"calm" { Ok(Self) } else { Err("another label".into()) }
+    }
+
+    fn accepts(of: &Type) -> bool {
+        matches!(of.kind(), Kind::Enum(labels) if labels.iter().any(|label| label == "calm"))
+    }
+}
+
+impl ToSql for Calm {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn StdError + Sync + Send>> {
+        out.extend_from_slice(b"calm");
+        Ok(IsNull::No)
+    }
+
+    fn accepts(of: &Type) -> bool {
+        <Self as FromSql>::accepts(of)
+    }
+
+    to_sql_checked!();
+}
+
+/// An error of the program's, whose source is that of the driver's error.
+#[derive(Debug, thiserror::Error)]
+enum Transparent {
+    #[error(transparent)]
+    Db(#[from] tokio_postgres::Error),
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the moods cannot be read")]
+struct Unreadable(#[source] tokio_postgres::Error);
+
+/// How a closure passes on the error of a value that does not fit its type.
+const PASSED_ON: [(&str, fn(tokio_postgres::Error) -> Error); 6] = [
+    ("plain", Error::Database),
+    ("own error", |error| Error::abort(Unreadable(error))),
+    ("transparent", |error| Error::abort(Transparent::Db(error))),
+    ("anyhow", |error| Error::abort(anyhow::Error::new(error))),
+    ("eyre", |error| Error::abort(eyre::Report::new(error))),
+    ("report", |error| Error::abort_report(anyhow::Error::new(error))),
+];
+
+/// What a closure does with the type.
+#[derive(Clone, Copy, Debug)]
+enum Uses {
+    Prepared,
+    Text,
+    Parameter,
+}
+
+async fn feels_calm(tx: &Transaction, uses: Uses) -> Result<usize, tokio_postgres::Error> {
+    const CALM: &str = "SELECT mood FROM moods";
+    let rows = match uses {
+        Uses::Prepared => tx.query(&tx.prepare_cached(CALM).await?, &[]).await?,
+        Uses::Text => tx.query(CALM, &[]).await?,
+        Uses::Parameter => {
+            let labels = tx.query_one("SELECT count(*) FROM pg_enum WHERE enumlabel = 'calm'", &[]).await?;
+            let (known, one) = (labels.get::<_, i64>(0) > 0, "SELECT count(*) FROM moods WHERE mood = $1");
+            let moods =
+                if known { tx.query_one(one, &[&Calm]).await? } else { tx.query_one(one, &[&Mood("sad")]).await? };
+            return Ok(usize::try_from(moods.get::<_, i64>(0)).unwrap());
+        }
+    };
+    let read: Result<Vec<Calm>, _> = rows.iter().map(|row| row.try_get(0)).collect();
+    Ok(read?.len())
+}
+
+/// `ALTER TYPE … ADD VALUE`: the server has nothing against the old statements, and the driver knows the old labels. No
+/// later use of the connection could read the new one.
+#[tokio::test]
+async fn a_type_that_got_another_label_is_read_again() {
+    let cluster = with_types().await;
+    for (name, pool) in pools(&cluster, 1) {
+        for uses in [Uses::Prepared, Uses::Text, Uses::Parameter] {
+            for ((how, passed_on), reads) in PASSED_ON.iter().flat_map(|how| [(how, false), (how, true)]) {
+                let what = format!("{name}, {uses:?}, {how}, reads: {reads}");
+                sql(&cluster, "TRUNCATE moods").await;
+                change(&cluster, &pool, Change::Type).await;
+                pool.clear_statement_caches();
+                let runs = Runs::default();
+                let work = async |tx: Transaction| {
+                    runs.begin();
+                    feels_calm(&tx, uses).await.map_err(passed_on)
+                };
+                let call = async || if reads { pool.read(work).await } else { pool.transaction(work).await };
+                assert_eq!(call().await.unwrap(), 0, "{what}: there is no row yet");
+                sql(&cluster, "ALTER TYPE mood ADD VALUE 'calm'").await;
+                sql(&cluster, "INSERT INTO moods VALUES ('calm')").await;
+                let result = call().await;
+                assert_eq!((result.unwrap(), runs.count()), (1, 3), "{what}");
+                assert_eq!((call().await.unwrap(), runs.count()), (1, 4), "{what}, the next");
+            }
+        }
+    }
+}
+
+/// The next run may get another connection, which knows the old labels, too.
+#[tokio::test]
+async fn a_type_is_read_again_on_every_connection() {
+    let cluster = with_types().await;
+    for (name, pool) in pools(&cluster, 3) {
+        for uses in [Uses::Prepared, Uses::Text, Uses::Parameter] {
+            sql(&cluster, "TRUNCATE moods").await;
+            change(&cluster, &pool, Change::Type).await;
+            pool.clear_statement_caches();
+            {
+                let held = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
+                for client in &held {
+                    let statement = client.prepare_cached("SELECT mood FROM moods WHERE mood <> $1").await.unwrap();
+                    client.query(&statement, &[&Mood("sad")]).await.unwrap();
+                }
+            }
+            sql(&cluster, "ALTER TYPE mood ADD VALUE 'calm'").await;
+            sql(&cluster, "INSERT INTO moods VALUES ('calm')").await;
+            let runs = Runs::default();
+            let read = pool.transaction(async |tx| {
+                runs.begin();
+                Ok(feels_calm(&tx, uses).await?)
+            });
+            assert_eq!((read.await.unwrap(), runs.count()), (1, 2), "{name}, {uses:?}");
+        }
+    }
+}
+
+/// A Rust type that fits no type of the column is a mistake, and no connection heals it.
+#[tokio::test]
+async fn a_value_that_never_fits_is_returned() {
+    let cluster = with_types().await;
+    for (name, pool) in pools(&cluster, 1) {
+        for call in 0..3 {
+            let runs = Runs::default();
+            let error = pool
+                .transaction(async |tx| {
+                    runs.begin();
+                    Ok(tx.query_one("SELECT 'word'", &[]).await?.try_get::<_, i32>(0)?)
+                })
+                .await
+                .unwrap_err();
+            assert!(error.to_string().contains("error deserializing column 0"), "{name}: {error}");
+            assert!(runs.count() <= 2, "{name}, call {call}: {} runs", runs.count());
+        }
+    }
+}
+
+/// Whoever has a connection by hand reads the row, so the connection does not see the error of its value.
+#[tokio::test]
+async fn a_value_that_is_read_by_hand_needs_the_programs_word() {
+    let cluster = with_types().await;
+    for (name, pool) in pools(&cluster, 1) {
+        sql(&cluster, "TRUNCATE moods").await;
+        change(&cluster, &pool, Change::Type).await;
+        pool.clear_statement_caches();
+        let by_hand = async || {
+            let client = pool.get().await.unwrap();
+            let rows = client.query("SELECT mood FROM moods", &[]).await?;
+            let read: Result<Vec<Calm>, _> = rows.iter().map(|row| row.try_get(0)).collect();
+            Ok::<_, tokio_postgres::Error>(read?.len())
+        };
+        assert_eq!(by_hand().await.unwrap(), 0, "{name}");
+        sql(&cluster, "ALTER TYPE mood ADD VALUE 'calm'").await;
+        sql(&cluster, "INSERT INTO moods VALUES ('calm')").await;
+        for _ in 0..2 {
+            assert!(by_hand().await.is_err(), "{name}");
+        }
+        pool.clear_statement_caches();
+        assert_eq!(by_hand().await.unwrap(), 1, "{name}");
     }
 }
