@@ -20,7 +20,7 @@ pub(crate) use build::BuildError;
 pub(crate) use call::{CommitOutcome, Error};
 pub use call::{EndedInside, Ending, Exhausted, RolledBack, SessionEnded};
 pub use refused::Refused;
-pub(crate) use unavailable::Obstacle;
+pub(crate) use unavailable::{CHECKOUT_TIMEOUT, Obstacle};
 pub use unavailable::{Unavailable, UnavailableReason};
 pub use unknown::CommitUnknown;
 pub(crate) use unknown::InDoubt;

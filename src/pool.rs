@@ -76,7 +76,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use crate::cluster::Cluster;
-use crate::error::{BuildError, Error};
+use crate::error::{BuildError, CHECKOUT_TIMEOUT, Error};
 use crate::observe::Events;
 use crate::retry::{FAR, RetryPolicy};
 use crate::server::SessionClient;
@@ -250,7 +250,7 @@ impl<C: SessionClient> Pool<C> {
         let place = Location::caller();
         async move {
             self.is_open()?;
-            self.get_by(|| Instant::now() + self.shared.checkout_timeout, None, place).await
+            self.get_by(|| Instant::now() + self.shared.checkout_timeout, CHECKOUT_TIMEOUT, None, place).await
         }
     }
 
@@ -272,7 +272,7 @@ impl<C: SessionClient> Pool<C> {
         async move {
             self.is_open()?;
             let deadline = Instant::now() + timeout.min(FAR);
-            self.get_by(|| deadline, None, place).await
+            self.get_by(|| deadline, "Pool::get_within", None, place).await
         }
     }
 

@@ -12,7 +12,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::unknown::WhyInDoubt;
-use super::{CommitUnknown, Obstacle, Refused, Unavailable};
+use super::{CHECKOUT_TIMEOUT, CommitUnknown, Obstacle, Refused, Unavailable};
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
 
@@ -250,17 +250,9 @@ impl Error {
             NoPrimary::RuntimeEnded => Self::RuntimeEnded,
             NoPrimary::Refused(endpoint, failure) => Self::Refused(Box::new(Refused::new(endpoint, failure))),
             NoPrimary::UnknownName(waited, diagnosis) => {
-                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary)))
+                Self::Unavailable(Box::new(Unavailable::new(waited, diagnosis, Obstacle::NoPrimary, CHECKOUT_TIMEOUT)))
             }
         }
-    }
-
-    /// Lets the text name the deadline of the retry policy, which limits how long a transaction waits for a primary.
-    pub(crate) fn of_transaction(mut self) -> Self {
-        if let Self::Unavailable(unavailable) = &mut self {
-            unavailable.limited_by("RetryPolicy::deadline");
-        }
-        self
     }
 
     /// A short name for what failed, for telemetry. There are only a few of these names.

@@ -46,7 +46,7 @@ fn endpoint() -> Endpoint {
 fn unavailable(obstacle: Obstacle, answer: Option<Answer>) -> Error {
     let candidate = CandidateReport { endpoint: endpoint(), origin: Origin::Resolved, answer, took: None };
     let diagnosis = Diagnosis { candidates: vec![candidate], dns: None, waiting: 0 };
-    Error::Unavailable(Box::new(Unavailable::new(WAITED, diagnosis, obstacle)))
+    Error::Unavailable(Box::new(Unavailable::new(WAITED, diagnosis, obstacle, CHECKOUT_TIMEOUT)))
 }
 
 fn no_primary(refusal: Refusal) -> Error {

@@ -10,6 +10,9 @@ use crate::topology::{Answer, CandidateReport, FailureKind, ProbeFailure, Refusa
 /// The most candidates that the text of an error lists. `candidates()` returns all of them.
 const LISTED: usize = 32;
 
+/// The setting that limits the wait unless a call has a limit of its own.
+pub(crate) const CHECKOUT_TIMEOUT: &str = "checkout_timeout";
+
 /// Why there was no connection in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -37,7 +40,7 @@ pub struct Unavailable {
     waited: Duration,
     obstacle: Obstacle,
     diagnosis: Diagnosis,
-    /// The setting that limits how long a caller waits for a primary.
+    /// The setting that has ended the wait.
     limit: &'static str,
 }
 
@@ -61,7 +64,7 @@ pub(crate) enum Obstacle {
 }
 
 impl Unavailable {
-    pub(crate) fn new(waited: Duration, diagnosis: Diagnosis, obstacle: Obstacle) -> Self {
+    pub(crate) fn new(waited: Duration, diagnosis: Diagnosis, obstacle: Obstacle, limit: &'static str) -> Self {
         let refused = |expected: fn(&Refusal) -> bool| {
             diagnosis
                 .candidates
@@ -81,12 +84,7 @@ impl Unavailable {
             }
             Obstacle::NoPrimary => UnavailableReason::NoPrimary,
         };
-        Self { reason, waited, obstacle, diagnosis, limit: "checkout_timeout" }
-    }
-
-    /// Names another setting than `checkout_timeout`.
-    pub(super) fn limited_by(&mut self, limit: &'static str) {
-        self.limit = limit;
+        Self { reason, waited, obstacle, diagnosis, limit }
     }
 
     /// Why there was no connection.
@@ -205,8 +203,9 @@ impl fmt::Display for Unavailable {
                 return write!(
                     f,
                     "all {} connections were in use for {waited:.1?}; raise max_size, hold connections for less time, \
-                     or wait longer (checkout_timeout)",
-                    self.max_size()
+                     or wait longer ({})",
+                    self.max_size(),
+                    self.limit
                 );
             }
         }

@@ -14,7 +14,7 @@ use super::counted::Counted;
 use super::hooks::hook_failure;
 use super::loans::CallSite;
 use super::{Client, Manager, Pool, Source};
-use crate::error::{Error, Obstacle, Unavailable};
+use crate::error::{CHECKOUT_TIMEOUT, Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
 use crate::topology::FailureKind;
 
@@ -29,15 +29,15 @@ impl<C: SessionClient> Pool<C> {
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
     pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: CallSite) -> Result<Client<C>, Error> {
-        let client = self.get_by(|| deadline, Some(self.shared.checkout_timeout), place).await;
-        client.map_err(Error::of_transaction)
+        self.get_by(|| deadline, "RetryPolicy::deadline", Some(self.shared.checkout_timeout), place).await
     }
 
-    /// `in_use` limits the wait while there is a primary and all connections are in use. While there is no primary,
-    /// only the deadline limits it.
+    /// `limit` names the setting that the deadline comes from. `in_use` limits the wait while there is a primary and
+    /// all connections are in use. While there is no primary, only the deadline limits it.
     pub(super) async fn get_by(
         &self,
         deadline: impl FnOnce() -> Instant,
+        limit: &'static str,
         in_use: Option<Duration>,
         place: CallSite,
     ) -> Result<Client<C>, Error> {
@@ -51,7 +51,7 @@ impl<C: SessionClient> Pool<C> {
         if self.is_held_by_caller() {
             waits.timed_out();
             let obstacle = Obstacle::HeldByCaller { max_size: self.source.status().max_size };
-            let unavailable = Unavailable::new(Duration::ZERO, self.cluster().diagnosis(), obstacle);
+            let unavailable = Unavailable::new(Duration::ZERO, self.cluster().diagnosis(), obstacle, limit);
             return Err(Error::Unavailable(Box::new(unavailable)));
         }
         let (began, deadline) = (Instant::now(), deadline());
@@ -67,9 +67,13 @@ impl<C: SessionClient> Pool<C> {
             waited = timeout_at(deadline, checkout) => waited,
             () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
         };
-        let Ok(Some(checked_out)) = waited else {
-            waits.timed_out();
-            return Err(self.unavailable(began));
+        let checked_out = match waited {
+            Ok(Some(checked_out)) => checked_out,
+            ended => {
+                waits.timed_out();
+                // `Ok(None)`: the limit for a primary whose connections are all in use has ended the wait.
+                return Err(self.unavailable(began, if ended.is_ok() { CHECKOUT_TIMEOUT } else { limit }));
+            }
         };
         waits.ended(&checked_out);
         if checked_out.is_ok() {
@@ -240,7 +244,8 @@ impl<C: SessionClient> Pool<C> {
         timeout(IDLE_WITHIN, self.checkout(None, true)).await.ok()?.ok()
     }
 
-    fn unavailable(&self, began: Instant) -> Error {
+    /// `limit` names the setting that has ended the wait.
+    fn unavailable(&self, began: Instant, limit: &'static str) -> Error {
         // The pool's runtime may have ended while the caller waited, without waking anybody.
         if self.cluster().is_closed() {
             return Error::without_primary(self.cluster().ended());
@@ -263,7 +268,7 @@ impl<C: SessionClient> Pool<C> {
             Some(_) if size >= max_size && !free => Obstacle::NoneFree { max_size },
             Some(generation) => Obstacle::NoSession(generation.trouble()),
         };
-        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle, limit)))
     }
 }
 
@@ -278,6 +283,7 @@ impl<C: SessionClient> Pool<C> {
     pub(crate) fn unavailable_beside(&self, began: Instant) -> Error {
         let current = self.cluster().current();
         let obstacle = current.map_or(Obstacle::NoPrimary, |generation| Obstacle::NoSession(generation.trouble()));
-        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), self.cluster().diagnosis(), obstacle)))
+        let diagnosis = self.cluster().diagnosis();
+        Error::Unavailable(Box::new(Unavailable::new(began.elapsed(), diagnosis, obstacle, CHECKOUT_TIMEOUT)))
     }
 }

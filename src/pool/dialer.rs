@@ -20,7 +20,7 @@ use super::test_after::TestAfter;
 use super::trail::Trails;
 use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
-use crate::error::{Error, Obstacle, Refused, Unavailable, UnavailableReason};
+use crate::error::{CHECKOUT_TIMEOUT, Error, Obstacle, Refused, Unavailable, UnavailableReason};
 use crate::random::SplitMix64;
 use crate::server::{Notices, Open, OwnedSession, Session, SessionClient, cancel};
 use crate::sync::{lock, log_safely};
@@ -329,7 +329,7 @@ impl<C: SessionClient> Dialer<C> {
         let most = if rare { FULL_PAUSE } else { OPEN_PAUSE.1 };
         let longest = OPEN_PAUSE.0.saturating_mul(2_u32.saturating_pow(failures)).min(most);
         let obstacle = Obstacle::NoSession(Some(failure));
-        let unavailable = Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle);
+        let unavailable = Unavailable::new(Duration::ZERO, self.cluster.diagnosis(), obstacle, CHECKOUT_TIMEOUT);
         (Error::Unavailable(Box::new(unavailable)), (longest + self.random_up_to(longest)) / 2)
     }
 }

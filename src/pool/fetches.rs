@@ -286,7 +286,8 @@ impl<C: SessionClient> Wrapped<C> {
     /// gets that error if it has waited for as long.
     pub(super) fn none_free(&self, dialer: &Dialer<C>, began: Instant) {
         let obstacle = Obstacle::NoneFree { max_size: self.existing.status().max_size };
-        let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle);
+        let limit = "the wait time-out of the wrapped pool";
+        let unavailable = Unavailable::new(began.elapsed(), dialer.cluster.diagnosis(), obstacle, limit);
         let mut queue = self.queue();
         if queue.waiters.front().is_some_and(|waiter| waiter.asked <= began) {
             self.deliver(&mut queue, Err(Error::Unavailable(Box::new(unavailable))));

@@ -52,7 +52,7 @@ async fn a_transaction_waits_no_longer_than_a_get_for_those_who_use_all_connecti
             assert!(exhausted(&error), "{error:?}");
             assert!(began.elapsed() >= SHORT && began.elapsed() < SOON, "{:?}", began.elapsed());
             let text = error.to_string();
-            assert!(text.contains("max_size") && text.contains("checkout_timeout"), "{text}");
+            assert!(text.contains("max_size") && text.ends_with("wait longer (checkout_timeout)"), "{text}");
         }
         drop(held);
         eventually("a transaction has the connection", PATIENCE, async || {
@@ -64,6 +64,10 @@ async fn a_transaction_waits_no_longer_than_a_get_for_those_who_use_all_connecti
         let call = pool.build_transaction().deadline(Duration::from_millis(50));
         let error = call.run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap_err();
         assert!(exhausted(&error), "{error:?}");
+        assert!(error.to_string().ends_with("wait longer (RetryPolicy::deadline)"), "{error}");
+        let error = pool.get_within(Duration::from_millis(50)).await.unwrap_err();
+        assert!(exhausted(&error), "{error:?}");
+        assert!(error.to_string().ends_with("wait longer (Pool::get_within)"), "{error}");
         drop(held);
     }
 }

@@ -429,6 +429,7 @@ async fn what_the_wrapped_pool_sets_the_bounds_of_is_told() {
     let held = pool.get().await.unwrap();
     let Err(Error::Unavailable(unavailable)) = pool.get().await else { panic!("there was one connection") };
     assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
+    assert!(unavailable.to_string().ends_with("wait longer (the wait time-out of the wrapped pool)"), "{unavailable}");
     drop(held);
     pool.get().await.unwrap();
 }
