@@ -27,6 +27,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::panic::Location;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::ClientWrapper;
@@ -288,11 +289,13 @@ fn level_name(level: IsolationLevel) -> &'static str {
 /// [`GenericClient`](tokio_postgres::GenericClient), is not noticed, and COMMIT waits for its end.
 pub struct Transaction<C: SessionClient = ClientWrapper> {
     client: Arc<Client<C>>,
+    /// How many savepoints it has tried to set.
+    savepoints: AtomicU32,
 }
 
 impl<C: SessionClient> Transaction<C> {
     fn new(client: Arc<Client<C>>) -> Self {
-        Self { client }
+        Self { client, savepoints: AtomicU32::new(0) }
     }
 
     /// Sets a savepoint. A failure after it can be undone without losing the transaction.
@@ -333,7 +336,7 @@ impl<C: SessionClient> Transaction<C> {
     /// # }
     /// ```
     pub async fn transaction(&mut self) -> Result<Savepoint<'_, C>, tokio_postgres::Error> {
-        Savepoint::set(&self.client, 1).await
+        Savepoint::set(&self.client, &self.savepoints).await
     }
 
     /// Returns a token that can cancel what this session runs, from anywhere. A statement that is cancelled fails with
@@ -379,18 +382,22 @@ impl<C: SessionClient> fmt::Debug for Transaction<C> {
 /// A savepoint within a [`Transaction`]. Dropping it without [`Savepoint::release`] rolls back to it.
 pub struct Savepoint<'a, C: SessionClient = ClientWrapper> {
     client: &'a Client<C>,
-    /// The number of savepoints that it is nested in, including itself. Its name contains this number, so that nested
-    /// savepoints have different names.
-    depth: u32,
+    /// The counter of the transaction's savepoints.
+    savepoints: &'a AtomicU32,
+    /// The number in its name. A name is used once in a transaction: a savepoint that could not be set must not be
+    /// taken for an earlier one, because a rollback to that one would revive a failed transaction. Each transaction
+    /// counts from one, so that there are only a few different statements for the server's statistics.
+    number: u32,
     /// `true` until the savepoint is released or rolled back.
     open: bool,
 }
 
 impl<'a, C: SessionClient> Savepoint<'a, C> {
-    async fn set(client: &'a Client<C>, depth: u32) -> Result<Self, tokio_postgres::Error> {
-        let mut savepoint = Self { client, depth, open: true };
+    /// If the future is dropped, the request may be under way, so a rollback to the savepoint follows it.
+    async fn set(client: &'a Client<C>, savepoints: &'a AtomicU32) -> Result<Self, tokio_postgres::Error> {
+        let number = savepoints.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let mut savepoint = Self { client, savepoints, number, open: true };
         let set = client.batch_execute(&format!("SAVEPOINT {}", savepoint.name())).await;
-        // An earlier savepoint may still have this name. A rollback to it would revive a failed transaction.
         savepoint.open = set.is_ok();
         set.map(|()| savepoint)
     }
@@ -402,7 +409,7 @@ impl<'a, C: SessionClient> Savepoint<'a, C> {
 
     /// The same as [`Savepoint::savepoint`]. See [`Transaction::transaction`].
     pub async fn transaction(&mut self) -> Result<Savepoint<'_, C>, tokio_postgres::Error> {
-        Savepoint::set(self.client, self.depth + 1).await
+        Savepoint::set(self.client, self.savepoints).await
     }
 
     /// Ends the savepoint and keeps what was done since it, as a part of the transaction.
@@ -434,7 +441,7 @@ impl<'a, C: SessionClient> Savepoint<'a, C> {
     }
 
     fn name(&self) -> String {
-        format!("failover_{}", self.depth)
+        format!("tokio_postgres_failover_{}", self.number)
     }
 
     fn undo(&self) -> String {

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt as _;
 use testbed::{Cluster, Node, Tap, eventually};
 use tokio::sync::Barrier;
 use tokio_postgres::IsolationLevel;
@@ -625,6 +626,60 @@ async fn a_savepoint_that_cannot_be_set_revives_nothing() {
         let error = result.expect_err("a statement has failed");
         assert!(matches!(error, Error::RolledBack(RolledBack::FailedInside)), "{error:?}");
     }
+}
+
+/// The same if the future that sets the savepoint is dropped: its request may be under way, so a rollback to it follows.
+/// The earlier savepoint may be nested in another one, or be the user's own.
+#[tokio::test]
+async fn a_savepoint_whose_future_was_dropped_revives_nothing() {
+    let cluster = server().await;
+    let pool = pool(&cluster);
+    let fails = async |client: &tokio_postgres::Client| {
+        client.batch_execute("INSERT INTO entries VALUES (1 / 0)").await.expect_err("the server divides by zero");
+    };
+    for way in ["plain", "nested", "own"] {
+        let result = pool
+            .transaction(async |mut tx| {
+                insert(&tx, 1).await?;
+                let dropped = match way {
+                    "plain" => {
+                        let earlier = tx.savepoint().await?;
+                        fails(&earlier).await;
+                        earlier.release().await.expect_err("the transaction has failed");
+                        tx.savepoint().now_or_never().is_none()
+                    }
+                    "nested" => {
+                        let mut outer = tx.savepoint().await?;
+                        let earlier = outer.savepoint().await?;
+                        fails(&earlier).await;
+                        earlier.release().await.expect_err("the transaction has failed");
+                        let dropped = outer.savepoint().now_or_never().is_none();
+                        outer.release().await.expect_err("the transaction has failed");
+                        dropped
+                    }
+                    _ => {
+                        tx.batch_execute("SAVEPOINT failover_1").await?;
+                        fails(&tx).await;
+                        tx.savepoint().now_or_never().is_none()
+                    }
+                };
+                assert!(dropped, "{way}");
+                Ok(())
+            })
+            .await;
+        assert_eq!(stored(&cluster).await, [0_i64; 0], "{way}: {result:?}");
+        let error = result.expect_err("a statement has failed");
+        assert!(matches!(error, Error::RolledBack(RolledBack::FailedInside)), "{way}: {error:?}");
+    }
+    // A savepoint that was set although its future was dropped is gone, with nothing but itself.
+    pool.transaction(async |mut tx| {
+        insert(&tx, 1).await?;
+        assert!(tx.savepoint().now_or_never().is_none());
+        insert(&tx, 2).await
+    })
+    .await
+    .unwrap();
+    assert_eq!(stored(&cluster).await, [1, 2]);
 }
 
 /// The options of a transaction reach the server, and READ WRITE is never asked for: it would break through a fence.
