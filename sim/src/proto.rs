@@ -256,6 +256,10 @@ impl Answer {
             for (field, value) in
                 [(b'S', severity), (b'V', severity), (b'C', error.code), (b'M', &error.message), (b'R', routine)]
             {
+                // A pooler names no routine.
+                if field == b'R' && value.is_empty() {
+                    continue;
+                }
                 body.push(field);
                 text(body, value);
             }

@@ -61,8 +61,9 @@ pub(crate) const RAISED: [Raised; 11] = [
     raised("23505", "duplicate key value violates unique constraint", "_bt_check_unique", false),
     raised("40001", "could not serialize access", "ExecUpdate", false),
     raised("40P01", "deadlock detected", "DeadLockReport", false),
-    raised("57P03", "the database system is not yet accepting connections", "ProcessStartupPacket", false),
-    raised("53300", "too many connections for role", "InitializeSessionUserId", false),
+    // A pooler's, about the server behind it.
+    raised("57P03", "the database system is not yet accepting connections", "", false),
+    raised("53300", "too many connections for role", "", false),
     raised("25006", "cannot execute UPDATE in a read-only transaction", "PreventCommandIfReadOnly", false),
     raised("08007", "the outcome of the remote transaction is unknown", "pgfdw_report_error", false),
     raised("0A000", "cached plan must not change result type", "RevalidateCachedQuery", false),

@@ -37,6 +37,8 @@ pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
     match *db.code() {
         // The session goes on, but its prepared statements cannot be used any more.
         _ if !ends && stale_report(db).is_some() => Verdict::Stale,
+        // The session goes on, and the report is not about its server.
+        _ if level == Level::Error && of_another(db) => Verdict::Application,
 
         // The server shuts down, starts up or recovers, or is a standby that is not consistent yet.
         SqlState::CANNOT_CONNECT_NOW => Verdict::NotNow,
@@ -59,7 +61,8 @@ pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
         // The SQL standard has this code for an unknown completion. CockroachDB sends it for an ambiguous commit.
         SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN => Verdict::OutcomeUnknown,
 
-        // pg_terminate_backend or a fast shutdown. At ERROR, the same happened to a parallel worker of this session.
+        // pg_terminate_backend or a fast shutdown. At ERROR, the same happened to a parallel worker of this session, or
+        // a proxy has lost its server.
         SqlState::ADMIN_SHUTDOWN => Verdict::ConnectionLost,
         // Another backend crashed, so the server restarts all of them.
         SqlState::CRASH_SHUTDOWN => Verdict::ConnectionLost,
@@ -96,6 +99,27 @@ pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
             (_, Level::Ends) => Verdict::ConnectionLost,
             (_, Level::Error | Level::Unknown) => Verdict::Application,
         },
+    }
+}
+
+/// Returns whether a report at ERROR has the code of a server that ends its session or accepts none, or of an unknown
+/// end, but is about something else: a function of the user's has raised it (`exec_stmt_raise`), or another server has
+/// said it to an extension such as `postgres_fdw` (`pgfdw_report_error`). A server ends its own session with FATAL.
+///
+/// The end of a parallel worker comes at ERROR, with the routine in which the worker ended (`ThrowErrorData` in
+/// elog.c). A proxy names no routine, and means the server behind it. An extension cannot know how a transaction on
+/// another server ended, so `exec_stmt_raise` is the only routine that is not believed about that.
+fn of_another(db: &DbError) -> bool {
+    match *db.code() {
+        SqlState::ADMIN_SHUTDOWN
+        | SqlState::CRASH_SHUTDOWN
+        | SqlState::CANNOT_CONNECT_NOW
+        | SqlState::IDLE_SESSION_TIMEOUT
+        | SqlState::TOO_MANY_CONNECTIONS => db.routine().is_some_and(|routine| routine != "ProcessInterrupts"),
+        SqlState::TRANSACTION_RESOLUTION_UNKNOWN | SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN => {
+            db.routine() == Some("exec_stmt_raise")
+        }
+        _ => false,
     }
 }
 

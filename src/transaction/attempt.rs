@@ -329,7 +329,8 @@ impl<C: SessionClient> Attempt<C> {
             self.undo(Some(known), None).await.0
         };
         let failed = match verdict {
-            Verdict::Aborted => self.failed_inside().await,
+            // COMMIT was reached, so no earlier statement had failed: a trigger has raised this.
+            Verdict::Aborted if !over => self.failed_inside().await,
             _ => Failed { session, ..Failed::new(verdict, error) },
         };
         undone.explains(failed)

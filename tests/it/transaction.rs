@@ -5,6 +5,7 @@ mod cancel;
 mod endings;
 mod helpers;
 mod inner;
+mod raised;
 mod shapes;
 mod stale;
 mod tune;
