@@ -30,7 +30,7 @@ use tokio_postgres::error::{DbError, SqlState};
 use chain::Found;
 use driver::{certificate_alert, of_driver};
 use kind::Kind;
-use report::{Level, class, of_report, pooler_refuses};
+use report::{Level, RAISE, class, of_report, pooler_refuses};
 
 /// What an error means. What to do about it also depends on the work, so other modules decide that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -136,9 +136,10 @@ pub(crate) fn classify_report(report: &DbError) -> Verdict {
 ///
 /// A server that fails before it has written the commit record reports an `ERROR` and goes on. If it fails after it has
 /// written the record, it may report an `ERROR`, too, but then it ends with a PANIC (`RecordTransactionAbort` in
-/// `xact.c`: "cannot abort transaction, it was already committed"). This holds only for reports of the server itself: a
-/// proxy may send the same message when the server behind it is gone. A server names the reporting routine in each of
-/// its errors, and a proxy does not.
+/// `xact.c`: "cannot abort transaction, it was already committed"). This holds for every code, also if an extension has
+/// lost another server, but only for reports of the server itself: a proxy may send the same message when the server
+/// behind it is gone. A server names the reporting routine in each of its errors. `PgBouncer`, Pgpool-II, Odyssey and
+/// pgcat do not.
 pub(crate) fn commit_refused(error: &Error) -> bool {
     let Kind::Db(db) = Kind::of(error) else {
         return false;
@@ -146,22 +147,17 @@ pub(crate) fn commit_refused(error: &Error) -> bool {
     if Level::of(db) != Level::Error {
         return false;
     }
-    match class(db) {
-        // "Connection exception", which includes the unknown resolution (08007). The code does not show whose
-        // connection is meant.
-        "08" => false,
+    match *db.code() {
+        // These say that the outcome is not known. PostgreSQL itself never means its own transaction by them, but a
+        // server that imitates it does, and names a routine, too (CockroachDB).
+        SqlState::TRANSACTION_RESOLUTION_UNKNOWN | SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN => {
+            db.routine() == Some(RAISE)
+        }
+        SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED | SqlState::IN_FAILED_SQL_TRANSACTION => {
+            true
+        }
         // Integrity constraints. At COMMIT, these are deferred ones. They mean a rollback, whoever reports them.
-        "23" => true,
-        _ => match *db.code() {
-            SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN
-            | SqlState::ADMIN_SHUTDOWN
-            | SqlState::CRASH_SHUTDOWN
-            | SqlState::CANNOT_CONNECT_NOW => false,
-            SqlState::T_R_SERIALIZATION_FAILURE
-            | SqlState::T_R_DEADLOCK_DETECTED
-            | SqlState::IN_FAILED_SQL_TRANSACTION => true,
-            _ => db.routine().is_some(),
-        },
+        _ => class(db) == "23" || db.routine().is_some(),
     }
 }
 

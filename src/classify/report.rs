@@ -30,6 +30,9 @@ impl Level {
     }
 }
 
+/// The routine that reports a RAISE of PL/pgSQL.
+pub(super) const RAISE: &str = "exec_stmt_raise";
+
 /// The table of SQLSTATEs. A row holds at any level unless it names one.
 #[expect(clippy::match_same_arms, reason = "one row per code, with its own reason")]
 pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
@@ -103,12 +106,12 @@ pub(super) fn of_report(db: &DbError, level: Level) -> Verdict {
 }
 
 /// Returns whether a report at ERROR has the code of a server that ends its session or accepts none, or of an unknown
-/// end, but is about something else: a function of the user's has raised it (`exec_stmt_raise`), or another server has
+/// end, but is about something else: a function of the user's has raised it ([`RAISE`]), or another server has
 /// said it to an extension such as `postgres_fdw` (`pgfdw_report_error`). A server ends its own session with FATAL.
 ///
 /// The end of a parallel worker comes at ERROR, with the routine in which the worker ended (`ThrowErrorData` in
 /// elog.c). A proxy names no routine, and means the server behind it. An extension cannot know how a transaction on
-/// another server ended, so `exec_stmt_raise` is the only routine that is not believed about that.
+/// another server ended, so [`RAISE`] is the only routine that is not believed about that.
 fn of_another(db: &DbError) -> bool {
     match *db.code() {
         SqlState::ADMIN_SHUTDOWN
@@ -117,7 +120,7 @@ fn of_another(db: &DbError) -> bool {
         | SqlState::IDLE_SESSION_TIMEOUT
         | SqlState::TOO_MANY_CONNECTIONS => db.routine().is_some_and(|routine| routine != "ProcessInterrupts"),
         SqlState::TRANSACTION_RESOLUTION_UNKNOWN | SqlState::T_R_STATEMENT_COMPLETION_UNKNOWN => {
-            db.routine() == Some("exec_stmt_raise")
+            db.routine() == Some(RAISE)
         }
         _ => false,
     }

@@ -236,6 +236,15 @@ fn what_was_behind_an_error_is_its_source() {
 }
 
 #[test]
+fn a_doubt_says_what_came_in_place_of_an_answer() {
+    let text = |error| CommitUnknown::new(Some(error), Unsettled::NoMarker).to_string();
+    let answered = text(refused_statement("40003", "result is ambiguous"));
+    assert!(answered.starts_with("COMMIT was answered with an error") && !answered.contains("lost"), "{answered}");
+    let lost = text("host=h port=x".parse::<tokio_postgres::Config>().unwrap_err());
+    assert!(lost.starts_with("the connection was lost after COMMIT was sent ("), "{lost}");
+}
+
+#[test]
 fn patterns_are_compared() {
     assert!(is("a 1 b 2", "a … b …") && is("abc", "abc") && is("a, b", "…, b"));
     assert!(!is("a 1 c", "a … b") && !is("abcd", "abc") && !is("xabc", "abc") && !is("a b c", "a … b"));

@@ -3,7 +3,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 
-use crate::classify::explain;
+use crate::classify::{ends_session, explain};
 use crate::commit::Unsettled;
 
 /// [`Error::CommitUnknown`](super::Error::CommitUnknown): COMMIT was sent, and it is not known whether the transaction
@@ -17,7 +17,7 @@ pub struct CommitUnknown {
 /// What came instead of an answer to COMMIT.
 #[derive(Debug)]
 pub(super) enum WhyInDoubt {
-    /// The connection was lost.
+    /// The connection was lost, or an error came that does not show the outcome.
     Lost(InDoubt),
     /// The pool gave up the server before the answer came.
     Evicted,
@@ -66,6 +66,12 @@ impl CommitUnknown {
 impl fmt::Display for CommitUnknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.doubt {
+            WhyInDoubt::Lost(source) if source.0.as_db_error().is_some_and(|report| !ends_session(report)) => write!(
+                f,
+                "COMMIT was answered with an error that does not show its outcome ({}): the transaction may or may not \
+                 have been committed",
+                explain(&source.0)
+            )?,
             WhyInDoubt::Lost(source) => write!(
                 f,
                 "the connection was lost after COMMIT was sent ({}): the transaction may or may not have been \

@@ -71,6 +71,37 @@ async fn the_end_of_a_parallel_worker_is_run_again() {
     assert_eq!(runs.count(), 2);
 }
 
+/// What a deferred trigger raises at COMMIT refuses it, whatever the code says of connections: the server itself reports
+/// it, and goes on. So nothing is in doubt, and nothing runs again.
+#[tokio::test]
+async fn a_code_that_a_trigger_raises_at_commit_refuses_it() {
+    let cluster = server().await;
+    sql(
+        &cluster,
+        "CREATE FUNCTION raises() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE 'no' USING ERRCODE = current_setting('app.code'); END $$;
+         CREATE CONSTRAINT TRIGGER raises AFTER INSERT ON entries DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION raises()",
+    )
+    .await;
+    let pool = pool(&cluster);
+    let codes = ENDS.into_iter().chain(["08000", "08001", "08003", "08006", "08P01"]);
+    for (code, guarantee) in codes.flat_map(|code| GUARANTEES.map(|guarantee| (code, guarantee))) {
+        let what = format!("{code}, {guarantee:?}");
+        let (runs, call) = (Runs::default(), pool.build_transaction().guarantee(guarantee));
+        let work = call.run(async |tx| {
+            runs.begin();
+            tx.batch_execute(&format!("SET LOCAL app.code = '{code}'")).await?;
+            insert(&tx, 1).await
+        });
+        let error = work.await.unwrap_err();
+        assert!(matches!(error, Error::Database(_)), "{what}: {error:?}");
+        assert_eq!(error.code().unwrap().code(), code, "{what}: {error}");
+        assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}: {error}");
+    }
+    assert_eq!(stored(&cluster).await, [0_i64; 0]);
+}
+
 /// A deferred trigger says at COMMIT what a failed transaction says before: its own words are returned.
 #[tokio::test]
 async fn what_a_trigger_raises_at_commit_is_returned() {
