@@ -237,6 +237,9 @@ pub enum Unsettled {
          your failover"
     )]
     NoPrimary,
+    /// The pool was closed, or its runtime ended, before a primary had told.
+    #[error("the pool was closed, or its runtime ended, before a primary had told")]
+    Closed,
     /// The primary answered the question with an error each time, such as that its disk is full. The log has the error,
     /// at level `debug`.
     #[error("the primary answered the question with an error until the deadline: the log has it, at level `debug`")]

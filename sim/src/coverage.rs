@@ -52,6 +52,7 @@ const ROWS: &[Row] = &[
     ("unknown", "InProgress", None),
     ("unknown", "NotReplicated", None),
     ("unknown", "NoPrimary", None),
+    ("unknown", "Closed", Some("no pool is closed while it has calls")),
     ("unknown", "Failed", None),
     ("unknown", "NotOffered", Some("the role may call each function")),
     ("unknown", "TooOld", None),

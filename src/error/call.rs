@@ -232,7 +232,10 @@ impl Error {
             Self::Database(error) | Self::Ledger(error) => error.code(),
             Self::CommitUnknown(unknown) => match &unknown.doubt {
                 WhyInDoubt::Lost(source) => source.0.code(),
-                WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Incomplete | WhyInDoubt::Earlier => None,
+                WhyInDoubt::Evicted
+                | WhyInDoubt::NotReplicated
+                | WhyInDoubt::Incomplete
+                | WhyInDoubt::Earlier { .. } => None,
             },
             Self::Exhausted(exhausted) => exhausted.source.code(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),

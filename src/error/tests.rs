@@ -144,6 +144,7 @@ fn all() -> Vec<(&'static str, String)> {
         ("Unsettled::InProgress", in_doubt(Unsettled::InProgress)),
         ("Unsettled::NotReplicated", in_doubt(Unsettled::NotReplicated)),
         ("Unsettled::NoPrimary", in_doubt(Unsettled::NoPrimary)),
+        ("Unsettled::Closed", in_doubt(Unsettled::Closed)),
         ("Unsettled::Failed", in_doubt(Unsettled::Failed)),
         ("Unsettled::NotOffered", in_doubt(Unsettled::NotOffered)),
         ("Unsettled::TooOld", in_doubt(Unsettled::TooOld)),
@@ -242,6 +243,14 @@ fn a_doubt_says_what_came_in_place_of_an_answer() {
     assert!(answered.starts_with("COMMIT was answered with an error") && !answered.contains("lost"), "{answered}");
     let lost = text("host=h port=x".parse::<tokio_postgres::Config>().unwrap_err());
     assert!(lost.starts_with("the connection was lost after COMMIT was sent ("), "{lost}");
+}
+
+#[test]
+fn an_earlier_attempt_in_doubt_says_whether_a_primary_was_looked_for() {
+    let (told, asked) =
+        (CommitUnknown::earlier(Unsettled::NoPrimary), CommitUnknown::asked_for_earlier(Unsettled::NoPrimary));
+    assert!(told.to_string().contains("the call ended before another primary was asked"), "{told}");
+    assert!(asked.to_string().contains(&Unsettled::NoPrimary.to_string()), "{asked}");
 }
 
 #[test]

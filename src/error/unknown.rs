@@ -26,7 +26,8 @@ pub(super) enum WhyInDoubt {
     /// The answer to COMMIT's message lacked COMMIT's own.
     Incomplete,
     /// An earlier run of the work got no answer. A server that is no longer the primary said that it was not committed.
-    Earlier,
+    /// `asked`: another primary was looked for, to ask it.
+    Earlier { asked: bool },
 }
 
 impl CommitUnknown {
@@ -41,10 +42,15 @@ impl CommitUnknown {
         Self { doubt: WhyInDoubt::Evicted, reason }
     }
 
-    /// An earlier run of the work was not in the history of the primary that was asked then. No later primary confirms
-    /// it.
+    /// An earlier run of the work was not in the history of the primary that was asked then. The call has ended before
+    /// another one was asked.
     pub(crate) fn earlier(reason: Unsettled) -> Self {
-        Self { doubt: WhyInDoubt::Earlier, reason }
+        Self { doubt: WhyInDoubt::Earlier { asked: false }, reason }
+    }
+
+    /// The same, but a later primary was asked, or looked for in vain.
+    pub(crate) fn asked_for_earlier(reason: Unsettled) -> Self {
+        Self { doubt: WhyInDoubt::Earlier { asked: true }, reason }
     }
 
     /// The server answered COMMIT's message without an error, and did not say that it has committed.
@@ -90,12 +96,20 @@ impl fmt::Display for CommitUnknown {
                 "the answer to COMMIT is incomplete, as if a proxy had kept back a part of the message: the \
                  transaction may or may not have been committed",
             )?,
-            WhyInDoubt::Earlier => f.write_str(
+            WhyInDoubt::Earlier { .. } => f.write_str(
                 "the COMMIT of an earlier attempt was not answered, and the primary that did not have it was lost, \
                  too: the transaction may or may not have been committed",
             )?,
         }
-        write!(f, "; {}; look for its effect before repeating it", self.reason)?;
+        match self.doubt {
+            // The deadline did not end the call, but the policy, its budget or its hook may have.
+            WhyInDoubt::Earlier { asked: false } => f.write_str(
+                "; the call ended before another primary was asked: if its deadline was the limit, raise \
+                 `RetryPolicy::deadline` above the length of your failover",
+            )?,
+            _ => write!(f, "; {}", self.reason)?,
+        }
+        f.write_str("; look for its effect before repeating it")?;
         match self.reason {
             Unsettled::NoMarker => {
                 f.write_str(", or use `idempotent` for work that may be applied twice, or a guarantee that settles")
@@ -112,7 +126,9 @@ impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.doubt {
             WhyInDoubt::Lost(source) => Some(source),
-            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Incomplete | WhyInDoubt::Earlier => None,
+            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Incomplete | WhyInDoubt::Earlier { .. } => {
+                None
+            }
         }
     }
 }

@@ -141,7 +141,7 @@ impl Ledger {
             self.until(),
         );
         let row = match only_row(client, &sql).await {
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+            Err(error) if waited_for_row(&error) => {
                 let in_vain = planted!("takes a locked row for none");
                 return Ok(Some(if in_vain { Settled::NotCommitted } else { Settled::InProgress }));
             }
@@ -211,6 +211,14 @@ pub(crate) struct Entered {
     id: String,
     /// Microseconds since 1970, by the server's clock.
     begun: i64,
+}
+
+/// Returns whether the lock of a row was not available. The table itself is locked before the statement is planned, and
+/// an error of that has a position in the statement (`parserOpenTable` in `parse_relation.c`). An administrator's LOCK
+/// TABLE says nothing about the transaction.
+fn waited_for_row(error: &Error) -> bool {
+    let report = error.as_db_error().filter(|report| *report.code() == SqlState::LOCK_NOT_AVAILABLE);
+    report.is_some_and(|report| report.position().is_none())
 }
 
 /// Returns whether the server that answered is in its verified life, if that is known.

@@ -95,7 +95,7 @@ where
                 pool.budget().deposit();
                 return Ok(attempt.value);
             }
-            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::earlier(why)))),
+            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::asked_for_earlier(why)))),
         }
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {

@@ -101,23 +101,52 @@ pub(super) async fn settle<C: SessionClient>(
     let began = Instant::now();
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
-    let (mut reason, mut waits) = (Unsettled::NoPrimary, false);
+    let mut why = WhyNot::default();
     let settling = Settling::new(pool);
     let rounds = async {
         loop {
-            if let Some(settled) = round(&settling, mark, began, &mut reason, &mut waits).await {
+            if let Some(settled) = round(&settling, mark, began, &mut why).await {
                 return settled;
             }
             sleep(pauses.next().unwrap_or(PAUSE.1)).await;
         }
     };
     // The time-out is around the whole loop, so that a round that begins late ends at the deadline, too.
-    let settled = timeout_at(deadline, rounds).await.unwrap_or_else(|_| {
-        // What it has found before is no reason any more if it waits for a primary.
-        Err(if waits && !pool.has_primary() { Unsettled::NoPrimary } else { reason })
-    });
+    let settled =
+        timeout_at(deadline, rounds).await.unwrap_or_else(|_| Err(why.at_last(|asked| pool.is_current(asked))));
     pool.observer().settled(mark.generation, reported(settled), began.elapsed());
     settled
+}
+
+/// Why there is no answer yet.
+#[derive(Debug)]
+struct WhyNot {
+    reason: Unsettled,
+    /// The generation whose primary has given this reason.
+    asked: Option<GenerationId>,
+    /// It waits for a session.
+    waits: bool,
+}
+
+impl Default for WhyNot {
+    fn default() -> Self {
+        Self { reason: Unsettled::NoPrimary, asked: None, waits: false }
+    }
+}
+
+impl WhyNot {
+    /// A session to the primary of this generation is there. What an earlier primary has said is no reason any more.
+    fn asks(&mut self, generation: GenerationId) {
+        self.waits = false;
+        if self.asked.replace(generation) != Some(generation) {
+            self.reason = Unsettled::NoPrimary;
+        }
+    }
+
+    /// The reason if no time is left. `is_current` returns whether callers get connections to this primary.
+    fn at_last(&self, is_current: impl Fn(GenerationId) -> bool) -> Unsettled {
+        if self.waits && !self.asked.is_some_and(is_current) { Unsettled::NoPrimary } else { self.reason }
+    }
 }
 
 /// The outcome as an event reports it.
@@ -129,25 +158,23 @@ fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     }
 }
 
-/// Asks once. `None`: ask again. `reason` says why there is no answer yet, for the case that no time is left. `waits`
-/// is true while it waits for a session.
+/// Asks once. `None`: ask again. `why` is for the case that no time is left.
 async fn round<C: SessionClient>(
     settling: &Settling<'_, C>,
     mark: &Mark,
     began: Instant,
-    reason: &mut Unsettled,
-    waits: &mut bool,
+    why: &mut WhyNot,
 ) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
-    *waits = true;
+    why.waits = true;
     let (mut permit, session) = match settling.session().await {
         Ok(session) => session,
-        Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::NoPrimary)),
+        Err(Error::Closed | Error::RuntimeEnded) => return Some(Err(Unsettled::Closed)),
         Err(_) => return None,
     };
-    *waits = false;
+    why.asks(session.generation());
     let (ended, clean) = tokio::select! {
         biased;
-        answer = ask(settling, &session, mark, began, reason, &mut permit) => answer,
+        answer = ask(settling, &session, mark, began, &mut why.reason, &mut permit) => answer,
         // The session of a wrapped pool does not end with its generation. Without this, the settler could wait for ever
         // for a server that is no longer the primary.
         () = session.evicted() => (None, false),
@@ -394,4 +421,27 @@ pub(super) enum Inside {
     /// The server belongs to another cluster, which knows nothing of the transaction.
     OtherCluster,
     No,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_that_of_the_primary_that_was_asked_last() {
+        let (one, two) = (GenerationId(1), GenerationId(2));
+        let mut why = WhyNot { waits: true, ..WhyNot::default() };
+        assert_eq!(why.at_last(|_| true), Unsettled::NoPrimary, "none was asked");
+        why.asks(one);
+        why.reason = Unsettled::InProgress;
+        assert_eq!(why.at_last(|_| false), Unsettled::InProgress, "it is being asked");
+        why.waits = true;
+        assert_eq!(why.at_last(|id| id == one), Unsettled::InProgress, "it takes no further session");
+        assert_eq!(why.at_last(|id| id == two), Unsettled::NoPrimary, "its successor takes no session");
+        assert_eq!(why.at_last(|_| false), Unsettled::NoPrimary, "nobody has followed it");
+        why.asks(one);
+        assert_eq!(why.at_last(|_| true), Unsettled::InProgress, "the same primary");
+        why.asks(two);
+        assert_eq!(why.at_last(|_| true), Unsettled::NoPrimary, "its successor has not said anything yet");
+    }
 }

@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use testbed::Cut;
+use testbed::{Cut, Node, eventually};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_postgres::NoTls;
 use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::ledger::Ledger;
-use tokio_postgres_failover::{Guarantee, Pool, deadpool_postgres};
+use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
 use crate::commit::finish::{KINDS, Kind};
 use crate::support::bench::{Bench, settlers, single};
-use crate::support::load::LONG;
-use crate::support::{insert, sql, stored};
+use crate::support::load::{LONG, primary_lost};
+use crate::support::{PATIENCE, insert, sql, stored};
 
 /// The primary has answered, so the reason is not that there was none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -28,6 +29,50 @@ async fn unknown_where_the_question_fails_each_time() {
     .await;
     bench.cut(Cut::CommitAnswerDropped);
     bench.assert_unknown(bench.call().deadline(Duration::from_secs(4)), Unsettled::Failed).await;
+}
+
+/// Whoever locks the ledger's table holds up the question, and that says nothing about the transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_on_the_ledger_is_not_taken_for_a_commit_in_progress() {
+    let bench = Bench::new(single(), Guarantee::Ledger(Ledger::default())).await;
+    let (holder, watcher) = (bench.cluster.direct(Node(0)).await, bench.cluster.direct(Node(0)).await);
+    let begun = Notify::new();
+    bench.cut(Cut::CommitAnswerDropped);
+    let call = bench.call().deadline(Duration::from_secs(4)).run(async |tx| {
+        insert(&tx, 1).await?;
+        begun.notify_one();
+        eventually("the lock waits for this transaction", PATIENCE, async || {
+            let waits = "SELECT FROM pg_locks WHERE relation = 'failover.ledger'::regclass AND NOT granted";
+            watcher.execute(waits, &[]).await.unwrap() > 0
+        })
+        .await;
+        Ok(())
+    });
+    let lock = async {
+        begun.notified().await;
+        holder.batch_execute("BEGIN; LOCK TABLE failover.ledger IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    };
+    let (result, ()) = timeout(LONG, async { tokio::join!(call, lock) }).await.expect("the call ends");
+    let error = result.unwrap_err();
+    let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
+    assert_eq!(unknown.reason(), Unsettled::Failed, "{error}");
+    bench.assert_all_cut().await;
+}
+
+/// A pool that is closed while a commit is in doubt says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closed_pool_is_why_a_commit_stays_in_doubt() {
+    let bench = Bench::new(single(), Guarantee::ExactlyOnce).await;
+    bench.cut_with(Cut::CommitAnswerDropped, |cluster| async move { cluster.kill(Node(0)).await });
+    let closes = async {
+        bench.assert_all_cut().await;
+        primary_lost(&bench.pool).await;
+        bench.pool.close();
+    };
+    let (error, ()) = tokio::join!(bench.write(), closes);
+    let error = error.unwrap_err();
+    let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
+    assert_eq!(unknown.reason(), Unsettled::Closed, "{error}");
 }
 
 /// What befalls a role that has idle sessions, and how that is taken back.
