@@ -38,7 +38,7 @@ pub(crate) use refusals::RefusedLogIn;
 pub use report::{BadReport, Evidence, Lsn, Part, Parts, Role, ServerReport};
 pub(crate) use report::{
     CHECKPOINTED, EVIDENCE, PromotionWait, Question, Refused, STARTED_AT, STATS_RESET, ServerSession, TIMELINE,
-    UNDISTURBED, evidence, microseconds, wait_for_promotion,
+    UNDISTURBED, UNLIMITED, evidence, microseconds, wait_for_promotion,
 };
 pub use view::{Change, Eviction, GenerationId, State, View};
 

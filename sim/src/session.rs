@@ -429,6 +429,7 @@ impl Session {
             Statement::HasEntry(id) => self.has_entry(id),
             Statement::Listen => self.listen(),
             Statement::Channels => self.channels(),
+            Statement::Unlimited => Done::nothing(),
             Statement::Stay => Done::row(vec![Some("0".to_owned())]),
             Statement::Notify(call) => {
                 self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(call));

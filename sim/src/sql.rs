@@ -114,6 +114,8 @@ pub(crate) enum Statement {
     Channels,
     /// The listener's session may be idle for ever.
     Stay,
+    /// `transaction_timeout` is switched off, which the servers do not have.
+    Unlimited,
     Notify(i64),
     Columns(Arc<[Column]>),
     Unknown,
@@ -219,6 +221,9 @@ fn rows(text: &str) -> Option<Statement> {
 fn waits(text: &str) -> Option<Statement> {
     if let Some(seconds) = between(text, "SELECT pg_sleep(", ")") {
         return Some(Statement::Sleep(Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?));
+    }
+    if text.starts_with("SELECT WHERE CASE WHEN pg_catalog.current_setting('transaction_timeout', true)") {
+        return Some(Statement::Unlimited);
     }
     let steps = between(text, "SELECT FROM generate_series(1, ", ")")?.parse().ok()?;
     let step = between(text, "pg_sleep(", ")")?.parse().ok()?;

@@ -7,10 +7,11 @@ use std::time::Duration;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use super::columns::{Column, Row, columns, field, list, only_row, text};
-use super::wal::{BEGIN, BEGUN_HERE, Backend, LAST_REPLAYED, completes, is_of};
+use super::columns::{Column, Row, columns, field, list, text};
+use super::wal::{BEGUN_HERE, Backend, LAST_REPLAYED, begin_with, completes, is_of};
+use crate::classify::not_offered;
 use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
-use crate::topology::{BadReport, STARTED_AT};
+use crate::topology::{BadReport, STARTED_AT, UNLIMITED};
 
 /// The documented SQL file; its names are those of [`Ledger::default`].
 const DDL: &str = include_str!("../../sql/ledger.sql");
@@ -21,8 +22,9 @@ const LOCK_TIMEOUT: &str = "250ms";
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// The current time in microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
-/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off. Several pools may prune at
-/// the same time and wait for each other; if the time-out ended each attempt, the ledger would grow for ever.
+/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off, and [`UNLIMITED`] completes
+/// it. Several pools may prune at the same time and wait for each other; if a time-out ended each attempt, the ledger
+/// would grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";
 
 // In each answer, `StartedAt` and `Replayed` identify the life of the server that answers. A proxy may connect the
@@ -86,9 +88,13 @@ impl Ledger {
 
     /// Removes all rows that have been kept for long enough.
     pub(crate) async fn prune_all(&self, client: &Client) -> Result<u64, Error> {
-        let mut all = 0;
+        let (mut all, unlimited) = (0, format!("{UNHURRIED}{UNLIMITED} "));
         loop {
-            let rows = self.prune_once(client, UNHURRIED).await?;
+            let rows = match self.prune_once(client, &unlimited).await {
+                // The role may not switch the time limit off.
+                Err(error) if not_offered(&error) => self.prune_once(client, UNHURRIED).await?,
+                rows => rows?,
+            };
             all += rows;
             if rows < u64::from(PRUNED_AT_ONCE) {
                 return Ok(all);
@@ -133,14 +139,14 @@ impl Ledger {
             FoundColumn::Replayed => LAST_REPLAYED,
         });
         let sql = format!(
-            "{BEGIN}; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
+            "SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; \
              INSERT INTO {} AS entry (id, until, fence) VALUES ('{}', {}, true) \
                  ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING {columns}",
             self.path(),
             entered.id,
             self.until(),
         );
-        let row = match only_row(client, &sql).await {
+        let row = match begin_with(client, &sql).await {
             Err(error) if waited_for_row(&error) => {
                 let in_vain = planted!("takes a locked row for none");
                 return Ok(Some(if in_vain { Settled::NotCommitted } else { Settled::InProgress }));
@@ -184,8 +190,7 @@ impl Ledger {
             OwnColumn::StartedAt => STARTED_AT,
             OwnColumn::Replayed => LAST_REPLAYED,
         });
-        let sql = format!("{BEGIN}; SELECT {columns}");
-        let row = only_row(client, &sql).await?;
+        let row = begin_with(client, &format!("SELECT {columns}")).await?;
         let known = is_verified(verified.as_ref(), &row, OwnColumn::StartedAt, OwnColumn::Replayed).unwrap_or(false);
         Ok(known.then(|| text(&row, OwnColumn::Exists) == Some("t")))
     }

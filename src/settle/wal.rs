@@ -14,7 +14,7 @@ use crate::classify::{explain, not_offered, not_prepared};
 use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
 use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
-use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, evidence};
+use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, UNLIMITED, evidence};
 
 columns! {
     /// The answer to [`mark`].
@@ -100,10 +100,22 @@ impl MarkStatement {
 /// waits for the synchronous standbys, whatever the role's default is, and receives the notice if that wait is
 /// cancelled. The call's deadline limits its statements, not `statement_timeout`. If the session is idle in this
 /// transaction for two seconds, the server ends it: if this client has vanished, the transaction would otherwise keep a
-/// ledger's row locked, and no later settler would get an answer.
-pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL synchronous_commit = on; \
+/// ledger's row locked, and no later settler would get an answer. [`UNLIMITED`] completes it.
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL synchronous_commit = on; \
      SET LOCAL client_min_messages = warning; SET LOCAL statement_timeout = 0; \
      SET LOCAL idle_in_transaction_session_timeout = '2s'";
+
+/// Begins a settler's transaction with these statements, and returns the only row of the answer. If the role may not
+/// switch `transaction_timeout` off, the statements run without that.
+pub(super) async fn begin_with(client: &Client, statements: &str) -> Result<Row, Error> {
+    match only_row(client, &format!("{BEGIN}; {UNLIMITED} {statements}")).await {
+        Err(error) if not_offered(&error) => {
+            client.batch_execute("ROLLBACK").await?;
+            only_row(client, &format!("{BEGIN}; {statements}")).await
+        }
+        answer => answer,
+    }
+}
 
 /// The session that a transaction runs on. The server may keep it long after its client has gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,10 +185,10 @@ pub(crate) async fn look(
     primaries_since: u64,
     verified: Option<Life>,
 ) -> Result<LogAnswer, Option<Error>> {
-    let row = match only_row(client, &question(xid, &[])).await {
+    let row = match begin_with(client, &question(xid, &[])).await {
         Err(error) if not_offered(&error) => {
             client.batch_execute("ROLLBACK").await?;
-            only_row(client, &question(xid, &refused(client).await)).await?
+            begin_with(client, &question(xid, &refused(client).await)).await?
         }
         answer => answer?,
     };

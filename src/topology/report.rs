@@ -63,12 +63,20 @@ impl Question {
 /// question. Names always mean PostgreSQL's own objects, even if others have the same names. A standby answers even if
 /// `default_transaction_isolation` is `serializable`, which a standby does not support. No `statement_timeout` cancels
 /// the question, because the pool has time limits of its own. JIT is off, because compiling takes longer than
-/// answering.
+/// answering. [`UNLIMITED`] completes it.
 pub(crate) const UNDISTURBED: &str = "\
     SET TRANSACTION ISOLATION LEVEL READ COMMITTED; \
     SET LOCAL search_path = pg_catalog, pg_temp; \
     SET LOCAL statement_timeout = 0; \
     SET LOCAL jit = off;";
+
+/// Switches `transaction_timeout` off for the present transaction; it would end the session. The setting exists from
+/// PostgreSQL 17 on. `SET` would be an error on an older server, and this is nothing there. It returns no row. Its names
+/// are qualified, because a settler asks it under the user's `search_path`. A server may refuse it, and it is needed
+/// only before what may take long: so a question that ends in a moment does without.
+pub(crate) const UNLIMITED: &str = "\
+    SELECT WHERE CASE WHEN pg_catalog.current_setting('transaction_timeout', true) OPERATOR(pg_catalog.<>) '0' \
+                      THEN pg_catalog.set_config('transaction_timeout', '0', true) IS NULL END;";
 
 pub(super) const IN_RECOVERY: &str = "pg_is_in_recovery()";
 pub(super) const WRITTEN: &str = "pg_current_wal_insert_lsn()";
@@ -142,7 +150,7 @@ pub(crate) fn wait_for_promotion(promotion_wait: PromotionWait) -> String {
     let step = promotion_wait.step.max(Duration::from_millis(1));
     let steps = promotion_wait.lasts.as_micros().div_ceil(step.as_micros());
     format!(
-        "{UNDISTURBED} \
+        "{UNDISTURBED} {UNLIMITED} \
          SELECT FROM generate_series(1, {steps}) \
           WHERE CASE WHEN pg_is_in_recovery() THEN pg_sleep({:.3}) IS NULL ELSE true END LIMIT 1",
         step.as_secs_f64()

@@ -3,7 +3,7 @@
 use futures_util::future::join_all;
 use tokio_postgres::Client;
 
-use super::{BEGIN, LAST_REPLAYED};
+use super::LAST_REPLAYED;
 use crate::classify::not_offered;
 use crate::server::rows;
 use crate::settle::columns::{Column, columns, list};
@@ -90,6 +90,7 @@ const STOPPED: &str = "(SELECT CASE WHEN checkpoint_lsn - '0/0' - bytes_per_wal_
                           FROM pg_control_checkpoint(), pg_control_init() \
                          WHERE redo_lsn = checkpoint_lsn AND pg_last_wal_replay_lsn() - checkpoint_lsn < 512)";
 
+/// Returns the question, which a settler's transaction begins with.
 pub(super) fn question(xid: u64, refused: &[LogColumn]) -> String {
     // Asking for the status of an id that was not given out yet is an error. So the id is compared with the settler's
     // own id first, which is the newest one.
@@ -100,5 +101,5 @@ pub(super) fn question(xid: u64, refused: &[LogColumn]) -> String {
         let withheld = column.withheld().filter(|_| refused.contains(&column));
         withheld.unwrap_or_else(|| column.sql(&status))
     });
-    format!("{BEGIN}; SET LOCAL search_path = pg_catalog, pg_temp; SELECT {columns}")
+    format!("SET LOCAL search_path = pg_catalog, pg_temp; SELECT {columns}")
 }

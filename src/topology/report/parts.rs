@@ -9,7 +9,7 @@ use std::fmt;
 
 use super::{
     BadReport, CHECKPOINTED, EVIDENCE, FENCE, IN_RECOVERY, Question, REPLAYED, SESSION, STARTED_AT, STATS_RESET,
-    ServerReport, TIMELINE, WRITTEN,
+    ServerReport, TIMELINE, UNLIMITED, WRITTEN,
 };
 
 /// One part of a server's report, which the server may withhold from the role that asks.
@@ -165,13 +165,16 @@ pub(crate) enum Piece {
     Session,
     /// `SET LOCAL jit`, which servers that only imitate PostgreSQL do not know.
     Jit,
+    /// [`UNLIMITED`].
+    Limit,
 }
 
 impl Piece {
-    fn bit(self) -> u16 {
+    fn bit(self) -> u32 {
         1 << match self {
-            Self::Told(part) => part as u16,
+            Self::Told(part) => part as u32,
             Self::Session => 11,
+            Self::Limit => 16,
             Self::Recovery => 12,
             Self::Settings => 13,
             Self::InHotStandby => 14,
@@ -197,6 +200,7 @@ impl Piece {
             Self::InHotStandby => "SHOW in_hot_standby".to_owned(),
             Self::Session => format!("SELECT {SESSION}"),
             Self::Jit => "SET LOCAL jit = off".to_owned(),
+            Self::Limit => UNLIMITED.to_owned(),
         };
         format!("{} {asked}", undisturbed(Refused(Self::Jit.bit())))
     }
@@ -204,11 +208,11 @@ impl Piece {
 
 /// The pieces that a server refuses to this role.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Refused(u16);
+pub(crate) struct Refused(u32);
 
 impl Refused {
     /// All pieces except `SHOW in_hot_standby`. The question then consists of `SHOW` alone.
-    pub(crate) const ALL: Self = Self(u16::MAX ^ 1 << 14);
+    pub(crate) const ALL: Self = Self(u32::MAX ^ 1 << 14);
 
     pub(crate) fn of(pieces: impl IntoIterator<Item = Piece>) -> Self {
         Self(pieces.into_iter().fold(0, |all, piece| all | piece.bit()))
@@ -240,7 +244,7 @@ impl Question {
 
     /// The pieces of the question that a server may refuse.
     pub(crate) fn pieces(self) -> impl Iterator<Item = Piece> {
-        let others = [Piece::Recovery, Piece::Settings, Piece::InHotStandby, Piece::Jit];
+        let others = [Piece::Recovery, Piece::Settings, Piece::InHotStandby, Piece::Jit, Piece::Limit];
         let session = (self != Self::Again).then_some(Piece::Session);
         self.parts().iter().map(Piece::Told).chain(others).chain(session)
     }
@@ -292,10 +296,14 @@ impl Shown {
     }
 }
 
-/// Precedes a question: [`UNDISTURBED`](super::UNDISTURBED), then the values that `SHOW` reads.
+/// Precedes a question: [`UNDISTURBED`](super::UNDISTURBED) and [`UNLIMITED`], then the values that `SHOW` reads.
 pub(in crate::topology) fn preface(refused: Refused) -> String {
     let shown = Shown::instead_of(refused);
     let mut sql = undisturbed(refused);
+    if !refused.holds(Piece::Limit) {
+        sql.push(' ');
+        sql.push_str(UNLIMITED);
+    }
     if shown.in_recovery {
         sql.push_str(" SHOW in_hot_standby;");
     }
@@ -368,6 +376,7 @@ mod tests {
             Piece::Recovery => "pg_is_in_recovery",
             Piece::Settings => "current_setting('default_transaction_read_only')",
             Piece::Jit => "jit",
+            Piece::Limit => "transaction_timeout",
             Piece::InHotStandby => "in_hot_standby",
             Piece::Session => "pg_stat_get_activity",
         };

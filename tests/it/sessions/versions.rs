@@ -9,8 +9,8 @@ use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::listen::Message;
 use tokio_postgres_failover::{Error, Guarantee, Pool};
 
-use crate::support::bench::single;
-use crate::support::load::{LONG, create_table, generation, primary_lost};
+use crate::support::bench::{Bench, settlers, single};
+use crate::support::load::{LONG, by_name, create_table, generation, primary_lost};
 use crate::support::{insert, sql, stored};
 
 /// Functions whose parameters are others in some versions.
@@ -62,7 +62,7 @@ async fn a_server_before_13_is_named_as_too_old_to_settle_on() {
     assert_eq!(stored(&cluster).await, [1, 2]);
 }
 
-/// `transaction_timeout` (17 and later) ends a session that waits for a promotion for longer. One round finds that out.
+/// `transaction_timeout` (17 and later) ends a session that waits for a promotion for longer, so it is switched off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_timeout_ends_no_session_in_each_round_of_a_search() {
     let cluster = Cluster::builder().nodes(2).start().await;
@@ -90,6 +90,32 @@ async fn a_transaction_timeout_ends_no_session_in_each_round_of_a_search() {
     cluster.promote(Node(1)).await;
     timeout(LONG, pool.transaction(async |tx| insert(&tx, 2).await)).await.unwrap().unwrap();
     assert_eq!((stored(&cluster).await, generation(&pool)), (vec![1, 2], 2));
+}
+
+/// `transaction_timeout` ends no settler that has to wait for a lock for longer, so it finds out who holds the lock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_timeout_ends_no_settler() {
+    for guarantee in settlers() {
+        let bench = Bench::new(single(), guarantee).await;
+        let limited = bench.cluster.version().await >= 17;
+        if limited {
+            sql(&bench.cluster, "ALTER ROLE app SET transaction_timeout = '200ms'").await;
+        } else {
+            println!("this server has no transaction_timeout; the commit is settled as usual");
+        }
+        let pool = by_name(&bench.cluster).build().unwrap();
+        bench.cut(Cut::CommitUndelivered { server_stays: true });
+        let call = pool.build_transaction().guarantee(bench.guarantee.clone()).run(async |tx| {
+            if limited {
+                // Otherwise the server would end the abandoned session by itself.
+                tx.batch_execute("SET LOCAL transaction_timeout = 0").await?;
+            }
+            bench.runs.begin();
+            insert(&tx, 1).await
+        });
+        timeout(LONG, call).await.unwrap().unwrap();
+        bench.assert_once(2).await;
+    }
 }
 
 /// What a server says before its first answer: a setting of the role that it cannot apply, and since 17 what a trigger
