@@ -95,8 +95,11 @@ enum Before {
     #[default]
     Other,
     Letter,
-    /// If a string follows, it is one with escapes: an E, or the end of such a string.
+    /// An E. If a string follows, it is one with escapes.
     Escaping,
+    /// The end of a string with escapes, and perhaps spaces and comments behind it. If a quote follows, the string goes
+    /// on: the quote is doubled, or the string is continued on another line.
+    Escaped,
 }
 
 impl Statements {
@@ -138,6 +141,7 @@ impl Statements {
             (Place::Dash, b'-') => Place::LineComment,
             (Place::Slash | Place::Dash, _) => {
                 self.begins(false);
+                self.before = Before::Other;
                 self.outside(byte)
             }
             (Place::Comment(depth) | Place::Star(depth), b'*') => Place::Star(depth),
@@ -148,8 +152,7 @@ impl Statements {
             (Place::LineComment, _) => Place::LineComment,
             (Place::Escaped, b'\\') => Place::Backslash,
             (Place::Escaped, b'\'') => {
-                // Another quote would belong to the string.
-                self.before = Before::Escaping;
+                self.before = Before::Escaped;
                 Place::Outside
             }
             (Place::Escaped | Place::Backslash, _) => Place::Escaped,
@@ -176,6 +179,8 @@ impl Statements {
             // A dollar sign behind a letter belongs to a name.
             b'$' if before != Before::Other => Before::Letter,
             _ if is_letter(byte) => Before::Letter,
+            // The dash may begin a comment.
+            _ if before == Before::Escaped && (is_space(byte) || byte == b'-') => Before::Escaped,
             _ => Before::Other,
         };
         match byte {
@@ -192,14 +197,13 @@ impl Statements {
             }
             b'/' => return Place::Slash,
             b'-' => return Place::Dash,
-            // The vertical tab is a space from PostgreSQL 16 on.
-            _ if byte.is_ascii_whitespace() || byte == b'\x0B' => return Place::Outside,
+            _ if is_space(byte) => return Place::Outside,
             b'$' if self.before == Before::Letter => return Place::Outside,
             _ => {}
         }
         let may_tell = self.begins(is_letter(byte));
         match byte {
-            b'\'' if before == Before::Escaping => Place::Escaped,
+            b'\'' if matches!(before, Before::Escaping | Before::Escaped) => Place::Escaped,
             b'\'' | b'"' => Place::Quoted(byte),
             b'$' => {
                 self.tag.clear();
@@ -273,6 +277,11 @@ impl Statements {
 
 fn is_letter(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_' || !byte.is_ascii()
+}
+
+/// The vertical tab is a space from PostgreSQL 16 on.
+fn is_space(byte: u8) -> bool {
+    byte.is_ascii_whitespace() || byte == b'\x0B'
 }
 
 /// The beginning of a word.

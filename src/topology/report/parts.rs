@@ -104,13 +104,13 @@ impl fmt::Display for Part {
 /// assert_eq!(parts.to_string(), "the system identifier, the timeline");
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Parts(u16);
+pub struct Parts(u32);
 
 impl Parts {
     /// Returns whether the set contains this part.
     #[must_use]
     pub fn contains(self, part: Part) -> bool {
-        self.0 & (1 << part as u16) != 0
+        self.0 & (1 << part as u32) != 0
     }
 
     /// Returns whether the server withholds nothing.
@@ -139,7 +139,7 @@ impl Parts {
 
 impl FromIterator<Part> for Parts {
     fn from_iter<I: IntoIterator<Item = Part>>(parts: I) -> Self {
-        parts.into_iter().fold(Self::default(), |all, part| Self(all.0 | 1 << part as u16))
+        parts.into_iter().fold(Self::default(), |all, part| Self(all.0 | 1 << part as u32))
     }
 }
 
