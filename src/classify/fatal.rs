@@ -23,9 +23,11 @@ pub(crate) fn ends_session(db: &DbError) -> bool {
 }
 
 /// Returns whether the notice is a warning after which the session ends without another report. Servers send it when
-/// another backend has crashed and before an immediate shutdown.
+/// another backend has crashed, before an immediate shutdown (`quickdie`), and if they end a session that waits for a
+/// synchronous standby. A function of the user's may raise a warning with the same code, but not with this routine.
 pub(crate) fn announces_end(notice: &DbError) -> bool {
     matches!(*notice.code(), SqlState::ADMIN_SHUTDOWN | SqlState::CRASH_SHUTDOWN)
+        && matches!(notice.routine(), Some("quickdie" | "SyncRepWaitForLSN"))
 }
 
 /// The verdict on a transaction whose session ended with this report. The report may have come while the session was
@@ -197,6 +199,19 @@ mod tests {
         let warning = reported("WARNING", "57P02", "terminating connection because of crash", Some("quickdie"));
         assert!(announces_end(&warning) && !ends_session(&warning));
         assert_eq!(verdict_of_end(&warning), Verdict::ConnectionLost);
-        assert!(!announces_end(&reported("WARNING", "25P01", "there is no transaction in progress", None)));
+        for (code, routine) in [("57P01", "quickdie"), ("57P01", "SyncRepWaitForLSN")] {
+            assert!(announces_end(&reported("WARNING", code, "terminating connection", Some(routine))), "{routine}");
+        }
+        let (raised, other) = (Some("exec_stmt_raise"), Some("SomeRoutine"));
+        for (severity, code, routine) in [
+            ("NOTICE", "57P01", raised),
+            ("WARNING", "57P01", raised),
+            ("WARNING", "57P02", raised),
+            ("WARNING", "57P01", None),
+            ("WARNING", "25P01", other),
+            ("WARNING", "01000", Some("SyncRepWaitForLSN")),
+        ] {
+            assert!(!announces_end(&reported(severity, code, "no end", routine)), "{severity} {code} {routine:?}");
+        }
     }
 }

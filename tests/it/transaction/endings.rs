@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use testbed::{Cluster, Node, PgBouncer, eventually};
+use testbed::{Cluster, Cut, Cutter, Node, PgBouncer, eventually};
+use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::{CommitOutcome, Error, Pool, PoolBuilder, RetryPolicy, Transaction, deadpool_postgres};
 
@@ -224,6 +225,25 @@ async fn a_crash_is_known_by_its_warning_and_run_again() {
     }
     assert_eq!(held.session_end().await.unwrap().code().code(), "57P02");
     assert_eq!(stored(&cluster).await, [1, 1, 1, 1]);
+}
+
+/// What a function of the user's raises, with the code that a server's last warning has, is not taken for that warning.
+#[tokio::test]
+async fn a_warning_of_the_users_announces_no_end() {
+    let cluster = server().await;
+    let cutter = Cutter::start((cluster.spare_addr(0), cluster.port()).into(), cluster.socket_addr(Node(0))).await;
+    let pool = Pool::builder(format!("postgres://app@{}/app", cutter.addr())).unwrap().max_size(2).build().unwrap();
+    for (level, code) in [("NOTICE", "57P01"), ("WARNING", "57P01"), ("WARNING", "57P02")] {
+        let client = pool.get().await.unwrap();
+        let raise = format!("DO $$ BEGIN RAISE {level} 'not the end' USING ERRCODE = '{code}'; END $$");
+        client.batch_execute(&raise).await.unwrap();
+        let cut = cutter.arm(Cut::CommitAnswerDropped);
+        client.batch_execute("BEGIN").await.unwrap();
+        client.batch_execute("COMMIT").await.expect_err("the answer is lost");
+        timeout(PATIENCE, cut.happened()).await.unwrap();
+        eventually("the session is closed", PATIENCE, async || client.is_closed()).await;
+        assert!(client.session_end().await.is_none(), "{level} {code}");
+    }
 }
 
 /// A closure that ends its transaction by itself and is then idle for too long.
