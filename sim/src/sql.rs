@@ -246,8 +246,8 @@ fn insists(text: &str) -> Option<Statement> {
 }
 
 fn histories(text: &str) -> Option<Statement> {
-    let arguments = between(text, "SELECT seen, history FROM failover.wal_history('", "')")?;
-    let (position, nonce) = arguments.split_once("', '")?;
+    let arguments = between(text, "SELECT seen, history FROM failover.wal_history('", "'::pg_catalog.text)")?;
+    let (position, nonce) = arguments.split_once("'::pg_catalog.pg_lsn, '")?;
     let (high, low) = position.split_once('/')?;
     let half = |digits| u64::from_str_radix(digits, 16).ok();
     Some(Statement::History { position: half(high)? << 32 | half(low)?, nonce: nonce.to_owned() })
@@ -383,7 +383,7 @@ mod tests {
             ("EXECUTE it ('12')", Statement::Execute { name: "it".into(), argument: "12".into() }),
             ("INSERT INTO payments VALUES (7, 1)", Statement::Insert(Some([7, 1]))),
             (
-                "SELECT seen, history FROM failover.wal_history('1/A0', 'ab')",
+                "SELECT seen, history FROM failover.wal_history('1/A0'::pg_catalog.pg_lsn, 'ab'::pg_catalog.text)",
                 Statement::History { position: 0x1_0000_00A0, nonce: "ab".into() },
             ),
             ("VACUUM", Statement::Unknown),

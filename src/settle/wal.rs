@@ -214,7 +214,12 @@ pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) 
         ProofColumn::Seen => "seen",
         ProofColumn::History => "history",
     });
-    let function = format!("SELECT {columns} FROM failover.wal_history('{}', '{}')", marker.lsn, marker.nonce);
+    // The casts choose the function that was checked. Without them, another one for two texts would be preferred, which
+    // whoever may create objects in the schema could have made.
+    let function = format!(
+        "SELECT {columns} FROM failover.wal_history('{}'::pg_catalog.pg_lsn, '{}'::pg_catalog.text)",
+        marker.lsn, marker.nonce
+    );
     let files = followed(timeline);
     for (kind, sql) in [(Evidence::Function, function), (Evidence::Files, files)] {
         if kind > evidence {

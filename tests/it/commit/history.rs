@@ -201,6 +201,14 @@ async fn grant(cluster: &Cluster, right: Right) {
         Right::Function => {
             sql(cluster, include_str!("../../../sql/history.sql")).await;
             sql(cluster, "GRANT EXECUTE ON FUNCTION failover.wal_history TO app").await;
+            // A namesake that lies, of somebody who may create objects in this schema.
+            sql(
+                cluster,
+                "CREATE FUNCTION failover.wal_history(text, text, OUT seen text, OUT history text) LANGUAGE sql
+                     AS $$ SELECT 'other'::text, ''::text $$;
+                 GRANT EXECUTE ON FUNCTION failover.wal_history(text, text) TO app",
+            )
+            .await;
         }
         Right::Monitor => sql(cluster, "GRANT pg_monitor TO app").await,
         Right::Nothing => {}
