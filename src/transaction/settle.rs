@@ -355,7 +355,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
                 // Usually the transaction was rolled back. Then this question is enough.
                 let LogAnswer { now, status, .. } =
                     wal::look(client, marker.xid, primaries_since, client.life()).await.ok()?;
-                if !matches!(status, Some(XactStatus::Committed | XactStatus::InProgress)) {
+                if matches!(status, None | Some(XactStatus::Aborted)) {
                     return client.life().is_none_or(|life| life.is(&now.life)).then_some(Inside::No);
                 }
                 ask_log(client, client.life(), mark, marker, primaries_since).await.ok()??
