@@ -22,7 +22,7 @@ const LOCK_TIMEOUT: &str = "250ms";
 const PRUNED_AT_ONCE: u32 = 10_000;
 /// The current time in microseconds since 1970.
 const NOW: &str = "(extract(epoch FROM pg_catalog.now()) OPERATOR(pg_catalog.*) 1000000)::bigint";
-/// Precedes the pool's own pruning in the same message. It switches `statement_timeout` off, and [`UNLIMITED`] completes
+/// Precedes the pool's own pruning in the same message, and switches `statement_timeout` off. [`UNLIMITED`] completes
 /// it. Several pools may prune at the same time and wait for each other; if a time-out ended each attempt, the ledger
 /// would grow for ever.
 const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; ";

@@ -71,9 +71,9 @@ pub(crate) const UNDISTURBED: &str = "\
     SET LOCAL jit = off;";
 
 /// Switches `transaction_timeout` off for the present transaction; it would end the session. The setting exists from
-/// PostgreSQL 17 on. `SET` would be an error on an older server, and this is nothing there. It returns no row. Its names
-/// are qualified, because a settler asks it under the user's `search_path`. A server may refuse it, and it is needed
-/// only before what may take long: so a question that ends in a moment does without.
+/// PostgreSQL 17 on. On an older server, `SET` would be an error, and this statement does nothing. It returns no row.
+/// Its names are qualified, because settlers send it under the user's `search_path`. A server may refuse it, and it is
+/// needed only before what may take long. So questions that end in a moment do without it.
 pub(crate) const UNLIMITED: &str = "\
     SELECT WHERE CASE WHEN pg_catalog.current_setting('transaction_timeout', true) OPERATOR(pg_catalog.<>) '0' \
                       THEN pg_catalog.set_config('transaction_timeout', '0', true) IS NULL END;";

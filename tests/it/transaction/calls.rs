@@ -628,8 +628,8 @@ async fn a_savepoint_that_cannot_be_set_revives_nothing() {
     }
 }
 
-/// The same if the future that sets the savepoint is dropped: its request may be under way, so a rollback to it follows.
-/// The earlier savepoint may be nested in another one, or be the user's own.
+/// The same if the future that sets the savepoint is dropped: its request may be under way, so a rollback to it
+/// follows. The earlier savepoint may be nested in another one, or be the user's own.
 #[tokio::test]
 async fn a_savepoint_whose_future_was_dropped_revives_nothing() {
     let cluster = server().await;

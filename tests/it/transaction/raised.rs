@@ -71,8 +71,8 @@ async fn the_end_of_a_parallel_worker_is_run_again() {
     assert_eq!(runs.count(), 2);
 }
 
-/// What a deferred trigger raises at COMMIT refuses it, whatever the code says of connections: the server itself reports
-/// it, and goes on. So nothing is in doubt, and nothing runs again.
+/// What a deferred trigger raises at COMMIT refuses it, whatever the code says of connections: the server itself
+/// reports it, and goes on. So nothing is in doubt, and nothing runs again.
 #[tokio::test]
 async fn a_code_that_a_trigger_raises_at_commit_refuses_it() {
     let cluster = server().await;
