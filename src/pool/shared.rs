@@ -97,11 +97,6 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().suspect(id, suspicion);
     }
 
-    /// Returns whether there is a primary that callers get connections to.
-    pub(crate) fn has_primary(&self) -> bool {
-        self.cluster().has_primary()
-    }
-
     /// Returns whether the pool has left the primary of this generation for good.
     pub(crate) fn has_left(&self, id: GenerationId) -> bool {
         self.cluster().has_ended(id)
