@@ -160,6 +160,23 @@ fn the_pictures_in_the_documentation_are_those_in_the_readme() {
     assert!(current, "`RENEW=1 cargo test --test documents picture` renews {}", path.display());
 }
 
+/// Somebody copies the example: it encrypts, or the page says that it does not.
+#[test]
+fn a_page_about_servers_says_whether_its_examples_encrypt() {
+    let operators = pages().into_iter().filter(|page| page.starts_with("docs/operators/"));
+    let mut pages = 0;
+    for page in operators {
+        let text = read(&page);
+        let strings = text.split("\"postgres://").skip(1).map(|rest| rest.split('"').next().unwrap());
+        let plain: Vec<_> = strings.filter(|url| !url.contains("sslmode=") && !url.ends_with("?{encrypted}")).collect();
+        let told = text.contains("The example does not encrypt: without `sslmode`");
+        assert!(plain.is_empty() || told, "{page}: {plain:?} have no sslmode, and the page does not say so");
+        assert!(text.contains("[TLS][tls]"), "{page}: where is TLS explained?");
+        pages += 1;
+    }
+    assert!(pages >= 5, "{pages} pages");
+}
+
 #[test]
 fn there_are_ten_recipes() {
     let numbered = |line: &str| line.strip_prefix("## ")?.split_once('.')?.0.parse::<usize>().ok();
