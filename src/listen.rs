@@ -128,8 +128,11 @@ impl Pool {
         // The session and the task belong to the runtime of the pool, because the caller's runtime may end earlier.
         let mut subscribing = JoinSet::new();
         subscribing.spawn_on(async move { subscribe(&pool, &text, &into).await }, self.runtime());
-        let joined = timeout(within, subscribing.join_next()).await.map_err(|_| self.unavailable_beside(began))?;
-        let first = joined.ok_or(Error::RuntimeEnded).and_then(or_panic)??;
+        let joining = async {
+            let joined = timeout(within, subscribing.join_next()).await.map_err(|_| self.unavailable_beside(began))?;
+            joined.ok_or(Error::RuntimeEnded).and_then(or_panic)?
+        };
+        let first = self.unless_closing(joining).await?;
         let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }

@@ -214,10 +214,13 @@ impl<C: SessionClient> Pool<C> {
         self.is_open()?;
         self.not_ended()?;
         let began = Instant::now();
-        match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
-            Ok(found) => found.map(drop).map_err(Error::without_primary),
-            Err(_) => Err(self.unavailable_beside(began)),
-        }
+        let finding = async {
+            match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
+                Ok(found) => found.map(drop).map_err(Error::without_primary),
+                Err(_) => Err(self.unavailable_beside(began)),
+            }
+        };
+        self.unless_closing(finding).await
     }
 
     /// Returns a connection to the verified primary.

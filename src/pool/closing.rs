@@ -81,12 +81,16 @@ impl<C: SessionClient> Pool<C> {
     /// Turns new callers away, lets what is under way finish, and then closes the pool as [`Pool::close`] does. At the
     /// limit it closes the pool anyway. Returns whether everything had finished before.
     ///
-    /// From the call on, [`Pool::get`], [`Pool::listen`](crate::Pool::listen) and new transactions fail with
-    /// [`Error::Closed`], and so do callers that wait in `get`. A transaction that has begun goes on as usual: it
-    /// waits, runs again across a failover, settles its COMMIT, and may make further calls in its closure. The pool
-    /// waits for these calls and for each [`Client`](crate::Client). It does not wait for listeners and
+    /// From the call on, [`Pool::get`], [`Pool::connect`](crate::Pool::connect),
+    /// [`Pool::listen`](crate::Pool::listen), [`Pool::dial`](crate::Pool::dial) and new transactions fail with
+    /// [`Error::Closed`], and so do callers that wait in one of the first four. A transaction that has begun goes on as
+    /// usual: it waits, runs again across a failover, settles its COMMIT, and may make further calls in its closure.
+    /// The pool waits for these calls and for each [`Client`](crate::Client). It does not wait for listeners and
     /// [detached](crate::Client::detach) or [dialled](crate::Pool::dial) sessions, which end when it is closed. Affects
     /// all clones.
+    ///
+    /// A job that makes several calls counts as a new caller between two of them. So let the jobs of your program
+    /// finish first, while the pool is open, and close the pool afterwards: [recipe 9](crate::docs::recipes) does.
     ///
     /// # Cancel safety
     /// If the future is dropped, the pool stays open for what is under way, and turns new callers away. Call it again,
@@ -97,7 +101,7 @@ impl<C: SessionClient> Pool<C> {
     /// use std::time::Duration;
     ///
     /// if !pool.close_within(Duration::from_secs(20)).await {
-    ///     eprintln!("closed with work under way; it was rolled back");
+    ///     eprintln!("closed with work under way; it was rolled back, except a COMMIT that was sent already");
     /// }
     /// # }
     /// ```
@@ -149,6 +153,15 @@ impl<C: SessionClient> Pool<C> {
             return pending().await;
         }
         self.shared.closing.begins().await;
+    }
+
+    /// Waits for the result of `work`, unless the pool begins to close before. Cancel-safe if `work` is.
+    pub(crate) async fn unless_closing<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            () = self.turns_away(false) => Err(Error::without_primary(self.cluster().ended())),
+        }
     }
 
     /// A connection on loan was given back.

@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_postgres_failover::resolve::BoxFuture;
+use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Error, Guarantee, Pool, deadpool_postgres, tokio_postgres};
 
 use crate::support::bench::{Bench, single};
@@ -239,6 +240,36 @@ async fn a_closing_pool_waits_for_clients_and_turns_waiting_callers_away() {
     let unused = by_url(cluster.url_hosts()).build().unwrap();
     assert!(unused.close_within(PATIENCE).await, "nothing was to be waited for");
     assert!(unused.close_within(PATIENCE).await || unused.get().await.is_err(), "it is closed");
+}
+
+/// Without a primary, `connect`, `dial` and `listen` wait. A closing pool does not let them wait to its limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closing_pool_turns_away_everybody_who_waits() {
+    let cluster = server().await;
+    let pool = by_url(cluster.url_hosts()).checkout_timeout(PATIENCE * 3).build().unwrap();
+    let held = take(&pool, 1).await;
+    cluster.kill(Node(0)).await;
+    eventually("the pool searches", PATIENCE, async || {
+        matches!(pool.status().view.state, State::Searching { .. }) && pool.get_within(SHORT).await.is_err()
+    })
+    .await;
+    let (mut connecting, mut dialling) = (Box::pin(pool.connect()), Box::pin(pool.dial()));
+    let mut listening = Box::pin(pool.listen(["orders"]));
+    assert!(poll!(connecting.as_mut()).is_pending());
+    assert!(poll!(dialling.as_mut()).is_pending() && poll!(listening.as_mut()).is_pending());
+    let closing = tokio::spawn({
+        let pool = pool.clone();
+        async move { pool.close_within(PATIENCE * 3).await }
+    });
+    let turned_away = timeout(PATIENCE, async { (connecting.await, dialling.await.err(), listening.await.err()) });
+    let turned_away = turned_away.await.expect("nobody waits for the limit");
+    assert!(
+        matches!(turned_away, (Err(Error::Closed), Some(Error::Closed), Some(Error::Closed))),
+        "{turned_away:?}"
+    );
+    assert!(!closing.is_finished(), "a connection is on loan");
+    drop(held);
+    assert!(timeout(PATIENCE, closing).await.unwrap().unwrap());
 }
 
 /// At the limit the pool is closed whatever is under way; a COMMIT that was sent is not cancelled.
