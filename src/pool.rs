@@ -170,6 +170,9 @@ impl<C: SessionClient> Pool<C> {
     /// - When the primary is lost, statements in this pool's transactions are ended. But a statement on a connection
     ///   from [`Pool::get`], or in a task that a closure has spawned, goes on. On a frozen host, it holds its slot
     ///   until its socket fails. So set `keepalives` or `tcp_user_timeout` in the manager's configuration.
+    /// - [`Pool::close`] ends transactions, but not a connection from [`Pool::get`] that is in use. A
+    ///   [detached](Client::detach) session ends with nothing but its drop: watch
+    ///   [`Detached::ended`](crate::session::Detached::ended), or it goes on writing to an old primary.
     /// - There is no [`Pool::listen`], because the sessions' driver, which receives notifications, belongs to the
     ///   manager.
     /// - The pool does not see the server's notices. So it does not notice if an administrator cancels a COMMIT's wait

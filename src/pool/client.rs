@@ -175,7 +175,8 @@ impl<C: SessionClient> Client<C> {
     ///
     /// Use it for sessions that you hold for long, or whose state no other caller should get. The pool opens a
     /// replacement only when a caller needs one. The session still ends with its primary's generation, with
-    /// [`Pool::close`], and when it is dropped.
+    /// [`Pool::close`], and when it is dropped. A session of a [wrapped](Pool::wrap) pool only ends when it is dropped:
+    /// [`Detached::ended`] says when to do that.
     ///
     /// [`PoolBuilder::max_size`]: crate::PoolBuilder::max_size
     ///
@@ -198,14 +199,14 @@ impl<C: SessionClient> Client<C> {
                     connection.leave_the_pool();
                     Own::Ours(connection)
                 }
-                Loan::Wrapped { object, watched, .. } => {
+                Loan::Wrapped { object, facts, watched, scope } => {
                     watched.detached(&self.on_loan);
                     watched.session_ended(false);
-                    Own::Theirs(object.take())
+                    Own::Theirs { client: object.take(), facts, scope }
                 }
             }
         });
-        Detached { session, _wanting: wanting, _pool: self.pool.clone() }
+        Detached { session, _wanting: wanting, pool: self.pool.clone() }
     }
 
     /// Returns a token that can cancel what this session runs. It can be sent to any task.
@@ -443,9 +444,8 @@ impl<C: SessionClient> fmt::Debug for Client<C> {
     }
 }
 
-/// Cancels what one session runs; from [`Client::cancel_token`] or
-/// [`SessionDriver::cancel_token`](crate::session::SessionDriver::cancel_token). It connects as the pool does, with the
-/// pool's TLS.
+/// Cancels what one session runs; from [`Client::cancel_token`] and the methods of that name of this crate's other
+/// handles. It connects as the pool does, with the pool's TLS.
 #[derive(Clone)]
 pub struct CancelToken {
     cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,

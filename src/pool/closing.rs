@@ -69,7 +69,7 @@ impl<C: SessionClient> Pool<C> {
     /// [`Pool::close_within`] lets work finish first. The server is asked to cancel what still runs. If a statement
     /// outside a transaction is waiting for a synchronous standby, the cancel request ends that wait, and the
     /// statement's effect becomes visible. Closing is idempotent, and closes all clones. A [wrapped](Pool::wrap) pool
-    /// stays open, with its idle connections.
+    /// stays open, with its idle connections and those in use: only transactions of this pool end.
     pub fn close(&self) {
         self.shared.closing.begin();
         if let Source::Own(inner) = &self.source {

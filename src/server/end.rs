@@ -49,6 +49,11 @@ impl End {
         self.over.cancel();
     }
 
+    /// Waits until the driver has ended. Only for a session that a task of this crate drives. Cancel-safe.
+    pub(crate) async fn wait(&self) {
+        self.over.cancelled().await;
+    }
+
     fn set(&self, report: &DbError) {
         *lock(&self.report) = Some(report.clone());
     }

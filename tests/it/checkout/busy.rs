@@ -8,6 +8,7 @@ use futures_util::{FutureExt, SinkExt, StreamExt};
 use testbed::{Cluster, Node, Tap, eventually};
 use tokio::time::{Instant, timeout};
 use tokio_postgres::{NoTls, SimpleQueryMessage};
+use tokio_postgres_failover::session::CancelToken;
 use tokio_postgres_failover::{Client, Manager, Pool, deadpool};
 
 use crate::support::PATIENCE;
@@ -222,7 +223,8 @@ async fn sessions_are_discarded_and_detached() {
     detached.transaction().await.unwrap().commit().await.unwrap();
     detached.batch_execute("CREATE TEMPORARY TABLE kept (line text)").await.unwrap();
     bench.pool.close();
-    eventually("it ends with the pool", PATIENCE, async || detached.is_closed()).await;
+    timeout(PATIENCE, detached.ended()).await.expect("it ends with the pool");
+    assert!(detached.is_closed());
 }
 
 /// A token from a client cancels, whatever connector is named.
@@ -240,6 +242,44 @@ async fn a_token_cancels_what_the_session_runs() {
     let error = timeout(PATIENCE, client.batch_execute(SLOW)).await.expect("cancelled").unwrap_err();
     assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED));
     cancelling.abort();
+}
+
+/// Runs a statement that `token` cancels.
+async fn is_cancelled(client: &tokio_postgres::Client, token: CancelToken) {
+    let cancelling = tokio::spawn(async move {
+        loop {
+            token.cancel_query(NoTls).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let error = timeout(PATIENCE, client.batch_execute(SLOW)).await.expect("cancelled").unwrap_err();
+    assert_eq!(error.code(), Some(&tokio_postgres::error::SqlState::QUERY_CANCELED));
+    cancelling.abort();
+    // It may have been cancelled once more, which ends this statement instead.
+    let _ = client.batch_execute("SELECT 1").await;
+}
+
+/// So do the tokens of a session that has left its pool, and of a manager's connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_cancels_what_runs_outside_of_the_pool() {
+    let bench = Bench::new().await;
+    let session = bench.get().await.detach();
+    is_cancelled(&session, session.cancel_token()).await;
+    let manager: Manager = Pool::builder(bench.cluster.url_hosts()).unwrap().build_manager().unwrap();
+    let pool = deadpool::managed::Pool::<Manager>::builder(manager).max_size(1).build().unwrap();
+    let connection = pool.get().await.unwrap();
+    is_cancelled(&connection, connection.cancel_token()).await;
+}
+
+/// A session of its own that is dropped runs nothing on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_detached_session_runs_is_cancelled_when_it_is_dropped() {
+    let bench = Bench::new().await;
+    let session = bench.get().await.detach();
+    assert!(timeout(Duration::from_millis(50), session.batch_execute(SLOW)).await.is_err());
+    eventually("it runs", PATIENCE, async || bench.others_running(0).await == 1).await;
+    drop(session);
+    eventually("it is cancelled", PATIENCE, async || bench.others_running(0).await == 0).await;
 }
 
 /// The token of a transaction knows where its server is, unlike the driver's own.

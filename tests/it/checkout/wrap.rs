@@ -19,6 +19,9 @@ use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy
 use crate::support::load::{LONG, Load, PROMPT, Write, create_table, generation};
 use crate::support::{stalls, started};
 
+/// What does not end within this time goes on.
+const SHORT: Duration = Duration::from_millis(300);
+
 /// As deadpool-postgres' documentation has it, with every host in the URL.
 fn existing(cluster: &Cluster) -> deadpool_postgres::Pool {
     let mut config = deadpool_postgres::Config::new();
@@ -196,6 +199,24 @@ fn followed(cluster: &Cluster, max_size: usize) -> (Follows, managed::Pool<Follo
     let manager = Follows::new(cluster);
     let existing = managed::Pool::builder(manager.clone()).max_size(max_size).build().unwrap();
     (manager, existing)
+}
+
+/// Nobody but the owner of a detached session can end it, and its server goes on taking writes: the owner is told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_detached_sessions_primary_is_told() {
+    let cluster = started().await;
+    let (manager, existing) = followed(&cluster, 4);
+    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(SHORT).build().unwrap();
+    let session = pool.get().await.unwrap().detach();
+    assert!(timeout(SHORT, session.ended()).await.is_err(), "its primary is well");
+    cluster.promote_timed(cluster.most_advanced_standby().await).await;
+    manager.lead_to(cluster.socket_addr(cluster.primary()));
+    timeout(LONG, session.ended()).await.expect("its primary was replaced");
+    session.batch_execute("SELECT 1").await.expect("it is open");
+
+    let session = pool.get().await.unwrap().detach();
+    pool.close();
+    timeout(LONG, session.ended()).await.expect("the pool was closed");
 }
 
 /// A host that is frozen answers nothing and closes nothing: what runs on it ends when its successor is found.
