@@ -10,12 +10,13 @@ use deadpool_postgres::ClientWrapper;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
+use super::client::CancelToken;
 use super::facts::Facts;
 use super::room::Berth;
 use super::trail::Trail;
 use crate::cluster::{Cluster, Generation};
 use crate::observe::{Observer, Watched};
-use crate::server::{Activity, Guarded, Session, SessionClient};
+use crate::server::{Activity, Guarded, Open, Session, SessionClient};
 
 /// How long to wait for the end of an answer when a connection is given back. A statement that runs longer is
 /// cancelled.
@@ -40,6 +41,8 @@ struct Inner<C> {
     /// A caller has used it before.
     used: AtomicBool,
     berth: Option<Berth>,
+    /// Sends cancel requests.
+    opener: Arc<dyn Open<C>>,
 }
 
 impl<C: SessionClient> Connection<C> {
@@ -49,6 +52,7 @@ impl<C: SessionClient> Connection<C> {
         lifetime: Duration,
         observer: &Arc<Observer>,
         berth: Berth,
+        opener: &Arc<dyn Open<C>>,
     ) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
         session.notices.pool(Box::new(Arc::clone(&watched)));
@@ -64,8 +68,32 @@ impl<C: SessionClient> Connection<C> {
             facts: Facts::new(generation, session.notices, trail),
             used: AtomicBool::new(false),
             berth: Some(berth),
+            opener: Arc::clone(opener),
         };
         Self { inner: Box::new(inner) }
+    }
+
+    /// Returns a token that can cancel what this session runs. It can be sent to any task.
+    ///
+    /// Use this one: the token of the driver's own `Client`, behind two derefs, does not know the server's address.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_postgres_failover::{Manager, Pool, deadpool};
+    ///
+    /// let manager: Manager = Pool::builder("postgres://app@my-pg.internal/app")?.build_manager()?;
+    /// let pool = deadpool::managed::Pool::<Manager>::builder(manager).build()?;
+    /// let connection = pool.get().await?;
+    /// let token = connection.cancel_token();
+    /// tokio::spawn(async move { token.cancel().await });
+    /// connection.batch_execute("SELECT pg_sleep(60)").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn cancel_token(&self) -> CancelToken {
+        let token = tokio_postgres::Client::cancel_token(&self.inner.client);
+        CancelToken::new(&self.inner.opener, self.inner.facts.endpoint.clone(), token)
     }
 
     pub(super) fn facts(&self) -> &Facts {

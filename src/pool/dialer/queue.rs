@@ -391,7 +391,8 @@ impl<C: SessionClient> Dialer<C> {
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
         let berth = Berth::new(&self.queue.room, evictions);
-        let connection = Connection::new(session, generation, lifetime, self.cluster.observer(), berth);
+        let (observer, opener) = (self.cluster.observer(), &self.opener);
+        let connection = Connection::new(session, generation, lifetime, observer, berth, opener);
         self.trails.add(&connection.facts().trail);
         connection
     }
