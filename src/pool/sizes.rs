@@ -14,9 +14,12 @@ impl<C: SessionClient> Pool<C> {
     /// A larger pool serves waiting callers at once. A smaller one closes idle connections, and those on loan when they
     /// come back; until then there are more of them than `max_size`. Never waits. A pool that is closed stays as it is.
     ///
-    /// Of a [wrapped](Pool::wrap) pool, it changes the size of the deadpool pool inside. If that one had opened less
-    /// than its old size, it still opens as many as that when so many callers come at once, and closes the surplus as
-    /// it comes back.
+    /// Of a [wrapped](Pool::wrap) pool, it changes the size of the deadpool pool inside, and that size is then no firm
+    /// limit. When deadpool 0.13 makes a pool smaller, it takes back only the places of open connections, and when it
+    /// makes a pool larger again, it adds new places. So each time that a pool shrinks while it has fewer connections
+    /// than its old size, and grows again, it may open more connections at once than before, without a bound; it closes
+    /// the surplus as it comes back. Choose the size of such a pool once. The limit of this crate's own pools always
+    /// holds.
     ///
     /// # Errors
     /// Fails like [`PoolBuilder::build`](crate::PoolBuilder::build) if the size is zero, more than a server accepts, or
