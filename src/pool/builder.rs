@@ -54,6 +54,8 @@ pub struct PoolBuilder {
     security: Security,
     connector: Option<Arc<dyn Connect>>,
     ask_password: Option<Ask>,
+    /// What a password file says. It counts only without a provider.
+    password_file: Option<Result<String, BuildError>>,
     resolver: Option<Arc<dyn Resolve>>,
     dns_servers: Option<Vec<SocketAddr>>,
     probe_timeout: Option<Duration>,
@@ -71,13 +73,14 @@ pub struct PoolBuilder {
 
 impl PoolBuilder {
     pub(super) fn new(config: impl IntoConfig) -> Result<Self, BuildError> {
-        let Configuration { config, ssl } = config.into_configuration()?;
+        let Configuration { config, ssl, password_file } = config.into_configuration()?;
         Ok(Self {
             config,
             ssl,
             security: Security::Unsaid,
             connector: None,
             ask_password: None,
+            password_file,
             resolver: None,
             dns_servers: None,
             probe_timeout: None,
@@ -196,7 +199,8 @@ impl PoolBuilder {
     /// immediately. If a password was accepted before, the pool takes a refusal as a sign that the password is being
     /// changed. Callers then wait in the same way, and a password is tried once a second.
     ///
-    /// [`PoolBuilder::build`] fails if the connection string contains a password as well.
+    /// [`PoolBuilder::build`] fails if the connection string or `PGPASSWORD` contains a password as well. A password
+    /// file that [`Pool::from_env`] has found is not used.
     ///
     /// # Cancel safety
     /// The provider's future is dropped if opening its session takes too long, if the primary is replaced, or if the

@@ -40,6 +40,8 @@ pub trait IntoConfig: sealed::Sealed {
 pub struct Configuration {
     pub(super) config: Config,
     pub(super) ssl: Ssl,
+    /// What a password file says. It counts only if no provider gives the password.
+    pub(super) password_file: Option<Result<String, BuildError>>,
 }
 
 mod sealed {
@@ -63,7 +65,7 @@ impl IntoConfig for &str {
         if !ssl.user_timeout.is_zero() {
             config.tcp_user_timeout(ssl.user_timeout);
         }
-        Ok(Configuration { config, ssl })
+        Ok(Configuration { config, ssl, password_file: None })
     }
 }
 
@@ -88,7 +90,7 @@ impl IntoConfig for Configuration {
 
 impl IntoConfig for Config {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
-        Ok(Configuration { config: self, ssl: Ssl::default() })
+        Ok(Configuration { config: self, ssl: Ssl::default(), password_file: None })
     }
 }
 
@@ -351,7 +353,7 @@ mod tests {
             let url = format!("postgres://app@my-pg.internal/app?{options}");
             let pairs = format!("host=my-pg.internal user=app {}", options.replace('&', " "));
             for text in [url, pairs] {
-                let Configuration { config, ssl } = text.as_str().into_configuration().unwrap();
+                let Configuration { config, ssl, .. } = text.as_str().into_configuration().unwrap();
                 let template = template(&config, &ssl.written, false, Duration::from_secs(20)).unwrap();
                 let found = (
                     template.get_tcp_user_timeout().map(Duration::as_millis),
@@ -382,7 +384,7 @@ mod tests {
             ("postgres:///app?host=/run/pg&hostaddr=fdaa::1", &["[fdaa::1]:5432"]),
             ("host=/run/pg", &["/run/pg/.s.PGSQL.5432"]),
         ] {
-            let Configuration { config, ssl } = text.into_configuration().unwrap();
+            let Configuration { config, ssl, .. } = text.into_configuration().unwrap();
             let targets = targets(&config, &ssl.hosts).unwrap();
             let found: Vec<_> = targets.addresses.iter().map(ToString::to_string).collect();
             assert_eq!(found, expected, "{text}");

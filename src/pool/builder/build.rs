@@ -63,11 +63,14 @@ impl PoolBuilder {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
         let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
+        if let (None, Some(found)) = (&self.ask_password, self.password_file) {
+            self.config.password(found?);
+        }
         let targets = targets(&self.config, &self.ssl.hosts)?;
         let make_opener = make_opener(self.security, &self.ssl, &mut self.config, self.connector.as_ref())?;
         let template = template(&self.config, &self.ssl.written, make_opener.is_some(), settings.dead_after)?;
         if self.ask_password.is_some() && template.get_password().is_some() {
-            let problem = "the connection string holds a password too; remove one of them";
+            let problem = "the connection string, or PGPASSWORD, holds a password too; remove one of them";
             return Err(BuildError::invalid("password_provider", problem));
         }
         // The provider must be able to fail more than once before connections are ended for silence.

@@ -64,7 +64,8 @@ pub(super) fn password(lines: &str, host: &str, port: u16, database: &str, user:
             }
             rest = after;
         }
-        Some(unescaped(rest))
+        // As in libpq, the password ends at the next colon that is not escaped.
+        Some(unescaped(field(rest).map_or(rest, |(password, _)| password)))
     };
     lines.lines().filter(|line| !line.starts_with('#')).find_map(fits)
 }
@@ -80,7 +81,7 @@ fn field(text: &str) -> Option<(&str, &str)> {
     Some((&text[..end], &text[end + 1..]))
 }
 
-/// Removes the backslash before each literal character.
+/// Removes the backslash before each literal character. As in libpq, one at the end is literal itself.
 fn unescaped(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut escaped = false;
@@ -89,6 +90,9 @@ fn unescaped(text: &str) -> String {
         if !escaped {
             plain.push(c);
         }
+    }
+    if escaped {
+        plain.push('\\');
     }
     plain
 }
@@ -101,14 +105,16 @@ mod tests {
     fn the_first_line_that_fits_counts() {
         let file = "# host:port:database:user:password\n\nnonsense\na:5432:shop:app\na:5432:shop:app:one\n\
                     a:*:shop:app:two\n*:*:*:report:th\\:r\\\\ee:x\n\\:\\:1:5432:*:app:six\nb:5432:sh\\:op:app:colon\n\
-                    c:5432:shop:app:\n";
+                    c:5432:shop:app:\nd:5432:shop:app:se\\:cret:rest\ne:5432:shop:app:end\\\n";
         let found = |host: &str, port, database: &str, user: &str| password(file, host, port, database, user);
         assert_eq!(found("a", 5432, "shop", "app").as_deref(), Some("one"));
         assert_eq!(found("a", 6432, "shop", "app").as_deref(), Some("two"));
-        assert_eq!(found("z", 1, "any", "report").as_deref(), Some("th:r\\ee:x"));
+        assert_eq!(found("z", 1, "any", "report").as_deref(), Some("th:r\\ee"));
         assert_eq!(found("::1", 5432, "any", "app").as_deref(), Some("six"));
         assert_eq!(found("b", 5432, "sh:op", "app").as_deref(), Some("colon"));
         assert_eq!(found("c", 5432, "shop", "app").as_deref(), Some(""));
+        assert_eq!(found("d", 5432, "shop", "app").as_deref(), Some("se:cret"), "what follows is no part of it");
+        assert_eq!(found("e", 5432, "shop", "app").as_deref(), Some("end\\"));
         assert_eq!(found("a", 5432, "other", "app"), None);
         assert_eq!(found("*", 5432, "shop", "app"), None, "a host is no pattern");
     }

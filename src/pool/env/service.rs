@@ -1,16 +1,15 @@
 //! Reads libpq's service file: sections of options, each under the name of a service.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::Surroundings;
 use crate::error::BuildError;
 
 /// The options of the service, from the user's file, or else from the system's.
 pub(super) fn find(surroundings: &Surroundings<'_>, service: &str) -> Result<Vec<(String, String)>, BuildError> {
-    let own = surroundings.variable("PGSERVICEFILE").map(PathBuf::from);
-    let own = own.or_else(|| surroundings.at_home(".pg_service.conf"));
-    let system = surroundings.variable("PGSYSCONFDIR").map(|folder| Path::new(&folder).join("pg_service.conf"));
+    let own = surroundings.path("PGSERVICEFILE").or_else(|| surroundings.at_home(".pg_service.conf"));
+    let system = surroundings.path("PGSYSCONFDIR").map(|folder| folder.join("pg_service.conf"));
     for path in own.iter().chain(&system) {
         // As in libpq, one that cannot be looked at is none.
         if fs::metadata(path).is_err() {
@@ -59,9 +58,7 @@ fn read(text: &str, service: &str) -> Result<Option<Vec<(String, String)>>, Stri
         if option == "service" || option == "servicefile" {
             return Err(format!("line {number} names another service, which libpq does not allow either"));
         }
-        if !value.is_empty() {
-            options.push((option.to_owned(), value.to_owned()));
-        }
+        options.push((option.to_owned(), value.to_owned()));
     }
     Ok(found)
 }
@@ -76,7 +73,7 @@ mod tests {
     #[test]
     fn one_section_is_read() {
         let pairs = |service| read(FILE, service).unwrap();
-        let expected = [("host", "a,b"), ("port", "6432"), ("password", "p=q #r")];
+        let expected = [("host", "a,b"), ("port", "6432"), ("password", "p=q #r"), ("user", "")];
         let expected = expected.map(|(option, value)| (option.to_owned(), value.to_owned()));
         assert_eq!(pairs("shop"), Some(expected.to_vec()));
         assert_eq!(pairs("missing"), None);

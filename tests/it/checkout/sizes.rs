@@ -263,10 +263,7 @@ async fn a_closing_pool_turns_away_everybody_who_waits() {
     });
     let turned_away = timeout(PATIENCE, async { (connecting.await, dialling.await.err(), listening.await.err()) });
     let turned_away = turned_away.await.expect("nobody waits for the limit");
-    assert!(
-        matches!(turned_away, (Err(Error::Closed), Some(Error::Closed), Some(Error::Closed))),
-        "{turned_away:?}"
-    );
+    assert!(matches!(turned_away, (Err(Error::Closed), Some(Error::Closed), Some(Error::Closed))), "{turned_away:?}");
     assert!(!closing.is_finished(), "a connection is on loan");
     drop(held);
     assert!(timeout(PATIENCE, closing).await.unwrap().unwrap());
