@@ -16,7 +16,7 @@ mod kind;
 mod report;
 mod stale;
 
-pub(crate) use chain::{explain, links};
+pub(crate) use chain::{explain, links, one_line};
 pub(crate) use driver::{hung_up, hung_up_in_handshake, unexpected, without_code};
 pub(crate) use encryption::{BadCertificate, NO_DIRECT_TLS, NO_TLS, TlsTrouble, tls_trouble};
 pub(crate) use fatal::{Recurs, advice, announces_end, ends_session, recurs, verdict_of_end};

@@ -74,5 +74,10 @@ pub(crate) fn explain(error: &Error) -> String {
         // Writing to a String cannot fail.
         let _ = write!(line, ": {text}");
     }
-    line.split_whitespace().collect::<Vec<_>>().join(" ")
+    one_line(&line)
+}
+
+/// Writes a text that a server may have sent in one line, without anything that would steer a terminal.
+pub(crate) fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ").split_whitespace().collect::<Vec<_>>().join(" ")
 }

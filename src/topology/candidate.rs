@@ -158,13 +158,14 @@ impl ProbeFailure {
     }
 }
 
-/// Shortens a message of an unknown server, because the message is kept and copied into logs and errors.
+/// Shortens a message of an unknown server, because the message is kept and copied into logs and errors. Takes out
+/// control characters, because logs and errors are shown on terminals.
 pub(crate) fn shortened(mut message: String) -> String {
     if let Some((end, _)) = message.char_indices().nth(LONGEST_MESSAGE) {
         message.truncate(end);
         message.push('…');
     }
-    message
+    if message.contains(char::is_control) { message.replace(char::is_control, " ") } else { message }
 }
 
 /// Failures are equal if their kind and message are.
@@ -306,6 +307,13 @@ impl fmt::Display for CandidateReport {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_is_short_and_steers_no_terminal() {
+        let failure = ProbeFailure::new(FailureKind::NotPostgres, "\u{1b}[2J\u{9b}".repeat(200));
+        assert!(!failure.message.contains(char::is_control), "{:?}", failure.message);
+        assert_eq!(failure.message.chars().count(), LONGEST_MESSAGE + 1);
+    }
 
     #[test]
     fn an_address_is_not_said_twice() {

@@ -54,6 +54,9 @@ fn a_database_error_at_any_depth() {
 fn explained_in_one_line() {
     let error = report(Report::server("FATAL", "57P01", "terminating\nconnection", "x"));
     assert_eq!(explain(&error), "FATAL 57P01: terminating connection");
+    // It is shown on terminals, which obey such characters.
+    let error = report(Report::server("FATAL", "28000", "no\u{1b}[2J\u{9b}31m\u{7}entry", "x"));
+    assert_eq!(explain(&error), "FATAL 28000: no [2J 31m entry");
     // The password's second half, taken for an option.
     let misread = "host=a password=top secret".parse::<Config>().unwrap_err();
     assert!(!explain(&misread).contains("secret"), "{}", explain(&misread));

@@ -6,7 +6,7 @@ use std::fmt;
 use tokio_postgres::error::DbError;
 
 use super::Error;
-use crate::classify::advice;
+use crate::classify::{advice, one_line};
 
 /// [`Error::SessionEnded`]: what the server said when it ended the session.
 #[derive(Debug)]
@@ -48,7 +48,8 @@ impl SessionEnded {
 impl fmt::Display for SessionEnded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (severity, code, message) = (self.report.severity(), self.report.code().code(), self.report.message());
-        write!(f, "the server ended the session, and the transaction was rolled back: {severity} {code}: {message}; ")?;
+        let said = one_line(&format!("{severity} {code}: {message}"));
+        write!(f, "the server ended the session, and the transaction was rolled back: {said}; ")?;
         let (setting, what_to_do) = advice(&self.report);
         if let Some(setting) = setting {
             write!(f, "its setting {setting} is behind it: ")?;
