@@ -24,6 +24,7 @@ impl Look {
         Self { candidates, dns_failure: pool.dns_failure(), good, sentence }
     }
 
+    /// What is printed, line by line.
     pub(crate) fn lines(&self) -> Vec<String> {
         let mut lines = table::lines(&self.candidates);
         if !lines.is_empty() {
@@ -31,7 +32,7 @@ impl Look {
         }
         lines.extend(self.dns_failure.as_ref().map(|failure| format!("DNS: {failure}")));
         lines.push(self.sentence.clone());
-        lines
+        lines.iter().map(|line| table::clean(line)).collect()
     }
 
     pub(crate) fn json(&self) -> Value {

@@ -1,9 +1,12 @@
 //! Says what a pool would do with a connection string: asks every server behind it, side by side.
 //!
-//! `doctor 'postgres://user:password@name:5432/db' [--dns 10.0.0.2:53] [--watch] [--json]`
+//! `doctor ['postgres://user@name:5432/db'] [--dns 10.0.0.2:53] [--watch] [--json]`
+//!
+//! Without a connection string it reads `DATABASE_URL`, or else libpq's variables and `~/.pgpass`. A connection string
+//! with `sslmode` needs TLS: `cargo install --path doctor --features rustls`.
 //!
 //! Exit code: 0 when a pool would use a primary, 1 when it would wait or fail, 2 when the command is wrong. With
-//! `--watch` it is 0.
+//! `--watch` it is 0 when the reader of the output has gone; Ctrl-C ends the program by its signal.
 
 mod arguments;
 mod look;
@@ -19,7 +22,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_postgres_failover::Pool;
 
-use arguments::Arguments;
+use arguments::{Arguments, USAGE, Wrong};
 use look::Look;
 
 /// Time for everything, resolving included.
@@ -28,12 +31,16 @@ const LIMIT: Duration = Duration::from_secs(4);
 // The pool has a thread of its own: whoever reads the output slowly does not hold up the pool.
 #[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() -> ExitCode {
-    let read = Arguments::read(env::args().skip(1)).and_then(|arguments| {
+    let read = Arguments::read(env::args_os().skip(1)).and_then(|arguments| {
         let (watch, json) = (arguments.watch, arguments.json);
         Ok((arguments.pool()?, watch, json))
     });
     let (pool, watch, json) = match read {
         Ok(read) => read,
+        Err(Wrong::Help) => {
+            let _ = writeln!(io::stdout(), "{USAGE}");
+            return ExitCode::SUCCESS;
+        }
         Err(error) => {
             eprintln!("{error}");
             return ExitCode::from(2);

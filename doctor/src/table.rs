@@ -20,10 +20,14 @@ pub(crate) fn lines(candidates: &[CandidateReport]) -> Vec<String> {
     let widths: [usize; COLUMNS.len()] = std::array::from_fn(width);
     let line = |row: &[String; COLUMNS.len()]| {
         let padded = row.iter().zip(widths).map(|(text, width)| format!("{text:width$}  "));
-        // What servers say must not steer the terminal.
-        padded.collect::<String>().trim_end().replace(char::is_control, " ")
+        padded.collect::<String>().trim_end().to_owned()
     };
     rows.iter().map(line).collect()
+}
+
+/// A line as it is printed: what servers and name servers say must not steer the terminal.
+pub(crate) fn clean(line: &str) -> String {
+    line.replace(char::is_control, " ")
 }
 
 /// The servers as JSON. What is not known is `null`.

@@ -51,7 +51,7 @@ struct Screen {
 
 impl Show for Screen {
     fn text(&mut self, look: &Look, event: Option<&str>, at: SystemTime) -> String {
-        self.events.extend(event.map(|event| format!("{}  {event}", clock(at))));
+        self.events.extend(event.map(|event| format!("{}  {}", clock(at), table::clean(event))));
         while self.events.len() > EVENTS {
             self.events.pop_front();
         }
@@ -94,7 +94,7 @@ impl Show for Lines {
         if old.sentence != new.sentence {
             lines.push(new.sentence.clone());
         }
-        lines.iter().flat_map(|line| [clock(at), "  ".to_owned(), line.clone(), "\n".to_owned()]).collect()
+        lines.iter().flat_map(|line| [clock(at), "  ".to_owned(), table::clean(line), "\n".to_owned()]).collect()
     }
 }
 
@@ -161,6 +161,17 @@ mod tests {
         assert_eq!(lines.text(&look("It waits."), None, noon()), "");
         let text = lines.text(&look("It would use a."), Some("primary found: a"), noon());
         assert_eq!(text, "12:01:01Z  primary found: a\n12:01:01Z  It would use a.\n");
+    }
+
+    /// Whatever a server says.
+    #[test]
+    fn nothing_steers_the_terminal() {
+        let hostile = "FATAL: \u{1b}]0;title\u{7}\u{9b}2J";
+        let text = Lines::default().text(&look(hostile), Some(hostile), noon());
+        assert!(!text.replace('\n', "").contains(char::is_control), "{text:?}");
+        let text = Screen::default().text(&look(hostile), Some(hostile), noon());
+        assert!(!text.contains("\u{1b}]") && !text.contains(['\u{7}', '\u{9b}']), "{text:?}");
+        assert!(!look(hostile).lines().concat().contains(char::is_control));
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
+use std::env;
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use testbed::{Cluster, Node};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::TcpListener;
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::timeout;
 
@@ -16,6 +18,10 @@ const LONG: Duration = Duration::from_secs(60);
 fn doctor(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_doctor"));
     command.args(arguments).kill_on_drop(true);
+    for (name, _) in env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("PG")) {
+        command.env_remove(name);
+    }
+    command.env_remove("DATABASE_URL").env("HOME", "/nowhere");
     command
 }
 
@@ -84,6 +90,61 @@ async fn it_tells_what_is_wrong() {
     let (output, _) = said(&["--watch"]).await;
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8(output.stderr).unwrap().contains("usage: doctor"));
+    let (output, text) = said(&["--help"]).await;
+    assert_eq!((output.status.code(), text.starts_with("usage: doctor")), (Some(0), true), "{text}");
+}
+
+/// A password on the command line is seen by every user of the machine: it may be in the environment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_reads_the_environment() {
+    let cluster = Cluster::builder().nodes(1).password("s3cret").start().await;
+    let address = cluster.socket_addr(Node(0));
+    let (host, port) = (address.ip().to_string(), address.port().to_string());
+    let url = cluster.url_hosts();
+    let libpq =
+        [("PGHOST", &*host), ("PGPORT", &*port), ("PGUSER", "app"), ("PGDATABASE", "app"), ("PGPASSWORD", "s3cret")];
+    for variables in [&[("DATABASE_URL", &*url)][..], &libpq[..]] {
+        let output =
+            timeout(LONG, doctor(&[]).envs(variables.iter().copied()).output()).await.expect("an end").unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains(&format!("A pool would use {address}")), "{text}{output:?}");
+    }
+}
+
+/// The server's words are those of anybody who answers there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_server_says_does_not_steer_the_terminal() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let _ = stream.read(&mut [0; 1024]).await;
+                let fields = b"SFATAL\0VFATAL\0C28000\0M\x1b]0;title\x07\x1b[2J no\0\0";
+                let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
+                let _ = stream.write_all(&[&b"E"[..], &length, fields].concat()).await;
+                // Whoever closes with something unread takes back what was sent.
+                let _ = stream.read(&mut [0; 1024]).await;
+            });
+        }
+    });
+    let url = format!("postgres://app@{address}/app");
+    let (_, text) = said(&[&url]).await;
+    assert!(text.contains("title") && !text.replace('\n', "").contains(char::is_control), "{text:?}");
+    let (_child, mut lines) = watching(&url, &[]);
+    let lines = until(&mut lines, &["A pool would refuse every call at once".to_owned()]).await;
+    assert!(!lines.concat().contains(char::is_control), "{lines:?}");
+}
+
+/// The library's advice is for programmers.
+#[cfg(not(feature = "rustls"))]
+#[tokio::test]
+async fn it_says_how_to_get_tls() {
+    let (output, _) = said(&["postgres://app@127.0.0.1:1/app?sslmode=require"]).await;
+    assert_eq!(output.status.code(), Some(2));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("cargo install --path doctor --features rustls"), "{said}");
 }
 
 /// Without a terminal a watch prints a line for each change, or JSON, through a failover.
