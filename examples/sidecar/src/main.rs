@@ -23,12 +23,26 @@ enum Failure {
     Listen(String),
     #[error("WAIT_SECONDS={0} is not a number of seconds; example: {DEFAULT_WAIT}")]
     Wait(String),
-    #[error(transparent)]
-    Build(#[from] BuildError),
+    #[error("DATABASE_URL: {0}; this program was built without TLS: build it with `--features rustls`")]
+    NoTls(BuildError),
+    #[error("DATABASE_URL: {0}")]
+    Build(BuildError),
     #[error("{address} cannot be listened on; choose another LISTEN: {source}")]
     Bind { address: SocketAddr, source: std::io::Error },
     #[error("signals cannot be received: {0}")]
     Signal(std::io::Error),
+}
+
+impl From<BuildError> for Failure {
+    /// What the library says about its feature is of no use to who runs a program.
+    fn from(error: BuildError) -> Self {
+        match &error {
+            BuildError::Invalid { problem, .. } if !cfg!(feature = "rustls") && problem.contains("`rustls`") => {
+                Self::NoTls(error)
+            }
+            _ => Self::Build(error),
+        }
+    }
 }
 
 async fn run() -> Result<(), Failure> {
