@@ -20,7 +20,9 @@ impl PoolBuilder {
     /// [`min_idle`](PoolBuilder::min_idle) opens in advance, and again after each
     /// [`reset_on_return`](PoolBuilder::reset_on_return). It does not run on the sessions by which the pool asks its
     /// servers, listens and settles commits. Settings that those need as well belong into the connection string's
-    /// `options`. While a hook is set, commits are always settled on sessions of their own, which no hook has seen.
+    /// `options`. While a hook is set, commits are settled on sessions of their own, which no hook has seen. Only if
+    /// the server gives no further session, the pool asks on an idle connection. Its questions name everything by its
+    /// schema, so a hook's `search_path` does not matter to them.
     ///
     /// # Errors
     /// If it fails, panics, does not end within [`hook_timeout`](PoolBuilder::hook_timeout), ends its session, or
