@@ -609,7 +609,7 @@ impl Cluster {
     /// `SET synchronous_commit = local`. Use [`ClusterBuilder::asynchronous`] for one that acknowledges writes.
     pub async fn start_node(&self, node: Node) {
         self.spawn(node);
-        self.direct(node).await;
+        self.wait_up(node).await;
     }
 
     /// SIGKILL to one backend: the server ends all sessions and recovers. The victim is a session made for this.

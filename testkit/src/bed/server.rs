@@ -133,9 +133,13 @@ impl Server {
         let memory = Path::new(MEMORY);
         let roomy = statvfs(memory).is_ok_and(|fs| fs.f_bavail.saturating_mul(fs.f_frsize) >= ENOUGH_MEMORY);
         let clusters = if roomy { memory.to_owned() } else { env::temp_dir() };
+        let user = if getuid().is_root() { Some(servers_user()?) } else { None };
+        for folder in [&env::temp_dir(), &clusters] {
+            user.map_or(Ok(()), |user| passable(folder, user))?;
+        }
         Ok(Self {
             programs,
-            user: if getuid().is_root() { Some(servers_user()?) } else { None },
+            user,
             cache: own_folder(&env::temp_dir().join(&name))?,
             clusters: own_folder(&clusters.join(&name))?,
         })
@@ -261,6 +265,31 @@ fn own_folder(folder: &Path) -> Result<PathBuf, Error> {
         }
     }
     Ok(folder.to_owned())
+}
+
+/// Fails if the servers' user cannot pass through a folder, or through one above it.
+fn passable(folder: &Path, (user, group): (u32, u32)) -> Result<(), Error> {
+    let closed = |folder: &&Path| {
+        fs::metadata(folder).is_ok_and(|found| {
+            let (owner, owners) = (found.uid() == user, found.gid() == group);
+            found.mode()
+                & if owner {
+                    0o100
+                } else if owners {
+                    0o010
+                } else {
+                    0o001
+                }
+                == 0
+        })
+    };
+    let Some(closed) = folder.ancestors().find(closed) else { return Ok(()) };
+    let reason = format!(
+        "the tests run as root and the servers as another user, who cannot pass through {}; set TMPDIR to a folder \
+         that everybody may pass through",
+        closed.display()
+    );
+    Err(Error::failed("preparing the servers' files", reason))
 }
 
 /// As `15.18` of "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)".

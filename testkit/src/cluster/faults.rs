@@ -81,7 +81,8 @@ impl Cluster {
     /// nothing fences it. In a synchronous cluster its commits wait for ever, because no standby follows it.
     ///
     /// # Errors
-    /// [`Error::Running`], [`Error::NoNode`].
+    /// [`Error::Running`], [`Error::NoNode`]. [`Error::Failed`], with the end of the server's log, if the server exits
+    /// again.
     ///
     /// ```no_run
     /// # use tokio_postgres_failover_testkit::{Cluster, Error, Node};
@@ -208,7 +209,8 @@ impl Cluster {
     /// the node is streaming.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for the primary itself.
+    /// [`Error::Invalid`] for the primary itself, and while the primary is frozen; [`Error::NotRunning`] if the primary
+    /// does not run. Nothing is done to the node then.
     ///
     /// ```no_run
     /// # use tokio_postgres_failover_testkit::{Cluster, Error, Node};
@@ -222,6 +224,8 @@ impl Cluster {
         self.step(format!("making {node:?} a standby"), async move |shared| {
             shared.no_primary(node)?;
             shared.link(node)?;
+            // Nobody could be followed, and the node may be a standby that is well.
+            shared.awake(shared.bed.primary())?;
             shared.bed.restart_as_standby(node).await;
             Ok(())
         })
