@@ -125,7 +125,7 @@ pub enum Event {
         /// How long it took to find out.
         took: Duration,
     },
-    /// A caller waited for long before it got a connection: see
+    /// A caller waited for long until it got a connection, or until its deadline: see
     /// [`PoolBuilder::slow_checkout_after`](crate::PoolBuilder::slow_checkout_after). Reported at most once a second.
     #[non_exhaustive]
     SlowCheckout {

@@ -67,6 +67,7 @@ impl<C: SessionClient> Pool<C> {
             waited = timeout_at(deadline, checkout) => waited,
             () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
         };
+        self.waited(began, place);
         let checked_out = match waited {
             Ok(Some(checked_out)) => checked_out,
             ended => {
@@ -76,9 +77,6 @@ impl<C: SessionClient> Pool<C> {
             }
         };
         waits.ended(&checked_out);
-        if checked_out.is_ok() {
-            self.waited(began, place);
-        }
         checked_out
     }
 

@@ -68,7 +68,7 @@ impl Drop for LoanWatch {
 }
 
 impl<C: SessionClient> Pool<C> {
-    /// Reports the wait of a caller that has got its connection, if the wait was long enough.
+    /// Reports the wait of a caller, whether or not it has got a connection, if the wait was long enough.
     pub(super) fn waited(&self, began: Instant, place: CallSite) {
         let Some(limit) = self.shared.loans.slow_checkout_after else { return };
         let now = Instant::now();

@@ -51,7 +51,8 @@ impl PoolBuilder {
     }
 
     /// Creates only the manager, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,
-    /// `idle_timeout`, `sleep_after` and the retry settings are not used.
+    /// `idle_timeout`, `sleep_after`, `guarantee` and the retry settings are not used. What must know when a connection
+    /// is lent is refused: `before_acquire`, `after_release`, `reset_on_return`, `slow_checkout_after`, `leak_after`.
     pub fn build_manager(mut self) -> Result<Manager, BuildError> {
         let (written, default) = (&self.ssl.written, self.options.settings.probe_timeout);
         self.options.settings.probe_timeout = open_within(&self.config, written, self.probe_timeout, default)?;
@@ -62,6 +63,7 @@ impl PoolBuilder {
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
+        Self::usable_reports(&self.options.calls, self.knows_loans)?;
         let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
         if let (None, Some(found)) = (&self.ask_password, self.password_file) {
             self.config.password(found?);

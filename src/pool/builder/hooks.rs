@@ -7,7 +7,7 @@ use std::time::Duration;
 use deadpool_postgres::ClientWrapper;
 
 use super::super::hooks::Hooks;
-use super::super::options::{not_zero, setters};
+use super::super::options::{CallOptions, not_zero, setters};
 use super::PoolBuilder;
 use crate::error::BuildError;
 use crate::resolve::BoxFuture;
@@ -183,13 +183,13 @@ impl PoolBuilder {
     }
 
     setters! {
-        /// Reports each checkout that took at least this long. A line in the log and
+        /// Reports each checkout that took at least this long, even if it failed then. A line in the log and
         /// [`Event::SlowCheckout`](crate::Event) say how long it took, and where the caller asked for the connection.
         /// Default: never.
         ///
         /// The place is the line of your code that calls [`Pool::get`](crate::Pool::get), or that starts the
-        /// transaction. In an outage every checkout is slow, so at most one is reported per second, together with the
-        /// number of the others.
+        /// transaction. In an outage every checkout is slow, so at most one is reported per second. The line in the log
+        /// has the number of the others.
         ///
         /// ```no_run
         /// # fn example() -> Result<(), Box<dyn std::error::Error>> {
@@ -221,6 +221,24 @@ impl PoolBuilder {
         /// # }
         /// ```
         leak_after;
+    }
+
+    /// Refuses reports that nobody would make. `own`: as for the hooks.
+    pub(super) fn usable_reports(calls: &CallOptions, own: bool) -> Result<(), BuildError> {
+        let unheard = [
+            ("slow_checkout_after", calls.slow_checkout_after.is_some(), "measure its `get`"),
+            ("leak_after", calls.leak_after.is_some(), "watch its objects"),
+        ];
+        for (option, is_set, instead) in unheard {
+            if is_set && !own {
+                let problem = format!(
+                    "cannot be had from a manager alone, as a deadpool pool lends its connections itself; {instead}, \
+                     or use `build`"
+                );
+                return Err(BuildError::invalid(option, problem));
+            }
+        }
+        Ok(())
     }
 
     /// Checks the hooks. `own`: the pool is this crate's own, so it lends the connections itself and takes them back.

@@ -92,6 +92,34 @@ async fn a_slow_checkout_is_told_with_its_place() {
     assert_eq!(told_line, line);
 }
 
+/// In an outage, and while others hold all connections, nobody gets one: that is what the report is for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkout_that_fails_after_a_long_wait_is_told_too() {
+    let cluster = server().await;
+    let builder = by_url(cluster.url_hosts()).max_size(1).checkout_timeout(SHORT * 2).slow_checkout_after(SHORT);
+    let pool = builder.build().unwrap();
+    pool.connect().await.unwrap();
+    let _held = pool.get_within(PATIENCE).await.unwrap();
+    let mut events = pool.subscribe();
+    let (refused, line) = (pool.get().await, line!());
+    assert!(refused.is_err(), "all connections are in use");
+    let (slow, waited, file, told_line) = told(&mut events).await;
+    assert!(slow && waited >= SHORT && file.ends_with("loans.rs"), "{waited:?} {file}");
+    assert_eq!(told_line, line);
+}
+
+/// A manager alone does not know who takes its connections.
+#[tokio::test]
+async fn a_manager_alone_refuses_to_report_checkouts() {
+    let builder = || by_url("postgres://app@127.0.0.1:1/app".to_owned());
+    for (option, builder) in
+        [("slow_checkout_after", builder().slow_checkout_after(SHORT)), ("leak_after", builder().leak_after(SHORT))]
+    {
+        let error = builder.build_manager().map(drop).unwrap_err().to_string();
+        assert!(error.starts_with(option) && error.contains("from a manager alone"), "{error}");
+    }
+}
+
 /// Nothing is watched unless it is asked for, and a wrapped pool tells the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrapped_pool_tells_of_loans_too() {
