@@ -6,6 +6,7 @@
 //! tests are `tests/it/checkout/get.rs` and `tests/it/observe/errors.rs`.
 
 mod builder;
+mod cancel_token;
 mod checkout;
 mod client;
 mod closing;
@@ -47,7 +48,8 @@ mod wrap;
 mod wrapped_pool;
 
 pub use builder::PoolBuilder;
-pub use client::{CancelToken, Client, Detached};
+pub use cancel_token::CancelToken;
+pub use client::{Client, Detached};
 pub use config::IntoConfig;
 pub use connection::Connection;
 pub use dial::SessionDriver;

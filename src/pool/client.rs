@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use deadpool::managed::Object;
 use deadpool_postgres::ClientWrapper;
-use futures_util::future::BoxFuture;
 use tokio::time::timeout;
 use tokio_postgres::error::DbError;
 
 use self::detached::Own;
 use super::Pool;
+use super::cancel_token::CancelToken;
 use super::connection::DRAIN_WITHIN;
 use super::facts::Facts;
 use super::loans::LoanWatch;
@@ -27,10 +27,10 @@ use super::wrapped_pool::WrappedObject;
 use crate::classify::ends_session;
 use crate::commit::Life;
 use crate::observe::{Stopwatch, Watched};
-use crate::server::{Activity, Notices, Open, Scope, SessionClient, SessionEndListener};
+use crate::server::{Activity, Notices, Scope, SessionClient, SessionEndListener};
 use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
-use crate::topology::{Endpoint, GenerationId, Suspicion};
+use crate::topology::{GenerationId, Suspicion};
 
 /// A connection to the primary, on loan from a [`Pool`]. Dropping it gives it back.
 ///
@@ -441,41 +441,5 @@ impl<C: SessionClient> Drop for Client<C> {
 impl<C: SessionClient> fmt::Debug for Client<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("generation", &self.generation()).finish_non_exhaustive()
-    }
-}
-
-/// Cancels what one session runs; from [`Client::cancel_token`] and the methods of that name of this crate's other
-/// handles. It connects as the pool does, with the pool's TLS.
-#[derive(Clone)]
-pub struct CancelToken {
-    cancel: Arc<dyn Fn() -> BoxFuture<'static, Result<(), tokio_postgres::Error>> + Send + Sync>,
-}
-
-impl CancelToken {
-    pub(super) fn new<C: SessionClient>(
-        opener: &Arc<dyn Open<C>>,
-        endpoint: Endpoint,
-        token: tokio_postgres::CancelToken,
-    ) -> Self {
-        let opener = Arc::clone(opener);
-        Self { cancel: Arc::new(move || opener.cancel(&endpoint, token.clone())) }
-    }
-
-    /// Asks the server to cancel what the session runs now. The server does not answer whether it has done so: the
-    /// statement fails with SQLSTATE 57014, or runs to its end. Fails if the server cannot be reached. Waits without a
-    /// limit of its own.
-    pub async fn cancel(&self) -> Result<(), tokio_postgres::Error> {
-        (self.cancel)().await
-    }
-
-    /// Like [`CancelToken::cancel`], for code written for the driver's token. The connector is ignored.
-    pub async fn cancel_query<T>(&self, _: T) -> Result<(), tokio_postgres::Error> {
-        self.cancel().await
-    }
-}
-
-impl fmt::Debug for CancelToken {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CancelToken").finish_non_exhaustive()
     }
 }

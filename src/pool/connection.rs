@@ -10,7 +10,7 @@ use deadpool_postgres::ClientWrapper;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
-use super::client::CancelToken;
+use super::cancel_token::CancelToken;
 use super::facts::Facts;
 use super::room::Berth;
 use super::trail::Trail;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use deadpool_postgres::ClientWrapper;
 
 use super::super::Pool;
+use super::super::cancel_token::CancelToken;
 use super::super::connection::Connection;
 use super::super::facts::Facts;
-use super::CancelToken;
 use crate::cluster::Wanting;
 use crate::server::{Scope, SessionClient};
 
