@@ -70,6 +70,8 @@ mod transaction;
 #[cfg(any(doc, doctest))]
 pub mod docs;
 
+#[cfg(feature = "bb8")]
+pub use bb8;
 pub use deadpool;
 pub use deadpool_postgres;
 pub use tokio_postgres;

@@ -45,6 +45,8 @@ mod test_after;
 mod trail;
 mod typo;
 mod wrap;
+#[cfg(feature = "bb8")]
+mod wrapped_bb8;
 mod wrapped_pool;
 
 pub use builder::PoolBuilder;
@@ -86,6 +88,7 @@ use crate::topology::{Accept, CandidateReport, State, View};
 use dialer::Dialer;
 use fetches::Wrapped;
 use shared::Shared;
+use wrapped_pool::ExistingPool;
 
 /// A pool of connections to the primary of one cluster. Cheap to clone; all clones are one pool.
 ///
@@ -203,12 +206,12 @@ impl<C: SessionClient> Pool<C> {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn wrap<M>(existing: managed::Pool<M>) -> WrapBuilder<M>
+    pub fn wrap<M>(existing: managed::Pool<M>) -> WrapBuilder<C>
     where
         M: managed::Manager<Type = C> + 'static,
         M::Error: StdError + Send + Sync + 'static,
     {
-        WrapBuilder::new(existing)
+        WrapBuilder::new(Arc::new(ExistingPool::new(existing)))
     }
 
     /// Waits until a primary was found and verified, but no longer than the checkout timeout. Cancel-safe.

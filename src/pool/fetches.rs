@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use deadpool::managed::{self, ObjectId};
+use deadpool::managed;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
@@ -29,7 +29,7 @@ use super::counted::Counted;
 use super::dialer::{Dialer, REFUSED_AFTER, Turn};
 use super::facts::Facts;
 use super::trail::Trails;
-use super::wrapped_pool::{Getting, NoObject, WrappedObject, WrappedPool};
+use super::wrapped_pool::{Getting, NoObject, ObjectKey, WrappedObject, WrappedPool};
 use crate::cluster::Generation;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
 use crate::server::SessionClient;
@@ -44,7 +44,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub(super) struct Wrapped<C: SessionClient> {
     pub(super) existing: Arc<dyn WrappedPool<C>>,
     /// The connections whose server proved to be the primary of the newest generation.
-    known: Mutex<HashMap<ObjectId, Arc<Facts>>>,
+    known: Mutex<HashMap<ObjectKey, Arc<Facts>>>,
     pub(super) trails: Trails,
     queue: Mutex<Queue<C>>,
     /// While log-ins will most likely fail, the one fetch that may try the next log-in holds this lock. It waits for
@@ -379,7 +379,7 @@ impl<C: SessionClient> Wrapped<C> {
             return Err(object);
         }
         let id = generation.primary.id;
-        let facts = lock(&self.known).get(&object.id()).filter(|facts| facts.generation == id).cloned();
+        let facts = lock(&self.known).get(&object.key()).filter(|facts| facts.generation == id).cloned();
         match facts {
             Some(facts) => Ok(Fetched { object, facts, generation: Arc::clone(generation) }),
             None => Err(object),
@@ -388,7 +388,7 @@ impl<C: SessionClient> Wrapped<C> {
 
     /// Remembers a connection to the primary. The wrapped pool does not report which connections it closes. So from
     /// time to time this forgets all connections, and open ones are asked once more.
-    pub(super) fn remember(&self, object: ObjectId, facts: &Arc<Facts>) {
+    pub(super) fn remember(&self, object: ObjectKey, facts: &Arc<Facts>) {
         let most = self.existing.status().max_size.saturating_mul(4).max(64);
         let mut known = lock(&self.known);
         if known.len() >= most {

@@ -19,11 +19,12 @@ impl<C: SessionClient> Pool<C> {
     /// makes a pool larger again, it adds new places. So each time that a pool shrinks while it has fewer connections
     /// than its old size, and grows again, it may open more connections at once than before, without a bound; it closes
     /// the surplus as it comes back. Choose the size of such a pool once. The limit of this crate's own pools always
-    /// holds.
+    /// holds. A bb8 pool has its size for life.
     ///
     /// # Errors
     /// Fails like [`PoolBuilder::build`](crate::PoolBuilder::build) if the size is zero, more than a server accepts, or
-    /// less than [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle). The pool then stays as it is.
+    /// less than [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle), or if the pool wraps one of bb8. The pool then
+    /// stays as it is.
     ///
     /// ```no_run
     /// # fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::BuildError> {
@@ -41,7 +42,7 @@ impl<C: SessionClient> Pool<C> {
         let min_idle = match &self.source {
             Source::Own(inner) => self.resize_own(inner, max_size)?,
             Source::Wrapped(wrapped) => {
-                wrapped.existing.resize(max_size);
+                wrapped.existing.resize(max_size)?;
                 0
             }
         };

@@ -1,24 +1,22 @@
-//! Builds a pool around an existing deadpool pool. Its manager opens the sessions, and this crate verifies them and
-//! runs the work.
+//! Builds a pool around an existing pool of deadpool or bb8. Its manager opens the sessions, and this crate verifies
+//! them and runs the work.
 //!
 //! The manager chooses the server for each new session, so there is only one candidate, [`Address::Wrapped`]. The tests
 //! are in `tests/it/checkout/wrap.rs`.
 
-use std::error::Error as StdError;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use deadpool::managed;
+use deadpool_postgres::ClientWrapper;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use super::dialer::Dialer;
 use super::fetches::Wrapped;
 use super::options::{Options, checked, seed_or_random, setters};
-use super::wrapped_pool::{ExistingPool, WrappedPool};
+use super::wrapped_pool::{Existing, WrappedPool};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Setup};
 use crate::commit::Guarantee;
@@ -26,28 +24,24 @@ use crate::error::BuildError;
 use crate::observe::{Names, Observer};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Asker, Open, SessionClient};
+use crate::server::{Open, SessionClient};
 use crate::topology::{Address, Endpoint, Settings, View};
 
 /// Configures a [wrapped pool](Pool::wrap). Setters take the builder by value and never fail; [`WrapBuilder::build`]
 /// reports all errors.
 ///
 /// The wrapped pool itself determines the size, the queue and the recycling. So there are no `after_connect`,
-/// `before_acquire`, `after_release` and `reset_on_return` here: give that pool hooks of its own (`post_create`,
-/// `pre_recycle`, `post_recycle`), which run as ever, or `RecyclingMethod::Clean`.
+/// `before_acquire`, `after_release` and `reset_on_return` here: give that pool hooks of its own, which run as ever. In
+/// deadpool these are `post_create`, `pre_recycle`, `post_recycle` and `RecyclingMethod::Clean`, in bb8
+/// `connection_customizer`.
 #[must_use = "a builder does nothing until `build` is called"]
-pub struct WrapBuilder<M: managed::Manager> {
-    existing: managed::Pool<M>,
+pub struct WrapBuilder<C: SessionClient = ClientWrapper> {
+    existing: Arc<dyn Existing<C>>,
     options: Options,
 }
 
-impl<M> WrapBuilder<M>
-where
-    M: managed::Manager + 'static,
-    M::Type: SessionClient,
-    M::Error: StdError + Send + Sync + 'static,
-{
-    pub(super) fn new(existing: managed::Pool<M>) -> Self {
+impl<C: SessionClient> WrapBuilder<C> {
+    pub(super) fn new(existing: Arc<dyn Existing<C>>) -> Self {
         let settings = Settings { roaming: true, ..Settings::default() };
         Self { existing, options: Options { settings, ..Options::default() } }
     }
@@ -112,19 +106,14 @@ where
     }
 
     /// Wraps the pool. Starts its tasks on the current tokio runtime, which must exist. Needs no server.
-    pub fn build(self) -> Result<Pool<M::Type>, BuildError> {
-        let Options { calls, mut settings, pool_name, seed } = self.options;
+    pub fn build(self) -> Result<Pool<C>, BuildError> {
+        let Self { existing, options: Options { calls, mut settings, pool_name, seed } } = self;
         checked(&mut settings)?;
         let shared = calls.shared(&settings)?;
+        let runtime = Handle::current();
+        existing.start(runtime.clone());
         let seed = seed_or_random(seed);
         let open_timeout = settings.probe_timeout;
-        let existing = Arc::new(ExistingPool {
-            existing: self.existing,
-            asker: Asker::default(),
-            evicted_for: AtomicU64::new(1),
-            returns: Arc::default(),
-            evictions: Arc::default(),
-        });
         let names = Names { pool: pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));
         observer.sized(existing.status().max_size, 0);
@@ -133,16 +122,16 @@ where
             names: Vec::new(),
             configured: vec![Endpoint { host: None, address: Address::Wrapped }],
             resolver: Arc::new(FixedResolver::default()),
-            opener: Arc::clone(&existing) as Arc<dyn Open<M::Type>>,
+            opener: Arc::clone(&existing) as Arc<dyn Open<C>>,
             gate: 1,
             seed,
             observer,
             // The pool never sleeps, because the open connections belong to the wrapped pool.
             sleep_after: None,
         });
-        tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<M::Type>>, cluster.watch()));
+        tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<C>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped::new(Arc::clone(&existing) as _)));
-        let dialer = Arc::new(Dialer::new(cluster, existing, open_timeout, seed, Handle::current()));
+        let dialer = Arc::new(Dialer::new(cluster, existing, open_timeout, seed, runtime));
         Ok(Pool { source, dialer, shared })
     }
 }
@@ -157,7 +146,7 @@ async fn evict<C>(existing: Arc<dyn WrappedPool<C>>, mut views: watch::Receiver<
     }
 }
 
-impl<M: managed::Manager> fmt::Debug for WrapBuilder<M> {
+impl<C: SessionClient> fmt::Debug for WrapBuilder<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WrapBuilder").field("status", &self.existing.status()).finish_non_exhaustive()
     }

@@ -1,4 +1,6 @@
 //! The wrapped pool as a source of connections, and its manager as a source of sessions.
+//!
+//! The traits are the same for each kind of pool. This file has deadpool's, and `wrapped_bb8.rs` has bb8's.
 
 use std::error::Error as StdError;
 use std::ops::{Deref, DerefMut};
@@ -9,18 +11,28 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use deadpool::managed::{self, Object, ObjectId, PoolError};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio_postgres::{CancelToken, NoTls};
 
 use super::trail::clear_idle;
+use crate::error::BuildError;
 use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Scope, Session, SessionClient, not_created, panicked};
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
+/// Tells one connection of a wrapped pool from another, for as long as both are in it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum ObjectKey {
+    Deadpool(ObjectId),
+    #[cfg(feature = "bb8")]
+    Numbered(u64),
+}
+
 /// A connection of the wrapped pool.
 pub(super) trait WrappedObject<C>: DerefMut<Target = C> + Send + Sync {
-    fn id(&self) -> ObjectId;
+    fn key(&self) -> ObjectKey;
 
-    /// Returns whether it has been used before, by any user.
+    /// Returns whether it has been used before, by any user, so that it may lead to the previous primary.
     fn is_used(&self) -> bool;
 
     /// Returns whether the idle connections were to be closed while it was in this pool's hands.
@@ -43,7 +55,8 @@ pub(super) struct Returns {
     pub(super) changed: Notify,
 }
 
-struct Returned(Arc<Returns>);
+/// Notifies when it is dropped. Drop it after the connection has gone back.
+pub(super) struct Returned(pub(super) Arc<Returns>);
 
 impl Drop for Returned {
     fn drop(&mut self) {
@@ -81,8 +94,8 @@ where
     M: managed::Manager,
     M::Type: Send + Sync,
 {
-    fn id(&self) -> ObjectId {
-        Object::id(&self.object)
+    fn key(&self) -> ObjectKey {
+        ObjectKey::Deadpool(Object::id(&self.object))
     }
 
     fn is_used(&self) -> bool {
@@ -104,7 +117,7 @@ where
 /// The future that gets a connection of the wrapped pool.
 pub(super) type Getting<C> = BoxFuture<'static, Result<Box<dyn WrappedObject<C>>, NoObject>>;
 
-/// The wrapped pool, without the type of its manager.
+/// What this pool asks of a wrapped one.
 pub(super) trait WrappedPool<C>: Send + Sync {
     fn get(self: Arc<Self>) -> Getting<C>;
 
@@ -125,14 +138,23 @@ pub(super) trait WrappedPool<C>: Send + Sync {
     /// Clears the prepared statements of idle connections.
     fn clear_idle(&self);
 
-    fn resize(&self, max_size: usize);
+    /// Fails if a pool of this kind has its size for life.
+    fn resize(&self, max_size: usize) -> Result<(), BuildError>;
 
     /// Closes the idle connections, and returns how many there were.
     fn evict_idle(&self) -> usize;
+
+    /// Called once, before anything else: the pool's tasks run on `runtime`.
+    fn start(&self, runtime: Handle);
 }
 
+/// A wrapped pool, without the type of its manager.
+pub(super) trait Existing<C>: Open<C> + WrappedPool<C> {}
+
+impl<C, P: Open<C> + WrappedPool<C>> Existing<C> for P {}
+
 /// How an error names the code that has panicked.
-const MANAGER: &str = "the wrapped pool's manager";
+pub(super) const MANAGER: &str = "the wrapped pool's manager";
 
 /// Why the wrapped pool gave no connection.
 pub(super) enum NoObject {
@@ -146,13 +168,25 @@ pub(super) enum NoObject {
 
 /// Opens sessions with the wrapped pool's manager.
 pub(super) struct ExistingPool<M: managed::Manager> {
-    pub(super) existing: managed::Pool<M>,
-    pub(super) asker: Asker,
+    existing: managed::Pool<M>,
+    asker: Asker,
     /// The newest generation for which idle connections were closed. The first generation closes none.
-    pub(super) evicted_for: AtomicU64,
-    pub(super) returns: Arc<Returns>,
+    evicted_for: AtomicU64,
+    returns: Arc<Returns>,
     /// How many times the idle connections were to be closed.
-    pub(super) evictions: Arc<AtomicU64>,
+    evictions: Arc<AtomicU64>,
+}
+
+impl<M: managed::Manager> ExistingPool<M> {
+    pub(super) fn new(existing: managed::Pool<M>) -> Self {
+        Self {
+            existing,
+            asker: Asker::default(),
+            evicted_for: AtomicU64::new(1),
+            returns: Arc::default(),
+            evictions: Arc::default(),
+        }
+    }
 }
 
 impl<M> Open<M::Type> for ExistingPool<M>
@@ -181,8 +215,7 @@ where
     }
 
     fn open_owned<'a>(&'a self, _: &'a Endpoint, _: Question, _: Scope) -> BoxFuture<'a, OpenedOwned> {
-        let message = "a wrapped pool's manager drives its sessions itself";
-        Box::pin(async move { Err(ProbeFailure::new(FailureKind::Unreachable, message)) })
+        no_owned_session()
     }
 
     fn drives(&self) -> bool {
@@ -194,6 +227,12 @@ where
     fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
         Box::pin(async move { token.cancel_query(NoTls).await })
     }
+}
+
+/// Nobody calls this: a wrapped pool refuses `dial` and `listen` before.
+pub(super) fn no_owned_session<'a>() -> BoxFuture<'a, OpenedOwned> {
+    let message = "a wrapped pool's manager drives its sessions itself";
+    Box::pin(async move { Err(ProbeFailure::new(FailureKind::Unreachable, message)) })
 }
 
 impl<M> WrappedPool<M::Type> for ExistingPool<M>
@@ -257,12 +296,15 @@ where
         self.existing.retain(|client, _| clear_idle(client));
     }
 
-    fn resize(&self, max_size: usize) {
+    fn resize(&self, max_size: usize) -> Result<(), BuildError> {
         self.existing.resize(max_size);
+        Ok(())
     }
 
     fn evict_idle(&self) -> usize {
         self.evictions.fetch_add(1, Ordering::AcqRel);
         self.existing.retain(|_, _| false).removed.len()
     }
+
+    fn start(&self, _: Handle) {}
 }

@@ -47,7 +47,7 @@ pub(crate) struct Guarded<C> {
 }
 
 impl<C> Guarded<C> {
-    pub(super) fn new(client: C) -> Self {
+    pub(crate) fn new(client: C) -> Self {
         Self { client, on_drop: None }
     }
 

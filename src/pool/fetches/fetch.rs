@@ -250,7 +250,7 @@ impl<C: SessionClient> Fetching<C> {
             object.discard();
             return Some(Err(None));
         }
-        let (object_id, used) = (object.id(), object.is_used());
+        let (key, used) = (object.key(), object.is_used());
         let address = generation.endpoint().address;
         let (opener, within) = dialer.upgrade().map(|dialer| (Arc::clone(&dialer.opener), dialer.open_timeout))?;
         let queue = dialer.upgrade().map(|dialer| Arc::clone(&dialer.queue))?;
@@ -303,7 +303,7 @@ impl<C: SessionClient> Fetching<C> {
         let trail = Arc::new(Trail::of::<C>(&object, used));
         self.wrapped.trails.add(&trail);
         let facts = Arc::new(Facts::new(generation, Arc::new(Notices::default()), trail));
-        self.wrapped.remember(object_id, &facts);
+        self.wrapped.remember(key, &facts);
         Some(Ok(Fetched { object, facts, generation: Arc::clone(generation) }))
     }
 }
