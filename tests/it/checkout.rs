@@ -1,5 +1,7 @@
 //! How callers get connections and give them back.
 
+#[cfg(feature = "bb8")]
+mod bb8;
 mod busy;
 mod costs;
 mod deadline;

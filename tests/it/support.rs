@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod load;
 pub(crate) mod stalls;
 pub(crate) mod texts;
+pub(crate) mod wrapped;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

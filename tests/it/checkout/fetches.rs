@@ -5,23 +5,19 @@ use std::time::Duration;
 
 use testbed::{Cluster, Node, Path, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres::NoTls;
-use tokio_postgres_failover::deadpool_postgres::{self, RecyclingMethod};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Pool};
 
 use crate::support::PATIENCE;
 use crate::support::stalls::{self, unless_stalled};
+use crate::support::wrapped::{Existing, Kind, Setup, over_each_kind};
 
 /// What a log-in takes here, and less, which is what the callers have.
 const LOG_IN: Duration = Duration::from_millis(400);
 const SHORT: Duration = Duration::from_millis(300);
 
-fn existing(to: SocketAddr, max_size: usize, recycling: RecyclingMethod) -> deadpool_postgres::Pool {
-    let config = format!("postgres://app@{to}/app").parse().unwrap();
-    let recycling = deadpool_postgres::ManagerConfig { recycling_method: recycling };
-    let manager = deadpool_postgres::Manager::from_config(config, NoTls, recycling);
-    deadpool_postgres::Pool::builder(manager).max_size(max_size).build().unwrap()
+fn existing<K: Kind>(to: SocketAddr, max_size: u32, tested: bool) -> K::Usual {
+    K::usual(&format!("postgres://app@{to}/app"), Setup { tested, ..Setup::of(max_size) })
 }
 
 async fn pid(client: &Client) -> i32 {
@@ -32,50 +28,56 @@ async fn pid(client: &Client) -> i32 {
 /// away.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn impatient_callers_of_a_wrapped_pool_are_served() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
-    let existing = existing(path.addr(), 8, RecyclingMethod::Fast);
-    let builder = Pool::wrap(existing).patrol_interval(PATIENCE * 10);
-    // A machine that stands still must not bring new sessions for the heartbeat.
-    let pool: Pool = builder.heartbeat_timeout(PATIENCE).build().unwrap();
-    pool.connect().await.unwrap();
-    path.delay_log_ins(LOG_IN);
-    let before = path.accepted();
-    eventually("a wave of callers is served", PATIENCE, async || {
-        let callers = (0..30).map(|_| {
-            let pool = pool.clone();
-            tokio::spawn(async move { pool.get_within(SHORT).await.is_ok() })
-        });
-        let mut served = 0;
-        for caller in callers.collect::<Vec<_>>() {
-            served += usize::from(caller.await.unwrap());
-        }
-        served == 30
-    })
-    .await;
-    let opened = path.accepted() - before;
-    // The heartbeat may have opened one or two of its own.
-    assert!(opened <= 8 + 3, "{opened} connections were opened");
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let existing = existing::<K>(path.addr(), 8, false);
+        let builder = existing.wrap().patrol_interval(PATIENCE * 10);
+        // A machine that stands still must not bring new sessions for the heartbeat.
+        let pool: Pool = builder.heartbeat_timeout(PATIENCE).build().unwrap();
+        pool.connect().await.unwrap();
+        path.delay_log_ins(LOG_IN);
+        let before = path.accepted();
+        eventually("a wave of callers is served", PATIENCE, async || {
+            let callers = (0..30).map(|_| {
+                let pool = pool.clone();
+                tokio::spawn(async move { pool.get_within(SHORT).await.is_ok() })
+            });
+            let mut served = 0;
+            for caller in callers.collect::<Vec<_>>() {
+                served += usize::from(caller.await.unwrap());
+            }
+            served == 30
+        })
+        .await;
+        let opened = path.accepted() - before;
+        // The heartbeat may have opened one or two of its own.
+        assert!(opened <= 8 + 3, "{opened} connections were opened");
+    }
+    over_each_kind!(test);
 }
 
 /// A caller that gives up while its connection is being tested, or asked where it leads to, closes nothing; nor does a
 /// primary that is suspended for a moment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_of_a_wrapped_pool_outlives_the_caller_that_waited_for_it() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let tap = Tap::start((cluster.spare_addr(9), 0).into(), cluster.socket_addr(Node(0))).await;
-    for tested in [false, true] {
-        // A connection that has not answered for a second is closed if nobody waits for it.
-        unless_stalled(async || outlives_its_caller(&tap, tested).await).await;
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let tap = Tap::start((cluster.spare_addr(9), 0).into(), cluster.socket_addr(Node(0))).await;
+        for tested in [false, true] {
+            // A connection that has not answered for a second is closed if nobody waits for it.
+            unless_stalled(async || outlives_its_caller::<K>(&tap, tested).await).await;
+        }
     }
+    over_each_kind!(test);
 }
 
-async fn outlives_its_caller(tap: &Tap, tested: bool) -> Result<(), String> {
-    let recycling = if tested { RecyclingMethod::Verified } else { RecyclingMethod::Fast };
-    let existing = existing(tap.addr(), 1, recycling);
-    let owned = existing.get().await.unwrap();
+async fn outlives_its_caller<K: Kind>(tap: &Tap, tested: bool) -> Result<(), String> {
+    let existing = existing::<K>(tap.addr(), 1, tested);
+    let owned = existing.owned().await;
     let first: i32 = owned.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-    let pool: Pool = Pool::wrap(existing)
+    let pool: Pool = existing
+        .wrap()
         .patrol_interval(PATIENCE * 10)
         .heartbeat_interval(Duration::from_millis(100))
         .heartbeat_timeout(Duration::from_secs(1))
@@ -118,118 +120,130 @@ async fn outlives_its_caller(tap: &Tap, tested: bool) -> Result<(), String> {
 /// connections come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_server_serves_all_callers_of_a_wrapped_pool() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let tap = Tap::start((cluster.spare_addr(9), 0).into(), cluster.socket_addr(Node(0))).await;
-    let existing = existing(tap.addr(), 16, RecyclingMethod::Fast);
-    let pool: Pool = Pool::wrap(existing).patrol_interval(PATIENCE * 10).build().unwrap();
-    pool.connect().await.unwrap();
-    drop(pool.get().await.unwrap());
-    let owner = cluster.direct(Node(0)).await;
-    // One of them is the heartbeat's.
-    owner.batch_execute("ALTER ROLE app CONNECTION LIMIT 5").await.unwrap();
-    tap.reset();
-    let began = stalls::now();
-    let callers: Vec<_> = (0..20)
-        .map(|_| {
-            let pool = pool.clone();
-            tokio::spawn(async move {
-                let mut longest = Duration::ZERO;
-                for _ in 0..50 {
-                    let asked = Instant::now();
-                    let client = pool.get().await.unwrap();
-                    longest = longest.max(asked.elapsed());
-                    sleep(Duration::from_millis(10)).await;
-                    drop(client);
-                }
-                longest
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let tap = Tap::start((cluster.spare_addr(9), 0).into(), cluster.socket_addr(Node(0))).await;
+        let existing = existing::<K>(tap.addr(), 16, false);
+        let pool: Pool = existing.wrap().patrol_interval(PATIENCE * 10).build().unwrap();
+        pool.connect().await.unwrap();
+        drop(pool.get().await.unwrap());
+        let owner = cluster.direct(Node(0)).await;
+        // One of them is the heartbeat's.
+        owner.batch_execute("ALTER ROLE app CONNECTION LIMIT 5").await.unwrap();
+        tap.reset();
+        let began = stalls::now();
+        let callers: Vec<_> = (0..20)
+            .map(|_| {
+                let pool = pool.clone();
+                tokio::spawn(async move {
+                    let mut longest = Duration::ZERO;
+                    for _ in 0..50 {
+                        let asked = Instant::now();
+                        let client = pool.get().await.unwrap();
+                        longest = longest.max(asked.elapsed());
+                        sleep(Duration::from_millis(10)).await;
+                        drop(client);
+                    }
+                    longest
+                })
             })
-        })
-        .collect();
-    let mut longest = Duration::ZERO;
-    for caller in callers {
-        longest = longest.max(timeout(PATIENCE * 3, caller).await.expect("a caller is not served").unwrap());
+            .collect();
+        let mut longest = Duration::ZERO;
+        for caller in callers {
+            longest = longest.max(timeout(PATIENCE * 3, caller).await.expect("a caller is not served").unwrap());
+        }
+        let (took, startups) = (began.elapsed(), tap.counts().startups);
+        println!("1000 times in {took:?}, longest wait {longest:?}, {startups} log-ins");
+        // A fiftieth of the time is what a caller waits on average, however fast the machine is: nobody is passed over.
+        let most = Duration::from_secs(1) + took / 5 + stalls::slack_since(began);
+        assert!(longest < most, "somebody waited for {longest:?} of {took:?}");
+        // Each caller may try once at first. Then one of them tries, and the doubted primary is asked on a new session.
+        assert!(startups < 40 + 8 * (took.as_secs() + 1), "{startups} log-ins in {took:?}");
     }
-    let (took, startups) = (began.elapsed(), tap.counts().startups);
-    println!("1000 times in {took:?}, longest wait {longest:?}, {startups} log-ins");
-    // A fiftieth of the time is what a caller waits on average, however fast the machine is: nobody is passed over.
-    let most = Duration::from_secs(1) + took / 5 + stalls::slack_since(began);
-    assert!(longest < most, "somebody waited for {longest:?} of {took:?}");
-    // Each caller may try once at first. Then one of them tries, and the doubted primary is asked on a new session.
-    assert!(startups < 40 + 8 * (took.as_secs() + 1), "{startups} log-ins in {took:?}");
+    over_each_kind!(test);
 }
 
 /// After a while without any success, the next log-in at a full server is rare. Whoever waits for it is served as soon
 /// as connections come back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_server_holds_up_nobody_when_connections_come_back() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let existing = existing(cluster.socket_addr(Node(0)), 40, RecyclingMethod::Fast);
-    let pool: Pool = Pool::wrap(existing).patrol_interval(PATIENCE * 10).build().unwrap();
-    pool.connect().await.unwrap();
-    let mut held = Vec::new();
-    for _ in 0..4 {
-        held.push(pool.get().await.unwrap());
-    }
-    let owner = cluster.direct(Node(0)).await;
-    // One of them is the heartbeat's.
-    owner.batch_execute("ALTER ROLE app CONNECTION LIMIT 5").await.unwrap();
-    let callers: Vec<_> = (0..32)
-        .map(|_| {
-            let pool = pool.clone();
-            tokio::spawn(async move {
-                let client = pool.get().await.unwrap();
-                sleep(Duration::from_millis(10)).await;
-                drop(client);
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let existing = existing::<K>(cluster.socket_addr(Node(0)), 40, false);
+        let pool: Pool = existing.wrap().patrol_interval(PATIENCE * 10).build().unwrap();
+        pool.connect().await.unwrap();
+        let mut held = Vec::new();
+        for _ in 0..4 {
+            held.push(pool.get().await.unwrap());
+        }
+        let owner = cluster.direct(Node(0)).await;
+        // One of them is the heartbeat's.
+        owner.batch_execute("ALTER ROLE app CONNECTION LIMIT 5").await.unwrap();
+        let callers: Vec<_> = (0..32)
+            .map(|_| {
+                let pool = pool.clone();
+                tokio::spawn(async move {
+                    let client = pool.get().await.unwrap();
+                    sleep(Duration::from_millis(10)).await;
+                    drop(client);
+                })
             })
-        })
-        .collect();
-    sleep(Duration::from_secs(5)).await;
-    let began = stalls::now();
-    drop(held);
-    for caller in callers {
-        timeout(PATIENCE * 2, caller).await.expect("a caller is not served").unwrap();
+            .collect();
+        sleep(Duration::from_secs(5)).await;
+        let began = stalls::now();
+        drop(held);
+        for caller in callers {
+            timeout(PATIENCE * 2, caller).await.expect("a caller is not served").unwrap();
+        }
+        let took = began.elapsed();
+        println!("32 callers were served in {took:?}");
+        // It takes 80 ms, or some seconds if each round waits for a log-in.
+        assert!(took < Duration::from_secs(2) + stalls::slack_since(began), "{took:?}");
     }
-    let took = began.elapsed();
-    println!("32 callers were served in {took:?}");
-    // It takes 80 ms, or some seconds if each round waits for a log-in.
-    assert!(took < Duration::from_secs(2) + stalls::slack_since(began), "{took:?}");
+    over_each_kind!(test);
 }
 
 /// Nobody queues for a connect while a connection of the wrapped pool is idle, even if the pool's own settlers and
 /// listeners wait for a slot as well.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_comes_back_to_a_wrapped_pool_serves_who_waits_for_a_connect() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
-    let existing = existing(path.addr(), 2, RecyclingMethod::Fast);
-    let pool: Pool = Pool::wrap(existing).patrol_interval(PATIENCE * 10).build().unwrap();
-    let one = pool.get().await.unwrap();
-    let first = pid(&one).await;
-    path.delay_log_ins(PATIENCE * 3);
-    let accepted = path.accepted();
-    let waiting = tokio::spawn({
-        let pool = pool.clone();
-        async move { pool.get().await }
-    });
-    eventually("it connects", PATIENCE, async || path.accepted() > accepted).await;
-    drop(one);
-    let two = timeout(PATIENCE, waiting).await.expect("it takes the other connection").unwrap().unwrap();
-    assert_eq!(pid(&two).await, first);
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let existing = existing::<K>(path.addr(), 2, false);
+        let pool: Pool = existing.wrap().patrol_interval(PATIENCE * 10).build().unwrap();
+        let one = pool.get().await.unwrap();
+        let first = pid(&one).await;
+        path.delay_log_ins(PATIENCE * 3);
+        let accepted = path.accepted();
+        let waiting = tokio::spawn({
+            let pool = pool.clone();
+            async move { pool.get().await }
+        });
+        eventually("it connects", PATIENCE, async || path.accepted() > accepted).await;
+        drop(one);
+        let two = timeout(PATIENCE, waiting).await.expect("it takes the other connection").unwrap().unwrap();
+        assert_eq!(pid(&two).await, first);
+    }
+    over_each_kind!(test);
 }
 
 /// Callers of a wrapped pool that give up leave nothing behind that takes a slot for good.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connect_that_hangs_is_given_up_when_nobody_waits() {
-    let cluster = Cluster::builder().nodes(1).start().await;
-    let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
-    let existing = existing(path.addr(), 2, RecyclingMethod::Fast);
-    let builder = Pool::wrap(existing).patrol_interval(PATIENCE * 10).probe_timeout(Duration::from_secs(1));
-    let pool: Pool = builder.build().unwrap();
-    pool.connect().await.unwrap();
-    path.delay_log_ins(PATIENCE * 30);
-    for _ in 0..6 {
-        assert!(pool.get_within(Duration::from_millis(100)).await.is_err());
+    async fn test<K: Kind>() {
+        let cluster = Cluster::builder().nodes(1).start().await;
+        let path = Path::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let existing = existing::<K>(path.addr(), 2, false);
+        let builder = existing.wrap().patrol_interval(PATIENCE * 10).probe_timeout(Duration::from_secs(1));
+        let pool: Pool = builder.build().unwrap();
+        pool.connect().await.unwrap();
+        path.delay_log_ins(PATIENCE * 30);
+        for _ in 0..6 {
+            assert!(pool.get_within(Duration::from_millis(100)).await.is_err());
+        }
+        path.delay_log_ins(Duration::ZERO);
+        timeout(PATIENCE, pool.get()).await.expect("a slot is free again").unwrap();
     }
-    path.delay_log_ins(Duration::ZERO);
-    timeout(PATIENCE, pool.get()).await.expect("a slot is free again").unwrap();
+    over_each_kind!(test);
 }
