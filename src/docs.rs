@@ -4,7 +4,7 @@
 //! | to | read |
 //! |---|---|
 //! | write the first calls | [recipes] |
-//! | move from deadpool-postgres, or keep it | [from_deadpool] |
+//! | move from deadpool-postgres or bb8, or keep it | [from_deadpool], [from_bb8] |
 //! | set it up for your servers | [fly], [patroni], [cloudnativepg], [rds], [pgbouncer] |
 //! | compare it with other pools | [comparison] |
 //! | tune it, and see each retry | [tuning] |
@@ -35,6 +35,10 @@ pub mod recipes {}
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/from-deadpool.md")]
 pub mod from_deadpool {}
+
+#[doc = include_str!("docs/links.md")]
+#[doc = include_str!("../docs/from-bb8.md")]
+pub mod from_bb8 {}
 
 #[doc = include_str!("docs/links.md")]
 #[doc = include_str!("../docs/operators/fly.md")]
