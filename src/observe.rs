@@ -11,8 +11,10 @@ mod meters;
 #[cfg(not(feature = "metrics"))]
 #[path = "observe/no_meters.rs"]
 mod meters;
+mod operation;
 
 pub use event::{Event, Events, Settlement};
+pub(crate) use operation::{Operation, Timed};
 
 use std::fmt;
 use std::panic::Location;
@@ -54,7 +56,8 @@ pub(crate) struct Observer {
 impl Observer {
     pub(crate) fn new(names: Names) -> Self {
         let events = Mutex::new(Some(broadcast::Sender::new(EVENTS)));
-        Self { database: names.database, events, meters: Meters::new(&names.pool) }
+        let meters = Meters::new(&names);
+        Self { database: names.database, events, meters }
     }
 
     pub(crate) fn events(&self) -> Events {

@@ -13,6 +13,10 @@ use serde_json::Value;
 use tokio_postgres_failover::Pool;
 
 const POOL: &str = "db.client.connection.pool.name";
+/// Its value is the user's.
+const NAMESPACE: &str = "db.namespace";
+/// What only an operation that failed has.
+const OF_FAILURES: [&str; 2] = ["error.type", "db.response.status_code"];
 
 /// One figure: its kind, its unit, and the values of each label beside the pool's name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +47,9 @@ impl Reported {
         for label in key.labels() {
             if label.key() == POOL {
                 named = label.value() == "orders";
+            } else if label.key() == NAMESPACE {
+                assert_eq!(label.value(), "app");
+                figure.labels.entry(NAMESPACE.to_owned()).or_default();
             } else {
                 figure.labels.entry(label.key().to_owned()).or_default().insert(label.value().to_owned());
             }
@@ -117,9 +124,9 @@ async fn the_table_of_the_metrics_is_true() {
         let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
         let [name, kind, unit, labels, meaning, _] = cells[..] else { panic!("{row}") };
         assert!(!meaning.is_empty(), "{row}");
-        let mut words = quoted(labels).into_iter();
-        let label = words.next().map(|label| (label, words.collect())).into_iter().collect();
-        let figure = Figure { kind: kind.to_owned(), unit: unit.to_owned(), labels: label };
+        let words = labels.split(';').map(|label| quoted(label).into_iter());
+        let labels = words.filter_map(|mut words| Some((words.next()?, words.collect()))).collect();
+        let figure = Figure { kind: kind.to_owned(), unit: unit.to_owned(), labels };
         assert!(table.insert(quoted(name)[0].clone(), figure).is_none(), "{row}");
     }
     let reported = reported().await;
@@ -127,7 +134,7 @@ async fn the_table_of_the_metrics_is_true() {
 
     let series = |kind: &str| {
         let of_kind = reported.values().filter(|figure| figure.kind == kind);
-        of_kind.map(|figure| figure.labels.values().map(BTreeSet::len).product::<usize>()).sum::<usize>()
+        of_kind.map(|figure| figure.labels.values().map(|values| values.len().max(1)).product::<usize>()).sum::<usize>()
     };
     let (counters, gauges, histograms) = (series("counter"), series("gauge"), series("histogram"));
     let sentence = format!("{gauges} gauges, {counters} counters and {histograms} histograms");
@@ -173,7 +180,8 @@ async fn the_dashboard_reads_what_the_crate_reports() {
     assert!(found.len() > 15, "{found:?}");
     let reported = reported().await;
     let mut series: BTreeMap<String, &str> = BTreeMap::new();
-    let mut labels = BTreeSet::from([POOL.replace('.', "_")]);
+    let mut labels: BTreeSet<String> =
+        OF_FAILURES.into_iter().chain([POOL]).map(|label| label.replace('.', "_")).collect();
     for (name, figure) in &reported {
         series.extend(series_of(name, figure).into_iter().map(|series| (series, name.as_str())));
         labels.extend(figure.labels.keys().map(|label| label.replace('.', "_")));
@@ -195,4 +203,49 @@ async fn the_dashboard_reads_what_the_crate_reports() {
     }
     let all: BTreeSet<&str> = reported.keys().map(String::as_str).collect();
     assert_eq!(shown, all, "the dashboard leaves something out");
+}
+
+/// What Grafana's schema of dashboards (`kinds/dashboard` of its sources) asks of this one.
+#[test]
+fn the_dashboard_fits_the_schema() {
+    let dashboard: Value = serde_json::from_str(&read("docs/grafana-dashboard.json")).unwrap();
+    let uid = dashboard["uid"].as_str().unwrap();
+    assert!((8..=40).contains(&uid.len()), "{uid}");
+    assert!(dashboard["schemaVersion"].as_u64().is_some_and(|version| version >= 36));
+    assert!(["dark", "light", "null"].contains(&dashboard["style"].as_str().unwrap_or("null")));
+    for variable in dashboard["templating"]["list"].as_array().unwrap() {
+        assert!(["query", "datasource"].contains(&variable["type"].as_str().unwrap()), "{variable}");
+        assert!(variable["name"].is_string(), "{variable}");
+    }
+    for annotation in dashboard["annotations"]["list"].as_array().unwrap() {
+        let typed = annotation["name"].is_string() && annotation["iconColor"].is_string();
+        assert!(typed && annotation["enable"].is_boolean() && is_source(&annotation["datasource"]), "{annotation}");
+    }
+    let panels = dashboard["panels"].as_array().unwrap();
+    let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
+    for panel in panels {
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "two panels with one id: {panel}");
+        assert!(["stat", "timeseries"].contains(&panel["type"].as_str().unwrap()), "{panel}");
+        assert!(panel["title"].is_string() && is_source(&panel["datasource"]), "{panel}");
+        assert!(
+            panel["fieldConfig"]["defaults"].is_object() && panel["fieldConfig"]["overrides"].is_array(),
+            "{panel}"
+        );
+        let place = ["x", "y", "w", "h"].map(|side| panel["gridPos"][side].as_u64().unwrap());
+        let [x, y, w, h] = place;
+        assert!(w > 0 && h > 0 && x + w <= 24, "{place:?}");
+        for cell in (x..x + w).flat_map(|column| (y..y + h).map(move |row| (column, row))) {
+            assert!(taken.insert(cell), "two panels at {cell:?}: {panel}");
+        }
+        let targets = panel["targets"].as_array().unwrap();
+        let names: BTreeSet<&str> = targets.iter().map(|target| target["refId"].as_str().unwrap()).collect();
+        assert_eq!(names.len(), targets.len(), "two targets with one refId: {panel}");
+        for target in targets {
+            assert!(target["expr"].is_string() && is_source(&target["datasource"]), "{target}");
+        }
+    }
+}
+
+fn is_source(value: &Value) -> bool {
+    value["type"] == "prometheus" && value["uid"] == "${datasource}"
 }

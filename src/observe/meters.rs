@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use metrics::{
-    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+    Counter, Gauge, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
 };
 use tokio::time::Instant;
 
-use super::Settlement;
+use super::operation::{Failure, OPERATIONS, Operation};
+use super::{Names, Settlement};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
@@ -20,6 +22,12 @@ const STATE: &str = "db.client.connection.state";
 const CAUSE: &str = "cause";
 const OUTCOME: &str = "outcome";
 
+const OPERATION_DURATION: &str = "db.client.operation.duration";
+const SYSTEM: &str = "db.system.name";
+const NAMESPACE: &str = "db.namespace";
+const OPERATION: &str = "db.operation.name";
+const STATUS_CODE: &str = "db.response.status_code";
+const ERROR_TYPE: &str = "error.type";
 const COUNT: &str = "db.client.connection.count";
 const IDLE_MAX: &str = "db.client.connection.idle.max";
 const IDLE_MIN: &str = "db.client.connection.idle.min";
@@ -40,6 +48,7 @@ const RERUNS: &str = "db.client.failover.reruns";
 const SETTLED: &str = "db.client.failover.commits_settled";
 
 fn describe() {
+    describe_histogram!(OPERATION_DURATION, Unit::Seconds, "Duration of calls and statements, from the caller's side.");
     describe_gauge!(COUNT, Unit::Count, "Connections that are open now, by state: idle or used.");
     describe_gauge!(IDLE_MAX, Unit::Count, "The most connections that may be idle.");
     describe_gauge!(IDLE_MIN, Unit::Count, "Idle connections that are left open however long they have been idle.");
@@ -61,6 +70,7 @@ fn describe() {
 }
 
 pub(super) struct Meters {
+    operations: Operations,
     idle: Gauge,
     used: Gauge,
     idle_max: Gauge,
@@ -84,6 +94,36 @@ pub(super) struct Meters {
     found: AtomicBool,
     /// What this pool has added to the gauges of its sizes: `max` and `min_idle`.
     sizes: (AtomicUsize, AtomicUsize),
+}
+
+/// How long operations take. The conventions want labels for a failed one that others do not have.
+struct Operations {
+    /// The labels of all of them.
+    common: Vec<Label>,
+    /// Those that succeeded, in the order of [`OPERATIONS`].
+    succeeded: [Histogram; OPERATIONS.len()],
+}
+
+impl Operations {
+    fn new(names: &Names) -> Self {
+        let mut common = vec![Label::new(POOL, names.pool.clone()), Label::from_static_parts(SYSTEM, "postgresql")];
+        // Only the manager of a wrapped pool knows its database.
+        if !names.database.is_empty() {
+            common.push(Label::new(NAMESPACE, names.database.clone()));
+        }
+        let succeeded = OPERATIONS.map(|(_, name)| Self::timed(&common, name, None));
+        Self { common, succeeded }
+    }
+
+    fn timed(common: &[Label], operation: &'static str, failure: Option<&Failure<'_>>) -> Histogram {
+        let mut labels = common.to_vec();
+        labels.push(Label::from_static_parts(OPERATION, operation));
+        if let Some(Failure { code, kind }) = failure {
+            labels.push(Label::new(ERROR_TYPE, code.unwrap_or(kind).to_owned()));
+            labels.extend(code.map(|code| Label::new(STATUS_CODE, code.to_owned())));
+        }
+        histogram!(OPERATION_DURATION, labels)
+    }
 }
 
 struct Evictions {
@@ -117,9 +157,9 @@ struct SettledCommits {
 }
 
 impl Meters {
-    pub(super) fn new(pool: &str) -> Self {
+    pub(super) fn new(names: &Names) -> Self {
         describe();
-        let pool = pool.to_owned();
+        let pool = names.pool.clone();
         let counted = |name: &'static str| counter!(name, POOL => pool.clone());
         let counted_by =
             |name: &'static str, label, value: &'static str| counter!(name, POOL => pool.clone(), label => value);
@@ -127,6 +167,7 @@ impl Meters {
         let connections = |state: &'static str| gauge!(COUNT, POOL => pool.clone(), STATE => state);
         let timed = |name: &'static str| histogram!(name, POOL => pool.clone());
         Self {
+            operations: Operations::new(names),
             idle: connections("idle"),
             used: connections("used"),
             idle_max: shown(IDLE_MAX),
@@ -170,6 +211,15 @@ impl Meters {
             },
             found: AtomicBool::new(false),
             sizes: Default::default(),
+        }
+    }
+
+    pub(super) fn operation(&self, operation: Operation, took: Duration, failure: Option<&Failure<'_>>) {
+        let of = |(_, (known, _)): &(usize, &(Operation, _))| *known == operation;
+        let Some((index, (_, name))) = OPERATIONS.iter().enumerate().find(of) else { return };
+        match failure {
+            None => self.operations.succeeded[index].record(took),
+            Some(_) => Operations::timed(&self.operations.common, name, failure).record(took),
         }
     }
 
@@ -298,6 +348,10 @@ pub(crate) struct Stopwatch(Instant);
 impl Stopwatch {
     pub(super) fn start() -> Self {
         Self(Instant::now())
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.0.elapsed()
     }
 }
 

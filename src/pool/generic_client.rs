@@ -9,7 +9,10 @@ mod nested;
 pub(crate) use nested::Commits;
 pub use nested::GenericTransaction;
 
+use std::time::Duration;
+
 use futures_util::TryFutureExt;
+use tokio::time::Instant;
 use tokio_postgres::types::{BorrowToSql, ToSql, Type};
 use tokio_postgres::{CopyInSink, CopyOutStream, Error, RowStream, SimpleQueryMessage, Statement, ToStatement};
 use tokio_util::bytes::Buf;
@@ -104,6 +107,12 @@ pub trait GenericClient: Send + Sync {
         let _ = error;
     }
 
+    /// Receives how long each statement took, by the name of its method. A handle of this crate reports it as
+    /// `db.client.operation.duration`, if there are metrics. Default: does nothing.
+    fn took(&self, method: &'static str, time: Duration, error: Option<&Error>) {
+        let _ = (method, time, error);
+    }
+
     /// Is called before a stream of rows or a COPY begins. A transaction of this crate notes it, and refuses to commit
     /// while the stream is kept. Default: does nothing.
     fn begins_stream(&self) {}
@@ -125,12 +134,12 @@ pub trait GenericClient: Send + Sync {
 
     /// As [`tokio_postgres::Client::prepare`].
     fn prepare<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
-        Box::pin(self.client().prepare(query).inspect_err(|error| self.met(error)))
+        noted(self, "prepare", self.client().prepare(query))
     }
 
     /// As [`tokio_postgres::Client::prepare_typed`].
     fn prepare_typed<'a>(&'a self, query: &'a str, types: &'a [Type]) -> BoxFuture<'a, Result<Statement, Error>> {
-        Box::pin(self.client().prepare_typed(query, types).inspect_err(|error| self.met(error)))
+        noted(self, "prepare_typed", self.client().prepare_typed(query, types))
     }
 
     /// As [`tokio_postgres::Client::query`].
@@ -142,7 +151,7 @@ pub trait GenericClient: Send + Sync {
     where
         T: ?Sized + ToStatement + Sync + Send,
     {
-        Box::pin(self.client().query(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "query", self.client().query(statement, params))
     }
 
     /// As [`tokio_postgres::Client::query_one`].
@@ -154,7 +163,7 @@ pub trait GenericClient: Send + Sync {
     where
         T: ?Sized + ToStatement + Sync + Send,
     {
-        Box::pin(self.client().query_one(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_one", self.client().query_one(statement, params))
     }
 
     /// As [`tokio_postgres::Client::query_opt`].
@@ -166,7 +175,7 @@ pub trait GenericClient: Send + Sync {
     where
         T: ?Sized + ToStatement + Sync + Send,
     {
-        Box::pin(self.client().query_opt(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_opt", self.client().query_opt(statement, params))
     }
 
     /// As [`tokio_postgres::Client::query_raw`]. A stream that is kept beyond a transaction's closure rolls it back.
@@ -178,7 +187,7 @@ pub trait GenericClient: Send + Sync {
         I::IntoIter: ExactSizeIterator,
     {
         self.begins_stream();
-        Box::pin(self.client().query_raw(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_raw", self.client().query_raw(statement, params))
     }
 
     /// As [`tokio_postgres::Client::query_typed`].
@@ -187,7 +196,7 @@ pub trait GenericClient: Send + Sync {
         query: &'a str,
         params: &'a [(&'a (dyn ToSql + Sync), Type)],
     ) -> BoxFuture<'a, Result<Vec<tokio_postgres::Row>, Error>> {
-        Box::pin(self.client().query_typed(query, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_typed", self.client().query_typed(query, params))
     }
 
     /// As [`tokio_postgres::Client::query_typed_one`].
@@ -196,7 +205,7 @@ pub trait GenericClient: Send + Sync {
         query: &'a str,
         params: &'a [(&'a (dyn ToSql + Sync), Type)],
     ) -> BoxFuture<'a, Result<tokio_postgres::Row, Error>> {
-        Box::pin(self.client().query_typed_one(query, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_typed_one", self.client().query_typed_one(query, params))
     }
 
     /// As [`tokio_postgres::Client::query_typed_opt`].
@@ -205,7 +214,7 @@ pub trait GenericClient: Send + Sync {
         query: &'a str,
         params: &'a [(&'a (dyn ToSql + Sync), Type)],
     ) -> BoxFuture<'a, Result<Option<tokio_postgres::Row>, Error>> {
-        Box::pin(self.client().query_typed_opt(query, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_typed_opt", self.client().query_typed_opt(query, params))
     }
 
     /// As [`tokio_postgres::Client::query_typed_raw`]. A stream that is kept beyond a transaction's closure rolls it
@@ -216,7 +225,7 @@ pub trait GenericClient: Send + Sync {
         I: IntoIterator<Item = (P, Type)> + Sync + Send + 'a,
     {
         self.begins_stream();
-        Box::pin(self.client().query_typed_raw(query, params).inspect_err(|error| self.met(error)))
+        noted(self, "query_typed_raw", self.client().query_typed_raw(query, params))
     }
 
     /// As [`tokio_postgres::Client::execute`].
@@ -228,7 +237,7 @@ pub trait GenericClient: Send + Sync {
     where
         T: ?Sized + ToStatement + Sync + Send,
     {
-        Box::pin(self.client().execute(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "execute", self.client().execute(statement, params))
     }
 
     /// As [`tokio_postgres::Client::execute_raw`].
@@ -239,7 +248,7 @@ pub trait GenericClient: Send + Sync {
         I: IntoIterator<Item = P> + Sync + Send + 'a,
         I::IntoIter: ExactSizeIterator,
     {
-        Box::pin(self.client().execute_raw(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "execute_raw", self.client().execute_raw(statement, params))
     }
 
     /// As [`tokio_postgres::Client::execute_typed`].
@@ -248,17 +257,17 @@ pub trait GenericClient: Send + Sync {
         statement: &'a str,
         params: &'a [(&'a (dyn ToSql + Sync), Type)],
     ) -> BoxFuture<'a, Result<u64, Error>> {
-        Box::pin(self.client().execute_typed(statement, params).inspect_err(|error| self.met(error)))
+        noted(self, "execute_typed", self.client().execute_typed(statement, params))
     }
 
     /// As [`tokio_postgres::Client::batch_execute`].
     fn batch_execute<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<(), Error>> {
-        Box::pin(self.client().batch_execute(query).inspect_err(|error| self.met(error)))
+        noted(self, "batch_execute", self.client().batch_execute(query))
     }
 
     /// As [`tokio_postgres::Client::simple_query`].
     fn simple_query<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Vec<SimpleQueryMessage>, Error>> {
-        Box::pin(self.client().simple_query(query).inspect_err(|error| self.met(error)))
+        noted(self, "simple_query", self.client().simple_query(query))
     }
 
     /// As [`tokio_postgres::Client::copy_in`]. A sink that is kept beyond a transaction's closure rolls it back.
@@ -268,7 +277,7 @@ pub trait GenericClient: Send + Sync {
         U: Buf + 'static + Send,
     {
         self.begins_stream();
-        Box::pin(self.client().copy_in(statement).inspect_err(|error| self.met(error)))
+        noted(self, "copy_in", self.client().copy_in(statement))
     }
 
     /// As [`tokio_postgres::Client::copy_out`]. A stream that is kept beyond a transaction's closure rolls it back.
@@ -277,8 +286,31 @@ pub trait GenericClient: Send + Sync {
         T: ?Sized + ToStatement + Sync + Send,
     {
         self.begins_stream();
-        Box::pin(self.client().copy_out(statement).inspect_err(|error| self.met(error)))
+        noted(self, "copy_out", self.client().copy_out(statement))
     }
+}
+
+/// Waits for a statement's answer. Tells the handle of an error, and of the time.
+fn noted<'a, H, T>(
+    handle: &'a H,
+    method: &'static str,
+    statement: impl Future<Output = Result<T, Error>> + Send + 'a,
+) -> BoxFuture<'a, Result<T, Error>>
+where
+    H: GenericClient + ?Sized,
+{
+    Box::pin(async move {
+        let began = cfg!(feature = "metrics").then(Instant::now);
+        let result = statement.await;
+        let error = result.as_ref().err();
+        if let Some(error) = error {
+            handle.met(error);
+        }
+        if let Some(began) = began {
+            handle.took(method, began.elapsed(), error);
+        }
+        result
+    })
 }
 
 /// The methods of [`GenericClient`] on a handle of this crate. `$client` is an expression for the pool's [`Client`]
@@ -293,6 +325,11 @@ macro_rules! generic_client {
         fn met(&self, error: &tokio_postgres::Error) {
             let $handle = self;
             $client.trail().note(error);
+        }
+
+        fn took(&self, method: &'static str, time: std::time::Duration, error: Option<&tokio_postgres::Error>) {
+            let $handle = self;
+            $client.pool().observer().statement_took(method, time, error);
         }
 
         fn begins_stream(&self) {

@@ -83,7 +83,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
         let client = self.pool.get_idle().await?;
         client.notices().forget();
         let session = PooledSession { client, clean: false, used: true, _counted: counted };
-        session.client.batch_execute("BEGIN; ROLLBACK").await.ok()?;
+        session.client.run_own("BEGIN; ROLLBACK").await.ok()?;
         Some(session)
     }
 

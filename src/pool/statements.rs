@@ -65,7 +65,12 @@ macro_rules! statement_methods {
         {
             let $handle = self;
             let client = $client;
-            client.noted($crate::pool::statement_methods!(@run $kind client).$name($($argument),*).await)
+            let timed = client.times(stringify!($name));
+            let result = $crate::pool::statement_methods!(@run $kind client).$name($($argument),*).await;
+            if let Some(timed) = timed {
+                timed.statement_ended(&result);
+            }
+            client.noted(result)
         }
     )+};
     (@about streamed) => {
@@ -96,6 +101,7 @@ use tokio_postgres::{
 use tokio_util::bytes::Buf;
 
 use super::Client;
+use crate::observe::{Operation, Timed};
 use crate::server::SessionClient;
 
 pub(crate) use {cached_statements, statement_methods, statements};
@@ -116,6 +122,16 @@ impl<C: SessionClient> Client<C> {
 
     pub(crate) fn held(&self) -> &C {
         self
+    }
+
+    /// Begins to measure a method of the driver's. `None`: its end is not seen.
+    pub(crate) fn times(&self, method: &str) -> Option<Timed<'_>> {
+        Operation::of(method).map(|operation| self.pool().observer().times(operation))
+    }
+
+    /// Runs a statement of the pool's own. Only those of callers are measured.
+    pub(crate) async fn run_own(&self, sql: &str) -> Result<(), tokio_postgres::Error> {
+        self.noted(self.driver().batch_execute(sql).await)
     }
 
     /// Remembers the error of a statement.

@@ -33,7 +33,7 @@ impl<C: SessionClient> Attempt<C> {
             MarkWith::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             MarkWith::Wal | MarkWith::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             MarkWith::Nothing | MarkWith::Wal | MarkWith::Write => {
-                client.batch_execute(&format!("{CLEAN}; {}", self.unmarked(begin))).await?;
+                client.run_own(&format!("{CLEAN}; {}", self.unmarked(begin))).await?;
                 return Ok(None);
             }
         };
@@ -49,8 +49,8 @@ impl<C: SessionClient> Attempt<C> {
                     why.push_str("; PostgreSQL 13 is the oldest version that tells what became of a commit");
                 }
                 self.pool().lacking().set_unmarked(client.generation(), &why);
-                client.batch_execute("ROLLBACK").await?;
-                client.batch_execute(&self.unmarked(begin)).await?;
+                client.run_own("ROLLBACK").await?;
+                client.run_own(&self.unmarked(begin)).await?;
                 return Ok(None);
             }
         };
@@ -83,7 +83,7 @@ impl<C: SessionClient> Attempt<C> {
             None
         });
         if mark.is_none() || self.check == Check::ByShow {
-            client.batch_execute(&format!("{OPEN}; {}", remember(self.run))).await?;
+            client.run_own(&format!("{OPEN}; {}", remember(self.run))).await?;
         }
         Ok(mark)
     }
@@ -119,7 +119,7 @@ impl<C: SessionClient> Attempt<C> {
             Err(error) if error.as_db_error().is_some() && !client.is_closed() => {
                 signer.ended(None);
                 log_safely(|| tracing::debug!("the timeline could not be signed: {}", explain(&error)));
-                client.batch_execute("ROLLBACK").await?;
+                client.run_own("ROLLBACK").await?;
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -138,7 +138,7 @@ impl<C: SessionClient> Attempt<C> {
             }
             Err(error) if marking.failed(&error) => {
                 client.set_marking(MarkStatement::Plain);
-                client.batch_execute("ROLLBACK").await?;
+                client.run_own("ROLLBACK").await?;
                 wal::only_row(client, &MarkStatement::Plain.sql(begin, nonce)).await
             }
             Err(error) => Err(error),

@@ -17,7 +17,7 @@ use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
 use crate::commit::Unsettled;
 use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
-use crate::observe::Observer;
+use crate::observe::{Observer, Operation};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 
@@ -30,6 +30,7 @@ where
 {
     let _call = options.pool.begin_call()?;
     let span = options.pool.observer().transaction(&options.mode());
+    let timed = options.pool.observer().times(Operation::Transaction);
     // An outer call, if there is one, must learn of a doubt about this call, even if this future is dropped.
     let inner = Inner::begin(matches!(options.mode(), Mode::Exactly | Mode::Once));
     let (mut unsent, mut number, doubt) = (None, 0, inner.doubt());
@@ -45,9 +46,11 @@ where
         }),
     };
     inner.ended(result.as_ref().is_err_and(|error| error.commit_outcome() != CommitOutcome::NotCommitted));
-    if let Err(error) = &result {
-        Observer::transaction_failed(&span, error.code().map(SqlState::code), error.kind());
+    let failure = result.as_ref().err().map(|error| (error.code().map(SqlState::code), error.kind()));
+    if let Some((code, kind)) = failure {
+        Observer::transaction_failed(&span, code, kind);
     }
+    timed.call_ended(failure);
     result
 }
 

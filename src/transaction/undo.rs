@@ -47,7 +47,7 @@ impl<C: SessionClient> Attempt<C> {
         // An evicted session is closed anyway, and its server may be frozen. A clean session has been rolled back
         // already.
         if !self.held.clean && !self.client().is_closed() && !self.client().is_evicted() {
-            let rolled_back = timeout(ROLLBACK_WITHIN, self.client().batch_execute("ROLLBACK")).await;
+            let rolled_back = timeout(ROLLBACK_WITHIN, self.client().run_own("ROLLBACK")).await;
             self.held.clean(matches!(rolled_back, Ok(Ok(()))));
         }
     }

@@ -11,10 +11,12 @@ use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres_failover::error::Unsettled;
 use tokio_postgres_failover::view::{Eviction, Settlement, State};
-use tokio_postgres_failover::{Error, Event, Events, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres};
+use tokio_postgres_failover::{
+    Error, Event, Events, GenericClient, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres,
+};
 
 use crate::support::load::{LONG, by_name, by_url, create_table};
-use crate::support::{CONFLICT, Runs, insert};
+use crate::support::{CONFLICT, Runs, insert, server};
 
 /// A heart-beat's time-out that no stall of the machine exceeds, where the silence of a primary is not what is counted.
 const UNHURRIED: Duration = Duration::from_secs(10);
@@ -402,6 +404,43 @@ async fn settled_commits_and_re_runs_are_told_by_what_became_of_them() {
         .await
         .unwrap();
     assert_eq!((figures.reruns("conflict"), figures.reruns("connection_lost")), (2, 1));
+}
+
+/// As OpenTelemetry's conventions want it: calls and the statements of callers, by what became of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_and_statements_are_timed() {
+    let figures = Figures::of("operations");
+    let cluster = server().await;
+    let pool = by_url(cluster.url_hosts()).pool_name("operations").build().unwrap();
+    let count = |operation: &str, failure: &[(&str, &str)]| {
+        let common = [("db_system_name", "postgresql"), ("db_namespace", "app"), ("db_operation_name", operation)];
+        figures.get("db_client_operation_duration_seconds_count", &[&common, failure].concat())
+    };
+    async fn one(client: &impl GenericClient) -> Result<i32, tokio_postgres::Error> {
+        Ok(client.query_one("SELECT 1", &[]).await?.get(0))
+    }
+    pool.transaction(async |tx| {
+        insert(&tx, 1).await?;
+        one(&tx).await?;
+        let nested = tx.prepare("SELECT 2").await?;
+        Ok(tx.query(&nested, &[]).await.map(drop)?)
+    })
+    .await
+    .unwrap();
+    one(&pool.get().await.unwrap()).await.unwrap();
+    let operations = ["transaction", "execute", "query", "prepare", "batch_execute"];
+    assert_eq!(operations.map(|operation| count(operation, &[])), [1, 1, 3, 1, 0], "the pool's own are not counted");
+
+    let failed = pool.transaction(async |tx| Ok(tx.batch_execute("SELECT 1 / 0").await?)).await;
+    failed.unwrap_err();
+    let divided = [("error_type", "22012"), ("db_response_status_code", "22012")];
+    assert_eq!(operations.map(|operation| count(operation, &divided)), [1, 0, 0, 0, 1]);
+    let client = pool.get().await.unwrap();
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+    cluster.direct(Node(0)).await.batch_execute(end).await.unwrap();
+    until("the session has ended", async || client.is_closed()).await;
+    one(&client).await.unwrap_err();
+    assert_eq!(count("query", &[("error_type", "connection_closed")]), 1);
 }
 
 /// What its manager opened is seen while it is on loan, and its size as it was when it was wrapped.
