@@ -222,8 +222,10 @@ async fn k2_work_whose_commit_a_partition_swallowed_runs_again_on_the_same_serve
         let bench = Bench { pool, ..bench };
         let partition = Arc::clone(&way);
         bench.cut_with(Cut::CommitUndelivered { server_stays: true }, async move |_| partition.stall(true));
+        let witness = bench.pool.get().await.unwrap();
         let healing = async {
-            primary_lost(&bench.pool).await;
+            // A silent primary is suspended first, and given up after `dead_after`: that ends its connections.
+            eventually("the lost generation has ended", LONG, async || witness.is_closed()).await;
             assert_eq!(bench.cutter.held(), 1, "the server does not know");
             way.stall(false);
         };
