@@ -18,11 +18,11 @@ use futures_util::future::join_all;
 use futures_util::{FutureExt as _, StreamExt as _, stream};
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 use tokio_postgres_failover::ledger::Ledger;
-use tokio_postgres_failover::listen::Message;
+use tokio_postgres_failover::listen::{Listener, Message};
 use tokio_postgres_failover::view::{Answer, Evidence, Refusal, State};
 use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
@@ -132,10 +132,11 @@ impl<'a> Bench<'a> {
         self.nobody_elses_transaction_is_committed().await;
         self.own_read_only_is_the_callers().await;
         self.savepoints().await;
+        let (listener, heard) = (self.listens().await, Instant::now());
         self.commits_are_settled().await;
         self.ledger_is_kept().await;
-        self.listens().await;
         self.wrapped().await;
+        hears_nothing_else(listener, heard).await;
         assert_eq!(generation(&self.pool), 1, "a healthy primary was left");
         assert_eq!(self.pool.status().evidence, Some(Evidence::Function));
         self.fence_is_noticed().await;
@@ -320,7 +321,7 @@ impl<'a> Bench<'a> {
         client.batch_execute("COMMIT").await.unwrap();
     }
 
-    async fn listens(&self) {
+    async fn listens(&self) -> Listener {
         let role = &self.row.role;
         let plain = self.row.encoding == Some("SQL_ASCII");
         let names = [format!("{role}: {}", if plain { "Fur" } else { "Für" }), format!("a\"b'\\c {role}")];
@@ -335,9 +336,7 @@ impl<'a> Bench<'a> {
                 other => panic!("{other:?}"),
             }
         }
-        // Over ten heartbeats and a check of the subscription, nothing is said to be missing.
-        let quiet = timeout(HEARTBEAT * 15, listener.recv()).await;
-        assert!(quiet.is_err(), "{quiet:?}");
+        listener
     }
 
     /// The same through a pool of somebody else's.
@@ -381,6 +380,12 @@ impl<'a> Bench<'a> {
         let sql = "DELETE FROM public.entries WHERE name = $1 AND id = $2";
         self.admin.execute(sql, &[&self.row.name, &id]).await.unwrap()
     }
+}
+
+/// Over ten heartbeats and a check of the subscription since then, nothing is said to be missing.
+async fn hears_nothing_else(mut listener: Listener, heard: Instant) {
+    let quiet = timeout_at(heard + HEARTBEAT * 15, listener.recv()).await;
+    assert!(quiet.is_err(), "{quiet:?}");
 }
 
 async fn settings(client: &Client) -> Result<BTreeMap<String, String>, tokio_postgres::Error> {
