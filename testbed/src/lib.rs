@@ -40,6 +40,7 @@ mod script;
 mod spread;
 mod tap;
 mod trap;
+pub mod versions;
 
 use tokio_postgres_failover_testkit::bed;
 // The modules of this crate find what the kit has of them where they would lie.

@@ -36,6 +36,7 @@ use crate::wait::until_slowly as until;
 
 pub use faults::Part;
 pub use front::{Checks, Front};
+pub(crate) use installed::python;
 
 const NODES: u8 = 3;
 /// The distance of Patroni's own port to PostgreSQL's.
@@ -127,9 +128,9 @@ pub struct Patroni {
 impl Patroni {
     /// Whether a test can have one; prints a line that says why if not.
     pub fn is_installed() -> bool {
-        let Err(why) = installed::python() else { return true };
+        let Err(why) = python() else { return true };
         // Written past `eprintln!`, which the harness keeps to itself when a test passes.
-        let _ = writeln!(stderr(), "skipped: Patroni is not installed: {why} (sh scripts/setup.sh)");
+        let _ = writeln!(stderr(), "skipped: Patroni is not installed: {why} (sh scripts/setup.sh managers)");
         false
     }
 
@@ -139,7 +140,7 @@ impl Patroni {
         if let Err(why) = Server::find() {
             return Some(why.to_string());
         }
-        let why = installed::python().err()?;
+        let why = python().err()?;
         Some(format!("Patroni and etcd are needed, and {why}: install them with `sh scripts/setup.sh managers`"))
     }
 
@@ -162,7 +163,7 @@ impl Patroni {
     }
 
     async fn launch(choices: PatroniBuilder) -> Self {
-        let python = installed::python().unwrap_or_else(|why| panic!("testbed: Patroni is not installed: {why}"));
+        let python = python().unwrap_or_else(|why| panic!("testbed: Patroni is not installed: {why}"));
         let site = Site::claim(false).await;
         let copies: Vec<_> = (0..NODES)
             .map(|node| {

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 [find_spec(name) or exit('no module ' + name) for name in ('patroni', 'etcd', 'dns', 'yaml', 'psutil')]";
 
 /// The Python that has Patroni, or why there is none. Looked for once.
-pub(super) fn python() -> Result<&'static Path, &'static str> {
+pub(crate) fn python() -> Result<&'static Path, &'static str> {
     static PYTHON: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     PYTHON.get_or_init(find).as_deref().map_err(String::as_str)
 }
