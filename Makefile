@@ -38,7 +38,7 @@ soak: setup ## Random faults under load, held against what is stored (MINUTES=5,
 exactly-once: setup ## Cut COMMITs and kill primaries; nothing may be lost, doubled or untrue (CUTS=1000 FAILOVERS=200 ASYNC=100 LEASES=3 SEED=..., and in each round PROMOTIONS=2 ARCHIVE=1 HISTORY=1)
 	CUTS=$${CUTS:-1000} FAILOVERS=$${FAILOVERS:-200} ASYNC=$${ASYNC:-100} cargo test --release --all-features --test exactly_once
 
-managers: setup-managers ## Patroni with etcd, repmgr and HAProxy, for real: each trial under load, and the table of all (ROUNDS=3, TRIAL=zombie)
+managers: setup-managers ## Patroni with etcd, repmgr and HAProxy, for real: each trial under load, and the table of all (ROUNDS=3, TRIAL=zombie, RECORD=1)
 	ROUNDS=$${ROUNDS:-1} cargo test --release --all-features --test managers -- --ignored --exact --nocapture table::table
 
 model: ## The rule of settling against random histories of a modelled cluster (HISTORIES=1000000)
@@ -59,7 +59,7 @@ test-long: test ## All tests, a minute of the simulation, five minutes of the so
 
 VERSIONS ?= 13 14 16 17 18
 
-test-versions: setup ## Every test against other PostgreSQL servers, which it fetches (VERSIONS="13 14 16 17 18" SUITES="it testbed" TESTS="settle:: tls::")
+test-versions: setup ## Every test against other PostgreSQL servers, which it fetches (VERSIONS="13 14 16 17 18" SUITES="it testbed" TESTS="settle:: tls::", RECORD=1)
 	@sh scripts/versions.sh $(VERSIONS)
 
 SECONDS ?= 600

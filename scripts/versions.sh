@@ -1,11 +1,13 @@
 #!/bin/sh
 # Runs the tests against servers of these versions, which servers.sh fetches: versions.sh VERSION…
 # SUITES="it exactly_once testbed soak" chooses among these, TESTS="settle:: tls::" among the tests of `it`.
-# Prints a table at the end, and fails if a test failed or a server cannot be had.
+# Prints a table at the end, and fails if a test failed or a server cannot be had. With RECORD=1, record.sh notes in tests/ran
+# what passed, so nothing may be skipped.
 set -eu
 cd "$(dirname "$0")/.."
 suites=${SUITES:-it exactly_once testbed soak}
 tests=${TESTS:-}
+if [ -n "${RECORD:-}" ]; then export CI=true; fi
 [ $# -gt 0 ] || { echo "usage: sh scripts/versions.sh VERSION…, of 13 14 15 16 17 18" >&2; exit 1; }
 
 # Everything is built before the first server runs, and its time is no version's.
@@ -41,14 +43,22 @@ for version in "$@"; do
         echo "| $version | not to be had: see above |" >>"$table"
         continue
     fi
-    row="| $("$bin/postgres" --version | awk '{ print $3 }') |"
+    server=$("$bin/postgres" --version | awk '{ print $3 }')
+    row="| $server |"
     for suite in $suites; do
         log=target/pg/$version-$suite.log
         began=$(date +%s)
         if PG_BIN=$bin run "$suite" >"$log" 2>&1; then ended=well; else ended=FAILED failed=1; fi
-        said="$ended: $(counted "$log")$(($(date +%s) - began)) s"
+        took=$(($(date +%s) - began))
+        said="$ended: $(counted "$log")$took s"
         echo "PostgreSQL $version, $suite: $said"
         row="$row $said |"
+        if [ -n "${RECORD:-}" ]; then
+            filter=
+            if [ "$suite" = it ]; then filter=$tests; fi
+            # shellcheck disable=SC2086 # a list of words
+            if [ "$suite" = it ] || [ "$ended" = well ]; then sh scripts/record.sh "$server" "$suite" "$took" "$log" $filter; fi
+        fi
         # The names that libtest lists at the end, or what a suite of our own said last.
         if [ "$ended" = FAILED ]; then
             names=$(sed -n '/^failures:$/,$ s/^    \([a-z0-9_:]*\)$/\1/p' "$log" | sort -u)

@@ -1,10 +1,16 @@
-//! `docs/scenarios.md` names every row of the list once, and only tests that exist.
+//! `docs/scenarios.md` names every row of the list once, and only tests that exist. Its column "ran on" says what the
+//! records in `tests/ran` say: `RENEW=1 cargo test --test scenarios_table` renews it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+
+#[path = "scenarios/ran.rs"]
+mod ran;
+
+use ran::Ran;
 
 /// The list: a letter, and how many rows it has. R4b comes on top.
 const ROWS: [(char, u32); 8] = [('S', 16), ('R', 17), ('D', 10), ('C', 31), ('E', 10), ('K', 10), ('H', 5), ('M', 7)];
@@ -25,8 +31,8 @@ fn rows(table: &str) -> Vec<(&str, &str)> {
     let lines = table.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| row |"));
     lines
         .map(|line| match cells(line)[..] {
-            ["", row, _, _, tests, ""] => (row, tests),
-            _ => panic!("not four cells: {line}"),
+            ["", row, _, _, tests, _, ""] => (row, tests),
+            _ => panic!("not five cells: {line}"),
         })
         .collect()
 }
@@ -48,11 +54,45 @@ fn missing(name: &str) -> Option<String> {
         let path = root().join("tests").join(name);
         return (!path.is_file()).then(|| format!("there is no {}", path.display()));
     }
-    let (module, function) = name.rsplit_once("::").expect("module::name");
+    place(name).is_none().then(|| format!("there is no test `{name}`"))
+}
+
+/// The folder in which this test is: those in `tests/it` need a server, those in `tests/managers` also managers.
+fn place(name: &str) -> Option<&'static str> {
+    let (module, function) = name.rsplit_once("::")?;
     let file = format!("{}.rs", module.replace("::", "/"));
-    let places = ["tests/it", "tests", "src"].map(|folder| root().join(folder).join(&file));
-    let found = |place: &PathBuf| fs::read_to_string(place).is_ok_and(|source| has_test(&source, function));
-    (!places.iter().any(found)).then(|| format!("no test `{function}` in any {file}"))
+    let found = |place: PathBuf| fs::read_to_string(place).is_ok_and(|source| has_test(&source, function));
+    ["tests/it", "tests", "src"].into_iter().find(|folder| found(root().join(folder).join(&file)))
+}
+
+/// The table with the cells that the records say, and each row whose cell is another one.
+fn with_records(table: &str, ran: &Ran) -> (String, Vec<String>) {
+    let (mut text, mut changed) = (String::new(), Vec::new());
+    let cells: BTreeMap<&str, String> = rows(table)
+        .into_iter()
+        .map(|(row, tests)| {
+            let names = names(tests);
+            let on_servers: Vec<_> =
+                names.iter().copied().filter(|name| place(name).is_some_and(|it| it == "tests/it")).collect();
+            (row, ran.cell(row, &on_servers, names.iter().filter(|name| !name.starts_with("managers::")).count()))
+        })
+        .collect();
+    for line in table.lines() {
+        let row = line
+            .strip_prefix("| ")
+            .and_then(|line| line.split_once(" |"))
+            .and_then(|(row, _)| cells.get_key_value(row));
+        let renewed = row.map(|(row, cell)| {
+            let (kept, old) = line.trim_end_matches(" |").rsplit_once(" | ").expect("five cells");
+            if old != cell {
+                changed.push(format!("{row}: \"{old}\" is \"{cell}\" by the records"));
+            }
+            format!("{kept} | {cell} |")
+        });
+        text += renewed.as_deref().unwrap_or(line);
+        text.push('\n');
+    }
+    (text, changed)
 }
 
 /// A function of this name, with an attribute above it that makes it a test.
@@ -95,6 +135,35 @@ fn every_row_has_a_test_that_exists_or_a_reason() {
         problems.extend(names.into_iter().filter_map(missing).map(|problem| format!("{row}: {problem}")));
     }
     assert!(problems.is_empty(), "\n{}\n", problems.join("\n"));
+}
+
+/// `RENEW=1` writes the cells.
+#[test]
+fn every_row_says_on_what_it_ran() {
+    let (table, ran) = (table(), Ran::read(root()));
+    let listed = listed();
+    let unknown: Vec<_> = ran.rows().into_iter().filter(|row| !listed.contains(*row)).collect();
+    assert!(unknown.is_empty(), "tests/ran/managers.txt names rows that do not exist: {unknown:?}");
+    let (text, changed) = with_records(&table, &ran);
+    if std::env::var_os("RENEW").is_some() {
+        fs::write(root().join("docs/scenarios.md"), text).unwrap();
+        return;
+    }
+    assert!(changed.is_empty(), "RENEW=1 cargo test --test scenarios_table renews these:\n{}\n", changed.join("\n"));
+}
+
+/// The page of versions has the table of the runs: `RENEW=1` writes it.
+#[test]
+fn the_page_of_versions_says_what_was_run() {
+    let path = root().join("docs/versions.md");
+    let page = fs::read_to_string(&path).unwrap();
+    let runs = fs::read_to_string(root().join("tests/ran/runs.txt")).unwrap_or_default();
+    let renewed = ran::with_runs(&page, &runs);
+    if std::env::var_os("RENEW").is_some() {
+        fs::write(&path, renewed).unwrap();
+        return;
+    }
+    assert!(page == renewed, "RENEW=1 cargo test --test scenarios_table renews docs/versions.md");
 }
 
 /// What a scenario file says that it covers is what the table says.
