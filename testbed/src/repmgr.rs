@@ -33,7 +33,11 @@ impl Repmgr {
         }
         // Written past `eprintln!`, which the harness keeps to itself when a test passes.
         let missing = programs.join("repmgrd");
-        let _ = writeln!(stderr(), "skipped: repmgr is not installed: no {} (sh scripts/setup.sh managers)", missing.display());
+        let _ = writeln!(
+            stderr(),
+            "skipped: repmgr is not installed: no {} (sh scripts/setup.sh managers)",
+            missing.display()
+        );
         false
     }
 

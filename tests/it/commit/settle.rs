@@ -21,7 +21,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::sessions::versions::signature;
 use crate::support::bench::{Bench, cut_replication, list, settlers, single, standbys};
-use crate::support::load::{LONG, by_name, generation, primary_lost};
+use crate::support::load::{LONG, by_name, generation};
 use crate::support::{PATIENCE, close_gate, committing, insert, open_gate, sql, stored, wait_gone};
 
 /// What the pool gives a settler at least, and time for what comes around it.
