@@ -16,6 +16,7 @@ pub(crate) mod rest;
 use std::io::{Write as _, stderr};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -122,6 +123,8 @@ pub struct Patroni {
     etcd: Etcd,
     orphans: Orphans,
     site: Site,
+    /// Commits shall wait for a standby.
+    synchronous: AtomicBool,
 }
 
 /// Starting, and where things are.
@@ -181,11 +184,8 @@ impl Patroni {
         for node in 0..NODES {
             members.push(Member::start(&site, &etcd, python, node, &choices).await);
         }
-        let patroni = Self { members, etcd, orphans, site };
+        let patroni = Self { members, etcd, orphans, site, synchronous: choices.synchronous.into() };
         patroni.wait_healthy().await;
-        if choices.synchronous {
-            patroni.wait_synchronous(true).await;
-        }
         let all: Vec<_> = patroni.nodes().into_iter().map(|node| patroni.addr(node)).collect();
         patroni.site.dns.set(&all);
         patroni
@@ -310,7 +310,8 @@ impl Patroni {
         .await
     }
 
-    /// Waits until there is a primary and both standbys stream from it.
+    /// Waits until there is a primary and both standbys stream from it. In synchronous mode, Patroni would also promote
+    /// one of them.
     pub async fn wait_healthy(&self) {
         until("Patroni's cluster is healthy", PATIENCE, || async {
             let [leader] = self.leaders(&self.nodes()).await[..] else { return Err(self.state().await) };
@@ -321,6 +322,9 @@ impl Patroni {
             }
         })
         .await;
+        if self.synchronous.load(Ordering::Relaxed) {
+            self.wait_synchronous(true).await;
+        }
     }
 
     /// Waits until commits wait for a standby that Patroni would promote, or no longer do. PostgreSQL waits for it

@@ -1,5 +1,6 @@
 //! What can happen to a cluster of Patroni's.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -147,6 +148,7 @@ impl Patroni {
     pub async fn set_synchronous(&self, synchronous: bool) {
         let body = format!(r#"{{"synchronous_mode":{synchronous}}}"#);
         self.order(self.leader().await, "PATCH", "/config", &body).await;
+        self.synchronous.store(synchronous, Ordering::Relaxed);
         self.wait_synchronous(synchronous).await;
     }
 
