@@ -326,7 +326,8 @@ impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
         Box::pin(async move {
             let client = Guarded::new(around(self.create().await?, &Handle::current()));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question).await?;
+            let told = &session.notices.session;
+            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
             Ok((session, report))
         })
     }

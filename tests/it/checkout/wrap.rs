@@ -101,19 +101,22 @@ async fn a_demoted_server_is_left_and_its_idle_connections_are_closed() {
 /// Nobody but the owner of a detached session can end it, and its server goes on taking writes: the owner is told.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_end_of_a_detached_sessions_primary_is_told() {
-    let cluster = started().await;
-    let (manager, existing) = followed(&cluster, 4);
-    let pool: Pool<Plain> = Pool::wrap(existing).patrol_interval(SHORT).build().unwrap();
-    let session = pool.get().await.unwrap().detach();
-    assert!(timeout(SHORT, session.ended()).await.is_err(), "its primary is well");
-    cluster.promote_timed(cluster.most_advanced_standby().await).await;
-    manager.lead_to(cluster.socket_addr(cluster.primary()));
-    timeout(LONG, session.ended()).await.expect("its primary was replaced");
-    session.batch_execute("SELECT 1").await.expect("it is open");
+    async fn test<K: Kind>() {
+        let cluster = started().await;
+        let (manager, existing) = K::followed(&cluster, 4);
+        let pool: Pool<_> = existing.wrap().patrol_interval(SHORT).build().unwrap();
+        let session = pool.get().await.unwrap().detach();
+        assert!(timeout(SHORT, session.ended()).await.is_err(), "its primary is well");
+        cluster.promote_timed(cluster.most_advanced_standby().await).await;
+        manager.lead_to(cluster.socket_addr(cluster.primary()));
+        timeout(LONG, session.ended()).await.expect("its primary was replaced");
+        session.batch_execute("SELECT 1").await.expect("it is open");
 
-    let session = pool.get().await.unwrap().detach();
-    pool.close();
-    timeout(LONG, session.ended()).await.expect("the pool was closed");
+        let session = pool.get().await.unwrap().detach();
+        pool.close();
+        timeout(LONG, session.ended()).await.expect("the pool was closed");
+    }
+    over_each_kind!(test);
 }
 
 /// A host that is frozen answers nothing and closes nothing: what runs on it ends when its successor is found.
@@ -346,7 +349,10 @@ async fn what_the_wrapped_pool_sets_the_bounds_of_is_told() {
         let held = pool.get().await.unwrap();
         let Err(Error::Unavailable(unavailable)) = pool.get().await else { panic!("there was one connection") };
         assert_eq!(unavailable.reason(), UnavailableReason::PoolExhausted);
-        assert!(unavailable.to_string().ends_with("wait longer (the wait time-out of the wrapped pool)"), "{unavailable}");
+        assert!(
+            unavailable.to_string().ends_with("wait longer (the wait time-out of the wrapped pool)"),
+            "{unavailable}"
+        );
         drop(held);
         pool.get().await.unwrap();
     }
