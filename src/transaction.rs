@@ -13,6 +13,7 @@ mod earlier;
 mod ended;
 mod finish;
 mod generic_client;
+mod left;
 mod marks;
 mod nested;
 mod run;

@@ -37,14 +37,11 @@ pub(crate) const MUTANTS: &[(&str, &str)] = &[
     ),
     ("takes a closure's own end for a commit", "src/transaction/finish.rs: a COMMIT without a transaction is `Ok`"),
     ("does not look for a closure's own COMMIT", "src/transaction/earlier.rs: its work is run twice"),
-    ("takes a closure's COMMIT for its own", "src/transaction/closures.rs: `Ok` for a closure that committed itself"),
-    (
-        "ignores that a closure has ended it",
-        "src/transaction/closures.rs: the answers to a closure's COMMIT do not count",
-    ),
+    ("takes a closure's COMMIT for its own", "src/transaction/left.rs: `Ok` for a closure that committed itself"),
+    ("ignores that a closure has ended it", "src/transaction/left.rs: the answers to a closure's COMMIT do not count"),
     (
         "ignores what is sent behind an end",
-        "src/transaction/closures.rs: what a closure sends together with its ROLLBACK is done twice",
+        "src/transaction/left.rs: what a closure sends together with its ROLLBACK is done twice",
     ),
     (
         "hides the doubt of a call within",

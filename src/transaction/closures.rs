@@ -1,18 +1,10 @@
-//! Whether a closure has ended its transaction itself, and what follows for its attempt.
+//! Whether a closure has ended its transaction itself. Pure; `left.rs` finds it out.
 //!
 //! The server's answers show each end exactly: the tag of COMMIT or PREPARE TRANSACTION, or a session without a
 //! transaction. The text that was sent counts only for a request that was not answered.
 
-use tokio::time::timeout;
-
-use super::attempt::Attempt;
-use super::decide::{Mode, Stage};
-use super::earlier::Unsent;
-use super::ended::{Ended, Failed, Unanswered};
-use super::undo::ROLLBACK_WITHIN;
-use crate::classify::Verdict;
-use crate::error::{EndedInside, Ending, Error};
-use crate::server::{self, SessionClient, TransactionEnd};
+use crate::error::Ending;
+use crate::server::TransactionEnd;
 
 /// Whether the closure itself has ended the pool's transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,124 +22,16 @@ pub(super) enum ClosuresEnd {
 }
 
 impl ClosuresEnd {
+    pub(super) fn left(end: TransactionEnd) -> Self {
+        Self::Left(match end {
+            TransactionEnd::Committed => Ending::Committed,
+            TransactionEnd::Prepared => Ending::Prepared,
+            TransactionEnd::RolledBack => Ending::RolledBack,
+        })
+    }
+
     /// Returns whether it has ended the transaction, or may have.
     pub(super) fn is_sent(self) -> bool {
         matches!(self, Self::Left(_) | Self::UnderWay | Self::WithMore)
-    }
-}
-
-impl From<TransactionEnd> for Ending {
-    fn from(end: TransactionEnd) -> Self {
-        match end {
-            TransactionEnd::Committed => Self::Committed,
-            TransactionEnd::Prepared => Self::Prepared,
-            TransactionEnd::RolledBack => Self::RolledBack,
-        }
-    }
-}
-
-impl<C: SessionClient> Attempt<C> {
-    /// Finds out whether the closure has ended the transaction, or has sent something that does. The pool's own COMMIT
-    /// does not count, but its own ROLLBACK does, so call this before that.
-    fn closures_end(&self) -> ClosuresEnd {
-        if !self.has_begun() {
-            return ClosuresEnd::NotSent;
-        }
-        let Some(activity) = self.client().watched_activity() else { return ClosuresEnd::Unwatched };
-        // Read this first: a request that is answered meanwhile shows an end.
-        let unanswered = activity.unanswered();
-        match (activity.transaction_end(), unanswered) {
-            (Some(end), _) if !planted!("ignores that a closure has ended it") => ClosuresEnd::Left(end.into()),
-            (_, server::Unanswered::GoesOn) if !planted!("ignores what is sent behind an end") => ClosuresEnd::WithMore,
-            (_, server::Unanswered::GoesOn | server::Unanswered::Commits) => ClosuresEnd::UnderWay,
-            (_, server::Unanswered::Nothing) => ClosuresEnd::NotSent,
-        }
-    }
-
-    /// Finds out how the closure has ended the transaction, after the answer to the pool's own COMMIT, or without one.
-    pub(super) fn look_at_closure(&mut self) {
-        self.closures = self.closures_end();
-    }
-
-    /// Finds out how the closure has ended the transaction, before the pool rolls back. The session's driver may not
-    /// have seen the last requests yet, and the last one may not be answered. The pool's ROLLBACK would wait for these
-    /// answers, too.
-    pub(super) async fn wait_for_closures_end(&mut self) {
-        if !self.has_begun() {
-            return;
-        }
-        self.client().notices().requests_are_seen().await;
-        let activity = &self.client().notices().activity;
-        if !self.client().is_closed() && !self.is_shared() {
-            // The result does not matter, because the closure's end is looked at below.
-            let _ = timeout(ROLLBACK_WITHIN, activity.ends_are_answered()).await;
-        }
-        self.look_at_closure();
-    }
-
-    /// Closes the session, and finds out what was sent on it until then. Somebody may still hold the transaction's
-    /// handle, and nothing else would stop further statements.
-    pub(super) async fn sever(&mut self) {
-        self.client().notices().requests_are_seen().await;
-        self.client().poison();
-        if self.client().watched_activity().is_some() {
-            let _ = timeout(ROLLBACK_WITHIN, self.client().notices().activity.until_over()).await;
-        }
-        self.look_at_closure();
-    }
-
-    /// Judges an attempt whose COMMIT by the pool was not carried out. If the closure may have ended the transaction,
-    /// the work does not run again in any mode, unless a primary can be asked about the transaction: then `lost`
-    /// receives it.
-    pub(super) fn not_committed<T>(&mut self, stage: Stage, failed: Failed, lost: &mut Option<Unsent>) -> Ended<T> {
-        let rolled_back = self.held.clean && !failed.verdict.is_loss();
-        let failed = match self.closures {
-            ClosuresEnd::Left(ending) => failed.ended_inside(ending),
-            ClosuresEnd::UnderWay | ClosuresEnd::WithMore if !rolled_back && self.mark.get().is_none() => {
-                failed.ended_inside(Ending::Unknown)
-            }
-            _ => {
-                if !rolled_back {
-                    *lost = self.unsent();
-                }
-                failed
-            }
-        };
-        Ended::Failed(stage, failed)
-    }
-
-    /// Judges an attempt whose COMMIT by the pool is in doubt. If the closure has ended the transaction, that COMMIT
-    /// has done nothing. If nobody can be asked whether it has, the work does not run again in any mode.
-    pub(super) fn in_doubt<T>(&mut self, mode: Mode, value: T, failed: Failed) -> Ended<T> {
-        let mark = self.mark.take();
-        match self.closures {
-            ClosuresEnd::Left(_) if planted!("takes a closure's COMMIT for its own") => {
-                Ended::InDoubt(Unanswered { value, mark, closures: ClosuresEnd::NotSent, failed })
-            }
-            ClosuresEnd::Left(ending) => Ended::Failed(Stage::Body, failed.ended_inside(ending)),
-            ClosuresEnd::UnderWay | ClosuresEnd::WithMore if mark.is_none() || mode != Mode::Exactly => {
-                Ended::Failed(Stage::Body, failed.ended_inside(Ending::Unknown))
-            }
-            closures => Ended::InDoubt(Unanswered { value, mark, closures, failed }),
-        }
-    }
-
-    fn unsent(&mut self) -> Option<Unsent> {
-        let (closures, mark) = (self.closures, self.mark.take());
-        // A session that is clean may be in somebody else's use by now.
-        let is_left = !self.held.clean && closures == ClosuresEnd::NotSent;
-        let began = self.began.get().filter(|_| is_left);
-        let session = began.zip(self.client().notices().server_session()).map(|(began, session)| (session, *began));
-        Unsent::of(mark, closures, session)
-    }
-}
-
-impl Failed {
-    /// Adds that the closure has ended its transaction itself, unless the error says so already.
-    pub(super) fn ended_inside(self, ending: Ending) -> Self {
-        if matches!(self.error, Error::EndedInside(_)) {
-            return self;
-        }
-        Self::new(Verdict::Application, EndedInside::error(ending, Some(self.error)))
     }
 }

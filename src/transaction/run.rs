@@ -57,13 +57,13 @@ where
 /// Makes the attempts of a call. After each failed one, `decide` says what follows.
 ///
 /// `unsent` receives the last attempt's transaction if the pool's COMMIT did not run and the server did not confirm a
-/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `made` receives
+/// rollback. The closure may have committed that transaction by itself, so a primary is asked about it. `count` gets
 /// the number of attempts. `inner`: whether the outcome of a call within the closure is unknown.
 async fn attempts<C, T, F, Fut>(
     options: &TransactionBuilder<'_, C>,
     span: &Span,
     unsent: &mut Option<Unsent>,
-    made: &mut u32,
+    count: &mut u32,
     inner: InnerDoubt,
     mut work: F,
 ) -> Result<T, Error>
@@ -79,7 +79,7 @@ where
     let (mut lost, mut earlier) = (Vec::new(), Vec::new());
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
-        *made = number;
+        *count = number;
         let client = match pool.get_for_transaction(deadline, options.place).await {
             Ok(client) => client,
             Err(error) => {

@@ -116,9 +116,10 @@ impl<C: SessionClient> Attempt<C> {
 
     /// How the closure has ended the transaction: by its status if there is one, or else by the answers to the closure.
     fn ending(&self, status: Option<&str>) -> Ending {
-        match (ending(status), self.closures) {
-            (Ending::Unknown, ClosuresEnd::Left(ending)) => ending,
-            (ending, _) => ending,
+        let shown = ending(status);
+        match self.closures {
+            ClosuresEnd::Left(answered) if shown == Ending::Unknown => answered,
+            _ => shown,
         }
     }
 }

@@ -62,7 +62,7 @@ impl Endings {
     /// Notes that a request with this number was sent, whose statements do this. `answered`: so many requests are
     /// answered.
     fn note(&mut self, number: u64, ends: Ends, answered: u64) {
-        self.goes_on = if self.last > answered { true } else { ends.goes_on };
+        self.goes_on = self.last > answered || ends.goes_on;
         if ends.leaves {
             self.last = number;
         }

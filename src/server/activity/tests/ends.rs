@@ -54,10 +54,7 @@ const TEXTS: &[(&str, Ends)] = &[
     (BODY, STAYS),
     ("create function f(a int default (1)) returns int begin atomic select 1; end; COMMIT", COMMITS),
     ("CREATE PROCEDURE p() BEGIN ATOMIC INSERT INTO entries VALUES (1); END; SELECT 1", STAYS),
-    (
-        "CREATE FUNCTION f() RETURNS int BEGIN /* at */ ATOMIC SELECT CASE a WHEN 1 THEN CASE WHEN b THEN 1 END END; END",
-        STAYS,
-    ),
+    ("CREATE FUNCTION f() BEGIN /* at */ ATOMIC SELECT CASE a WHEN 1 THEN CASE WHEN b THEN 1 END END; END", STAYS),
     ("CREATE FUNCTION f() RETURNS int RETURN 1; END", COMMITS),
     ("CREATE FUNCTION begin(atomic int) RETURNS int RETURN 1; END", COMMITS),
     ("CREATE FUNCTION begin() RETURNS int RETURN 1; COMMIT", COMMITS),
@@ -215,10 +212,12 @@ fn within() -> Counter {
 fn the_answers_tell_how_a_transaction_ended_and_else_the_text_does() {
     for Case { what, sent, received, end, unanswered } in cases() {
         let mut counter = within();
-        sent.iter().for_each(|bytes| counter.sent(bytes));
-        received.iter().for_each(|bytes| {
+        for bytes in &sent {
+            counter.sent(bytes);
+        }
+        for bytes in &received {
             counter.received(bytes);
-        });
+        }
         assert_eq!((counter.counts.end, counter.counts.unanswered()), (end, unanswered), "{what}");
     }
 }
