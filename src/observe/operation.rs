@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use tokio_postgres::Error;
 
-use super::Observer;
-use super::meters::Stopwatch;
+use super::{Observer, Stopwatch};
 use crate::sync::log_safely;
 
 /// What a caller asks of the database. A statement has the name of the driver's method, because its text is not read.

@@ -23,8 +23,8 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// # Errors
     /// Fails like [`PoolBuilder::build`](crate::PoolBuilder::build) if the size is zero, more than a server accepts, or
-    /// less than [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle), or if the pool wraps one of bb8. The pool then
-    /// stays as it is.
+    /// less than [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle), or if the pool wraps one of bb8. The pool
+    /// then stays as it is.
     ///
     /// ```no_run
     /// # fn example(pool: tokio_postgres_failover::Pool) -> Result<(), tokio_postgres_failover::BuildError> {

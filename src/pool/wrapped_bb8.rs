@@ -42,9 +42,9 @@ impl Pool {
     ///
     /// The result is an ordinary [`Pool`], with `prepare_cached`. What the documentation of [`Pool::wrap`] says is true
     /// of a bb8 pool, too. These are the differences:
-    /// - Build the bb8 pool with `test_on_check_out(false)`: this pool tests connections where a test is of use, without
-    ///   a round trip for each checkout. bb8's own test would hang on a frozen host, for `connection_timeout`, and hold
-    ///   up whoever gets the connection.
+    /// - Build the bb8 pool with `test_on_check_out(false)`: this pool tests connections where a test is of use,
+    ///   without a round trip for each checkout. bb8's own test would hang on a frozen host, for `connection_timeout`,
+    ///   and hold up whoever gets the connection.
     /// - Build it with `retry_connection(false)`: otherwise a connect that failed during the failover pauses for longer
     ///   each time, in a slot of the pool.
     /// - bb8 does not report why a connect failed. If it has room and gives no connection for a second, this pool asks

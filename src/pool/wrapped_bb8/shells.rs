@@ -1,8 +1,8 @@
 //! bb8 lends the driver's clients, tells none from another, and gives none up. A shell makes up for that.
 //!
-//! A shell belongs to one connection. While that is on loan, its client is in the shell, with the statements that it has
-//! prepared, and a closed client is in its place. So whatever becomes of the shell, bb8 never gets a connection back
-//! that may not be used again: it finds a closed one, and frees the slot.
+//! A shell belongs to one connection. While that is on loan, its client is in the shell, with the statements that it
+//! has prepared, and a closed client is in its place. So whatever becomes of the shell, bb8 never gets a connection
+//! back that may not be used again: it finds a closed one, and frees the slot.
 
 use std::collections::HashMap;
 use std::mem::swap;
