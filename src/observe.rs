@@ -12,9 +12,11 @@ mod meters;
 #[path = "observe/no_meters.rs"]
 mod meters;
 mod operation;
+mod stopwatch;
 
 pub use event::{Event, Events, Settlement};
 pub(crate) use operation::{Operation, Timed};
+pub(crate) use stopwatch::Stopwatch;
 
 use std::fmt;
 use std::panic::Location;
@@ -414,8 +416,6 @@ impl SessionEndListener for Arc<Watched> {
         }
     }
 }
-
-pub(crate) use meters::Stopwatch;
 
 /// The address without its port, because OpenTelemetry has a separate field for the port.
 struct Host<'a>(&'a Address);

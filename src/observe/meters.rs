@@ -10,10 +10,9 @@ use metrics::{
     Counter, Gauge, Histogram, Label, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
     histogram,
 };
-use tokio::time::Instant;
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, Settlement};
+use super::{Names, Settlement, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
@@ -294,7 +293,7 @@ impl Meters {
     }
 
     pub(super) fn waited(&self, since: &Stopwatch) {
-        self.wait_time.record(since.0.elapsed());
+        self.wait_time.record(since.elapsed());
     }
 
     pub(super) fn timed_out(&self) {
@@ -306,7 +305,7 @@ impl Meters {
     }
 
     pub(super) fn used(&self, lent: &Stopwatch) {
-        self.use_time.record(lent.0.elapsed());
+        self.use_time.record(lent.elapsed());
     }
 
     pub(super) fn rerun(&self, verdict: Verdict) {
@@ -339,20 +338,6 @@ impl Meters {
 
 fn number(count: usize) -> f64 {
     f64::from(u32::try_from(count).unwrap_or(u32::MAX))
-}
-
-/// Measures the time from one moment, for example since a connection was handed out.
-#[derive(Clone, Copy)]
-pub(crate) struct Stopwatch(Instant);
-
-impl Stopwatch {
-    pub(super) fn start() -> Self {
-        Self(Instant::now())
-    }
-
-    pub(super) fn elapsed(&self) -> Duration {
-        self.0.elapsed()
-    }
 }
 
 const NEW: u8 = 0;

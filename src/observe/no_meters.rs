@@ -5,14 +5,16 @@
 use std::time::Duration;
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, Settlement};
+use super::{Names, Settlement, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
 pub(super) struct Meters;
 
 impl Meters {
-    pub(super) fn new(_: &Names) -> Self {
+    pub(super) fn new(names: &Names) -> Self {
+        // It names the pool in its metrics alone.
+        let _ = &names.pool;
         Self
     }
 
@@ -53,20 +55,6 @@ impl Meters {
     pub(super) fn operation(&self, _: Operation, _: Duration, _: Option<&Failure<'_>>) {
         // Their names are of use with the feature alone.
         let _ = OPERATIONS;
-    }
-}
-
-#[derive(Clone, Copy)]
-pub(crate) struct Stopwatch;
-
-impl Stopwatch {
-    pub(super) fn start() -> Self {
-        Self
-    }
-
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the real one holds a time")]
-    pub(super) fn elapsed(&self) -> Duration {
-        Duration::ZERO
     }
 }
 
