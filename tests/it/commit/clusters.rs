@@ -97,7 +97,7 @@ async fn a_closures_own_commit_is_looked_for_on_no_other_cluster() {
             let found = (runs.count(), stored(&scene.green).await, scene.entered().await);
             match result {
                 Err(Error::EndedInside(inside)) if commits => {
-                    assert_eq!(EndedInside::ending(&inside), Ending::Unknown, "{what}");
+                    assert_eq!(EndedInside::ending(&inside), Ending::Committed, "{what}");
                     assert_eq!(found, (1, vec![], 0), "{what}");
                 }
                 Ok(()) if !commits => assert_eq!(found, (2, vec![1], ledger), "{what}"),
