@@ -48,6 +48,10 @@ pub(crate) const MUTANTS: &[(&str, &str)] = &[
         "src/transaction/run.rs: \"not committed\" although a call within is in doubt",
     ),
     ("says that a closure ended it", "src/transaction/earlier.rs: `EndedInside` for a closure that sent no COMMIT"),
+    (
+        "says that a wrapped one ended it",
+        "src/transaction/earlier.rs: `EndedInside` although nobody knows whether the closure has ended anything",
+    ),
     ("takes a cancelled wait for a commit", "src/transaction/attempt.rs: the warning is ignored"),
     ("gives back what is within a transaction", "src/server/activity.rs: an open transaction is not seen"),
     ("hands out while suspended", "src/pool/checkout.rs: an idle connection of a suspended primary is handed out"),

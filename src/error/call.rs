@@ -176,6 +176,10 @@ impl Error {
             Self::Exhausted(exhausted) => exhausted.source.downcast_ref(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::downcast_ref),
             Self::SessionEnded(ended) => ended.last_error().downcast_ref(),
+            Self::CommitUnknown(unknown) => match &unknown.doubt {
+                WhyInDoubt::Unwatched(error) => error.downcast_ref(),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -236,6 +240,7 @@ impl Error {
                 | WhyInDoubt::NotReplicated
                 | WhyInDoubt::Incomplete
                 | WhyInDoubt::Earlier { .. } => None,
+                WhyInDoubt::Unwatched(error) => error.code(),
             },
             Self::Exhausted(exhausted) => exhausted.source.code(),
             Self::EndedInside(ended) => ended.source.as_ref().and_then(Self::code),

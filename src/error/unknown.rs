@@ -3,11 +3,12 @@
 use std::error::Error as StdError;
 use std::fmt;
 
+use super::Error;
 use crate::classify::{ends_session, explain};
 use crate::commit::Unsettled;
 
 /// [`Error::CommitUnknown`](super::Error::CommitUnknown): COMMIT was sent, and it is not known whether the transaction
-/// is committed for good.
+/// is committed for good. In a wrapped pool, the closure may have sent it without the pool's knowledge.
 #[derive(Debug)]
 pub struct CommitUnknown {
     pub(super) doubt: WhyInDoubt,
@@ -28,6 +29,9 @@ pub(super) enum WhyInDoubt {
     /// An earlier run of the work got no answer. A server that is no longer the primary said that it was not committed.
     /// `asked`: another primary was looked for, to ask it.
     Earlier { asked: bool },
+    /// The attempt ended with this error before the pool sent COMMIT, on a wrapped pool's session. The pool does not
+    /// see whether the closure has sent one.
+    Unwatched(Error),
 }
 
 impl CommitUnknown {
@@ -56,6 +60,12 @@ impl CommitUnknown {
     /// The server answered COMMIT's message without an error, and did not say that it has committed.
     pub(crate) fn incomplete(reason: Unsettled) -> Self {
         Self { doubt: WhyInDoubt::Incomplete, reason }
+    }
+
+    /// The attempt ended with `error` before the pool sent COMMIT. The closure may have sent one, because the pool does
+    /// not see what is sent on a wrapped pool's session.
+    pub(crate) fn unwatched(error: Error, reason: Unsettled) -> Self {
+        Self { doubt: WhyInDoubt::Unwatched(error), reason }
     }
 
     pub(crate) fn because(self, reason: Unsettled) -> Self {
@@ -100,6 +110,12 @@ impl fmt::Display for CommitUnknown {
                 "the COMMIT of an earlier attempt was not answered, and the primary that did not have it was lost, \
                  too: the transaction may or may not have been committed",
             )?,
+            WhyInDoubt::Unwatched(error) => write!(
+                f,
+                "the attempt ended before the pool sent COMMIT ({error}), and its rollback is not certain: the pool \
+                 does not see what is sent on the connection of a wrapped pool, so the closure may have committed the \
+                 transaction itself"
+            )?,
         }
         match self.doubt {
             // The deadline did not end the call, but the policy, its budget or its hook may have.
@@ -126,9 +142,12 @@ impl StdError for CommitUnknown {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match &self.doubt {
             WhyInDoubt::Lost(source) => Some(source),
-            WhyInDoubt::Evicted | WhyInDoubt::NotReplicated | WhyInDoubt::Incomplete | WhyInDoubt::Earlier { .. } => {
-                None
-            }
+            // The attempt's error is in the text only. A link to it would look like a reason to run the work again.
+            WhyInDoubt::Evicted
+            | WhyInDoubt::NotReplicated
+            | WhyInDoubt::Incomplete
+            | WhyInDoubt::Earlier { .. }
+            | WhyInDoubt::Unwatched(_) => None,
         }
     }
 }

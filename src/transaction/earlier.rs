@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::closures::ClosuresEnd;
-use super::settle::{AT_LEAST, Inside, Mark, Outcome, Settler, ended_inside, settle};
+use super::settle::{AT_LEAST, Inside, Mark, Outcome, ended_inside, settle};
 use super::verdict::Session;
 use crate::classify::{Verdict, explain};
 use crate::commit::Unsettled;
@@ -180,13 +180,12 @@ impl Unsent {
                 return Some(Inside::Ended(Ending::Unknown));
             }
             (
-                Some(Inside::InProgress | Inside::Working | Inside::Untold) | None,
+                Some(Inside::InProgress | Inside::Working | Inside::Untold(_)) | None,
                 ClosuresEnd::UnderWay | ClosuresEnd::WithMore,
             )
-            | (Some(Inside::InProgress), ClosuresEnd::Unwatched) => {}
-            // In another life of the server, only a settler finds out about a ledger's row.
-            (Some(Inside::Untold), _) if matches!(mark.by, Settler::Ledger(..)) => {}
-            (Some(Inside::Untold), ClosuresEnd::Unwatched) => return Some(Inside::Ended(Ending::Unknown)),
+            | (Some(Inside::InProgress), ClosuresEnd::Unwatched)
+            | (Some(Inside::OtherLife), _) => {}
+            (Some(Inside::Untold(why)), ClosuresEnd::Unwatched) => return Some(Inside::Unsettled(*why)),
             _ => return found,
         }
         // The server may still be busy with the closure's COMMIT, so ask until that has ended. Boxed, because it is
@@ -197,6 +196,10 @@ impl Unsent {
             // Its text shows that the closure has sent nothing that commits.
             Err(_) if self.closures == ClosuresEnd::NotSent && !planted!("says that a closure ended it") => {
                 return found;
+            }
+            // The closure may have ended nothing, because the pool does not see what is sent on this session.
+            Err(why) if self.closures == ClosuresEnd::Unwatched && !planted!("says that a wrapped one ended it") => {
+                Inside::Unsettled(why)
             }
             Err(_) => Inside::Ended(Ending::Unknown),
         })
@@ -241,6 +244,10 @@ pub(super) async fn found_ended<C: SessionClient>(
             Some(Inside::Ended(ending)) => {
                 let error = lost.swap_remove(index).error;
                 return Some(EndedInside::error(ending, Some(error)));
+            }
+            Some(Inside::Unsettled(why)) => {
+                let error = lost.swap_remove(index).error;
+                return Some(Error::CommitUnknown(Box::new(CommitUnknown::unwatched(error, why))));
             }
             Some(_) => attempt.asked = Some(generation),
             // The server did not say. The next attempt asks again.
@@ -288,6 +295,7 @@ pub(super) async fn or_ended_at_last<C: SessionClient>(
     };
     match timeout(limit, asked).await {
         Ok(Some(Inside::Ended(ending))) => EndedInside::error(ending, Some(error)),
+        Ok(Some(Inside::Unsettled(why))) => Error::CommitUnknown(Box::new(CommitUnknown::unwatched(error, why))),
         Ok(Some(_)) => error,
         _ if unsent.closures.is_sent() => EndedInside::error(Ending::Unknown, Some(error)),
         _ => error,

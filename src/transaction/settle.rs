@@ -368,7 +368,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
                 match (is_there, mark.is_life_of(client)) {
                     (true, _) => Settled::Committed,
                     (false, true) => Settled::InProgress,
-                    (false, false) => return Some(Inside::Untold),
+                    (false, false) => return Some(Inside::OtherLife),
                 }
             }
         };
@@ -381,7 +381,7 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
                 None => Inside::InProgress,
             },
             Settled::NotCommitted => Inside::No,
-            Settled::Unknown(_) => Inside::Untold,
+            Settled::Unknown(why) => Inside::Untold(why),
         })
     };
     let found = tokio::select! {
@@ -417,7 +417,12 @@ pub(super) enum Inside {
     /// The server shows the transaction as open, with a statement under way that does not commit.
     Working,
     /// The server shows a transaction with this id that is committed or in progress. It may be another transaction.
-    Untold,
+    Untold(Unsettled),
+    /// The server's ledger has no row of the transaction, and the server is in another life. A settler can find out
+    /// more.
+    OtherLife,
+    /// The closure may have ended the transaction, and no primary could tell.
+    Unsettled(Unsettled),
     /// The server belongs to another cluster, which knows nothing of the transaction.
     OtherCluster,
     No,

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use testbed::{Cluster, Cut, Cutter, Node, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
-use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack};
+use tokio_postgres_failover::error::{EndedInside, Ending, RolledBack, Unsettled};
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, deadpool_postgres};
 
@@ -213,6 +213,36 @@ async fn a_statement_under_way_that_commits_nothing_is_not_waited_for() {
         let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("it is waited for");
         assert!(result.is_ok(), "{guarantee:?} {statement}: {result:?}");
         assert_eq!(runs.count(), 2, "{guarantee:?} {statement}");
+        gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
+    }
+}
+
+/// A wrapped pool does not see what the closure has sent, and the server does not tell in time how its transaction
+/// ends. The closure may have ended nothing, so the error does not say that it has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrapped_pool_does_not_say_that_a_closure_ended_what_nobody_can_tell() {
+    let cluster = with_ledger(single()).await;
+    // To the server's list of sessions, this looks as if it ended the transaction.
+    let statement = format!("PREPARE next AS SELECT 1; SELECT pg_advisory_xact_lock_shared({GATE})");
+    for (guarantee, attempts) in marked().into_iter().flat_map(|by| [1, 3].map(|attempts| (by.clone(), attempts))) {
+        let what = format!("{guarantee:?}, {attempts} attempts");
+        let gate = cluster.direct(Node(0)).await;
+        gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let (pool, runs) = (pool_of(Kind::Wrapped, tap.addr(), 2), Runs::default());
+        let retry = RetryPolicy::new().attempts(attempts).deadline(Duration::from_secs(2));
+        let work = pool.build_transaction().guarantee(guarantee).retry(retry).run(async |tx| {
+            runs.begin();
+            Ok(tx.batch_execute(&statement).await?)
+        });
+        let fault = async {
+            committing(&gate).await;
+            tap.drop_connections();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect(&what);
+        let Err(Error::CommitUnknown(unknown)) = &result else { panic!("{what}: {result:?}") };
+        assert_eq!((unknown.reason(), runs.count()), (Unsettled::InProgress, 1), "{what}");
+        assert!(unknown.to_string().contains("wrapped pool"), "{what}: {unknown}");
         gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
     }
 }
