@@ -405,9 +405,18 @@ const WORKS: &str = "state = 'active' AND query <> '' \
 /// Asks whether a transaction in progress was prepared, is being committed, or carries out something else. This runs
 /// within a settler's transaction.
 pub(crate) async fn ends(client: &Client, backend: Backend) -> Result<Option<EndUnderWay>, Error> {
+    ends_after(client, backend, "").await
+}
+
+/// As [`ends`], but ends the settler's transaction first, which may have failed.
+pub(crate) async fn ends_outside(client: &Client, backend: Backend) -> Result<Option<EndUnderWay>, Error> {
+    ends_after(client, backend, "ROLLBACK; ").await
+}
+
+async fn ends_after(client: &Client, backend: Backend, first: &str) -> Result<Option<EndUnderWay>, Error> {
     let (pid, xid) = (backend.pid, backend.short_xid());
     let sql = format!(
-        "SET LOCAL ROLE NONE; SET LOCAL search_path = pg_catalog, pg_temp; \
+        "{first}SET LOCAL ROLE NONE; SET LOCAL search_path = pg_catalog, pg_temp; \
          SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts WHERE transaction = '{xid}'::xid) THEN 'prepared' \
                      WHEN EXISTS (SELECT FROM pg_stat_activity \
                                    WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND wait_event = 'SyncRep') \

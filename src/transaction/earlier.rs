@@ -39,13 +39,14 @@ pub(super) struct Earlier<T> {
 }
 
 /// Asks this generation's primary about the call's earlier attempts. `Ok(Some)`: this one of them was committed. For
-/// the others, notes that this primary's history does not contain them.
+/// the others, notes that this primary's history does not contain them. Returns the call's error if nobody can tell, or
+/// if a closure has prepared one of them.
 pub(super) async fn find<C: SessionClient, T>(
     pool: &Pool<C>,
     earlier: &mut Vec<Earlier<T>>,
     generation: GenerationId,
     deadline: Instant,
-) -> Result<Option<Earlier<T>>, Unsettled> {
+) -> Result<Option<Earlier<T>>, Error> {
     let mut index = 0;
     while let Some(attempt) = earlier.get_mut(index) {
         if attempt.absent_from == generation {
@@ -53,13 +54,15 @@ pub(super) async fn find<C: SessionClient, T>(
             continue;
         }
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
-        match Box::pin(settle(pool, &attempt.mark, deadline)).await? {
-            (Outcome::Committed, _) => return Ok(Some(earlier.swap_remove(index))),
-            (Outcome::NotCommitted, absent_from) => {
+        match Box::pin(settle(pool, &attempt.mark, deadline)).await {
+            Ok((Outcome::Committed, _)) => return Ok(Some(earlier.swap_remove(index))),
+            Ok((Outcome::NotCommitted, absent_from)) => {
                 attempt.absent_from = absent_from;
                 index += 1;
             }
-            (Outcome::Aborted, _) => drop(earlier.swap_remove(index)),
+            Ok((Outcome::Aborted, _)) => drop(earlier.swap_remove(index)),
+            Ok((Outcome::Prepared, _)) => return Err(EndedInside::error(Ending::Prepared, None)),
+            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::asked_for_earlier(why)))),
         }
     }
     Ok(None)
@@ -192,6 +195,7 @@ impl Unsent {
         // rare and large.
         Some(match Box::pin(settle(pool, mark, deadline)).await {
             Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
+            Ok((Outcome::Prepared, _)) => Inside::Ended(Ending::Prepared),
             Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Inside::No,
             // Its text shows that the closure has sent nothing that commits.
             Err(_) if self.closures == ClosuresEnd::NotSent && !planted!("says that a closure ended it") => {

@@ -69,8 +69,9 @@ impl<T> Unanswered<T> {
                 Ended::Unknown(EndedInside::error(Ending::Committed, None))
             }
             Ok((Outcome::Committed, _)) => Ended::Committed(value),
+            Ok((Outcome::Prepared, _)) => Ended::Unknown(EndedInside::error(Ending::Prepared, Some(error))),
             // The mark says nothing about the statements behind the end of the transaction.
-            Ok(_) if closures == ClosuresEnd::WithMore => {
+            Ok((Outcome::NotCommitted | Outcome::Aborted, _)) if closures == ClosuresEnd::WithMore => {
                 Ended::Unknown(EndedInside::error(Ending::Unknown, Some(error)))
             }
             Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {

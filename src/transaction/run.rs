@@ -16,7 +16,7 @@ use super::verdict::{Bounds, ClosureError, Session, evicted, with_reason};
 use super::{Transaction, TransactionBuilder};
 use crate::classify::Cure;
 use crate::commit::Unsettled;
-use crate::error::{CommitOutcome, CommitUnknown, EndedInside, Ending, Error, Exhausted, RolledBack};
+use crate::error::{CommitOutcome, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::{Observer, Operation};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
@@ -91,14 +91,13 @@ where
             return Err(for_good(error, number - 1, doubt));
         }
         let generation = client.generation();
-        match find(pool, &mut earlier, generation, deadline).await {
-            Ok(None) => {}
-            Ok(Some(attempt)) if attempt.closures.is_sent() => return Err(EndedInside::error(Ending::Committed, None)),
-            Ok(Some(attempt)) => {
+        match find(pool, &mut earlier, generation, deadline).await? {
+            None => {}
+            Some(attempt) if attempt.closures.is_sent() => return Err(EndedInside::error(Ending::Committed, None)),
+            Some(attempt) => {
                 pool.budget().deposit();
                 return Ok(attempt.value);
             }
-            Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::asked_for_earlier(why)))),
         }
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {

@@ -89,6 +89,8 @@ pub(super) enum Outcome {
     NotCommitted,
     /// The server on which it ran says so, in the same life. It is in no history, and never will be.
     Aborted,
+    /// `PREPARE TRANSACTION` has stored it. So the closure has ended it itself.
+    Prepared,
 }
 
 /// Returns the outcome, and the generation of the primary that reported it. Cancel-safe: another settler can repeat
@@ -154,6 +156,8 @@ fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
     match settled {
         Ok((Outcome::Committed, _)) => Settlement::Committed,
         Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Settlement::NotCommitted,
+        // It may still be committed, with COMMIT PREPARED.
+        Ok((Outcome::Prepared, _)) => Settlement::Unknown(Unsettled::InProgress),
         Err(why) => Settlement::Unknown(why),
     }
 }
@@ -222,6 +226,7 @@ async fn ask<C: SessionClient>(
         Settled::InProgress if planted!("does not wait for a commit in progress") => {
             (Some(Ok(Outcome::NotCommitted)), false)
         }
+        Settled::InProgress if is_prepared(session, mark).await => (Some(Ok(Outcome::Prepared)), false),
         Settled::InProgress => {
             *reason = Unsettled::InProgress;
             (None, ends_abandoned(session, mark, began.elapsed() > lost::LATE).await)
@@ -244,6 +249,18 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
     }
     *permit = None;
     confirmation.await
+}
+
+/// Returns whether the transaction in progress was prepared. Then no waiting would show its outcome.
+async fn is_prepared<C: SessionClient>(session: &SettleSession<'_, C>, mark: &Mark) -> bool {
+    let ends = match &mark.by {
+        Settler::Wal(_) => wal::ends(session.client(), mark.backend).await,
+        // The lock on the row has failed the settler's transaction. In another life of the server, another transaction
+        // may have the same id.
+        Settler::Ledger(..) if mark.is_of(session) => wal::ends_outside(session.client(), mark.backend).await,
+        Settler::Ledger(..) => return false,
+    };
+    matches!(ends, Ok(Some(EndUnderWay::Prepared)))
 }
 
 /// Ends the abandoned session of the transaction, and the settler's own transaction. Returns whether the settler's
@@ -325,7 +342,7 @@ async fn confirmed<C: SessionClient>(
     session.set_committing(true);
     let waited = match (&mark.by, outcome) {
         // No commit record exists, so there is nothing that the standbys could confirm.
-        (Settler::Wal(_), Outcome::NotCommitted | Outcome::Aborted) => {
+        (Settler::Wal(_), Outcome::NotCommitted | Outcome::Aborted | Outcome::Prepared) => {
             let rolled_back = session.client().batch_execute("ROLLBACK").await;
             session.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());

@@ -435,6 +435,35 @@ async fn a_closure_that_committed_itself_is_told_so_although_the_pools_commit_ge
     }
 }
 
+/// A prepared transaction stays in progress, so no waiting shows how it ends. The closure's message and the pool's COMMIT
+/// behind it get no answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_was_prepared_is_not_waited_for() {
+    let cluster = with_ledger(single()).await;
+    let gate = cluster.direct(Node(0)).await;
+    let statements = format!("PREPARE TRANSACTION 'own'; SELECT pg_advisory_xact_lock_shared({GATE})");
+    for (kind, guarantee) in marked().into_iter().flat_map(|by| KINDS.map(|kind| (kind, by.clone()))) {
+        let what = format!("{kind:?} {guarantee:?}");
+        gate.batch_execute(&format!("SELECT pg_advisory_lock({GATE})")).await.unwrap();
+        let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+        let pool = pool_of(kind, tap.addr(), 2);
+        let retry = RetryPolicy::new().deadline(2 * PATIENCE);
+        let work = pool.build_transaction().guarantee(guarantee).retry(retry).run(async |tx| {
+            insert(&tx, 1).await?;
+            assert!(tx.batch_execute(&statements).now_or_never().is_none(), "{what}");
+            Ok(())
+        });
+        let fault = async {
+            committing(&gate).await;
+            tap.drop_connections();
+        };
+        let (result, ()) = timeout(PATIENCE, async { tokio::join!(work, fault) }).await.expect("it is waited for");
+        told(&result.expect_err(&what), Ending::Prepared, &what);
+        gate.batch_execute(&format!("SELECT pg_advisory_unlock({GATE})")).await.unwrap();
+        gate.batch_execute("ROLLBACK PREPARED 'own'").await.unwrap();
+    }
+}
+
 /// … and so does an attempt whose time is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_attempt_that_committed_itself_before_its_time_was_over_is_told() {
