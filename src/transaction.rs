@@ -5,6 +5,7 @@
 //! declared the work idempotent; a connection whose state is not known to be clean never goes back to the pool. The
 //! tests are `tests/it/transaction/calls.rs`, `tests/it/transaction/cancel.rs` and `tests/it/failover/outages.rs`.
 
+mod abandoned;
 mod attempt;
 mod begin;
 mod closures;

@@ -69,6 +69,19 @@ impl Session {
         Done::row(vec![Some("t".to_owned())])
     }
 
+    /// As [`Self::end_abandoned`]. NULL: a COMMIT may still arrive.
+    pub(crate) fn end_in_doubt(&self, pid: i32, xid: Option<u64>) -> Done {
+        let found = self.of_node(|node| {
+            let backend = node.backends.get(&pid)?;
+            let is_it = backend.doing == Doing::IdleInTransaction && (xid.is_none() || backend.xid == xid);
+            is_it.then(|| (backend.since.elapsed().as_millis() > 250).then(|| backend.terminate.clone()))
+        });
+        let Some(late) = found else { return Done::nothing() };
+        let Some(terminate) = late else { return Done::row(vec![None]) };
+        terminate.cancel();
+        Done::row(vec![Some("t".to_owned())])
+    }
+
     /// Ends a session in a transaction whose client has gone. No COMMIT was sent on it.
     pub(crate) fn end_unmarked(&self, pid: i32) -> Done {
         let mut world = self.sim.lock();

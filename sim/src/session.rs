@@ -437,6 +437,7 @@ impl Session {
             }
             Statement::Prune => Done::tag("DELETE 0"),
             Statement::Terminate { pid, xid } => self.end_abandoned(pid, xid),
+            Statement::TerminateInDoubt { pid, xid } => self.end_in_doubt(pid, xid),
             Statement::TerminateUnmarked(pid) => self.end_unmarked(pid),
             Statement::Ends { pid, xid } => Done::row(vec![self.ends(pid, xid)]),
             Statement::Columns(list) => {

@@ -93,6 +93,11 @@ pub(crate) enum Statement {
     /// Ends a session that has lost its client, and whose transaction has no mark. In this model, each process has a
     /// number of its own.
     TerminateUnmarked(i32),
+    /// Ends a session whose COMMIT is in doubt, if it has not arrived. `None`: its transaction has no mark.
+    TerminateInDoubt {
+        pid: i32,
+        xid: Option<u64>,
+    },
     Ends {
         pid: i32,
         xid: u64,
@@ -272,6 +277,10 @@ fn signatures(text: &str) -> Option<Statement> {
 
 fn sessions(text: &str) -> Option<Statement> {
     let pid = || between(text, "pid = ", " ")?.parse().ok();
+    if text.starts_with("SELECT CASE WHEN") && text.contains("THEN pg_terminate_backend(pid) END") {
+        let xid = between(text, "backend_xid = '", "'").and_then(|xid| xid.parse().ok());
+        return Some(Statement::TerminateInDoubt { pid: pid()?, xid });
+    }
     if text.starts_with("SELECT pg_terminate_backend(pid)") && text.contains("xact_start") {
         return Some(Statement::TerminateUnmarked(pid()?));
     }

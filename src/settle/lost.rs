@@ -6,11 +6,28 @@ use std::time::Duration;
 use tokio_postgres::{Client, Error};
 
 use super::wal::Backend;
+use crate::server::rows;
 use crate::topology::{ServerSession, UNDISTURBED};
 
 /// A COMMIT that is under way usually arrives within this time. If its session were ended earlier, the work would often
 /// run again needlessly.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
+
+/// True if a session is idle in its transaction, as its state shows. If `track_activities` is off, only its wait event is
+/// known: an idle session waits for its client.
+const IDLE: &str = "CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' \
+                         ELSE starts_with(state, 'idle in transaction') END";
+
+/// True if an idle session has been idle for so long that no COMMIT is under way to it. If the server's clock was set
+/// back, the time of the session's last change is in the future.
+fn idle_for_long(late: bool) -> String {
+    format!(
+        "CASE WHEN state = 'disabled' THEN {late} \
+              ELSE state_change < now() - interval '{LATE} milliseconds' \
+                   OR state_change > clock_timestamp() AND {late} END",
+        LATE = LATE.as_millis()
+    )
+}
 
 /// Ends the session of a transaction for which no COMMIT was sent, so that the next run does not wait for its locks.
 pub(crate) async fn end_lost(client: &Client, backend: Backend) -> Result<(), Error> {
@@ -20,39 +37,61 @@ pub(crate) async fn end_lost(client: &Client, backend: Backend) -> Result<(), Er
 /// As [`end_lost`], for a transaction that has left no mark and began so long ago. If a proxy has given the session to
 /// somebody else since, the transaction that is open on it is younger.
 pub(crate) async fn end_unmarked(client: &Client, session: ServerSession, began: Duration) -> Result<(), Error> {
-    let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
+    let is_it = of_session(session, began);
     client
         .batch_execute(&format!(
-            "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-              WHERE pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
-                AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
+            "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {is_it}"
         ))
         .await
+}
+
+fn of_session(session: ServerSession, began: Duration) -> String {
+    let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
+    format!(
+        "pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
+         AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
+    )
+}
+
+fn of_transaction(backend: Backend) -> String {
+    format!("pid = {} AND backend_xid = '{}'::xid", backend.pid, backend.short_xid())
+}
+
+/// Whose session is meant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Whose {
+    Marked(Backend),
+    /// As for [`end_unmarked`].
+    Unmarked(ServerSession, Duration),
+}
+
+/// As [`end_abandoned`], outside of a transaction. Returns whether COMMIT may still arrive: the session is idle in its
+/// transaction, and has not been for long.
+pub(crate) async fn end_in_doubt(client: &Client, whose: Whose, late: bool) -> Result<bool, Error> {
+    let is_it = match whose {
+        Whose::Marked(backend) => of_transaction(backend),
+        Whose::Unmarked(session, began) => of_session(session, began),
+    };
+    let sql = format!(
+        "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT CASE WHEN {late} THEN pg_terminate_backend(pid) END \
+           FROM pg_stat_activity WHERE {is_it} AND {IDLE}",
+        late = idle_for_long(late)
+    );
+    Ok(rows(client, &sql).await?.iter().any(|row| row.first().is_some_and(Option::is_none)))
 }
 
 /// Ends the session of a transaction whose COMMIT has not arrived. A session that is committing is left alone. Also
 /// ends a settler's transaction.
 ///
-/// `late`: the connection was lost so long ago that COMMIT would have arrived by now. The session's state shows whether
-/// it is idle. If `track_activities` is off, only its wait event is known: an idle session waits for its client. If the
-/// server's clock was set back, the time of the session's last change is in the future.
+/// `late`: the connection was lost so long ago that COMMIT would have arrived by now.
 pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
-    let idle = format!(
-        "CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' AND {late} \
-              ELSE starts_with(state, 'idle in transaction') \
-                   AND (state_change < now() - interval '{LATE} milliseconds' \
-                        OR state_change > clock_timestamp() AND {late}) END",
-        LATE = LATE.as_millis()
-    );
+    let idle = format!("{IDLE} AND {}", idle_for_long(late));
     client.batch_execute(&format!("ROLLBACK; {UNDISTURBED} {}", end(backend, &idle))).await
 }
 
 /// The statements that end a transaction's session on this condition. They run as the role that logged in, as the lost
 /// session did: `ALTER ROLE … SET role` may have changed this session's role to one that may not see the other session.
 fn end(backend: Backend, condition: &str) -> String {
-    let (pid, xid) = (backend.pid, backend.short_xid());
-    format!(
-        "SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-          WHERE pid = {pid} AND backend_xid = '{xid}'::xid AND {condition}"
-    )
+    let is_it = of_transaction(backend);
+    format!("SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {is_it} AND {condition}")
 }

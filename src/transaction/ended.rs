@@ -12,7 +12,7 @@ use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error, RolledBack};
 use crate::pool::Pool;
 use crate::server::SessionClient;
-use crate::topology::GenerationId;
+use crate::topology::{GenerationId, ServerSession};
 
 /// How an attempt ended.
 pub(super) enum Ended<T> {
@@ -50,6 +50,8 @@ pub(super) struct Unanswered<T> {
     pub(super) mark: Option<Mark>,
     /// What the closure had sent before.
     pub(super) closures: ClosuresEnd,
+    /// The session, if its server may keep it, and when the closure began.
+    pub(super) session: Option<(ServerSession, Instant)>,
     pub(super) failed: Failed,
 }
 
@@ -60,7 +62,7 @@ impl<T> Unanswered<T> {
         if decide(mode, Stage::InDoubt, self.failed.verdict, None) != Next::Settle {
             return Ended::InDoubt(self);
         }
-        let Self { value, mark: Some(mark), closures, failed } = self else { return Ended::InDoubt(self) };
+        let Self { value, mark: Some(mark), closures, failed, .. } = self else { return Ended::InDoubt(self) };
         let Failed { verdict, error, session, .. } = failed;
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {

@@ -1,6 +1,6 @@
 //! Finds out whether a closure has ended its transaction itself, and judges the attempt by it.
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::attempt::Attempt;
 use super::closures::ClosuresEnd;
@@ -12,6 +12,7 @@ use super::verdict::with_reason;
 use crate::classify::Verdict;
 use crate::error::{EndedInside, Ending, Error};
 use crate::server::{self, SessionClient};
+use crate::topology::ServerSession;
 
 impl<C: SessionClient> Attempt<C> {
     /// Finds out whether the closure has ended the transaction, or has sent something that does. The pool's own COMMIT
@@ -86,26 +87,30 @@ impl<C: SessionClient> Attempt<C> {
     /// Judges an attempt whose COMMIT by the pool is in doubt. If the closure has ended the transaction, that COMMIT
     /// has done nothing. If nobody can be asked whether it has, the work does not run again in any mode.
     pub(super) fn in_doubt<T>(&mut self, mode: Mode, value: T, failed: Failed) -> Ended<T> {
-        let mark = self.mark.take();
+        let (mark, session) = (self.mark.take(), self.session_left());
         match self.closures {
             ClosuresEnd::Left(_) if planted!("takes a closure's COMMIT for its own") => {
-                Ended::InDoubt(Unanswered { value, mark, closures: ClosuresEnd::NotSent, failed })
+                Ended::InDoubt(Unanswered { value, mark, closures: ClosuresEnd::NotSent, session, failed })
             }
             ClosuresEnd::Left(ending) => Ended::Failed(Stage::Body, failed.ended_inside(ending)),
             ClosuresEnd::UnderWay | ClosuresEnd::WithMore if mark.is_none() || mode != Mode::Exactly => {
                 Ended::Failed(Stage::Body, failed.ended_inside(Ending::Unknown))
             }
-            closures => Ended::InDoubt(Unanswered { value, mark, closures, failed }),
+            closures => Ended::InDoubt(Unanswered { value, mark, closures, session, failed }),
         }
     }
 
     fn unsent(&mut self) -> Option<Unsent> {
         let (closures, mark) = (self.closures, self.mark.take());
-        // A session that is clean may be in somebody else's use by now.
-        let is_left = !self.held.clean && closures == ClosuresEnd::NotSent;
-        let began = self.began.get().filter(|_| is_left);
-        let session = began.zip(self.client().notices().server_session()).map(|(began, session)| (session, *began));
+        let session = self.session_left().filter(|_| closures == ClosuresEnd::NotSent);
         Unsent::of(mark, closures, session)
+    }
+
+    /// Returns the session that the server may keep although the client has gone, and when the closure began.
+    fn session_left(&self) -> Option<(ServerSession, Instant)> {
+        // A session that is clean may be in somebody else's use by now.
+        let began = self.began.get().filter(|_| !self.held.clean);
+        began.zip(self.client().notices().server_session()).map(|(began, session)| (session, *began))
     }
 }
 

@@ -6,6 +6,7 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::error::SqlState;
 use tracing::{Instrument, Span};
 
+use super::abandoned::{Abandoned, end_all};
 use super::attempt::Attempt;
 use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
@@ -76,7 +77,7 @@ where
     let mut begin = options.begin();
     let mut retries = options.retry.start(Instant::now(), pool.next_seed());
     let (mut doubt, mut bounds) = (false, Bounds::default());
-    let (mut lost, mut earlier) = (Vec::new(), Vec::new());
+    let (mut lost, mut earlier, mut abandoned) = (Vec::new(), Vec::new(), Vec::new());
     loop {
         let (number, deadline) = (retries.attempt(), retries.deadline());
         *count = number;
@@ -90,6 +91,7 @@ where
         if let Some(error) = found_ended(&client, &mut lost, deadline).await {
             return Err(for_good(error, number - 1, doubt));
         }
+        end_all(&client, &mut abandoned).await;
         let generation = client.generation();
         match find(pool, &mut earlier, generation, deadline).await? {
             None => {}
@@ -131,7 +133,10 @@ where
                 earlier.push(attempt);
                 (Stage::Refused, failed, Some(absent_from))
             }
-            Ended::InDoubt(in_doubt) => (Stage::InDoubt, in_doubt.failed, None),
+            Ended::InDoubt(in_doubt) => {
+                abandoned.push(Abandoned::new(in_doubt.mark, in_doubt.session));
+                (Stage::InDoubt, in_doubt.failed, None)
+            }
             Ended::Unknown(error) => return Err(error),
         };
         let Failed { verdict, error, session, answered } = failed;
