@@ -291,7 +291,7 @@ impl<C: SessionClient> Task<C> {
                 self.shared.ended.fetch_max(id.get(), Ordering::AcqRel);
                 let generation = self.generation.take();
                 if let Some(generation) = &generation {
-                    self.scopes.end(generation.scope.clone(), cause);
+                    self.scopes.end(generation.scope.clone(), cause, generation.primary.clone());
                 }
                 if lost {
                     self.lost(generation.clone(), why.clone());
@@ -334,7 +334,7 @@ impl<C: SessionClient> Task<C> {
         // because it ends with its own generation.
         let spare = spare.filter(|session| !self.scopes.includes(&session.scope));
         let scope = spare.as_ref().map_or_else(|| Scope::within(&self.root), |session| session.scope.clone());
-        self.scopes.begin();
+        self.scopes.begin(primary);
         self.generation = Some(Arc::new(Generation {
             endpoint: Mutex::new(primary.endpoint.clone()),
             primary: primary.clone(),

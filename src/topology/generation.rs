@@ -24,7 +24,7 @@ impl Primary {
 
     /// Returns whether the server that answers with `report` at `address` is this primary in the same life: it has
     /// neither been restarted nor recovered from a crash since. If the start time cannot be read, the address decides.
-    pub(super) fn is(&self, address: &Address, report: &ServerReport) -> bool {
+    pub(crate) fn is(&self, address: &Address, report: &ServerReport) -> bool {
         let mine = &self.report;
         if mine.timeline.is_some() && report.timeline.is_some() && mine.timeline != report.timeline {
             return false;

@@ -81,6 +81,29 @@ async fn a_commit_by_hand_outlives_a_fence_and_nothing_else_does() {
     assert_eq!(stored(&cluster).await, [1]);
 }
 
+/// The fence is lifted, so the same server is the primary again, and answers the COMMIT itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_by_hand_outlives_a_fence_that_is_lifted() {
+    let cluster = server().await;
+    let gate = close_gate(&cluster).await;
+    let pool = pool_of(Kind::Own, &cluster, LONG);
+    pool.connect().await.unwrap();
+    let mut one = pool.get().await.unwrap();
+    let transaction = one.transaction().await.unwrap();
+    transaction.execute("INSERT INTO entries VALUES (1)", &[]).await.unwrap();
+    let fault = async {
+        committing(&gate).await;
+        cluster.set_read_only(Node(0), true).await;
+        primary_lost(&pool).await;
+        cluster.set_read_only(Node(0), false).await;
+        pool.connect().await.unwrap();
+        open_gate(&gate).await;
+    };
+    let (committed, ()) = timeout(LONG, async { tokio::join!(transaction.commit(), fault) }).await.expect("it hangs");
+    assert!(committed.is_ok(), "{committed:?}");
+    assert_eq!(stored(&cluster).await, [1]);
+}
+
 /// The wait for the answer has a limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_a_fenced_server_does_not_answer_is_given_up() {
