@@ -59,7 +59,10 @@ pub enum Error {
     RuntimeEnded,
     /// A [wrapped](crate::Pool::wrap) pool can neither listen nor dial. Its manager opens its connections, and their
     /// drivers do not pass notifications to this crate.
-    #[error("a pool of `Pool::wrap` can neither listen nor dial; use one made by `Pool::builder` for that")]
+    #[error(
+        "a pool of `Pool::wrap` or `Pool::wrap_bb8` can neither listen nor dial; use one made by `Pool::builder` for \
+         that"
+    )]
     Wrapped,
     /// The database answered with an error, or the connection was lost.
     #[error("{}", explain(.0))]
