@@ -1,20 +1,23 @@
 //! The wrapped pool is one of bb8.
 //!
-//! What differs from deadpool: bb8 opens connections in tasks of its own and tells nobody why that fails, and it closes
-//! no idle connection on demand. `shells.rs` takes connections out of it. The tests of `tests/it/checkout/wrap.rs` run
+//! What differs from deadpool: bb8 opens connections in tasks of its own and tells nobody why that fails, so this pool
+//! opens them and adds them to bb8's. And bb8 closes no idle connection on demand. `shells.rs` takes connections out of it. The tests of `tests/it/checkout/wrap.rs` run
 //! over both kinds of pool, and `bb8.rs` beside them has those of bb8 alone.
 
 mod memory;
 mod shells;
 
 use std::error::Error as StdError;
+use std::future::{Future, poll_fn};
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bb8::{ManageConnection, PooledConnection, RunError};
+use bb8::{AddError, ManageConnection, PooledConnection, RunError};
 use deadpool::managed;
 use deadpool_postgres::ClientWrapper;
 use futures_util::FutureExt;
@@ -25,16 +28,20 @@ use tokio::time::{Instant, sleep};
 use tokio_postgres::{CancelToken, NoTls};
 
 use self::shells::{Shell, Shells, around};
+use super::counted::Counted;
 use super::wrapped_pool::{
     Getting, MANAGER, NoObject, ObjectKey, Returned, Returns, WrappedObject, WrappedPool, no_owned_session,
 };
 use super::{Pool, WrapBuilder};
 use crate::error::BuildError;
 use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Scope, Session, not_created, panicked};
+use crate::sync::lock;
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
-/// If bb8 has room and gives no connection for this long, this pool opens one, or learns why that is impossible.
-const ASK_WHY_AFTER: Duration = Duration::from_secs(1);
+/// If a caller waits for bb8 itself for this long, and bb8 has room, this pool opens a connection.
+const STUCK_AFTER: Duration = Duration::from_millis(250);
+/// How often a caller looks for room or an idle connection while connections under way take the room that there is.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 impl Pool {
     /// As [`Pool::wrap`], around an existing bb8 pool, whose connections are the driver's clients, as those of
@@ -47,8 +54,8 @@ impl Pool {
     ///   and hold up whoever gets the connection.
     /// - Build it with `retry_connection(false)`: otherwise a connect that failed during the failover pauses for longer
     ///   each time, in a slot of the pool.
-    /// - bb8 does not report why a connect failed. If it has room and gives no connection for a second, this pool asks
-    ///   the manager for one, and adds it. So callers are told of a wrong password after a second or two.
+    /// - bb8 does not report why a connect failed. So while bb8 has room, this pool opens the connections that it needs,
+    ///   by [`bb8::Pool::dedicated_connection`], and adds them. bb8's statistics do not count them as created.
     /// - bb8 runs its `connection_customizer` on all sessions, also on those of the heartbeat. [`Pool::resize`] fails,
     ///   because a bb8 pool has its size for life.
     /// - Connections are told apart by the key that the server gives each session for cancel requests. Behind a proxy
@@ -151,6 +158,16 @@ impl<M: Lends> WrappedObject<ClientWrapper> for Got<M> {
     }
 }
 
+/// What whoever needs a connection does next.
+enum Next<'a, T> {
+    /// Waits for bb8, whose `get` was polled once.
+    Get(Poll<T>),
+    /// Opens a connection in this place.
+    Open(Counted<'a>),
+    /// Waits, because connections under way take all the room.
+    Wait,
+}
+
 /// A bb8 pool as a source of connections, and its manager as a source of sessions.
 struct Bb8Pool<M: Lends> {
     existing: bb8::Pool<M>,
@@ -165,8 +182,12 @@ struct Bb8Pool<M: Lends> {
     evictions: Arc<AtomicU64>,
     /// How many connections that were never seen here may be older than the generation. bb8 does not tell new ones.
     older: AtomicUsize,
-    /// When a connection was last opened for bb8 in vain, and why, if the manager failed. Only one is opened at a time.
-    in_vain: tokio::sync::Mutex<Option<(Instant, Option<ProbeFailure>)>>,
+    /// How many connections are being opened for bb8. bb8 does not count them.
+    opening: AtomicUsize,
+    /// Held while this pool looks what bb8 has, and acts on it. Only the owner of the bb8 pool can come in between.
+    alone: Mutex<()>,
+    /// Held by the one caller that opens a connection because it has waited for bb8 in vain.
+    late: tokio::sync::Mutex<()>,
 }
 
 impl<M: Lends> Bb8Pool<M> {
@@ -183,7 +204,9 @@ impl<M: Lends> Bb8Pool<M> {
             returns: Arc::default(),
             evictions: Arc::default(),
             older,
-            in_vain: tokio::sync::Mutex::default(),
+            opening: AtomicUsize::new(0),
+            alone: Mutex::default(),
+            late: tokio::sync::Mutex::default(),
         }
     }
 
@@ -208,63 +231,110 @@ impl<M: Lends> Bb8Pool<M> {
         })
     }
 
-    /// Gets a connection from bb8. Ends without one if the manager opens no session.
+    /// Gets a connection from bb8. While bb8 has room, this opens one and adds it: bb8 tells nobody why a connect of
+    /// its own failed, and starts another one for each caller that it wakes in vain.
     async fn get_from_bb8(&self) -> Result<PooledConnection<'static, M>, NoObject> {
+        let began = Instant::now();
+        let mut crowded = false;
         loop {
-            let began = Instant::now();
             // A panic of the manager costs only this one connection.
             let getting = AssertUnwindSafe(async { self.existing.get_owned().await }).catch_unwind();
-            let got = tokio::select! {
-                biased;
-                got = getting => got,
-                opened = self.why_none(began) => {
-                    opened.map_err(NoObject::Failed)?;
+            let mut getting = pin!(getting);
+            let mut poll = |context: &mut Context<'_>| getting.as_mut().poll(context);
+            let next = poll_fn(|context| Poll::Ready(self.next(crowded, || poll(context)))).await;
+            let got = match next {
+                Next::Get(Poll::Ready(got)) => got,
+                Next::Get(Poll::Pending) => tokio::select! {
+                    biased;
+                    got = getting => got,
+                    opened = self.open_late() => {
+                        opened.map_err(NoObject::Failed)?;
+                        crowded = false;
+                        continue;
+                    }
+                },
+                Next::Open(place) => {
+                    crowded = !self.open_for_bb8(place).await.map_err(NoObject::Failed)?;
+                    continue;
+                }
+                Next::Wait if began.elapsed() >= self.existing.config().connection_timeout => {
+                    return Err(NoObject::NoneFree);
+                }
+                Next::Wait => {
+                    sleep(LOOK_AGAIN).await;
                     continue;
                 }
             };
             return match got {
                 Ok(Ok(pooled)) => Ok(pooled),
                 Ok(Err(RunError::User(error))) => Err(NoObject::Failed(not_created(error))),
-                Ok(Err(RunError::TimedOut)) if self.has_room() => {
-                    self.add_one(began).await.map_err(NoObject::Failed)?;
+                Ok(Err(RunError::TimedOut)) => {
+                    let Some(place) = self.place() else { return Err(NoObject::NoneFree) };
+                    crowded = !self.open_for_bb8(place).await.map_err(NoObject::Failed)?;
                     continue;
                 }
-                Ok(Err(RunError::TimedOut)) => Err(NoObject::NoneFree),
                 Err(panic) => Err(NoObject::Failed(panicked(MANAGER, &*panic))),
             };
         }
     }
 
-    fn has_room(&self) -> bool {
-        count(self.existing.state().connections) < self.max_size
+    /// Decides what whoever needs a connection does next. Polls bb8's `get` only if that starts no connect. `crowded`:
+    /// connects of bb8's own take the room that it seems to have.
+    fn next<T>(&self, crowded: bool, poll: impl FnOnce() -> Poll<T>) -> Next<'_, T> {
+        let _alone = lock(&self.alone);
+        let size = count(self.existing.state().connections);
+        if crowded || size >= self.max_size || self.idle() > 0 {
+            return Next::Get(poll());
+        }
+        self.claim(size).map_or(Next::Wait, Next::Open)
     }
 
-    /// Waits until bb8 should have opened a connection. Then opens one for it.
-    async fn why_none(&self, since: Instant) -> Result<(), ProbeFailure> {
+    /// Claims room for another connection, if there is any.
+    fn place(&self) -> Option<Counted<'_>> {
+        let _alone = lock(&self.alone);
+        self.claim(count(self.existing.state().connections))
+    }
+
+    /// Call this under the lock `alone`, so that `size` and the count of those under way belong together.
+    fn claim(&self, size: usize) -> Option<Counted<'_>> {
+        let taken = size.saturating_add(self.opening.load(Ordering::SeqCst));
+        (taken < self.max_size).then(|| Counted::new(&self.opening))
+    }
+
+    /// Opens a connection if bb8 has had none to give for a while, although it has room: a connect of its own has
+    /// failed, or it tests a connection that does not answer. Only one of those who wait does so.
+    async fn open_late(&self) -> Result<(), ProbeFailure> {
+        let _only = self.late.lock().await;
         loop {
-            sleep(ASK_WHY_AFTER).await;
-            if self.has_room() {
-                return self.add_one(since).await;
+            sleep(STUCK_AFTER).await;
+            if self.idle() == 0
+                && let Some(place) = self.place()
+                && self.open_for_bb8(place).await?
+            {
+                return Ok(());
             }
         }
     }
 
-    /// Opens a connection, and adds it to bb8's. bb8 itself tries no other connect while as many hang as callers wait,
-    /// and does not report one that failed. One attempt in vain answers all callers that have waited since before.
-    async fn add_one(&self, since: Instant) -> Result<(), ProbeFailure> {
-        let mut in_vain = self.in_vain.lock().await;
-        if let Some((_, why)) = in_vain.as_ref().filter(|(began, _)| *began >= since) {
-            return why.clone().map_or(Ok(()), Err);
+    /// Opens a connection, and adds it to bb8's idle ones. Returns whether there was room for it. If this is dropped,
+    /// its place is free again.
+    async fn open_for_bb8(&self, place: Counted<'_>) -> Result<bool, ProbeFailure> {
+        let evictions = self.evictions.load(Ordering::Acquire);
+        let client = self.create().await?;
+        if self.evictions.load(Ordering::Acquire) != evictions {
+            return Ok(true);
         }
-        let began = Instant::now();
-        let added = self.create().await.map(|client| self.existing.add(client).is_ok());
-        *in_vain = match &added {
-            Ok(true) => None,
-            // Connects of bb8's own take the room that there is.
-            Ok(false) => Some((began, None)),
-            Err(failure) => Some((began, Some(failure.clone()))),
-        };
-        added.map(drop)
+        let _alone = lock(&self.alone);
+        let added = self.existing.add(client);
+        drop(place);
+        match added {
+            Ok(()) => Ok(true),
+            Err(AddError::NoCapacity(_)) => Ok(false),
+            Err(AddError::Broken(_)) => {
+                let message = "the wrapped pool's manager says that its new connection is broken";
+                Err(ProbeFailure::new(FailureKind::Unreachable, message))
+            }
+        }
     }
 
     async fn create(&self) -> Result<tokio_postgres::Client, ProbeFailure> {
@@ -279,12 +349,16 @@ impl<M: Lends> Bb8Pool<M> {
         let _entered = runtime.enter();
         let mut closed = 0;
         for _ in 0..self.existing.state().idle_connections {
-            if self.idle() == 0 {
-                break;
-            }
             let existing = self.existing.clone();
             let mut getting = Box::pin(async move { existing.get_owned().await });
-            match unconstrained(getting.as_mut()).now_or_never() {
+            let got = {
+                let _alone = lock(&self.alone);
+                if self.idle() == 0 {
+                    break;
+                }
+                unconstrained(getting.as_mut()).now_or_never()
+            };
+            match got {
                 Some(Ok(pooled)) => {
                     close(pooled, &self.shells);
                     closed += 1;
