@@ -52,7 +52,8 @@ test-managers: setup-managers ## One round of the most important trials with Pat
 setup-managers:
 	@sh scripts/setup.sh managers
 
-test-long: test ## All tests, a minute of the simulation, five minutes of the soak, and a tenth of the proof
+test-long: test ## All tests, what the compiler says of a migration, a minute of the simulation, five minutes of the soak, and a tenth of the proof
+	cargo test --package failover-migration -- --ignored
 	MINUTES=5 cargo test --release --all-features --test soak
 	CUTS=200 FAILOVERS=20 ASYNC=10 cargo test --release --all-features --test exactly_once
 	SEEDS=1000000 LIMIT=60 sh scripts/sim.sh run

@@ -33,6 +33,7 @@ const CURES: [(&str, &[(&str, &str)]); 2] = [
 ];
 
 #[test]
+#[ignore = "it compiles this crate three times, with all that it depends on: `make test-long`"]
 fn the_compiler_names_few_places_and_the_page_has_each() {
     let page = read(&page());
     let mut shop = changed(&source("before.rs"), &[CHANGED]);
