@@ -1,8 +1,9 @@
 //! The wrapped pool is one of bb8.
 //!
 //! What differs from deadpool: bb8 opens connections in tasks of its own and tells nobody why that fails, so this pool
-//! opens them and adds them to bb8's. And bb8 closes no idle connection on demand. `shells.rs` takes connections out of it. The tests of `tests/it/checkout/wrap.rs` run
-//! over both kinds of pool, and `bb8.rs` beside them has those of bb8 alone.
+//! opens them and adds them to bb8's. And bb8 closes no idle connection on demand. `shells.rs` takes connections out of
+//! it. The tests of `tests/it/checkout/wrap.rs` run over both kinds of pool, and `bb8.rs` beside them has those of bb8
+//! alone.
 
 mod memory;
 mod shells;
@@ -54,8 +55,8 @@ impl Pool {
     ///   and hold up whoever gets the connection.
     /// - Build it with `retry_connection(false)`: otherwise a connect that failed during the failover pauses for longer
     ///   each time, in a slot of the pool.
-    /// - bb8 does not report why a connect failed. So while bb8 has room, this pool opens the connections that it needs,
-    ///   by [`bb8::Pool::dedicated_connection`], and adds them. bb8's statistics do not count them as created.
+    /// - bb8 does not report why a connect failed. So while bb8 has room, this pool opens the connections that it
+    ///   needs, by [`bb8::Pool::dedicated_connection`], and adds them. bb8's statistics do not count them as created.
     /// - bb8 runs its `connection_customizer` on all sessions, also on those of the heartbeat. [`Pool::resize`] fails,
     ///   because a bb8 pool has its size for life.
     /// - Connections are told apart by the key that the server gives each session for cancel requests. Behind a proxy
