@@ -116,11 +116,28 @@ impl Statements {
     }
 
     pub(super) fn feed(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if self.place == Place::Over {
-                return;
-            }
+        let mut rest = bytes;
+        while self.place != Place::Over {
+            rest = rest.get(self.without_meaning(rest)..).unwrap_or_default();
+            let Some((byte, behind)) = rest.split_first() else { return };
             self.place = self.step(*byte);
+            rest = behind;
+        }
+    }
+
+    /// Returns how many of the next bytes change nothing. Most of a text is within a string, or behind the first word
+    /// of its statement, and every text that is sent passes here.
+    fn without_meaning(&self, bytes: &[u8]) -> usize {
+        let until = |ends: fn(u8, u8) -> bool, quote| bytes.iter().position(|byte| ends(*byte, quote));
+        match self.place {
+            Place::Quoted(quote) => until(|byte, quote| byte == quote || byte == 0, quote).unwrap_or(bytes.len()),
+            Place::Outside if self.begun && self.told == Told::All && self.before != Before::Escaped => {
+                let has_meaning =
+                    |byte, _| matches!(byte, 0 | b'\'' | b'"' | b'$' | b';' | b'/' | b'-' | b'(' | b')');
+                // `before` depends on the last two bytes.
+                until(has_meaning, 0).unwrap_or(bytes.len()).saturating_sub(2)
+            }
+            _ => 0,
         }
     }
 
