@@ -72,7 +72,7 @@ fn runtime(seed: u64) -> std::io::Result<Runtime> {
     #[cfg(tokio_unstable)]
     builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()));
     let _ = seed;
-    builder.enable_all().start_paused(true).build()
+    builder.enable_time().start_paused(true).build()
 }
 
 async fn simulate(script: &Script, trace: bool) -> Outcome {
