@@ -14,14 +14,13 @@ type Is = fn(&str) -> bool;
 type Evaluate = fn(&mut Session, &str) -> Value;
 
 /// How to recognise an expression, and its value. The first row that matches counts.
-const EXPRESSIONS: [(Is, Evaluate); 23] = [
+const EXPRESSIONS: [(Is, Evaluate); 19] = [
     (|it| it == "NULL", |_, _| Ok(None)),
     (|it| it == "1", |_, _| found("1")),
     (|it| it.contains("pg_stat_get_activity"), |session, _| found(format!("{pid} {pid}.000000", pid = session.pid))),
     (|it| it.starts_with("'0/0'"), |_, _| found("0/0")),
     (|it| it.contains("redo_lsn = checkpoint_lsn"), |session, _| session.of_node(|node| Ok(node.stopped().map(lsn)))),
     (|it| it.contains("pg_xact_status"), |session, it| status(session, it)),
-    (|it| it.starts_with("CASE WHEN pg_is_in_recovery() THEN "), by_recovery),
     (|it| it == "pg_is_in_recovery()", |session, _| session.of_node(|node| yes(node.recovery))),
     (|it| it.contains("pg_stat_bgwriter"), |session, _| session.of_node(|node| found(epoch(node.stats_reset)))),
     (
@@ -56,15 +55,14 @@ pub(crate) fn row_of(expression: &str) -> Option<usize> {
 
 /// The value of a column. The model knows all that the pool sends.
 pub(crate) fn value_of(session: &mut Session, column: &Column) -> Value {
+    if let Some(cases) = &column.by_recovery {
+        let recovery = session.of_node(|node| node.recovery);
+        return value_of(session, &cases[usize::from(!recovery)]);
+    }
     match column.row.and_then(|row| EXPRESSIONS.get(row)) {
         Some((_, evaluate)) => evaluate(session, &column.expression),
         None => Err(session.unknown(&column.expression)),
     }
-}
-
-fn evaluate(session: &mut Session, expression: &str) -> Value {
-    let column = Column { expression: expression.to_owned(), row: row_of(expression) };
-    value_of(session, &column)
 }
 
 fn found(value: impl Into<String>) -> Value {
@@ -73,13 +71,6 @@ fn found(value: impl Into<String>) -> Value {
 
 fn yes(value: bool) -> Value {
     found(if value { "t" } else { "f" })
-}
-
-fn by_recovery(session: &mut Session, expression: &str) -> Value {
-    let recovery = session.of_node(|node| node.recovery);
-    let parts = between(expression, " THEN ", " END").and_then(|parts| parts.split_once(" ELSE "));
-    let Some((then, otherwise)) = parts else { return Err(session.unknown(expression)) };
-    evaluate(session, if recovery { then } else { otherwise })
 }
 
 fn needs_primary(node: &Node) -> Result<(), SqlError> {

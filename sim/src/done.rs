@@ -16,7 +16,13 @@ impl Done {
         Self { columns: values.len(), rows: vec![values], tag: "SELECT 1" }
     }
 
-    pub(crate) fn nothing() -> Self {
-        Self::tag("SELECT 0")
+    /// A query without a row.
+    pub(crate) fn nothing(columns: usize) -> Self {
+        Self { columns, ..Self::tag("SELECT 0") }
+    }
+
+    /// Whether the server describes rows first, even if there are none.
+    pub(crate) fn has_rows(&self) -> bool {
+        !self.rows.is_empty() || self.tag.starts_with("SELECT")
     }
 }

@@ -49,7 +49,7 @@ impl Session {
         };
         let here = if self.begun_here() { "t" } else { "f" };
         let head = [uuid(id), self.pid.to_string(), xid.to_string(), self.micros().to_string(), here.to_owned()];
-        Ok(Done::row(head.into_iter().map(Some).chain(self.who()).collect()))
+        Ok(Done { tag: "INSERT 0 1", ..Done::row(head.into_iter().map(Some).chain(self.who()).collect()) })
     }
 
     /// A settler's row, or the one that is there already.
@@ -79,7 +79,7 @@ impl Session {
         // The update that changes nothing writes WAL.
         self.sim.lock().append(self.node, What::Message { xid });
         let head = [if fence { "t" } else { "f" }.to_owned(), self.micros().to_string(), uuid(id), "p".to_owned()];
-        Ok(Done::row(head.into_iter().map(Some).chain(self.who()).collect()))
+        Ok(Done { tag: "INSERT 0 1", ..Done::row(head.into_iter().map(Some).chain(self.who()).collect()) })
     }
 
     /// Whether the transaction's own row is visible.

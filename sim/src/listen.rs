@@ -60,7 +60,7 @@ impl Session {
 
     pub(crate) fn channels(&self) -> Done {
         let listens = self.of_node(|node| node.backends.get(&self.pid).is_some_and(|backend| backend.listens));
-        if listens { Done::row(vec![Some(CHANNEL.to_owned())]) } else { Done::nothing() }
+        if listens { Done::row(vec![Some(CHANNEL.to_owned())]) } else { Done::nothing(1) }
     }
 
     /// The server tells those who listen once the transaction is committed.

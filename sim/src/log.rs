@@ -31,7 +31,10 @@ pub(crate) enum What {
     Abort {
         xid: u64,
     },
-    Checkpoint,
+    Checkpoint {
+        /// The newest id that was given out.
+        newest_xid: u64,
+    },
     EndOfRecovery,
 }
 
@@ -50,12 +53,12 @@ impl What {
             Self::Insert { .. } => 72,
             Self::Entry { .. } => 96,
             Self::Commit { .. } | Self::Abort { .. } => 40,
-            Self::Checkpoint => 120,
+            Self::Checkpoint { .. } => 120,
             Self::EndOfRecovery => 48,
         }
     }
 
-    /// The transaction whose id this record carries.
+    /// The transaction whose id this record carries, or the newest one of a checkpoint.
     pub(crate) fn xid(&self) -> Option<u64> {
         match self {
             Self::Mark { xid, .. }
@@ -64,7 +67,8 @@ impl What {
             | Self::Entry { xid, .. }
             | Self::Commit { xid }
             | Self::Abort { xid } => Some(*xid),
-            Self::Checkpoint | Self::EndOfRecovery => None,
+            Self::Checkpoint { newest_xid } => Some(*newest_xid),
+            Self::EndOfRecovery => None,
         }
     }
 }

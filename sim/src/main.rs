@@ -2,6 +2,7 @@
 //!
 //! `make sim SEEDS=1000` runs many seeds, `make sim SEED=42 TRACE=1` tells the story of one.
 
+mod block;
 mod columns;
 mod coverage;
 mod done;

@@ -99,6 +99,8 @@ pub(crate) struct Troubles {
     pub(crate) log_ins_refused: bool,
     /// So many of a hundred statements fail for want of memory.
     pub(crate) errors: u64,
+    /// It cannot give out another transaction id.
+    pub(crate) full_disk: bool,
     /// A standby receives nothing.
     pub(crate) lags: bool,
     /// How long an fsync takes.

@@ -7,12 +7,12 @@ use crate::session::Session;
 use crate::sql::SqlError;
 
 impl Session {
-    pub(crate) fn mark(&mut self, nonce: String) -> Result<Done, SqlError> {
+    pub(crate) fn mark(&mut self, nonce: &str) -> Result<Done, SqlError> {
         let (mut xid, mut position) = (None, None);
         if !self.is_read_only() {
             let own = self.xid()?;
             let mut world = self.sim.lock();
-            world.append(self.node, What::Mark { xid: own, nonce });
+            world.append(self.node, What::Mark { xid: own, nonce: nonce.to_owned() });
             (xid, position) = (Some(own.to_string()), Some(lsn(world.nodes[self.node].log.end())));
         }
         let here = if self.begun_here() { "t" } else { "f" };
@@ -35,7 +35,7 @@ impl Session {
             _ => return Err(self.unknown(function)),
         };
         if value.as_deref() == Some(expected) {
-            return Ok(Done::nothing());
+            return Ok(Done::nothing(0));
         }
         Err(SqlError::new("22012", "division by zero"))
     }
@@ -64,7 +64,7 @@ impl Session {
             let idle = backend.doing == Doing::IdleInTransaction && backend.since.elapsed().as_millis() > 250;
             (backend.xid == Some(xid) && idle).then(|| backend.terminate.clone())
         });
-        let Some(terminate) = found else { return Done::nothing() };
+        let Some(terminate) = found else { return Done::nothing(1) };
         terminate.cancel();
         Done::row(vec![Some("t".to_owned())])
     }

@@ -12,7 +12,7 @@ use crate::durable::raised;
 use crate::log::{Row, What};
 use crate::node::Node;
 use crate::proto::Answer;
-use crate::sql::{SqlError, Statement, parse, statements};
+use crate::sql::{SqlError, Statement, parse, read};
 use crate::world::Sim;
 
 const READ_ONLY: &str = "25006";
@@ -22,8 +22,8 @@ const READ_ONLY: &str = "25006";
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Transaction {
     /// It was begun by BEGIN, and not by a statement alone.
-    block: bool,
-    failed: bool,
+    pub(crate) block: bool,
+    pub(crate) failed: bool,
     pub(crate) xid: Option<u64>,
     began_in_recovery: bool,
     read_only: bool,
@@ -35,6 +35,7 @@ pub(crate) struct Transaction {
     pub(crate) tells: Vec<i64>,
     /// Which of `RAISED` its COMMIT meets.
     pub(crate) raises: Option<usize>,
+    pub(crate) savepoints: Vec<String>,
     /// The values before each `SET`, and whether it was a `SET LOCAL`.
     pub(crate) before: Vec<(String, Option<String>, bool)>,
 }
@@ -46,7 +47,7 @@ pub(crate) struct Session {
     pub(crate) cancel: Arc<Notify>,
     pub(crate) transaction: Option<Transaction>,
     pub(crate) settings: BTreeMap<String, String>,
-    prepared: BTreeMap<String, String>,
+    prepared: BTreeMap<String, Statement>,
     message: u64,
     /// An error has ended it.
     pub(crate) ended: bool,
@@ -117,7 +118,16 @@ impl Session {
         if transaction.began_in_recovery {
             return Err(SqlError::new("55000", "cannot assign TransactionIds during recovery"));
         }
-        Ok(*transaction.xid.get_or_insert_with(|| self.sim.lock().assign_xid(node, pid)))
+        if let Some(xid) = transaction.xid {
+            return Ok(xid);
+        }
+        let mut world = self.sim.lock();
+        if world.nodes[node].troubles.full_disk {
+            return Err(SqlError::new("53100", "could not extend file: No space left on device"));
+        }
+        let xid = world.assign_xid(node, pid);
+        transaction.xid = Some(xid);
+        Ok(xid)
     }
 
     fn begin(&mut self, block: bool, read_only: bool) {
@@ -133,6 +143,7 @@ impl Session {
             rows: Vec::new(),
             tells: Vec::new(),
             raises: None,
+            savepoints: Vec::new(),
             before: Vec::new(),
         });
     }
@@ -199,14 +210,14 @@ impl Session {
         // No caller's work is as long as the pool's questions.
         let ends = text.len() > 1000 || ["COMMIT", "END", "PREPARE"].iter().any(|word| text.contains(word));
         self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.ends = ends));
-        let mut all = statements(text).peekable();
-        if all.peek().is_none() {
+        let all = read(text);
+        if all.is_empty() {
             return answer.no_query();
         }
-        while let Some(text) = all.next() {
-            match self.one(text, all.peek().is_none(), answer).await {
+        for (number, statement) in all.iter().enumerate() {
+            match self.one(statement, number + 1 == all.len(), answer).await {
                 Ok(done) => {
-                    if !done.rows.is_empty() {
+                    if done.has_rows() {
                         answer.columns(done.columns, 25);
                     }
                     done.rows.iter().for_each(|row| answer.row(row));
@@ -231,19 +242,21 @@ impl Session {
         match &mut self.transaction {
             Some(transaction) if transaction.block => {
                 transaction.failed = true;
-                let xid = transaction.xid.take();
-                self.abort_id(xid);
+                // Behind a savepoint, only what came after it is aborted.
+                if transaction.savepoints.is_empty() {
+                    let xid = transaction.xid.take();
+                    self.abort_id(xid);
+                }
             }
             _ => self.abort(),
         }
     }
 
     /// Carries out one statement. `last`: it is the last one of its message, so a transaction without a block ends.
-    async fn one(&mut self, text: &str, last: bool, answer: &mut Answer) -> Result<Done, SqlError> {
-        let statement = parse(text);
+    async fn one(&mut self, statement: &Statement, last: bool, answer: &mut Answer) -> Result<Done, SqlError> {
         if let Some(transaction) = &self.transaction
             && transaction.failed
-            && !matches!(statement, Statement::Rollback | Statement::Commit | Statement::RollbackToSavepoint)
+            && !matches!(statement, Statement::Rollback | Statement::Commit | Statement::RollbackToSavepoint(_))
         {
             let message = "current transaction is aborted, commands ignored until end of transaction block";
             return Err(SqlError::new("25P02", message));
@@ -255,7 +268,7 @@ impl Session {
         {
             return Err(SqlError::new("53200", "out of memory"));
         }
-        let done = self.carry_out(statement, text, answer).await?;
+        let done = self.carry_out(statement, answer).await?;
         if last && self.transaction.as_ref().is_some_and(|it| !it.block) {
             self.commit(answer).await?;
         }
@@ -309,19 +322,20 @@ impl Session {
     }
 
     #[expect(clippy::too_many_lines, reason = "one arm for each statement")]
-    async fn carry_out(&mut self, statement: Statement, text: &str, answer: &mut Answer) -> Result<Done, SqlError> {
+    async fn carry_out(&mut self, statement: &Statement, answer: &mut Answer) -> Result<Done, SqlError> {
         Ok(match statement {
             Statement::Begin { read_only } => {
                 match &mut self.transaction {
                     Some(open) if open.block => {
                         answer.notice(&SqlError::new("25001", "there is already a transaction in progress"));
                     }
-                    Some(open) => (open.block, open.read_only) = (true, open.read_only || read_only),
-                    None => self.begin(true, read_only),
+                    Some(open) => (open.block, open.read_only) = (true, open.read_only || *read_only),
+                    None => self.begin(true, *read_only),
                 }
                 Done::tag("BEGIN")
             }
             Statement::Commit => {
+                self.warn_of_no_block(answer);
                 let failed = self.transaction.as_ref().is_some_and(|it| it.failed);
                 if failed {
                     self.abort();
@@ -331,35 +345,30 @@ impl Session {
                 Done::tag(if failed { "ROLLBACK" } else { "COMMIT" })
             }
             Statement::Rollback => {
+                self.warn_of_no_block(answer);
                 self.abort();
                 Done::tag("ROLLBACK")
             }
             Statement::RollbackAndChain => {
-                if self.transaction.as_ref().is_none_or(|it| !it.block) {
-                    let message = "ROLLBACK AND CHAIN can only be used in transaction blocks";
-                    return Err(SqlError::new("25P01", message));
-                }
-                let read_only = self.transaction.as_ref().is_some_and(|it| it.read_only);
+                let read_only = self.block("ROLLBACK AND CHAIN")?.read_only;
                 self.abort();
                 self.begin(true, read_only);
                 Done::tag("ROLLBACK")
             }
-            Statement::RollbackToSavepoint => {
-                if let Some(transaction) = &mut self.transaction {
-                    transaction.failed = false;
-                }
-                Done::tag("ROLLBACK")
+            Statement::RollbackToSavepoint(name) => self.back_to(name)?,
+            Statement::Savepoint(name) => {
+                self.block("SAVEPOINT")?.savepoints.push(name.clone());
+                Done::tag("SAVEPOINT")
             }
-            Statement::Savepoint => Done::tag("SAVEPOINT"),
             Statement::Release => Done::tag("RELEASE"),
             Statement::Set { name, value, local } => {
-                let before = self.settings.insert(name.clone(), value);
+                let before = self.settings.insert(name.clone(), value.clone());
                 if let Some(transaction) = &mut self.transaction {
-                    transaction.before.push((name, before, local));
+                    transaction.before.push((name.clone(), before, *local));
                 }
                 Done::tag("SET")
             }
-            Statement::Show(name) => match self.setting(&name) {
+            Statement::Show(name) => match self.setting(name) {
                 Some(value) => Done { columns: 1, rows: vec![vec![Some(value)]], tag: "SHOW" },
                 None if name.contains('.') => {
                     return Err(SqlError::new("42704", format!("unrecognized configuration parameter \"{name}\"")));
@@ -367,27 +376,26 @@ impl Session {
                 None => Done { columns: 1, rows: vec![vec![Some("read committed".to_owned())]], tag: "SHOW" },
             },
             Statement::Prepare { name, body } => {
-                if self.prepared.insert(name.clone(), body).is_some() {
+                if self.prepared.contains_key(name) {
                     return Err(SqlError::new("42P05", format!("prepared statement \"{name}\" already exists")));
                 }
+                self.prepared.insert(name.clone(), Statement::clone(body));
                 Done::tag("PREPARE")
             }
-            Statement::Execute { name, argument } => {
-                let Some(body) = self.prepared.get(&name) else {
+            Statement::Execute { name, argument } => match self.prepared.get(name).cloned() {
+                Some(Statement::Mark(None)) => self.mark(argument)?,
+                Some(Statement::Insist { function, expected: None }) => self.insist(&function, argument)?,
+                Some(_) => return Err(self.unknown(name)),
+                None => {
                     return Err(SqlError::new("26000", format!("prepared statement \"{name}\" does not exist")));
-                };
-                match parse(body) {
-                    Statement::Mark(None) => self.mark(argument)?,
-                    Statement::Insist { function, expected: None } => self.insist(&function, &argument)?,
-                    _ => return Err(self.unknown(text)),
                 }
-            }
+            },
             Statement::Deallocate => {
                 self.prepared.clear();
                 Done::tag("DEALLOCATE ALL")
             }
             Statement::Insert(Some(row)) => {
-                self.write(row)?;
+                self.write(*row)?;
                 Done::tag("INSERT 0 1")
             }
             Statement::Sleep(duration) => {
@@ -395,19 +403,19 @@ impl Session {
                 tokio::select! {
                     biased;
                     () = cancelled => return Err(cancelled_by_user()),
-                    () = sleep(duration) => self.thaw().await,
+                    () = sleep(*duration) => self.thaw().await,
                 }
                 Done::row(vec![Some(String::new())])
             }
             Statement::PromotionWait { step, steps } => {
-                self.promotion(Instant::now() + step * steps).await;
-                Done::nothing()
+                self.promotion(Instant::now() + *step * *steps).await;
+                Done::nothing(0)
             }
             Statement::Mark(Some(nonce)) => self.mark(nonce)?,
-            Statement::Insist { function, expected: Some(expected) } => self.insist(&function, &expected)?,
-            Statement::History { position, nonce } => self.history(position, &nonce)?,
+            Statement::Insist { function, expected: Some(expected) } => self.insist(function, expected)?,
+            Statement::History { position, nonce } => self.history(*position, nonce)?,
             Statement::Files { timeline } => {
-                let there = self.of_node(|node| node.segments.contains(&timeline));
+                let there = self.of_node(|node| node.segments.contains(timeline));
                 Done::row(vec![Some(if there { "t" } else { "f" }.to_owned())])
             }
             Statement::Signed(ids) => {
@@ -417,35 +425,36 @@ impl Session {
                 });
                 Done::row(vec![Some(if all { "t" } else { "f" }.to_owned())])
             }
-            Statement::Raise { which, at_commit: false } => return Err(raised(which)),
+            Statement::Raise { which, at_commit: false } => return Err(raised(*which)),
             Statement::Raise { which, at_commit: true } => {
                 if let Some(transaction) = &mut self.transaction {
-                    transaction.raises = Some(which);
+                    transaction.raises = Some(*which);
                 }
-                Done::nothing()
+                Done::nothing(1)
             }
             Statement::Enter => self.enter()?,
-            Statement::Fence(id) => self.fence_entry(id).await?,
-            Statement::HasEntry(id) => self.has_entry(id),
+            Statement::Fence(id) => self.fence_entry(*id).await?,
+            Statement::HasEntry(id) => self.has_entry(*id),
             Statement::Listen => self.listen(),
             Statement::Channels => self.channels(),
-            Statement::Unlimited => Done::nothing(),
+            Statement::Unlimited => Done::nothing(1),
             Statement::Stay => Done::row(vec![Some("0".to_owned())]),
             Statement::Notify(call) => {
-                self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(call));
+                self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(*call));
                 Done::row(vec![Some(String::new())])
             }
             Statement::Prune => Done::tag("DELETE 0"),
-            Statement::Terminate { pid, xid } => self.end_abandoned(pid, xid),
-            Statement::TerminateInDoubt { pid, xid } => self.end_in_doubt(pid, xid),
-            Statement::TerminateUnmarked(pid) => self.end_unmarked(pid),
-            Statement::Ends { pid, xid } => Done::row(vec![self.ends(pid, xid)]),
+            Statement::Terminate { pid, xid } => self.end_abandoned(*pid, *xid),
+            Statement::TerminateInDoubt { pid, xid } => self.end_in_doubt(*pid, *xid),
+            Statement::TerminateUnmarked(pid) => self.end_unmarked(*pid),
+            Statement::Ends { pid, xid } => Done::row(vec![self.ends(*pid, *xid)]),
             Statement::Columns(list) => {
                 let values: Result<Vec<_>, _> = list.iter().map(|column| value_of(self, column)).collect();
                 Done::row(values?)
             }
-            Statement::Insert(None) | Statement::Mark(None) | Statement::Insist { .. } | Statement::Unknown => {
-                return Err(self.unknown(text));
+            Statement::Unknown(text) => return Err(self.unknown(text)),
+            Statement::Insert(None) | Statement::Mark(None) | Statement::Insist { .. } => {
+                return Err(self.unknown("a parameter"));
             }
         })
     }
@@ -455,12 +464,12 @@ impl Session {
         if self.transaction.as_ref().is_some_and(|it| it.failed) {
             return Err(SqlError::new("25P02", "current transaction is aborted"));
         }
-        self.prepared.insert(name, sql);
+        self.prepared.insert(name, parse(&sql));
         Ok(())
     }
 
     pub(crate) fn kept(&self, name: &str) -> Statement {
-        self.prepared.get(name).map_or(Statement::Unknown, |sql| parse(sql))
+        self.prepared.get(name).cloned().unwrap_or_else(|| Statement::Unknown(name.to_owned()))
     }
 
     pub(crate) fn close(&mut self, name: &str) {

@@ -36,6 +36,19 @@ impl SqlError {
 pub(crate) struct Column {
     pub(crate) expression: String,
     pub(crate) row: Option<usize>,
+    /// What it is on a standby, and on a primary.
+    pub(crate) by_recovery: Option<Box<[Column; 2]>>,
+}
+
+impl Column {
+    fn new(expression: String) -> Self {
+        let cases =
+            expression.strip_prefix("CASE WHEN pg_is_in_recovery() THEN ").and_then(|it| it.strip_suffix(" END"));
+        let cases = cases.and_then(|cases| cases.split_once(" ELSE "));
+        let of = |text: &str| Self::new(text.to_owned());
+        let by_recovery = cases.map(|(standby, primary)| Box::new([of(standby), of(primary)]));
+        Self { row: row_of(&expression), by_recovery, expression }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +59,8 @@ pub(crate) enum Statement {
     Commit,
     Rollback,
     RollbackAndChain,
-    Savepoint,
-    RollbackToSavepoint,
+    Savepoint(String),
+    RollbackToSavepoint(String),
     Release,
     Set {
         name: String,
@@ -57,7 +70,7 @@ pub(crate) enum Statement {
     Show(String),
     Prepare {
         name: String,
-        body: String,
+        body: Box<Statement>,
     },
     Execute {
         name: String,
@@ -123,11 +136,11 @@ pub(crate) enum Statement {
     Unlimited,
     Notify(i64),
     Columns(Arc<[Column]>),
-    Unknown,
+    Unknown(String),
 }
 
 /// The statements of one message.
-pub(crate) fn statements(message: &str) -> impl Iterator<Item = &str> {
+fn statements(message: &str) -> impl Iterator<Item = &str> {
     let mut quoted = false;
     let ends = move |letter: char| {
         quoted ^= letter == '\'';
@@ -157,15 +170,27 @@ const KNOWN: [Recognise; 15] = [
     columns,
 ];
 
-/// Texts longer than this are the pool's questions. There are only a few of them.
+/// Texts longer than this are the pool's questions.
 const LONG: usize = 300;
+/// So many of them are kept. Only those without values come again, and there are only a few of these.
+const KEPT: usize = 256;
+
+/// Reads a message. One without a statement is empty.
+pub(crate) fn read(message: &str) -> Arc<[Statement]> {
+    let known = if message.len() > LONG { READ.with_borrow(|read| read.get(message).map(Arc::clone)) } else { None };
+    known.unwrap_or_else(|| {
+        let all: Arc<[Statement]> = statements(message).map(parse).collect();
+        READ.with_borrow_mut(|read| {
+            if message.len() > LONG && read.len() < KEPT {
+                read.insert(message.to_owned(), Arc::clone(&all));
+            }
+        });
+        all
+    })
+}
 
 pub(crate) fn parse(text: &str) -> Statement {
-    let known = if text.len() > LONG { READ.with_borrow(|read| read.get(text).map(Arc::clone)) } else { None };
-    if let Some(known) = known {
-        return Statement::Columns(known);
-    }
-    KNOWN.iter().find_map(|recognise| recognise(text)).unwrap_or(Statement::Unknown)
+    KNOWN.iter().find_map(|recognise| recognise(text)).unwrap_or_else(|| Statement::Unknown(text.to_owned()))
 }
 
 fn transactions(text: &str) -> Option<Statement> {
@@ -176,10 +201,12 @@ fn transactions(text: &str) -> Option<Statement> {
         _ if text.starts_with("BEGIN") || text.starts_with("START TRANSACTION") => {
             Statement::Begin { read_only: text.contains("READ ONLY") }
         }
-        _ if text.starts_with("SAVEPOINT ") => Statement::Savepoint,
-        _ if text.starts_with("ROLLBACK TO ") => Statement::RollbackToSavepoint,
         _ if text.starts_with("RELEASE ") => Statement::Release,
-        _ => return None,
+        _ => {
+            let savepoint = text.strip_prefix("SAVEPOINT ").map(|name| Statement::Savepoint(name.to_owned()));
+            let back = || text.strip_prefix("ROLLBACK TO SAVEPOINT ");
+            return savepoint.or_else(|| back().map(|name| Statement::RollbackToSavepoint(name.to_owned())));
+        }
     })
 }
 
@@ -204,7 +231,7 @@ fn prepared(text: &str) -> Option<Statement> {
     if let Some(rest) = text.strip_prefix("PREPARE ") {
         let (name, rest) = rest.split_once(' ')?;
         let (_, body) = rest.split_once(" AS ")?;
-        return Some(Statement::Prepare { name: name.to_owned(), body: body.to_owned() });
+        return Some(Statement::Prepare { name: name.to_owned(), body: Box::new(parse(body)) });
     }
     if let Some(rest) = text.strip_prefix("EXECUTE ") {
         let (name, argument) = rest.split_once(' ')?;
@@ -313,25 +340,15 @@ fn ledger(text: &str) -> Option<Statement> {
 }
 
 thread_local! {
-    /// The long questions that were read before. There are only a few.
-    static READ: RefCell<HashMap<String, Arc<[Column]>>> = RefCell::default();
+    /// The long messages that were read before.
+    static READ: RefCell<HashMap<String, Arc<[Statement]>>> = RefCell::default();
 }
 
 fn columns(text: &str) -> Option<Statement> {
     let list = text.strip_prefix("SELECT ")?;
     let list = list.strip_suffix(" FROM pg_control_system()").unwrap_or(list);
-    let column = |expression: &str| {
-        let expression = plain(expression);
-        let row = row_of(&expression);
-        Column { expression, row }
-    };
-    let columns: Arc<[Column]> = split_columns(list).into_iter().map(column).collect();
-    READ.with_borrow_mut(|read| {
-        if text.len() > LONG && read.len() < 64 {
-            read.insert(text.to_owned(), Arc::clone(&columns));
-        }
-    });
-    Some(Statement::Columns(columns))
+    let column = |expression: &str| Column::new(plain(expression));
+    Some(Statement::Columns(split_columns(list).into_iter().map(column).collect()))
 }
 
 /// Splits a list at the commas outside of brackets and strings.
@@ -395,7 +412,7 @@ mod tests {
                 "SELECT seen, history FROM failover.wal_history('1/A0'::pg_catalog.pg_lsn, 'ab'::pg_catalog.text)",
                 Statement::History { position: 0x1_0000_00A0, nonce: "ab".into() },
             ),
-            ("VACUUM", Statement::Unknown),
+            ("VACUUM", Statement::Unknown("VACUUM".into())),
         ] {
             assert_eq!(parse(text), expected, "{text}");
         }

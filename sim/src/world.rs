@@ -228,7 +228,7 @@ impl World {
     /// Writes a checkpoint. `ends_something`: a shutdown, or a recovery.
     pub(crate) fn checkpoint(&mut self, on: usize, ends_something: bool) {
         let (position, timeline) = (self.nodes[on].log.end(), self.nodes[on].timeline);
-        let records = self.append(on, What::Checkpoint);
+        let records = self.append(on, What::Checkpoint { newest_xid: self.nodes[on].next_xid - 1 });
         let node = &mut self.nodes[on];
         node.log.flush(records);
         node.checkpoint = Checkpoint { position, timeline, ends_something };

@@ -1,0 +1,31 @@
+//! Transaction blocks: what needs one, what warns without one, and savepoints within one.
+
+use crate::done::Done;
+use crate::proto::Answer;
+use crate::session::{Session, Transaction};
+use crate::sql::SqlError;
+
+impl Session {
+    /// The open transaction block, which this statement needs.
+    pub(crate) fn block(&mut self, statement: &str) -> Result<&mut Transaction, SqlError> {
+        let open = self.transaction.as_mut().filter(|it| it.block);
+        open.ok_or_else(|| SqlError::new("25P01", format!("{statement} can only be used in transaction blocks")))
+    }
+
+    pub(crate) fn back_to(&mut self, savepoint: &str) -> Result<Done, SqlError> {
+        let transaction = self.block("ROLLBACK TO SAVEPOINT")?;
+        let Some(at) = transaction.savepoints.iter().rposition(|name| name == savepoint) else {
+            return Err(SqlError::new("3B001", format!("savepoint \"{savepoint}\" does not exist")));
+        };
+        transaction.savepoints.truncate(at + 1);
+        transaction.failed = false;
+        Ok(Done::tag("ROLLBACK"))
+    }
+
+    /// Warns of a COMMIT or ROLLBACK without BEGIN.
+    pub(crate) fn warn_of_no_block(&self, answer: &mut Answer) {
+        if self.transaction.as_ref().is_none_or(|it| !it.block) {
+            answer.notice(&SqlError::new("25P01", "there is no transaction in progress").by("EndTransactionBlock"));
+        }
+    }
+}
