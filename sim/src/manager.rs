@@ -128,7 +128,7 @@ fn is_well(world: &World) -> bool {
 }
 
 /// The standby with the most WAL of those that may be promoted.
-fn best_standby(world: &World) -> Option<usize> {
+pub(crate) fn best_standby(world: &World) -> Option<usize> {
     let able = (0..world.nodes.len()).filter(|on| *on != world.leader && world.may_be_promoted(*on));
     able.max_by_key(|on| world.nodes[*on].log.len())
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::{cut_all, kill, leader};
-use crate::manager::{chance, fail_over, pause, promote};
+use crate::manager::{best_standby, chance, fail_over, pause, promote};
 use crate::net::Direction;
-use crate::node::{Goodbye, Troubles};
+use crate::node::{Goodbye, Stage, Trap, Troubles};
 use crate::world::Sim;
 
 faults! {
@@ -22,6 +22,8 @@ faults! {
     5 "a connection dies without a sign" die_without_a_sign,
     2 "a promotion is given up for another one" vain_promotion,
     1 "the primary is fenced for long" long_fence,
+    2 "the disk is full" full_disk,
+    3 "a new primary crashes within its first COMMITs" short_reign,
 }
 
 async fn storm(sim: &Arc<Sim>) {
@@ -49,6 +51,41 @@ async fn long_outage(sim: &Arc<Sim>) {
     cut_all(sim).await;
     kill(sim).await;
     pause(sim, 8000, 22_000).await;
+}
+
+/// Commits are in doubt, and the primary cannot give out an id to those who ask about them. Everything else works.
+async fn full_disk(sim: &Arc<Sim>) {
+    let (on, net) = leader(sim);
+    sim.lock().say(|| format!("the disk of server {on} is full"));
+    sim.lock().nodes[on].troubles.fsync = Duration::from_millis(300);
+    pause(sim, 300, 600).await;
+    net.links().iter().for_each(|link| link.reset());
+    sim.lock().nodes[on].troubles.fsync = Duration::ZERO;
+    sim.lock().nodes[on].troubles.full_disk = true;
+    pause(sim, 9000, 16_000).await;
+    sim.lock().nodes[on].troubles.full_disk = false;
+    sim.lock().trouble(on);
+}
+
+/// The pool knows little about it yet. Its successor completes a checkpoint before the pool sees it.
+async fn short_reign(sim: &Arc<Sim>) {
+    kill(sim).await;
+    fail_over(sim).await;
+    let (on, _) = leader(sim);
+    let commits = sim.lock().rng.below(2);
+    sim.lock().nodes[on].trap = Some(Trap { stage: Stage::Confirmed, commits, goodbye: Goodbye::Closed });
+    for _ in 0..400 {
+        pause(sim, 5, 15).await;
+        if sim.lock().nodes[on].trap.is_none() {
+            break;
+        }
+    }
+    sim.lock().nodes[on].trap = None;
+    let standby = best_standby(&sim.lock());
+    if let Some(standby) = standby.filter(|_| !sim.lock().nodes[on].works()) {
+        promote(sim, standby);
+        sim.lock().checkpoint(standby, false);
+    }
 }
 
 async fn long_errors(sim: &Arc<Sim>) {
