@@ -14,7 +14,7 @@ type Is = fn(&str) -> bool;
 type Evaluate = fn(&mut Session, &str) -> Value;
 
 /// How to recognise an expression, and its value. The first row that matches counts.
-const EXPRESSIONS: [(Is, Evaluate); 19] = [
+const EXPRESSIONS: [(Is, Evaluate); 22] = [
     (|it| it == "NULL", |_, _| Ok(None)),
     (|it| it == "1", |_, _| found("1")),
     (|it| it.contains("pg_stat_get_activity"), |session, _| found(format!("{pid} {pid}.000000", pid = session.pid))),
