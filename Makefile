@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants
+.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants sim-long
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -89,3 +89,6 @@ sim: ## The whole crate in a deterministic simulation (SEEDS=1000 FIRST=1 LIMIT=
 
 sim-mutants: ## Plants deliberate faults in the crate; the simulation must find each (ONLY=words LIMIT=seconds for each)
 	@sh scripts/sim.sh mutants
+
+sim-long: ## Failovers on every core until there were enough, in parts; stop it at any time, and start it again (FAILOVERS=1000000 JOBS=2 FIRST=1)
+	@sh scripts/sim.sh long

@@ -9,6 +9,7 @@ case "${1:-run}" in
     build) exec cargo build --quiet --profile sim --package failover-sim ;;
     run) exec cargo run --quiet --profile sim --package failover-sim ;;
     mutants) exec cargo run --quiet --profile sim --package failover-sim -- mutants ;;
+    long) exec cargo run --quiet --profile sim --package failover-sim -- long ;;
     test) exec cargo test --quiet --profile sim --package failover-sim ;;
-    *) echo "sim.sh: build, run, mutants or test" >&2; exit 1 ;;
+    *) echo "sim.sh: build, run, mutants, long or test" >&2; exit 1 ;;
 esac

@@ -12,6 +12,7 @@ mod ledger;
 mod listen;
 mod load;
 mod log;
+mod long;
 mod manager;
 mod mutants;
 mod net;
@@ -46,12 +47,21 @@ fn setting<T: FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// The processor's time that this process has taken: other programs may share the machine.
+fn processor() -> Duration {
+    let text = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    Duration::from_nanos(text.split(' ').next().and_then(|nanos| nanos.parse().ok()).unwrap_or(0))
+}
+
 fn main() -> ExitCode {
     if cfg!(not(all(failover_sim, tokio_unstable))) {
         eprintln!("built without its flags, so a seed is not repeatable: use `make sim`");
     }
     if std::env::args().nth(1).as_deref() == Some("mutants") {
         return all_mutants();
+    }
+    if std::env::args().nth(1).as_deref() == Some("long") {
+        return long::long();
     }
     plant(&std::env::var("MUTANT").unwrap_or_default());
     if let Some(text) = setting::<String>("SEED") {
@@ -116,14 +126,18 @@ fn many(first: u64, seeds: u64) -> ExitCode {
         }
         done += 1;
     }
-    let took = began.elapsed();
+    let (took, processor) = (began.elapsed(), processor());
     for line in counts.lines() {
         println!("{line}");
     }
     println!(
-        "{done} seeds from {first}: {failovers} failovers in {took:.1?}, {:.0} a second; {simulated:.0?} simulated",
-        f64::from(u32::try_from(failovers).unwrap_or(u32::MAX)) / took.as_secs_f64()
+        "{done} seeds from {first}: {failovers} failovers in {took:.1?}, of which {processor:.1?} of processor, \
+         {:.0} a second of it; {simulated:.0?} simulated",
+        f64::from(u32::try_from(failovers).unwrap_or(u32::MAX)) / processor.as_secs_f64()
     );
+    if std::env::var_os("PART").is_some() {
+        long::summary(first, done, failovers, processor, &bad);
+    }
     let unseen = coverage::unseen(&counts);
     for line in coverage::lines(&counts) {
         println!("{line}");
