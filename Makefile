@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants sim-long
+.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants sim-long sim-reality
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -92,3 +92,6 @@ sim-mutants: ## Plants deliberate faults in the crate; the simulation must find 
 
 sim-long: ## Failovers on every core until there were enough, in parts; stop it at any time, and start it again (FAILOVERS=1000000 JOBS=2 FIRST=1)
 	@sh scripts/sim.sh long
+
+sim-reality: setup ## The same random scripts on the simulated and on real servers; the answers are compared (SCRIPTS=50 FIRST=1)
+	@SCRIPTS=$${SCRIPTS:-50} sh scripts/sim.sh reality

@@ -11,5 +11,6 @@ case "${1:-run}" in
     mutants) exec cargo run --quiet --profile sim --package failover-sim -- mutants ;;
     long) exec cargo run --quiet --profile sim --package failover-sim -- long ;;
     test) exec cargo test --quiet --profile sim --package failover-sim ;;
-    *) echo "sim.sh: build, run, mutants, long or test" >&2; exit 1 ;;
+    reality) exec cargo test --quiet --profile sim --package failover-sim -- --ignored --nocapture reality:: ;;
+    *) echo "sim.sh: build, run, mutants, long, reality or test" >&2; exit 1 ;;
 esac

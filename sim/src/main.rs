@@ -21,6 +21,8 @@ mod oracle;
 mod proto;
 mod questions;
 mod reach;
+#[cfg(test)]
+mod reality;
 mod rng;
 mod run;
 mod script;

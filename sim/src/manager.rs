@@ -230,7 +230,7 @@ fn come_back(world: &mut World, on: usize) {
 }
 
 /// Stops a server, rewinds it if need be, and starts it as a standby, unless the leader is another one by now.
-fn follow(world: &mut World, on: usize, leader: usize) -> bool {
+pub(crate) fn follow(world: &mut World, on: usize, leader: usize) -> bool {
     if world.leader != leader || !is_well(world) {
         return false;
     }

@@ -72,6 +72,11 @@ impl Sim {
     pub(crate) fn new(seed: u64, trace: bool) -> Arc<Self> {
         let mut rng = Rng::new(seed);
         let setup = Setup::choose(&mut rng);
+        Self::with(rng, setup, trace)
+    }
+
+    /// A world with this setup.
+    pub(crate) fn with(rng: Rng, setup: Setup, trace: bool) -> Arc<Self> {
         let mut nodes: Vec<_> = (0..setup.servers).map(|index| Node::new(index, Arc::new(Net::default()))).collect();
         nodes[1].clock_ahead = if setup.wrong_clock { 2_000_000_000 } else { 0 };
         let world = World {

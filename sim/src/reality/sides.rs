@@ -1,0 +1,256 @@
+//! The two clusters on which a script is played.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use testbed::{Background, Cluster, Node};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::sleep;
+use tokio_postgres_failover::ledger::Ledger;
+use tokio_postgres_failover::view::Evidence;
+
+use super::plan::Act;
+use crate::log::What;
+use crate::manager::{follow, promote};
+use crate::net::{End, Net, connection};
+use crate::node::{Goodbye, Process};
+use crate::rng::Rng;
+use crate::server::serve;
+use crate::setup::{Dns, Setup, Shown};
+use crate::world::Sim;
+
+/// A cluster on which a script is played.
+pub(super) trait Side {
+    type Stream: AsyncRead + AsyncWrite + Unpin;
+
+    /// `None`: nobody listens.
+    async fn connect(&self, node: usize) -> Option<Self::Stream>;
+
+    /// Waits until a session has ended whose client has left.
+    async fn gone(&self, node: usize, pid: i32);
+
+    async fn act(&mut self, act: Act);
+}
+
+pub(super) fn paused() -> Runtime {
+    Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
+}
+
+pub(super) fn awake() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+pub(super) struct Simulated {
+    sim: Arc<Sim>,
+}
+
+impl Simulated {
+    pub(super) fn new(servers: usize) -> Self {
+        let setup = Setup {
+            servers,
+            synchronous: false,
+            shown: Shown::Function,
+            dns: Dns::All,
+            max_size: 4,
+            sleeps: false,
+            wrapped: false,
+            archives: false,
+            wrong_clock: false,
+        };
+        Self { sim: Sim::with(Rng::new(1), setup, false) }
+    }
+
+    /// The standbys receive what is on the primary's disk.
+    fn replicate(&self) {
+        self.sim.lock().replicate();
+    }
+}
+
+impl Side for Simulated {
+    type Stream = End;
+
+    async fn connect(&self, node: usize) -> Option<End> {
+        sleep(Duration::from_millis(1)).await;
+        let net: Arc<Net> = {
+            let world = self.sim.lock();
+            let node = &world.nodes[node];
+            if node.process == Process::Down || !node.machine_up {
+                return None;
+            }
+            Arc::clone(&node.net)
+        };
+        let (ours, theirs) = connection(&net, 1);
+        tokio::spawn(serve(Arc::clone(&self.sim), node, theirs));
+        Some(ours)
+    }
+
+    async fn gone(&self, _: usize, _: i32) {
+        sleep(Duration::from_secs(1)).await;
+    }
+
+    async fn act(&mut self, act: Act) {
+        sleep(Duration::from_millis(10)).await;
+        if act != Act::Lag && !self.sim.lock().nodes.iter().any(|node| node.troubles.lags) {
+            self.replicate();
+        }
+        match act {
+            Act::Kill(on) => self.sim.lock().crash(on, Goodbye::Closed),
+            Act::Stop(on) => self.sim.lock().shut_down(on),
+            Act::BackendCrash(on) => self.sim.lock().backend_crash(on),
+            Act::Start { on, leads } => {
+                let mut world = self.sim.lock();
+                let clean = world.nodes[on].goodbye == Goodbye::Shutdown;
+                world.start_primary(on, clean, leads);
+            }
+            Act::Lag => {
+                self.replicate();
+                self.sim.lock().nodes.iter_mut().for_each(|node| node.troubles.lags = true);
+            }
+            Act::Promote(on) => {
+                promote(&self.sim, on);
+                let mut world = self.sim.lock();
+                world.nodes.iter_mut().for_each(|node| node.troubles.lags = false);
+                // The test bed writes twice on a server that it promotes.
+                for _ in 0..2 {
+                    let xid = world.assign_xid(on, 0);
+                    let records = world.append(on, What::Commit { xid });
+                    world.nodes[on].running.remove(&xid);
+                    world.nodes[on].log.flush(records);
+                }
+            }
+            Act::Checkpoint(on) => self.sim.lock().checkpoint(on, false),
+            Act::Rejoin(on) => {
+                let mut world = self.sim.lock();
+                let leader = world.leader;
+                // So that pg_rewind knows the new timeline, the test bed asks for a checkpoint.
+                world.checkpoint(leader, false);
+                follow(&mut world, on, leader);
+            }
+        }
+        if act != Act::Lag {
+            self.replicate();
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+pub(super) struct Real {
+    cluster: Cluster,
+    primary: usize,
+    lags: bool,
+}
+
+impl Real {
+    pub(super) async fn start(servers: usize) -> Self {
+        let builder = Cluster::builder().nodes(servers).asynchronous();
+        let cluster = builder.setting("wal_keep_size", "0").start().await;
+        let administrator = cluster.direct(Node(0)).await;
+        Evidence::install(&administrator).await.unwrap();
+        Ledger::default().install(&administrator).await.unwrap();
+        let sql = "GRANT USAGE ON SCHEMA failover TO app; GRANT EXECUTE ON FUNCTION failover.wal_history TO app; \
+                   GRANT SELECT, INSERT, UPDATE, DELETE ON failover.ledger TO app; GRANT pg_monitor TO app; \
+                   CREATE TABLE public.payments (call bigint, attempt bigint); ALTER TABLE payments OWNER TO app; \
+                   CHECKPOINT";
+        administrator.batch_execute(sql).await.unwrap();
+        let real = Self { cluster, primary: 0, lags: false };
+        real.calm(0).await;
+        real.replicated().await;
+        real
+    }
+
+    /// Nothing reaches the disk of a primary but with a COMMIT.
+    async fn calm(&self, node: usize) {
+        self.cluster.stop_background(Node(node), Background::WalWriter).await;
+        self.cluster.stop_background(Node(node), Background::BackgroundWriter).await;
+    }
+
+    /// The standbys have what is on the primary's disk.
+    async fn replicated(&self) {
+        for node in self.cluster.nodes() {
+            if node.0 != self.primary && self.cluster.is_running(node) && self.is_standby(node).await {
+                self.cluster.wait_replayed(node).await;
+            }
+        }
+    }
+
+    async fn is_standby(&self, node: Node) -> bool {
+        let session = self.cluster.direct(node).await;
+        session.query_one("SELECT pg_is_in_recovery()", &[]).await.unwrap().get(0)
+    }
+}
+
+impl Side for Real {
+    type Stream = TcpStream;
+
+    async fn connect(&self, node: usize) -> Option<TcpStream> {
+        TcpStream::connect(self.cluster.socket_addr(Node(node))).await.ok()
+    }
+
+    async fn gone(&self, node: usize, pid: i32) {
+        let session = self.cluster.direct(Node(node)).await;
+        testbed::eventually("the session has ended", Duration::from_secs(10), async || {
+            let sql = "SELECT FROM pg_stat_activity WHERE pid = $1";
+            session.query_opt(sql, &[&pid]).await.is_ok_and(|row| row.is_none())
+        })
+        .await;
+    }
+
+    async fn act(&mut self, act: Act) {
+        if self.cluster.is_running(Node(self.primary)) && !self.lags {
+            self.replicated().await;
+        }
+        match act {
+            Act::Kill(on) => self.cluster.kill(Node(on)).await,
+            Act::Stop(on) => {
+                self.cluster.thaw(Node(on));
+                self.cluster.stop_fast(Node(on)).await;
+            }
+            Act::BackendCrash(on) => {
+                self.cluster.crash_backend(Node(on), Duration::from_secs(20)).await;
+                self.calm(on).await;
+            }
+            Act::Start { on, .. } => {
+                self.cluster.start_node(Node(on)).await;
+                self.calm(on).await;
+            }
+            Act::Lag => {
+                for node in self.cluster.nodes() {
+                    if node.0 != self.primary && self.cluster.is_running(node) && self.is_standby(node).await {
+                        self.cluster.stop_shipping(Node(self.primary), node).await;
+                    }
+                }
+            }
+            Act::Promote(on) => {
+                for node in self.cluster.nodes() {
+                    if node.0 != self.primary && self.cluster.is_running(node) && self.is_standby(node).await {
+                        self.cluster.wait_received_all(node).await;
+                    }
+                }
+                // Until it goes on, the control file shows the old timeline.
+                self.cluster.stop_background(Node(on), Background::Checkpointer).await;
+                self.cluster.promote(Node(on)).await;
+                self.primary = on;
+                self.calm(on).await;
+            }
+            Act::Checkpoint(on) => {
+                self.cluster.thaw(Node(on));
+                self.cluster.direct(Node(on)).await.batch_execute("CHECKPOINT").await.unwrap();
+                self.calm(on).await;
+            }
+            Act::Rejoin(on) => {
+                self.cluster.thaw(Node(self.primary));
+                if self.cluster.is_running(Node(on)) {
+                    self.cluster.thaw(Node(on));
+                }
+                self.cluster.restart_as_standby(Node(on)).await;
+                self.calm(self.primary).await;
+            }
+        }
+        self.lags = act == Act::Lag;
+        if self.cluster.is_running(Node(self.primary)) && !self.lags {
+            self.replicated().await;
+        }
+    }
+}
