@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
-use tokio_postgres_failover::error::Ending;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{CommitOutcome, Error, Pool};
 use tokio_util::sync::CancellationToken;

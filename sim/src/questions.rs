@@ -76,7 +76,7 @@ impl Session {
             let is_it = backend.doing == Doing::IdleInTransaction && (xid.is_none() || backend.xid == xid);
             is_it.then(|| (backend.since.elapsed().as_millis() > 250).then(|| backend.terminate.clone()))
         });
-        let Some(late) = found else { return Done::nothing() };
+        let Some(late) = found else { return Done::nothing(1) };
         let Some(terminate) = late else { return Done::row(vec![None]) };
         terminate.cancel();
         Done::row(vec![Some("t".to_owned())])
@@ -88,7 +88,7 @@ impl Session {
         let found = world.nodes[self.node].backends.get(&pid).filter(|backend| backend.doing != Doing::Idle);
         let Some((terminate, doing, ends)) = found.map(|found| (found.terminate.clone(), found.doing, found.ends))
         else {
-            return Done::nothing();
+            return Done::nothing(1);
         };
         if doing == Doing::Committing && ends {
             world.oracle.violation("a session was ended in the midst of a COMMIT");

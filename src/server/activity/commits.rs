@@ -132,8 +132,7 @@ impl Statements {
         match self.place {
             Place::Quoted(quote) => until(|byte, quote| byte == quote || byte == 0, quote).unwrap_or(bytes.len()),
             Place::Outside if self.begun && self.told == Told::All && self.before != Before::Escaped => {
-                let has_meaning =
-                    |byte, _| matches!(byte, 0 | b'\'' | b'"' | b'$' | b';' | b'/' | b'-' | b'(' | b')');
+                let has_meaning = |byte, _| matches!(byte, 0 | b'\'' | b'"' | b'$' | b';' | b'/' | b'-' | b'(' | b')');
                 // `before` depends on the last two bytes.
                 until(has_meaning, 0).unwrap_or(bytes.len()).saturating_sub(2)
             }
