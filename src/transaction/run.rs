@@ -10,7 +10,9 @@ use super::abandoned::{Abandoned, end_all};
 use super::attempt::Attempt;
 use super::begin::MarkWith;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
-use super::earlier::{Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent};
+use super::earlier::{
+    Earlier, Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent,
+};
 use super::ended::{Ended, Failed, unknown};
 use super::nested::{Inner, InnerDoubt};
 use super::verdict::{Bounds, ClosureError, Session, evicted, with_reason};
@@ -19,6 +21,7 @@ use crate::classify::Cure;
 use crate::commit::Unsettled;
 use crate::error::{CommitOutcome, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::{Observer, Operation};
+use crate::pool::Pool;
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 
@@ -93,13 +96,8 @@ where
         }
         end_all(&client, &mut abandoned).await;
         let generation = client.generation();
-        match find(pool, &mut earlier, generation, deadline).await? {
-            None => {}
-            Some(attempt) if attempt.closures.is_sent() => return Err(EndedInside::error(Ending::Committed, None)),
-            Some(attempt) => {
-                pool.budget().deposit();
-                return Ok(attempt.value);
-            }
+        if let Some(attempt) = find(pool, &mut earlier, generation, deadline).await? {
+            return committed_earlier(pool, attempt);
         }
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {
@@ -186,6 +184,16 @@ where
             Err(why) => return Err(ended(given_up(error, number, retries.limit(), why, stage, doubt))),
         }
     }
+}
+
+/// Makes the call's result from an earlier attempt that was committed. If its closure had ended the transaction itself,
+/// that COMMIT was not the pool's.
+fn committed_earlier<C: SessionClient, T>(pool: &Pool<C>, attempt: Earlier<T>) -> Result<T, Error> {
+    if attempt.closures.is_sent() {
+        return Err(EndedInside::error(Ending::Committed, None));
+    }
+    pool.budget().deposit();
+    Ok(attempt.value)
 }
 
 /// Makes the call's error from an error that allows no further attempt. If an earlier attempt is in doubt, wraps the
