@@ -163,7 +163,7 @@ impl Script {
             let tampering = Arc::clone(&lock(&served.tamper));
             let tamper = tampering(number);
             number += 1;
-            session(Wire { stream, tamper, stage: Arc::clone(&served) })
+            session(Wire { stream, tamper, stage: Arc::clone(&served), open: false })
         };
         Self { port: Port::open("script", addr, serve).await, stage }
     }
@@ -214,6 +214,8 @@ struct Wire {
     stream: TcpStream,
     tamper: Tamper,
     stage: Arc<Stage>,
+    /// A transaction is open.
+    open: bool,
 }
 
 impl Wire {
@@ -270,7 +272,7 @@ async fn start_up(wire: &mut Wire) -> Option<()> {
         bytes.extend(framed(b'S', format!("{name}\0{value}\0").as_bytes()));
     }
     bytes.extend(framed(b'K', &[0, 0, 0, 1, 0, 0, 0, 2]));
-    bytes.extend(ready());
+    bytes.extend(ready(false));
     wire.send(bytes).await
 }
 
@@ -281,6 +283,7 @@ async fn converse(wire: &mut Wire) -> Option<()> {
     match tag {
         b'Q' => {
             let sql = String::from_utf8_lossy(body.strip_suffix(b"\0").unwrap_or(&body)).into_owned();
+            wire.open = open_after(&sql, wire.open);
             let answer = Arc::clone(&lock(&wire.stage.answer));
             reply(wire, answer(&sql)).await
         }
@@ -300,7 +303,7 @@ async fn reply(wire: &mut Wire, reply: Reply) -> Option<()> {
             let mut bytes = Vec::new();
             let over = encode(&mut bytes, &reply);
             if !over {
-                bytes.extend(ready());
+                bytes.extend(ready(wire.open));
             }
             wire.send(bytes).await?;
             (!over).then_some(())
@@ -361,8 +364,17 @@ fn count(of: usize) -> Vec<u8> {
     u16::try_from(of).expect("a row has fewer than 65536 columns").to_be_bytes().to_vec()
 }
 
-fn ready() -> Vec<u8> {
-    framed(b'Z', b"I")
+fn ready(open: bool) -> Vec<u8> {
+    framed(b'Z', if open { b"T" } else { b"I" })
+}
+
+/// Returns whether a transaction is open after this message, as far as its first words tell.
+fn open_after(sql: &str, open: bool) -> bool {
+    sql.split(';').fold(open, |open, statement| match statement.split_whitespace().next() {
+        Some("BEGIN" | "START") => true,
+        Some("COMMIT" | "ROLLBACK") => false,
+        _ => open,
+    })
 }
 
 #[cfg(test)]
