@@ -59,7 +59,9 @@ fn the_model_answers_as_real_servers_do() {
             continue;
         }
         println!("script {seed} DIFFERS:");
-        found.iter().for_each(|line| println!("{line}"));
+        for line in &found {
+            println!("{line}");
+        }
         differ.push(seed);
     }
     println!("{} of {scripts} scripts are answered alike", scripts - differ.len() as u64);

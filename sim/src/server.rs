@@ -194,7 +194,7 @@ async fn messages(
                 None
             }
             _ if skips => continue,
-            Request::Parse { name, sql } => session.keep(name, sql).map(|()| answer.parsed()).err(),
+            Request::Parse { name, sql } => session.keep(name, &sql).map(|()| answer.parsed()).err(),
             Request::Describe { portal, name } => {
                 if !portal {
                     answer.parameters(if session.kept(&name) == Statement::Insert(None) { 2 } else { 0 });

@@ -462,11 +462,11 @@ impl Session {
     }
 
     /// Prepares a statement of the extended protocol.
-    pub(crate) fn keep(&mut self, name: String, sql: String) -> Result<(), SqlError> {
+    pub(crate) fn keep(&mut self, name: String, sql: &str) -> Result<(), SqlError> {
         if self.transaction.as_ref().is_some_and(|it| it.failed) {
             return Err(SqlError::new("25P02", "current transaction is aborted"));
         }
-        self.prepared.insert(name, parse(&sql));
+        self.prepared.insert(name, parse(sql));
         Ok(())
     }
 

@@ -86,9 +86,17 @@ impl Canon {
                 timeline,
             },
             (None, 36) if is_digits(text(2)) => {
-                let none = self.values(None);
+                let unmarked = self.values(None);
                 let (xid, entry) = (text(2).parse().ok()?, text(0).to_owned());
-                Mark { xid, nonce: none.nonce, lsn: lsn(&none.lsn)?, entry, pid: text(1).to_owned(), node, timeline }
+                Mark {
+                    xid,
+                    nonce: unmarked.nonce,
+                    lsn: lsn(&unmarked.lsn)?,
+                    entry,
+                    pid: text(1).to_owned(),
+                    node,
+                    timeline,
+                }
             }
             _ => return None,
         };

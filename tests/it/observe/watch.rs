@@ -406,6 +406,10 @@ async fn settled_commits_and_re_runs_are_told_by_what_became_of_them() {
     assert_eq!((figures.reruns("conflict"), figures.reruns("connection_lost")), (2, 1));
 }
 
+async fn one(client: &impl GenericClient) -> Result<i32, tokio_postgres::Error> {
+    Ok(client.query_one("SELECT 1", &[]).await?.get(0))
+}
+
 /// As OpenTelemetry's conventions want it: calls and the statements of callers, by what became of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_and_statements_are_timed() {
@@ -416,9 +420,6 @@ async fn calls_and_statements_are_timed() {
         let common = [("db_system_name", "postgresql"), ("db_namespace", "app"), ("db_operation_name", operation)];
         figures.get("db_client_operation_duration_seconds_count", &[&common, failure].concat())
     };
-    async fn one(client: &impl GenericClient) -> Result<i32, tokio_postgres::Error> {
-        Ok(client.query_one("SELECT 1", &[]).await?.get(0))
-    }
     pool.transaction(async |tx| {
         insert(&tx, 1).await?;
         one(&tx).await?;

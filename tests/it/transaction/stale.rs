@@ -311,8 +311,11 @@ enum Transparent {
 #[error("the moods cannot be read")]
 struct Unreadable(#[source] tokio_postgres::Error);
 
-/// How a closure passes on the error of a value that does not fit its type.
-const PASSED_ON: [(&str, fn(tokio_postgres::Error) -> Error); 6] = [
+/// How a closure passes on an error of the driver's.
+type PassesOn = fn(tokio_postgres::Error) -> Error;
+
+/// The ways to pass on the error of a value that does not fit its type.
+const PASSED_ON: [(&str, PassesOn); 6] = [
     ("plain", Error::Database),
     ("own error", |error| Error::abort(Unreadable(error))),
     ("transparent", |error| Error::abort(Transparent::Db(error))),
