@@ -174,7 +174,7 @@ struct Shared {
     closed: AtomicBool,
     /// The task has ended, but nobody has closed the pool.
     runtime_ended: AtomicBool,
-    /// The number of connections on loan.
+    /// The number of connections checked out.
     in_use: AtomicUsize,
     /// The number of answers from the newest generation's server on sessions that this crate does not drive.
     heard: AtomicU64,
@@ -182,11 +182,11 @@ struct Shared {
     newest: AtomicU64,
     /// The number of the newest generation that has ended, or 0 before the first end.
     ended: AtomicU64,
-    /// The task samples the traffic so often that it notices when the sessions on loan fall silent.
+    /// The task samples the traffic so often that it notices when the sessions checked out fall silent.
     listening: AtomicBool,
     /// A connection was lent while the task was not listening.
-    lent: AtomicBool,
-    /// The number of callers and sessions that need a primary. Connections on loan are not counted here.
+    checked_out: AtomicBool,
+    /// The number of callers and sessions that need a primary. Connections checked out are not counted here.
     wanting: AtomicUsize,
     asleep: AtomicBool,
     /// Asks the pool to ask the primary on an idle session.
@@ -224,9 +224,9 @@ impl Drop for IdleQuestion {
 }
 
 /// While this exists, something needs a primary, so the task does not fall asleep.
-pub(crate) struct Wanting(Arc<Shared>);
+pub(crate) struct PrimaryDemand(Arc<Shared>);
 
-impl Drop for Wanting {
+impl Drop for PrimaryDemand {
     fn drop(&mut self) {
         self.0.wanting.fetch_sub(1, Ordering::SeqCst);
     }
@@ -254,13 +254,13 @@ impl<C: SessionClient> Cluster<C> {
     }
 
     /// Registers that a primary is needed. This wakes the task, and keeps it awake.
-    pub(crate) fn want(&self) -> Wanting {
+    pub(crate) fn want(&self) -> PrimaryDemand {
         // Either the task sees this count before it falls asleep, or this call sees that it is asleep.
         self.shared.wanting.fetch_add(1, Ordering::SeqCst);
         if self.shared.asleep.load(Ordering::SeqCst) {
             self.shared.wake.notify_one();
         }
-        Wanting(Arc::clone(&self.shared))
+        PrimaryDemand(Arc::clone(&self.shared))
     }
 
     /// Returns the current generation. If there is none, waits for one. Cancel-safe.
@@ -307,7 +307,7 @@ impl<C: SessionClient> Cluster<C> {
         self.snapshot.borrow().generation.clone()
     }
 
-    /// Returns whether the task sleeps or is falling asleep. Call this after [`Self::lend`].
+    /// Returns whether the task sleeps or is falling asleep. Call this after [`Self::check_out`].
     pub(crate) fn is_asleep(&self) -> bool {
         self.shared.asleep.load(Ordering::SeqCst)
     }
@@ -368,14 +368,14 @@ impl<C: SessionClient> Cluster<C> {
     }
 
     /// Counts a connection that is lent to a caller. From now on the task notices when the server falls silent.
-    pub(crate) fn lend(&self) {
-        // All orderings here and in `Task::sample_traffic` (task.rs) are `SeqCst`. So either the task sees the loan, or
-        // it is woken.
+    pub(crate) fn check_out(&self) {
+        // All orderings here and in `Task::sample_traffic` (task.rs) are `SeqCst`. So either the task sees the
+        // checkout, or it is woken.
         self.shared.in_use.fetch_add(1, Ordering::SeqCst);
         // Usually the task is listening already. Reading the flag first is cheaper than writing to memory that others
         // read.
         if !self.shared.listening.load(Ordering::SeqCst) && !self.shared.listening.swap(true, Ordering::SeqCst) {
-            self.shared.lent.store(true, Ordering::SeqCst);
+            self.shared.checked_out.store(true, Ordering::SeqCst);
             self.shared.wake.notify_one();
         }
     }
@@ -385,7 +385,7 @@ impl<C: SessionClient> Cluster<C> {
         self.shared.in_use.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// The number of connections on loan.
+    /// The number of connections checked out.
     pub(crate) fn in_use(&self) -> usize {
         self.shared.in_use.load(Ordering::SeqCst)
     }

@@ -1,8 +1,8 @@
 //! Decides whether a transaction whose COMMIT was not answered has been committed. The input is what the transaction
-//! left behind at BEGIN and what the primary says now. The result is a [`Settled`]. This module knows nothing of
+//! left behind at BEGIN and what the primary says now. The result is a [`SettleVerdict`]. This module knows nothing of
 //! sessions, pools and time.
 //!
-//! Invariant: if the result is [`Settled::Committed`] or [`Settled::NotCommitted`], it is true. With
+//! Invariant: if the result is [`SettleVerdict::Committed`] or [`SettleVerdict::NotCommitted`], it is true. With
 //! [`Proof::Function`] this needs no assumption about failovers. Without it, the pool must have seen each crash that
 //! loses the mark. If the outcome cannot be proved, the result is [`Unsettled`]. docs/exactly-once.md has the argument.
 //! The I/O is in `settle`. The tests are `commit/tests.rs`, with a model of servers that crash, lose WAL and reuse
@@ -102,7 +102,7 @@ pub(crate) struct Signature(pub(crate) Vec<(u64, bool)>);
 
 /// What a transaction leaves behind when it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Marker {
+pub(crate) struct WalMark {
     /// The server on which it began, in its life at that time.
     pub(crate) life: Life,
     /// The transaction's id, which is unique within one history.
@@ -144,7 +144,7 @@ pub(crate) enum Proof {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sighting {
     /// The marker.
-    Marker,
+    WalMark,
     /// Something else, or the WAL ends before that position.
     Other,
     /// The WAL reaches that position, but it is not on the disk yet.
@@ -179,7 +179,7 @@ pub(crate) enum XactStatus {
 
 /// The outcome of a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Settled {
+pub(crate) enum SettleVerdict {
     Committed,
     /// It is not committed, and never will be.
     NotCommitted,
@@ -195,7 +195,7 @@ pub enum Unsettled {
     /// The call does not settle commits: its guarantee is [`Guarantee::AtMostOnce`](crate::Guarantee::AtMostOnce), or
     /// the server lacks what settling needs, see [`Status::fallback`](crate::view::Status::fallback).
     #[error("the transaction left no mark to ask the server by")]
-    NoMarker,
+    NoMark,
     /// There was more than one crash or failover since BEGIN, and the server does not show its WAL: see
     /// [`Status::evidence`](crate::view::Status::evidence).
     #[error("there was more than one crash or failover since it began: sql/history.sql lets such outcomes be settled")]
@@ -256,7 +256,7 @@ pub enum Unsettled {
 }
 
 /// Returns whether the decision needs more than what every role may read, and the server shows more.
-pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> bool {
+pub(crate) fn wants_proof(marker: &WalMark, now: &Now, evidence: Evidence) -> bool {
     if now.life.is(&marker.life) {
         return false;
     }
@@ -268,7 +268,7 @@ pub(crate) fn wants_proof(marker: &Marker, now: &Now, evidence: Evidence) -> boo
 }
 
 /// Finds out whether the marker is in the history of the server that says `now`.
-pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
+pub(crate) fn locate(marker: &WalMark, now: &Now, proof: &Proof) -> Located {
     if now.life.is(&marker.life) {
         return Located::Here;
     }
@@ -278,7 +278,7 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
     }
     if let Proof::Function { sighting, .. } = proof {
         match sighting {
-            Sighting::Marker => return Located::Here,
+            Sighting::WalMark => return Located::Here,
             Sighting::Other if planted!("ignores what is in the log") => return Located::Here,
             Sighting::Other => return Located::Lost,
             Sighting::NotYet => return Located::NotYet,
@@ -303,14 +303,14 @@ pub(crate) fn locate(marker: &Marker, now: &Now, proof: &Proof) -> Located {
 
 /// Two servers may be promoted to timelines with the same number. If a server on the marker's timeline was promoted in
 /// its present life, it is not the server on which the marker was written, because that one had been promoted before.
-fn is_another_of_this_number(marker: &Marker, now: &Now) -> bool {
+fn is_another_of_this_number(marker: &WalMark, now: &Now) -> bool {
     let promoted = now.received.is_some() || now.life.ancestor.is_some();
     now.life.server.timeline == marker.life.server.timeline && promoted
 }
 
 /// Decides for a later life of the server on the marker's timeline. If the server has crashed only once, it has not
 /// lost the marker.
-fn restarted(marker: &Marker, now: &Now) -> Located {
+fn restarted(marker: &WalMark, now: &Now) -> Located {
     let (before, after) = (marker.life.stats_reset, now.life.stats_reset);
     if before.is_some() && before == after {
         // The statistics survived, so the server has never crashed since, and has lost nothing.
@@ -325,7 +325,7 @@ fn restarted(marker: &Marker, now: &Now) -> Located {
 
 /// Decides for a server on a newer timeline that does not show its history. The marker is here if the server's timeline
 /// follows directly on the marker's, and if replay ended where the marker's timeline ended.
-fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
+fn promoted(marker: &WalMark, now: &Now, followed: bool) -> Located {
     let then = marker.life.server.timeline;
     if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
         return Located::Unclear(Unsettled::SeveralFailovers);
@@ -348,7 +348,7 @@ fn promoted(marker: &Marker, now: &Now, followed: bool) -> Located {
 /// Returns whether a crash recovery that no client saw may have lost the marker. Such a recovery and the shutdown after
 /// it write one checkpoint each, and the server has kept all WAL before these two. So a marker well before them cannot
 /// be lost.
-fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
+fn may_be_lost_unseen(marker: &WalMark, now: &Now) -> bool {
     let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
     !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
 }
@@ -356,7 +356,7 @@ fn may_be_lost_unseen(marker: &Marker, now: &Now) -> bool {
 /// Decides for a server on a newer timeline that shows its history, but not the WAL at the marker. A crash on the
 /// marker's timeline may have lost the marker. If there was one promotion, and the pool has seen one new primary, there
 /// was no such crash.
-fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
+fn descended(marker: &WalMark, now: &Now, ancestry: &Ancestry) -> Located {
     let then = marker.life.server.timeline;
     match ancestry.end_of(then) {
         None => Located::Lost,
@@ -373,20 +373,22 @@ fn descended(marker: &Marker, now: &Now, ancestry: &Ancestry) -> Located {
 /// If the mark is in the history, the server's next id is greater than the mark's. So if the id was not given out yet,
 /// the mark is missing, whatever else is unknown. If `located` nevertheless says that the mark is here, an assumption
 /// of the rule does not hold, and the outcome is unknown.
-pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> Settled {
+pub(crate) fn settle(located: Located, status: Option<XactStatus>) -> SettleVerdict {
     use Unsettled::{OtherHistory, Restarted, SeveralFailovers, Unproven};
     seen!("settle", "{located:?} {status:?}");
     match (located, status) {
         (Located::Here, Some(status)) => status.into(),
-        (Located::Here, None) => Settled::Unknown(OtherHistory),
-        (Located::Lost, _) | (Located::Unclear(Restarted | SeveralFailovers | Unproven), None) => Settled::NotCommitted,
-        (Located::NotYet, _) => Settled::InProgress,
-        (Located::Unclear(_), _) if planted!("guesses that it was not committed") => Settled::NotCommitted,
-        (Located::Unclear(why), _) => Settled::Unknown(why),
+        (Located::Here, None) => SettleVerdict::Unknown(OtherHistory),
+        (Located::Lost, _) | (Located::Unclear(Restarted | SeveralFailovers | Unproven), None) => {
+            SettleVerdict::NotCommitted
+        }
+        (Located::NotYet, _) => SettleVerdict::InProgress,
+        (Located::Unclear(_), _) if planted!("guesses that it was not committed") => SettleVerdict::NotCommitted,
+        (Located::Unclear(why), _) => SettleVerdict::Unknown(why),
     }
 }
 
-impl From<XactStatus> for Settled {
+impl From<XactStatus> for SettleVerdict {
     /// Valid only for an id that was located [`Here`](Located::Here).
     fn from(status: XactStatus) -> Self {
         match status {
@@ -410,13 +412,13 @@ pub(crate) enum Entry {
 /// Decides by the entry what became of a transaction that began `age` ago, by the server's clock. The transaction's own
 /// row may be pruned once it is older than `keep`, and then a settler would insert a fence. So a fence is trusted only
 /// for half of that time. The other half allows for differences between the clocks of two servers.
-pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> Settled {
+pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> SettleVerdict {
     seen!("ledger", "{entry:?}, old: {}", age > keep / 2);
     match entry {
-        Entry::Fence if planted!("takes a fence for the work's own row") => Settled::Committed,
-        Entry::Own if planted!("takes the work's own row for a fence") => Settled::NotCommitted,
-        Entry::Own => Settled::Committed,
-        Entry::Fence if age > keep / 2 => Settled::Unknown(Unsettled::TooOld),
-        Entry::Fence => Settled::NotCommitted,
+        Entry::Fence if planted!("takes a fence for the work's own row") => SettleVerdict::Committed,
+        Entry::Own if planted!("takes the work's own row for a fence") => SettleVerdict::NotCommitted,
+        Entry::Own => SettleVerdict::Committed,
+        Entry::Fence if age > keep / 2 => SettleVerdict::Unknown(Unsettled::TooOld),
+        Entry::Fence => SettleVerdict::NotCommitted,
     }
 }

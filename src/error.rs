@@ -14,16 +14,13 @@ mod refused;
 #[cfg(test)]
 mod tests;
 mod unavailable;
-mod unknown;
 
 pub(crate) use build::BuildError;
-pub(crate) use call::{CommitOutcome, Error};
-pub use call::{EndedInside, Ending, Exhausted, RolledBack, SessionEnded};
+pub(crate) use call::{CommitOutcome, Error, InDoubt};
+pub use call::{CommitUnknown, EndedInside, Ending, Exhausted, RolledBack, SessionEnded};
 pub use refused::Refused;
 pub(crate) use unavailable::{CHECKOUT_TIMEOUT, Obstacle};
 pub use unavailable::{Unavailable, UnavailableReason};
-pub use unknown::CommitUnknown;
-pub(crate) use unknown::InDoubt;
 
 pub use crate::commit::Unsettled;
 pub use crate::topology::{FailureKind, ProbeFailure};

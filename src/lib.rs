@@ -104,7 +104,7 @@ pub mod session {
 /// These are the types that [`Pool::status`], [`Pool::watch`] and [`Pool::candidates`] return. An [`Event`] contains
 /// some of them.
 pub mod view {
-    pub use crate::observe::Settlement;
+    pub use crate::observe::SettledOutcome;
     pub use crate::pool::Status;
     pub use crate::topology::{
         Address, Answer, BadReport, CandidateReport, Change, Endpoint, Eviction, Evidence, GenerationId, Lsn, Origin,

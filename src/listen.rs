@@ -133,7 +133,7 @@ impl Pool {
             joined.ok_or(Error::RuntimeEnded).and_then(or_panic)?
         };
         let first = self.unless_closing(joining).await?;
-        let keeping = self.runtime().spawn(keep(self.clone(), sql, first, Keeping(Arc::clone(&inbox))));
+        let keeping = self.runtime().spawn(keep(self.clone(), sql, first, InboxGuard(Arc::clone(&inbox))));
         Ok(Listener { inbox, task: keeping.abort_handle() })
     }
 }
@@ -262,7 +262,7 @@ impl Subscribed {
 }
 
 /// Keeps the subscription in force until the pool is closed or the task ends.
-async fn keep(pool: Pool, sql: String, first: Subscribed, keeping: Keeping) {
+async fn keep(pool: Pool, sql: String, first: Subscribed, keeping: InboxGuard) {
     let inbox = &keeping.0;
     let mut subscribed = Some(first);
     loop {
@@ -302,9 +302,9 @@ async fn keep_once(
 
 /// Ends the inbox when the task ends, so that its reader does not wait forever. The task may end with its runtime
 /// before it has ever run.
-struct Keeping(Arc<Inbox>);
+struct InboxGuard(Arc<Inbox>);
 
-impl Drop for Keeping {
+impl Drop for InboxGuard {
     fn drop(&mut self) {
         self.0.end(Error::RuntimeEnded);
     }

@@ -14,7 +14,7 @@ mod meters;
 mod operation;
 mod stopwatch;
 
-pub use event::{Event, Events, Settlement};
+pub use event::{Event, Events, SettledOutcome};
 pub(crate) use operation::{Operation, Timed};
 pub(crate) use stopwatch::Stopwatch;
 
@@ -32,7 +32,7 @@ use crate::commit::Unsettled;
 use crate::server::SessionEndListener;
 use crate::sync::{lock, log_safely};
 use crate::topology::{Address, CandidateReport, Endpoint, Eviction, GenerationId, Notice, Part, Primary, Refusal};
-use meters::{Meters, Place};
+use meters::{Meters, StateGauge};
 
 /// How many events a reader may be behind before it misses the oldest. A failover of a large pool makes fewer than
 /// this.
@@ -234,11 +234,13 @@ impl Observer {
         self.send(Event::SlowCheckout { waited, place });
     }
 
-    /// Reports a connection that is still on loan.
-    pub(crate) fn long_loan(&self, held: Duration, place: &'static Location<'static>) {
+    /// Reports a connection that is still checked out.
+    pub(crate) fn long_checkout(&self, held: Duration, place: &'static Location<'static>) {
         let elapsed_ms = milliseconds(held);
-        log_safely(|| tracing::warn!(elapsed_ms, taken_at = %place, "a connection is on loan for long; is it leaked?"));
-        self.send(Event::LongLoan { held, place });
+        log_safely(
+            || tracing::warn!(elapsed_ms, taken_at = %place, "a connection is checked out for long; is it leaked?"),
+        );
+        self.send(Event::LongCheckout { held, place });
     }
 
     /// Reports that such a connection came back.
@@ -246,7 +248,7 @@ impl Observer {
         tracing::info!(
             elapsed_ms = milliseconds(held),
             taken_at = %place,
-            "a connection that was on loan for long came back"
+            "a connection that was checked out for long came back"
         );
     }
 
@@ -258,7 +260,7 @@ impl Observer {
     /// Reports one connection of a generation, for as long as its session lives.
     pub(crate) fn connection(self: &Arc<Self>, open: &Tally, address: Address) -> Arc<Watched> {
         open.0.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: Place::new(), address })
+        Arc::new(Watched { observer: Arc::clone(self), open: open.clone(), place: StateGauge::new(), address })
     }
 }
 
@@ -312,9 +314,9 @@ impl Observer {
     }
 
     /// Reports what became of a COMMIT without an answer, as far as the pool could find out.
-    pub(crate) fn settled(&self, generation: GenerationId, outcome: Settlement, took: Duration) {
+    pub(crate) fn settled(&self, generation: GenerationId, outcome: SettledOutcome, took: Duration) {
         let (generation_number, elapsed_ms) = (generation.get(), milliseconds(took));
-        if let Settlement::Unknown(why) = outcome {
+        if let SettledOutcome::Unknown(why) = outcome {
             tracing::warn!(generation = generation_number, elapsed_ms, %why, "the outcome of a commit is not known");
         } else {
             tracing::info!(
@@ -330,7 +332,7 @@ impl Observer {
 
     /// Reports a COMMIT without an answer about which no server was asked.
     pub(crate) fn not_settled(&self, generation: GenerationId) {
-        self.settled(generation, Settlement::Unknown(Unsettled::NoMarker), Duration::ZERO);
+        self.settled(generation, SettledOutcome::Unknown(Unsettled::NoMark), Duration::ZERO);
     }
 }
 
@@ -372,7 +374,7 @@ impl Tally {
 pub(crate) struct Watched {
     observer: Arc<Observer>,
     open: Tally,
-    place: Place,
+    place: StateGauge,
     address: Address,
 }
 
@@ -382,7 +384,7 @@ impl Watched {
         log_safely(|| self.place.idle(&self.observer.meters));
     }
 
-    pub(crate) fn lent(&self) -> Stopwatch {
+    pub(crate) fn checked_out(&self) -> Stopwatch {
         self.place.used(&self.observer.meters);
         Stopwatch::start()
     }
@@ -391,8 +393,8 @@ impl Watched {
         not(feature = "metrics"),
         expect(clippy::trivially_copy_pass_by_ref, reason = "with metrics it holds a time")
     )]
-    pub(crate) fn given_back(&self, lent: &Stopwatch) {
-        self.observer.meters.used(lent);
+    pub(crate) fn given_back(&self, checked_out: &Stopwatch) {
+        self.observer.meters.used(checked_out);
         self.place.idle(&self.observer.meters);
     }
 
@@ -401,8 +403,8 @@ impl Watched {
         not(feature = "metrics"),
         expect(clippy::trivially_copy_pass_by_ref, reason = "with metrics it holds a time")
     )]
-    pub(crate) fn detached(&self, lent: &Stopwatch) {
-        self.observer.meters.used(lent);
+    pub(crate) fn detached(&self, checked_out: &Stopwatch) {
+        self.observer.meters.used(checked_out);
         self.place.left(&self.observer.meters);
     }
 }
@@ -467,14 +469,14 @@ mod tests {
         let (mut slow, mut quick) = (observer.events(), observer.events());
         let sent = u64::try_from(EVENTS).unwrap() + 44;
         for number in 1..=sent {
-            observer.settled(GenerationId(number), Settlement::Committed, Duration::ZERO);
+            observer.settled(GenerationId(number), SettledOutcome::Committed, Duration::ZERO);
             assert_eq!(settled_in(quick.next().await), number);
         }
         assert!(matches!(slow.next().await, Some(Event::Missed { events: 44 })));
         for number in 45..=sent {
             assert_eq!(settled_in(slow.next().await), number);
         }
-        observer.settled(GenerationId(1), Settlement::Committed, Duration::ZERO);
+        observer.settled(GenerationId(1), SettledOutcome::Committed, Duration::ZERO);
         observer.closed();
         assert_eq!(settled_in(slow.next().await), 1, "what was said before the end is still heard");
         assert!(slow.next().await.is_none());
@@ -489,7 +491,7 @@ mod tests {
         let mut events = observer.events();
         for number in 1..=3 {
             assert!(futures_util::FutureExt::now_or_never(events.next()).is_none());
-            observer.settled(GenerationId(number), Settlement::NotCommitted, Duration::ZERO);
+            observer.settled(GenerationId(number), SettledOutcome::NotCommitted, Duration::ZERO);
             assert_eq!(settled_in(events.next().await), number);
         }
     }

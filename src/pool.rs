@@ -8,6 +8,7 @@
 mod builder;
 mod cancel_token;
 mod checkout;
+mod checkout_reports;
 mod client;
 mod closing;
 mod config;
@@ -24,7 +25,6 @@ mod hooks;
 mod hosts;
 mod idle;
 mod lacking;
-mod loans;
 mod manager;
 mod nested;
 mod options;
@@ -51,6 +51,7 @@ mod wrapped_pool;
 
 pub use builder::PoolBuilder;
 pub use cancel_token::CancelToken;
+pub(crate) use checkout_reports::CallSite;
 pub use client::{Client, Detached};
 pub use config::IntoConfig;
 pub use connection::Connection;
@@ -58,11 +59,10 @@ pub use dial::SessionDriver;
 pub(crate) use generic_client::{Commits, generic_client};
 pub use generic_client::{GenericClient, GenericTransaction};
 pub(crate) use lacking::{Check, UNIDENTIFIED};
-pub(crate) use loans::CallSite;
 pub use manager::Manager;
-pub(crate) use settling::{SettleSession, Settling};
+pub(crate) use settling::{SettleGuard, SettleSession};
 pub(crate) use side_session::SideSession;
-pub(crate) use signing::Signing;
+pub(crate) use signing::SignatureState;
 pub(crate) use statements::{cached_statements, statement_methods, statements};
 pub use status::Status;
 pub use wrap::WrapBuilder;
@@ -404,8 +404,8 @@ impl<C: SessionClient> Pool<C> {
         self.cluster().accept(Accept::Any);
     }
 
-    /// Makes every connection, idle or on loan, prepare its statements again, for instance after a migration. Does no
-    /// I/O.
+    /// Makes every connection, idle or checked out, prepare its statements again, for instance after a migration. Does
+    /// no I/O.
     ///
     /// A statement that was prepared before a table or a type was changed may no longer work (SQLSTATE 0A000, "cached
     /// plan must not change result type"). The pool notices such errors by itself: its transactions then run again, and
@@ -418,7 +418,7 @@ impl<C: SessionClient> Pool<C> {
     ///
     /// Clears the [`StatementCache`](deadpool_postgres::StatementCache) of each connection, and what the driver has
     /// read about types. Statements that callers hold stay as they are. If the clients of a [wrapped](Pool::wrap) pool
-    /// are not `ClientWrapper`s, its connections are closed instead: idle ones immediately, those on loan when they
+    /// are not `ClientWrapper`s, its connections are closed instead: idle ones immediately, those checked out when they
     /// come back.
     ///
     /// ```no_run

@@ -23,7 +23,7 @@ pub(crate) use activity::{Activity, Heard, POOLS_COMMIT, TransactionEnd, Unanswe
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
 pub(crate) use owned::OwnedSession;
-pub(crate) use password::{Ask, Passwords};
+pub(crate) use password::{PasswordProvider, Passwords};
 pub(crate) use rows::{may_be_cut, rows};
 pub(crate) use scope::Scope;
 pub use session::SessionClient;
@@ -130,7 +130,7 @@ where
 
 /// The parts that all openers share: how to ask, and what to count.
 #[derive(Default)]
-pub(crate) struct Asker {
+pub(crate) struct OpenerParts {
     pub(crate) questions: Questions,
     /// A counter that grows whenever something is sent or received for a caller on any session of the pool.
     pub(crate) traffic: Arc<AtomicU64>,
@@ -138,7 +138,7 @@ pub(crate) struct Asker {
 
 /// Opens sessions and asks servers what they are. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
-    fn asker(&self) -> &Asker;
+    fn asker(&self) -> &OpenerParts;
 
     /// Opens a session and asks the question on it.
     fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<C>>;
@@ -179,7 +179,7 @@ pub(crate) struct Opener {
     dial: Arc<dyn Dial>,
     /// The password provider, if there is one. Then the template holds no password.
     passwords: Option<Passwords>,
-    asker: Asker,
+    asker: OpenerParts,
     /// A session has been opened before, so the peers of this pool are PostgreSQL.
     worked: AtomicBool,
 }
@@ -208,7 +208,7 @@ impl Opener {
     }
 
     fn dialling(template: Config, dial: Arc<dyn Dial>) -> Self {
-        Self { template, dial, passwords: None, asker: Asker::default(), worked: AtomicBool::new(false) }
+        Self { template, dial, passwords: None, asker: OpenerParts::default(), worked: AtomicBool::new(false) }
     }
 
     /// Sets the provider that is asked for the password of each session.
@@ -355,7 +355,7 @@ impl Opener {
 }
 
 impl Open<ClientWrapper> for Opener {
-    fn asker(&self) -> &Asker {
+    fn asker(&self) -> &OpenerParts {
         &self.asker
     }
 

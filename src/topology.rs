@@ -92,7 +92,7 @@ pub(crate) struct Topology {
     /// When the primary last answered on another session than the heartbeat's. Answers on a wrapped pool's sessions are
     /// not seen, unless a caller reports them.
     received_at: Option<Instant>,
-    /// When the first connection was lent after none had been on loan.
+    /// When the first connection was lent after none had been checked out.
     lent_at: Instant,
     /// The second question to the primary, which runs beside the first one.
     beside: Beside,

@@ -41,7 +41,7 @@ use crate::error::Error;
 use crate::pool::{CallSite, CancelToken, Client, Pool};
 use crate::retry::RetryPolicy;
 use crate::server::SessionClient;
-use begin::{Begin, MarkWith};
+use begin::{Begin, MarkKind};
 use decide::Mode;
 use finish::OPEN;
 
@@ -246,10 +246,10 @@ impl<C: SessionClient> TransactionBuilder<'_, C> {
 
     fn begin(&self) -> Begin {
         let marks = match &self.guarantee {
-            _ if self.read_only => MarkWith::Nothing,
-            Guarantee::ExactlyOnce => MarkWith::Wal,
-            Guarantee::Ledger(ledger) => MarkWith::Ledger(ledger.clone()),
-            Guarantee::AtMostOnce | Guarantee::AtLeastOnce => MarkWith::Nothing,
+            _ if self.read_only => MarkKind::Nothing,
+            Guarantee::ExactlyOnce => MarkKind::Wal,
+            Guarantee::Ledger(ledger) => MarkKind::Ledger(ledger.clone()),
+            Guarantee::AtMostOnce | Guarantee::AtLeastOnce => MarkKind::Nothing,
         };
         let mut sql = "BEGIN".to_owned();
         if let Some(level) = self.isolation_level {

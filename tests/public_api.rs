@@ -134,7 +134,7 @@ fn what_is_exported_is_found() {
         found.map(|it| format!("{} is {} of {}", it.path, it.name, it.module)).collect::<Vec<_>>()
     };
     let root = "pub use pool::{Pool, client::Client}; pub(crate) use error::Error; use fly::Fly; mod view {}
-        pub use tokio_postgres; pub mod ledger { pub use crate::commit::Ledger; pub(crate) use crate::commit::Marker; \
+        pub use tokio_postgres; pub mod ledger { pub use crate::commit::Ledger; pub(crate) use crate::commit::WalMark; \
                 }";
     let of_root = ["Pool is Pool of pool", "Client is Client of pool", "ledger::Ledger is Ledger of commit"];
     assert_eq!(found(None, root), of_root);

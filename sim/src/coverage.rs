@@ -42,7 +42,7 @@ const ROWS: &[Row] = &[
     ("events", "ZombieRefused", None),
     ("events", "SecondPrimary", Some("each timeline has one primary")),
     ("events", "StrangerRefused", Some("there is one cluster")),
-    ("unknown", "NoMarker", None),
+    ("unknown", "NoMark", None),
     ("unknown", "SeveralFailovers", None),
     ("unknown", "Unproven", None),
     ("unknown", "Restarted", None),

@@ -67,7 +67,7 @@ pub(crate) const MUTANTS: &[(&str, &str)] = &[
     ("does not ask the primary", "src/topology.rs: no heartbeat"),
     ("does not ask the others", "src/topology.rs: no patrol"),
     ("leaves the older connections open", "src/cluster/scopes.rs: a generation that has ended is not closed"),
-    ("falls asleep over its work", "src/cluster/task.rs: connections on loan keep no pool awake"),
+    ("falls asleep over its work", "src/cluster/task.rs: connections checked out keep no pool awake"),
     ("marks no gap", "src/listen.rs: a listener is not told that it may have missed something"),
     ("does not notice a lost subscription", "src/listen.rs: a listener whose session has ended waits for ever"),
     ("does not wake", "src/cluster/task.rs: a pool that sleeps is not woken by a caller"),

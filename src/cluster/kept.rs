@@ -8,11 +8,11 @@ use crate::server::Session;
 use crate::topology::Address;
 
 /// What can be kept: a session, as long as it is open.
-pub(super) trait Keep {
+pub(super) trait IsOpen {
     fn is_open(&self) -> bool;
 }
 
-impl<C: crate::server::SessionClient> Keep for Session<C> {
+impl<C: crate::server::SessionClient> IsOpen for Session<C> {
     fn is_open(&self) -> bool {
         !self.client.is_closed()
     }
@@ -23,7 +23,7 @@ impl<C: crate::server::SessionClient> Keep for Session<C> {
 pub(super) struct Number(u64);
 
 /// The kept sessions, and the numbers of those that are being asked.
-pub(super) struct Kept<S> {
+pub(super) struct SessionCache<S> {
     sessions: BTreeMap<Address, (Number, S)>,
     being_asked: Vec<(Address, Number)>,
     /// The newest session to each server that was ever kept.
@@ -31,7 +31,7 @@ pub(super) struct Kept<S> {
     numbers: u64,
 }
 
-impl<S: Keep> Kept<S> {
+impl<S: IsOpen> SessionCache<S> {
     pub(super) fn new() -> Self {
         Self { sessions: BTreeMap::new(), being_asked: Vec::new(), opened: BTreeMap::new(), numbers: 0 }
     }
@@ -114,7 +114,7 @@ mod tests {
     #[derive(Clone, Copy, Debug, PartialEq)]
     struct Fake(char, bool);
 
-    impl Keep for Fake {
+    impl IsOpen for Fake {
         fn is_open(&self) -> bool {
             self.1
         }
@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn of_two_sessions_that_are_asked_the_newer_one_is_kept() {
         for older_first in [true, false] {
-            let mut kept = Kept::new();
+            let mut kept = SessionCache::new();
             kept.opened(&here(), Fake('a', true));
             let (a, older) = kept.ask(&here()).unwrap();
             kept.opened(&here(), Fake('b', true));
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn an_older_session_stays_if_the_newer_one_has_ended() {
-        let mut kept = Kept::new();
+        let mut kept = SessionCache::new();
         kept.opened(&here(), Fake('a', true));
         let (a, older) = kept.ask(&here()).unwrap();
         kept.opened(&here(), Fake('b', true));
@@ -165,7 +165,7 @@ mod tests {
     /// The end of one question does not hide that another one is under way.
     #[test]
     fn each_question_under_way_counts() {
-        let mut kept = Kept::<Fake>::new();
+        let mut kept = SessionCache::<Fake>::new();
         let (a, b) = (kept.ask_other(&here()), kept.ask_other(&here()));
         kept.ended(&here(), a, None, true);
         assert!(kept.is_open(&here()));
@@ -177,21 +177,21 @@ mod tests {
     /// dead.
     #[test]
     fn a_silent_session_does_not_come_back_behind_a_newer_one() {
-        let mut kept = Kept::new();
+        let mut kept = SessionCache::new();
         kept.opened(&here(), Fake('a', true));
         let (a, older) = kept.ask(&here()).unwrap();
         kept.opened(&here(), Fake('b', true));
         kept.ended(&here(), a, Some(older), false);
         assert_eq!(kept.ask(&here()).map(|it| it.1), Some(Fake('b', true)));
 
-        let mut kept = Kept::new();
+        let mut kept = SessionCache::new();
         kept.opened(&here(), Fake('a', true));
         let (a, older) = kept.ask(&here()).unwrap();
         kept.opened(&here(), Fake('b', false));
         kept.ended(&here(), a, Some(older), false);
         assert!(!kept.is_open(&here()), "the newer one has ended, and nothing was heard on the older one");
 
-        let mut kept = Kept::new();
+        let mut kept = SessionCache::new();
         kept.opened(&here(), Fake('a', true));
         let (a, only) = kept.ask(&here()).unwrap();
         kept.ended(&here(), a, Some(only), false);

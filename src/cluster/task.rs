@@ -16,9 +16,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 
-use super::kept::{Kept, Number};
+use super::kept::{Number, SessionCache};
 use super::scopes::Scopes;
-use super::work::{self, Asks, Event};
+use super::work::{self, Event, ProbeOptions};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
@@ -43,7 +43,7 @@ pub(super) struct Task<C: SessionClient> {
     root: CancellationToken,
     shared: Arc<Shared>,
     /// Sessions kept for the next question to their server.
-    sessions: Kept<Session<C>>,
+    sessions: SessionCache<Session<C>>,
     work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
     /// The newest generation, until it ends. Callers see it only while `live` is true, that is, not during a
     /// suspension.
@@ -94,7 +94,7 @@ impl<C: SessionClient> Task<C> {
             gate: setup.gate,
             root,
             shared,
-            sessions: Kept::new(),
+            sessions: SessionCache::new(),
             work: FuturesUnordered::new(),
             generation: None,
             live: false,
@@ -162,7 +162,7 @@ impl<C: SessionClient> Task<C> {
     /// the task is awake.
     fn is_awake(&mut self, now: Instant, traffic: TrafficSample) -> bool {
         let Some(after) = self.sleep_after else { return true };
-        let lent = self.shared.lent.swap(false, Ordering::SeqCst);
+        let checked_out = self.shared.checked_out.swap(false, Ordering::SeqCst);
         let shared = Arc::clone(&self.shared);
         let wanted = || shared.wanting.load(Ordering::SeqCst) > 0;
         if self.shared.asleep.load(Ordering::SeqCst) {
@@ -183,7 +183,7 @@ impl<C: SessionClient> Task<C> {
             self.search = Some(self.observer.search());
             return true;
         }
-        if (traffic.in_use || traffic.moved || lent || wanted()) && !planted!("falls asleep over its work") {
+        if (traffic.in_use || traffic.moved || checked_out || wanted()) && !planted!("falls asleep over its work") {
             self.used_at = now;
             return true;
         }
@@ -264,7 +264,8 @@ impl<C: SessionClient> Task<C> {
                     }
                     None => Event::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) },
                 };
-                let asked = work::ask(opener, endpoint, kept, Asks { fresh, beside, promotion_wait, within }, scope);
+                let asked =
+                    work::ask(opener, endpoint, kept, ProbeOptions { fresh, beside, promotion_wait, within }, scope);
                 self.work.push(Box::pin(work::contained(asked.instrument(self.span()), failed)));
             }
             Action::AskIdle => self.shared.ask_idle.notify_one(),

@@ -42,7 +42,7 @@ pub(super) enum Event<C> {
 
 /// How one server is asked.
 #[derive(Clone, Copy)]
-pub(super) struct Asks {
+pub(super) struct ProbeOptions {
     pub(super) fresh: bool,
     pub(super) beside: bool,
     pub(super) promotion_wait: Option<PromotionWait>,
@@ -89,7 +89,7 @@ pub(super) async fn ask<C: SessionClient>(
     opener: Arc<dyn Open<C>>,
     endpoint: Endpoint,
     kept: Option<(Number, Session<C>)>,
-    Asks { fresh, beside, promotion_wait, within }: Asks,
+    ProbeOptions { fresh, beside, promotion_wait, within }: ProbeOptions,
     scope: Scope,
 ) -> Event<C> {
     let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));

@@ -28,12 +28,12 @@ fn life(server: Server, replayed: Option<usize>, stats_reset: Option<i64>) -> Li
 }
 
 /// A marker that ends at 20, on a server whose replay had ended at `replayed`.
-fn marker(replayed: Option<usize>) -> Marker {
-    Marker { life: life(OLD, replayed, Some(7)), xid: FIRST_XID, lsn: lsn(20), nonce: Nonce(1) }
+fn marker(replayed: Option<usize>) -> WalMark {
+    WalMark { life: life(OLD, replayed, Some(7)), xid: FIRST_XID, lsn: lsn(20), nonce: Nonce(1) }
 }
 
 /// The decision if the server shows only what every role may read.
-fn located(marker: &Marker, now: &Now) -> Located {
+fn located(marker: &WalMark, now: &Now) -> Located {
     locate(marker, now, &Proof::Nothing)
 }
 
@@ -60,7 +60,7 @@ const EACH: [Kind; 4] =
     [Kind::Of(Evidence::Checkpoint), Kind::Signature, Kind::Of(Evidence::Files), Kind::Of(Evidence::Function)];
 
 /// The decision of a pool with this kind of evidence that has seen this many new primaries.
-fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
+fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
     let now = asked.says(primaries_since);
     let evidence = if let Kind::Of(evidence) = kind { evidence } else { Evidence::Checkpoint };
     let wanted = wants_proof(&begun.marker, &now, evidence);
@@ -74,20 +74,20 @@ fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> 
     answered(located, begun, asked)
 }
 
-fn answered(located: Located, begun: &Begun, asked: &Node) -> Settled {
+fn answered(located: Located, begun: &Begun, asked: &Node) -> SettleVerdict {
     match settle(located, asked.xact_status(begun.marker.xid)) {
         // The pool would ask again, so it does not know more yet.
-        Settled::InProgress if located == Located::NotYet => Settled::Unknown(Unsettled::InProgress),
+        SettleVerdict::InProgress if located == Located::NotYet => SettleVerdict::Unknown(Unsettled::InProgress),
         settled => settled,
     }
 }
 
-fn settled(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
+fn settled(begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
     settled_by(Kind::Of(Evidence::Files), begun, asked, primaries_since)
 }
 
 /// The decision of a pool that assumes that each timeline continues the one with the previous number.
-fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
+fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
     match locate(&begun.marker, &asked.says(primaries_since), &Proof::Files { followed: true }) {
         Located::Here => naive(begun, asked),
         located => answered(located, begun, asked),
@@ -96,16 +96,16 @@ fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> Settled {
 
 /// The decision of a pool that trusts `pg_xact_status`, and takes the error about an id in the future for "not
 /// committed".
-fn naive(begun: &Begun, asked: &Node) -> Settled {
-    asked.xact_status(begun.marker.xid).map_or(Settled::NotCommitted, Settled::from)
+fn naive(begun: &Begun, asked: &Node) -> SettleVerdict {
+    asked.xact_status(begun.marker.xid).map_or(SettleVerdict::NotCommitted, SettleVerdict::from)
 }
 
-fn is_true(answer: Settled, truth: Truth) -> bool {
+fn is_true(answer: SettleVerdict, truth: Truth) -> bool {
     match answer {
-        Settled::Committed => truth == Truth::Committed,
-        Settled::NotCommitted => truth == Truth::NeverHere,
-        Settled::InProgress => truth == Truth::Running,
-        Settled::Unknown(_) => true,
+        SettleVerdict::Committed => truth == Truth::Committed,
+        SettleVerdict::NotCommitted => truth == Truth::NeverHere,
+        SettleVerdict::InProgress => truth == Truth::Running,
+        SettleVerdict::Unknown(_) => true,
     }
 }
 

@@ -3,16 +3,20 @@
 
 mod ended;
 mod transaction;
+mod unknown;
 
 pub use ended::SessionEnded;
 pub use transaction::{EndedInside, Ending, Exhausted, RolledBack};
+pub use unknown::CommitUnknown;
+pub(crate) use unknown::InDoubt;
 
 use std::error::Error as StdError;
 use std::fmt;
 use std::time::Duration;
 
-use super::unknown::WhyInDoubt;
-use super::{CHECKOUT_TIMEOUT, CommitUnknown, Obstacle, Refused, Unavailable};
+use unknown::WhyInDoubt;
+
+use super::{CHECKOUT_TIMEOUT, Obstacle, Refused, Unavailable};
 use crate::classify::{explain, links, without_code};
 use crate::cluster::NoPrimary;
 

@@ -134,7 +134,7 @@ fn all() -> Vec<(&'static str, String)> {
         ("RolledBack::StrangeSession", Error::RolledBack(RolledBack::StrangeSession)),
         ("RolledBack::HandleKept", Error::RolledBack(RolledBack::HandleKept)),
         ("RolledBack::StreamKept", Error::RolledBack(RolledBack::StreamKept)),
-        ("Unsettled::NoMarker", in_doubt(Unsettled::NoMarker)),
+        ("Unsettled::NoMark", in_doubt(Unsettled::NoMark)),
         ("Unsettled::SeveralFailovers", in_doubt(Unsettled::SeveralFailovers)),
         ("Unsettled::Unproven", in_doubt(Unsettled::Unproven)),
         ("Unsettled::Restarted", in_doubt(Unsettled::Restarted)),
@@ -227,7 +227,7 @@ fn what_was_behind_an_error_is_its_source() {
     for error in [Error::Database(missing_table()), Error::Ledger(missing_table()), exhausted(), session_ended()] {
         assert!(server(&error), "{error}");
     }
-    let lost = CommitUnknown::new(Some(missing_table()), Unsettled::NoMarker);
+    let lost = CommitUnknown::new(Some(missing_table()), Unsettled::NoMark);
     assert!(server(&Error::CommitUnknown(Box::new(lost))));
     assert!(server(&EndedInside::error(Ending::Unknown, Some(Error::Database(missing_table())))));
     for error in [refused(), no_session(FailureKind::Full, "full")] {
@@ -238,7 +238,7 @@ fn what_was_behind_an_error_is_its_source() {
 
 #[test]
 fn a_doubt_says_what_came_in_place_of_an_answer() {
-    let text = |error| CommitUnknown::new(Some(error), Unsettled::NoMarker).to_string();
+    let text = |error| CommitUnknown::new(Some(error), Unsettled::NoMark).to_string();
     let answered = text(refused_statement("40003", "result is ambiguous"));
     assert!(answered.starts_with("COMMIT was answered with an error") && !answered.contains("lost"), "{answered}");
     let lost = text("host=h port=x".parse::<tokio_postgres::Config>().unwrap_err());

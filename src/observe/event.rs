@@ -121,7 +121,7 @@ pub enum Event {
         /// The generation that the COMMIT was sent in.
         generation: GenerationId,
         /// What became of it.
-        outcome: Settlement,
+        outcome: SettledOutcome,
         /// How long it took to find out.
         took: Duration,
     },
@@ -134,11 +134,11 @@ pub enum Event {
         /// Where it asked for the connection.
         place: &'static Location<'static>,
     },
-    /// A connection is on loan for long: see [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Reported once
-    /// for each loan.
+    /// A connection is checked out for long: see [`PoolBuilder::leak_after`](crate::PoolBuilder::leak_after). Reported
+    /// once for each checkout.
     #[non_exhaustive]
-    LongLoan {
-        /// How long it has been on loan.
+    LongCheckout {
+        /// How long it has been checked out.
         held: Duration,
         /// Where it was taken.
         place: &'static Location<'static>,
@@ -154,7 +154,7 @@ pub enum Event {
 /// What became of a COMMIT without an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Settlement {
+pub enum SettledOutcome {
     /// It was committed, so the call returns `Ok`.
     Committed,
     /// It was not committed and never will be, so the work runs again.

@@ -12,7 +12,7 @@ use metrics::{
 };
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, Settlement, Stopwatch};
+use super::{Names, SettledOutcome, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
@@ -88,7 +88,7 @@ pub(super) struct Meters {
     connections_lost: Counter,
     refused: RefusedServers,
     reruns: Reruns,
-    settled: SettledCommits,
+    settled: SettleCounters,
     /// Whether there is a verified primary.
     found: AtomicBool,
     /// What this pool has added to the gauges of its sizes: `max` and `min_idle`.
@@ -149,7 +149,7 @@ struct Reruns {
     outcome_unknown: Counter,
 }
 
-struct SettledCommits {
+struct SettleCounters {
     committed: Counter,
     not_committed: Counter,
     unknown: Counter,
@@ -203,7 +203,7 @@ impl Meters {
                 stale: counted_by(RERUNS, CAUSE, "stale_statement"),
                 outcome_unknown: counted_by(RERUNS, CAUSE, "outcome_unknown"),
             },
-            settled: SettledCommits {
+            settled: SettleCounters {
                 committed: counted_by(SETTLED, OUTCOME, "committed"),
                 not_committed: counted_by(SETTLED, OUTCOME, "not_committed"),
                 unknown: counted_by(SETTLED, OUTCOME, "unknown"),
@@ -304,8 +304,8 @@ impl Meters {
         self.create_time.record(took);
     }
 
-    pub(super) fn used(&self, lent: &Stopwatch) {
-        self.use_time.record(lent.elapsed());
+    pub(super) fn used(&self, checked_out: &Stopwatch) {
+        self.use_time.record(checked_out.elapsed());
     }
 
     pub(super) fn rerun(&self, verdict: Verdict) {
@@ -326,11 +326,11 @@ impl Meters {
         counter.increment(1);
     }
 
-    pub(super) fn settled(&self, outcome: Settlement) {
+    pub(super) fn settled(&self, outcome: SettledOutcome) {
         let counter = match outcome {
-            Settlement::Committed => &self.settled.committed,
-            Settlement::NotCommitted => &self.settled.not_committed,
-            Settlement::Unknown(_) => &self.settled.unknown,
+            SettledOutcome::Committed => &self.settled.committed,
+            SettledOutcome::NotCommitted => &self.settled.not_committed,
+            SettledOutcome::Unknown(_) => &self.settled.unknown,
         };
         counter.increment(1);
     }
@@ -346,9 +346,9 @@ const USED: u8 = 2;
 const LEFT: u8 = 3;
 
 /// The gauge that counts a connection: idle or used, or none before it is ready and after its end.
-pub(super) struct Place(AtomicU8);
+pub(super) struct StateGauge(AtomicU8);
 
-impl Place {
+impl StateGauge {
     pub(super) fn new() -> Self {
         Self(AtomicU8::new(NEW))
     }

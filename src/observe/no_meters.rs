@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, Settlement, Stopwatch};
+use super::{Names, SettledOutcome, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
@@ -50,7 +50,7 @@ impl Meters {
 
     pub(super) fn rerun(&self, _: Verdict) {}
 
-    pub(super) fn settled(&self, _: Settlement) {}
+    pub(super) fn settled(&self, _: SettledOutcome) {}
 
     pub(super) fn operation(&self, _: Operation, _: Duration, _: Option<&Failure<'_>>) {
         // Their names are of use with the feature alone.
@@ -58,9 +58,9 @@ impl Meters {
     }
 }
 
-pub(super) struct Place;
+pub(super) struct StateGauge;
 
-impl Place {
+impl StateGauge {
     pub(super) fn new() -> Self {
         Self
     }

@@ -28,7 +28,7 @@ use crate::connect::Connect;
 use crate::error::BuildError;
 use crate::resolve::Resolve;
 use crate::retry::{RetryBudget, RetryPolicy};
-use crate::server::{Ask, Opener};
+use crate::server::{Opener, PasswordProvider};
 #[cfg(feature = "rustls")]
 use crate::tls::Tls;
 
@@ -53,7 +53,7 @@ pub struct PoolBuilder {
     ssl: Ssl,
     security: Security,
     connector: Option<Arc<dyn Connect>>,
-    ask_password: Option<Ask>,
+    ask_password: Option<PasswordProvider>,
     /// What a password file says. It counts only without a provider.
     password_file: Option<Result<String, BuildError>>,
     resolver: Option<Arc<dyn Resolve>>,
@@ -64,7 +64,7 @@ pub struct PoolBuilder {
     max_lifetime: Duration,
     test_idle_after: Duration,
     sleep_after: Option<Duration>,
-    /// The pool is this crate's own, so it knows which connections are on loan.
+    /// The pool is this crate's own, so it knows which connections are checked out.
     knows_loans: bool,
     gate: usize,
     hooks: Hooks<ClientWrapper>,
@@ -150,7 +150,7 @@ impl PoolBuilder {
     /// auto-pause, Fly machines that stop). The first caller wakes the pool. The pool then searches for a primary and
     /// verifies it as at the very first start, because another server may have been promoted meanwhile. The caller
     /// waits for the search and for the server's start, so set a [`PoolBuilder::checkout_timeout`] that is longer than
-    /// both. Connections on loan, [listeners](Pool::listen), and [detached](crate::Client::detach) and
+    /// both. Connections checked out, [listeners](Pool::listen), and [detached](crate::Client::detach) and
     /// [dialled](Pool::dial) sessions keep the
     /// pool awake.
     pub fn sleep_after(mut self, without_a_caller: Duration) -> Self {
@@ -322,8 +322,8 @@ impl PoolBuilder {
         ///
         /// The pool notices a closed or refused connection immediately, without the heartbeat. The heartbeat finds
         /// failures that give no sign: a fence, or a host that vanished while no call was under way. If connections are
-        /// on loan, and all are silent for a twentieth of this time, the pool asks the primary without waiting for the
-        /// next heartbeat.
+        /// checked out, and all are silent for a twentieth of this time, the pool asks the primary without waiting for
+        /// the next heartbeat.
         heartbeat_interval;
 
         /// The time without an answer to a heartbeat after which the pool searches for a primary. Default: 2 s. Work

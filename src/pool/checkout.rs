@@ -9,10 +9,10 @@ use std::time::Duration;
 use deadpool::managed::{self, PoolError};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use super::client::Loan;
+use super::checkout_reports::CallSite;
+use super::client::CheckedOut;
 use super::counted::Counted;
 use super::hooks::hook_failure;
-use super::loans::CallSite;
 use super::{Client, Manager, Pool, Source};
 use crate::error::{CHECKOUT_TIMEOUT, Error, Obstacle, Unavailable};
 use crate::server::SessionClient;
@@ -118,18 +118,18 @@ impl<C: SessionClient> Pool<C> {
                     return Err(Error::without_primary(none));
                 }
             }
-            let loan = match &self.source {
+            let checked_out = match &self.source {
                 Source::Own(inner) => self.checkout_own(inner).await?,
                 Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.dialer)).await?),
             };
-            let Some(loan) = loan else { continue };
-            let client = self.lend(loan, place);
-            // Either a closing pool sees the loan and waits for it, or this sees that the pool is closing.
+            let Some(checked_out) = checked_out else { continue };
+            let client = self.check_out(checked_out, place);
+            // Either a closing pool sees the checkout and waits for it, or this sees that the pool is closing.
             if !begun {
                 self.is_open()?;
             }
-            // Either the cluster's task sees the loan and stays awake, or this sees that the task is falling asleep. In
-            // that case the connection will be closed, so do not hand it out.
+            // Either the cluster's task sees the checkout and stays awake, or this sees that the task is falling
+            // asleep. In that case the connection will be closed, so do not hand it out.
             if !self.cluster().is_asleep() {
                 return Ok(client);
             }
@@ -139,7 +139,7 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Returns an idle or a new connection of this crate's own pool. `None`: the caller must try again.
-    async fn checkout_own(&self, inner: &managed::Pool<Manager<C>>) -> Result<Option<Loan<C>>, Error> {
+    async fn checkout_own(&self, inner: &managed::Pool<Manager<C>>) -> Result<Option<CheckedOut<C>>, Error> {
         let object = match inner.get().await {
             Ok(object) => object,
             // There is no primary, and the next round knows whether to wait for one.
@@ -179,28 +179,28 @@ impl<C: SessionClient> Pool<C> {
         };
         object.use_it();
         self.dialer.queue.taken();
-        Ok(Some(Loan::Own(object)))
+        Ok(Some(CheckedOut::Own(object)))
     }
 
     /// Takes back a good connection.
-    pub(super) fn give_back(&self, loan: Loan<C>) {
-        match loan {
-            Loan::Own(object) => {
+    pub(super) fn give_back(&self, checked_out: CheckedOut<C>) {
+        match checked_out {
+            CheckedOut::Own(object) => {
                 object.given_back();
                 if let Some(object) = self.dialer.after_return(object) {
                     object.activity().give_back();
                     self.dialer.give_back(object);
                 }
             }
-            wrapped @ Loan::Wrapped { .. } => wrapped.activity().give_back(),
+            wrapped @ CheckedOut::Wrapped { .. } => wrapped.activity().give_back(),
         }
     }
 
-    pub(super) fn lend(&self, loan: Loan<C>, place: Option<CallSite>) -> Client<C> {
-        loan.activity().lend();
-        let client = Client::new(loan, self.clone(), place.and_then(|place| self.watch_loan(place)));
+    pub(super) fn check_out(&self, checked_out: CheckedOut<C>, place: Option<CallSite>) -> Client<C> {
+        checked_out.activity().check_out();
+        let client = Client::new(checked_out, self.clone(), place.and_then(|place| self.watch_loan(place)));
         // Nothing may panic from here on, because only the client's end takes this back.
-        self.cluster().lend();
+        self.cluster().check_out();
         client
     }
 
@@ -221,7 +221,7 @@ impl<C: SessionClient> Pool<C> {
         let Ok(got) = timeout(within, inner.timeout_get(&AT_ONCE)).await else { return Ok(None) };
         match got {
             Ok(object) if self.cluster().is_current(object.facts().generation) && object.use_it() => {
-                Ok(Some(self.lend(Loan::Own(object), None)))
+                Ok(Some(self.check_out(CheckedOut::Own(object), None)))
             }
             // A caller may wait for it.
             Ok(object) => {

@@ -1,4 +1,4 @@
-//! A connection that a caller has on loan, and what happens when it is given back.
+//! A connection that a caller has checked out, and what happens when it is given back.
 
 mod detached;
 
@@ -18,9 +18,9 @@ use tokio_postgres::error::DbError;
 use self::detached::Own;
 use super::Pool;
 use super::cancel_token::CancelToken;
+use super::checkout_reports::CheckoutWatch;
 use super::connection::DRAIN_WITHIN;
 use super::facts::Facts;
-use super::loans::LoanWatch;
 use super::manager::Manager;
 use super::trail::Trail;
 use super::wrapped_pool::WrappedObject;
@@ -32,7 +32,7 @@ use crate::settle::wal::MarkStatement;
 use crate::sync::lock;
 use crate::topology::{GenerationId, Suspicion};
 
-/// A connection to the primary, on loan from a [`Pool`]. Dropping it gives it back.
+/// A connection to the primary, checked out from a [`Pool`]. Dropping it gives it back.
 ///
 /// Derefs to deadpool-postgres' `ClientWrapper`, which has `prepare_cached` and `transaction`, and on to
 /// [`tokio_postgres::Client`]. It is a [`GenericClient`](crate::GenericClient), as transactions are. From a
@@ -55,23 +55,23 @@ use crate::topology::{GenerationId, Suspicion};
 /// ```
 pub struct Client<C: SessionClient = ClientWrapper> {
     /// Taken only by `drop`.
-    loan: Option<Loan<C>>,
+    checked_out: Option<CheckedOut<C>>,
     /// Keeps the cluster's task alive while the connection is in use.
     pool: Pool<C>,
-    on_loan: Stopwatch,
+    checked_out_for: Stopwatch,
     /// A streaming call was made. The caller may stop reading its answer.
     streamed: AtomicBool,
     /// The connection was given back with something under way. This handle waits for its end.
     draining: bool,
     /// Tells where it was taken if it is held for too long.
-    _watch: Option<LoanWatch>,
+    _watch: Option<CheckoutWatch>,
 }
 
 /// The pool that a connection comes from.
-pub(super) enum Loan<C: SessionClient> {
+pub(super) enum CheckedOut<C: SessionClient> {
     Own(Object<Manager<C>>),
     /// A connection of a wrapped pool. `scope` ends with the generation; nothing else would end what is under way here.
-    /// The connection is observed only while on loan, because its own pool reports nothing about it.
+    /// The connection is observed only while checked out, because its own pool reports nothing about it.
     Wrapped {
         object: Box<dyn WrappedObject<C>>,
         facts: Arc<Facts>,
@@ -80,7 +80,7 @@ pub(super) enum Loan<C: SessionClient> {
     },
 }
 
-impl<C: SessionClient> Loan<C> {
+impl<C: SessionClient> CheckedOut<C> {
     fn facts(&self) -> &Facts {
         match self {
             Self::Own(object) => object.facts(),
@@ -138,11 +138,18 @@ impl<C: SessionClient> Loan<C> {
 }
 
 impl<C: SessionClient> Client<C> {
-    /// The caller counts the loan. Calls the program's metrics, which may panic.
-    pub(super) fn new(loan: Loan<C>, pool: Pool<C>, watch: Option<LoanWatch>) -> Self {
-        loan.facts().trail.lend(loan.client());
+    /// The caller counts the checkout. Calls the program's metrics, which may panic.
+    pub(super) fn new(checked_out: CheckedOut<C>, pool: Pool<C>, watch: Option<CheckoutWatch>) -> Self {
+        checked_out.facts().trail.check_out(checked_out.client());
         let streamed = AtomicBool::new(false);
-        Self { on_loan: loan.watched().lent(), loan: Some(loan), pool, streamed, draining: false, _watch: watch }
+        Self {
+            checked_out_for: checked_out.watched().checked_out(),
+            checked_out: Some(checked_out),
+            pool,
+            streamed,
+            draining: false,
+            _watch: watch,
+        }
     }
 
     /// Returns the generation that the connection belongs to.
@@ -190,17 +197,17 @@ impl<C: SessionClient> Client<C> {
     #[must_use = "a session that is dropped is closed"]
     pub fn detach(mut self) -> Detached<C> {
         let wanting = self.pool.cluster().want();
-        let session = self.loan.take().map(|loan| {
+        let session = self.checked_out.take().map(|checked_out| {
             self.pool.returned();
-            match loan {
-                Loan::Own(object) => {
-                    object.watched().detached(&self.on_loan);
+            match checked_out {
+                CheckedOut::Own(object) => {
+                    object.watched().detached(&self.checked_out_for);
                     let mut connection = Object::take(object);
                     connection.leave_the_pool();
                     Own::Ours(connection)
                 }
-                Loan::Wrapped { object, facts, watched, scope } => {
-                    watched.detached(&self.on_loan);
+                CheckedOut::Wrapped { object, facts, watched, scope } => {
+                    watched.detached(&self.checked_out_for);
                     watched.session_ended(false);
                     Own::Theirs { client: object.take(), facts, scope }
                 }
@@ -235,10 +242,10 @@ impl<C: SessionClient> Client<C> {
             return;
         }
         // If the pool was closed, the server may still be running something for this session.
-        if (!self.is_closed() || self.pool.cluster().is_closed()) && self.loan().may_run_something() {
+        if (!self.is_closed() || self.pool.cluster().is_closed()) && self.checked_out().may_run_something() {
             self.pool.dialer.cancel_running(self, self.facts());
         }
-        if let Loan::Own(object) = self.loan() {
+        if let CheckedOut::Own(object) = self.checked_out() {
             object.abort();
         }
     }
@@ -276,22 +283,22 @@ impl<C: SessionClient> Client<C> {
     /// Waits until the generation of a wrapped pool's session has ended, because such a session stays open. Waits for
     /// ever on a session of this crate's own pool, which itself ends with the generation. Cancel-safe.
     pub(crate) async fn evicted(&self) {
-        match self.loan() {
-            Loan::Own(_) => pending().await,
-            Loan::Wrapped { scope, .. } => scope.cancelled().await,
+        match self.checked_out() {
+            CheckedOut::Own(_) => pending().await,
+            CheckedOut::Wrapped { scope, .. } => scope.cancelled().await,
         }
     }
 
     /// As [`Self::evicted`], for a COMMIT that was sent: waits until its answer is of no use any more.
     pub(crate) async fn abandoned(&self) {
-        match self.loan() {
-            Loan::Own(_) => pending().await,
-            Loan::Wrapped { scope, .. } => scope.abandoned().cancelled().await,
+        match self.checked_out() {
+            CheckedOut::Own(_) => pending().await,
+            CheckedOut::Wrapped { scope, .. } => scope.abandoned().cancelled().await,
         }
     }
 
     pub(crate) fn is_evicted(&self) -> bool {
-        matches!(self.loan(), Loan::Wrapped { scope, .. } if scope.is_cancelled())
+        matches!(self.checked_out(), CheckedOut::Wrapped { scope, .. } if scope.is_cancelled())
     }
 
     pub(crate) fn pool(&self) -> &Pool<C> {
@@ -299,7 +306,7 @@ impl<C: SessionClient> Client<C> {
     }
 
     pub(crate) fn watched(&self) -> &Watched {
-        self.loan().watched()
+        self.checked_out().watched()
     }
 
     /// The identity and the life of the server, if the server shows them.
@@ -313,12 +320,12 @@ impl<C: SessionClient> Client<C> {
     }
 
     /// How this session marks transactions.
-    pub(crate) fn marking(&self) -> MarkStatement {
-        self.facts().marking()
+    pub(crate) fn mark_statement(&self) -> MarkStatement {
+        self.facts().mark_statement()
     }
 
-    pub(crate) fn set_marking(&self, marking: MarkStatement) {
-        *lock(&self.facts().marking) = marking;
+    pub(crate) fn set_mark_statement(&self, mark_statement: MarkStatement) {
+        *lock(&self.facts().mark_statement) = mark_statement;
     }
 
     /// Returns whether the session has prepared the check by which a COMMIT looks for its transaction.
@@ -373,20 +380,28 @@ impl<C: SessionClient> Client<C> {
     }
 
     pub(super) fn facts(&self) -> &Facts {
-        self.loan().facts()
+        self.checked_out().facts()
     }
 
-    /// If a statement is under way, waits a moment for the end of its answer, in a task. Returns the loan if there is
-    /// nothing to wait for.
-    fn drain(&mut self, loan: Loan<C>) -> Option<Loan<C>> {
-        let ends_by_itself = loan.activity().is_busy() && !loan.activity().in_transaction() && loan.usable();
+    /// If a statement is under way, waits a moment for the end of its answer, in a task. Returns the checkout if there
+    /// is nothing to wait for.
+    fn drain(&mut self, checked_out: CheckedOut<C>) -> Option<CheckedOut<C>> {
+        let ends_by_itself =
+            checked_out.activity().is_busy() && !checked_out.activity().in_transaction() && checked_out.usable();
         if self.draining || !ends_by_itself || self.pool.cluster().is_closed() {
-            return Some(loan);
+            return Some(checked_out);
         }
-        let activity = Arc::clone(&loan.facts().notices.activity);
+        let activity = Arc::clone(&checked_out.facts().notices.activity);
         let streamed = AtomicBool::new(false);
         let pool = self.pool.clone();
-        let draining = Self { loan: Some(loan), pool, on_loan: self.on_loan, streamed, draining: true, _watch: None };
+        let draining = Self {
+            checked_out: Some(checked_out),
+            pool,
+            checked_out_for: self.checked_out_for,
+            streamed,
+            draining: true,
+            _watch: None,
+        };
         self.pool.runtime().spawn(async move {
             // The result does not matter, because dropping the connection looks again.
             let _ = timeout(DRAIN_WITHIN, activity.becomes_idle()).await;
@@ -395,9 +410,9 @@ impl<C: SessionClient> Client<C> {
         None
     }
 
-    #[expect(clippy::expect_used, reason = "the loan is taken in `drop` alone, after which nobody can ask for it")]
-    fn loan(&self) -> &Loan<C> {
-        self.loan.as_ref().expect("a client holds its connection until it is dropped")
+    #[expect(clippy::expect_used, reason = "the checkout is taken in `drop` alone, after which nobody can ask for it")]
+    fn checked_out(&self) -> &CheckedOut<C> {
+        self.checked_out.as_ref().expect("a client holds its connection until it is dropped")
     }
 }
 
@@ -405,36 +420,36 @@ impl<C: SessionClient> Deref for Client<C> {
     type Target = C;
 
     fn deref(&self) -> &C {
-        self.loan().client()
+        self.checked_out().client()
     }
 }
 
 impl<C: SessionClient> DerefMut for Client<C> {
-    #[expect(clippy::expect_used, reason = "the loan is taken in `drop` alone, after which nobody can deref")]
+    #[expect(clippy::expect_used, reason = "the checkout is taken in `drop` alone, after which nobody can deref")]
     fn deref_mut(&mut self) -> &mut C {
-        self.loan.as_mut().expect("a client holds its connection until it is dropped").client_mut()
+        self.checked_out.as_mut().expect("a client holds its connection until it is dropped").client_mut()
     }
 }
 
 impl<C: SessionClient> Drop for Client<C> {
     fn drop(&mut self) {
-        let Some(loan) = self.loan.take() else { return };
-        let Some(loan) = self.drain(loan) else { return };
+        let Some(checked_out) = self.checked_out.take() else { return };
+        let Some(checked_out) = self.drain(checked_out) else { return };
         self.pool.returned();
-        loan.watched().given_back(&self.on_loan);
-        if let Loan::Wrapped { watched, .. } = &loan {
+        checked_out.watched().given_back(&self.checked_out_for);
+        if let CheckedOut::Wrapped { watched, .. } = &checked_out {
             watched.session_ended(false);
         }
         let closed = self.pool.cluster().is_closed();
-        let busy = loan.activity().is_busy();
+        let busy = checked_out.activity().is_busy();
         // If the pool was closed, the server may still be running something for this session.
-        if (busy || (closed && loan.may_run_something())) && !loan.facts().is_poisoned() {
-            self.pool.dialer.cancel_running(loan.client(), loan.facts());
+        if (busy || (closed && checked_out.may_run_something())) && !checked_out.facts().is_poisoned() {
+            self.pool.dialer.cancel_running(checked_out.client(), checked_out.facts());
         }
-        if closed || busy || !loan.usable() {
-            return loan.discard();
+        if closed || busy || !checked_out.usable() {
+            return checked_out.discard();
         }
-        self.pool.give_back(loan);
+        self.pool.give_back(checked_out);
     }
 }
 

@@ -27,8 +27,8 @@ pub(super) struct Closing {
 }
 
 impl Closing {
-    // All orderings here, and those of the count of connections on loan, are `SeqCst`. So either a call that ends sees
-    // that the pool is closing, or the closing pool sees the end.
+    // All orderings here, and those of the count of connections checked out, are `SeqCst`. So either a call that ends
+    // sees that the pool is closing, or the closing pool sees the end.
     fn has_begun(&self) -> bool {
         self.begun.load(Ordering::SeqCst)
     }
@@ -164,7 +164,7 @@ impl<C: SessionClient> Pool<C> {
         }
     }
 
-    /// A connection on loan was given back.
+    /// A connection checked out was given back.
     pub(super) fn returned(&self) {
         self.cluster().returned();
         self.shared.closing.ended();

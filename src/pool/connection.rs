@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use super::cancel_token::CancelToken;
 use super::facts::Facts;
-use super::room::Berth;
+use super::room::CountedConnection;
 use super::trail::Trail;
 use crate::cluster::{Cluster, Generation};
 use crate::observe::{Observer, Watched};
@@ -40,7 +40,7 @@ struct Inner<C> {
     expires: Instant,
     /// A caller has used it before.
     used: AtomicBool,
-    berth: Option<Berth>,
+    berth: Option<CountedConnection>,
     /// Sends cancel requests.
     opener: Arc<dyn Open<C>>,
 }
@@ -51,7 +51,7 @@ impl<C: SessionClient> Connection<C> {
         generation: &Generation<C>,
         lifetime: Duration,
         observer: &Arc<Observer>,
-        berth: Berth,
+        berth: CountedConnection,
         opener: &Arc<dyn Open<C>>,
     ) -> Self {
         let watched = observer.connection(&generation.open, generation.endpoint().address);
@@ -122,9 +122,9 @@ impl<C: SessionClient> Connection<C> {
             && !self.is_evicted()
     }
 
-    /// Returns whether `evict_idle` was called since it was opened, or since it was last on loan.
+    /// Returns whether `evict_idle` was called since it was opened, or since it was last checked out.
     pub(super) fn is_evicted(&self) -> bool {
-        self.inner.berth.as_ref().is_some_and(Berth::is_evicted)
+        self.inner.berth.as_ref().is_some_and(CountedConnection::is_evicted)
     }
 
     /// Waits until the driver has seen all requests, and until a failed request has ended. Returns whether nothing is

@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::{CancelToken, Pool};
-use crate::cluster::Wanting;
+use crate::cluster::PrimaryDemand;
 use crate::error::Error;
 
 impl Pool {
@@ -72,7 +72,7 @@ impl Pool {
 pub struct SessionDriver {
     driving: BoxFuture<'static, Result<(), tokio_postgres::Error>>,
     cancel: CancelToken,
-    _wanting: Wanting,
+    _wanting: PrimaryDemand,
     /// Keeps the cluster's task alive, because the session would end with it.
     _pool: Pool,
 }

@@ -15,7 +15,7 @@ use self::queue::DialQueue;
 pub(super) use self::queue::{Doubted, InAHook, REFUSED_AFTER};
 use super::facts::Facts;
 use super::hooks::Hooks;
-use super::settling::Settlers;
+use super::settling::SettleSessions;
 use super::test_after::TestAfter;
 use super::trail::Trails;
 use crate::cluster::{Cluster, Generation};
@@ -38,7 +38,7 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) cluster: Cluster<C>,
     pub(super) opener: Arc<dyn Open<C>>,
     pub(super) open_timeout: Duration,
-    pub(super) settlers: Settlers<C>,
+    pub(super) settlers: SettleSessions<C>,
     pub(super) queue: Arc<DialQueue<C>>,
     /// The age at which a connection is no longer handed out.
     pub(super) max_lifetime: Duration,
@@ -70,7 +70,7 @@ impl<C: SessionClient> Dialer<C> {
             cluster,
             opener,
             open_timeout,
-            settlers: Settlers::default(),
+            settlers: SettleSessions::default(),
             queue: Arc::new(DialQueue::new(runtime)),
             max_lifetime: Duration::MAX,
             test_after: TestAfter::new(Duration::MAX),

@@ -20,7 +20,7 @@ pub(super) struct Facts {
     /// What the server reported only after the generation began.
     learned: Arc<OnceLock<ServerReport>>,
     /// How the session marks transactions.
-    pub(super) marking: Mutex<MarkStatement>,
+    pub(super) mark_statement: Mutex<MarkStatement>,
     /// The session has prepared the check by which a COMMIT looks for its transaction.
     pub(super) check_prepared: AtomicBool,
     pub(super) notices: Arc<Notices>,
@@ -39,7 +39,7 @@ impl Facts {
             cluster: generation.primary.report.system_identifier,
             life: life(&generation.primary.report),
             learned: Arc::clone(&generation.learned),
-            marking: Mutex::default(),
+            mark_statement: Mutex::default(),
             check_prepared: AtomicBool::new(false),
             notices,
             poisoned: AtomicBool::new(false),
@@ -59,8 +59,8 @@ impl Facts {
         self.cluster.or_else(|| self.learned.get().and_then(|report| report.system_identifier))
     }
 
-    pub(super) fn marking(&self) -> MarkStatement {
-        *lock(&self.marking)
+    pub(super) fn mark_statement(&self) -> MarkStatement {
+        *lock(&self.mark_statement)
     }
 
     pub(super) fn is_committing(&self) -> bool {

@@ -24,7 +24,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 
 use self::fetch::{Fetching, spawn};
-use super::client::Loan;
+use super::client::CheckedOut;
 use super::counted::Counted;
 use super::dialer::{Dialer, REFUSED_AFTER, Turn};
 use super::facts::Facts;
@@ -86,13 +86,13 @@ type Delivery<C> = Result<Fetched<C>, Error>;
 
 /// A caller's place in the queue. Dropping it leaves the queue. If a connection was delivered and not taken, it goes to
 /// the next caller.
-struct Place<C: SessionClient> {
+struct QueueTicket<C: SessionClient> {
     wrapped: Arc<Wrapped<C>>,
     ticket: u64,
     delivered: oneshot::Receiver<Delivery<C>>,
 }
 
-impl<C: SessionClient> Drop for Place<C> {
+impl<C: SessionClient> Drop for QueueTicket<C> {
     fn drop(&mut self) {
         let mut queue = self.wrapped.queue();
         if let Some(index) = queue.waiters.iter().position(|waiter| waiter.ticket == self.ticket) {
@@ -151,7 +151,7 @@ impl<C: SessionClient> Wrapped<C> {
 
     /// Returns a connection to the primary. Waits without a limit of its own. Cancel-safe: a fetch that was begun goes
     /// on for the next caller.
-    pub(super) async fn checkout(self: &Arc<Self>, dialer: &Arc<Dialer<C>>) -> Result<Loan<C>, Error> {
+    pub(super) async fn checkout(self: &Arc<Self>, dialer: &Arc<Dialer<C>>) -> Result<CheckedOut<C>, Error> {
         let asked = Instant::now();
         loop {
             // Wait before a slot is taken, so that others can use the slot meanwhile.
@@ -164,7 +164,7 @@ impl<C: SessionClient> Wrapped<C> {
             self.existing.evict_for(id);
             let getting = if self.may_get(dialer, &generation) {
                 match self.poll_once(dialer, &generation).await {
-                    Ok(fetched) => return Ok(lend(dialer, fetched)),
+                    Ok(fetched) => return Ok(check_out(dialer, fetched)),
                     Err(getting) => Some(getting),
                 }
             } else {
@@ -181,7 +181,7 @@ impl<C: SessionClient> Wrapped<C> {
                 () = dialer.cluster.left(id) => continue,
             };
             match delivered {
-                Ok(Ok(fetched)) if dialer.cluster.is_current(id) => return Ok(lend(dialer, fetched)),
+                Ok(Ok(fetched)) if dialer.cluster.is_current(id) => return Ok(check_out(dialer, fetched)),
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(error),
                 // The fetch was dropped, by a panic in the program's log or with the runtime.
@@ -226,7 +226,12 @@ impl<C: SessionClient> Wrapped<C> {
 
     /// Joins the queue. Returns the fetch that the caller must start, if one is needed. `begun`: the caller has called
     /// the wrapped pool already.
-    fn enlist(self: &Arc<Self>, id: GenerationId, asked: Instant, begun: bool) -> (Place<C>, Option<Fetching<C>>) {
+    fn enlist(
+        self: &Arc<Self>,
+        id: GenerationId,
+        asked: Instant,
+        begun: bool,
+    ) -> (QueueTicket<C>, Option<Fetching<C>>) {
         let (deliver, delivered) = oneshot::channel();
         let mut queue = self.queue();
         queue.turn_to(id);
@@ -239,7 +244,7 @@ impl<C: SessionClient> Wrapped<C> {
         let fetching =
             (begun || queue.young < queue.waiters.len()).then(|| Fetching::new(Arc::clone(self), &mut queue, id));
         drop(queue);
-        (Place { wrapped: Arc::clone(self), ticket, delivered }, fetching)
+        (QueueTicket { wrapped: Arc::clone(self), ticket, delivered }, fetching)
     }
 
     /// Gives a connection to the caller that has waited longest, or back to the wrapped pool.
@@ -416,8 +421,8 @@ fn at_once<C: SessionClient>(got: Result<Box<dyn WrappedObject<C>>, NoObject>) -
     Box::pin(ready(got))
 }
 
-fn lend<C: SessionClient>(dialer: &Dialer<C>, fetched: Fetched<C>) -> Loan<C> {
+fn check_out<C: SessionClient>(dialer: &Dialer<C>, fetched: Fetched<C>) -> CheckedOut<C> {
     let Fetched { object, facts, generation } = fetched;
     let watched = dialer.cluster.observer().connection(&generation.open, generation.endpoint().address);
-    Loan::Wrapped { object, facts, watched, scope: generation.scope.clone() }
+    CheckedOut::Wrapped { object, facts, watched, scope: generation.scope.clone() }
 }

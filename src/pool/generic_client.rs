@@ -79,12 +79,12 @@ use crate::server::SessionClient;
 ///         self.within.prepare_cached(query)
 ///     }
 ///
-///     fn met(&self, error: &Error) {
-///         self.within.met(error);
+///     fn note_error(&self, error: &Error) {
+///         self.within.note_error(error);
 ///     }
 ///
-///     fn begins_stream(&self) {
-///         self.within.begins_stream();
+///     fn note_stream(&self) {
+///         self.within.note_stream();
 ///     }
 /// }
 ///
@@ -103,7 +103,7 @@ pub trait GenericClient: Send + Sync {
 
     /// Receives the error of each statement that fails. A handle of this crate notes it for its pool. Default: does
     /// nothing.
-    fn met(&self, error: &Error) {
+    fn note_error(&self, error: &Error) {
         let _ = error;
     }
 
@@ -115,7 +115,7 @@ pub trait GenericClient: Send + Sync {
 
     /// Is called before a stream of rows or a COPY begins. A transaction of this crate notes it, and refuses to commit
     /// while the stream is kept. Default: does nothing.
-    fn begins_stream(&self) {}
+    fn note_stream(&self) {}
 
     /// As [`tokio_postgres::Client::prepare`], but keeps the statement with the connection, and returns the kept one
     /// the next time. The driver's own handles keep no statements, so they prepare it anew each time.
@@ -186,7 +186,7 @@ pub trait GenericClient: Send + Sync {
         I: IntoIterator<Item = P> + Sync + Send + 'a,
         I::IntoIter: ExactSizeIterator,
     {
-        self.begins_stream();
+        self.note_stream();
         noted(self, "query_raw", self.client().query_raw(statement, params))
     }
 
@@ -224,7 +224,7 @@ pub trait GenericClient: Send + Sync {
         P: BorrowToSql + 'a,
         I: IntoIterator<Item = (P, Type)> + Sync + Send + 'a,
     {
-        self.begins_stream();
+        self.note_stream();
         noted(self, "query_typed_raw", self.client().query_typed_raw(query, params))
     }
 
@@ -276,7 +276,7 @@ pub trait GenericClient: Send + Sync {
         T: ?Sized + ToStatement + Sync + Send,
         U: Buf + 'static + Send,
     {
-        self.begins_stream();
+        self.note_stream();
         noted(self, "copy_in", self.client().copy_in(statement))
     }
 
@@ -285,7 +285,7 @@ pub trait GenericClient: Send + Sync {
     where
         T: ?Sized + ToStatement + Sync + Send,
     {
-        self.begins_stream();
+        self.note_stream();
         noted(self, "copy_out", self.client().copy_out(statement))
     }
 }
@@ -304,7 +304,7 @@ where
         let result = statement.await;
         let error = result.as_ref().err();
         if let Some(error) = error {
-            handle.met(error);
+            handle.note_error(error);
         }
         if let Some(began) = began {
             handle.took(method, began.elapsed(), error);
@@ -322,7 +322,7 @@ macro_rules! generic_client {
             $client.fresh()
         }
 
-        fn met(&self, error: &tokio_postgres::Error) {
+        fn note_error(&self, error: &tokio_postgres::Error) {
             let $handle = self;
             $client.trail().note(error);
         }
@@ -332,7 +332,7 @@ macro_rules! generic_client {
             $client.pool().observer().statement_took(method, time, error);
         }
 
-        fn begins_stream(&self) {
+        fn note_stream(&self) {
             let $handle = self;
             $client.set_streamed();
         }

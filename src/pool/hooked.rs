@@ -82,7 +82,7 @@ impl<C: SessionClient> Dialer<C> {
         let Some(hooks) = self.hooks.clone() else { return Some(object) };
         let new = !object.is_used();
         // What is under way from now on is not left over from an earlier use.
-        object.activity().lend();
+        object.activity().check_out();
         let held = HookedConnection::new(self, object);
         let (deliver, delivered) = oneshot::channel();
         let scope = self.cluster.scope().clone();

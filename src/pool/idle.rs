@@ -28,7 +28,7 @@ pub(super) struct Idle {
 }
 
 /// What the task that keeps the idle connections needs. The task keeps neither the pool nor the dialer alive.
-pub(super) struct Keeper<C: SessionClient> {
+pub(super) struct IdleTask<C: SessionClient> {
     pub(super) idle: Idle,
     pub(super) pool: WeakPool<Manager<C>>,
     pub(super) dialer: Weak<Dialer<C>>,
@@ -40,7 +40,7 @@ pub(super) struct Keeper<C: SessionClient> {
 
 /// The task ends with the pool, or with its runtime. A runtime that ends wakes nobody, so this wakes the callers on
 /// other runtimes that wait for a slot.
-impl<C: SessionClient> Drop for Keeper<C> {
+impl<C: SessionClient> Drop for IdleTask<C> {
     fn drop(&mut self) {
         let (Some(pool), Some(dialer)) = (self.pool.upgrade(), self.dialer.upgrade()) else { return };
         dialer.cluster.runtime_ends();
@@ -48,7 +48,7 @@ impl<C: SessionClient> Drop for Keeper<C> {
     }
 }
 
-impl<C: SessionClient> Keeper<C> {
+impl<C: SessionClient> IdleTask<C> {
     /// Runs until the pool is gone.
     pub(super) async fn run(mut self) {
         let upgraded = self.dialer.upgrade().map(|dialer| (Arc::clone(&dialer.queue), dialer.cluster.ask_idle()));

@@ -11,12 +11,12 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::sleep;
 
+use super::checkout_reports::CheckoutLimits;
 use super::closing::Closing;
 use super::lacking::Lacking;
-use super::loans::LoanLimits;
 use super::pruning::PruneAt;
 use super::shared::Shared;
-use super::signing::Signatures;
+use super::signing::SignatureCache;
 use crate::commit::Guarantee;
 use crate::error::BuildError;
 use crate::resolve::{HickoryResolver, Resolve};
@@ -50,7 +50,7 @@ macro_rules! setters {
         setters! { @set $($about)* slow_checkout_after(wait: Duration) calls.slow_checkout_after = Some(wait) }
     };
     (@leak_after $($about:tt)*) => {
-        setters! { @set $($about)* leak_after(on_loan: Duration) calls.leak_after = Some(on_loan) }
+        setters! { @set $($about)* leak_after(checked_out_for: Duration) calls.leak_after = Some(checked_out_for) }
     };
     (@heartbeat_interval $($about:tt)*) => {
         setters! { @set $($about)* heartbeat_interval(interval: Duration) settings.heartbeat = interval }
@@ -130,10 +130,10 @@ impl CallOptions {
             guarantee,
             searching: AtomicUsize::new(0),
             lacking: Lacking::default(),
-            signatures: Signatures::default(),
+            signatures: SignatureCache::default(),
             prune_at: PruneAt::default(),
             closing: Closing::default(),
-            loans: LoanLimits::new(slow_checkout_after, leak_after.map(|limit| limit.min(FAR))),
+            reports: CheckoutLimits::new(slow_checkout_after, leak_after.map(|limit| limit.min(FAR))),
             resizing: std::sync::Mutex::default(),
         }))
     }

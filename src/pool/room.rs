@@ -8,8 +8,8 @@ use tokio::sync::Notify;
 /// Counts the pool's connections. Those that are being opened are counted in `Book::dialing` of `dialer/queue.rs`; both
 /// together are at most `max_size`.
 #[derive(Default)]
-pub(super) struct Room {
-    /// All existing connections: in deadpool, ready in the `DialQueue`, on loan, or on their way between these. It
+pub(super) struct ConnectionCounts {
+    /// All existing connections: in deadpool, ready in the `DialQueue`, checked out, or on their way between these. It
     /// grows only under the lock of `DialQueue::book`, so that the comparison with `max_size` holds.
     pub(super) live: AtomicUsize,
     /// How many of them are doubted: they have been idle for as long as another one that did not answer its test
@@ -19,33 +19,33 @@ pub(super) struct Room {
     pub(super) tested: AtomicUsize,
     /// How many a hook of the user's has in its hands.
     pub(super) hooked: AtomicUsize,
-    /// How many times all connections that are not on loan were to be closed.
+    /// How many times all connections that are not checked out were to be closed.
     pub(super) evictions: AtomicU64,
     /// Wakes the task that opens connections: a place has become free, or another connection is needed.
     pub(super) changed: Notify,
 }
 
-impl Room {
+impl ConnectionCounts {
     pub(super) fn evictions(&self) -> u64 {
         self.evictions.load(Ordering::Acquire)
     }
 }
 
 /// Counts one connection towards `max_size`, until the connection is dropped or leaves the pool.
-pub(super) struct Berth {
-    room: Arc<Room>,
+pub(super) struct CountedConnection {
+    room: Arc<ConnectionCounts>,
     /// The number of evictions when its session was opened, or when a caller last gave it back.
     evictions: AtomicU64,
 }
 
-impl Berth {
+impl CountedConnection {
     /// `evictions`: their number when the session was dialled.
-    pub(super) fn new(room: &Arc<Room>, evictions: u64) -> Self {
+    pub(super) fn new(room: &Arc<ConnectionCounts>, evictions: u64) -> Self {
         room.live.fetch_add(1, Ordering::AcqRel);
         Self { room: Arc::clone(room), evictions: AtomicU64::new(evictions) }
     }
 
-    /// A caller has given the connection back. An eviction from before that spared it, because it was on loan.
+    /// A caller has given the connection back. An eviction from before that spared it, because it was checked out.
     pub(super) fn given_back(&self) {
         self.evictions.store(self.room.evictions(), Ordering::Relaxed);
     }
@@ -56,7 +56,7 @@ impl Berth {
     }
 }
 
-impl Drop for Berth {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         self.room.live.fetch_sub(1, Ordering::AcqRel);
         self.room.changed.notify_one();

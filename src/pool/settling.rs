@@ -20,7 +20,7 @@ use crate::topology::{GenerationId, Suspicion};
 /// doubt, but a newly promoted server should not be flooded with sessions.
 const AT_ONCE: usize = 2;
 
-pub(super) struct Settlers<C> {
+pub(super) struct SettleSessions<C> {
     permits: Semaphore,
     /// The number of commits that are being settled.
     pending: AtomicUsize,
@@ -31,7 +31,7 @@ pub(super) struct Settlers<C> {
     idle: Mutex<Vec<SideSession<C>>>,
 }
 
-impl<C> Default for Settlers<C> {
+impl<C> Default for SettleSessions<C> {
     fn default() -> Self {
         let (pending, pooled) = (AtomicUsize::new(0), AtomicUsize::new(0));
         Self { permits: Semaphore::new(AT_ONCE), pending, pooled, idle: Mutex::default() }
@@ -39,12 +39,12 @@ impl<C> Default for Settlers<C> {
 }
 
 /// A commit that is being settled. When no commit is being settled any more, the kept sessions are closed.
-pub(crate) struct Settling<'a, C: SessionClient> {
+pub(crate) struct SettleGuard<'a, C: SessionClient> {
     pool: &'a Pool<C>,
-    settlers: &'a Settlers<C>,
+    settlers: &'a SettleSessions<C>,
 }
 
-impl<'a, C: SessionClient> Settling<'a, C> {
+impl<'a, C: SessionClient> SettleGuard<'a, C> {
     /// Registers a commit that is being settled. Hold the result until it is settled.
     pub(crate) fn new(pool: &'a Pool<C>) -> Self {
         let settlers = &pool.dialer.settlers;
@@ -55,8 +55,8 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     /// Returns a session to the current primary. If the session is outside the pool, its permit is returned, too: the
     /// session may be used while the permit is held. Waits for both without a limit of its own. Cancel-safe.
     pub(crate) async fn session(&self) -> Result<(Option<SemaphorePermit<'a>>, SettleSession<'a, C>), Error> {
-        if let Some(lent) = self.lent().await? {
-            return Ok((None, SettleSession::Pooled(lent)));
+        if let Some(checked_out) = self.checked_out().await? {
+            return Ok((None, SettleSession::Pooled(checked_out)));
         }
         // The semaphore is never closed, so waiting for it cannot fail.
         let permit = self.settlers.permits.acquire().await.ok();
@@ -90,7 +90,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     /// Takes a connection of the pool, unless settlers hold half of the pool already. The other half stays for other
     /// callers, such as readers. A settler may hold its connection for long, because it waits until a standby has
     /// confirmed the commit.
-    async fn lent(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
+    async fn checked_out(&self) -> Result<Option<PooledSession<'a, C>>, Error> {
         let counted = Counted::new(&self.settlers.pooled);
         if self.settlers.pooled.load(Ordering::Relaxed) > self.pool.status().max_size / 2 {
             return Ok(None);
@@ -107,7 +107,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     /// Keeps a session, so that it can be used again. No transaction may be open on it.
     pub(crate) fn keep(&self, session: SettleSession<'_, C>) {
         match session {
-            SettleSession::Pooled(mut lent) => lent.clean = true,
+            SettleSession::Pooled(mut checked_out) => checked_out.clean = true,
             SettleSession::Beside(side_session) => lock(&self.settlers.idle).push(side_session),
         }
     }
@@ -117,7 +117,7 @@ impl<'a, C: SessionClient> Settling<'a, C> {
     }
 }
 
-impl<C: SessionClient> Drop for Settling<'_, C> {
+impl<C: SessionClient> Drop for SettleGuard<'_, C> {
     fn drop(&mut self) {
         if self.settlers.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
             let kept = std::mem::take(&mut *lock(&self.settlers.idle));
@@ -127,7 +127,7 @@ impl<C: SessionClient> Drop for Settling<'_, C> {
 }
 
 /// The session that a settler asks on. Dropping this ends the session and rolls back its transaction.
-/// [`Settling::keep`] keeps the session.
+/// [`SettleGuard::keep`] keeps the session.
 pub(crate) enum SettleSession<'a, C: SessionClient> {
     Pooled(PooledSession<'a, C>),
     Beside(SideSession<C>),
@@ -152,7 +152,7 @@ impl<C: SessionClient> Drop for PooledSession<'_, C> {
 impl<C: SessionClient> SettleSession<'_, C> {
     pub(crate) fn client(&self) -> &tokio_postgres::Client {
         match self {
-            Self::Pooled(lent) => &lent.client,
+            Self::Pooled(checked_out) => &checked_out.client,
             Self::Beside(side_session) => side_session.client(),
         }
     }
@@ -160,27 +160,27 @@ impl<C: SessionClient> SettleSession<'_, C> {
     /// Returns whether callers may have changed the role or the settings of this session. If so, a refused question
     /// does not show what the pool's own role may do.
     pub(crate) fn is_used(&self) -> bool {
-        matches!(self, Self::Pooled(lent) if lent.used)
+        matches!(self, Self::Pooled(checked_out) if checked_out.used)
     }
 
     /// Notes whether the settler's COMMIT is under way. If the settler is dropped while it is, the COMMIT is not
     /// cancelled. On a session outside the pool nothing is ever cancelled, so nothing is noted for it.
     pub(crate) fn set_committing(&self, committing: bool) {
-        if let Self::Pooled(lent) = self {
-            lent.client.set_committing(committing);
+        if let Self::Pooled(checked_out) = self {
+            checked_out.client.set_committing(committing);
         }
     }
 
     pub(crate) fn notices(&self) -> &Notices {
         match self {
-            Self::Pooled(lent) => lent.client.notices(),
+            Self::Pooled(checked_out) => checked_out.client.notices(),
             Self::Beside(side_session) => side_session.notices(),
         }
     }
 
     pub(crate) fn generation(&self) -> GenerationId {
         match self {
-            Self::Pooled(lent) => lent.client.generation(),
+            Self::Pooled(checked_out) => checked_out.client.generation(),
             Self::Beside(side_session) => side_session.generation(),
         }
     }
@@ -188,14 +188,14 @@ impl<C: SessionClient> SettleSession<'_, C> {
     /// The system identifier of the session's server, if the server shows it.
     pub(crate) fn cluster(&self) -> Option<u64> {
         match self {
-            Self::Pooled(lent) => lent.client.cluster(),
+            Self::Pooled(checked_out) => checked_out.client.cluster(),
             Self::Beside(side_session) => side_session.cluster(),
         }
     }
 
     pub(crate) fn life(&self) -> Option<Life> {
         match self {
-            Self::Pooled(lent) => lent.client.life(),
+            Self::Pooled(checked_out) => checked_out.client.life(),
             Self::Beside(side_session) => side_session.life(),
         }
     }
@@ -204,7 +204,7 @@ impl<C: SessionClient> SettleSession<'_, C> {
     /// wait for ever. Cancel-safe.
     pub(crate) async fn evicted(&self) {
         match self {
-            Self::Pooled(lent) => lent.client.evicted().await,
+            Self::Pooled(checked_out) => checked_out.client.evicted().await,
             Self::Beside(side_session) => side_session.evicted().await,
         }
     }

@@ -8,11 +8,11 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::Pool;
+use super::checkout_reports::CheckoutLimits;
 use super::closing::Closing;
 use super::lacking::Lacking;
-use super::loans::LoanLimits;
 use super::pruning::PruneAt;
-use super::signing::Signatures;
+use super::signing::SignatureCache;
 use crate::commit::{Guarantee, Nonce};
 use crate::observe::Observer;
 use crate::retry::{RetryBudget, RetryPolicy};
@@ -28,10 +28,10 @@ pub(super) struct Shared {
     /// The number of callers that wait for a primary. The inner pool knows only those that wait for a connection.
     pub(super) searching: AtomicUsize,
     pub(super) lacking: Lacking,
-    pub(super) signatures: Signatures,
+    pub(super) signatures: SignatureCache,
     pub(super) prune_at: PruneAt,
     pub(super) closing: Closing,
-    pub(super) loans: LoanLimits,
+    pub(super) reports: CheckoutLimits,
     /// Held while the size is changed.
     pub(super) resizing: Mutex<()>,
 }
@@ -69,7 +69,7 @@ impl<C: SessionClient> Pool<C> {
         &self.shared.lacking
     }
 
-    pub(crate) fn signatures(&self) -> &Signatures {
+    pub(crate) fn signatures(&self) -> &SignatureCache {
         &self.shared.signatures
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::facts::{cluster_in, life_in};
 use super::{Pool, Source};
-use crate::cluster::{Generation, Wanting};
+use crate::cluster::{Generation, PrimaryDemand};
 use crate::commit::Life;
 use crate::error::Error;
 use crate::server::{Notices, NotificationSink, Session, SessionClient};
@@ -15,7 +15,7 @@ use crate::topology::GenerationId;
 pub(crate) struct SideSession<C> {
     session: Session<C>,
     generation: Arc<Generation<C>>,
-    _wanting: Wanting,
+    _wanting: PrimaryDemand,
 }
 
 impl<C: SessionClient> Pool<C> {

@@ -8,7 +8,7 @@ use crate::topology::GenerationId;
 
 /// The signature of the newest primary's timeline.
 #[derive(Default)]
-pub(crate) struct Signatures(Mutex<Option<(GenerationId, State)>>);
+pub(crate) struct SignatureCache(Mutex<Option<(GenerationId, State)>>);
 
 enum State {
     UnderWay,
@@ -17,7 +17,7 @@ enum State {
 }
 
 /// The state of signing a primary's timeline.
-pub(crate) enum Signing<'a> {
+pub(crate) enum SignatureState<'a> {
     /// The timeline has this signature, or none.
     Done(Option<Arc<Signature>>),
     Yours(Signer<'a>),
@@ -25,21 +25,21 @@ pub(crate) enum Signing<'a> {
 
 /// Signs a timeline. If this is dropped before [`Signer::ended`], the next transaction signs it.
 pub(crate) struct Signer<'a> {
-    signatures: &'a Signatures,
+    signatures: &'a SignatureCache,
     id: GenerationId,
 }
 
-impl Signatures {
-    /// Returns the signature of this primary's timeline. Only the first caller gets [`Signing::Yours`], and must sign
-    /// the timeline.
-    pub(crate) fn of(&self, id: GenerationId) -> Signing<'_> {
+impl SignatureCache {
+    /// Returns the signature of this primary's timeline. Only the first caller gets [`SignatureState::Yours`], and must
+    /// sign the timeline.
+    pub(crate) fn of(&self, id: GenerationId) -> SignatureState<'_> {
         let mut signature = lock(&self.0);
         match &*signature {
-            Some((signed, State::Ended(by))) if *signed == id => Signing::Done(by.clone()),
-            Some((signed, _)) if *signed >= id => Signing::Done(None),
+            Some((signed, State::Ended(by))) if *signed == id => SignatureState::Done(by.clone()),
+            Some((signed, _)) if *signed >= id => SignatureState::Done(None),
             _ => {
                 *signature = Some((id, State::UnderWay));
-                Signing::Yours(Signer { signatures: self, id })
+                SignatureState::Yours(Signer { signatures: self, id })
             }
         }
     }
@@ -77,14 +77,14 @@ mod tests {
         Arc::new(Signature(vec![(7, true)]))
     }
 
-    fn is_done(signing: &Signing<'_>, by: Option<&Arc<Signature>>) -> bool {
-        matches!(signing, Signing::Done(signature) if signature.as_ref() == by)
+    fn is_done(signing: &SignatureState<'_>, by: Option<&Arc<Signature>>) -> bool {
+        matches!(signing, SignatureState::Done(signature) if signature.as_ref() == by)
     }
 
     #[test]
     fn one_transaction_signs_for_all() {
-        let signatures = Signatures::default();
-        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        let signatures = SignatureCache::default();
+        let SignatureState::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
         assert!(is_done(&signatures.of(NEW), None), "it is under way");
         signer.ended(Some(signature()));
         assert!(is_done(&signatures.of(NEW), Some(&signature())));
@@ -94,20 +94,20 @@ mod tests {
     /// A dropped future, or a lost connection.
     #[test]
     fn a_transaction_that_did_not_sign_leaves_it_to_the_next() {
-        let signatures = Signatures::default();
+        let signatures = SignatureCache::default();
         for _ in 0..3 {
-            assert!(matches!(signatures.of(NEW), Signing::Yours { .. }), "nobody signs any more");
+            assert!(matches!(signatures.of(NEW), SignatureState::Yours { .. }), "nobody signs any more");
         }
-        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        let SignatureState::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
         signer.ended(None);
         assert!(is_done(&signatures.of(NEW), None), "it is impossible, and not tried again");
     }
 
     #[test]
     fn who_signs_an_old_timeline_takes_nothing_from_the_new_one() {
-        let signatures = Signatures::default();
+        let signatures = SignatureCache::default();
         let old = signatures.of(OLD);
-        let Signing::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
+        let SignatureState::Yours(signer) = signatures.of(NEW) else { panic!("nobody signs") };
         drop(old);
         signer.ended(Some(signature()));
         assert!(is_done(&signatures.of(NEW), Some(&signature())));

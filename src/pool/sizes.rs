@@ -11,8 +11,9 @@ use crate::sync::lock;
 impl<C: SessionClient> Pool<C> {
     /// Changes [`PoolBuilder::max_size`](crate::PoolBuilder::max_size) of the running pool, for all its clones.
     ///
-    /// A larger pool serves waiting callers at once. A smaller one closes idle connections, and those on loan when they
-    /// come back; until then there are more of them than `max_size`. Never waits. A pool that is closed stays as it is.
+    /// A larger pool serves waiting callers at once. A smaller one closes idle connections, and those checked out when
+    /// they come back; until then there are more of them than `max_size`. Never waits. A pool that is closed stays as
+    /// it is.
     ///
     /// Of a [wrapped](Pool::wrap) pool, it changes the size of the deadpool pool inside, and that size is then no firm
     /// limit. When deadpool 0.13 makes a pool smaller, it takes back only the places of open connections, and when it
@@ -66,9 +67,9 @@ impl<C: SessionClient> Pool<C> {
         Ok(min_idle)
     }
 
-    /// Closes all idle connections, and returns how many there were. Those on loan stay. Those that a hook or a test of
-    /// the pool has at this moment, and those that are being opened, are closed when that ends. The next callers get
-    /// new ones, and [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) is filled again.
+    /// Closes all idle connections, and returns how many there were. Those checked out stay. Those that a hook or a
+    /// test of the pool has at this moment, and those that are being opened, are closed when that ends. The next
+    /// callers get new ones, and [`PoolBuilder::min_idle`](crate::PoolBuilder::min_idle) is filled again.
     ///
     /// Use it when new sessions differ from old ones: after `ALTER ROLE … SET`, a change of a service behind a proxy,
     /// or a rotated certificate. A failover needs no such call. Never waits.

@@ -34,8 +34,8 @@ const DOUBTED_WITHIN: Duration = Duration::from_secs(2);
 impl<C: SessionClient> Dialer<C> {
     /// Tests a connection, and returns it if it may be handed out. Otherwise closes or doubts it. There are two reasons
     /// for a test. A caller may have given the connection back with a request that its driver has not seen yet. Or the
-    /// connection was unused, idle or on loan, for so long that its socket may be dead. Cancel-safe: the test goes on
-    /// in the background.
+    /// connection was unused, idle or checked out, for so long that its socket may be dead. Cancel-safe: the test goes
+    /// on in the background.
     pub(super) async fn tested<T: Tested<C>>(self: &Arc<Self>, tested: T) -> Option<T> {
         let _counted = Counted::new(self.queue.tested());
         let mut testing = Testing { dialer: self, tested: Some(tested), deadline: None };

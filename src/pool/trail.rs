@@ -25,7 +25,7 @@ pub(crate) struct Trail {
     /// The driver must forget the types that it has read.
     forget_types: AtomicBool,
     /// Somebody has had the connection.
-    lent: AtomicBool,
+    checked_out: AtomicBool,
     /// When the connection was lent, the driver may have known types as they were long ago.
     old_types: AtomicBool,
     /// The driver got an answer to a statement that it did not expect.
@@ -38,7 +38,7 @@ impl Trail {
     /// `used`: somebody has had the connection before.
     pub(super) fn of<C: SessionClient>(client: &C, used: bool) -> Self {
         let cache = wrapper(client).map(|client| Arc::clone(&client.statement_cache));
-        Self { cache, lent: AtomicBool::new(used), ..Self::default() }
+        Self { cache, checked_out: AtomicBool::new(used), ..Self::default() }
     }
 
     /// Forgets what was noted, so that it does not count for the next use of the session.
@@ -105,10 +105,10 @@ impl Trail {
     }
 
     /// Call this when somebody gets the connection.
-    pub(super) fn lend(&self, client: &tokio_postgres::Client) {
+    pub(super) fn check_out(&self, client: &tokio_postgres::Client) {
         let forgotten = self.freshen(client);
-        let lent = self.lent.swap(true, Ordering::Relaxed);
-        self.old_types.store(lent && !forgotten, Ordering::Relaxed);
+        let checked_out = self.checked_out.swap(true, Ordering::Relaxed);
+        self.old_types.store(checked_out && !forgotten, Ordering::Relaxed);
     }
 
     /// Returns whether the driver may know types as they were before its present user got the connection.
@@ -139,7 +139,7 @@ fn wrapper<C: SessionClient>(client: &C) -> Option<&ClientWrapper> {
     (client as &dyn Any).downcast_ref()
 }
 
-/// The trails of all sessions of a pool, idle or on loan.
+/// The trails of all sessions of a pool, idle or checked out.
 #[derive(Debug, Default)]
 pub(super) struct Trails(Mutex<Vec<Weak<Trail>>>);
 

@@ -35,7 +35,7 @@ use super::wrapped_pool::{
 };
 use super::{Pool, WrapBuilder};
 use crate::error::BuildError;
-use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Scope, Session, not_created, panicked};
+use crate::server::{Guarded, Open, Opened, OpenedOwned, OpenerParts, Scope, Session, not_created, panicked};
 use crate::sync::lock;
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
@@ -95,7 +95,7 @@ impl<M> Lends for M where
 {
 }
 
-/// A connection on loan from bb8. Dropping it gives it back.
+/// A connection checked out from bb8. Dropping it gives it back.
 struct Got<M: Lends> {
     /// Has a closed client in the connection's place. `None`: it has gone back.
     pooled: Option<PooledConnection<'static, M>>,
@@ -127,14 +127,14 @@ impl<M: Lends> Deref for Got<M> {
 
     #[expect(clippy::expect_used, reason = "the client is taken by `take` and `drop`, after which nobody can deref")]
     fn deref(&self) -> &ClientWrapper {
-        &self.shell.as_ref().expect("a connection on loan has its client").wrapper
+        &self.shell.as_ref().expect("a connection checked out has its client").wrapper
     }
 }
 
 impl<M: Lends> DerefMut for Got<M> {
     #[expect(clippy::expect_used, reason = "as above")]
     fn deref_mut(&mut self) -> &mut ClientWrapper {
-        &mut self.shell.as_mut().expect("a connection on loan has its client").wrapper
+        &mut self.shell.as_mut().expect("a connection checked out has its client").wrapper
     }
 }
 
@@ -155,7 +155,7 @@ impl<M: Lends> WrappedObject<ClientWrapper> for Got<M> {
     #[expect(clippy::expect_used, reason = "as above")]
     fn take(mut self: Box<Self>) -> ClientWrapper {
         // bb8 gets the closed client, and frees the slot.
-        self.shell.take().expect("a connection on loan has its client").wrapper
+        self.shell.take().expect("a connection checked out has its client").wrapper
     }
 }
 
@@ -173,7 +173,7 @@ enum Next<'a, T> {
 struct Bb8Pool<M: Lends> {
     existing: bb8::Pool<M>,
     max_size: usize,
-    asker: Asker,
+    asker: OpenerParts,
     runtime: OnceLock<Handle>,
     shells: Arc<Shells>,
     /// The newest generation for which idle connections were closed. The first generation closes none.
@@ -198,7 +198,7 @@ impl<M: Lends> Bb8Pool<M> {
         Self {
             existing,
             max_size,
-            asker: Asker::default(),
+            asker: OpenerParts::default(),
             runtime: OnceLock::new(),
             shells: Arc::new(Shells::new(max_size)),
             evicted_for: AtomicU64::new(1),
@@ -212,7 +212,7 @@ impl<M: Lends> Bb8Pool<M> {
     }
 
     /// Lends a connection that bb8 has lent. Does not wait, so no cancelled future can lose the connection.
-    fn lend(&self, mut pooled: PooledConnection<'static, M>, evictions: u64) -> Result<Got<M>, NoObject> {
+    fn check_out(&self, mut pooled: PooledConnection<'static, M>, evictions: u64) -> Result<Got<M>, NoObject> {
         let Some((shell, is_new)) = self.shells.take_out(&mut pooled) else {
             let message = "the driver has made no client without a session";
             return Err(NoObject::Failed(ProbeFailure::new(FailureKind::Unreachable, message)));
@@ -388,7 +388,7 @@ fn count(connections: u32) -> usize {
 }
 
 impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
-    fn asker(&self) -> &Asker {
+    fn asker(&self) -> &OpenerParts {
         &self.asker
     }
 
@@ -426,7 +426,7 @@ impl<M: Lends> WrappedPool<ClientWrapper> for Bb8Pool<M> {
         Box::pin(async move {
             let evictions = self.evictions.load(Ordering::Acquire);
             let pooled = self.get_from_bb8().await?;
-            self.lend(pooled, evictions).map(|got| Box::new(got) as Box<dyn WrappedObject<ClientWrapper>>)
+            self.check_out(pooled, evictions).map(|got| Box::new(got) as Box<dyn WrappedObject<ClientWrapper>>)
         })
     }
 

@@ -17,7 +17,9 @@ use tokio_postgres::{CancelToken, NoTls};
 
 use super::trail::clear_idle;
 use crate::error::BuildError;
-use crate::server::{Asker, Guarded, Open, Opened, OpenedOwned, Scope, Session, SessionClient, not_created, panicked};
+use crate::server::{
+    Guarded, Open, Opened, OpenedOwned, OpenerParts, Scope, Session, SessionClient, not_created, panicked,
+};
 use crate::topology::{Endpoint, FailureKind, GenerationId, ProbeFailure, Question};
 
 /// Tells one connection of a wrapped pool from another, for as long as both are in it.
@@ -169,7 +171,7 @@ pub(super) enum NoObject {
 /// Opens sessions with the wrapped pool's manager.
 pub(super) struct ExistingPool<M: managed::Manager> {
     existing: managed::Pool<M>,
-    asker: Asker,
+    asker: OpenerParts,
     /// The newest generation for which idle connections were closed. The first generation closes none.
     evicted_for: AtomicU64,
     returns: Arc<Returns>,
@@ -181,7 +183,7 @@ impl<M: managed::Manager> ExistingPool<M> {
     pub(super) fn new(existing: managed::Pool<M>) -> Self {
         Self {
             existing,
-            asker: Asker::default(),
+            asker: OpenerParts::default(),
             evicted_for: AtomicU64::new(1),
             returns: Arc::default(),
             evictions: Arc::default(),
@@ -195,7 +197,7 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn asker(&self) -> &Asker {
+    fn asker(&self) -> &OpenerParts {
         &self.asker
     }
 

@@ -168,7 +168,7 @@ impl Activity {
         }
     }
 
-    pub(crate) fn lend(&self) {
+    pub(crate) fn check_out(&self) {
         self.given_back.store(false, Ordering::SeqCst);
     }
 

@@ -27,14 +27,14 @@ type Password = Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
 struct ProviderFailed(#[source] Box<dyn Error + Send + Sync>);
 
 /// The user's provider function.
-pub(crate) type Ask = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
+pub(crate) type PasswordProvider = Box<dyn Fn() -> BoxFuture<'static, Password> + Send + Sync>;
 
 /// Shortest pause before a provider that failed is asked again.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// A provider of passwords, and whether a server has ever accepted one of its passwords.
 pub(crate) struct Passwords {
-    ask: Ask,
+    ask: PasswordProvider,
     within: Duration,
     pause: Duration,
     let_in: AtomicBool,
@@ -43,7 +43,7 @@ pub(crate) struct Passwords {
 impl Passwords {
     /// `open_within` is the shortest time limit for opening a session. The provider gets three quarters of it, so that
     /// a slow provider is reported as such and not as a slow server.
-    pub(crate) fn new(ask: Ask, open_within: Duration) -> Self {
+    pub(crate) fn new(ask: PasswordProvider, open_within: Duration) -> Self {
         Self { ask, within: open_within * 3 / 4, pause: PAUSE.min(open_within / 8), let_in: AtomicBool::new(false) }
     }
 

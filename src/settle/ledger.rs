@@ -10,7 +10,7 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 use super::columns::{Column, Row, columns, field, list, text};
 use super::wal::{BEGUN_HERE, Backend, LAST_REPLAYED, begin_with, completes, is_of};
 use crate::classify::not_offered;
-use crate::commit::{Entry, Ledger, Life, Settled, settle_entry};
+use crate::commit::{Entry, Ledger, Life, SettleVerdict, settle_entry};
 use crate::topology::{BadReport, STARTED_AT, UNLIMITED};
 
 /// The documented SQL file; its names are those of [`Ledger::default`].
@@ -117,14 +117,14 @@ impl Ledger {
     }
 
     /// Begins a settler's transaction, and tries to insert the id. If the id's transaction is in progress, this waits
-    /// for a while and returns [`Settled::InProgress`]. The server has then aborted the settler's transaction.
+    /// for a while and returns [`SettleVerdict::InProgress`]. The server has then aborted the settler's transaction.
     /// `Ok(None)`: the server is not the `verified` one.
     pub(crate) async fn ask(
         &self,
         client: &Client,
         verified: Option<Life>,
         entered: &Entered,
-    ) -> Result<Option<Settled>, Option<Error>> {
+    ) -> Result<Option<SettleVerdict>, Option<Error>> {
         // On a conflict, an update that changes nothing writes WAL. So COMMIT waits until a synchronous standby has the
         // row that was found.
         let columns = list(|column| match column {
@@ -149,7 +149,7 @@ impl Ledger {
         let row = match begin_with(client, &sql).await {
             Err(error) if waited_for_row(&error) => {
                 let in_vain = planted!("takes a locked row for none");
-                return Ok(Some(if in_vain { Settled::NotCommitted } else { Settled::InProgress }));
+                return Ok(Some(if in_vain { SettleVerdict::NotCommitted } else { SettleVerdict::InProgress }));
             }
             row => row?,
         };

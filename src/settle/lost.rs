@@ -13,8 +13,8 @@ use crate::topology::{ServerSession, UNDISTURBED};
 /// run again needlessly.
 pub(crate) const LATE: Duration = Duration::from_millis(250);
 
-/// True if a session is idle in its transaction, as its state shows. If `track_activities` is off, only its wait event is
-/// known: an idle session waits for its client.
+/// True if a session is idle in its transaction, as its state shows. If `track_activities` is off, only its wait event
+/// is known: an idle session waits for its client.
 const IDLE: &str = "CASE WHEN state = 'disabled' THEN wait_event = 'ClientRead' \
                          ELSE starts_with(state, 'idle in transaction') END";
 

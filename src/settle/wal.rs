@@ -11,7 +11,7 @@ use self::question::{LogColumn, question, refused};
 use super::columns::{Column, columns, field, has, list, only_value, optional, text, time};
 pub(crate) use super::columns::{Row, only_row};
 use crate::classify::{explain, not_offered, not_prepared};
-use crate::commit::{Ancestry, Life, Marker, Nonce, Now, Proof, Server, Sighting, Signature, XactStatus};
+use crate::commit::{Ancestry, Life, Nonce, Now, Proof, Server, Sighting, Signature, WalMark, XactStatus};
 use crate::server::{may_be_cut, rows};
 use crate::sync::log_safely;
 use crate::topology::{BadReport, Evidence, STARTED_AT, ServerReport, UNLIMITED, evidence};
@@ -134,7 +134,7 @@ impl Backend {
 /// The answer to the mark's statement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MarkAnswer {
-    By(Marker, Backend),
+    By(WalMark, Backend),
     /// The transaction cannot write, so it leaves no mark and needs none.
     ReadOnly,
     /// Another server answered than the verified one, or it has restarted or crashed since.
@@ -156,7 +156,7 @@ pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer,
     if !is_of(life, row, MarkColumn::StartedAt, MarkColumn::Replayed)? {
         return Ok(MarkAnswer::Elsewhere);
     }
-    Ok(MarkAnswer::By(Marker { life: *life, xid, lsn, nonce }, backend))
+    Ok(MarkAnswer::By(WalMark { life: *life, xid, lsn, nonce }, backend))
 }
 
 /// Returns whether a server in this life answered.
@@ -208,7 +208,7 @@ columns! {
 /// Asks, within a settler's transaction, what the server shows about the history of its WAL. If one kind of evidence
 /// fails, for instance because the function's owner may not read the files, the next weaker kind is asked for in the
 /// same transaction.
-pub(crate) async fn prove(client: &Client, marker: &Marker, evidence: Evidence) -> Result<Proof, Error> {
+pub(crate) async fn prove(client: &Client, marker: &WalMark, evidence: Evidence) -> Result<Proof, Error> {
     let timeline = marker.life.server.timeline;
     let columns = list(|column| match column {
         ProofColumn::Seen => "seen",
@@ -315,7 +315,7 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
         };
     }
     let sighting = match answer {
-        Some("marker") => Sighting::Marker,
+        Some("marker") => Sighting::WalMark,
         Some("other") => Sighting::Other,
         Some("not yet") => Sighting::NotYet,
         Some("recycled") => Sighting::Recycled,

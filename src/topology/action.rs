@@ -19,7 +19,7 @@ pub(crate) enum Suspicion {
 #[derive(Clone, Copy, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct TrafficSample {
-    /// A connection is on loan, and its user may be waiting for an answer.
+    /// A connection is checked out, and its user may be waiting for an answer.
     pub(crate) in_use: bool,
     /// Something was sent or received.
     pub(crate) moved: bool,

@@ -104,7 +104,7 @@ impl Topology {
         samples.then(|| self.polled_at + self.listen_interval())
     }
 
-    /// In a search, too, the sessions on loan may show that the suspended primary lives.
+    /// In a search, too, the sessions checked out may show that the suspended primary lives.
     fn listens_at(&self) -> Option<Instant> {
         let suspended = self.search()?.suspended.as_ref()?;
         let listens = suspended.silent && self.traffic.in_use && !self.settings.roaming;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
-use super::settle::Mark;
+use super::settle::SettleKey;
 use crate::classify::explain;
 use crate::pool::Client;
 use crate::server::SessionClient;
@@ -22,7 +22,7 @@ const ENDED_WITHIN: Duration = Duration::from_millis(750);
 
 /// The session of an attempt whose COMMIT is in doubt.
 pub(super) struct Abandoned {
-    mark: Option<Mark>,
+    mark: Option<SettleKey>,
     /// The session, and when its closure began.
     session: Option<(ServerSession, Instant)>,
     /// When the attempt has ended.
@@ -30,7 +30,7 @@ pub(super) struct Abandoned {
 }
 
 impl Abandoned {
-    pub(super) fn new(mark: Option<Mark>, session: Option<(ServerSession, Instant)>) -> Self {
+    pub(super) fn new(mark: Option<SettleKey>, session: Option<(ServerSession, Instant)>) -> Self {
         Self { mark, session, since: Instant::now() }
     }
 

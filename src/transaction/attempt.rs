@@ -8,14 +8,14 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::Transaction;
-use super::begin::{Begin, MarkWith};
+use super::begin::{Begin, MarkKind};
 use super::closures::ClosuresEnd;
 use super::decide::{Mode, Stage};
 use super::earlier::Unsent;
 use super::ended::{Ended, Failed};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
-use super::settle::Mark;
+use super::settle::SettleKey;
 use super::streams::{answers, is_answering, is_free};
 use super::verdict::{evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
@@ -61,7 +61,7 @@ pub(super) struct Attempt<C: SessionClient> {
     /// The time limit from BEGIN until COMMIT is sent. `None` saves the attempt from setting and clearing a timer.
     limit: Option<Duration>,
     /// The mark by which the transaction can be found later. Set once the transaction has begun.
-    pub(super) mark: OnceLock<Mark>,
+    pub(super) mark: OnceLock<SettleKey>,
     /// When the closure has started.
     pub(super) began: OnceLock<Instant>,
     /// How the closure has ended the transaction, when that was last looked at.
@@ -233,7 +233,7 @@ impl<C: SessionClient> Attempt<C> {
             biased;
             answer = Answer::to(self.client(), &sql) => answer,
             () = self.client().abandoned() => {
-                let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMarker)));
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::evicted(Unsettled::NoMark)));
                 self.look_at_closure();
                 return self.in_doubt(mode, value, Failed::new(Verdict::ConnectionLost, error));
             }
@@ -262,7 +262,7 @@ impl<C: SessionClient> Attempt<C> {
                 Ended::before_commit(Verdict::Application, EndedInside::error(ending, None))
             }
             (_, None) => {
-                let error = Error::CommitUnknown(Box::new(CommitUnknown::incomplete(Unsettled::NoMarker)));
+                let error = Error::CommitUnknown(Box::new(CommitUnknown::incomplete(Unsettled::NoMark)));
                 self.in_doubt(mode, value, Failed::new(Verdict::OutcomeUnknown, error))
             }
             (CommitProof::Unchecked, Some(error)) => {
@@ -302,7 +302,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Returns how COMMIT looks for the transaction. It prepares the check only if the session has kept the mark's
     /// prepared statement, because then no proxy gives each transaction another session.
     fn look(&self, known: Known) -> Look {
-        let keeps = self.client().marking() == MarkStatement::Prepared;
+        let keeps = self.client().mark_statement() == MarkStatement::Prepared;
         match (known, self.check) {
             (Known::ById(_), Check::Prepared) if keeps && self.client().check_is_prepared() => Look::Execute,
             (Known::ById(_), Check::Prepared) if keeps => Look::Prepare,
@@ -347,7 +347,7 @@ impl<C: SessionClient> Attempt<C> {
     /// Prunes the ledger from time to time, on the connection that this call no longer needs. It runs in a task, so
     /// that no caller waits for it. The task ends with the session, and so with the pool.
     fn prune(&self, begin: &Begin) {
-        let MarkWith::Ledger(ledger) = &begin.marks else {
+        let MarkKind::Ledger(ledger) = &begin.marks else {
             return;
         };
         if !self.pool().prunes(ledger) {

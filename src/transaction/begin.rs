@@ -7,12 +7,12 @@ pub(super) struct Begin {
     pub(super) sql: String,
     /// The SQL for a transaction without a mark. It sets a value by which COMMIT recognises the transaction.
     pub(super) unmarked: String,
-    pub(super) marks: MarkWith,
+    pub(super) marks: MarkKind,
     pub(super) read_only: bool,
 }
 
 /// What the pool writes together with BEGIN.
-pub(super) enum MarkWith {
+pub(super) enum MarkKind {
     Nothing,
     /// A mark that nobody looks for. An earlier attempt may have done the work already, and then this attempt writes
     /// nothing else. The mark makes its COMMIT wait for the synchronous standbys all the same.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::closures::ClosuresEnd;
-use super::settle::{AT_LEAST, Inside, Mark, Outcome, ended_inside, settle};
+use super::settle::{AT_LEAST, Inside, SettleKey, SettleOutcome, ended_inside, settle};
 use super::verdict::Session;
 use crate::classify::{Verdict, explain};
 use crate::commit::Unsettled;
@@ -29,7 +29,7 @@ const ASKED_WITHIN: Duration = Duration::from_millis(500);
 
 /// An attempt whose COMMIT was not answered, and that is not in the primary's history.
 pub(super) struct Earlier<T> {
-    pub(super) mark: Mark,
+    pub(super) mark: SettleKey,
     /// The value that its closure returned.
     pub(super) value: T,
     /// What the closure had sent before the pool's COMMIT.
@@ -55,13 +55,13 @@ pub(super) async fn find<C: SessionClient, T>(
         }
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &attempt.mark, deadline)).await {
-            Ok((Outcome::Committed, _)) => return Ok(Some(earlier.swap_remove(index))),
-            Ok((Outcome::NotCommitted, absent_from)) => {
+            Ok((SettleOutcome::Committed, _)) => return Ok(Some(earlier.swap_remove(index))),
+            Ok((SettleOutcome::NotCommitted, absent_from)) => {
                 attempt.absent_from = absent_from;
                 index += 1;
             }
-            Ok((Outcome::Aborted, _)) => drop(earlier.swap_remove(index)),
-            Ok((Outcome::Prepared, _)) => return Err(EndedInside::error(Ending::Prepared, None)),
+            Ok((SettleOutcome::Aborted, _)) => drop(earlier.swap_remove(index)),
+            Ok((SettleOutcome::Prepared, _)) => return Err(EndedInside::error(Ending::Prepared, None)),
             Err(why) => return Err(Error::CommitUnknown(Box::new(CommitUnknown::asked_for_earlier(why)))),
         }
     }
@@ -96,7 +96,7 @@ pub(super) fn shows_primary(verdict: Verdict, session: &Session) -> bool {
 #[derive(Debug)]
 pub(super) struct Unsent {
     /// By this a primary can be asked about the transaction.
-    mark: Option<Mark>,
+    mark: Option<SettleKey>,
     closures: ClosuresEnd,
     /// The session, and when the closure began, if nobody has sent a COMMIT on it. The server may not know that the
     /// client has gone.
@@ -106,7 +106,7 @@ pub(super) struct Unsent {
 impl Unsent {
     /// `None` if nothing is stored, and no session has to be ended.
     pub(super) fn of(
-        mark: Option<Mark>,
+        mark: Option<SettleKey>,
         closures: ClosuresEnd,
         session: Option<(ServerSession, Instant)>,
     ) -> Option<Self> {
@@ -157,7 +157,7 @@ impl Unsent {
     async fn concluded<C: SessionClient>(
         &self,
         pool: &Pool<C>,
-        mark: &Mark,
+        mark: &SettleKey,
         found: Option<Inside>,
         deadline: Instant,
     ) -> Option<Inside> {
@@ -172,7 +172,7 @@ impl Unsent {
     async fn concluded_by_mark<C: SessionClient>(
         &self,
         pool: &Pool<C>,
-        mark: &Mark,
+        mark: &SettleKey,
         found: Option<Inside>,
         deadline: Instant,
     ) -> Option<Inside> {
@@ -194,9 +194,9 @@ impl Unsent {
         // The server may still be busy with the closure's COMMIT, so ask until that has ended. Boxed, because it is
         // rare and large.
         Some(match Box::pin(settle(pool, mark, deadline)).await {
-            Ok((Outcome::Committed, _)) => Inside::Ended(Ending::Committed),
-            Ok((Outcome::Prepared, _)) => Inside::Ended(Ending::Prepared),
-            Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Inside::No,
+            Ok((SettleOutcome::Committed, _)) => Inside::Ended(Ending::Committed),
+            Ok((SettleOutcome::Prepared, _)) => Inside::Ended(Ending::Prepared),
+            Ok((SettleOutcome::NotCommitted | SettleOutcome::Aborted, _)) => Inside::No,
             // Its text shows that the closure has sent nothing that commits.
             Err(_) if self.closures == ClosuresEnd::NotSent && !planted!("says that a closure ended it") => {
                 return found;

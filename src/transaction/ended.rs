@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::closures::ClosuresEnd;
 use super::decide::{Mode, Next, Stage, decide};
 use super::earlier::Earlier;
-use super::settle::{Mark, Outcome, settle};
+use super::settle::{SettleKey, SettleOutcome, settle};
 use super::verdict::{Session, judge_absent};
 use crate::classify::Verdict;
 use crate::commit::Unsettled;
@@ -47,7 +47,7 @@ impl Failed {
 /// An attempt whose COMMIT was sent, but no answer shows the outcome.
 pub(super) struct Unanswered<T> {
     pub(super) value: T,
-    pub(super) mark: Option<Mark>,
+    pub(super) mark: Option<SettleKey>,
     /// What the closure had sent before.
     pub(super) closures: ClosuresEnd,
     /// The session, if its server may keep it, and when the closure began.
@@ -67,23 +67,23 @@ impl<T> Unanswered<T> {
         // Boxed, because it is rare and large, and would otherwise enlarge the future of every call.
         match Box::pin(settle(pool, &mark, deadline)).await {
             // The mark does not show whose COMMIT it was, but the closure has sent one.
-            Ok((Outcome::Committed, _)) if closures.is_sent() => {
+            Ok((SettleOutcome::Committed, _)) if closures.is_sent() => {
                 Ended::Unknown(EndedInside::error(Ending::Committed, None))
             }
-            Ok((Outcome::Committed, _)) => Ended::Committed(value),
-            Ok((Outcome::Prepared, _)) => Ended::Unknown(EndedInside::error(Ending::Prepared, Some(error))),
+            Ok((SettleOutcome::Committed, _)) => Ended::Committed(value),
+            Ok((SettleOutcome::Prepared, _)) => Ended::Unknown(EndedInside::error(Ending::Prepared, Some(error))),
             // The mark says nothing about the statements behind the end of the transaction.
-            Ok((Outcome::NotCommitted | Outcome::Aborted, _)) if closures == ClosuresEnd::WithMore => {
+            Ok((SettleOutcome::NotCommitted | SettleOutcome::Aborted, _)) if closures == ClosuresEnd::WithMore => {
                 Ended::Unknown(EndedInside::error(Ending::Unknown, Some(error)))
             }
-            Ok((outcome @ (Outcome::NotCommitted | Outcome::Aborted), absent_from)) => {
+            Ok((outcome @ (SettleOutcome::NotCommitted | SettleOutcome::Aborted), absent_from)) => {
                 let error = match error {
                     Error::CommitUnknown(_) => Error::RolledBack(RolledBack::LostWithPrimary),
                     error => error,
                 };
                 let verdict = judge_absent(verdict, &session);
                 let failed = Failed { session, ..Failed::new(verdict, error) };
-                if outcome == Outcome::Aborted {
+                if outcome == SettleOutcome::Aborted {
                     return Ended::Aborted(absent_from, failed);
                 }
                 Ended::Absent(Earlier { mark, value, closures, absent_from }, failed)
@@ -109,7 +109,7 @@ pub(super) fn unknown(error: Error, why: Unsettled) -> Error {
         Error::Database(source) => Error::CommitUnknown(Box::new(CommitUnknown::new(Some(source), why))),
         // This error already says why: the session was evicted, or the commit was not replicated. Only what a settler
         // has found replaces that reason.
-        Error::CommitUnknown(unknown) if why != Unsettled::NoMarker => {
+        Error::CommitUnknown(unknown) if why != Unsettled::NoMark => {
             Error::CommitUnknown(Box::new(unknown.because(why)))
         }
         other => other,

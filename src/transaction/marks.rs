@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use super::attempt::Attempt;
-use super::begin::{Begin, MarkWith};
+use super::begin::{Begin, MarkKind};
 use super::finish::{OPEN, remember};
-use super::settle::{Mark, Settler};
+use super::settle::{SettleBy, SettleKey};
 use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
 use crate::commit::{Nonce, Signature};
 use crate::error::{Error, RolledBack};
-use crate::pool::{Check, Signing, UNIDENTIFIED};
+use crate::pool::{Check, SignatureState, UNIDENTIFIED};
 use crate::server::SessionClient;
 use crate::settle::ledger::{Entering, entered};
 use crate::settle::wal::{self, MarkAnswer, MarkStatement};
@@ -24,15 +24,15 @@ const CLEAN: &str = "BEGIN; ROLLBACK";
 
 impl<C: SessionClient> Attempt<C> {
     /// Sends BEGIN and the mark in one message.
-    pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<Mark>, Error> {
+    pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<SettleKey>, Error> {
         let client = self.client();
         let nonce = self.pool().next_nonce();
         let signature =
-            if matches!(begin.marks, MarkWith::Wal) && self.can_be_marked() { self.signature().await? } else { None };
+            if matches!(begin.marks, MarkKind::Wal) && self.can_be_marked() { self.signature().await? } else { None };
         let answer = match &begin.marks {
-            MarkWith::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
-            MarkWith::Wal | MarkWith::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
-            MarkWith::Nothing | MarkWith::Wal | MarkWith::Write => {
+            MarkKind::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
+            MarkKind::Wal | MarkKind::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
+            MarkKind::Nothing | MarkKind::Wal | MarkKind::Write => {
                 client.run_own(&format!("{CLEAN}; {}", self.unmarked(begin))).await?;
                 return Ok(None);
             }
@@ -42,7 +42,7 @@ impl<C: SessionClient> Attempt<C> {
             // A standby may refuse the same, for instance a serializable transaction. Such an error says nothing about
             // the primary, so it does not mean that marks are unavailable.
             Err(error) if !not_offered(&error) || classify(&error) == Verdict::ReadOnly => return Err(error.into()),
-            Err(error) if matches!(begin.marks, MarkWith::Ledger(_)) => return Err(Error::Ledger(error)),
+            Err(error) if matches!(begin.marks, MarkKind::Ledger(_)) => return Err(Error::Ledger(error)),
             Err(error) => {
                 let mut why = explain(&error);
                 if lacks_function(&error) {
@@ -59,11 +59,13 @@ impl<C: SessionClient> Attempt<C> {
         let mark = |by, backend| {
             let signature = signature.clone();
             let (generation, cluster) = (client.generation(), client.cluster());
-            Mark { by, backend, generation, cluster, life, signature }
+            SettleKey { by, backend, generation, cluster, life, signature }
         };
         let read = match (&begin.marks, life) {
-            (MarkWith::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
-                Ok(Entering::As(entered, backend)) => Ok(Some(mark(Settler::Ledger(ledger.clone(), entered), backend))),
+            (MarkKind::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
+                Ok(Entering::As(entered, backend)) => {
+                    Ok(Some(mark(SettleBy::Ledger(ledger.clone(), entered), backend)))
+                }
                 Ok(Entering::Elsewhere) => return Err(self.elsewhere()),
                 Ok(Entering::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Err(bad) => Err(bad),
@@ -72,7 +74,7 @@ impl<C: SessionClient> Attempt<C> {
                 Ok(MarkAnswer::Elsewhere) => return Err(self.elsewhere()),
                 // The server also reports this by a notice, but this crate does not see the notices of a wrapped pool.
                 Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
-                Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(Settler::Wal(marker), backend))),
+                Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(SettleBy::Wal(marker), backend))),
                 Ok(MarkAnswer::ReadOnly) => Ok(None),
                 Err(bad) => Err(bad),
             },
@@ -107,8 +109,8 @@ impl<C: SessionClient> Attempt<C> {
         let (client, pool) = (self.client(), self.pool());
         let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
         let signer = match pool.signatures().of(client.generation()) {
-            Signing::Done(signature) => return Ok(signature),
-            Signing::Yours(signer) => signer,
+            SignatureState::Done(signature) => return Ok(signature),
+            SignatureState::Yours(signer) => signer,
         };
         match wal::sign(client, &life, pool.next_seed()).await {
             Ok(signature) => {
@@ -128,16 +130,16 @@ impl<C: SessionClient> Attempt<C> {
 
     async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
         let client = self.client();
-        let marking = client.marking();
-        match wal::only_row(client, &marking.sql(begin, nonce)).await {
+        let mark_statement = client.mark_statement();
+        match wal::only_row(client, &mark_statement.sql(begin, nonce)).await {
             Ok(row) => {
-                if marking == MarkStatement::New {
-                    client.set_marking(MarkStatement::Prepared);
+                if mark_statement == MarkStatement::New {
+                    client.set_mark_statement(MarkStatement::Prepared);
                 }
                 Ok(row)
             }
-            Err(error) if marking.failed(&error) => {
-                client.set_marking(MarkStatement::Plain);
+            Err(error) if mark_statement.failed(&error) => {
+                client.set_mark_statement(MarkStatement::Plain);
                 client.run_own("ROLLBACK").await?;
                 wal::only_row(client, &MarkStatement::Plain.sql(begin, nonce)).await
             }

@@ -8,7 +8,7 @@ use tracing::{Instrument, Span};
 
 use super::abandoned::{Abandoned, end_all};
 use super::attempt::Attempt;
-use super::begin::MarkWith;
+use super::begin::MarkKind;
 use super::decide::{Mode, Next, Stage, decide, unless_in_doubt};
 use super::earlier::{
     Earlier, Lost, Unsent, find, found_ended, or_ended_at_last, shows_primary, unless_denied, unless_sent,
@@ -156,7 +156,7 @@ where
             Next::Settle | Next::Unknown if planted!("hides a doubt") => return Err(error),
             Next::Settle | Next::Unknown => {
                 pool.observer().not_settled(generation);
-                return Err(unknown(error, Unsettled::NoMarker));
+                return Err(unknown(error, Unsettled::NoMark));
             }
             Next::Return if decided == Next::Rerun => return Err(ended(by_a_call_within(error, number))),
             Next::Return => return Err(ended(for_good(error, number, doubt))),
@@ -164,8 +164,8 @@ where
         }
         if stage == Stage::InDoubt && mode != Mode::Read {
             doubt = !planted!("forgets a doubt");
-            // From now on each attempt writes, so that its COMMIT waits for the standbys (see `MarkWith::Write`).
-            begin.marks = MarkWith::Write;
+            // From now on each attempt writes, so that its COMMIT waits for the standbys (see `MarkKind::Write`).
+            begin.marks = MarkKind::Write;
         }
         match retries.next(Instant::now(), pool.budget()) {
             Ok(delay) => {
@@ -229,7 +229,7 @@ fn beside_a_call_within(error: Error, attempts: u32, inner: bool) -> Error {
 /// Makes the call's error after the policy, the budget or the hook has refused another attempt.
 fn given_up(error: Error, attempts: u32, limit: Duration, why: GiveUp, stage: Stage, doubt: bool) -> Error {
     if why == GiveUp::Attempts(1) {
-        return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMarker) } else { error };
+        return if doubt && stage == Stage::InDoubt { unknown(error, Unsettled::NoMark) } else { error };
     }
     let outcome = if doubt { CommitOutcome::Unknown } else { CommitOutcome::NotCommitted };
     Error::Exhausted(Box::new(Exhausted::new(attempts, why.explain(limit), outcome, error)))

@@ -11,11 +11,11 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::classify::{ends_session, explain, not_offered};
 use crate::commit::Ledger;
 use crate::commit::{
-    self, Life, Located, Marker, Proof, Settled, Signature, Unsettled, XactStatus, locate, wants_proof,
+    self, Life, Located, Proof, SettleVerdict, Signature, Unsettled, WalMark, XactStatus, locate, wants_proof,
 };
 use crate::error::{Ending, Error};
-use crate::observe::Settlement;
-use crate::pool::{Client, Pool, SettleSession, Settling};
+use crate::observe::SettledOutcome;
+use crate::pool::{Client, Pool, SettleGuard, SettleSession};
 use crate::retry::Exponential;
 use crate::server::SessionClient;
 use crate::settle::ledger::Entered;
@@ -33,8 +33,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_mi
 
 /// The mark by which a transaction can be found.
 #[derive(Debug)]
-pub(super) struct Mark {
-    pub(super) by: Settler,
+pub(super) struct SettleKey {
+    pub(super) by: SettleBy,
     pub(super) backend: Backend,
     pub(super) generation: GenerationId,
     /// The system identifier of the server on which the transaction ran, if the server has shown it.
@@ -45,7 +45,7 @@ pub(super) struct Mark {
     pub(super) signature: Option<Arc<Signature>>,
 }
 
-impl Mark {
+impl SettleKey {
     /// Returns whether this session reaches the server on which the transaction ran, in the same life.
     fn is_of<C: SessionClient>(&self, session: &SettleSession<'_, C>) -> bool {
         self.is_life(session.life(), session.generation())
@@ -76,14 +76,14 @@ impl Mark {
 
 /// Where the mark is: in the write-ahead log, or in a ledger's row.
 #[derive(Debug)]
-pub(super) enum Settler {
-    Wal(Marker),
+pub(super) enum SettleBy {
+    Wal(WalMark),
     Ledger(Ledger, Entered),
 }
 
 /// The outcome of a transaction that was settled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum SettleOutcome {
     Committed,
     /// It is not in the history of the primary that was asked.
     NotCommitted,
@@ -97,14 +97,14 @@ pub(super) enum Outcome {
 /// whatever this one has done.
 pub(super) async fn settle<C: SessionClient>(
     pool: &Pool<C>,
-    mark: &Mark,
+    mark: &SettleKey,
     deadline: Instant,
-) -> Result<(Outcome, GenerationId), Unsettled> {
+) -> Result<(SettleOutcome, GenerationId), Unsettled> {
     let began = Instant::now();
     let deadline = deadline.max(began + AT_LEAST);
     let mut pauses = Exponential::new(PAUSE.0, 2.0, PAUSE.1).jitter(pool.next_seed());
     let mut why = WhyNot::default();
-    let settling = Settling::new(pool);
+    let settling = SettleGuard::new(pool);
     let rounds = async {
         loop {
             if let Some(settled) = round(&settling, mark, began, &mut why).await {
@@ -152,23 +152,23 @@ impl WhyNot {
 }
 
 /// The outcome as an event reports it.
-fn reported(settled: Result<(Outcome, GenerationId), Unsettled>) -> Settlement {
+fn reported(settled: Result<(SettleOutcome, GenerationId), Unsettled>) -> SettledOutcome {
     match settled {
-        Ok((Outcome::Committed, _)) => Settlement::Committed,
-        Ok((Outcome::NotCommitted | Outcome::Aborted, _)) => Settlement::NotCommitted,
+        Ok((SettleOutcome::Committed, _)) => SettledOutcome::Committed,
+        Ok((SettleOutcome::NotCommitted | SettleOutcome::Aborted, _)) => SettledOutcome::NotCommitted,
         // It may still be committed, with COMMIT PREPARED.
-        Ok((Outcome::Prepared, _)) => Settlement::Unknown(Unsettled::InProgress),
-        Err(why) => Settlement::Unknown(why),
+        Ok((SettleOutcome::Prepared, _)) => SettledOutcome::Unknown(Unsettled::InProgress),
+        Err(why) => SettledOutcome::Unknown(why),
     }
 }
 
 /// Asks once. `None`: ask again. `why` is for the case that no time is left.
 async fn round<C: SessionClient>(
-    settling: &Settling<'_, C>,
-    mark: &Mark,
+    settling: &SettleGuard<'_, C>,
+    mark: &SettleKey,
     began: Instant,
     why: &mut WhyNot,
-) -> Option<Result<(Outcome, GenerationId), Unsettled>> {
+) -> Option<Result<(SettleOutcome, GenerationId), Unsettled>> {
     why.waits = true;
     let (mut permit, session) = match settling.session().await {
         Ok(session) => session,
@@ -193,13 +193,13 @@ async fn round<C: SessionClient>(
 
 /// Returns the outcome, and whether the session can be reused.
 async fn ask<C: SessionClient>(
-    settling: &Settling<'_, C>,
+    settling: &SettleGuard<'_, C>,
     session: &SettleSession<'_, C>,
-    mark: &Mark,
+    mark: &SettleKey,
     began: Instant,
     reason: &mut Unsettled,
     permit: &mut Option<SemaphorePermit<'_>>,
-) -> (Option<Result<Outcome, Unsettled>>, bool) {
+) -> (Option<Result<SettleOutcome, Unsettled>>, bool) {
     let settled = match question(session, mark).await {
         Ok(Some(settled)) => settled,
         // A proxy has connected the question to another server. The pool has not verified that server, so its answer
@@ -223,20 +223,20 @@ async fn ask<C: SessionClient>(
         Err(_) => return (Some(Err(Unsettled::NotOffered)), false),
     };
     match settled {
-        Settled::InProgress if planted!("does not wait for a commit in progress") => {
-            (Some(Ok(Outcome::NotCommitted)), false)
+        SettleVerdict::InProgress if planted!("does not wait for a commit in progress") => {
+            (Some(Ok(SettleOutcome::NotCommitted)), false)
         }
-        Settled::InProgress if is_prepared(session, mark).await => (Some(Ok(Outcome::Prepared)), false),
-        Settled::InProgress => {
+        SettleVerdict::InProgress if is_prepared(session, mark).await => (Some(Ok(SettleOutcome::Prepared)), false),
+        SettleVerdict::InProgress => {
             *reason = Unsettled::InProgress;
             (None, ends_abandoned(session, mark, began.elapsed() > lost::LATE).await)
         }
-        Settled::Committed => holding(permit, confirmed(session, mark, Outcome::Committed, reason)).await,
-        Settled::NotCommitted => {
-            let outcome = if mark.is_surely_of(session) { Outcome::Aborted } else { Outcome::NotCommitted };
+        SettleVerdict::Committed => holding(permit, confirmed(session, mark, SettleOutcome::Committed, reason)).await,
+        SettleVerdict::NotCommitted => {
+            let outcome = if mark.is_surely_of(session) { SettleOutcome::Aborted } else { SettleOutcome::NotCommitted };
             holding(permit, confirmed(session, mark, outcome, reason)).await
         }
-        Settled::Unknown(why) => (Some(Err(why)), false),
+        SettleVerdict::Unknown(why) => (Some(Err(why)), false),
     }
 }
 
@@ -252,20 +252,20 @@ async fn holding<T>(permit: &mut Option<SemaphorePermit<'_>>, confirmation: impl
 }
 
 /// Returns whether the transaction in progress was prepared. Then no waiting would show its outcome.
-async fn is_prepared<C: SessionClient>(session: &SettleSession<'_, C>, mark: &Mark) -> bool {
+async fn is_prepared<C: SessionClient>(session: &SettleSession<'_, C>, mark: &SettleKey) -> bool {
     let ends = match &mark.by {
-        Settler::Wal(_) => wal::ends(session.client(), mark.backend).await,
+        SettleBy::Wal(_) => wal::ends(session.client(), mark.backend).await,
         // The lock on the row has failed the settler's transaction. In another life of the server, another transaction
         // may have the same id.
-        Settler::Ledger(..) if mark.is_of(session) => wal::ends_outside(session.client(), mark.backend).await,
-        Settler::Ledger(..) => return false,
+        SettleBy::Ledger(..) if mark.is_of(session) => wal::ends_outside(session.client(), mark.backend).await,
+        SettleBy::Ledger(..) => return false,
     };
     matches!(ends, Ok(Some(EndUnderWay::Prepared)))
 }
 
 /// Ends the abandoned session of the transaction, and the settler's own transaction. Returns whether the settler's
 /// session can be reused.
-async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: &Mark, late: bool) -> bool {
+async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: &SettleKey, late: bool) -> bool {
     if !mark.is_of(session) {
         return false;
     }
@@ -280,18 +280,18 @@ async fn ends_abandoned<C: SessionClient>(session: &SettleSession<'_, C>, mark: 
 /// asked, because a ledger's answer there would be about that cluster, and would leave a fence in its table.
 async fn question<C: SessionClient>(
     session: &SettleSession<'_, C>,
-    mark: &Mark,
-) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
+    mark: &SettleKey,
+) -> Result<Option<SettleVerdict>, Option<tokio_postgres::Error>> {
     if mark.is_foreign_to(session.cluster()) {
-        return Ok(Some(Settled::Unknown(Unsettled::OtherCluster)));
+        return Ok(Some(SettleVerdict::Unknown(Unsettled::OtherCluster)));
     }
     let client = session.client();
     match &mark.by {
-        Settler::Wal(marker) => {
+        SettleBy::Wal(marker) => {
             let primaries_since = session.generation().get().saturating_sub(mark.generation.get());
             ask_log(client, session.life(), mark, marker, primaries_since).await
         }
-        Settler::Ledger(ledger, entered) => ledger.ask(client, session.life(), entered).await,
+        SettleBy::Ledger(ledger, entered) => ledger.ask(client, session.life(), entered).await,
     }
 }
 
@@ -299,10 +299,10 @@ async fn question<C: SessionClient>(
 async fn ask_log(
     client: &tokio_postgres::Client,
     verified: Option<Life>,
-    mark: &Mark,
-    marker: &Marker,
+    mark: &SettleKey,
+    marker: &WalMark,
     primaries_since: u64,
-) -> Result<Option<Settled>, Option<tokio_postgres::Error>> {
+) -> Result<Option<SettleVerdict>, Option<tokio_postgres::Error>> {
     let LogAnswer { mut now, status, evidence } = wal::look(client, marker.xid, primaries_since, verified).await?;
     if verified.is_some_and(|verified| !verified.is(&now.life)) {
         return Ok(None);
@@ -334,22 +334,24 @@ fn remember_ancestor(now: &mut Life, verified: Option<Life>) {
 /// Returns the outcome, and whether the session can be reused.
 async fn confirmed<C: SessionClient>(
     session: &SettleSession<'_, C>,
-    mark: &Mark,
-    outcome: Outcome,
+    mark: &SettleKey,
+    outcome: SettleOutcome,
     reason: &mut Unsettled,
-) -> (Option<Result<Outcome, Unsettled>>, bool) {
+) -> (Option<Result<SettleOutcome, Unsettled>>, bool) {
     *reason = Unsettled::NotReplicated;
     session.set_committing(true);
     let waited = match (&mark.by, outcome) {
         // No commit record exists, so there is nothing that the standbys could confirm.
-        (Settler::Wal(_), Outcome::NotCommitted | Outcome::Aborted | Outcome::Prepared) => {
+        (SettleBy::Wal(_), SettleOutcome::NotCommitted | SettleOutcome::Aborted | SettleOutcome::Prepared) => {
             let rolled_back = session.client().batch_execute("ROLLBACK").await;
             session.set_committing(false);
             return (Some(Ok(outcome)), rolled_back.is_ok());
         }
-        (Settler::Wal(_), Outcome::Committed) if planted!("does not confirm") => return (Some(Ok(outcome)), false),
-        (Settler::Wal(_), Outcome::Committed) => wal::confirm(session.client()).await,
-        (Settler::Ledger(ledger, _), _) => ledger.confirm(session.client()).await,
+        (SettleBy::Wal(_), SettleOutcome::Committed) if planted!("does not confirm") => {
+            return (Some(Ok(outcome)), false);
+        }
+        (SettleBy::Wal(_), SettleOutcome::Committed) => wal::confirm(session.client()).await,
+        (SettleBy::Ledger(ledger, _), _) => ledger.confirm(session.client()).await,
     };
     session.set_committing(false);
     let cancelled = session.notices().not_replicated() && !planted!("takes a cancelled confirmation for one");
@@ -360,14 +362,14 @@ async fn confirmed<C: SessionClient>(
 /// Asks this session's server whether the closure has ended its transaction itself. The pool asks this before it runs
 /// work again for which it has not sent COMMIT. `None`: the server did not say. Leaves the session without a
 /// transaction.
-pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Mark) -> Option<Inside> {
+pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &SettleKey) -> Option<Inside> {
     if mark.is_foreign_to(client.cluster()) {
         return Some(Inside::OtherCluster);
     }
-    let mut asking = Asking { client, over: false };
+    let mut asking = SettleQuestion { client, over: false };
     let asked = async {
         let settled = match &mark.by {
-            Settler::Wal(marker) => {
+            SettleBy::Wal(marker) => {
                 let primaries_since = client.generation().get().saturating_sub(mark.generation.get());
                 // Usually the transaction was rolled back. Then this question is enough.
                 let LogAnswer { now, status, .. } =
@@ -377,28 +379,28 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
                 }
                 ask_log(client, client.life(), mark, marker, primaries_since).await.ok()??
             }
-            Settler::Ledger(ledger, entered) => {
+            SettleBy::Ledger(ledger, entered) => {
                 let is_there = ledger.has(client, client.life(), entered).await.ok()??;
                 // While its transaction is in progress, the row is not visible, so a missing row needs one more
                 // question. In another life of the server, that question proves nothing, because another transaction
                 // may have the same id.
                 match (is_there, mark.is_life_of(client)) {
-                    (true, _) => Settled::Committed,
-                    (false, true) => Settled::InProgress,
+                    (true, _) => SettleVerdict::Committed,
+                    (false, true) => SettleVerdict::InProgress,
                     (false, false) => return Some(Inside::OtherLife),
                 }
             }
         };
         Some(match settled {
-            Settled::Committed => Inside::Ended(Ending::Committed),
-            Settled::InProgress => match wal::ends(client, mark.backend).await.ok()? {
+            SettleVerdict::Committed => Inside::Ended(Ending::Committed),
+            SettleVerdict::InProgress => match wal::ends(client, mark.backend).await.ok()? {
                 Some(EndUnderWay::Prepared) => Inside::Ended(Ending::Prepared),
                 Some(EndUnderWay::Committing) => Inside::Ended(Ending::Committed),
                 Some(EndUnderWay::Working) => Inside::Working,
                 None => Inside::InProgress,
             },
-            Settled::NotCommitted => Inside::No,
-            Settled::Unknown(why) => Inside::Untold(why),
+            SettleVerdict::NotCommitted => Inside::No,
+            SettleVerdict::Unknown(why) => Inside::Untold(why),
         })
     };
     let found = tokio::select! {
@@ -412,12 +414,12 @@ pub(super) async fn ended_inside<C: SessionClient>(client: &Client<C>, mark: &Ma
 
 /// A caller's session on which the pool asks in a transaction. Dropping this in the midst ends the session, so that
 /// nobody gets it with the transaction open.
-struct Asking<'a, C: SessionClient> {
+struct SettleQuestion<'a, C: SessionClient> {
     client: &'a Client<C>,
     over: bool,
 }
 
-impl<C: SessionClient> Drop for Asking<'_, C> {
+impl<C: SessionClient> Drop for SettleQuestion<'_, C> {
     fn drop(&mut self) {
         if !self.over {
             self.client.poison();

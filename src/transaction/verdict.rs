@@ -239,10 +239,10 @@ mod tests {
     #[test]
     fn the_doubt_of_another_call_is_met_before_its_lost_connection() {
         for wrap in [App::Pool, App::Named] {
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMark)));
             let links: Vec<String> = links(&wrap(doubt)).map(ToString::to_string).collect();
             assert!(links.iter().any(|link| link == "the outcome of a commit is not known"), "{links:?}");
-            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMarker)));
+            let doubt = Error::CommitUnknown(Box::new(CommitUnknown::new(Some(driver_error()), Unsettled::NoMark)));
             assert_eq!(
                 judge(ClosureError::of(&Error::abort(wrap(doubt))), &Session::Ended(None)),
                 Verdict::Application

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use tokio::sync::watch;
-use tokio_postgres_failover::view::Settlement;
+use tokio_postgres_failover::view::SettledOutcome;
 use tokio_postgres_failover::{Event, Pool};
 
 /// How many entries are kept.
@@ -79,7 +79,7 @@ impl Entries {
 }
 
 fn is_frequent(kind: &str) -> bool {
-    matches!(kind, "CommitSettled" | "SlowCheckout" | "LongLoan")
+    matches!(kind, "CommitSettled" | "SlowCheckout" | "LongCheckout")
 }
 
 /// Milliseconds since 1970, as JavaScript counts.
@@ -134,20 +134,20 @@ fn told(event: &Event) -> (&'static str, Tone, String) {
         Event::SlowCheckout { waited, .. } => {
             ("SlowCheckout", Tone::Plain, format!("a request waited {} for a connection", seconds(waited)))
         }
-        Event::LongLoan { held, place, .. } => {
-            let text = format!("a connection is on loan for {}, taken at {place}", seconds(held));
-            ("LongLoan", Tone::Warning, text)
+        Event::LongCheckout { held, place, .. } => {
+            let text = format!("a connection is checked out for {}, taken at {place}", seconds(held));
+            ("LongCheckout", Tone::Warning, text)
         }
         Event::Missed { events, .. } => ("Missed", Tone::Warning, format!("events that are not shown: {events}")),
         _ => ("Other", Tone::Plain, "an event that this page does not know".to_owned()),
     }
 }
 
-fn settled(outcome: Settlement, took: &Duration) -> (&'static str, Tone, String) {
+fn settled(outcome: SettledOutcome, took: &Duration) -> (&'static str, Tone, String) {
     let (tone, what) = match outcome {
-        Settlement::Committed => (Tone::Good, "it was committed".to_owned()),
-        Settlement::NotCommitted => (Tone::Good, "it was not committed, and runs again".to_owned()),
-        Settlement::Unknown(why) => (Tone::Bad, format!("it stays unknown: {why}")),
+        SettledOutcome::Committed => (Tone::Good, "it was committed".to_owned()),
+        SettledOutcome::NotCommitted => (Tone::Good, "it was not committed, and runs again".to_owned()),
+        SettledOutcome::Unknown(why) => (Tone::Bad, format!("it stays unknown: {why}")),
         _ => (Tone::Plain, "it was settled".to_owned()),
     };
     ("CommitSettled", tone, format!("the answer to a COMMIT was lost: {what} (after {})", seconds(took)))

@@ -38,7 +38,7 @@ fn runs(asks: Asks, world: &World, attempts: &[Begun], newest: usize, kind: Kind
     attempts[asked..].iter().all(|begun| {
         // If the marker's segment was recycled, its attempt cannot be decided, and the call ends.
         !node.has_recycled(&begun.marker)
-            && settled_by(kind, begun, node, world.since(begun).primaries) == Settled::NotCommitted
+            && settled_by(kind, begun, node, world.since(begun).primaries) == SettleVerdict::NotCommitted
     })
 }
 

@@ -12,20 +12,20 @@ fn an_id_that_was_given_out_again_deceives_the_naive_rule_and_not_this_one() {
         (node.truth(begun.token), naive(&begun, node), settled(&begun, node, 1))
     };
     assert_eq!(begun.marker.xid, FIRST_XID + 1);
-    assert_eq!(ask(&world, 0), (Truth::Running, Settled::InProgress, Settled::InProgress));
+    assert_eq!(ask(&world, 0), (Truth::Running, SettleVerdict::InProgress, SettleVerdict::InProgress));
 
     world.apply(Op::Commit { client: 0, how: Commit::Flushed });
-    assert_eq!(ask(&world, 0), (Truth::Committed, Settled::Committed, Settled::Committed));
+    assert_eq!(ask(&world, 0), (Truth::Committed, SettleVerdict::Committed, SettleVerdict::Committed));
 
     // The standby has not received the transaction, and has not given out its id.
     world.apply(Op::Crash { on: 0, kept: 0 });
     world.apply(Op::Promote { on: 0 });
     assert_eq!(world.node(1).xact_status(begun.marker.xid), None, "in the future");
-    assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::NotCommitted, Settled::NotCommitted));
+    assert_eq!(ask(&world, 1), (Truth::NeverHere, SettleVerdict::NotCommitted, SettleVerdict::NotCommitted));
 
     // The next writer gets the same id.
     world.apply(Op::Write { on: 0, flush: true });
-    assert_eq!(ask(&world, 1), (Truth::NeverHere, Settled::Committed, Settled::NotCommitted));
+    assert_eq!(ask(&world, 1), (Truth::NeverHere, SettleVerdict::Committed, SettleVerdict::NotCommitted));
 }
 
 /// The first limit of the assumption: after a second crash, the server shows nothing of the first one. A pool that saw
@@ -37,9 +37,9 @@ fn two_crashes_of_a_backend_look_like_one() {
     let begun = world.clients()[0];
     assert_eq!((world.since(&begun).recoveries, world.since(&begun).primaries), (2, 2));
     assert_eq!(world.node(0).truth(begun.token), Truth::NeverHere);
-    assert_eq!(settled(&begun, world.node(0), 1), Settled::Committed, "somebody else's commit under the same id");
-    assert_eq!(settled(&begun, world.node(0), 2), Settled::Unknown(Unsettled::SeveralFailovers));
-    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(0), 0), Settled::NotCommitted);
+    assert_eq!(settled(&begun, world.node(0), 1), SettleVerdict::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled(&begun, world.node(0), 2), SettleVerdict::Unknown(Unsettled::SeveralFailovers));
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(0), 0), SettleVerdict::NotCommitted);
 }
 
 /// The second limit: there are two timelines with one number, and the newer primary continues the other one.
@@ -62,8 +62,8 @@ fn a_split_brain_from_before_cannot_be_told_from_the_own_history() {
     let begun = world.clients()[0];
     assert_eq!((world.since(&begun).recoveries, begun.split_brain, world.newest()), (1, true, Some(3)));
     assert_eq!(world.node(3).truth(begun.token), Truth::NeverHere);
-    assert_eq!(settled(&begun, world.node(3), 1), Settled::Committed, "somebody else's commit under the same id");
-    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(3), 0), Settled::NotCommitted);
+    assert_eq!(settled(&begun, world.node(3), 1), SettleVerdict::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(3), 0), SettleVerdict::NotCommitted);
 }
 
 /// The third limit: as in the second one, but once the newer primary has completed a checkpoint, it does not even show
@@ -87,10 +87,14 @@ fn a_second_promotion_to_one_timeline_looks_like_a_crash_if_the_standby_never_st
     let begun = world.clients()[0];
     assert_eq!((world.since(&begun).recoveries, world.since(&begun).unfed, begun.split_brain), (1, 1, false));
     assert_eq!(world.node(1).truth(begun.token), Truth::NeverHere);
-    assert_eq!(settled(&begun, world.node(1), 1), Settled::Unknown(Unsettled::OtherHistory), "it was just promoted");
+    assert_eq!(
+        settled(&begun, world.node(1), 1),
+        SettleVerdict::Unknown(Unsettled::OtherHistory),
+        "it was just promoted"
+    );
     world.apply(Op::Checkpoint { on: 1 });
-    assert_eq!(settled(&begun, world.node(1), 1), Settled::Committed, "somebody else's commit under the same id");
-    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), Settled::NotCommitted);
+    assert_eq!(settled(&begun, world.node(1), 1), SettleVerdict::Committed, "somebody else's commit under the same id");
+    assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), SettleVerdict::NotCommitted);
 }
 
 /// The fourth limit: the two checkpoints at its end show a recovery in single-user mode. Once the next primary has
@@ -116,10 +120,14 @@ fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
         let begun = world.clients()[0];
         assert_eq!((world.since(&begun).recoveries, world.since(&begun).unseen), (1, 1));
         assert_eq!(world.node(1).truth(begun.token), Truth::NeverHere);
-        assert_eq!(settled(&begun, world.node(1), 1), Settled::Unknown(Unsettled::Restarted), "it shows");
+        assert_eq!(settled(&begun, world.node(1), 1), SettleVerdict::Unknown(Unsettled::Restarted), "it shows");
         world.apply(Op::Checkpoint { on: 1 });
-        assert_eq!(settled(&begun, world.node(1), 1), Settled::Committed, "somebody else's commit under the same id");
-        assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), Settled::NotCommitted);
+        assert_eq!(
+            settled(&begun, world.node(1), 1),
+            SettleVerdict::Committed,
+            "somebody else's commit under the same id"
+        );
+        assert_eq!(settled_by(Kind::Of(Evidence::Function), &begun, world.node(1), 1), SettleVerdict::NotCommitted);
     }
 }
 
@@ -162,10 +170,14 @@ fn a_file_that_pg_rewind_kept_would_deceive() {
     let node = world.node(3);
     assert_eq!((world.newest(), node.truth(begun.token)), (Some(3), Truth::NeverHere));
     assert!(!node.shows_parent(&begun, Kind::Of(Evidence::Files)), "where the file is removed");
-    let unproven = Settled::Unknown(Unsettled::Unproven);
+    let unproven = SettleVerdict::Unknown(Unsettled::Unproven);
     let answers = EACH.map(|kind| settled_by(kind, &begun, node, 1));
-    assert_eq!(answers, [unproven, unproven, unproven, Settled::NotCommitted]);
-    assert_eq!(by_number(&begun, node, 1), Settled::Committed, "what a file would say, of somebody else's commit");
+    assert_eq!(answers, [unproven, unproven, unproven, SettleVerdict::NotCommitted]);
+    assert_eq!(
+        by_number(&begun, node, 1),
+        SettleVerdict::Committed,
+        "what a file would say, of somebody else's commit"
+    );
 }
 
 /// How a rule of numbers would return a wrong `Ok`. Server 1 lags, and is promoted to timeline 2, where the transaction
@@ -193,9 +205,9 @@ fn a_standby_that_could_not_follow_deceives_the_rule_of_numbers_and_not_this_one
         let begun = world.clients()[0];
         let node = world.node(2);
         assert_eq!((world.newest(), node.truth(begun.token)), (Some(2), Truth::NeverHere));
-        assert_eq!(by_number(&begun, node, 1), Settled::Committed, "somebody else's commit, before the fork");
-        let unproven = Settled::Unknown(Unsettled::Unproven);
+        assert_eq!(by_number(&begun, node, 1), SettleVerdict::Committed, "somebody else's commit, before the fork");
+        let unproven = SettleVerdict::Unknown(Unsettled::Unproven);
         let answers = EACH.map(|evidence| settled_by(evidence, &begun, node, 1));
-        assert_eq!(answers, [unproven, unproven, unproven, Settled::NotCommitted]);
+        assert_eq!(answers, [unproven, unproven, unproven, SettleVerdict::NotCommitted]);
     }
 }

@@ -28,7 +28,7 @@ pub(super) struct Tally {
 /// A client's transaction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Begun {
-    pub(super) marker: Marker,
+    pub(super) marker: WalMark,
     pub(super) token: Token,
     pub(super) node: usize,
     term: u64,
@@ -243,7 +243,7 @@ impl World {
         let on_newest = self.newest() == Some(on);
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
-        let marker = Marker { life: node.life(), xid, lsn: node.end(), nonce };
+        let marker = WalMark { life: node.life(), xid, lsn: node.end(), nonce };
         let (term, before, signed) = (node.term, self.tally, node.signed);
         let split_brain = self.is_split_brain(marker.life.server.timeline);
         self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain, signed });
@@ -266,7 +266,7 @@ impl World {
     }
 
     fn commit(&mut self, client: usize, how: Commit) {
-        let Some((Begun { node: on, marker: Marker { xid, .. }, token, .. }, false)) = self.running(client) else {
+        let Some((Begun { node: on, marker: WalMark { xid, .. }, token, .. }, false)) = self.running(client) else {
             return;
         };
         self.append(on, What::Commit { xid, token });
@@ -286,7 +286,7 @@ impl World {
     }
 
     fn abort(&mut self, client: usize) {
-        if let Some((Begun { node: on, marker: Marker { xid, .. }, token, .. }, false)) = self.running(client) {
+        if let Some((Begun { node: on, marker: WalMark { xid, .. }, token, .. }, false)) = self.running(client) {
             self.append(on, What::Abort { xid, token });
             self.end(on, xid, false);
         }

@@ -173,7 +173,7 @@ impl Node {
     }
 
     /// What the server shows of the history of its log.
-    pub(super) fn shows(&self, marker: &Marker, evidence: Evidence) -> Proof {
+    pub(super) fn shows(&self, marker: &WalMark, evidence: Evidence) -> Proof {
         match evidence {
             Evidence::Checkpoint => Proof::Nothing,
             Evidence::Files => Proof::Files { followed: self.segments.contains(&marker.life.server.timeline) },
@@ -205,18 +205,18 @@ impl Node {
             && signed.iter().any(|(.., token)| own(*token))
     }
 
-    pub(super) fn has_recycled(&self, marker: &Marker) -> bool {
+    pub(super) fn has_recycled(&self, marker: &WalMark) -> bool {
         self.sighting(marker) == Sighting::Recycled
     }
 
-    pub(super) fn sighting(&self, marker: &Marker) -> Sighting {
+    pub(super) fn sighting(&self, marker: &WalMark) -> Sighting {
         let Some(end) = (0..=self.wal.len()).find(|end| at(*end) == marker.lsn) else { return Sighting::Other };
         if end > self.flushed {
             return Sighting::NotYet;
         }
         match self.wal[end - 1].what {
             _ if end <= self.recycled => Sighting::Recycled,
-            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::Marker,
+            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::WalMark,
             _ => Sighting::Other,
         }
     }

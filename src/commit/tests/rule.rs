@@ -34,7 +34,7 @@ fn a_clean_start_loses_nothing_if_the_statistics_survived() {
         |server, replayed, received| Now { life: life(server, replayed, Some(7)), ..now(server, replayed, received) };
     assert_eq!(located(&marker(None), &kept(AGAIN, None, None)), Located::Here);
     assert_eq!(located(&marker(Some(5)), &kept(AGAIN, None, None)), Located::Here);
-    let untold = Marker { life: life(OLD, None, None), ..marker(None) };
+    let untold = WalMark { life: life(OLD, None, None), ..marker(None) };
     let unclear = Located::Unclear(Unsettled::Restarted);
     assert_eq!(
         located(&untold, &Now { life: life(AGAIN, None, None), ..now(AGAIN, None, None) }),
@@ -90,7 +90,7 @@ fn a_number_alone_makes_no_parent() {
 /// statistics show that it has not crashed since its promotion.
 #[test]
 fn statistics_that_survived_show_that_replay_ended_at_the_promotion() {
-    let first = Marker { life: Life { server: Server { timeline: 1, ..OLD }, ..marker(None).life }, ..marker(None) };
+    let first = WalMark { life: Life { server: Server { timeline: 1, ..OLD }, ..marker(None).life }, ..marker(None) };
     let back = |replayed, stats| {
         let said = now(Server { timeline: 2, ..NEXT }, replayed, None);
         Now { life: Life { stats_reset: stats, ..said.life }, ..said }
@@ -100,14 +100,14 @@ fn statistics_that_survived_show_that_replay_ended_at_the_promotion() {
     assert_eq!(located(&first, &back(Some(19), Some(7))), Located::Lost);
     assert_eq!(located(&first, &back(Some(20), Some(8))), restarted, "it crashed");
     assert_eq!(located(&first, &back(None, Some(7))), restarted, "it was started again");
-    let untold = Marker { life: Life { stats_reset: None, ..first.life }, ..first };
+    let untold = WalMark { life: Life { stats_reset: None, ..first.life }, ..first };
     assert_eq!(located(&untold, &back(Some(20), None)), restarted, "PostgreSQL 14");
 }
 
 #[test]
 fn each_history_begins_with_the_first_timeline() {
     let first = |server| Server { timeline: 1, ..server };
-    let marker = Marker { life: Life { server: first(OLD), ..marker(None).life }, ..marker(None) };
+    let marker = WalMark { life: Life { server: first(OLD), ..marker(None).life }, ..marker(None) };
     let second = now(Server { timeline: 2, ..NEXT }, Some(20), Some(20));
     assert_eq!(located(&marker, &second), Located::Here);
     let third = now(Server { timeline: 3, ..NEXT }, Some(20), Some(20));
@@ -191,7 +191,7 @@ fn a_history_shows_each_end() {
     assert_eq!(gone(&[(3, 20), (4, 30)]), several, "one of the two that the pool has seen may have been a crash");
     assert_eq!(gone(&[(3, 30)]), several, "the pool has seen one more, and perhaps it was a crash before");
     for (sighting, expected) in
-        [(Sighting::Marker, Located::Here), (Sighting::Other, Located::Lost), (Sighting::NotYet, Located::NotYet)]
+        [(Sighting::WalMark, Located::Here), (Sighting::Other, Located::Lost), (Sighting::NotYet, Located::NotYet)]
     {
         for server in [OLD, AGAIN, NEXT, Server { timeline: 9, ..NEXT }] {
             let said = Now { primaries_since: 9, ..now(server, Some(20), None) };
@@ -258,37 +258,41 @@ fn more_than_one_new_primary_is_one_too_many() {
 
 #[test]
 fn what_the_server_says_of_an_id_it_knows_is_the_answer() {
-    assert_eq!(Settled::from(XactStatus::Committed), Settled::Committed);
-    assert_eq!(Settled::from(XactStatus::Aborted), Settled::NotCommitted);
-    assert_eq!(Settled::from(XactStatus::InProgress), Settled::InProgress);
-    assert_eq!(Settled::from(XactStatus::Forgotten), Settled::Unknown(Unsettled::Forgotten));
+    assert_eq!(SettleVerdict::from(XactStatus::Committed), SettleVerdict::Committed);
+    assert_eq!(SettleVerdict::from(XactStatus::Aborted), SettleVerdict::NotCommitted);
+    assert_eq!(SettleVerdict::from(XactStatus::InProgress), SettleVerdict::InProgress);
+    assert_eq!(SettleVerdict::from(XactStatus::Forgotten), SettleVerdict::Unknown(Unsettled::Forgotten));
 }
 
 #[test]
 fn an_id_that_was_not_given_out_is_of_no_transaction() {
     use Unsettled::{OtherCluster, OtherHistory, Restarted, SeveralFailovers, Unproven};
     for why in [Restarted, SeveralFailovers, Unproven] {
-        assert_eq!(settle(Located::Unclear(why), None), Settled::NotCommitted);
+        assert_eq!(settle(Located::Unclear(why), None), SettleVerdict::NotCommitted);
         for status in [XactStatus::Committed, XactStatus::Aborted, XactStatus::InProgress] {
-            assert_eq!(settle(Located::Unclear(why), Some(status)), Settled::Unknown(why), "it may be another's");
+            assert_eq!(settle(Located::Unclear(why), Some(status)), SettleVerdict::Unknown(why), "it may be another's");
         }
     }
     for why in [OtherCluster, OtherHistory] {
-        assert_eq!(settle(Located::Unclear(why), None), Settled::Unknown(why));
+        assert_eq!(settle(Located::Unclear(why), None), SettleVerdict::Unknown(why));
     }
-    assert_eq!(settle(Located::Here, None), Settled::Unknown(OtherHistory), "both cannot be");
-    assert_eq!(settle(Located::Lost, Some(XactStatus::Committed)), Settled::NotCommitted);
-    assert_eq!(settle(Located::NotYet, None), Settled::InProgress);
+    assert_eq!(settle(Located::Here, None), SettleVerdict::Unknown(OtherHistory), "both cannot be");
+    assert_eq!(settle(Located::Lost, Some(XactStatus::Committed)), SettleVerdict::NotCommitted);
+    assert_eq!(settle(Located::NotYet, None), SettleVerdict::InProgress);
 }
 
 #[test]
 fn a_fence_is_believed_for_half_of_the_time_that_rows_are_kept() {
     let keep = Duration::from_secs(3600);
     let settle = |entry, age| settle_entry(entry, Duration::from_secs(age), keep);
-    assert_eq!(settle(Entry::Fence, 0), Settled::NotCommitted);
-    assert_eq!(settle(Entry::Fence, 1800), Settled::NotCommitted);
-    assert_eq!(settle(Entry::Fence, 1801), Settled::Unknown(Unsettled::TooOld), "its own row may have been pruned");
+    assert_eq!(settle(Entry::Fence, 0), SettleVerdict::NotCommitted);
+    assert_eq!(settle(Entry::Fence, 1800), SettleVerdict::NotCommitted);
+    assert_eq!(
+        settle(Entry::Fence, 1801),
+        SettleVerdict::Unknown(Unsettled::TooOld),
+        "its own row may have been pruned"
+    );
     for age in [0, 1801, 3600 * 24] {
-        assert_eq!(settle(Entry::Own, age), Settled::Committed, "a row that is there is true at any age");
+        assert_eq!(settle(Entry::Own, age), SettleVerdict::Committed, "a row that is there is true at any age");
     }
 }

@@ -46,7 +46,7 @@ proptest! {
         ask_always(servers, &history, |world, begun, asked| {
             if !world.node(asked).has_recycled(&begun.marker) {
                 let answer = is_answered_truly(Kind::Of(Evidence::Function), world, begun, asked, 0)?;
-                let open = matches!(answer, Settled::Unknown(why) if why != Unsettled::InProgress);
+                let open = matches!(answer, SettleVerdict::Unknown(why) if why != Unsettled::InProgress);
                 prop_assert!(!open, "{answer:?} of {begun:?} on server {asked}, {:?}", world.node(asked));
             }
             Ok(())
@@ -68,7 +68,7 @@ proptest! {
                     let answer = settled_by(evidence, begun, node, since.primaries);
                     let shown = node.shows_parent(begun, evidence);
                     prop_assert!(
-                        !shown || !matches!(answer, Settled::Unknown(_)),
+                        !shown || !matches!(answer, SettleVerdict::Unknown(_)),
                         "{answer:?} by {evidence:?} of {begun:?} on server {asked}, {node:?}"
                     );
                 }
@@ -84,7 +84,7 @@ proptest! {
         ask_always(servers, &history, |world, begun, asked| {
             if world.node(asked).truth(begun.token) == Truth::Running {
                 for evidence in EACH {
-                    prop_assert_eq!(settled_by(evidence, begun, world.node(asked), 0), Settled::InProgress);
+                    prop_assert_eq!(settled_by(evidence, begun, world.node(asked), 0), SettleVerdict::InProgress);
                 }
             }
             Ok(())
@@ -107,7 +107,7 @@ fn is_answered_truly(
     begun: &Begun,
     asked: usize,
     primaries_since: u64,
-) -> Result<Settled, TestCaseError> {
+) -> Result<SettleVerdict, TestCaseError> {
     let (node, truth) = (world.node(asked), world.node(asked).truth(begun.token));
     let answer = settled_by(evidence, begun, node, primaries_since);
     prop_assert!(
@@ -131,15 +131,15 @@ struct Found {
 }
 
 impl Found {
-    fn count(&mut self, answer: Settled, truth: Truth) {
+    fn count(&mut self, answer: SettleVerdict, truth: Truth) {
         self.questions += 1;
         self.wrong += u64::from(!is_true(answer, truth));
         *match answer {
-            Settled::Committed => &mut self.committed,
-            Settled::NotCommitted => &mut self.not_committed,
-            Settled::InProgress => &mut self.in_progress,
-            Settled::Unknown(Unsettled::InProgress) => &mut self.not_yet,
-            Settled::Unknown(_) => &mut self.unknown,
+            SettleVerdict::Committed => &mut self.committed,
+            SettleVerdict::NotCommitted => &mut self.not_committed,
+            SettleVerdict::InProgress => &mut self.in_progress,
+            SettleVerdict::Unknown(Unsettled::InProgress) => &mut self.not_yet,
+            SettleVerdict::Unknown(_) => &mut self.unknown,
         } += 1;
     }
 

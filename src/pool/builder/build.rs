@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::super::config::{names, open_within, targets, template};
 use super::super::dialer::Dialer;
-use super::super::idle::{Idle, Keeper};
+use super::super::idle::{Idle, IdleTask};
 use super::super::options::{checked, not_zero, resolver, seed_or_random, usable_size};
 use super::super::security::{make_opener, plain_opener};
 use super::super::{Manager, Pool, Source};
@@ -39,7 +39,7 @@ impl PoolBuilder {
         // Building fails only for time-outs without a runtime, and no time-outs are set.
         let inner = inner.map_err(|error| BuildError::invalid("deadpool", error.to_string()))?;
         dialer.queue.serve(inner.weak(), max_size, self.idle.min);
-        let keeper = Keeper {
+        let keeper = IdleTask {
             idle,
             pool: inner.weak(),
             dialer: Arc::downgrade(&dialer),

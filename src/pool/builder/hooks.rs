@@ -1,4 +1,4 @@
-//! The setters for a pool's hooks and for its reports on loans, and the check which hooks a kind of pool supports.
+//! The setters for a pool's hooks and for its reports on checkouts, and the check which hooks a kind of pool supports.
 
 use std::error::Error as StdError;
 use std::sync::Arc;
@@ -204,9 +204,9 @@ impl PoolBuilder {
         /// ```
         slow_checkout_after;
 
-        /// Reports each connection that is on loan for this long. A line in the log and
-        /// [`Event::LongLoan`](crate::Event) say where it was taken, and another line says when it came back. Default:
-        /// never.
+        /// Reports each connection that is checked out for this long. A line in the log and
+        /// [`Event::LongCheckout`](crate::Event) say where it was taken, and another line says when it came back.
+        /// Default: never.
         ///
         /// Choose a longer time than your slowest use takes: the purpose is to find leaks, as with `HikariCP`'s
         /// `leakDetectionThreshold`. It closes nothing. Each checkout then costs a task with a timer.

@@ -10,7 +10,7 @@ use super::super::Pool;
 use super::super::cancel_token::CancelToken;
 use super::super::connection::Connection;
 use super::super::facts::Facts;
-use crate::cluster::Wanting;
+use crate::cluster::PrimaryDemand;
 use crate::server::{Scope, SessionClient};
 
 /// A session that has left its pool, from [`Client::detach`](crate::Client::detach).
@@ -21,7 +21,7 @@ use crate::server::{Scope, SessionClient};
 pub struct Detached<C: SessionClient = ClientWrapper> {
     /// Always set.
     pub(super) session: Option<Own<C>>,
-    pub(super) _wanting: Wanting,
+    pub(super) _wanting: PrimaryDemand,
     /// Keeps the cluster's task alive, because the session would end with it.
     pub(super) pool: Pool<C>,
 }

@@ -30,7 +30,7 @@ use crate::cluster::{Cluster, Generation};
 use crate::error::{Error, Refused};
 use crate::pool::connection::Connection;
 use crate::pool::manager::Manager;
-use crate::pool::room::{Berth, Room};
+use crate::pool::room::{ConnectionCounts, CountedConnection};
 use crate::server::{Session, SessionClient};
 use crate::sync::lock;
 use crate::topology::{GenerationId, ProbeFailure};
@@ -44,7 +44,7 @@ type Delivery<C> = Result<Connection<C>, Error>;
 /// The connections that are being opened, the callers that wait for them, and connections that are ready for the next
 /// caller.
 pub(in crate::pool) struct DialQueue<C: SessionClient> {
-    book: Mutex<Book<C>>,
+    book: Mutex<QueueState<C>>,
     /// The number of callers that wait. It is read whenever a connection is given back, and written only while
     /// connections are opened.
     waiting: AtomicUsize,
@@ -57,10 +57,10 @@ pub(in crate::pool) struct DialQueue<C: SessionClient> {
     /// The runtime that the pool was built on. Dials and the drivers of their sessions run there, because a caller's
     /// runtime may end first.
     runtime: Handle,
-    room: Arc<Room>,
+    room: Arc<ConnectionCounts>,
 }
 
-struct Book<C> {
+struct QueueState<C> {
     waiters: VecDeque<Waiter<C>>,
     /// Connections outside of deadpool that are ready for the next caller. The newest one is the last.
     ready: Vec<Ready<C>>,
@@ -84,7 +84,8 @@ struct Ready<C> {
 
 impl<C: SessionClient> DialQueue<C> {
     pub(in crate::pool) fn new(runtime: Handle) -> Self {
-        let book = Book { waiters: VecDeque::new(), ready: Vec::new(), dialing: 0, next_ticket: 0, failed_at: None };
+        let book =
+            QueueState { waiters: VecDeque::new(), ready: Vec::new(), dialing: 0, next_ticket: 0, failed_at: None };
         Self {
             book: Mutex::new(book),
             waiting: AtomicUsize::new(0),
@@ -161,7 +162,12 @@ impl<C: SessionClient> DialQueue<C> {
     }
 
     /// Gives a connection to the first waiter, or keeps it for the next one. Returns what is of no use.
-    fn place(&self, book: &mut Book<C>, connection: Connection<C>, cluster: &Cluster<C>) -> Option<Connection<C>> {
+    fn place(
+        &self,
+        book: &mut QueueState<C>,
+        connection: Connection<C>,
+        cluster: &Cluster<C>,
+    ) -> Option<Connection<C>> {
         let unclaimed = if connection.may_be_handed_out(cluster) {
             self.deliver(book, Ok(connection))
         } else if connection.stale(cluster) {
@@ -177,7 +183,7 @@ impl<C: SessionClient> DialQueue<C> {
     }
 
     /// Gives `delivery` to the first waiter that still waits, or returns it if there is none.
-    fn deliver(&self, book: &mut Book<C>, mut delivery: Delivery<C>) -> Option<Delivery<C>> {
+    fn deliver(&self, book: &mut QueueState<C>, mut delivery: Delivery<C>) -> Option<Delivery<C>> {
         while let Some(waiter) = book.waiters.pop_front() {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
             match waiter.deliver.send(delivery) {
@@ -188,7 +194,7 @@ impl<C: SessionClient> DialQueue<C> {
         Some(delivery)
     }
 
-    fn book(&self) -> MutexGuard<'_, Book<C>> {
+    fn book(&self) -> MutexGuard<'_, QueueState<C>> {
         lock(&self.book)
     }
 }
@@ -208,13 +214,13 @@ impl<C: SessionClient> Drop for Dialing<C> {
 
 /// A caller's place in the queue for new connections. Dropping it leaves the queue. If a connection was delivered and
 /// not taken, it goes to the next caller.
-struct Place<C: SessionClient> {
+struct QueueTicket<C: SessionClient> {
     queue: Arc<DialQueue<C>>,
     ticket: u64,
     delivered: oneshot::Receiver<Delivery<C>>,
 }
 
-impl<C: SessionClient> Drop for Place<C> {
+impl<C: SessionClient> Drop for QueueTicket<C> {
     fn drop(&mut self) {
         let mut book = self.queue.book();
         if let Some(index) = book.waiters.iter().position(|waiter| waiter.ticket == self.ticket) {
@@ -282,7 +288,11 @@ impl<C: SessionClient> Dialer<C> {
     }
 
     /// Returns a ready connection, or a place in the queue.
-    fn enlist(self: &Arc<Self>, generation: &Arc<Generation<C>>, asked: Instant) -> Result<Connection<C>, Place<C>> {
+    fn enlist(
+        self: &Arc<Self>,
+        generation: &Arc<Generation<C>>,
+        asked: Instant,
+    ) -> Result<Connection<C>, QueueTicket<C>> {
         let mut stale = Vec::new();
         let evictions = self.queue.room.evictions();
         let mut book = self.queue.book();
@@ -315,7 +325,7 @@ impl<C: SessionClient> Dialer<C> {
         self.queue.waiting.fetch_add(1, Ordering::SeqCst);
         drop(book);
         self.queue.room.changed.notify_one();
-        Err(Place { queue: Arc::clone(&self.queue), ticket, delivered })
+        Err(QueueTicket { queue: Arc::clone(&self.queue), ticket, delivered })
     }
 
     /// Starts the dials that the waiters need, and then others until `ahead` connections without a waiter are ready or
@@ -390,7 +400,7 @@ impl<C: SessionClient> Dialer<C> {
         // together.
         let less = self.random_up_to(self.max_lifetime / 10);
         let lifetime = self.max_lifetime.saturating_sub(less);
-        let berth = Berth::new(&self.queue.room, evictions);
+        let berth = CountedConnection::new(&self.queue.room, evictions);
         let (observer, opener) = (self.cluster.observer(), &self.opener);
         let connection = Connection::new(session, generation, lifetime, observer, berth, opener);
         self.trails.add(&connection.facts().trail);
@@ -453,7 +463,7 @@ impl<C: SessionClient> DialQueue<C> {
 
     /// Returns whether another connection may be opened. `waits`: for a caller that waits. Otherwise it would be for
     /// nobody.
-    fn has_room(&self, book: &Book<C>, waits: bool) -> bool {
+    fn has_room(&self, book: &QueueState<C>, waits: bool) -> bool {
         let live = if waits { self.undoubted() } else { self.room.live.load(Ordering::Acquire) };
         let most = self.max_size.load(Ordering::Relaxed);
         live + book.dialing < if planted!("opens too many connections") { most * 4 } else { most }

@@ -26,9 +26,9 @@ const ASKED_FOR: Duration = Duration::from_secs(1);
 
 /// A connection with a question under way. Dropping this closes the connection, because it must not go back before the
 /// answer has come.
-struct Asked<C>(Option<Box<dyn WrappedObject<C>>>);
+struct UnansweredObject<C>(Option<Box<dyn WrappedObject<C>>>);
 
-impl<C> Drop for Asked<C> {
+impl<C> Drop for UnansweredObject<C> {
     fn drop(&mut self) {
         if let Some(object) = self.0.take() {
             object.discard();
@@ -256,7 +256,7 @@ impl<C: SessionClient> Fetching<C> {
         let queue = dialer.upgrade().map(|dialer| Arc::clone(&dialer.queue))?;
         // Whoever waits meanwhile is told so. A new connection is no idle one.
         let _tested = used.then(|| Counted::new(queue.tested()));
-        let mut asked = Asked(Some(object));
+        let mut asked = UnansweredObject(Some(object));
         let answer = {
             let object = asked.0.as_deref()?;
             let mut asking = pin!(timeout(within, opener.ask(&address, object, None)));

@@ -79,12 +79,12 @@ macro_rules! passes_on {
             GenericClient::transaction(&mut **self)
         }
 
-        fn met(&self, error: &Error) {
-            (**self).met(error);
+        fn note_error(&self, error: &Error) {
+            (**self).note_error(error);
         }
 
-        fn begins_stream(&self) {
-            (**self).begins_stream();
+        fn note_stream(&self) {
+            (**self).note_stream();
         }
 
         fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {

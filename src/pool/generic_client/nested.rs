@@ -14,9 +14,9 @@ pub(crate) trait Nested<'n>: Send + Sync {
 
     fn transaction(&mut self) -> BoxFuture<'_, Result<GenericTransaction<'_>, Error>>;
 
-    fn met(&self, error: &Error);
+    fn note_error(&self, error: &Error);
 
-    fn begins_stream(&self);
+    fn note_stream(&self);
 
     fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>>;
 
@@ -74,12 +74,12 @@ impl GenericClient for GenericTransaction<'_> {
         self.inner.transaction()
     }
 
-    fn met(&self, error: &Error) {
-        self.inner.met(error);
+    fn note_error(&self, error: &Error) {
+        self.inner.note_error(error);
     }
 
-    fn begins_stream(&self) {
-        self.inner.begins_stream();
+    fn note_stream(&self) {
+        self.inner.note_stream();
     }
 
     fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {
@@ -111,12 +111,12 @@ impl<'n, H: GenericClient + Commits<'n>> Nested<'n> for H {
         GenericClient::transaction(self)
     }
 
-    fn met(&self, error: &Error) {
-        GenericClient::met(self, error);
+    fn note_error(&self, error: &Error) {
+        GenericClient::note_error(self, error);
     }
 
-    fn begins_stream(&self) {
-        GenericClient::begins_stream(self);
+    fn note_stream(&self) {
+        GenericClient::note_stream(self);
     }
 
     fn prepare_cached<'a>(&'a self, query: &'a str) -> BoxFuture<'a, Result<Statement, Error>> {

@@ -1,7 +1,7 @@
 //! bb8 lends the driver's clients, tells none from another, and gives none up. A shell makes up for that.
 //!
-//! A shell belongs to one connection. While that is on loan, its client is in the shell, with the statements that it
-//! has prepared, and a closed client is in its place. So whatever becomes of the shell, bb8 never gets a connection
+//! A shell belongs to one connection. While that is checked out, its client is in the shell, with the statements that
+//! it has prepared, and a closed client is in its place. So whatever becomes of the shell, bb8 never gets a connection
 //! back that may not be used again: it finds a closed one, and frees the slot.
 
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 use super::memory::{BackendKey, closed_client};
 use crate::sync::lock;
 
-/// The shells of the connections that are not on loan.
+/// The shells of the connections that are not checked out.
 pub(super) struct Shells {
     kept: Mutex<HashMap<BackendKey, Shell>>,
     next_id: AtomicU64,
@@ -27,7 +27,7 @@ pub(super) struct Shells {
 pub(super) struct Shell {
     pub(super) id: u64,
     key: Option<BackendKey>,
-    /// Has the connection's client while the connection is on loan, and else the closed one.
+    /// Has the connection's client while the connection is checked out, and else the closed one.
     pub(super) wrapper: ClientWrapper,
 }
 
@@ -58,7 +58,7 @@ impl Shells {
         Some((shell, is_new))
     }
 
-    /// Moves the client back into its place, and keeps the shell for the next loan.
+    /// Moves the client back into its place, and keeps the shell for the next checkout.
     pub(super) fn put_back(&self, mut shell: Shell, place: &mut Client) {
         swap(place, &mut *shell.wrapper);
         let Some(key) = shell.key.filter(|_| !place.is_closed()) else { return };

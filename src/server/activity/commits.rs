@@ -17,7 +17,7 @@ const LONGEST: usize = 16;
 
 /// The part of the text that the last byte belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Place {
+enum ParsePosition {
     /// None of the following.
     #[default]
     Outside,
@@ -74,7 +74,7 @@ enum Told {
 /// `standard_conforming_strings` is on.
 #[derive(Debug, Default)]
 pub(super) struct Statements {
-    place: Place,
+    place: ParsePosition,
     told: Told,
     /// The current statement has begun.
     begun: bool,
@@ -117,7 +117,7 @@ impl Statements {
 
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         let mut rest = bytes;
-        while self.place != Place::Over {
+        while self.place != ParsePosition::Over {
             rest = rest.get(self.without_meaning(rest)..).unwrap_or_default();
             let Some((byte, behind)) = rest.split_first() else { return };
             self.place = self.step(*byte);
@@ -130,8 +130,10 @@ impl Statements {
     fn without_meaning(&self, bytes: &[u8]) -> usize {
         let until = |ends: fn(u8, u8) -> bool, quote| bytes.iter().position(|byte| ends(*byte, quote));
         match self.place {
-            Place::Quoted(quote) => until(|byte, quote| byte == quote || byte == 0, quote).unwrap_or(bytes.len()),
-            Place::Outside if self.begun && self.told == Told::All && self.before != Before::Escaped => {
+            ParsePosition::Quoted(quote) => {
+                until(|byte, quote| byte == quote || byte == 0, quote).unwrap_or(bytes.len())
+            }
+            ParsePosition::Outside if self.begun && self.told == Told::All && self.before != Before::Escaped => {
                 let has_meaning = |byte, _| matches!(byte, 0 | b'\'' | b'"' | b'$' | b';' | b'/' | b'-' | b'(' | b')');
                 // `before` depends on the last two bytes.
                 until(has_meaning, 0).unwrap_or(bytes.len()).saturating_sub(2)
@@ -140,55 +142,59 @@ impl Statements {
         }
     }
 
-    fn step(&mut self, byte: u8) -> Place {
+    fn step(&mut self, byte: u8) -> ParsePosition {
         match (self.place, byte) {
-            (Place::Word, _) if is_letter(byte) => {
+            (ParsePosition::Word, _) if is_letter(byte) => {
                 self.word.push(byte);
                 self.before = Before::Letter;
-                Place::Word
+                ParsePosition::Word
             }
-            (Place::Word, _) => {
+            (ParsePosition::Word, _) => {
                 self.told = self.tells();
                 self.outside(byte)
             }
             (_, 0) => self.outside(byte),
-            (Place::Slash, b'*') => Place::Comment(0),
-            (Place::Nested(depth), b'*') => Place::Comment(depth.saturating_add(1)),
-            (Place::Dash, b'-') => Place::LineComment,
-            (Place::Slash | Place::Dash, _) => {
+            (ParsePosition::Slash, b'*') => ParsePosition::Comment(0),
+            (ParsePosition::Nested(depth), b'*') => ParsePosition::Comment(depth.saturating_add(1)),
+            (ParsePosition::Dash, b'-') => ParsePosition::LineComment,
+            (ParsePosition::Slash | ParsePosition::Dash, _) => {
                 self.begins(false);
                 self.before = Before::Other;
                 self.outside(byte)
             }
-            (Place::Comment(depth) | Place::Star(depth), b'*') => Place::Star(depth),
-            (Place::Star(0), b'/') | (Place::LineComment, b'\n' | b'\r') => Place::Outside,
-            (Place::Star(depth), b'/') => Place::Comment(depth - 1),
-            (Place::Comment(depth) | Place::Nested(depth), b'/') => Place::Nested(depth),
-            (Place::Comment(depth) | Place::Star(depth) | Place::Nested(depth), _) => Place::Comment(depth),
-            (Place::LineComment, _) => Place::LineComment,
-            (Place::Escaped, b'\\') => Place::Backslash,
-            (Place::Escaped, b'\'') => {
+            (ParsePosition::Comment(depth) | ParsePosition::Star(depth), b'*') => ParsePosition::Star(depth),
+            (ParsePosition::Star(0), b'/') | (ParsePosition::LineComment, b'\n' | b'\r') => ParsePosition::Outside,
+            (ParsePosition::Star(depth), b'/') => ParsePosition::Comment(depth - 1),
+            (ParsePosition::Comment(depth) | ParsePosition::Nested(depth), b'/') => ParsePosition::Nested(depth),
+            (ParsePosition::Comment(depth) | ParsePosition::Star(depth) | ParsePosition::Nested(depth), _) => {
+                ParsePosition::Comment(depth)
+            }
+            (ParsePosition::LineComment, _) => ParsePosition::LineComment,
+            (ParsePosition::Escaped, b'\\') => ParsePosition::Backslash,
+            (ParsePosition::Escaped, b'\'') => {
                 self.before = Before::Escaped;
-                Place::Outside
+                ParsePosition::Outside
             }
-            (Place::Escaped | Place::Backslash, _) => Place::Escaped,
-            (Place::Quoted(quote), _) if byte == quote => Place::Outside,
-            (Place::Quoted(quote), _) => Place::Quoted(quote),
-            (Place::Tag, b'$') => Place::Dollars,
-            (Place::Tag, _) if is_letter(byte) => {
+            (ParsePosition::Escaped | ParsePosition::Backslash, _) => ParsePosition::Escaped,
+            (ParsePosition::Quoted(quote), _) if byte == quote => ParsePosition::Outside,
+            (ParsePosition::Quoted(quote), _) => ParsePosition::Quoted(quote),
+            (ParsePosition::Tag, b'$') => ParsePosition::Dollars,
+            (ParsePosition::Tag, _) if is_letter(byte) => {
                 self.tag.push(byte);
-                Place::Tag
+                ParsePosition::Tag
             }
-            (Place::Outside | Place::Tag | Place::Over, _) => self.outside(byte),
-            (Place::ClosingTag(matched), b'$') if matched == self.tag.len() => Place::Outside,
-            (Place::ClosingTag(matched), _) if self.tag.get(matched) == Some(&byte) => Place::ClosingTag(matched + 1),
-            (Place::Dollars | Place::ClosingTag(_), b'$') => Place::ClosingTag(0),
-            (Place::Dollars | Place::ClosingTag(_), _) => Place::Dollars,
+            (ParsePosition::Outside | ParsePosition::Tag | ParsePosition::Over, _) => self.outside(byte),
+            (ParsePosition::ClosingTag(matched), b'$') if matched == self.tag.len() => ParsePosition::Outside,
+            (ParsePosition::ClosingTag(matched), _) if self.tag.get(matched) == Some(&byte) => {
+                ParsePosition::ClosingTag(matched + 1)
+            }
+            (ParsePosition::Dollars | ParsePosition::ClosingTag(_), b'$') => ParsePosition::ClosingTag(0),
+            (ParsePosition::Dollars | ParsePosition::ClosingTag(_), _) => ParsePosition::Dollars,
         }
     }
 
     /// Returns the place after a byte that does not continue a word, a string or a comment.
-    fn outside(&mut self, byte: u8) -> Place {
+    fn outside(&mut self, byte: u8) -> ParsePosition {
         let before = self.before;
         self.before = match byte {
             b'e' | b'E' if before == Before::Other => Before::Escaping,
@@ -202,39 +208,39 @@ impl Statements {
         match byte {
             0 => {
                 self.statement_ends();
-                return Place::Over;
+                return ParsePosition::Over;
             }
             b';' => {
                 // In the body of a routine it ends a statement of that body. So it does within brackets, in a rule.
                 if self.brackets == 0 && !matches!(self.told, Told::Body(_)) {
                     self.statement_ends();
                 }
-                return Place::Outside;
+                return ParsePosition::Outside;
             }
-            b'/' => return Place::Slash,
-            b'-' => return Place::Dash,
-            _ if is_space(byte) => return Place::Outside,
-            b'$' if self.before == Before::Letter => return Place::Outside,
+            b'/' => return ParsePosition::Slash,
+            b'-' => return ParsePosition::Dash,
+            _ if is_space(byte) => return ParsePosition::Outside,
+            b'$' if self.before == Before::Letter => return ParsePosition::Outside,
             _ => {}
         }
         let may_tell = self.begins(is_letter(byte));
         match byte {
-            b'\'' if matches!(before, Before::Escaping | Before::Escaped) => Place::Escaped,
-            b'\'' | b'"' => Place::Quoted(byte),
+            b'\'' if matches!(before, Before::Escaping | Before::Escaped) => ParsePosition::Escaped,
+            b'\'' | b'"' => ParsePosition::Quoted(byte),
             b'$' => {
                 self.tag.clear();
-                Place::Tag
+                ParsePosition::Tag
             }
             b'(' | b')' => {
                 self.brackets = if byte == b'(' { self.brackets + 1 } else { self.brackets.saturating_sub(1) };
-                Place::Outside
+                ParsePosition::Outside
             }
             _ if may_tell && is_letter(byte) && before != Before::Letter => {
                 self.word = Word::default();
                 self.word.push(byte);
-                Place::Word
+                ParsePosition::Word
             }
-            _ => Place::Outside,
+            _ => ParsePosition::Outside,
         }
     }
 

@@ -142,7 +142,7 @@ enum Noise {
     /// From now on, new sessions fail in this way, or succeed.
     New(Option<FailureKind>),
     Suspect,
-    /// Whether callers have connections on loan, and whether they receive answers.
+    /// Whether callers have connections checked out, and whether they receive answers.
     Use {
         in_use: bool,
         received: bool,

@@ -312,7 +312,7 @@ async fn a_pool_without_callers_sleeps_until_the_next_one() {
     let builder = builder.heartbeat_interval(quick).patrol_interval(quick).sleep_after(Duration::from_millis(400));
     let pool = builder.build().unwrap();
     let first = pool.get().await.unwrap();
-    // A connection on loan keeps it awake.
+    // A connection checked out keeps it awake.
     sleep(Duration::from_millis(900)).await;
     assert!(!is_asleep(&pool));
     first.batch_execute("SELECT 1").await.unwrap();

@@ -18,7 +18,7 @@ async fn told(events: &mut Events) -> (bool, Duration, String, u32) {
         loop {
             match events.next().await.expect("the pool is open") {
                 Event::SlowCheckout { waited, place, .. } => return (true, waited, place.file().into(), place.line()),
-                Event::LongLoan { held, place, .. } => return (false, held, place.file().into(), place.line()),
+                Event::LongCheckout { held, place, .. } => return (false, held, place.file().into(), place.line()),
                 _ => {}
             }
         }

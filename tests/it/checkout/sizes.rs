@@ -264,7 +264,7 @@ async fn a_closing_pool_turns_away_everybody_who_waits() {
     let turned_away = timeout(PATIENCE, async { (connecting.await, dialling.await.err(), listening.await.err()) });
     let turned_away = turned_away.await.expect("nobody waits for the limit");
     assert!(matches!(turned_away, (Err(Error::Closed), Some(Error::Closed), Some(Error::Closed))), "{turned_away:?}");
-    assert!(!closing.is_finished(), "a connection is on loan");
+    assert!(!closing.is_finished(), "a connection is checked out");
     drop(held);
     assert!(timeout(PATIENCE, closing).await.unwrap().unwrap());
 }
@@ -408,8 +408,8 @@ impl Holds {
     }
 }
 
-/// On its way back to the idle ones a connection is on loan no more: what the pool does with it meanwhile saves it from
-/// nothing.
+/// On its way back to the idle ones a connection is checked out no more: what the pool does with it meanwhile saves it
+/// from nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_in_the_hands_of_hooks_are_closed_on_demand_too() {
     let cluster = server().await;
@@ -509,7 +509,7 @@ async fn a_closing_pool_lends_nothing_behind_its_back() {
     while !ended.load(Ordering::SeqCst) {
         tokio::task::yield_now().await;
     }
-    assert!(pool.close_within(PATIENCE).await, "nothing is on loan");
+    assert!(pool.close_within(PATIENCE).await, "nothing is checked out");
     let got = caller.await;
     assert!(matches!(got, Err(Error::Closed)), "{got:?}");
 }

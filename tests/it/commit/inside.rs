@@ -435,8 +435,8 @@ async fn a_closure_that_committed_itself_is_told_so_although_the_pools_commit_ge
     }
 }
 
-/// A prepared transaction stays in progress, so no waiting shows how it ends. The closure's message and the pool's COMMIT
-/// behind it get no answer.
+/// A prepared transaction stays in progress, so no waiting shows how it ends. The closure's message and the pool's
+/// COMMIT behind it get no answer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_that_was_prepared_is_not_waited_for() {
     let cluster = with_ledger(single()).await;

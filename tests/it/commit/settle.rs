@@ -496,12 +496,12 @@ async fn unknown_where_the_server_refuses_to_tell() {
     .await;
 }
 
-/// `NoMarker`: a call that is told not to settle.
+/// `NoMark`: a call that is told not to settle.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_without_a_mark() {
     let bench = Bench::new(single(), Guarantee::AtMostOnce).await;
     bench.cut(Cut::CommitAnswerDropped);
-    bench.assert_unknown(bench.call(), Unsettled::NoMarker).await;
+    bench.assert_unknown(bench.call(), Unsettled::NoMark).await;
     assert_eq!(stored(&bench.cluster).await, [1]);
 }
 
@@ -642,7 +642,7 @@ async fn without_the_right_to_mark_it_is_at_most_once() {
         assert_eq!(log.times("cannot be settled here"), 1);
 
         bench.cut(Cut::CommitAnswerDropped);
-        bench.assert_unknown(bench.call(), Unsettled::NoMarker).await;
+        bench.assert_unknown(bench.call(), Unsettled::NoMark).await;
         assert_eq!(stored(&bench.cluster).await, [1, 2, 2, 2]);
 
         // The ledger needs the id of its transaction, and else nothing that was taken away.
@@ -671,7 +671,7 @@ async fn without_the_right_to_read_the_identity_it_is_at_most_once() {
     // A pool that knew the identity would not believe a server that does not tell it.
     let blind = Bench { pool: by_name(&bench.cluster).build().unwrap(), ..bench };
     blind.cut(Cut::CommitAnswerDropped);
-    blind.assert_unknown(blind.call(), Unsettled::NoMarker).await;
+    blind.assert_unknown(blind.call(), Unsettled::NoMark).await;
     let why = blind.pool.status().fallback.expect("a reason");
     assert!(why.contains("identity"), "{why}");
     assert_eq!(stored(&blind.cluster).await, [1]);

@@ -79,8 +79,8 @@ impl Callers {
                 while !stop.load(Ordering::Relaxed) {
                     match timeout(LONG, client.simple_query("SELECT 1")).await {
                         Ok(Ok(_)) => drop(served.fetch_add(1, Ordering::Relaxed)),
-                        Ok(Err(error)) => errors.push(format!("on loan: {error}")),
-                        Err(_) => errors.push("on loan: no answer".to_owned()),
+                        Ok(Err(error)) => errors.push(format!("checked out: {error}")),
+                        Err(_) => errors.push("checked out: no answer".to_owned()),
                     }
                     sleep(Duration::from_millis(30)).await;
                 }
@@ -359,7 +359,7 @@ async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
     assert!(lost.is_empty(), "{lost:#?}");
 }
 
-/// The heartbeat's session is ended and no new one can be had, while the only connection on loan is silent, as its
+/// The heartbeat's session is ended and no new one can be had, while the only connection checked out is silent, as its
 /// statement takes long: the pool's idle connections show that the server lives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_connections_speak_for_a_server_that_takes_no_new_session() {

@@ -117,7 +117,7 @@ fn a_waiting_caller_is_told_that_the_pools_runtime_has_ended() {
     says_so(&told.expect("no hang").unwrap().unwrap_err());
 }
 
-/// So are those that wait for a slot, because all connections are on loan.
+/// So are those that wait for a slot, because all connections are checked out.
 #[test]
 fn a_caller_that_waits_for_a_slot_is_told_that_the_pools_runtime_has_ended() {
     let bench = Bench::new();

@@ -152,7 +152,7 @@ async fn a_commit_in_doubt_says_why_it_stays_so() {
     let _armed = cutter.arm(Cut::CommitAnswerDropped);
     let call = pool.build_transaction().guarantee(Guarantee::AtMostOnce);
     let error = call.run(async |tx| Ok(tx.batch_execute(create).await?)).await.unwrap_err();
-    says(&error, "Unsettled::NoMarker");
+    says(&error, "Unsettled::NoMark");
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use testbed::{Cluster, Cut, Cutter, Node, eventually};
 use tokio::time::timeout;
 use tokio_postgres_failover::error::Unsettled;
-use tokio_postgres_failover::view::{Eviction, Settlement, State};
+use tokio_postgres_failover::view::{Eviction, SettledOutcome, State};
 use tokio_postgres_failover::{
     Error, Event, Events, GenericClient, Guarantee, Pool, PoolBuilder, deadpool_postgres, tokio_postgres,
 };
@@ -353,7 +353,7 @@ async fn callers_that_wait_and_give_up_are_counted() {
     assert_eq!(figures.plain("db_client_connection_wait_time_seconds_count"), 1);
     assert_eq!(figures.connections(), (0, 1));
 
-    // What is on loan while the pool is closed is gone at once, and is not counted down again when it comes back.
+    // What is checked out while the pool is closed is gone at once, and is not counted down again when it comes back.
     pool.close();
     until("all gauges are at zero", async || figures.gauges().iter().all(|gauge| *gauge == 0)).await;
     drop(held);
@@ -374,10 +374,10 @@ async fn settled_commits_and_re_runs_are_told_by_what_became_of_them() {
         .unwrap();
     let mut events = warm(&pool, 0).await;
     let undelivered = Cut::CommitUndelivered { server_stays: false };
-    let unknown = Settlement::Unknown(Unsettled::NoMarker);
+    let unknown = SettledOutcome::Unknown(Unsettled::NoMark);
     for (cut, guarantee, expected, runs_expected) in [
-        (Cut::CommitAnswerDropped, Guarantee::ExactlyOnce, Settlement::Committed, 1),
-        (undelivered, Guarantee::ExactlyOnce, Settlement::NotCommitted, 2),
+        (Cut::CommitAnswerDropped, Guarantee::ExactlyOnce, SettledOutcome::Committed, 1),
+        (undelivered, Guarantee::ExactlyOnce, SettledOutcome::NotCommitted, 2),
         (Cut::CommitAnswerDropped, Guarantee::AtMostOnce, unknown, 1),
     ] {
         let armed = cutter.arm(cut);
@@ -444,7 +444,7 @@ async fn calls_and_statements_are_timed() {
     assert_eq!(count("query", &[("error_type", "connection_closed")]), 1);
 }
 
-/// What its manager opened is seen while it is on loan, and its size as it was when it was wrapped.
+/// What its manager opened is seen while it is checked out, and its size as it was when it was wrapped.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrapped_pool_has_figures() {
     let figures = Figures::of("around");

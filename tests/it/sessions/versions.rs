@@ -58,7 +58,7 @@ async fn a_server_before_13_is_named_as_too_old_to_settle_on() {
     let error = pool.transaction(async |tx| insert(&tx, 2).await).await.unwrap_err();
     timeout(LONG, cut.happened()).await.unwrap();
     let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
-    assert_eq!(unknown.reason(), Unsettled::NoMarker, "{error}");
+    assert_eq!(unknown.reason(), Unsettled::NoMark, "{error}");
     assert_eq!(stored(&cluster).await, [1, 2]);
 }
 

@@ -372,7 +372,7 @@ async fn k2_a_commit_cut_off_is_unknown_and_was_committed() {
     let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
     let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
-    assert_eq!(unknown.reason(), Unsettled::NoMarker);
+    assert_eq!(unknown.reason(), Unsettled::NoMark);
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown);
     assert!(error.to_string().contains("may or may not"), "{error}");
     assert_eq!(runs.count(), 1);
@@ -401,7 +401,7 @@ async fn k2_a_backend_ended_in_commit_is_unknown_and_was_not_committed() {
     let (result, pid) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     let error = result.unwrap_err();
     let Error::CommitUnknown(unknown) = &error else { panic!("{error:?}") };
-    assert_eq!(unknown.reason(), Unsettled::NoMarker);
+    assert_eq!(unknown.reason(), Unsettled::NoMark);
     assert_eq!(error.commit_outcome(), CommitOutcome::Unknown);
     assert_eq!(runs.count(), 1);
     wait_gone(&gate, pid).await;

@@ -52,8 +52,8 @@ impl<C: GenericClient> GenericClient for Tenant<C> {
         self.0.transaction()
     }
 
-    fn met(&self, error: &tokio_postgres::Error) {
-        self.0.met(error);
+    fn note_error(&self, error: &tokio_postgres::Error) {
+        self.0.note_error(error);
     }
 }
 

@@ -14,13 +14,13 @@ use crate::server::SessionClient;
 
 /// What a dial holds until the pause after its failure is over.
 #[derive(Default)]
-struct Held<'a> {
+struct DialPermits<'a> {
     _greeting: Option<SemaphorePermit<'a>>,
     _permit: Option<SemaphorePermit<'a>>,
     _turn: Turn,
 }
 
-impl<'a> Held<'a> {
+impl<'a> DialPermits<'a> {
     fn greeting(greeting: Option<SemaphorePermit<'a>>) -> Self {
         Self { _greeting: greeting, ..Self::default() }
     }
@@ -46,7 +46,7 @@ pub(super) async fn dial<C: SessionClient>(
         // The session that proved the primary may be free by now.
         if let Some(spare) = generation.take_spare() {
             drop(permit);
-            return Some((Held::greeting(greeting), None, after_connect(&dialer, &generation, spare).await));
+            return Some((DialPermits::greeting(greeting), None, after_connect(&dialer, &generation, spare).await));
         }
         // Connections that were doubted may have come back while this waited.
         if dialer.upgrade()?.queue.is_full() {
@@ -54,7 +54,7 @@ pub(super) async fn dial<C: SessionClient>(
         }
         let turn = match take_turn(&dialer, &generation, started).await? {
             Ok(turn) => turn,
-            Err(refused) => return Some((Held::greeting(greeting), None, Err(refused))),
+            Err(refused) => return Some((DialPermits::greeting(greeting), None, Err(refused))),
         };
         evictions = dialing.0.room.evictions();
         let began = Instant::now();
@@ -62,11 +62,11 @@ pub(super) async fn dial<C: SessionClient>(
             // Another dial may log in while a hook runs.
             Ok(session) => {
                 drop((permit, turn));
-                let held = Held::greeting(greeting);
+                let held = DialPermits::greeting(greeting);
                 Some((held, Some(began), after_connect(&dialer, &generation, session).await))
             }
             Err(failure) => {
-                let held = Held { _greeting: greeting, _permit: permit.ok(), _turn: turn };
+                let held = DialPermits { _greeting: greeting, _permit: permit.ok(), _turn: turn };
                 Some((held, Some(began), Err(failure)))
             }
         }

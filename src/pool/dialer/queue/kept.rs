@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use deadpool::managed::WeakPool;
 
-use super::{Connection, DialQueue, Room};
+use super::{Connection, ConnectionCounts, DialQueue};
 use crate::cluster::Cluster;
 use crate::server::SessionClient;
 
@@ -22,7 +22,7 @@ impl<C: SessionClient> DialQueue<C> {
         }
     }
 
-    /// From now on, none of the connections that exist and are not on loan is handed out.
+    /// From now on, none of the connections that exist and are not checked out is handed out.
     pub(in crate::pool) fn evict(&self) {
         self.room.evictions.fetch_add(1, Ordering::AcqRel);
     }
@@ -196,7 +196,7 @@ impl<C: SessionClient> DialQueue<C> {
 }
 
 /// Counts one connection that a hook of the user's has in its hands.
-pub(in crate::pool) struct InAHook(Arc<Room>);
+pub(in crate::pool) struct InAHook(Arc<ConnectionCounts>);
 
 impl Drop for InAHook {
     fn drop(&mut self) {
@@ -205,7 +205,7 @@ impl Drop for InAHook {
 }
 
 /// Counts one doubted connection. It has been idle for as long as another one whose server gave no answer.
-pub(in crate::pool) struct Doubted(Arc<Room>);
+pub(in crate::pool) struct Doubted(Arc<ConnectionCounts>);
 
 impl Drop for Doubted {
     fn drop(&mut self) {

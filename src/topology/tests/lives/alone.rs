@@ -16,7 +16,7 @@ impl Stage {
     }
 }
 
-/// The kept session has ended, new ones fail, and the connections on loan receive nothing, because their statements
+/// The kept session has ended, new ones fail, and the connections checked out receive nothing, because their statements
 /// take long. So the pool's idle sessions are asked, and their answers prove that the server lives.
 #[test]
 fn an_idle_session_speaks_for_a_server_that_takes_no_new_one() {
@@ -65,8 +65,8 @@ fn an_idle_session_that_does_not_answer_shows_that_the_primary_is_gone() {
     assert!(after <= settings.heartbeat_timeout * 2 + settings.heartbeat, "{after:?}");
 }
 
-/// The kept session ends just after an answer. A connection on loan was silent before that, but its silence counts only
-/// from the answer on.
+/// The kept session ends just after an answer. A connection checked out was silent before that, but its silence counts
+/// only from the answer on.
 #[test]
 fn a_loan_is_silent_only_since_the_primary_last_reported() {
     let mut stage = Stage::new();
@@ -82,7 +82,7 @@ fn a_loan_is_silent_only_since_the_primary_last_reported() {
     assert!(after <= settings.heartbeat_timeout + ms(500), "{after:?}");
 }
 
-/// While a primary is suspended, the traffic of its connections on loan is sampled as often as before.
+/// While a primary is suspended, the traffic of its connections checked out is sampled as often as before.
 #[test]
 fn a_suspended_primary_that_answers_is_resumed_at_once() {
     let mut bench = Bench::settled();

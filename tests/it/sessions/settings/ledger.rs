@@ -47,7 +47,7 @@ async fn a_ledger_that_proves_nothing_settles_nothing() {
         ("a trigger gives rows other ids", OTHER_IDS, false, Unsettled::NotOffered),
         ("a crash empties the table", "ALTER TABLE failover.ledger SET UNLOGGED", true, Unsettled::NotOffered),
         ("rows cannot be updated", NO_UPDATES, false, Unsettled::NotOffered),
-        ("a trigger lets no row in", NO_ROWS, false, Unsettled::NoMarker),
+        ("a trigger lets no row in", NO_ROWS, false, Unsettled::NoMark),
     ] {
         println!("{name}");
         let (cluster, cutter, pool) = with_changed_ledger(change).await;

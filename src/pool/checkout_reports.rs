@@ -23,16 +23,16 @@ pub(crate) type CallSite = &'static Location<'static>;
 /// A slow checkout is reported at most once in this time, because in an outage every checkout is slow.
 const TELL_EVERY: Duration = Duration::from_secs(1);
 
-/// The limits above which checkouts and loans are reported. `None`: never.
+/// The limits above which waits for a checkout, and checkouts, are reported. `None`: never.
 #[derive(Debug, Default)]
-pub(super) struct LoanLimits {
+pub(super) struct CheckoutLimits {
     pub(super) slow_checkout_after: Option<Duration>,
     pub(super) leak_after: Option<Duration>,
     /// When a slow checkout was last reported, and how many were not reported since.
     told: Mutex<(Option<Instant>, u64)>,
 }
 
-impl LoanLimits {
+impl CheckoutLimits {
     pub(super) fn new(slow_checkout_after: Option<Duration>, leak_after: Option<Duration>) -> Self {
         Self { slow_checkout_after, leak_after, told: Mutex::default() }
     }
@@ -50,15 +50,15 @@ impl LoanLimits {
     }
 }
 
-/// Watches one loan until it ends.
-pub(super) struct LoanWatch {
+/// Watches one checkout until it ends.
+pub(super) struct CheckoutWatch {
     task: AbortHandle,
     since: Instant,
     told: Arc<AtomicBool>,
     place: CallSite,
 }
 
-impl Drop for LoanWatch {
+impl Drop for CheckoutWatch {
     fn drop(&mut self) {
         self.task.abort();
         if self.told.load(Ordering::Acquire) {
@@ -70,29 +70,29 @@ impl Drop for LoanWatch {
 impl<C: SessionClient> Pool<C> {
     /// Reports the wait of a caller, whether or not it has got a connection, if the wait was long enough.
     pub(super) fn waited(&self, began: Instant, place: CallSite) {
-        let Some(limit) = self.shared.loans.slow_checkout_after else { return };
+        let Some(limit) = self.shared.reports.slow_checkout_after else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(began);
         if waited < limit {
             return;
         }
-        if let Some(untold) = self.shared.loans.tells(now) {
+        if let Some(untold) = self.shared.reports.tells(now) {
             self.observer().slow_checkout(waited, untold, place);
         }
     }
 
-    /// Watches a loan, if a limit is set.
-    pub(super) fn watch_loan(&self, place: CallSite) -> Option<LoanWatch> {
-        let limit = self.shared.loans.leak_after?;
+    /// Watches a checkout, if a limit is set.
+    pub(super) fn watch_loan(&self, place: CallSite) -> Option<CheckoutWatch> {
+        let limit = self.shared.reports.leak_after?;
         let since = Instant::now();
         let (told, tell) = (Arc::new(AtomicBool::new(false)), Arc::clone(self.cluster().observer()));
         let watched = Arc::clone(&told);
         let task = self.runtime().spawn(async move {
             sleep(limit).await;
             watched.store(true, Ordering::Release);
-            tell.long_loan(since.elapsed(), place);
+            tell.long_checkout(since.elapsed(), place);
         });
-        Some(LoanWatch { task: task.abort_handle(), since, told, place })
+        Some(CheckoutWatch { task: task.abort_handle(), since, told, place })
     }
 }
 
@@ -102,7 +102,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn slow_checkouts_are_told_once_a_second() {
-        let limits = LoanLimits::default();
+        let limits = CheckoutLimits::default();
         let now = Instant::now();
         assert_eq!(limits.tells(now), Some(0));
         for _ in 0..5 {

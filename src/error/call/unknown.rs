@@ -127,7 +127,7 @@ impl fmt::Display for CommitUnknown {
         }
         f.write_str("; look for its effect before repeating it")?;
         match self.reason {
-            Unsettled::NoMarker => {
+            Unsettled::NoMark => {
                 f.write_str(", or use `idempotent` for work that may be applied twice, or a guarantee that settles")
             }
             Unsettled::SeveralFailovers | Unsettled::Restarted | Unsettled::OtherHistory | Unsettled::Forgotten => {
