@@ -1,4 +1,4 @@
-//! What the compiler says when only the pool's type was changed, and after each cure.
+//! What the compiler says when only the pool's type was changed, and after the cures.
 
 use std::fs;
 use std::path::Path;
@@ -17,9 +17,8 @@ const CHANGED: (&str, &str) = (
 
 /// Each error, as the page quotes it, and what is written instead.
 const CURES: [(&str, &[(&str, &str)]); 2] = [
-    ("no `PoolError` in the root", &[("PoolError", "Error")]),
     (
-        "expected `tokio_postgres_failover::Pool`, found `",
+        "expected `Pool`, found `Pool<Manager>`",
         &[
             ("let mut config = deadpool_postgres::Config::new();", ""),
             ("config.url = Some(url.to_owned());", ""),
@@ -30,25 +29,23 @@ const CURES: [(&str, &[(&str, &str)]); 2] = [
             ("CreatePoolError", "BuildError"),
         ],
     ),
+    ("no `PoolError` in the root", &[("PoolError", "Error")]),
 ];
 
 #[test]
-#[ignore = "it compiles this crate three times, with all that it depends on: `make test-long`"]
+#[ignore = "it compiles the shop twice, with all that it depends on: `make test-long`"]
 fn the_compiler_names_few_places_and_the_page_has_each() {
     let page = read(&page());
     let mut shop = changed(&source("before.rs"), &[CHANGED]);
-    let mut told = 0;
+    let errors = errors_of(&shop);
+    println!("{errors:#?}");
+    assert_eq!(errors.len(), CURES.len(), "{errors:#?}");
     for (expected, cure) in CURES {
-        let errors = errors_of(&shop);
-        println!("{errors:#?}");
-        assert!(errors.iter().all(|error| error.contains(expected)), "expected `{expected}`: {errors:#?}");
+        assert!(errors.iter().any(|error| error.contains(expected)), "expected `{expected}`: {errors:#?}");
         assert!(page.contains(expected), "the page does not have `{expected}`");
-        told += errors.len();
         shop = changed(&shop, cure);
     }
     assert_eq!(errors_of(&shop), [""; 0], "the cures are all that is needed");
-    println!("{told} errors on the way");
-    assert!((1..=3).contains(&told), "{told}");
 }
 
 fn changed(text: &str, changes: &[(&str, &str)]) -> String {
