@@ -21,7 +21,7 @@ use crate::classify::Cure;
 use crate::commit::Unsettled;
 use crate::error::{CommitOutcome, EndedInside, Ending, Error, Exhausted, RolledBack};
 use crate::observe::{Observer, Operation};
-use crate::pool::Pool;
+use crate::pool::{Client, Pool};
 use crate::retry::{GiveUp, Retry, RetryPolicy};
 use crate::server::SessionClient;
 
@@ -56,6 +56,13 @@ where
     }
     timed.call_ended(failure);
     result
+}
+
+/// Lets a connection forget its prepared statements, and the types that it knows.
+fn prepare_anew<C: SessionClient>(client: &Client<C>) {
+    client.trail().heal(Cure::Clear);
+    // A statement that is not prepared by hand must not use the old types, either.
+    let _ = client.fresh();
 }
 
 /// Makes the attempts of a call. After each failed one, `decide` says what follows.
@@ -101,9 +108,7 @@ where
         }
         let fresh_after = client.fresh_after();
         if bounds.met_stale() {
-            client.trail().heal(Cure::Clear);
-            // A statement that is not prepared by hand must not use the old types, either.
-            let _ = client.fresh();
+            prepare_anew(&client);
         }
         let span = Observer::attempt(span, number, generation, client.watched());
         let attempt = Attempt::new(client, options.retry.attempt_limit(), inner.clone());
