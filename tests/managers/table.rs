@@ -8,6 +8,7 @@ use testbed::versions;
 use crate::report::{HEAD, row};
 use crate::trials::{self, Trial};
 
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/ran");
 /// Which trials ran, for the pages: `RECORD=1` writes it.
 const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/ran/managers.txt");
 
@@ -68,5 +69,7 @@ fn record(kept: Vec<String>) {
     let mut lines: Vec<String> = older.lines().filter(is_older).map(ToOwned::to_owned).collect();
     lines.extend(kept);
     lines.sort();
+    // Nothing was recorded before: there is no folder.
+    fs::create_dir_all(FOLDER).expect("tests/ran can be made");
     fs::write(RECORD, lines.join("\n") + "\n").expect("tests/ran can be written to");
 }
