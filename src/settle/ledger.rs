@@ -146,10 +146,13 @@ impl Ledger {
             entered.id,
             self.until(),
         );
-        let row = match begin_with(client, &sql).await {
-            Err(error) if waited_for_row(&error) => {
-                let in_vain = planted!("takes a locked row for none");
-                return Ok(Some(if in_vain { SettleVerdict::NotCommitted } else { SettleVerdict::InProgress }));
+        let row = match only_row(client, &sql).await {
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                if planted!("takes a locked row for none") {
+                    client.batch_execute("ROLLBACK").await?;
+                    return Ok(Some(SettleVerdict::NotCommitted));
+                }
+                return Ok(Some(SettleVerdict::InProgress));
             }
             row => row?,
         };
