@@ -12,6 +12,17 @@ impl Session {
         open.ok_or_else(|| SqlError::new("25P01", format!("{statement} can only be used in transaction blocks")))
     }
 
+    /// Sets whether the open transaction may write. A standby has none that may.
+    pub(crate) fn access(&mut self, read_only: Option<bool>) -> Result<(), SqlError> {
+        let (Some(transaction), Some(read_only)) = (&mut self.transaction, read_only) else { return Ok(()) };
+        if transaction.began_in_recovery && !read_only {
+            self.abort();
+            return Err(SqlError::new("0A000", "cannot set transaction read-write mode during recovery"));
+        }
+        transaction.read_only = read_only;
+        Ok(())
+    }
+
     pub(crate) fn back_to(&mut self, savepoint: &str) -> Result<Done, SqlError> {
         let transaction = self.block("ROLLBACK TO SAVEPOINT")?;
         let Some(at) = transaction.savepoints.iter().rposition(|name| name == savepoint) else {

@@ -3,7 +3,7 @@
 #![allow(clippy::unnecessary_wraps, reason = "each row of the table has the same type")]
 
 use crate::log::What;
-use crate::node::{Node, epoch, lsn};
+use crate::node::{FIRST_XID, Node, epoch, lsn};
 use crate::session::Session;
 use crate::setup::Shown;
 use crate::sql::{Column, SqlError, between};
@@ -109,6 +109,9 @@ fn status(session: &mut Session, expression: &str) -> Value {
     };
     if expression.contains("pg_current_xact_id()") && xid >= session.xid()? {
         return Ok(None);
+    }
+    if xid < FIRST_XID {
+        return Ok(expression.contains("'forgotten'").then(|| "forgotten".to_owned()));
     }
     session.of_node(|node| {
         if xid >= node.next_xid {

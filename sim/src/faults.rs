@@ -62,6 +62,7 @@ faults! {
     3 "log-ins hang" log_ins_hang,
     3 "log-ins are refused" log_ins_refused,
     4 "the primary is fenced" fence,
+    3 "the primary is fenced, and open sessions are, too" fence_all,
     3 "the network is late" late,
     4 "an administrator ends sessions" terminate,
     2 "an administrator cancels waits for the standby" cancel_waits,
@@ -272,13 +273,27 @@ async fn errors(sim: &Arc<Sim>) {
 
 /// COMMITs wait for the standby, and then their connections are cut: the server carries them out later, or never.
 async fn cut_waits(sim: &Arc<Sim>) {
-    crash_standby(&mut sim.lock());
+    if chance(sim, 50) {
+        crash_standby(&mut sim.lock());
+    } else {
+        crash_standbys(&mut sim.lock());
+    }
     pause(sim, 50, 1500).await;
     let (_, net) = leader(sim);
     for link in net.links() {
         link.reset();
     }
     pause(sim, 100, 12_000).await;
+}
+
+fn crash_standbys(world: &mut World) {
+    let leader = world.leader;
+    world.trouble(leader);
+    for on in 0..world.nodes.len() {
+        if on != leader && world.nodes[on].process == Process::Up {
+            world.crash(on, Goodbye::Closed);
+        }
+    }
 }
 
 async fn slow_disk(sim: &Arc<Sim>) {
@@ -379,6 +394,16 @@ async fn fence(sim: &Arc<Sim>) {
     world.trouble(on);
 }
 
+/// `ALTER SYSTEM SET default_transaction_read_only`: the next transaction of an open session cannot write.
+async fn fence_all(sim: &Arc<Sim>) {
+    let (on, _) = leader(sim);
+    sim.lock().say(|| format!("server {on} is fenced, and its open sessions, too"));
+    sim.lock().nodes[on].troubles.read_only = true;
+    pause(sim, 100, 4000).await;
+    sim.lock().nodes[on].troubles.read_only = false;
+    sim.lock().trouble(on);
+}
+
 async fn late(sim: &Arc<Sim>) {
     let on = any(sim);
     let (net, late) = {
@@ -407,7 +432,10 @@ async fn terminate(sim: &Arc<Sim>) {
 /// Cancels whatever waits for the synchronous standby, while that is away.
 async fn cancel_waits(sim: &Arc<Sim>) {
     lose_standby(sim).await;
-    let world = sim.lock();
+    cancel(&sim.lock());
+}
+
+fn cancel(world: &World) {
     let waits = |backend: &&Backend| backend.doing == Doing::Committing;
     world.nodes[world.leader].backends.values().filter(waits).for_each(|backend| backend.cancel.notify_waiters());
 }

@@ -13,7 +13,7 @@ use crate::log::Log;
 use crate::net::Net;
 
 /// The first transaction id that is given out.
-const FIRST_XID: u64 = 731;
+pub(crate) const FIRST_XID: u64 = 731;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Process {
@@ -101,6 +101,8 @@ pub(crate) struct Troubles {
     pub(crate) errors: u64,
     /// It cannot give out another transaction id.
     pub(crate) full_disk: bool,
+    /// `default_transaction_read_only` is on, for open sessions, too.
+    pub(crate) read_only: bool,
     /// A standby receives nothing.
     pub(crate) lags: bool,
     /// How long an fsync takes.

@@ -25,8 +25,8 @@ pub(crate) struct Transaction {
     pub(crate) block: bool,
     pub(crate) failed: bool,
     pub(crate) xid: Option<u64>,
-    began_in_recovery: bool,
-    read_only: bool,
+    pub(crate) began_in_recovery: bool,
+    pub(crate) read_only: bool,
     /// The message that began it.
     message: u64,
     begun_at: Instant,
@@ -95,15 +95,22 @@ impl Session {
     }
 
     pub(crate) fn setting(&self, name: &str) -> Option<String> {
-        if name != "transaction_read_only" {
-            return self.settings.get(name).cloned();
-        }
-        Some(if self.is_read_only() { "on" } else { "off" }.to_owned())
+        let on = match name {
+            "transaction_read_only" => self.is_read_only(),
+            "default_transaction_read_only" => self.is_read_only_by_default(),
+            _ => return self.settings.get(name).cloned(),
+        };
+        Some(if on { "on" } else { "off" }.to_owned())
+    }
+
+    fn is_read_only_by_default(&self) -> bool {
+        let by_setting = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
+        by_setting || self.of_node(|node| node.troubles.read_only)
     }
 
     pub(crate) fn is_read_only(&self) -> bool {
-        let default = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
-        self.transaction.as_ref().map_or(default, |it| it.read_only || it.began_in_recovery)
+        let transaction = self.transaction.as_ref();
+        transaction.map_or_else(|| self.is_read_only_by_default(), |it| it.read_only || it.began_in_recovery)
     }
 
     /// The transaction began with this message.
@@ -116,7 +123,8 @@ impl Session {
         let (node, pid) = (self.node, self.pid);
         let Some(transaction) = &mut self.transaction else { return Err(SqlError::new("25P01", "no transaction")) };
         if transaction.began_in_recovery {
-            return Err(SqlError::new("55000", "cannot assign TransactionIds during recovery"));
+            let message = "cannot execute pg_current_xact_id() during recovery";
+            return Err(SqlError::new(READ_ONLY, message).by("PreventCommandDuringRecovery"));
         }
         if let Some(xid) = transaction.xid {
             return Ok(xid);
@@ -130,14 +138,14 @@ impl Session {
         Ok(xid)
     }
 
-    fn begin(&mut self, block: bool, read_only: bool) {
-        let default = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
+    fn begin(&mut self, block: bool) {
+        let default = self.is_read_only_by_default();
         self.transaction = Some(Transaction {
             block,
             failed: false,
             xid: None,
             began_in_recovery: self.of_node(|node| node.recovery),
-            read_only: read_only || default,
+            read_only: default,
             message: self.message,
             begun_at: Instant::now(),
             rows: Vec::new(),
@@ -258,13 +266,13 @@ impl Session {
     async fn one(&mut self, statement: &Statement, last: bool, answer: &mut Answer) -> Result<Done, SqlError> {
         if let Some(transaction) = &self.transaction
             && transaction.failed
-            && !matches!(statement, Statement::Rollback | Statement::Commit | Statement::RollbackToSavepoint(_))
+            && !statement.ends_a_failure()
         {
             let message = "current transaction is aborted, commands ignored until end of transaction block";
             return Err(SqlError::new("25P02", message));
         }
         if self.transaction.is_none() && !matches!(statement, Statement::Begin { .. }) {
-            self.begin(false, false);
+            self.begin(false);
         }
         if matches!(statement, Statement::Columns(_) | Statement::Insert(_) | Statement::Execute { .. }) && self.fails()
         {
@@ -290,7 +298,7 @@ impl Session {
             return Err(SqlError::new("25P02", "current transaction is aborted"));
         }
         if self.transaction.is_none() {
-            self.begin(false, false);
+            self.begin(false);
         }
         let done = async {
             self.write(row)?;
@@ -326,15 +334,16 @@ impl Session {
     #[expect(clippy::too_many_lines, reason = "one arm for each statement")]
     async fn carry_out(&mut self, statement: &Statement, answer: &mut Answer) -> Result<Done, SqlError> {
         Ok(match statement {
-            Statement::Begin { read_only } => {
+            Statement::Begin { read_only, tag } => {
                 match &mut self.transaction {
                     Some(open) if open.block => {
                         answer.notice(&SqlError::new("25001", "there is already a transaction in progress"));
                     }
-                    Some(open) => (open.block, open.read_only) = (true, open.read_only || *read_only),
-                    None => self.begin(true, *read_only),
+                    Some(open) => open.block = true,
+                    None => self.begin(true),
                 }
-                Done::tag("BEGIN")
+                self.access(*read_only)?;
+                Done::tag(tag)
             }
             Statement::Commit => {
                 self.warn_of_no_block(answer);
@@ -354,7 +363,8 @@ impl Session {
             Statement::RollbackAndChain => {
                 let read_only = self.block("ROLLBACK AND CHAIN")?.read_only;
                 self.abort();
-                self.begin(true, read_only);
+                self.begin(true);
+                self.access(Some(read_only))?;
                 Done::tag("ROLLBACK")
             }
             Statement::RollbackToSavepoint(name) => self.back_to(name)?,
@@ -411,7 +421,8 @@ impl Session {
             }
             Statement::PromotionWait { step, steps } => {
                 self.promotion(Instant::now() + *step * *steps).await;
-                Done::nothing(0)
+                // A row without columns says that the wait is over.
+                if self.of_node(|node| node.recovery) { Done::nothing(0) } else { Done::row(Vec::new()) }
             }
             Statement::Mark(Some(nonce)) => self.mark(nonce)?,
             Statement::Insist { function, expected: Some(expected) } => self.insist(function, expected)?,

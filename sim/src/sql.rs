@@ -54,7 +54,9 @@ impl Column {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Statement {
     Begin {
-        read_only: bool,
+        /// The access mode that it names.
+        read_only: Option<bool>,
+        tag: &'static str,
     },
     Commit,
     Rollback,
@@ -139,6 +141,13 @@ pub(crate) enum Statement {
     Unknown(String),
 }
 
+impl Statement {
+    /// A failed transaction takes only these.
+    pub(crate) fn ends_a_failure(&self) -> bool {
+        matches!(self, Self::Rollback | Self::RollbackAndChain | Self::Commit | Self::RollbackToSavepoint(_))
+    }
+}
+
 /// The statements of one message.
 fn statements(message: &str) -> impl Iterator<Item = &str> {
     let mut quoted = false;
@@ -199,7 +208,9 @@ fn transactions(text: &str) -> Option<Statement> {
         "ROLLBACK" | "ABORT" => Statement::Rollback,
         "ROLLBACK AND CHAIN" => Statement::RollbackAndChain,
         _ if text.starts_with("BEGIN") || text.starts_with("START TRANSACTION") => {
-            Statement::Begin { read_only: text.contains("READ ONLY") }
+            let read_only = text.contains("READ ONLY").then_some(true);
+            let read_only = read_only.or_else(|| text.contains("READ WRITE").then_some(false));
+            Statement::Begin { read_only, tag: if text.starts_with("BEGIN") { "BEGIN" } else { "START TRANSACTION" } }
         }
         _ if text.starts_with("RELEASE ") => Statement::Release,
         _ => {

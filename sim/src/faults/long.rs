@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{cut_all, kill, leader};
+use super::{cancel, crash_standbys, cut_all, kill, leader};
 use crate::manager::{best_standby, chance, fail_over, pause, promote};
 use crate::net::Direction;
 use crate::node::{Goodbye, Stage, Trap, Troubles};
@@ -23,6 +23,7 @@ faults! {
     2 "a promotion is given up for another one" vain_promotion,
     1 "the primary is fenced for long" long_fence,
     2 "the disk is full" full_disk,
+    2 "waits for the standby are cancelled, and those who ask about them wait" cancel_twice,
     3 "a new primary crashes within its first COMMITs" short_reign,
 }
 
@@ -65,6 +66,20 @@ async fn full_disk(sim: &Arc<Sim>) {
     pause(sim, 9000, 16_000).await;
     sim.lock().nodes[on].troubles.full_disk = false;
     sim.lock().trouble(on);
+}
+
+/// COMMITs wait, lose their connections and are cancelled. Who asks about them finds them committed, waits for the
+/// standby in turn, and is cancelled, too.
+async fn cancel_twice(sim: &Arc<Sim>) {
+    crash_standbys(&mut sim.lock());
+    pause(sim, 300, 1500).await;
+    let (_, net) = leader(sim);
+    net.links().iter().for_each(|link| link.reset());
+    for _ in 0..3 {
+        pause(sim, 200, 1200).await;
+        cancel(&sim.lock());
+    }
+    pause(sim, 100, 2000).await;
 }
 
 /// The pool knows little about it yet. Its successor completes a checkpoint before the pool sees it.
