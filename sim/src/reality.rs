@@ -59,7 +59,7 @@ fn the_model_answers_as_real_servers_do() {
             continue;
         }
         println!("script {seed} DIFFERS:");
-        for line in &found {
+        for line in found {
             println!("{line}");
         }
         differ.push(seed);

@@ -146,8 +146,8 @@ impl Ledger {
             entered.id,
             self.until(),
         );
-        let row = match only_row(client, &sql).await {
-            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+        let row = match begin_with(client, &sql).await {
+            Err(error) if waited_for_row(&error) => {
                 if planted!("takes a locked row for none") {
                     client.batch_execute("ROLLBACK").await?;
                     return Ok(Some(SettleVerdict::NotCommitted));

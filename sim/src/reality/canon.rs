@@ -48,7 +48,7 @@ impl Canon {
 
     /// The values of a mark, or of none.
     pub(super) fn values(&self, mark: Option<usize>) -> Values {
-        let none = Mark {
+        let nothing = Mark {
             xid: 700,
             nonce: "0".repeat(32),
             lsn: 0x0100_0000,
@@ -57,7 +57,7 @@ impl Canon {
             node: 0,
             timeline: 1,
         };
-        let mark = mark.and_then(|mark| self.marks.get(mark)).cloned().unwrap_or(none);
+        let mark = mark.and_then(|mark| self.marks.get(mark)).cloned().unwrap_or(nothing);
         // The mark's transaction may have been committed or not.
         let outcome = |even| if even { "committed" } else { "aborted" };
         Values {
@@ -86,17 +86,9 @@ impl Canon {
                 timeline,
             },
             (None, 36) if is_digits(text(2)) => {
-                let unmarked = self.values(None);
+                let Values { nonce, lsn: position, .. } = self.values(None);
                 let (xid, entry) = (text(2).parse().ok()?, text(0).to_owned());
-                Mark {
-                    xid,
-                    nonce: unmarked.nonce,
-                    lsn: lsn(&unmarked.lsn)?,
-                    entry,
-                    pid: text(1).to_owned(),
-                    node,
-                    timeline,
-                }
+                Mark { xid, nonce, lsn: lsn(&position)?, entry, pid: text(1).to_owned(), node, timeline }
             }
             _ => return None,
         };
@@ -109,8 +101,13 @@ impl Canon {
         // Which file of an older timeline is left depends on the size of a file.
         let unclear = text.contains("SELECT count(*) > 0") && self.checkpointed.contains(&node);
         let mut words = Vec::new();
-        for said in said {
-            words.push(match said {
+        for (number, now) in said.iter().enumerate() {
+            // Whether the columns are described before an error depends on when the server notices it.
+            let fails = matches!(said.get(number + 1), Some(Said::Error { .. } | Said::Closed | Said::Silent));
+            if fails && matches!(now, Said::Columns(_)) {
+                continue;
+            }
+            words.push(match now {
                 Said::Row(_) if unclear => "row".to_owned(),
                 Said::Row(row) => {
                     let values: Vec<String> = row.iter().map(|value| self.value(node, pid, value.as_deref())).collect();

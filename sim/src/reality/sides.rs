@@ -170,9 +170,27 @@ impl Real {
     async fn replicated(&self) {
         for node in self.cluster.nodes() {
             if node.0 != self.primary && self.cluster.is_running(node) && self.is_standby(node).await {
-                self.cluster.wait_replayed(node).await;
+                self.received(node).await;
             }
         }
+    }
+
+    /// Waits until a standby has received what is on the primary's disk, and has replayed it. A record that is only in
+    /// part on the disk cannot be replayed, so the standby's position may stay behind the primary's.
+    async fn received(&self, standby: Node) {
+        let primary = self.cluster.direct(Node(self.primary)).await;
+        let target: String = primary.query_one("SELECT pg_current_wal_flush_lsn()::text", &[]).await.unwrap().get(0);
+        let session = self.cluster.direct(standby).await;
+        let mut replayed = None;
+        testbed::eventually("the standby has replayed", Duration::from_secs(30), async || {
+            let sql = "SELECT greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) >= $1::text::pg_lsn, \
+                              pg_last_wal_replay_lsn()::text";
+            let Ok(row) = session.query_one(sql, &[&target]).await else { return false };
+            let before = std::mem::replace(&mut replayed, row.get::<_, Option<String>>(1));
+            sleep(Duration::from_millis(20)).await;
+            row.get::<_, Option<bool>>(0) == Some(true) && before == replayed
+        })
+        .await;
     }
 
     async fn is_standby(&self, node: Node) -> bool {

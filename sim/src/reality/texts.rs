@@ -12,7 +12,7 @@ const SEEDS: u64 = 30;
 
 /// The load sends these, or they wait for long, or others receive something by them.
 const LEFT_OUT: [&str; 8] =
-    ["payments", "raise", "pg_notify", "LISTEN", "listening", "idle_session_timeout", "DEALLOCATE", "pg_sleep(0.0)"];
+    ["payments", "raise", "pg_notify", "LISTEN", "listening", "idle_session_timeout", "DEALLOCATE", "SELECT pg_sleep("];
 
 thread_local! {
     static HEARD: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
