@@ -89,6 +89,9 @@ pub(crate) struct Topology {
     unasked: unasked::Unasked,
     traffic: TrafficSample,
     moved_at: Instant,
+    /// Since when callers have sent something and nothing came back. Later messages do not move this time. `None`: the
+    /// last thing that moved was an answer.
+    unanswered_since: Option<Instant>,
     /// When the primary last answered on another session than the heartbeat's. Answers on a wrapped pool's sessions are
     /// not seen, unless a caller reports them.
     received_at: Option<Instant>,
@@ -135,6 +138,7 @@ impl Topology {
             unasked: unasked::Unasked::new(now),
             traffic: TrafficSample::default(),
             moved_at: now,
+            unanswered_since: None,
             received_at: None,
             lent_at: now,
             beside: Beside::default(),
@@ -340,6 +344,7 @@ impl Topology {
         if traffic.moved || traffic.received {
             self.moved_at = now;
         }
+        self.note_unanswered(now, traffic);
         if traffic.received {
             self.heard(now);
         }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{
     Action, Address, Answer, Change, FailureKind, Phase, ProbeFailure, Probed, Search, SuspendCause, Suspended,
-    Topology,
+    Topology, TrafficSample,
 };
 
 /// The longest pause between two attempts to open a new session while these attempts fail.
@@ -96,7 +96,7 @@ pub(super) struct Circumstances {
     /// Something was received on another session to this primary since the question was asked.
     pub(super) received: bool,
     /// A user waits for an answer on one of the pool's sessions, and nothing has come from the primary for
-    /// `heartbeat_timeout`.
+    /// `heartbeat_timeout`, whatever was sent meanwhile.
     pub(super) mute: bool,
 }
 
@@ -195,15 +195,29 @@ impl Topology {
         self.received_at.is_some_and(|received| asked_at.is_none_or(|asked| received > asked))
     }
 
-    /// Returns whether callers wait on the pool's sessions while for `heartbeat_timeout` nothing was sent or received
-    /// there, and the primary has not reported on any other session. If no connection is in use, the question on an
-    /// idle session decides.
+    /// Notes since when callers have sent something without an answer. A message does not renew this time, because it
+    /// proves nothing: a caller may go on sending to a server that is dead. What was sent before the primary last
+    /// reported, or before the connections of now were checked out, does not count.
+    pub(super) fn note_unanswered(&mut self, now: Instant, traffic: TrafficSample) {
+        let counts_from = self.lent_at.max(self.own_primary_at);
+        if traffic.received {
+            self.unanswered_since = None;
+        } else if traffic.moved && self.unanswered_since.is_none_or(|since| since < counts_from) {
+            self.unanswered_since = Some(now);
+        }
+    }
+
+    /// Returns whether callers wait on the pool's sessions while nothing was received there for `heartbeat_timeout`
+    /// after the first message without an answer, and the primary has not reported on any other session. Connections
+    /// that are checked out and send nothing count as silent, too. If no connection is in use, the question on an idle
+    /// session decides.
     fn is_mute(&self, now: Instant) -> bool {
         // What callers have sent proves nothing if the idle sessions have no answer.
         if !self.traffic.in_use || self.idle_is_mute(now) {
             return self.idle_is_mute(now);
         }
-        let heard_at = self.moved_at.max(self.lent_at).max(self.own_primary_at);
+        let quiet_since = self.unanswered_since.unwrap_or(self.moved_at);
+        let heard_at = quiet_since.max(self.lent_at).max(self.own_primary_at);
         // Idle sessions are asked only from `alone_since` on.
         let heard_at = self.unasked.counts_from(heard_at.max(self.beside.alone_since.unwrap_or(heard_at)));
         now.duration_since(heard_at) >= self.settings.heartbeat_timeout

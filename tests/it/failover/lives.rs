@@ -273,35 +273,61 @@ async fn a_server_without_a_process_for_the_first_session_is_waited_for() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_falls_silent_while_new_sessions_fail_is_found() {
     for how in [TurnAway::Reset, TurnAway::Hang] {
-        let stage = Stage::start().await;
-        let pool = stage.builder().heartbeat_timeout(IMPATIENT).build().unwrap();
-        let held = pool.get().await.unwrap();
-        heart_beats(&stage.cluster).await;
-        stage.tap.turn_away(Some(how));
-        sleep(Duration::from_secs(1)).await;
-        // A caller that goes on sending on the session that it holds is no sign of the server.
-        let sender = tokio::spawn(async move {
-            while !held.is_closed() {
-                let _ = timeout(Duration::from_millis(50), held.simple_query("SELECT 1")).await;
-            }
-        });
-        // It may have been suspended for a stall of the machine, and may be so again before the server falls silent.
-        let mut events = pool.subscribe();
-        let has_primary = async || matches!(pool.status().view.state, State::Primary { .. });
-        eventually("it has its primary", LONG, has_primary).await;
-        let silent = stalls::now();
-        stage.tap.stall(true);
-        let lost = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
-        lost.await.expect("it is lost");
-        println!("{how:?}: lost after {} ms", ms(silent.elapsed()));
-        let slack = stalls::slack_since(silent);
-        assert!(silent.elapsed() < Duration::from_secs(2) + slack, "{how:?}: {:?}", silent.elapsed());
-        let evicted = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::Evicted { .. }) {} });
-        evicted.await.expect("its connections end");
-        let slack = stalls::slack_since(silent);
-        assert!(silent.elapsed() < DEAD_AFTER + Duration::from_secs(3) + slack, "{how:?}: {:?}", silent.elapsed());
-        timeout(LONG, sender).await.unwrap().unwrap();
+        falls_silent(how, false).await;
     }
+}
+
+/// The same, and the heartbeat has no session any more. The only connection is in use, so the pool can ask nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_falls_silent_while_nobody_can_be_asked_is_found() {
+    for how in [TurnAway::Reset, TurnAway::Hang] {
+        falls_silent(how, true).await;
+    }
+}
+
+async fn falls_silent(how: TurnAway, heartbeat_ends: bool) {
+    let stage = Stage::start().await;
+    let pool = stage.builder().heartbeat_timeout(IMPATIENT).build().unwrap();
+    let held = pool.get().await.unwrap();
+    let pid: i32 = held.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    heart_beats(&stage.cluster).await;
+    stage.tap.turn_away(Some(how));
+    if heartbeat_ends {
+        end_others(&stage.cluster, pid).await;
+    }
+    sleep(Duration::from_secs(1)).await;
+    // A caller that goes on sending on the session that it holds is no sign of the server.
+    let sender = tokio::spawn(async move {
+        while !held.is_closed() {
+            let _ = timeout(Duration::from_millis(50), held.simple_query("SELECT 1")).await;
+        }
+    });
+    // It may have been suspended for a stall of the machine, and may be so again before the server falls silent.
+    let mut events = pool.subscribe();
+    let has_primary = async || matches!(pool.status().view.state, State::Primary { .. });
+    eventually("it has its primary", LONG, has_primary).await;
+    let silent = stalls::now();
+    stage.tap.stall(true);
+    let lost = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::PrimaryLost { .. }) {} });
+    lost.await.expect("it is lost");
+    println!("{how:?}: lost after {} ms", ms(silent.elapsed()));
+    let slack = stalls::slack_since(silent);
+    assert!(silent.elapsed() < Duration::from_secs(2) + slack, "{how:?}: {:?}", silent.elapsed());
+    let evicted = timeout(LONG, async { while !matches!(events.next().await.unwrap(), Event::Evicted { .. }) {} });
+    evicted.await.expect("its connections end");
+    let slack = stalls::slack_since(silent);
+    assert!(silent.elapsed() < DEAD_AFTER + Duration::from_secs(3) + slack, "{how:?}: {:?}", silent.elapsed());
+    timeout(LONG, sender).await.unwrap().unwrap();
+}
+
+/// Ends all sessions of the pool but this one.
+async fn end_others(cluster: &Cluster, pid: i32) {
+    let administrator = cluster.direct(Node(0)).await;
+    let others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
+    eventually("the heartbeat's session is ended", LONG, async || {
+        administrator.query_one(others, &[&pid]).await.unwrap().get::<_, i64>(0) == 0
+    })
+    .await;
 }
 
 /// A session takes longer to open than a heartbeat may take: that is no reason to lose the primary.
@@ -339,12 +365,7 @@ async fn the_end_of_the_heart_beat_while_new_sessions_fail_is_no_loss() {
     let mut events = pool.subscribe();
     stage.tap.turn_away(Some(TurnAway::Reset));
     let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
-    let admin = stage.cluster.direct(Node(0)).await;
-    let others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
-    eventually("the heart-beat's session is ended", LONG, async || {
-        admin.query_one(others, &[&pid]).await.unwrap().get::<_, i64>(0) == 0
-    })
-    .await;
+    end_others(&stage.cluster, pid).await;
     drop(client);
     let began = Instant::now();
     while began.elapsed() < DEAD_AFTER * 2 {

@@ -224,3 +224,48 @@ fn callers_that_go_on_sending_hide_no_silence() {
     let after = stage.suspended_at.map(|at| at.duration_since(died)).expect("it is left");
     assert!(after <= settings().heartbeat_timeout * 2 + settings().heartbeat, "{after:?}");
 }
+
+/// As above, but the pool has no idle session that it could ask: the only connection is in use, and its caller goes on
+/// sending. While answers come now and then, the primary is kept.
+#[test]
+fn a_caller_that_goes_on_sending_on_the_only_connection_hides_no_silence() {
+    for kind in [FailureKind::Unreachable, FailureKind::TimedOut] {
+        let mut stage = Stage::new();
+        stage.traffic = TrafficSample { in_use: true, moved: true, received: false, open: 1, idle_asked: false };
+        stage.run(ms(10_000));
+        (stage.kept, stage.new) = (false, Some(kind));
+        for _ in 0..20 {
+            stage.run(settings().heartbeat_timeout - ms(100));
+            stage.traffic.received = true;
+            stage.look();
+            stage.traffic.received = false;
+        }
+        assert_eq!(stage.suspended_at, None, "{kind:?}");
+        let died = stage.bench.now;
+        stage.run(ms(60_000));
+        let settings = settings();
+        let after = stage.suspended_at.map(|at| at.duration_since(died)).expect("it is left");
+        assert!(after >= settings.heartbeat_timeout, "{kind:?}: {after:?}");
+        assert!(after <= settings.heartbeat_timeout * 2 + settings.probe_timeout, "{kind:?}: {after:?}");
+        let ended = stage.ended_at.map(|at| at.duration_since(died)).expect("its connections end");
+        assert!(ended <= settings.dead_after + settings.heartbeat_timeout * 2, "{kind:?}: {ended:?}");
+    }
+}
+
+/// What was sent before the primary last reported does not shorten the time that a later message has for its answer.
+#[test]
+fn a_message_from_before_the_last_report_does_not_count() {
+    let mut stage = Stage::new();
+    stage.traffic = TrafficSample { in_use: true, moved: true, received: false, open: 1, idle_asked: false };
+    stage.run(ms(25));
+    stage.traffic.moved = false;
+    stage.run(ms(60_000));
+    (stage.kept, stage.new) = (false, Some(FailureKind::Unreachable));
+    stage.bench.topology.suspected(stage.bench.now, GenerationId(1), Suspicion::Connection);
+    stage.run(settings().heartbeat_timeout - ms(500));
+    stage.traffic.moved = true;
+    let sent = stage.bench.now;
+    stage.run(ms(10_000));
+    let after = stage.suspended_at.map(|at| at.duration_since(sent)).expect("it is left");
+    assert!(after >= settings().heartbeat_timeout, "{after:?}");
+}
