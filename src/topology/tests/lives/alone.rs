@@ -235,7 +235,7 @@ fn a_caller_that_goes_on_sending_on_the_only_connection_hides_no_silence() {
         stage.run(ms(10_000));
         (stage.kept, stage.new) = (false, Some(kind));
         for _ in 0..20 {
-            stage.run(settings().heartbeat_timeout - ms(100));
+            stage.run(settings().heartbeat_timeout * 9 / 10);
             stage.traffic.received = true;
             stage.look();
             stage.traffic.received = false;
@@ -262,7 +262,7 @@ fn a_message_from_before_the_last_report_does_not_count() {
     stage.run(ms(60_000));
     (stage.kept, stage.new) = (false, Some(FailureKind::Unreachable));
     stage.bench.topology.suspected(stage.bench.now, GenerationId(1), Suspicion::Connection);
-    stage.run(settings().heartbeat_timeout - ms(500));
+    stage.run(settings().heartbeat_timeout / 2);
     stage.traffic.moved = true;
     let sent = stage.bench.now;
     stage.run(ms(10_000));
