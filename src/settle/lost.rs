@@ -29,54 +29,43 @@ fn idle_for_long(late: bool) -> String {
     )
 }
 
-/// Ends the session of a transaction for which no COMMIT was sent, so that the next run does not wait for its locks.
-pub(crate) async fn end_lost(client: &Client, backend: Backend) -> Result<(), Error> {
-    client.batch_execute(&format!("{UNDISTURBED} {}", end(backend, "true"))).await
-}
-
-/// As [`end_lost`], for a transaction that has left no mark and began so long ago. If a proxy has given the session to
-/// somebody else since, the transaction that is open on it is younger.
-pub(crate) async fn end_unmarked(client: &Client, session: ServerSession, began: Duration) -> Result<(), Error> {
-    let is_it = of_session(session, began);
-    client
-        .batch_execute(&format!(
-            "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {is_it}"
-        ))
-        .await
-}
-
-fn of_session(session: ServerSession, began: Duration) -> String {
-    let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
-    format!(
-        "pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
-         AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
-    )
-}
-
-fn of_transaction(backend: Backend) -> String {
-    format!("pid = {} AND backend_xid = '{}'::xid", backend.pid, backend.short_xid())
-}
-
 /// Whose session is meant.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Whose {
     Marked(Backend),
-    /// As for [`end_unmarked`].
+    /// That of a transaction that has left no mark and began so long ago. If a proxy has given the session to somebody
+    /// else since, the transaction that is open on it is younger.
     Unmarked(ServerSession, Duration),
+}
+
+impl Whose {
+    /// The condition by which `pg_stat_activity` shows the session.
+    fn is_it(self) -> String {
+        match self {
+            Self::Marked(backend) => {
+                format!("pid = {} AND backend_xid = '{}'::xid", backend.pid, backend.short_xid())
+            }
+            Self::Unmarked(session, began) => {
+                let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
+                format!(
+                    "pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
+                     AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
+                )
+            }
+        }
+    }
+}
+
+/// Ends the session of a transaction for which no COMMIT was sent, so that the next run does not wait for its locks.
+pub(crate) async fn end_lost(client: &Client, whose: Whose) -> Result<(), Error> {
+    client.batch_execute(&format!("{UNDISTURBED} {}", end("pg_terminate_backend(pid)", &whose.is_it()))).await
 }
 
 /// As [`end_abandoned`], outside of a transaction. Returns whether COMMIT may still arrive: the session is idle in its
 /// transaction, and has not been for long.
 pub(crate) async fn end_in_doubt(client: &Client, whose: Whose, late: bool) -> Result<bool, Error> {
-    let is_it = match whose {
-        Whose::Marked(backend) => of_transaction(backend),
-        Whose::Unmarked(session, began) => of_session(session, began),
-    };
-    let sql = format!(
-        "{UNDISTURBED} SET LOCAL ROLE NONE; SELECT CASE WHEN {late} THEN pg_terminate_backend(pid) END \
-           FROM pg_stat_activity WHERE {is_it} AND {IDLE}",
-        late = idle_for_long(late)
-    );
+    let answer = format!("CASE WHEN {} THEN pg_terminate_backend(pid) END", idle_for_long(late));
+    let sql = format!("{UNDISTURBED} {}", end(&answer, &format!("{} AND {IDLE}", whose.is_it())));
     Ok(rows(client, &sql).await?.iter().any(|row| row.first().is_some_and(Option::is_none)))
 }
 
@@ -85,13 +74,13 @@ pub(crate) async fn end_in_doubt(client: &Client, whose: Whose, late: bool) -> R
 ///
 /// `late`: the connection was lost so long ago that COMMIT would have arrived by now.
 pub(crate) async fn end_abandoned(client: &Client, backend: Backend, late: bool) -> Result<(), Error> {
-    let idle = format!("{IDLE} AND {}", idle_for_long(late));
-    client.batch_execute(&format!("ROLLBACK; {UNDISTURBED} {}", end(backend, &idle))).await
+    let idle = format!("{} AND {IDLE} AND {}", Whose::Marked(backend).is_it(), idle_for_long(late));
+    client.batch_execute(&format!("ROLLBACK; {UNDISTURBED} {}", end("pg_terminate_backend(pid)", &idle))).await
 }
 
-/// The statements that end a transaction's session on this condition. They run as the role that logged in, as the lost
-/// session did: `ALTER ROLE … SET role` may have changed this session's role to one that may not see the other session.
-fn end(backend: Backend, condition: &str) -> String {
-    let is_it = of_transaction(backend);
-    format!("SET LOCAL ROLE NONE; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {is_it} AND {condition}")
+/// The statements that ask this of the sessions that meet the condition. They run as the role that logged in, as the
+/// lost session did: `ALTER ROLE … SET role` may have changed this session's role to one that may not see the other
+/// session.
+fn end(answer: &str, condition: &str) -> String {
+    format!("SET LOCAL ROLE NONE; SELECT {answer} FROM pg_stat_activity WHERE {condition}")
 }

@@ -38,11 +38,7 @@ impl Abandoned {
     async fn end<C: SessionClient>(self, client: &Client<C>) {
         let ending = async {
             loop {
-                let whose = match (&self.mark, self.session) {
-                    (Some(mark), _) if mark.is_life_of(client) => Whose::Marked(mark.backend),
-                    (None, Some((session, began))) => Whose::Unmarked(session, began.elapsed()),
-                    _ => return Ok(()),
-                };
+                let Some(whose) = whose(self.mark.as_ref(), self.session, client) else { return Ok(()) };
                 if !end_in_doubt(client, whose, self.since.elapsed() > LATE).await? {
                     return Ok(());
                 }
@@ -53,6 +49,19 @@ impl Abandoned {
         if let Ok(Err(error)) = ended {
             log_safely(|| tracing::debug!("an abandoned session could not be ended: {}", explain(&error)));
         }
+    }
+}
+
+/// How the server of this session knows the session of an attempt: by its mark, or else by what the server calls the
+/// session, and when the closure began. `None`: it does not know it, or nobody can tell.
+pub(super) fn whose<C: SessionClient>(
+    mark: Option<&SettleKey>,
+    session: Option<(ServerSession, Instant)>,
+    client: &Client<C>,
+) -> Option<Whose> {
+    match (mark, session) {
+        (Some(mark), _) => mark.is_life_of(client).then_some(Whose::Marked(mark.backend)),
+        (None, session) => session.map(|(session, began)| Whose::Unmarked(session, began.elapsed())),
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::abandoned::whose;
 use super::closures::ClosuresEnd;
 use super::settle::{AT_LEAST, Inside, SettleKey, SettleOutcome, ended_inside, settle};
 use super::verdict::Session;
@@ -20,7 +21,7 @@ use crate::commit::Unsettled;
 use crate::error::{CommitUnknown, EndedInside, Ending, Error};
 use crate::pool::{CallSite, Client, Pool};
 use crate::server::SessionClient;
-use crate::settle::lost::{end_lost, end_unmarked};
+use crate::settle::lost::end_lost;
 use crate::sync::log_safely;
 use crate::topology::{GenerationId, ServerSession};
 
@@ -140,14 +141,8 @@ impl Unsent {
     /// Ends the transaction's session, so that the next run does not wait for its locks. Nobody has sent a COMMIT on
     /// it.
     async fn end_session<C: SessionClient>(&self, client: &Client<C>) {
-        let ending = async {
-            match (&self.mark, self.session) {
-                (Some(mark), _) if mark.is_life_of(client) => end_lost(client, mark.backend).await,
-                (None, Some((session, began))) => end_unmarked(client, session, began.elapsed()).await,
-                _ => Ok(()),
-            }
-        };
-        if let Ok(Err(error)) = timeout(ASKED_WITHIN, ending).await {
+        let Some(whose) = whose(self.mark.as_ref(), self.session, client) else { return };
+        if let Ok(Err(error)) = timeout(ASKED_WITHIN, end_lost(client, whose)).await {
             log_safely(|| tracing::debug!("a lost session could not be ended: {}", explain(&error)));
         }
     }
