@@ -136,6 +136,20 @@ pub(crate) struct OpenerParts {
     pub(crate) traffic: Arc<AtomicU64>,
 }
 
+impl OpenerParts {
+    /// Asks the first question on a session that was opened.
+    pub(crate) async fn ask_first<C: SessionClient>(
+        &self,
+        session: Session<C>,
+        endpoint: &Endpoint,
+        question: Question,
+    ) -> Opened<C> {
+        let told = &session.notices.session;
+        let report = self.questions.ask(&endpoint.address, &session.client, question, told).await?;
+        Ok((session, report))
+    }
+}
+
 /// Opens sessions and asks servers what they are. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
     fn asker(&self) -> &OpenerParts;
@@ -376,10 +390,7 @@ impl Open<ClientWrapper> for Opener {
             let task = tokio::spawn(driving);
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
-            let session = Session { client, abort, scope, notices };
-            let told = &session.notices.session;
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
-            Ok((session, report))
+            self.asker.ask_first(Session { client, abort, scope, notices }, endpoint, question).await
         })
     }
 

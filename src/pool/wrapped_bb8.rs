@@ -26,12 +26,13 @@ use futures_util::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::task::unconstrained;
 use tokio::time::{Instant, sleep};
-use tokio_postgres::{CancelToken, NoTls};
+use tokio_postgres::CancelToken;
 
 use self::shells::{Shell, Shells, around};
 use super::counted::Counted;
 use super::wrapped_pool::{
-    Getting, MANAGER, NoObject, ObjectKey, Returned, Returns, WrappedObject, WrappedPool, no_owned_session,
+    Getting, MANAGER, NoObject, ObjectKey, Returned, Returns, WrappedObject, WrappedPool, cancel_without_tls,
+    no_owned_session,
 };
 use super::{Pool, WrapBuilder};
 use crate::error::BuildError;
@@ -401,9 +402,7 @@ impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
         Box::pin(async move {
             let client = Guarded::new(around(self.create().await?, &Handle::current()));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let told = &session.notices.session;
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
-            Ok((session, report))
+            self.asker.ask_first(session, endpoint, question).await
         })
     }
 
@@ -415,9 +414,8 @@ impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
         false
     }
 
-    /// Sends the request without TLS, as for a pool of deadpool.
     fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
-        Box::pin(async move { token.cancel_query(NoTls).await })
+        cancel_without_tls(token)
     }
 }
 

@@ -210,9 +210,7 @@ where
             // The manager may keep a record of the clients that it created, as the one of deadpool-postgres does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            let told = &session.notices.session;
-            let report = self.asker.questions.ask(&endpoint.address, &session.client, question, told).await?;
-            Ok((session, report))
+            self.asker.ask_first(session, endpoint, question).await
         })
     }
 
@@ -224,11 +222,15 @@ where
         false
     }
 
-    /// Sends the request without TLS. The server does not require TLS for a cancel request. But if the manager's
-    /// `sslmode` is `require`, the driver refuses to send it.
     fn cancel(&self, _: &Endpoint, token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
-        Box::pin(async move { token.cancel_query(NoTls).await })
+        cancel_without_tls(token)
     }
+}
+
+/// Sends the request without TLS. The server does not require TLS for a cancel request. But if the manager's `sslmode`
+/// is `require`, the driver refuses to send it.
+pub(super) fn cancel_without_tls(token: CancelToken) -> BoxFuture<'static, Result<(), tokio_postgres::Error>> {
+    Box::pin(async move { token.cancel_query(NoTls).await })
 }
 
 /// Nobody calls this: a wrapped pool refuses `dial` and `listen` before.
