@@ -143,8 +143,8 @@ pub(crate) enum Proof {
 /// What is in the WAL where the marker was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sighting {
-    /// The marker.
-    WalMark,
+    /// The mark.
+    Mark,
     /// Something else, or the WAL ends before that position.
     Other,
     /// The WAL reaches that position, but it is not on the disk yet.
@@ -278,7 +278,7 @@ pub(crate) fn locate(marker: &WalMark, now: &Now, proof: &Proof) -> Located {
     }
     if let Proof::Function { sighting, .. } = proof {
         match sighting {
-            Sighting::WalMark => return Located::Here,
+            Sighting::Mark => return Located::Here,
             Sighting::Other if planted!("ignores what is in the log") => return Located::Here,
             Sighting::Other => return Located::Lost,
             Sighting::NotYet => return Located::NotYet,

@@ -244,7 +244,7 @@ impl Observer {
     }
 
     /// Reports that such a connection came back.
-    pub(crate) fn long_loan_ended(held: Duration, place: &'static Location<'static>) {
+    pub(crate) fn long_checkout_ended(held: Duration, place: &'static Location<'static>) {
         tracing::info!(
             elapsed_ms = milliseconds(held),
             taken_at = %place,

@@ -152,7 +152,7 @@ impl OpenerParts {
 
 /// Opens sessions and asks servers what they are. Cancel-safe: dropping a future closes the session that it opens.
 pub(crate) trait Open<C>: Send + Sync {
-    fn asker(&self) -> &OpenerParts;
+    fn parts(&self) -> &OpenerParts;
 
     /// Opens a session and asks the question on it.
     fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<C>>;
@@ -169,12 +169,12 @@ pub(crate) trait Open<C>: Send + Sync {
         client: &'a Client,
         promotion_wait: Option<PromotionWait>,
     ) -> BoxFuture<'a, Result<ServerReport, ProbeFailure>> {
-        Box::pin(self.asker().questions.ask_after(promotion_wait, address, client))
+        Box::pin(self.parts().questions.ask_after(promotion_wait, address, client))
     }
 
     /// A number that changes whenever something is sent or received for a caller on any session of the pool.
     fn traffic(&self) -> u64 {
-        self.asker().traffic.load(Ordering::Relaxed)
+        self.parts().traffic.load(Ordering::Relaxed)
     }
 
     /// Returns whether this crate drives the pool's sessions. If so, it notices the end of each session immediately.
@@ -193,7 +193,7 @@ pub(crate) struct Opener {
     dial: Arc<dyn Dial>,
     /// The password provider, if there is one. Then the template holds no password.
     passwords: Option<Passwords>,
-    asker: OpenerParts,
+    parts: OpenerParts,
     /// A session has been opened before, so the peers of this pool are PostgreSQL.
     worked: AtomicBool,
 }
@@ -222,7 +222,7 @@ impl Opener {
     }
 
     fn dialling(template: Config, dial: Arc<dyn Dial>) -> Self {
-        Self { template, dial, passwords: None, asker: OpenerParts::default(), worked: AtomicBool::new(false) }
+        Self { template, dial, passwords: None, parts: OpenerParts::default(), worked: AtomicBool::new(false) }
     }
 
     /// Sets the provider that is asked for the password of each session.
@@ -369,8 +369,8 @@ impl Opener {
 }
 
 impl Open<ClientWrapper> for Opener {
-    fn asker(&self) -> &OpenerParts {
-        &self.asker
+    fn parts(&self) -> &OpenerParts {
+        &self.parts
     }
 
     fn open<'a>(
@@ -386,11 +386,11 @@ impl Open<ClientWrapper> for Opener {
             let to = endpoint.clone();
             let cancelling = cancel(move || dial.cancel(&to, config.clone(), token.clone()));
             let driving =
-                drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.asker.traffic), cancelling);
+                drive(driver, scope.clone(), Arc::clone(&notices), Arc::clone(&self.parts.traffic), cancelling);
             let task = tokio::spawn(driving);
             let abort = Some(task.abort_handle());
             let client = Guarded::new(ClientWrapper::new(client, task));
-            self.asker.ask_first(Session { client, abort, scope, notices }, endpoint, question).await
+            self.parts.ask_first(Session { client, abort, scope, notices }, endpoint, question).await
         })
     }
 

@@ -65,7 +65,7 @@ pub struct PoolBuilder {
     test_idle_after: Duration,
     sleep_after: Option<Duration>,
     /// The pool is this crate's own, so it knows which connections are checked out.
-    knows_loans: bool,
+    knows_checkouts: bool,
     gate: usize,
     hooks: Hooks<ClientWrapper>,
     options: Options,
@@ -89,7 +89,7 @@ impl PoolBuilder {
             max_lifetime: Duration::from_secs(30 * 60),
             test_idle_after: Duration::from_secs(1),
             sleep_after: None,
-            knows_loans: false,
+            knows_checkouts: false,
             gate: 4,
             hooks: Hooks::default(),
             options: Options::default(),

@@ -198,7 +198,7 @@ impl<C: SessionClient> Pool<C> {
 
     pub(super) fn check_out(&self, checked_out: CheckedOut<C>, place: Option<CallSite>) -> Client<C> {
         checked_out.activity().check_out();
-        let client = Client::new(checked_out, self.clone(), place.and_then(|place| self.watch_loan(place)));
+        let client = Client::new(checked_out, self.clone(), place.and_then(|place| self.watch_checkout(place)));
         // Nothing may panic from here on, because only the client's end takes this back.
         self.cluster().check_out();
         client

@@ -62,7 +62,7 @@ impl Drop for CheckoutWatch {
     fn drop(&mut self) {
         self.task.abort();
         if self.told.load(Ordering::Acquire) {
-            log_safely(|| Observer::long_loan_ended(self.since.elapsed(), self.place));
+            log_safely(|| Observer::long_checkout_ended(self.since.elapsed(), self.place));
         }
     }
 }
@@ -82,7 +82,7 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Watches a checkout, if a limit is set.
-    pub(super) fn watch_loan(&self, place: CallSite) -> Option<CheckoutWatch> {
+    pub(super) fn watch_checkout(&self, place: CallSite) -> Option<CheckoutWatch> {
         let limit = self.shared.reports.leak_after?;
         let since = Instant::now();
         let (told, tell) = (Arc::new(AtomicBool::new(false)), Arc::clone(self.cluster().observer()));

@@ -174,7 +174,7 @@ enum Next<'a, T> {
 struct Bb8Pool<M: Lends> {
     existing: bb8::Pool<M>,
     max_size: usize,
-    asker: OpenerParts,
+    parts: OpenerParts,
     runtime: OnceLock<Handle>,
     shells: Arc<Shells>,
     /// The newest generation for which idle connections were closed. The first generation closes none.
@@ -199,7 +199,7 @@ impl<M: Lends> Bb8Pool<M> {
         Self {
             existing,
             max_size,
-            asker: OpenerParts::default(),
+            parts: OpenerParts::default(),
             runtime: OnceLock::new(),
             shells: Arc::new(Shells::new(max_size)),
             evicted_for: AtomicU64::new(1),
@@ -389,8 +389,8 @@ fn count(connections: u32) -> usize {
 }
 
 impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
-    fn asker(&self) -> &OpenerParts {
-        &self.asker
+    fn parts(&self) -> &OpenerParts {
+        &self.parts
     }
 
     fn open<'a>(
@@ -402,7 +402,7 @@ impl<M: Lends> Open<ClientWrapper> for Bb8Pool<M> {
         Box::pin(async move {
             let client = Guarded::new(around(self.create().await?, &Handle::current()));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            self.asker.ask_first(session, endpoint, question).await
+            self.parts.ask_first(session, endpoint, question).await
         })
     }
 
@@ -452,7 +452,7 @@ impl<M: Lends> WrappedPool<ClientWrapper> for Bb8Pool<M> {
     }
 
     fn count_traffic(&self) {
-        self.asker.traffic.fetch_add(1, Ordering::Relaxed);
+        self.parts.traffic.fetch_add(1, Ordering::Relaxed);
     }
 
     fn clear_idle(&self) {

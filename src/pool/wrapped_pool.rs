@@ -171,7 +171,7 @@ pub(super) enum NoObject {
 /// Opens sessions with the wrapped pool's manager.
 pub(super) struct ExistingPool<M: managed::Manager> {
     existing: managed::Pool<M>,
-    asker: OpenerParts,
+    parts: OpenerParts,
     /// The newest generation for which idle connections were closed. The first generation closes none.
     evicted_for: AtomicU64,
     returns: Arc<Returns>,
@@ -183,7 +183,7 @@ impl<M: managed::Manager> ExistingPool<M> {
     pub(super) fn new(existing: managed::Pool<M>) -> Self {
         Self {
             existing,
-            asker: OpenerParts::default(),
+            parts: OpenerParts::default(),
             evicted_for: AtomicU64::new(1),
             returns: Arc::default(),
             evictions: Arc::default(),
@@ -197,8 +197,8 @@ where
     M::Type: SessionClient,
     M::Error: StdError + Send + Sync + 'static,
 {
-    fn asker(&self) -> &OpenerParts {
-        &self.asker
+    fn parts(&self) -> &OpenerParts {
+        &self.parts
     }
 
     fn open<'a>(&'a self, endpoint: &'a Endpoint, question: Question, scope: Scope) -> BoxFuture<'a, Opened<M::Type>> {
@@ -210,7 +210,7 @@ where
             // The manager may keep a record of the clients that it created, as the one of deadpool-postgres does.
             let client = Guarded::with_on_drop(created, move |client| existing.manager().detach(client));
             let session = Session { client, abort: None, scope, notices: Arc::default() };
-            self.asker.ask_first(session, endpoint, question).await
+            self.parts.ask_first(session, endpoint, question).await
         })
     }
 
@@ -293,7 +293,7 @@ where
     }
 
     fn count_traffic(&self) {
-        self.asker.traffic.fetch_add(1, Ordering::Relaxed);
+        self.parts.traffic.fetch_add(1, Ordering::Relaxed);
     }
 
     fn clear_idle(&self) {

@@ -28,10 +28,10 @@ impl Opener {
     ) -> Result<(OwnedSession, ServerReport), ProbeFailure> {
         let notices = Arc::new(Notices::default());
         let (client, driver) = self.dial_guarded(endpoint, &notices).await?;
-        let (noted, traffic) = (Arc::clone(&notices), Arc::clone(&self.asker.traffic));
+        let (noted, traffic) = (Arc::clone(&notices), Arc::clone(&self.parts.traffic));
         let mut driving: Driver = Box::pin(async move { drive_until_end(driver, scope, &noted, &traffic).await.0 });
         let report = {
-            let mut asking = pin!(self.asker.questions.ask(&endpoint.address, &client, question, &notices.session));
+            let mut asking = pin!(self.parts.questions.ask(&endpoint.address, &client, question, &notices.session));
             tokio::select! {
                 biased;
                 report = asking.as_mut() => report?,

@@ -315,7 +315,7 @@ fn proof(evidence: Evidence, row: &Row) -> Result<Proof, BadReport> {
         };
     }
     let sighting = match answer {
-        Some("marker") => Sighting::WalMark,
+        Some("marker") => Sighting::Mark,
         Some("other") => Sighting::Other,
         Some("not yet") => Sighting::NotYet,
         Some("recycled") => Sighting::Recycled,

@@ -216,7 +216,7 @@ impl Node {
         }
         match self.wal[end - 1].what {
             _ if end <= self.recycled => Sighting::Recycled,
-            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::WalMark,
+            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::Mark,
             _ => Sighting::Other,
         }
     }

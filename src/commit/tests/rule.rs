@@ -191,7 +191,7 @@ fn a_history_shows_each_end() {
     assert_eq!(gone(&[(3, 20), (4, 30)]), several, "one of the two that the pool has seen may have been a crash");
     assert_eq!(gone(&[(3, 30)]), several, "the pool has seen one more, and perhaps it was a crash before");
     for (sighting, expected) in
-        [(Sighting::WalMark, Located::Here), (Sighting::Other, Located::Lost), (Sighting::NotYet, Located::NotYet)]
+        [(Sighting::Mark, Located::Here), (Sighting::Other, Located::Lost), (Sighting::NotYet, Located::NotYet)]
     {
         for server in [OLD, AGAIN, NEXT, Server { timeline: 9, ..NEXT }] {
             let said = Now { primaries_since: 9, ..now(server, Some(20), None) };

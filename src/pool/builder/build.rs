@@ -32,7 +32,7 @@ impl PoolBuilder {
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
         let shared = self.options.calls.clone().shared(&self.options.settings)?;
-        let manager = Self { knows_loans: true, ..self }.build_manager()?;
+        let manager = Self { knows_checkouts: true, ..self }.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
         dialer.cluster.observer().sized(max_size, idle.min);
         let inner = managed::Pool::builder(manager).max_size(max_size).queue_mode(QueueMode::Lifo).build();
@@ -63,8 +63,8 @@ impl PoolBuilder {
         if self.gate == 0 {
             return Err(BuildError::invalid("connection_gate", "must be at least 1: nothing passes a closed gate"));
         }
-        Self::usable_reports(&self.options.calls, self.knows_loans)?;
-        let hooks = Self::usable_hooks(self.hooks, self.knows_loans)?;
+        Self::usable_reports(&self.options.calls, self.knows_checkouts)?;
+        let hooks = Self::usable_hooks(self.hooks, self.knows_checkouts)?;
         if let (None, Some(found)) = (&self.ask_password, self.password_file) {
             self.config.password(found?);
         }
@@ -96,7 +96,7 @@ impl PoolBuilder {
             gate: self.gate.min(Semaphore::MAX_PERMITS),
             seed,
             observer: Arc::new(Observer::new(names)),
-            sleep_after: self.sleep_after.filter(|_| self.knows_loans).map(|after| after.min(FAR)),
+            sleep_after: self.sleep_after.filter(|_| self.knows_checkouts).map(|after| after.min(FAR)),
         });
         let max_lifetime = self.max_lifetime.min(FAR);
         let dialer = Dialer::new(cluster, opener, open_timeout, seed, Handle::current());

@@ -92,7 +92,7 @@ fn what_a_server_shows_of_its_log_is_read() {
     assert_eq!(of(Evidence::Files, &[Some("t")]).unwrap(), Proof::Files { followed: true });
     assert_eq!(of(Evidence::Files, &[Some("f")]).unwrap(), Proof::Files { followed: false });
     for (text, sighting) in [
-        ("marker", Sighting::WalMark),
+        ("marker", Sighting::Mark),
         ("other", Sighting::Other),
         ("not yet", Sighting::NotYet),
         ("recycled", Sighting::Recycled),
@@ -121,7 +121,7 @@ fn a_history_that_was_cut_is_not_read() {
         assert!(proof(Evidence::Function, &row(&cut)).is_err(), "{kept}");
         // Where the WAL is still there, nobody needs the history.
         let seen = proof(Evidence::Function, &row(&[Some("marker"), Some(&long[..kept])]));
-        assert_eq!(seen.unwrap(), Proof::Function { ancestry: Ancestry::default(), sighting: Sighting::WalMark });
+        assert_eq!(seen.unwrap(), Proof::Function { ancestry: Ancestry::default(), sighting: Sighting::Mark });
     }
 }
 
