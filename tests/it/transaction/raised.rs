@@ -18,6 +18,13 @@ fn pool(cluster: &Cluster) -> Pool {
     by_url(cluster.url_hosts()).retry(policy).build().unwrap()
 }
 
+/// The work ran once and was rolled back, and the caller has the server's error with this code.
+fn is_told_once(error: &Error, runs: &Runs, code: &str, what: &str) {
+    assert!(matches!(error, Error::Database(_)), "{what}: {error:?}");
+    assert_eq!(error.code().unwrap().code(), code, "{what}: {error}");
+    assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}: {error}");
+}
+
 /// What a user's function raises is the user's: the session goes on, and another run would meet it again.
 #[tokio::test]
 async fn a_code_that_a_function_raises_ends_no_session() {
@@ -32,10 +39,7 @@ async fn a_code_that_a_function_raises_ends_no_session() {
             insert(&tx, 1).await?;
             Ok(tx.batch_execute(&raise).await?)
         });
-        let error = work.await.unwrap_err();
-        assert!(matches!(error, Error::Database(_)), "{what}: {error:?}");
-        assert_eq!(error.code().unwrap().code(), code, "{what}: {error}");
-        assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}: {error}");
+        is_told_once(&work.await.unwrap_err(), &runs, code, &what);
     }
     assert_eq!(stored(&cluster).await, [0_i64; 0]);
 }
@@ -94,10 +98,7 @@ async fn a_code_that_a_trigger_raises_at_commit_refuses_it() {
             tx.batch_execute(&format!("SET LOCAL app.code = '{code}'")).await?;
             insert(&tx, 1).await
         });
-        let error = work.await.unwrap_err();
-        assert!(matches!(error, Error::Database(_)), "{what}: {error:?}");
-        assert_eq!(error.code().unwrap().code(), code, "{what}: {error}");
-        assert_eq!((error.commit_outcome(), runs.count()), (CommitOutcome::NotCommitted, 1), "{what}: {error}");
+        is_told_once(&work.await.unwrap_err(), &runs, code, &what);
     }
     assert_eq!(stored(&cluster).await, [0_i64; 0]);
 }
