@@ -50,9 +50,13 @@ pub(crate) async fn sql(cluster: &Cluster, sql: &str) {
 
 /// Waits until the heartbeat has a session of its own to the primary, and has asked on it a second time. Only an older
 /// session is asked for the settings of new ones.
+///
+/// A search may have asked this, too, on the session that proved the primary, and a caller may hold that session now.
+/// So only a question counts that was asked after this call began.
 pub(crate) async fn heart_beats(cluster: &Cluster) {
     let administrator = cluster.direct(cluster.primary()).await;
-    let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND query LIKE '%pg_db_role_setting%'";
+    let sql = "SELECT FROM pg_stat_activity WHERE usename = 'app' AND query LIKE '%pg_db_role_setting%' \
+        AND query_start > (SELECT backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid())";
     eventually("the heart beats on a session of its own", PATIENCE, async || {
         administrator.execute(sql, &[]).await.unwrap() > 0
     })
