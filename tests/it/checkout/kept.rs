@@ -12,7 +12,7 @@ use tokio_postgres_failover::error::UnavailableReason;
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Client, Error, Event, Pool, PoolBuilder};
 
-use crate::support::PATIENCE;
+use crate::support::{PATIENCE, heart_beats};
 
 const NEVER: Duration = Duration::from_secs(3600);
 
@@ -147,7 +147,7 @@ async fn dead_idle_connections_hide_no_living_one() {
     let builder = builder.test_idle_after(NEVER).patrol_interval(NEVER).dead_after(NEVER).probe_timeout(beat * 2);
     let pool = builder.build().unwrap();
     let dead = [pool.get().await.unwrap(), pool.get().await.unwrap(), pool.get().await.unwrap()];
-    eventually("the heartbeat has its session", PATIENCE, async || sessions(&cluster).await.len() == 4).await;
+    heart_beats(&cluster).await;
     let mut events = pool.subscribe();
     path.vanish();
     let found =
@@ -167,9 +167,4 @@ async fn dead_idle_connections_hide_no_living_one() {
     while let Some(Some(event)) = events.next().now_or_never() {
         assert!(!matches!(event, Event::PrimaryLost { .. }), "{event:?}");
     }
-}
-
-async fn sessions(cluster: &Cluster) -> Vec<i32> {
-    let sql = "SELECT pid FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
-    cluster.direct(Node(0)).await.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
 }
