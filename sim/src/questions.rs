@@ -7,13 +7,17 @@ use crate::session::Session;
 use crate::sql::SqlError;
 
 impl Session {
-    pub(crate) fn mark(&mut self, nonce: &str) -> Result<Done, SqlError> {
+    pub(crate) fn mark(&mut self, nonce: &str, direct: bool) -> Result<Done, SqlError> {
         let (mut xid, mut position) = (None, None);
         if !self.is_read_only() {
             let own = self.xid()?;
             let mut world = self.sim.lock();
             world.append(self.node, What::Mark { xid: own, nonce: nonce.to_owned() });
             (xid, position) = (Some(own.to_string()), Some(lsn(world.nodes[self.node].log.end())));
+        }
+        if direct {
+            let row = [xid, position];
+            return Ok(if row[0].is_some() { Done::row(row.to_vec()) } else { Done::nothing(row.len()) });
         }
         let here = if self.begun_here() { "t" } else { "f" };
         let pid = self.pid.to_string();

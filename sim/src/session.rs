@@ -395,7 +395,7 @@ impl Session {
                 Done::tag("PREPARE")
             }
             Statement::Execute { name, argument } => match self.prepared.get(name).cloned() {
-                Some(Statement::Mark(None)) => self.mark(argument)?,
+                Some(Statement::Mark { nonce: None, direct }) => self.mark(argument, direct)?,
                 Some(Statement::Insist { function, expected: None }) => self.insist(&function, argument)?,
                 Some(_) => return Err(self.unknown(name)),
                 None => {
@@ -424,7 +424,7 @@ impl Session {
                 // A row without columns says that the wait is over.
                 if self.of_node(|node| node.recovery) { Done::nothing(0) } else { Done::row(Vec::new()) }
             }
-            Statement::Mark(Some(nonce)) => self.mark(nonce)?,
+            Statement::Mark { nonce: Some(nonce), direct } => self.mark(nonce, *direct)?,
             Statement::Insist { function, expected: Some(expected) } => self.insist(function, expected)?,
             Statement::History { position, nonce } => self.history(*position, nonce)?,
             Statement::Files { timeline } => {
@@ -466,7 +466,7 @@ impl Session {
                 Done::row(values?)
             }
             Statement::Unknown(text) => return Err(self.unknown(text)),
-            Statement::Insert(None) | Statement::Mark(None) | Statement::Insist { .. } => {
+            Statement::Insert(None) | Statement::Mark { nonce: None, .. } | Statement::Insist { .. } => {
                 return Err(self.unknown("a parameter"));
             }
         })

@@ -87,7 +87,8 @@ pub(crate) enum Statement {
         steps: u32,
     },
     /// `None`: the nonce is a parameter.
-    Mark(Option<String>),
+    /// `direct`: the answer does not say which server has answered.
+    Mark { nonce: Option<String>, direct: bool },
     /// Fails unless the function returns this value. `None`: it is a parameter.
     Insist {
         function: String,
@@ -274,11 +275,13 @@ fn waits(text: &str) -> Option<Statement> {
 }
 
 fn marks(text: &str) -> Option<Statement> {
-    if !text.starts_with("SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END") {
+    let direct = text.starts_with("SELECT pg_catalog.pg_current_xact_id(), ");
+    if !direct && !text.starts_with("SELECT CASE WHEN writes THEN pg_catalog.pg_current_xact_id() END") {
         return None;
     }
     let nonce = between(text, "pg_logical_emit_message(true, 'failover', ", ")")?;
-    Some(Statement::Mark((nonce != "$1").then(|| nonce.trim_matches('\'').to_owned())))
+    let nonce = (nonce != "$1").then(|| nonce.trim_matches('\'').to_owned());
+    Some(Statement::Mark { nonce, direct })
 }
 
 fn insists(text: &str) -> Option<Statement> {

@@ -59,6 +59,8 @@ pub(crate) struct Activity {
     pools_commit: AtomicU64,
     /// The first [`TransactionEnd`] since the last call of [`Activity::watch`]. 0: none.
     first_end: AtomicU8,
+    /// Since the last call of [`Activity::watch`], something was rolled back, and no text shows what.
+    rolled_back_unseen: AtomicBool,
     /// The [`Unanswered`] of now.
     unanswered: AtomicU8,
     /// The server process of the session, as the log-in has shown it. 0 if it has not.
@@ -224,6 +226,7 @@ impl Activity {
     /// Forgets how earlier transactions ended. Call this while no request is under way.
     pub(crate) fn watch(&self) {
         self.first_end.store(0, Ordering::Release);
+        self.rolled_back_unseen.store(false, Ordering::Release);
     }
 
     /// Returns how a transaction has ended first since the last call of [`Self::watch`], as the answers show it. The
@@ -232,6 +235,17 @@ impl Activity {
         [TransactionEnd::Committed, TransactionEnd::Prepared, TransactionEnd::RolledBack]
             .into_iter()
             .find(|end| *end as u8 == self.first_end.load(Ordering::Acquire))
+    }
+
+    /// Returns whether something was rolled back since the last call of [`Self::watch`], and no text shows whether it was
+    /// the transaction or a part of it.
+    pub(crate) fn has_rolled_back_unseen(&self) -> bool {
+        self.rolled_back_unseen.load(Ordering::Acquire)
+    }
+
+    /// Returns whether the server is in a transaction, and has answered everything that was sent.
+    pub(crate) fn is_quiet_in_transaction(&self) -> bool {
+        self.is_settled() && self.flags.load(Ordering::Acquire) == TRANSACTION && !self.is_condemned()
     }
 
     /// Returns what a request that was not answered may have done to the transaction.
@@ -281,6 +295,9 @@ impl Activity {
         if let Some(end) = counts.end.take() {
             // Only the first one counts.
             let _ = self.first_end.compare_exchange(0, end as u8, Ordering::AcqRel, Ordering::Acquire);
+        }
+        if std::mem::take(&mut counts.rolled_back_unseen) {
+            self.rolled_back_unseen.store(true, Ordering::Release);
         }
         self.pid.store(counts.pid, Ordering::Release);
         self.pools_commit.store(counts.pools_commit, Ordering::Release);

@@ -164,6 +164,11 @@ impl Notices {
         self.session.get().copied().filter(|session| self.activity.pid() == Some(session.pid))
     }
 
+    /// Returns whether this session is one session of the server as long as it lasts.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.server_session().is_some()
+    }
+
     /// What the server said when it ended the session.
     pub(crate) fn end(&self) -> &End {
         &self.end

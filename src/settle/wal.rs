@@ -53,6 +53,26 @@ fn mark(nonce: &str) -> String {
     )
 }
 
+columns! {
+    /// The answer to [`direct_mark`].
+    enum DirectColumn { Xid, Lsn }
+}
+
+/// As [`mark`], for a session that is one session of the server as long as it lasts. Such a session cannot move to
+/// another server, or to another life of its server, so the answer need not say which one it is. If the transaction
+/// cannot write, the answer has no row.
+fn direct_mark(nonce: &str) -> String {
+    let emit = format!("pg_catalog.pg_logical_emit_message(true, 'failover', {nonce})");
+    let columns = list(|column| match column {
+        DirectColumn::Xid => "pg_catalog.pg_current_xact_id()",
+        DirectColumn::Lsn => emit.as_str(),
+    });
+    format!(
+        "SELECT {columns} \
+          WHERE pg_catalog.current_setting('transaction_read_only') OPERATOR(pg_catalog.=) 'off'"
+    )
+}
+
 /// The end of the last replay. NULL if the server has never replayed WAL in this life.
 pub(super) const LAST_REPLAYED: &str = "pg_catalog.pg_last_wal_replay_lsn()";
 
@@ -64,6 +84,9 @@ pub(super) const BEGUN_HERE: &str = "pg_catalog.now() OPERATOR(pg_catalog.=) pg_
 /// Change the number whenever the columns change, because different versions of this crate may share a session behind a
 /// proxy.
 const PREPARED: &str = "tokio_postgres_failover_mark_5";
+
+/// As [`PREPARED`], for [`direct_mark`].
+const DIRECT_PREPARED: &str = "tokio_postgres_failover_direct_mark_1";
 
 /// How a session marks its transactions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,16 +100,42 @@ pub(crate) enum MarkStatement {
     Plain,
 }
 
+/// Which of the two marks a session's transactions have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MarkForm {
+    /// [`mark`], whose answer says which server has answered.
+    Full,
+    /// [`direct_mark`].
+    Direct,
+}
+
+impl MarkForm {
+    fn sql(self, nonce: &str) -> String {
+        match self {
+            Self::Full => mark(nonce),
+            Self::Direct => direct_mark(nonce),
+        }
+    }
+
+    fn prepared(self) -> &'static str {
+        match self {
+            Self::Full => PREPARED,
+            Self::Direct => DIRECT_PREPARED,
+        }
+    }
+}
+
 impl MarkStatement {
     /// Returns BEGIN and the mark in one message.
-    pub(crate) fn sql(self, begin: &str, nonce: Nonce) -> String {
+    pub(crate) fn sql(self, form: MarkForm, begin: &str, nonce: Nonce) -> String {
+        let prepared = form.prepared();
         match self {
             Self::New => {
-                let mark = mark("$1");
-                format!("{begin}; PREPARE {PREPARED} (pg_catalog.text) AS {mark}; EXECUTE {PREPARED} ('{nonce}')")
+                let mark = form.sql("$1");
+                format!("{begin}; PREPARE {prepared} (pg_catalog.text) AS {mark}; EXECUTE {prepared} ('{nonce}')")
             }
-            Self::Prepared => format!("{begin}; EXECUTE {PREPARED} ('{nonce}')"),
-            Self::Plain => format!("{begin}; {}", mark(&format!("'{nonce}'"))),
+            Self::Prepared => format!("{begin}; EXECUTE {prepared} ('{nonce}')"),
+            Self::Plain => format!("{begin}; {}", form.sql(&format!("'{nonce}'"))),
         }
     }
 
@@ -141,6 +190,16 @@ pub(crate) enum MarkAnswer {
     Elsewhere,
     /// The transaction was open already, so COMMIT would also commit work that is not this call's.
     Joined,
+}
+
+/// Reads the answer to [`direct_mark`]. `pid`: the server process of the session.
+pub(crate) fn direct_marker(life: &Life, pid: i32, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
+    if row.is_empty() {
+        return Ok(MarkAnswer::ReadOnly);
+    }
+    let xid = field(row, DirectColumn::Xid, "a transaction id")?;
+    let lsn = field(row, DirectColumn::Lsn, "an LSN")?;
+    Ok(MarkAnswer::By(WalMark { life: *life, xid, lsn, nonce }, Backend { pid, xid }))
 }
 
 pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {

@@ -16,7 +16,7 @@ use super::ended::{Ended, Failed};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
 use super::settle::SettleKey;
-use super::streams::{answers, is_answering, is_free};
+use super::streams::{all_is_answered, answers, is_answering, is_free};
 use super::verdict::{evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
@@ -66,6 +66,9 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) began: OnceLock<Instant>,
     /// How the closure has ended the transaction, when that was last looked at.
     pub(super) closures: ClosuresEnd,
+    /// Set if the pool reads every answer that the closure gets, and has seen that the session had no transaction before
+    /// BEGIN. Then these answers show what becomes of the transaction.
+    pub(super) answers_tell: OnceLock<()>,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
@@ -96,6 +99,7 @@ impl<C: SessionClient> Attempt<C> {
             mark: OnceLock::new(),
             began: OnceLock::new(),
             closures: ClosuresEnd::NotSent,
+            answers_tell: OnceLock::new(),
             inner,
         }
     }
@@ -153,6 +157,17 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
+    /// Returns whether the answers that the closure gets show what becomes of the transaction.
+    pub(super) fn do_answers_tell(&self) -> bool {
+        self.answers_tell.get().is_some()
+    }
+
+    /// Returns whether the answers show that the pool's transaction is open.
+    fn is_shown_by_answers(&self) -> bool {
+        let activity = self.client().watched_activity().filter(|_| self.do_answers_tell());
+        activity.is_some_and(|activity| activity.is_quiet_in_transaction() && !activity.has_rolled_back_unseen())
+    }
+
     pub(super) fn has_begun(&self) -> bool {
         self.began.get().is_some()
     }
@@ -163,6 +178,9 @@ impl<C: SessionClient> Attempt<C> {
             return Some(RolledBack::HandleKept);
         }
         let client = self.client();
+        if self.do_answers_tell() && !all_is_answered(client).await {
+            return Some(RolledBack::StreamKept);
+        }
         // A statement may still run although its future was dropped, and COMMIT would wait for it beyond the limit.
         let waits = client.has_streamed() || (self.limit.is_some() && is_answering(client).await);
         if waits && !is_free(client).await {
@@ -226,6 +244,13 @@ impl<C: SessionClient> Attempt<C> {
         // The pool sends no COMMIT on a session that has ended.
         let (closed, before) = (self.client().is_closed(), self.pools_commit());
         let known = self.known(mode);
+        if self.do_answers_tell() {
+            self.look_at_closure();
+        }
+        if matches!(self.closures, ClosuresEnd::Left(_)) && !planted!("takes a closure's own end for a commit") {
+            let ending = self.ended_before(known).await;
+            return Ended::before_commit(Verdict::Application, EndedInside::error(ending, None));
+        }
         let look = self.look(known);
         let sql = known.commit(look);
         self.client().set_committing(true);
@@ -302,6 +327,9 @@ impl<C: SessionClient> Attempt<C> {
     /// Returns how COMMIT looks for the transaction. It prepares the check only if the session has kept the mark's
     /// prepared statement, because then no proxy gives each transaction another session.
     fn look(&self, known: Known) -> Look {
+        if known == Known::ByAnswers || self.is_shown_by_answers() {
+            return Look::Not;
+        }
         let keeps = self.client().mark_statement() == MarkStatement::Prepared;
         match (known, self.check) {
             (Known::ById(_), Check::Prepared) if keeps && self.client().check_is_prepared() => Look::Execute,
@@ -339,6 +367,7 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) fn known(&self, mode: Mode) -> Known {
         match self.mark.get() {
             Some(mark) => Known::ById(mark.backend.xid),
+            None if self.do_answers_tell() => Known::ByAnswers,
             None if mode == Mode::Read => Known::ByShow,
             None => Known::BySetting(self.run),
         }

@@ -2,11 +2,14 @@
 //!
 //! Three things can go wrong at the end. The server may have aborted the transaction: then it turns COMMIT into a
 //! ROLLBACK. The closure may have ended the transaction itself: then COMMIT ends another transaction, or none. Or an
-//! error or a lost connection comes after COMMIT was carried out. So COMMIT is the last of three statements in one
-//! message. The first one fails in an aborted transaction. The second one fails in every transaction except the pool's.
-//! The pool counts the statements that were carried out. In the first such message of a session, one more statement
-//! prepares the second. Pure functions decide what an answer means. The tests are in `tests/it/commit/finish.rs`.
+//! error or a lost connection comes after COMMIT was carried out. So COMMIT is the last of several statements in one
+//! message. The first one fails in an aborted transaction. If the pool has read every answer that the closure got, the
+//! answers show whether the closure has ended the transaction. Otherwise a second statement fails in every transaction
+//! except the pool's, and in the first such message of a session, one more statement prepares that one. The pool counts
+//! the statements that were carried out. Pure functions decide what an answer means. The tests are in
+//! `tests/it/commit/finish.rs`.
 
+use std::borrow::Cow;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -41,6 +44,8 @@ const PREPARED: &str = "tokio_postgres_failover_check_2";
 /// How COMMIT's message looks for its transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Look {
+    /// It does not look: the answers to the closure have shown that the transaction is open.
+    Not,
     /// It prepares the check on this session, and executes it.
     Prepare,
     /// It executes the check that the session has prepared.
@@ -52,7 +57,11 @@ pub(super) enum Look {
 impl Look {
     /// The number of statements in the message. COMMIT is the last one.
     fn statements(self) -> usize {
-        if self == Self::Prepare { 4 } else { 3 }
+        match self {
+            Self::Not => 2,
+            Self::Execute | Self::Plain(_) => 3,
+            Self::Prepare => 4,
+        }
     }
 
     fn is_prepared(self) -> bool {
@@ -77,6 +86,8 @@ pub(super) enum Known {
     /// By the same setting, for a transaction that only reads: a wrong value does not stop the COMMIT. The statement
     /// needs no planning and no snapshot. A deferrable transaction would wait for a snapshot.
     ByShow,
+    /// By nothing: the pool has read each answer on the session, and these show whether it is open.
+    ByAnswers,
 }
 
 impl Known {
@@ -84,8 +95,9 @@ impl Known {
     ///
     /// The first statement fails in an aborted transaction (25P02). It also makes the server send its warning if the
     /// wait for a synchronous standby is cancelled, whatever the session's `client_min_messages` was.
-    pub(super) fn commit(self, look: Look) -> String {
+    pub(super) fn commit(self, look: Look) -> Cow<'static, str> {
         let looks = match (self, look) {
+            (_, Look::Not) => return UNCHECKED_COMMIT.into(),
             (Self::ById(xid), Look::Execute) => format!("EXECUTE {PREPARED} ('{xid}')"),
             (Self::ById(xid), Look::Prepare) => {
                 let insists = insists("pg_current_xact_id_if_assigned()", "$1");
@@ -94,12 +106,12 @@ impl Known {
             (_, Look::Execute | Look::Prepare) => self.looks(Check::Full),
             (_, Look::Plain(check)) => self.looks(check),
         };
-        format!("{POOLS_COMMIT}{looks}; COMMIT")
+        format!("{POOLS_COMMIT}{looks}; COMMIT").into()
     }
 
     fn looks(self, check: Check) -> String {
         let own = match (self, check) {
-            (Self::ByShow, _) | (_, Check::ByShow) => None,
+            (Self::ByShow | Self::ByAnswers, _) | (_, Check::ByShow) => None,
             (Self::ById(xid), Check::Prepared | Check::Full) => {
                 Some(("pg_current_xact_id_if_assigned()", xid.to_string()))
             }
@@ -138,7 +150,7 @@ impl Known {
         match self {
             Self::ById(xid) => Some(format!("SELECT pg_catalog.pg_xact_status('{xid}')")),
             Self::BySetting(_) => Some(format!("SHOW {RUN}")),
-            Self::ByShow => None,
+            Self::ByShow | Self::ByAnswers => None,
         }
     }
 
@@ -147,6 +159,9 @@ impl Known {
         matches!((self, status), (Self::BySetting(run), Some(word)) if word == run.to_string())
     }
 }
+
+/// COMMIT's message without a check: [`POOLS_COMMIT`], and COMMIT.
+const UNCHECKED_COMMIT: &str = "SET LOCAL client_min_messages = warning; COMMIT";
 
 /// Returns SQL that fails with a division by zero unless the function returns the expected value. The quotient is
 /// compared with a number, because a planner may know without a division that an expression is not NULL.
@@ -247,10 +262,10 @@ impl Known {
     pub(super) fn proof(self, look: Look, answer: &Answer) -> CommitProof {
         let (statements, before) = (look.statements(), look.statements() - 1);
         let shown = answer.values.first().and_then(Option::as_deref);
-        let insisted = self != Self::ByShow && !look.is_shown();
+        let insisted = self != Self::ByShow && !look.is_shown() && look != Look::Not;
         // If the number of completed statements is in this range, the check is the statement that failed.
         let looked = 1..before;
-        let ours = insisted || answer.completed < before || shown == Some("off");
+        let ours = insisted || look == Look::Not || answer.completed < before || shown == Some("off");
         match &answer.error {
             None if answer.completed < statements => CommitProof::Nothing,
             Some(_) if planted!("takes an error for a commit") => CommitProof::Committed { answered: false },
@@ -268,7 +283,7 @@ impl Known {
             // The server has reported the COMMIT as done. A later failure of the session does not change that.
             Some(_) if answer.completed >= statements && ours => CommitProof::Committed { answered: false },
             Some(_) if answer.completed >= statements => CommitProof::NotOurs { committed: true },
-            Some(error) if answer.completed == before - 1 && not_ours(error) => {
+            Some(error) if insisted && answer.completed == before - 1 && not_ours(error) => {
                 CommitProof::NotOurs { committed: false }
             }
             Some(error) if looked.contains(&answer.completed) && look.is_prepared() && not_prepared(error) => {
@@ -345,12 +360,15 @@ mod tests {
     #[test]
     fn only_the_answer_to_commit_itself_proves_a_commit() {
         let run = Nonce(7);
-        for look in [Look::Prepare, Look::Execute, Look::Plain(Check::Full), Look::Plain(Check::ByShow)] {
-            for known in [Known::ById(7), Known::BySetting(run), Known::ByShow] {
-                if look.is_prepared() && !matches!(known, Known::ById(_)) {
+        let looks = [Look::Not, Look::Prepare, Look::Execute, Look::Plain(Check::Full), Look::Plain(Check::ByShow)];
+        for look in looks {
+            for known in [Known::ById(7), Known::BySetting(run), Known::ByShow, Known::ByAnswers] {
+                let prepared = look.is_prepared() && !matches!(known, Known::ById(_));
+                if prepared || (look != Look::Not && known == Known::ByAnswers) {
                     continue;
                 }
                 let commit = known.commit(look);
+                assert!(commit.starts_with(POOLS_COMMIT), "{commit}");
                 assert_eq!(commit.matches("; ").count() + 1, look.statements(), "{commit}");
                 for completed in 0..=look.statements() {
                     let proved = known.proof(look, &answered(completed)) == CommitProof::Committed { answered: true };
@@ -362,7 +380,7 @@ mod tests {
 
     #[test]
     fn only_the_answer_to_rollback_itself_proves_a_rollback() {
-        for known in [None, Some(Known::ById(7)), Some(Known::ByShow)] {
+        for known in [None, Some(Known::ById(7)), Some(Known::ByShow), Some(Known::ByAnswers)] {
             let sql = Known::roll_back(known, None);
             let rollbacks = sql.matches("ROLLBACK").count();
             for completed in 0..=rollbacks {

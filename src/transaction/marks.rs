@@ -1,5 +1,6 @@
 //! How a transaction begins: one message contains BEGIN and the mark. Later, the transaction can be found by its mark.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::attempt::Attempt;
@@ -7,25 +8,29 @@ use super::begin::{Begin, MarkKind};
 use super::finish::{OPEN, remember};
 use super::settle::{SettleBy, SettleKey};
 use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
-use crate::commit::{Nonce, Signature};
+use crate::commit::{Life, Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::pool::{Check, SignatureState, UNIDENTIFIED};
 use crate::server::SessionClient;
 use crate::settle::ledger::{Entering, entered};
-use crate::settle::wal::{self, MarkAnswer, MarkStatement};
+use crate::settle::wal::{self, MarkAnswer, MarkForm, MarkStatement};
 use crate::sync::log_safely;
-use crate::topology::Suspicion;
+use crate::topology::{BadReport, Suspicion};
 
 /// Precedes a BEGIN without a mark in the same message. It rolls back a transaction that was left open on the session,
 /// so that the coming COMMIT does not commit it. The server's warning about it is not enough: a role's
 /// `client_min_messages` may hide it, and this crate does not see the notices of a wrapped pool. On a clean session it
 /// has no effect.
-const CLEAN: &str = "BEGIN; ROLLBACK";
+const CLEAN: &str = "BEGIN; ROLLBACK; ";
 
 impl<C: SessionClient> Attempt<C> {
     /// Sends BEGIN and the mark in one message.
     pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<SettleKey>, Error> {
         let client = self.client();
+        if self.is_seen_without_transaction().await {
+            // Setting it cannot fail, because an attempt begins only once.
+            let _ = self.answers_tell.set(());
+        }
         let nonce = self.pool().next_nonce();
         let signature =
             if matches!(begin.marks, MarkKind::Wal) && self.can_be_marked() { self.signature().await? } else { None };
@@ -33,7 +38,7 @@ impl<C: SessionClient> Attempt<C> {
             MarkKind::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
             MarkKind::Wal | MarkKind::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             MarkKind::Nothing | MarkKind::Wal | MarkKind::Write => {
-                client.run_own(&format!("{CLEAN}; {}", self.unmarked(begin))).await?;
+                client.run_own(&self.unmarked(begin, CLEAN)).await?;
                 return Ok(None);
             }
         };
@@ -50,7 +55,7 @@ impl<C: SessionClient> Attempt<C> {
                 }
                 self.pool().lacking().set_unmarked(client.generation(), &why);
                 client.run_own("ROLLBACK").await?;
-                client.run_own(&self.unmarked(begin)).await?;
+                client.run_own(&self.unmarked(begin, "")).await?;
                 return Ok(None);
             }
         };
@@ -70,7 +75,7 @@ impl<C: SessionClient> Attempt<C> {
                 Ok(Entering::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Err(bad) => Err(bad),
             },
-            (_, Some(life)) => match wal::marker(&life, nonce, &row) {
+            (_, Some(life)) => match self.read_mark(&life, nonce, &row) {
                 Ok(MarkAnswer::Elsewhere) => return Err(self.elsewhere()),
                 // The server also reports this by a notice, but this crate does not see the notices of a wrapped pool.
                 Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
@@ -84,16 +89,34 @@ impl<C: SessionClient> Attempt<C> {
             self.pool().lacking().set_unmarked(client.generation(), &bad.to_string());
             None
         });
-        if mark.is_none() || self.check == Check::ByShow {
+        if !self.do_answers_tell() && (mark.is_none() || self.check == Check::ByShow) {
             client.run_own(&format!("{OPEN}; {}", remember(self.run))).await?;
         }
         Ok(mark)
     }
 
-    /// Returns BEGIN for a transaction without a mark. A transaction that only reads needs no value of [`remember`].
-    fn unmarked(&self, begin: &Begin) -> String {
+    /// Returns whether the pool has read every answer on the session, and these show that no transaction is open. Behind
+    /// a proxy, another session of the server may answer next.
+    async fn is_seen_without_transaction(&self) -> bool {
+        let client = self.client();
+        let Some(activity) = client.watched_activity().filter(|_| client.notices().is_direct()) else { return false };
+        if activity.is_idle().is_none() {
+            client.notices().requests_are_seen().await;
+        }
+        activity.is_idle() == Some(true)
+    }
+
+    /// Returns BEGIN for a transaction without a mark, behind `clean`. A transaction that only reads needs no value of
+    /// [`remember`].
+    fn unmarked<'a>(&self, begin: &'a Begin, clean: &str) -> Cow<'a, str> {
         let sql = &begin.unmarked;
-        if begin.read_only { sql.clone() } else { format!("{sql}; {}", remember(self.run)) }
+        if self.do_answers_tell() {
+            begin.sql.as_str().into()
+        } else if begin.read_only {
+            format!("{clean}{sql}").into()
+        } else {
+            format!("{clean}{sql}; {}", remember(self.run)).into()
+        }
     }
 
     /// Returns the error if a proxy has connected the transaction to another server than the one that was verified.
@@ -130,20 +153,37 @@ impl<C: SessionClient> Attempt<C> {
 
     async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
         let client = self.client();
-        let mark_statement = client.mark_statement();
-        match wal::only_row(client, &mark_statement.sql(begin, nonce)).await {
+        let (form, statement) = self.mark_form();
+        match wal::only_row(client, &statement.sql(form, begin, nonce)).await {
             Ok(row) => {
-                if mark_statement == MarkStatement::New {
+                if statement == MarkStatement::New {
                     client.set_mark_statement(MarkStatement::Prepared);
                 }
                 Ok(row)
             }
-            Err(error) if mark_statement.failed(&error) => {
+            Err(error) if statement.failed(&error) => {
                 client.set_mark_statement(MarkStatement::Plain);
                 client.run_own("ROLLBACK").await?;
-                wal::only_row(client, &MarkStatement::Plain.sql(begin, nonce)).await
+                wal::only_row(client, &MarkStatement::Plain.sql(form, begin, nonce)).await
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Returns how the transaction is marked. A session prepares only one of the two forms.
+    fn mark_form(&self) -> (MarkForm, MarkStatement) {
+        let client = self.client();
+        match (self.do_answers_tell(), client.notices().is_direct()) {
+            (true, _) => (MarkForm::Direct, client.mark_statement()),
+            (false, true) => (MarkForm::Full, MarkStatement::Plain),
+            (false, false) => (MarkForm::Full, client.mark_statement()),
+        }
+    }
+
+    fn read_mark(&self, life: &Life, nonce: Nonce, row: &wal::Row) -> Result<MarkAnswer, BadReport> {
+        match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
+            Some(session) => wal::direct_marker(life, session.pid, nonce, row),
+            None => wal::marker(life, nonce, row),
         }
     }
 

@@ -62,3 +62,21 @@ pub(super) async fn is_free<C: SessionClient>(client: &Client<C>) -> bool {
         }
     }
 }
+
+/// Waits until the session has answered everything that was sent, and this crate has seen that. `false`: that cannot
+/// be, because a stream that is not read on holds the answers back.
+pub(super) async fn all_is_answered<C: SessionClient>(client: &Client<C>) -> bool {
+    let (notices, activity) = (client.notices(), &client.notices().activity);
+    if !activity.is_settled() {
+        notices.requests_are_seen().await;
+    }
+    if activity.is_quiet_in_transaction() {
+        return true;
+    }
+    // The closure has dropped a future, or has ended the transaction. The answer comes after all others.
+    if !is_free(client).await {
+        return false;
+    }
+    notices.requests_are_seen().await;
+    true
+}

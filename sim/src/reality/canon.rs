@@ -71,8 +71,14 @@ impl Canon {
         }
     }
 
-    /// Takes the mark out of an answer, if there is one. Returns its number.
-    pub(super) fn learn(&mut self, nonce: Option<&str>, node: usize, timeline: u32, said: &[Said]) -> Option<usize> {
+    /// Takes the mark out of an answer of this session, if there is one. Returns its number.
+    pub(super) fn learn(
+        &mut self,
+        nonce: Option<&str>,
+        (node, pid): (usize, i32),
+        timeline: u32,
+        said: &[Said],
+    ) -> Option<usize> {
         let row = said.iter().find_map(|said| if let Said::Row(row) = said { Some(row) } else { None })?;
         let text = |at: usize| row.get(at).and_then(Option::as_deref).unwrap_or_default();
         let mark = match (nonce, text(0).len()) {
@@ -81,7 +87,7 @@ impl Canon {
                 nonce: nonce.to_owned(),
                 lsn: lsn(text(1))?,
                 entry: self.values(None).entry,
-                pid: text(3).to_owned(),
+                pid: pid.to_string(),
                 node,
                 timeline,
             },

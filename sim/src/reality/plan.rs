@@ -82,8 +82,9 @@ enum Role {
 /// The words of a text, by weight, and what the session does afterwards.
 type Choice = (u64, &'static [&'static str], Doing);
 
-const IDLE: [Choice; 10] = [
-    (30, &["tokio_postgres_failover_mark"], Doing::Works),
+const IDLE: [Choice; 11] = [
+    (20, &["tokio_postgres_failover_mark"], Doing::Works),
+    (20, &["tokio_postgres_failover_direct_mark"], Doing::Works),
     (12, &["\"ledger\" (until)"], Doing::Works),
     (8, &["START TRANSACTION", "tokio_postgres_failover.transaction"], Doing::Works),
     (20, &["READ WRITE", "pg_xact_status"], Doing::Settles),
@@ -95,8 +96,9 @@ const IDLE: [Choice; 10] = [
     (8, &[], Doing::Idle),
 ];
 
-const WORKS: [Choice; 5] = [
-    (40, &["COMMIT", "tokio_postgres_failover"], Doing::Idle),
+const WORKS: [Choice; 6] = [
+    (30, &["COMMIT", "tokio_postgres_failover"], Doing::Idle),
+    (20, &["client_min_messages = warning; COMMIT"], Doing::Idle),
     (10, &["ROLLBACK AND CHAIN"], Doing::Idle),
     (4, &["ROLLBACK"], Doing::Idle),
     (4, &["SHOW"], Doing::Works),

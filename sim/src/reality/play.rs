@@ -105,7 +105,7 @@ impl<S: Side> Player<S> {
             None => open.mark,
             Some(back) => marks.checked_sub(1 + back),
         };
-        let is_mark = text.contains("tokio_postgres_failover_mark");
+        let is_mark = text.contains("tokio_postgres_failover_mark") || text.contains("_failover_direct_mark");
         self.nonces += u128::from(is_mark);
         let fresh = is_mark.then(|| format!("{:032x}", 0xF00D_u128 << 64 | self.nonces));
         let mut values = self.canon.values(chosen);
@@ -126,7 +126,7 @@ impl<S: Side> Player<S> {
             return self.tell(number, &format!("{step}, and is cut"), Vec::new());
         }
         said.extend(open.talk.answer(PATIENCE).await);
-        let learned = self.canon.learn(fresh.as_deref(), node, self.timelines[node], &said);
+        let learned = self.canon.learn(fresh.as_deref(), (node, pid), self.timelines[node], &said);
         open.mark = learned.or(open.mark);
         let ends = open.talk.closed || said.last() == Some(&Said::Silent);
         let said = self.canon.of(node, pid, text, &said);

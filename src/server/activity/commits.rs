@@ -10,6 +10,29 @@ pub(super) struct Ends {
     pub(super) leaves: bool,
     /// Another statement follows one that ends the transaction. It may be carried out outside of a transaction.
     pub(super) goes_on: bool,
+    /// A statement rolls back and begins another transaction: `ROLLBACK AND CHAIN`.
+    pub(super) chains: bool,
+    /// The number of statements that roll back to a savepoint. Their answer is the same as that of a ROLLBACK.
+    pub(super) to_savepoints: u16,
+}
+
+impl Ends {
+    /// Returns what both do.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self {
+            commits: self.commits || other.commits,
+            leaves: self.leaves || other.leaves,
+            goes_on: self.goes_on || other.goes_on,
+            chains: self.chains || other.chains,
+            to_savepoints: self.to_savepoints.saturating_add(other.to_savepoints),
+        }
+    }
+
+    /// Returns whether a statement may be answered as a ROLLBACK is: a COMMIT is, too, in a transaction that has
+    /// failed.
+    pub(super) fn may_roll_back(self) -> bool {
+        self.leaves || self.chains || self.to_savepoints > 0
+    }
 }
 
 /// The most bytes of a word that are kept. No word that is looked for is as long.
@@ -274,6 +297,8 @@ impl Statements {
             Told::Rollback if word(&["WORK", "TRANSACTION", "AND"]) => Told::Rollback,
             Told::Rollback => {
                 self.rolls_back = !word(&["TO", "PREPARED", "CHAIN"]);
+                self.ends.chains |= word(&["CHAIN"]);
+                self.ends.to_savepoints = self.ends.to_savepoints.saturating_add(word(&["TO"]).into());
                 Told::All
             }
             Told::Nothing if word(&["CREATE"]) => Told::Create,

@@ -1,5 +1,7 @@
 //! Counts the messages that pass in both directions, and notes what they do to the session's transaction.
 
+use std::collections::VecDeque;
+
 use super::commits::Ends;
 use super::messages::{Message, Messages, Says};
 use super::{BLOCKED, COMMIT, COPYING, FAILED, REQUEST, STALLED, TRANSACTION, TransactionEnd, Unanswered};
@@ -45,6 +47,13 @@ pub(super) struct Counts {
     pub(super) pid: i32,
     /// The first answer since the last publication that shows the end of a transaction.
     pub(super) end: Option<TransactionEnd>,
+    /// The requests that were not answered and whose answer may contain that of a ROLLBACK: their numbers, and what
+    /// they do. Such requests are rare.
+    may_roll_back: VecDeque<(u64, Ends)>,
+    /// How many times the request that is being answered has rolled back, to a savepoint or entirely.
+    rolled_back: u16,
+    /// Since the last publication, something was rolled back, and no text shows what.
+    pub(super) rolled_back_unseen: bool,
 }
 
 /// The requests whose text ends a transaction. The pool's own COMMIT is none of them.
@@ -156,8 +165,8 @@ impl Counts {
             letter => {
                 self.begun = true;
                 if letter == b'B' {
-                    self.bound.commits |= message.ends.commits;
-                    self.bound.leaves |= message.ends.leaves;
+                    // Statements of one pipeline follow each other, but this counts only within one text.
+                    self.bound = Ends { goes_on: false, ..self.bound.and(message.ends) };
                 }
             }
         }
@@ -167,6 +176,9 @@ impl Counts {
     fn requested(&mut self, ends: Ends, says: Option<Says>) {
         if ends.commits {
             self.last_commit = self.requests;
+        }
+        if ends.may_roll_back() {
+            self.may_roll_back.push_back((self.requests, ends));
         }
         match says {
             Some(Says::PoolsCommit) => self.pools_commit = self.requests,
@@ -185,21 +197,49 @@ impl Counts {
                 if says == Some(Says::Idle) && (!self.failed || self.endings.last >= self.answered) {
                     self.ends(self.answered, TransactionEnd::RolledBack);
                 }
+                self.request_ends();
                 self.failed = false;
                 self.copying = false;
                 self.transaction = says != Some(Says::Idle) && !planted!("gives back what is within a transaction");
             }
             (b'C', Some(Says::Committed)) => self.ends(self.answered + 1, TransactionEnd::Committed),
             (b'C', Some(Says::Prepared)) => self.ends(self.answered + 1, TransactionEnd::Prepared),
+            (b'C', Some(Says::RolledBack)) => self.rolls_back(),
             // The server ignores the Sync that was sent before the COPY data.
             (b'G', _) => {
                 self.answered += 1;
+                self.request_ends();
                 self.copying = true;
             }
             // The driver passes an error on before the end of the request has arrived.
             (b'E', _) => self.failed = true,
             (b'K', _) => self.pid = message.pid,
             _ => {}
+        }
+    }
+
+    /// The request with the number `answered` has ended.
+    fn request_ends(&mut self) {
+        self.rolled_back = 0;
+        while self.may_roll_back.front().is_some_and(|(number, _)| *number <= self.answered) {
+            self.may_roll_back.pop_front();
+        }
+    }
+
+    /// A statement is answered as ROLLBACK. The same is answered to a rollback to a savepoint, and to a COMMIT in a
+    /// failed transaction. So the text of the request decides.
+    fn rolls_back(&mut self) {
+        let request = self.answered + 1;
+        self.rolled_back = self.rolled_back.saturating_add(1);
+        let known = self.may_roll_back.front().filter(|(number, _)| *number == request).map(|(_, ends)| *ends);
+        let ends = known.unwrap_or_default();
+        if self.rolled_back <= ends.to_savepoints {
+            return;
+        }
+        if ends.leaves || ends.chains {
+            self.ends(request, TransactionEnd::RolledBack);
+        } else {
+            self.rolled_back_unseen |= request != self.pools_commit;
         }
     }
 

@@ -20,10 +20,12 @@ pub(super) enum Says {
     PoolsCommit,
     /// `ReadyForQuery`: no transaction is open.
     Idle,
-    /// `CommandComplete`: a statement has committed. A COMMIT that has rolled back is reported as ROLLBACK.
+    /// `CommandComplete`: a statement has committed.
     Committed,
     /// `CommandComplete`: a transaction is prepared.
     Prepared,
+    /// `CommandComplete`: a ROLLBACK, also one to a savepoint, or a COMMIT that has rolled back.
+    RolledBack,
 }
 
 /// A text that bodies are compared with.
@@ -35,12 +37,13 @@ struct Text {
     says: Says,
 }
 
-const TEXTS: [Text; 5] = [
+const TEXTS: [Text; 6] = [
     Text { letter: b'Q', bytes: ROLLBACK, whole: true, says: Says::DriversRollback },
     Text { letter: b'Q', bytes: POOLS_COMMIT.as_bytes(), whole: false, says: Says::PoolsCommit },
     Text { letter: b'Z', bytes: b"I", whole: true, says: Says::Idle },
     Text { letter: b'C', bytes: b"COMMIT\0", whole: true, says: Says::Committed },
     Text { letter: b'C', bytes: b"PREPARE TRANSACTION\0", whole: true, says: Says::Prepared },
+    Text { letter: b'C', bytes: b"ROLLBACK\0", whole: true, says: Says::RolledBack },
 ];
 
 /// Compares the body of one message with [`TEXTS`].

@@ -2,11 +2,13 @@
 
 use super::*;
 
-const COMMITS: Ends = Ends { commits: true, leaves: true, goes_on: false };
-const COMMITS_AND_GOES_ON: Ends = Ends { commits: true, leaves: true, goes_on: true };
-const LEAVES: Ends = Ends { commits: false, leaves: true, goes_on: false };
-const LEAVES_AND_GOES_ON: Ends = Ends { commits: false, leaves: true, goes_on: true };
-const STAYS: Ends = Ends { commits: false, leaves: false, goes_on: false };
+const COMMITS: Ends = Ends { commits: true, leaves: true, ..STAYS };
+const COMMITS_AND_GOES_ON: Ends = Ends { goes_on: true, ..COMMITS };
+const LEAVES: Ends = Ends { leaves: true, ..STAYS };
+const LEAVES_AND_GOES_ON: Ends = Ends { goes_on: true, ..LEAVES };
+const STAYS: Ends = Ends { commits: false, leaves: false, goes_on: false, chains: false, to_savepoints: 0 };
+const CHAINS: Ends = Ends { chains: true, ..STAYS };
+const TO_SAVEPOINT: Ends = Ends { to_savepoints: 1, ..STAYS };
 
 /// An SQL-standard body, as PostgreSQL 14 and later have it.
 const BODY: &str =
@@ -33,10 +35,11 @@ const TEXTS: &[(&str, Ends)] = &[
     ("SELECT 1; ABORT; /**/ 'x'", LEAVES_AND_GOES_ON),
     ("ROLLBACK; COMMIT", COMMITS_AND_GOES_ON),
     // These leave a transaction open, or fail.
-    ("ROLLBACK TO a; INSERT INTO entries VALUES (1)", STAYS),
-    ("ROLLBACK TRANSACTION TO SAVEPOINT a; SELECT 1", STAYS),
-    ("ABORT /* it */ TO a; SELECT 1", STAYS),
-    ("ROLLBACK AND CHAIN; INSERT INTO entries VALUES (1)", STAYS),
+    ("ROLLBACK TO a; INSERT INTO entries VALUES (1)", TO_SAVEPOINT),
+    ("ROLLBACK TRANSACTION TO SAVEPOINT a; SELECT 1", TO_SAVEPOINT),
+    ("ROLLBACK TO a; ROLLBACK TO b; ABORT WORK AND CHAIN", Ends { chains: true, to_savepoints: 2, ..STAYS }),
+    ("ABORT /* it */ TO a; SELECT 1", TO_SAVEPOINT),
+    ("ROLLBACK AND CHAIN; INSERT INTO entries VALUES (1)", CHAINS),
     ("ROLLBACK PREPARED 'a'; SELECT 1", STAYS),
     ("SELECT rollback FROM builds; SELECT 1", STAYS),
     ("SELECT 'ROLLBACK; SELECT 1'", STAYS),
@@ -147,6 +150,55 @@ fn cases() -> Vec<Case> {
         ),
         case("ROLLBACK", &[rollback()], &[answered(&["ROLLBACK"], b'I')], Some(RolledBack), Nothing),
         case("a savepoint", &[text("ROLLBACK TO a")], &[answered(&["ROLLBACK"], b'T')], None, Nothing),
+        case(
+            "savepoints, one after the other",
+            &[text("ROLLBACK TO a; ROLLBACK TO a"), text("ROLLBACK TO a")],
+            &[answered(&["ROLLBACK", "ROLLBACK"], b'T'), answered(&["ROLLBACK"], b'T')],
+            None,
+            Nothing,
+        ),
+        case(
+            "ROLLBACK AND CHAIN",
+            &[insert(), text("ROLLBACK AND CHAIN")],
+            &[inserted(), answered(&["ROLLBACK"], b'T')],
+            Some(RolledBack),
+            Nothing,
+        ),
+        case(
+            "the same among savepoints",
+            &[text("ROLLBACK TO a; ROLLBACK AND CHAIN; SAVEPOINT a")],
+            &[answered(&["ROLLBACK", "ROLLBACK", "SAVEPOINT"], b'T')],
+            Some(RolledBack),
+            Nothing,
+        ),
+        case(
+            "it was not reached among savepoints",
+            &[text("ROLLBACK TO a; SELECT 1/0; ROLLBACK AND CHAIN")],
+            &[[done("ROLLBACK"), error(), ready(b'E')].concat()],
+            None,
+            Nothing,
+        ),
+        case(
+            "a failed COMMIT AND CHAIN",
+            &[text("COMMIT AND CHAIN")],
+            &[answered(&["ROLLBACK"], b'T')],
+            Some(RolledBack),
+            Nothing,
+        ),
+        case(
+            "a ROLLBACK, and another BEGIN, in one message",
+            &[text("ROLLBACK; BEGIN")],
+            &[answered(&["ROLLBACK", "BEGIN"], b'T')],
+            Some(RolledBack),
+            Nothing,
+        ),
+        case(
+            "prepared ones",
+            &[parse("s1", "ROLLBACK TO a"), bind("s1"), parse("s2", "ROLLBACK AND CHAIN"), bind("s2")],
+            &[ready(b'T'), answered(&["ROLLBACK"], b'T'), ready(b'T'), answered(&["ROLLBACK"], b'T')],
+            Some(RolledBack),
+            Nothing,
+        ),
         case("a failed COMMIT", &[commit()], &[answered(&["ROLLBACK"], b'I')], Some(RolledBack), Nothing),
         case("a refused COMMIT", &[commit()], &[[error(), ready(b'I')].concat()], Some(RolledBack), Nothing),
         case("it was not reached", &[text("SELECT 1/0; COMMIT")], &[[error(), ready(b'E')].concat()], None, Nothing),
@@ -237,6 +289,21 @@ fn the_first_end_counts_until_the_next_transaction_is_watched() {
     counter.sent(&text("COMMIT; SELECT 1"));
     activity.publish(&mut counter);
     assert_eq!((activity.transaction_end(), activity.unanswered()), (None, Unanswered::GoesOn));
+}
+
+/// A text that this module cannot read, such as one in which a backslash escapes a quote by a setting.
+#[test]
+fn a_rollback_that_no_text_shows_is_noted() {
+    let activity = Activity::default();
+    let mut counter = within();
+    for (sql, noted) in [("ROLLBACK TO a", false), (r"SELECT '\''; ROLLBACK AND CHAIN; --'", true)] {
+        counter.sent(&text(sql));
+        counter.received(&[done("ROLLBACK"), ready(b'T')].concat());
+        activity.publish(&mut counter);
+        assert_eq!((activity.transaction_end(), activity.has_rolled_back_unseen()), (None, noted), "{sql}");
+    }
+    activity.watch();
+    assert!(!activity.has_rolled_back_unseen());
 }
 
 #[test]
