@@ -396,6 +396,7 @@ impl Session {
             }
             Statement::Execute { name, argument } => match self.prepared.get(name).cloned() {
                 Some(Statement::Mark { nonce: None, direct }) => self.mark(argument, direct)?,
+                Some(Statement::Enter { direct }) => self.enter(direct)?,
                 Some(Statement::Insist { function, expected: None }) => self.insist(&function, argument)?,
                 Some(_) => return Err(self.unknown(name)),
                 None => {
@@ -445,7 +446,7 @@ impl Session {
                 }
                 Done::nothing(1)
             }
-            Statement::Enter => self.enter()?,
+            Statement::Enter { direct } => self.enter(*direct)?,
             Statement::Fence(id) => self.fence_entry(*id).await?,
             Statement::HasEntry(id) => self.has_entry(*id),
             Statement::Listen => self.listen(),

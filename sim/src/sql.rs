@@ -86,9 +86,11 @@ pub(crate) enum Statement {
         step: Duration,
         steps: u32,
     },
-    /// `None`: the nonce is a parameter.
-    /// `direct`: the answer does not say which server has answered.
-    Mark { nonce: Option<String>, direct: bool },
+    /// `nonce`: `None` if it is a parameter. `direct`: the answer does not say which server has answered.
+    Mark {
+        nonce: Option<String>,
+        direct: bool,
+    },
     /// Fails unless the function returns this value. `None`: it is a parameter.
     Insist {
         function: String,
@@ -124,7 +126,10 @@ pub(crate) enum Statement {
         at_commit: bool,
     },
     /// A transaction's row in the ledger.
-    Enter,
+    /// `direct`: the answer does not say which server has answered.
+    Enter {
+        direct: bool,
+    },
     /// A settler's row in the ledger.
     Fence(u64),
     /// Whether a transaction's own row is in the ledger.
@@ -242,11 +247,11 @@ fn settings(text: &str) -> Option<Statement> {
 fn prepared(text: &str) -> Option<Statement> {
     if let Some(rest) = text.strip_prefix("PREPARE ") {
         let (name, rest) = rest.split_once(' ')?;
-        let (_, body) = rest.split_once(" AS ")?;
+        let body = rest.strip_prefix("AS ").or_else(|| Some(rest.split_once(" AS ")?.1))?;
         return Some(Statement::Prepare { name: name.to_owned(), body: Box::new(parse(body)) });
     }
     if let Some(rest) = text.strip_prefix("EXECUTE ") {
-        let (name, argument) = rest.split_once(' ')?;
+        let (name, argument) = rest.split_once(' ').unwrap_or((rest, ""));
         let argument = argument.trim_matches(['(', ')']).trim_matches('\'').to_owned();
         return Some(Statement::Execute { name: name.to_owned(), argument });
     }
@@ -342,7 +347,7 @@ fn raises(text: &str) -> Option<Statement> {
 
 fn ledger(text: &str) -> Option<Statement> {
     if text.starts_with("INSERT INTO \"failover\".\"ledger\" (until)") {
-        return Some(Statement::Enter);
+        return Some(Statement::Enter { direct: text.contains("RETURNING id, pg_catalog.pg_current_xact_id()") });
     }
     if text.starts_with("INSERT INTO \"failover\".\"ledger\" AS entry") {
         return Some(Statement::Fence(id_of(between(text, "VALUES ('", "'")?)?));

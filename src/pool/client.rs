@@ -328,6 +328,15 @@ impl<C: SessionClient> Client<C> {
         *lock(&self.facts().mark_statement) = mark_statement;
     }
 
+    /// How this session enters transactions into the ledger with this key.
+    pub(crate) fn entry_statement(&self, ledger: u64) -> MarkStatement {
+        self.facts().entry_statement(ledger)
+    }
+
+    pub(crate) fn set_entry_statement(&self, ledger: u64, statement: MarkStatement) {
+        self.facts().set_entry_statement(ledger, statement);
+    }
+
     /// Returns whether the session has prepared the check by which a COMMIT looks for its transaction.
     pub(crate) fn check_is_prepared(&self) -> bool {
         self.facts().check_prepared.load(Ordering::Relaxed)

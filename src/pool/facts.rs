@@ -21,6 +21,8 @@ pub(super) struct Facts {
     learned: Arc<OnceLock<ServerReport>>,
     /// How the session marks transactions.
     pub(super) mark_statement: Mutex<MarkStatement>,
+    /// How the session enters transactions into a ledger, and into which one ([`Ledger::key`](crate::ledger::Ledger)).
+    entry_statement: Mutex<(u64, MarkStatement)>,
     /// The session has prepared the check by which a COMMIT looks for its transaction.
     pub(super) check_prepared: AtomicBool,
     pub(super) notices: Arc<Notices>,
@@ -40,6 +42,7 @@ impl Facts {
             life: life(&generation.primary.report),
             learned: Arc::clone(&generation.learned),
             mark_statement: Mutex::default(),
+            entry_statement: Mutex::default(),
             check_prepared: AtomicBool::new(false),
             notices,
             poisoned: AtomicBool::new(false),
@@ -61,6 +64,19 @@ impl Facts {
 
     pub(super) fn mark_statement(&self) -> MarkStatement {
         *lock(&self.mark_statement)
+    }
+
+    /// Returns how the session enters a transaction into this ledger. It prepares the statement of one ledger only.
+    pub(super) fn entry_statement(&self, ledger: u64) -> MarkStatement {
+        let (prepared, statement) = *lock(&self.entry_statement);
+        if prepared == ledger || statement == MarkStatement::New { statement } else { MarkStatement::Plain }
+    }
+
+    pub(super) fn set_entry_statement(&self, ledger: u64, statement: MarkStatement) {
+        let mut kept = lock(&self.entry_statement);
+        if kept.0 == ledger || kept.1 == MarkStatement::New {
+            *kept = (ledger, statement);
+        }
     }
 
     pub(super) fn is_committing(&self) -> bool {

@@ -2,13 +2,14 @@
 //! whether it was committed, a settler inserts a row with the same id. `commit` decides what the answer means. The
 //! tests are in `tests/it/commit/settle.rs`.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use super::columns::{Column, Row, columns, field, list, text};
-use super::wal::{BEGUN_HERE, Backend, LAST_REPLAYED, begin_with, completes, is_of};
+use super::wal::{BEGUN_HERE, Backend, LAST_REPLAYED, MarkStatement, begin_with, completes, is_of};
 use crate::classify::not_offered;
 use crate::commit::{Entry, Ledger, Life, SettleVerdict, settle_entry};
 use crate::topology::{BadReport, STARTED_AT, UNLIMITED};
@@ -33,6 +34,11 @@ const UNHURRIED: &str = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOC
 columns! {
     /// The answer to [`Ledger::enter`].
     enum EntryColumn { Id, Pid, Xid, Begun, BegunHere, StartedAt, Replayed }
+}
+
+columns! {
+    /// The answer to [`Ledger::enter_directly`].
+    enum DirectEntryColumn { Id, Xid, Begun }
 }
 
 columns! {
@@ -114,6 +120,33 @@ impl Ledger {
             EntryColumn::Replayed => LAST_REPLAYED,
         });
         format!("INSERT INTO {} (until) VALUES ({}) RETURNING {columns}", self.path(), self.until())
+    }
+
+    /// As [`Self::enter`], for a session that is one session of the server as long as it lasts, and on which no
+    /// transaction was open. So the answer need not say which server has answered.
+    pub(crate) fn enter_directly(&self, statement: MarkStatement) -> String {
+        // The number changes with the columns: different versions of this crate may share a session.
+        let name = format!("tokio_postgres_failover_entry_1_{:016x}", self.key());
+        let entry = || {
+            let columns = list(|column| match column {
+                DirectEntryColumn::Id => "id",
+                DirectEntryColumn::Xid => "pg_catalog.pg_current_xact_id()",
+                DirectEntryColumn::Begun => NOW,
+            });
+            format!("INSERT INTO {} (until) VALUES ({}) RETURNING {columns}", self.path(), self.until())
+        };
+        match statement {
+            MarkStatement::New => format!("PREPARE {name} AS {}; EXECUTE {name}", entry()),
+            MarkStatement::Prepared => format!("EXECUTE {name}"),
+            MarkStatement::Plain => entry(),
+        }
+    }
+
+    /// A number that tells the statement of this ledger from those of others.
+    pub(crate) fn key(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.schema(), self.table(), self.kept_for()).hash(&mut hasher);
+        hasher.finish()
     }
 
     /// Begins a settler's transaction, and tries to insert the id. If the id's transaction is in progress, this waits
@@ -252,15 +285,28 @@ pub(crate) fn entered(verified: Option<&Life>, row: &Row) -> Result<Entering, Ba
     if !is_verified(verified, row, EntryColumn::StartedAt, EntryColumn::Replayed)? {
         return Ok(Entering::Elsewhere);
     }
-    let id = text(row, EntryColumn::Id).unwrap_or("NULL");
+    let id = id(row, EntryColumn::Id)?;
+    let pid = field(row, EntryColumn::Pid, "a process id")?;
+    let xid = field(row, EntryColumn::Xid, "a transaction id")?;
+    let begun = field(row, EntryColumn::Begun, "a time")?;
+    Ok(Entering::As(Entered { id, begun }, Backend { pid, xid }))
+}
+
+/// Reads the answer to [`Ledger::enter_directly`]. `pid`: the server process of the session.
+pub(crate) fn entered_directly(pid: i32, row: &Row) -> Result<Entering, BadReport> {
+    let id = id(row, DirectEntryColumn::Id)?;
+    let xid = field(row, DirectEntryColumn::Xid, "a transaction id")?;
+    let begun = field(row, DirectEntryColumn::Begun, "a time")?;
+    Ok(Entering::As(Entered { id, begun }, Backend { pid, xid }))
+}
+
+fn id(row: &Row, column: impl Column) -> Result<String, BadReport> {
+    let id = text(row, column).unwrap_or("NULL");
     // The id is put into a statement as text, so nothing else is accepted.
     if id.len() != 36 || !id.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
         return Err(BadReport::new("a UUID", id));
     }
-    let pid = field(row, EntryColumn::Pid, "a process id")?;
-    let xid = field(row, EntryColumn::Xid, "a transaction id")?;
-    let begun = field(row, EntryColumn::Begun, "a time")?;
-    Ok(Entering::As(Entered { id: id.to_owned(), begun }, Backend { pid, xid }))
+    Ok(id.to_owned())
 }
 
 /// Quotes a name as an SQL identifier.
@@ -311,6 +357,7 @@ mod tests {
         );
         for bad in ["", "x", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e1'", "0b8a2b44-5c36-4d0a-9d5e-2f4f6f0a5e111"] {
             assert!(entered(&row(bad)).is_err(), "{bad}");
+            assert!(entered_directly(1, &[bad, "2", "3"].map(|text| Some(text.to_owned())).to_vec()).is_err(), "{bad}");
         }
     }
 }

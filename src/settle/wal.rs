@@ -139,9 +139,16 @@ impl MarkStatement {
         }
     }
 
-    /// Returns whether the error says that the prepared statement is missing, is there already, or may not be prepared.
+    /// Returns whether the error says that the prepared statement is missing, is there already, has become stale, or may
+    /// not be prepared.
     pub(crate) fn failed(self, error: &Error) -> bool {
-        self != Self::Plain && (not_prepared(error) || self == Self::New && not_offered(error))
+        self != Self::Plain && (not_prepared(error) || not_offered(error))
+    }
+
+    /// What becomes of it on a session where it has failed so. `direct`: no proxy has given the transaction another
+    /// session, so somebody has removed the prepared statement from this one, and it can be prepared again.
+    pub(crate) fn after(self, error: &Error, direct: bool) -> Self {
+        if self == Self::Prepared && direct && not_prepared(error) { Self::New } else { Self::Plain }
     }
 }
 

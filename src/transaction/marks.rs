@@ -8,11 +8,11 @@ use super::begin::{Begin, MarkKind};
 use super::finish::{OPEN, remember};
 use super::settle::{SettleBy, SettleKey};
 use crate::classify::{Verdict, classify, explain, lacks_function, not_offered};
-use crate::commit::{Life, Nonce, Signature};
+use crate::commit::{Ledger, Life, Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::pool::{Check, SignatureState, UNIDENTIFIED};
 use crate::server::SessionClient;
-use crate::settle::ledger::{Entering, entered};
+use crate::settle::ledger::{Entering, entered, entered_directly};
 use crate::settle::wal::{self, MarkAnswer, MarkForm, MarkStatement};
 use crate::sync::log_safely;
 use crate::topology::{BadReport, Suspicion};
@@ -35,7 +35,7 @@ impl<C: SessionClient> Attempt<C> {
         let signature =
             if matches!(begin.marks, MarkKind::Wal) && self.can_be_marked() { self.signature().await? } else { None };
         let answer = match &begin.marks {
-            MarkKind::Ledger(ledger) => wal::only_row(client, &format!("{}; {}", begin.sql, ledger.enter())).await,
+            MarkKind::Ledger(ledger) => self.enter(&begin.sql, ledger).await,
             MarkKind::Wal | MarkKind::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             MarkKind::Nothing | MarkKind::Wal | MarkKind::Write => {
                 client.run_own(&self.unmarked(begin, CLEAN)).await?;
@@ -67,7 +67,7 @@ impl<C: SessionClient> Attempt<C> {
             SettleKey { by, backend, generation, cluster, life, signature }
         };
         let read = match (&begin.marks, life) {
-            (MarkKind::Ledger(ledger), life) => match entered(life.as_ref(), &row) {
+            (MarkKind::Ledger(ledger), life) => match self.read_entry(life.as_ref(), &row) {
                 Ok(Entering::As(entered, backend)) => {
                     Ok(Some(mark(SettleBy::Ledger(ledger.clone(), entered), backend)))
                 }
@@ -152,19 +152,42 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     async fn mark(&self, begin: &str, nonce: Nonce) -> Result<wal::Row, tokio_postgres::Error> {
-        let client = self.client();
         let (form, statement) = self.mark_form();
-        match wal::only_row(client, &statement.sql(form, begin, nonce)).await {
+        let became = |statement| self.client().set_mark_statement(statement);
+        self.begin_with(statement, |statement| statement.sql(form, begin, nonce), became).await
+    }
+
+    async fn enter(&self, begin: &str, ledger: &Ledger) -> Result<wal::Row, tokio_postgres::Error> {
+        let client = self.client();
+        if !self.do_answers_tell() {
+            return wal::only_row(client, &format!("{begin}; {}", ledger.enter())).await;
+        }
+        let key = ledger.key();
+        let sql = |statement| format!("{begin}; {}", ledger.enter_directly(statement));
+        let became = |statement| client.set_entry_statement(key, statement);
+        self.begin_with(client.entry_statement(key), sql, became).await
+    }
+
+    /// Sends BEGIN and a statement that the session may have prepared. `became`: notes what becomes of the statement.
+    async fn begin_with(
+        &self,
+        statement: MarkStatement,
+        sql: impl Fn(MarkStatement) -> String,
+        became: impl Fn(MarkStatement),
+    ) -> Result<wal::Row, tokio_postgres::Error> {
+        let client = self.client();
+        match wal::only_row(client, &sql(statement)).await {
             Ok(row) => {
                 if statement == MarkStatement::New {
-                    client.set_mark_statement(MarkStatement::Prepared);
+                    became(MarkStatement::Prepared);
                 }
                 Ok(row)
             }
             Err(error) if statement.failed(&error) => {
-                client.set_mark_statement(MarkStatement::Plain);
                 client.run_own("ROLLBACK").await?;
-                wal::only_row(client, &MarkStatement::Plain.sql(form, begin, nonce)).await
+                let row = wal::only_row(client, &sql(MarkStatement::Plain)).await?;
+                became(statement.after(&error, self.do_answers_tell()));
+                Ok(row)
             }
             Err(error) => Err(error),
         }
@@ -177,6 +200,13 @@ impl<C: SessionClient> Attempt<C> {
             (true, _) => (MarkForm::Direct, client.mark_statement()),
             (false, true) => (MarkForm::Full, MarkStatement::Plain),
             (false, false) => (MarkForm::Full, client.mark_statement()),
+        }
+    }
+
+    fn read_entry(&self, life: Option<&Life>, row: &wal::Row) -> Result<Entering, BadReport> {
+        match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
+            Some(session) => entered_directly(session.pid, row),
+            None => entered(life, row),
         }
     }
 

@@ -93,8 +93,17 @@ impl Canon {
             },
             (None, 36) if is_digits(text(2)) => {
                 let Values { nonce, lsn: position, .. } = self.values(None);
-                let (xid, entry) = (text(2).parse().ok()?, text(0).to_owned());
-                Mark { xid, nonce, lsn: lsn(&position)?, entry, pid: text(1).to_owned(), node, timeline }
+                // The short answer leaves out the process.
+                let xid = text(if row.len() == 3 { 1 } else { 2 }).parse().ok()?;
+                Mark {
+                    xid,
+                    nonce,
+                    lsn: lsn(&position)?,
+                    entry: text(0).to_owned(),
+                    pid: pid.to_string(),
+                    node,
+                    timeline,
+                }
             }
             _ => return None,
         };

@@ -82,10 +82,11 @@ enum Role {
 /// The words of a text, by weight, and what the session does afterwards.
 type Choice = (u64, &'static [&'static str], Doing);
 
-const IDLE: [Choice; 11] = [
+const IDLE: [Choice; 12] = [
     (20, &["tokio_postgres_failover_mark"], Doing::Works),
     (20, &["tokio_postgres_failover_direct_mark"], Doing::Works),
-    (12, &["\"ledger\" (until)"], Doing::Works),
+    (8, &["\"ledger\" (until)"], Doing::Works),
+    (8, &["tokio_postgres_failover_entry"], Doing::Works),
     (8, &["START TRANSACTION", "tokio_postgres_failover.transaction"], Doing::Works),
     (20, &["READ WRITE", "pg_xact_status"], Doing::Settles),
     (10, &["ON CONFLICT"], Doing::Settles),

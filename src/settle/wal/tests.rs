@@ -77,7 +77,9 @@ fn what_a_server_says_of_an_id_is_read() {
 #[test]
 fn a_nonce_is_what_the_function_takes() {
     assert_eq!(NONCE.to_string(), "00000000000000000000000000000bee");
-    assert!(MarkStatement::Prepared.sql(MarkForm::Full, "BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')"));
+    assert!(
+        MarkStatement::Prepared.sql(MarkForm::Full, "BEGIN", NONCE).ends_with("('00000000000000000000000000000bee')")
+    );
 }
 
 #[test]

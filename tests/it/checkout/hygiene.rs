@@ -83,17 +83,16 @@ async fn k7_a_cancelled_wait_for_the_standby_counts_once_the_standby_has_it() {
             });
             let fault = async {
                 let waits = "FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query";
+                let mut committing = Vec::<i32>::new();
                 eventually("the commit's wait is cancelled", 10 * SECOND, async || {
-                    let sql = format!("SELECT pg_cancel_backend(pid) {waits} LIKE 'SET LOCAL%; COMMIT'");
-                    !admin.query(&sql, &[]).await.unwrap().is_empty()
+                    let sql = format!("SELECT pid, pg_cancel_backend(pid) {waits} LIKE 'SET LOCAL%; COMMIT'");
+                    committing = admin.query(&sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+                    !committing.is_empty()
                 })
                 .await;
                 eventually("the settler waits for the standby", 10 * SECOND, async || {
-                    !admin
-                        .query(&format!("SELECT {waits} NOT LIKE 'SET LOCAL%; COMMIT'"), &[])
-                        .await
-                        .unwrap()
-                        .is_empty()
+                    let sql = format!("SELECT {waits} LIKE '%COMMIT' AND pid <> ALL ($1)");
+                    !admin.query(&sql, &[&committing]).await.unwrap().is_empty()
                 })
                 .await;
                 if comes_back {

@@ -214,8 +214,7 @@ async fn a_commit_is_settled_by_the_successor_of_whom_was_asked_first() {
             async move { write(&pool, 2).await }
         });
         let waits = "wait_event = 'SyncRep' AND query LIKE";
-        let end =
-            format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {waits} 'SET LOCAL%; COMMIT'");
+        let end = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {waits} 'SET LOCAL%; COMMIT'");
         eventually("COMMIT is ended", LONG, async || !old.query(&end, &[]).await.unwrap().is_empty()).await;
         let asked = format!("SELECT FROM pg_stat_activity WHERE {waits} '%emit_message%'");
         eventually("its settler waits", LONG, async || !old.query(&asked, &[]).await.unwrap().is_empty()).await;

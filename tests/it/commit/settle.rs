@@ -29,7 +29,7 @@ const GRANTED: Duration = Duration::from_secs(5);
 /// A call's deadline that is over before that, and that leaves a slow machine time to begin.
 const SHORT: Duration = Duration::from_secs(4);
 /// As a transaction ends, for LIKE.
-const COMMIT: &str = "SET LOCAL%; %; COMMIT";
+const COMMIT: &str = "SET LOCAL%; COMMIT";
 /// As a settler asks the ledger.
 const ASK: &str = "ON CONFLICT (id) DO UPDATE SET fence = entry.fence RETURNING fence";
 
