@@ -98,7 +98,7 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
     ] {
         answer.parameter(name, value);
     }
-    answer.key(pid, secret);
+    answer.key(sim.lock().setup.named(pid), secret);
     answer.ready(b'I');
     end.send(&std::mem::take(&mut answer.bytes))?;
     let ended = terminate.run_until_cancelled(messages(&mut session, end, &mut buffer, answer, &mail)).await;
@@ -144,6 +144,7 @@ async fn cancel(sim: &Arc<Sim>, node: usize, pid: i32, secret: i32) {
     sleep(Duration::from_millis(1)).await;
     let mut world = sim.lock();
     world.counts.note("seen", "cancel requests");
+    let pid = world.setup.named(pid);
     let found = world.nodes[node].backends.get(&pid).filter(|backend| backend.secret == secret);
     let found = found.map(|backend| (Arc::clone(&backend.cancel), backend.doing, backend.ends));
     let Some((notify, doing, commits)) = found else { return };

@@ -34,13 +34,23 @@ pub(crate) struct Setup {
     pub(crate) sleeps: bool,
     /// The pool wraps one of deadpool's, whose manager connects to wherever a name leads.
     pub(crate) wrapped: bool,
+    /// The log-in names another process than the session's, as a pooler does. So the pool does not rely on its answers.
+    pub(crate) pooled: bool,
     /// The servers archive, so a promoted one takes the next number that nobody has taken.
     pub(crate) archives: bool,
     /// The clock of one server is wrong.
     pub(crate) wrong_clock: bool,
 }
 
+/// A pooler's number for a client is the number of the client's process on the server, and this.
+const POOLED: i32 = 1 << 20;
+
 impl Setup {
+    /// Returns the process that the log-in of a session names.
+    pub(crate) fn named(self, pid: i32) -> i32 {
+        if self.pooled { pid ^ POOLED } else { pid }
+    }
+
     pub(crate) fn choose(rng: &mut Rng) -> Self {
         Self {
             servers: [2, 3, 3, 3][rng.index(4)],
@@ -52,6 +62,8 @@ impl Setup {
             wrapped: rng.chance(10),
             archives: rng.chance(40),
             wrong_clock: rng.chance(25),
+            // Without a draw of its own, because that would change the rest of every story that is kept.
+            pooled: rng.clone().chance(25),
         }
     }
 

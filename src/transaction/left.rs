@@ -28,6 +28,12 @@ impl<C: SessionClient> Attempt<C> {
             (Some(end), _) if !planted!("ignores that a closure has ended it") => ClosuresEnd::left(end),
             (_, server::Unanswered::GoesOn) if !planted!("ignores what is sent behind an end") => ClosuresEnd::WithMore,
             (_, server::Unanswered::GoesOn | server::Unanswered::Commits) => ClosuresEnd::UnderWay,
+            // Without a mark, no check before COMMIT can find out what was rolled back.
+            (_, server::Unanswered::Nothing)
+                if self.do_answers_tell() && self.mark.get().is_none() && activity.has_rolled_back_unseen() =>
+            {
+                ClosuresEnd::Left(Ending::Unknown)
+            }
             (_, server::Unanswered::Nothing) => ClosuresEnd::NotSent,
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::{SinkExt, StreamExt};
-use testbed::{Cluster, ClusterBuilder, Cut, Cutter, Node, Reply, Script, Tap, eventually};
+use testbed::{Cluster, ClusterBuilder, Cut, Cutter, Node, Pooler, Reply, Script, Tap, eventually};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::{Client, CopyInSink, NoTls};
 use tokio_postgres_failover::error::RolledBack;
@@ -268,7 +268,7 @@ const ENDS: &[(&str, &[i64], &str)] = &[
     ("INSERT INTO entries VALUES (1); ROLLBACK; INSERT INTO entries VALUES (3)", &[3], "RolledBack"),
 ];
 
-const PROCEDURE: &str = "CREATE PROCEDURE commits() LANGUAGE plpgsql AS \
+const PROCEDURE: &str = "CREATE OR REPLACE PROCEDURE commits() LANGUAGE plpgsql AS \
                          'BEGIN INSERT INTO entries VALUES (3); COMMIT; END'";
 
 /// One statement after the other, as a program sends them.
@@ -291,72 +291,108 @@ async fn cleared(admin: &Client) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_closure_that_ends_its_transaction_is_told_so() {
     let cluster = with_ledger(single()).await;
+    for kind in KINDS {
+        closures_are_told(&cluster, kind, cluster.socket_addr(Node(0))).await;
+    }
+}
+
+/// So it is behind a pooler, where another session may answer next. There COMMIT's message has a check.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_closure_that_ends_its_transaction_behind_a_pooler_is_told_so() {
+    let cluster = with_ledger(single()).await;
+    let pooler = Pooler::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
+    closures_are_told(&cluster, Kind::Own, pooler.addr()).await;
+}
+
+async fn closures_are_told(cluster: &Cluster, kind: Kind, addr: SocketAddr) {
     let admin = cluster.direct(Node(0)).await;
     admin.batch_execute(PROCEDURE).await.unwrap();
     for level in ["notice", "error"] {
         admin.batch_execute(&format!("ALTER ROLE app SET client_min_messages = '{level}'")).await.unwrap();
-        for kind in KINDS {
-            let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
-            for guarantee in guarantees() {
-                for (statements, rows, how) in ENDS {
-                    for at_once in [true, false] {
-                        let what = format!("{level} {kind:?} {guarantee:?}: {statements}, at once: {at_once}");
-                        // A read cannot write before it has ended its transaction.
-                        let statements = match guarantee {
-                            Some(_) => (*statements).to_owned(),
-                            None => statements.replace("INSERT INTO entries VALUES (1)", "SELECT 1"),
-                        };
-                        if at_once && statements.contains("CALL") {
-                            // A procedure that commits has to come alone.
-                            continue;
-                        }
-                        if guarantee.is_none() && statements.contains("(2)") && statements.contains("CHAIN") {
-                            // The chained transaction is read-only, too.
-                            continue;
-                        }
-                        let runs = Runs::default();
-                        let result = call(&pool, guarantee.as_ref())
-                            .run(async |tx| {
-                                runs.begin();
-                                if at_once {
-                                    tx.batch_execute(&statements).await?;
-                                } else {
-                                    one_by_one(&tx, &statements).await?;
-                                }
-                                Ok(())
-                            })
-                            .await;
-                        let error = result.expect_err(&what);
-                        assert_eq!(name(&error), "EndedInside", "{what}: {error}");
-                        assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{what}: {error}");
-                        assert_eq!(runs.count(), 1, "{what}");
-                        let text = error.to_string();
-                        let marked = matches!(guarantee, Some(Guarantee::ExactlyOnce | Guarantee::Ledger(_)));
-                        // The answers show each end.
-                        let shown = kind == Kind::Own;
-                        let expected = match *how {
-                            _ if !marked && !shown => "ended its transaction itself",
-                            "Committed" => "committed its transaction itself",
-                            "Prepared" => "PREPARE TRANSACTION",
-                            _ => "rolled its transaction back itself",
-                        };
-                        assert!(text.contains(expected), "{what}: {text}");
-                        let rows: Vec<i64> = match guarantee {
-                            Some(_) => rows.to_vec(),
-                            None => rows.iter().copied().filter(|row| *row != 1).collect(),
-                        };
-                        let mut found = stored(&cluster).await;
-                        if guarantee.is_none() {
-                            // A read is told afterwards: what it began by hand may have been committed.
-                            found.retain(|row| *row != 2);
-                        }
-                        assert_eq!(found, rows, "{what}");
-                        cleared(&admin).await;
+        let pool = pool_of(kind, addr, 2);
+        for guarantee in guarantees() {
+            for (statements, rows, how) in ENDS {
+                for at_once in [true, false] {
+                    let what = format!("{level} {kind:?} {guarantee:?}: {statements}, at once: {at_once}");
+                    // A read cannot write before it has ended its transaction.
+                    let statements = match guarantee {
+                        Some(_) => (*statements).to_owned(),
+                        None => statements.replace("INSERT INTO entries VALUES (1)", "SELECT 1"),
+                    };
+                    if at_once && statements.contains("CALL") {
+                        // A procedure that commits has to come alone.
+                        continue;
                     }
+                    if guarantee.is_none() && statements.contains("(2)") && statements.contains("CHAIN") {
+                        // The chained transaction is read-only, too.
+                        continue;
+                    }
+                    let runs = Runs::default();
+                    let result = call(&pool, guarantee.as_ref())
+                        .run(async |tx| {
+                            runs.begin();
+                            if at_once {
+                                tx.batch_execute(&statements).await?;
+                            } else {
+                                one_by_one(&tx, &statements).await?;
+                            }
+                            Ok(())
+                        })
+                        .await;
+                    let error = result.expect_err(&what);
+                    assert_eq!(name(&error), "EndedInside", "{what}: {error}");
+                    assert_eq!(error.commit_outcome(), CommitOutcome::Unknown, "{what}: {error}");
+                    assert_eq!(runs.count(), 1, "{what}");
+                    let text = error.to_string();
+                    let marked = matches!(guarantee, Some(Guarantee::ExactlyOnce | Guarantee::Ledger(_)));
+                    // The answers show each end.
+                    let shown = kind == Kind::Own;
+                    let expected = match *how {
+                        _ if !marked && !shown => "ended its transaction itself",
+                        "Committed" => "committed its transaction itself",
+                        "Prepared" => "PREPARE TRANSACTION",
+                        _ => "rolled its transaction back itself",
+                    };
+                    assert!(text.contains(expected), "{what}: {text}");
+                    let rows: Vec<i64> = match guarantee {
+                        Some(_) => rows.to_vec(),
+                        None => rows.iter().copied().filter(|row| *row != 1).collect(),
+                    };
+                    let mut found = stored(cluster).await;
+                    if guarantee.is_none() {
+                        // A read is told afterwards: what it began by hand may have been committed.
+                        found.retain(|row| *row != 2);
+                    }
+                    assert_eq!(found, rows, "{what}");
+                    cleared(&admin).await;
                 }
             }
-            let status = pool.status();
-            assert_eq!((status.size, status.view.generation.get()), (status.available, 1));
+        }
+        let status = pool.status();
+        assert_eq!((status.size, status.view.generation.get()), (status.available, 1));
+    }
+}
+
+/// The pool cannot read this text as the server does, so it cannot see that the transaction was rolled back and another
+/// one has begun.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_no_text_shows_is_never_ok() {
+    let cluster = with_ledger(single()).await;
+    for kind in KINDS {
+        let pool = pool_of(kind, cluster.socket_addr(Node(0)), 2);
+        for guarantee in guarantees().into_iter().flatten() {
+            let (runs, what) = (Runs::default(), format!("{kind:?} {guarantee:?}"));
+            let result = call(&pool, Some(&guarantee))
+                .run(async |tx| {
+                    runs.begin();
+                    insert(&tx, 1).await?;
+                    tx.batch_execute("SET LOCAL standard_conforming_strings = off").await?;
+                    Ok(tx.batch_execute(r"SELECT '\''; ROLLBACK AND CHAIN; --'").await?)
+                })
+                .await;
+            let error = result.expect_err(&what);
+            assert_eq!(name(&error), "EndedInside", "{what}: {error}");
+            assert_eq!((runs.count(), stored(&cluster).await.len()), (1, 0), "{what}: {error}");
         }
     }
 }
