@@ -300,6 +300,10 @@ impl Topology {
             }
             Finding::Lives => {
                 self.primary_lives(now);
+                // The session itself may be dead without a sign. Then it would show no fence, so replace it.
+                if failure.kind == FailureKind::TimedOut {
+                    self.beside.hurry(now, self.settings.heartbeat);
+                }
                 // No other failure is the server's own answer to this question. On a new session it may be another
                 // server's, behind a proxy.
                 let older_open = circumstances.kept_open || circumstances.pooled_open;

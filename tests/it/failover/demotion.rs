@@ -1,22 +1,25 @@
 //! The primary changes its role, or somebody else claims it: what may no longer be used is no longer handed out.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use testbed::{Cluster, Node, Tap, eventually};
+use testbed::{Cluster, Node, Path, Tap, eventually};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use tokio_postgres::error::SqlState;
+use tokio_postgres_failover::connect::{ByteStream, Connect, Connecting};
 use tokio_postgres_failover::error::{Unavailable, UnavailableReason};
-use tokio_postgres_failover::view::State;
+use tokio_postgres_failover::view::{Address, Endpoint, State};
 use tokio_postgres_failover::{Error, Pool};
 
 use crate::support::load::{
-    Hung, LONG, Load, Spread, Write, by_name, create_table, from_env, generation, ms, primary_lost,
+    Hung, LONG, Load, Spread, Write, by_name, by_url, create_table, from_env, generation, ms, primary_lost,
 };
-use crate::support::{stalls, started};
+use crate::support::{heart_beats, stalls, started};
 
 /// Ten times what the issue asks of the writers after a demotion.
 const PROMPT: Duration = Duration::from_secs(1);
@@ -258,6 +261,56 @@ async fn fence_of_the_system_without_a_successor() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fence_of_the_database_without_a_successor() {
     fenced_alone(async |cluster, on| cluster.set_database_read_only(Node(0), on).await).await;
+}
+
+/// Leads the second connection over a path of its own: the first one is the caller's, the second one the heartbeat's.
+struct Detour {
+    path: SocketAddr,
+    opened: AtomicUsize,
+}
+
+impl Connect for Detour {
+    fn connect<'a>(&'a self, endpoint: &'a Endpoint) -> Connecting<'a> {
+        Box::pin(async move {
+            let Address::Tcp(direct) = endpoint.address else { panic!("{endpoint}") };
+            let is_second = self.opened.fetch_add(1, Ordering::SeqCst) == 1;
+            let to = if is_second { self.path } else { direct };
+            Ok(Box::new(TcpStream::connect(to).await?) as Box<dyn ByteStream>)
+        })
+    }
+}
+
+/// R5: the heartbeat's session is dead without a sign, and the server answers the caller. No question on the dead
+/// session would show the fence, so the pool opens another one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fence_is_seen_although_the_heart_beats_session_is_dead() {
+    let cluster = Cluster::builder().nodes(1).start().await;
+    let path = Path::start((cluster.spare_addr(0), 0).into(), cluster.socket_addr(Node(0))).await;
+    let detour = Detour { path: path.addr(), opened: AtomicUsize::new(0) };
+    let pool = by_url(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))))
+        .connector(detour)
+        .max_size(1)
+        .heartbeat_interval(Duration::from_millis(500))
+        .heartbeat_timeout(Duration::from_secs(1))
+        .patrol_interval(Duration::MAX)
+        .build()
+        .unwrap();
+    let client = pool.get().await.unwrap();
+    heart_beats(&cluster).await;
+    path.vanish();
+    let caller = tokio::spawn(async move {
+        let mut answers = 0_u32;
+        while client.query_one("SELECT 1", &[]).await.is_ok() {
+            answers += 1;
+            sleep(Duration::from_millis(10)).await;
+        }
+        answers
+    });
+    cluster.set_database_read_only(Node(0), true).await;
+    primary_lost(&pool).await;
+    assert!(caller.await.unwrap() > 0, "the caller's connection was served");
+    let view = pool.status().view;
+    assert!(view.changed.why.contains("fenced"), "{view:?}");
 }
 
 /// R13: whoever makes his own transaction read-only and writes gets his error, once, and nobody else notices.

@@ -269,3 +269,27 @@ fn a_message_from_before_the_last_report_does_not_count() {
     let after = stage.suspended_at.map(|at| at.duration_since(sent)).expect("it is left");
     assert!(after >= settings().heartbeat_timeout, "{after:?}");
 }
+
+/// The heartbeat's question on the kept session has no answer, while callers are answered. The session may be dead
+/// without a sign, and then no later question on it would show a fence. So a new session is opened, and takes its place.
+#[test]
+fn a_kept_session_that_is_silent_is_replaced_while_others_are_answered() {
+    let mut bench = Bench::settled();
+    for _ in 0..3 {
+        bench.wait(settings().heartbeat);
+        assert!(bench.topology.members[&address(1)].asking, "the heartbeat");
+        bench.log.clear();
+        bench.work(settings().heartbeat_timeout, true);
+        bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+        assert_eq!(bench.primary(), Some(1));
+        let opens = |action: &Action| matches!(action, Action::Probe { fresh: true, beside: true, .. });
+        assert_eq!(bench.log.iter().filter(|action| opens(action)).count(), 1, "{:?}", bench.log);
+        bench.answer(1, Ok(primary(1, 1)), true, true);
+    }
+    // The new session meets the fence that no other open session feels.
+    bench.wait(settings().heartbeat);
+    bench.work(settings().heartbeat_timeout, true);
+    bench.answer(1, Err(failure(FailureKind::TimedOut)), false, true);
+    bench.answer(1, Ok(fenced(1, 1)), true, true);
+    assert_eq!((bench.primary(), bench.ended()), (None, vec![1]));
+}
