@@ -61,6 +61,11 @@ pub(crate) struct Activity {
     first_end: AtomicU8,
     /// Since the last call of [`Activity::watch`], something was rolled back, and no text shows what.
     rolled_back_unseen: AtomicBool,
+    /// Whether the server reports if new transactions are read-only by default, and whether they are now.
+    reports_read_only: AtomicBool,
+    is_read_only: AtomicBool,
+    /// Whether they have been at some time since the last call of [`Activity::watch`].
+    was_read_only: AtomicBool,
     /// The [`Unanswered`] of now.
     unanswered: AtomicU8,
     /// The server process of the session, as the log-in has shown it. 0 if it has not.
@@ -227,6 +232,7 @@ impl Activity {
     pub(crate) fn watch(&self) {
         self.first_end.store(0, Ordering::Release);
         self.rolled_back_unseen.store(false, Ordering::Release);
+        self.was_read_only.store(self.is_read_only.load(Ordering::Acquire), Ordering::Release);
     }
 
     /// Returns how a transaction has ended first since the last call of [`Self::watch`], as the answers show it. The
@@ -241,6 +247,17 @@ impl Activity {
     /// the transaction or a part of it.
     pub(crate) fn has_rolled_back_unseen(&self) -> bool {
         self.rolled_back_unseen.load(Ordering::Acquire)
+    }
+
+    /// Returns whether the server reports if new transactions are read-only by default. PostgreSQL 14 and later do.
+    pub(crate) fn tells_read_only(&self) -> bool {
+        self.reports_read_only.load(Ordering::Acquire)
+    }
+
+    /// Returns whether new transactions were read-only by default at some time since the last call of [`Self::watch`].
+    /// The server reports this before the end of the first request to which it applies.
+    pub(crate) fn was_read_only(&self) -> bool {
+        self.was_read_only.load(Ordering::Acquire)
     }
 
     /// Returns whether the server is in a transaction, and has answered everything that was sent.
@@ -298,6 +315,11 @@ impl Activity {
         }
         if std::mem::take(&mut counts.rolled_back_unseen) {
             self.rolled_back_unseen.store(true, Ordering::Release);
+        }
+        if let Some(read_only) = counts.read_only.take() {
+            self.reports_read_only.store(true, Ordering::Release);
+            self.is_read_only.store(read_only, Ordering::Release);
+            self.was_read_only.fetch_or(read_only, Ordering::AcqRel);
         }
         self.pid.store(counts.pid, Ordering::Release);
         self.pools_commit.store(counts.pools_commit, Ordering::Release);

@@ -64,6 +64,8 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) mark: OnceLock<SettleKey>,
     /// When the closure has started.
     pub(super) began: OnceLock<Instant>,
+    /// The transaction could not write when it began, although the call may write: a fence, or a standby.
+    pub(super) began_read_only: OnceLock<()>,
     /// How the closure has ended the transaction, when that was last looked at.
     pub(super) closures: ClosuresEnd,
     /// Set if the pool reads every answer that the closure gets, and has seen that the session had no transaction before
@@ -98,6 +100,7 @@ impl<C: SessionClient> Attempt<C> {
             limit,
             mark: OnceLock::new(),
             began: OnceLock::new(),
+            began_read_only: OnceLock::new(),
             closures: ClosuresEnd::NotSent,
             answers_tell: OnceLock::new(),
             inner,

@@ -1,6 +1,5 @@
 //! How a transaction begins: one message contains BEGIN and the mark. Later, the transaction can be found by its mark.
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use super::attempt::Attempt;
@@ -38,7 +37,7 @@ impl<C: SessionClient> Attempt<C> {
             MarkKind::Ledger(ledger) => self.enter(&begin.sql, ledger).await,
             MarkKind::Wal | MarkKind::Write if self.can_be_marked() => self.mark(&begin.sql, nonce).await,
             MarkKind::Nothing | MarkKind::Wal | MarkKind::Write => {
-                client.run_own(&self.unmarked(begin, CLEAN)).await?;
+                self.begin_unmarked(begin, CLEAN).await?;
                 return Ok(None);
             }
         };
@@ -55,7 +54,7 @@ impl<C: SessionClient> Attempt<C> {
                 }
                 self.pool().lacking().set_unmarked(client.generation(), &why);
                 client.run_own("ROLLBACK").await?;
-                client.run_own(&self.unmarked(begin, "")).await?;
+                self.begin_unmarked(begin, "").await?;
                 return Ok(None);
             }
         };
@@ -80,7 +79,10 @@ impl<C: SessionClient> Attempt<C> {
                 // The server also reports this by a notice, but this crate does not see the notices of a wrapped pool.
                 Ok(MarkAnswer::Joined) => return Err(Error::RolledBack(RolledBack::StrangeSession)),
                 Ok(MarkAnswer::By(marker, backend)) => Ok(Some(mark(SettleBy::Wal(marker), backend))),
-                Ok(MarkAnswer::ReadOnly) => Ok(None),
+                Ok(MarkAnswer::ReadOnly) => {
+                    self.note_read_only();
+                    Ok(None)
+                }
                 Err(bad) => Err(bad),
             },
             (_, None) => Ok(None),
@@ -106,17 +108,27 @@ impl<C: SessionClient> Attempt<C> {
         activity.is_idle() == Some(true)
     }
 
-    /// Returns BEGIN for a transaction without a mark, behind `clean`. A transaction that only reads needs no value of
-    /// [`remember`].
-    fn unmarked<'a>(&self, begin: &'a Begin, clean: &str) -> Cow<'a, str> {
-        let sql = &begin.unmarked;
-        if self.do_answers_tell() {
-            begin.sql.as_str().into()
-        } else if begin.read_only {
-            format!("{clean}{sql}").into()
-        } else {
-            format!("{clean}{sql}; {}", remember(self.run)).into()
+    /// Begins a transaction without a mark, behind `clean`. One that only reads needs no value of [`remember`].
+    async fn begin_unmarked(&self, begin: &Begin, clean: &str) -> Result<(), Error> {
+        let (client, sql) = (self.client(), &begin.unmarked);
+        if self.do_answers_tell() && (begin.read_only || client.notices().activity.tells_read_only()) {
+            return Ok(client.run_own(&begin.sql).await?);
         }
+        if begin.read_only {
+            return Ok(client.run_own(&format!("{clean}{sql}")).await?);
+        }
+        let sql = format!("{clean}{sql}; {}; SHOW transaction_read_only", remember(self.run));
+        let shown = client.noted(wal::only_row(client, &sql).await)?;
+        if shown.first().and_then(Option::as_deref) == Some("on") {
+            self.note_read_only();
+        }
+        Ok(())
+    }
+
+    /// Notes that the transaction began read-only.
+    fn note_read_only(&self) {
+        // Setting it cannot fail, because an attempt begins only once.
+        let _ = self.began_read_only.set(());
     }
 
     /// Returns the error if a proxy has connected the transaction to another server than the one that was verified.

@@ -64,8 +64,10 @@ impl<C: SessionClient> Attempt<C> {
         };
         let session = Session::Aborted(report);
         let verdict = match judge(ClosureError::Nothing, &session) {
-            // The server accepts writes, so the transaction had made itself read-only.
-            Verdict::ReadOnly if !self.server_is_read_only().await => Verdict::Application,
+            // The server accepts writes, and did so when the transaction began. So that had made itself read-only.
+            Verdict::ReadOnly if !self.server_is_read_only().await && !self.is_known_to_begin_read_only() => {
+                Verdict::Application
+            }
             verdict => verdict,
         };
         Failed { session, ..Failed::new(verdict, error) }

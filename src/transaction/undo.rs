@@ -29,7 +29,7 @@ impl<C: SessionClient> Attempt<C> {
         if self.is_shared() {
             // Somebody still holds the transaction's handle. After a ROLLBACK, the holder's further statements would
             // run outside any transaction. So no ROLLBACK is sent: the session is closed, which undoes all its work.
-            return own_doing(failed, false);
+            return own_doing(failed, self.began_read_only(mode));
         }
         if failed.verdict.is_loss() {
             // If the session still exists, it is behind a proxy and reaches another server now. That server knows
@@ -40,7 +40,19 @@ impl<C: SessionClient> Attempt<C> {
         let role = (failed.verdict == Verdict::ReadOnly && mode != Mode::Read).then(role);
         let known = self.has_begun().then(|| self.known(mode));
         let (undone, server_is_read_only) = self.undo(known, role.as_deref()).await;
-        undone.explains(own_doing(failed, server_is_read_only))
+        undone.explains(own_doing(failed, server_is_read_only || self.began_read_only(mode)))
+    }
+
+    /// Returns whether the transaction could not write from its first statement on, although the call may write. Then
+    /// its closure has not made it read-only, even if the server accepts writes by now, because a fence was lifted.
+    pub(super) fn began_read_only(&self, mode: Mode) -> bool {
+        mode != Mode::Read && (self.is_known_to_begin_read_only() || !self.has_begun())
+    }
+
+    /// Returns whether the server has said so, in its answer to BEGIN, or by reporting its setting.
+    pub(super) fn is_known_to_begin_read_only(&self) -> bool {
+        let reported = self.do_answers_tell() && self.client().notices().activity.was_read_only();
+        reported || self.began_read_only.get().is_some()
     }
 
     pub(super) async fn roll_back(&mut self) {

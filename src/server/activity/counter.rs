@@ -54,6 +54,8 @@ pub(super) struct Counts {
     rolled_back: u16,
     /// Since the last publication, something was rolled back, and no text shows what.
     pub(super) rolled_back_unseen: bool,
+    /// Whether new transactions are read-only by default, if the server has reported it since the last publication.
+    pub(super) read_only: Option<bool>,
 }
 
 /// The requests whose text ends a transaction. The pool's own COMMIT is none of them.
@@ -204,6 +206,7 @@ impl Counts {
             }
             (b'C', Some(Says::Committed)) => self.ends(self.answered + 1, TransactionEnd::Committed),
             (b'C', Some(Says::Prepared)) => self.ends(self.answered + 1, TransactionEnd::Prepared),
+            (b'S', Some(Says::ReadOnly(read_only))) => self.read_only = Some(read_only),
             (b'C', Some(Says::RolledBack)) => self.rolls_back(),
             // The server ignores the Sync that was sent before the COPY data.
             (b'G', _) => {

@@ -26,6 +26,8 @@ pub(super) enum Says {
     Prepared,
     /// `CommandComplete`: a ROLLBACK, also one to a savepoint, or a COMMIT that has rolled back.
     RolledBack,
+    /// `ParameterStatus`: whether the session's new transactions are read-only by default.
+    ReadOnly(bool),
 }
 
 /// A text that bodies are compared with.
@@ -37,13 +39,16 @@ struct Text {
     says: Says,
 }
 
-const TEXTS: [Text; 6] = [
+const TEXTS: [Text; 8] = [
     Text { letter: b'Q', bytes: ROLLBACK, whole: true, says: Says::DriversRollback },
     Text { letter: b'Q', bytes: POOLS_COMMIT.as_bytes(), whole: false, says: Says::PoolsCommit },
     Text { letter: b'Z', bytes: b"I", whole: true, says: Says::Idle },
     Text { letter: b'C', bytes: b"COMMIT\0", whole: true, says: Says::Committed },
     Text { letter: b'C', bytes: b"PREPARE TRANSACTION\0", whole: true, says: Says::Prepared },
     Text { letter: b'C', bytes: b"ROLLBACK\0", whole: true, says: Says::RolledBack },
+    // PostgreSQL 14 and later report this parameter.
+    Text { letter: b'S', bytes: b"default_transaction_read_only\0on\0", whole: true, says: Says::ReadOnly(true) },
+    Text { letter: b'S', bytes: b"default_transaction_read_only\0off\0", whole: true, says: Says::ReadOnly(false) },
 ];
 
 /// Compares the body of one message with [`TEXTS`].
@@ -58,7 +63,7 @@ struct Comparison {
 impl Comparison {
     fn begin(&mut self, letter: u8) {
         self.at = 0;
-        self.matches = if matches!(letter, b'Q' | b'Z' | b'C') { u8::MAX } else { 0 };
+        self.matches = if matches!(letter, b'Q' | b'Z' | b'C' | b'S') { u8::MAX } else { 0 };
     }
 
     fn feed(&mut self, letter: u8, body: &[u8]) {

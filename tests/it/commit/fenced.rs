@@ -1,12 +1,13 @@
 //! A primary is fenced while a COMMIT is under way on it. A fence keeps back new transactions, and the server goes on
-//! with those that have begun.
+//! with those that have begun. And a fence is lifted before the pool has asked about it.
 
 use std::time::Duration;
 
 use testbed::{Cluster, Node};
 use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::error::Unsettled;
-use tokio_postgres_failover::{Error, Pool, deadpool_postgres};
+use tokio_postgres_failover::{Error, Guarantee, Pool, deadpool_postgres};
 
 use crate::commit::finish::{KINDS, Kind};
 use crate::support::load::{LONG, primary_lost};
@@ -16,8 +17,16 @@ use crate::support::{Runs, close_gate, committing, insert, open_gate, server, sq
 const DEADLINE: Duration = Duration::from_secs(6);
 
 fn pool_of(kind: Kind, cluster: &Cluster, dead_after: Duration) -> Pool {
+    asking(kind, cluster, dead_after, Duration::from_millis(100))
+}
+
+/// A pool that asks its primary nothing before a call does.
+fn unaware_pool_of(kind: Kind, cluster: &Cluster) -> Pool {
+    asking(kind, cluster, LONG, LONG * 10)
+}
+
+fn asking(kind: Kind, cluster: &Cluster, dead_after: Duration, often: Duration) -> Pool {
     let url = cluster.url_hosts();
-    let often = Duration::from_millis(100);
     if kind == Kind::Own {
         let builder = Pool::builder(url).unwrap().max_size(2).heartbeat_interval(often).patrol_interval(often);
         return builder.dead_after(dead_after).build().unwrap();
@@ -147,4 +156,53 @@ async fn a_commit_under_a_fence_is_left_for_a_successor() {
     let (result, ()) = timeout(LONG, async { tokio::join!(call, fault) }).await.expect("the call hangs");
     assert!(result.is_ok(), "{result:?}");
     assert_eq!(runs.count(), 2, "it was not settled by the successor");
+}
+
+/// What a closure does after a fence has refused its statement.
+#[derive(Clone, Copy, Debug)]
+enum Then {
+    Returns,
+    HidesIt,
+    IgnoresIt,
+}
+
+/// The server accepts writes again when the pool asks it, but it did not when the transaction began. So the closure has
+/// not made its transaction read-only, and the work runs again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn work_that_met_a_fence_runs_again_although_the_fence_was_lifted() {
+    for kind in KINDS {
+        let cluster = server().await;
+        let mut expected = Vec::new();
+        for guarantee in [Guarantee::ExactlyOnce, Guarantee::AtMostOnce, Guarantee::AtLeastOnce] {
+            for then in [Then::Returns, Then::HidesIt, Then::IgnoresIt] {
+                // It notices no fence by itself.
+                let pool = unaware_pool_of(kind, &cluster);
+                pool.connect().await.unwrap();
+                drop(pool.get().await.unwrap());
+                cluster.set_read_only(Node(0), true).await;
+                let (id, runs) = (expected.len() as i64, Runs::default());
+                let call = pool.build_transaction().guarantee(guarantee.clone()).deadline(LONG);
+                let result = call.run(async |tx| {
+                    let written = insert(&tx, id).await;
+                    if runs.begin() > 1 {
+                        return written;
+                    }
+                    let refused = written.unwrap_err();
+                    assert_eq!(refused.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "{refused:?}");
+                    cluster.set_read_only(Node(0), false).await;
+                    match then {
+                        Then::Returns => Err(refused),
+                        Then::HidesIt => Err(Error::abort("it did not work")),
+                        Then::IgnoresIt => Ok(()),
+                    }
+                });
+                let result = timeout(LONG, result).await.expect("the call hangs");
+                assert!(result.is_ok(), "{kind:?}, {guarantee:?}, {then:?}: {result:?}");
+                assert_eq!(runs.count(), 2, "{kind:?}, {guarantee:?}, {then:?}");
+                expected.push(id);
+                pool.close();
+            }
+        }
+        assert_eq!(stored(&cluster).await, expected, "{kind:?}");
+    }
 }
