@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::time::sleep;
+use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{CommitOutcome, Error, Guarantee, Pool, RetryPolicy, Transaction};
 
@@ -192,7 +193,7 @@ fn run_again(sim: &Sim, met: &Met, plan: Plan, attempt: i64) {
 
 /// The SQLSTATE of the server's error.
 fn code_of<T>(answer: &Result<T, tokio_postgres::Error>) -> Option<&str> {
-    answer.as_ref().err()?.code().map(|code| code.code())
+    answer.as_ref().err()?.code().map(SqlState::code)
 }
 
 struct Closure {
