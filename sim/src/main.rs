@@ -38,6 +38,8 @@ mod world;
 
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use mutants::{all_mutants, plant};
@@ -104,15 +106,38 @@ fn told(script: &Script, violations: &[String]) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Ends the process if a seed takes so much of the processor: its clock does not move on any more. A usual seed takes a
+/// tenth of a second.
+const STANDS_STILL: Duration = Duration::from_secs(20);
+
+fn watch(running: Arc<AtomicU64>) {
+    let mut since = (running.load(Ordering::Relaxed), processor());
+    std::thread::spawn(move || {
+        loop {
+            std::thread::sleep(Duration::from_secs(1));
+            let seed = running.load(Ordering::Relaxed);
+            if seed != since.0 {
+                since = (seed, processor());
+            } else if processor().saturating_sub(since.1) > STANDS_STILL {
+                println!("VIOLATION with seed {seed}: the simulation stands still");
+                std::process::exit(1);
+            }
+        }
+    });
+}
+
 fn many(first: u64, seeds: u64) -> ExitCode {
     let (limit, stops) = (setting("LIMIT").map(Duration::from_secs), std::env::var_os("STOP").is_some());
     let began = Instant::now();
     let (mut counts, mut failovers, mut simulated, mut bad) = (Counts::default(), 0, Duration::ZERO, Vec::new());
     let mut done = 0;
+    let running = Arc::new(AtomicU64::new(first));
+    watch(Arc::clone(&running));
     for seed in first..first.saturating_add(seeds) {
         if limit.is_some_and(|limit| began.elapsed() >= limit) || (stops && !bad.is_empty()) {
             break;
         }
+        running.store(seed, Ordering::Relaxed);
         let script = Script::whole(seed);
         match run(&script, false) {
             Ok(outcome) => {

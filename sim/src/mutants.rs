@@ -75,7 +75,7 @@ pub(crate) const MUTANTS: &[(&str, &str)] = &[
 
 /// How long the search for one may take.
 const LIMIT: Duration = Duration::from_secs(600);
-/// A clock that never moves on is a violation, too: then the search ends after so much more.
+/// A seed that never ends is found by the run itself. Should that fail, the search ends after so much more.
 const HANGS_AFTER: Duration = Duration::from_secs(60);
 
 /// Plants a fault in the crate. Without the simulation's flags, there is none to plant.
