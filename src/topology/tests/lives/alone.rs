@@ -271,7 +271,7 @@ fn a_message_from_before_the_last_report_does_not_count() {
 }
 
 /// The heartbeat's question on the kept session has no answer, while callers are answered. The session may be dead
-/// without a sign, and then no later question on it would show a fence. So a new session is opened, and takes its place.
+/// without a sign, and then no later question on it would show a fence. So a new session takes its place.
 #[test]
 fn a_kept_session_that_is_silent_is_replaced_while_others_are_answered() {
     let mut bench = Bench::settled();
