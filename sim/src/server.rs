@@ -98,6 +98,8 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
     ] {
         answer.parameter(name, value);
     }
+    session.reload();
+    session.reports().into_iter().for_each(|value| answer.parameter("default_transaction_read_only", value));
     answer.key(sim.lock().setup.named(pid), secret);
     answer.ready(b'I');
     end.send(&std::mem::take(&mut answer.bytes))?;
@@ -182,6 +184,7 @@ async fn messages(
             continue;
         };
         session.thaw().await;
+        session.reload();
         set_doing(session, Doing::Active);
         let is_whole = matches!(request, Request::Query(_) | Request::Sync);
         let failed = match request {
@@ -227,6 +230,7 @@ async fn messages(
             skips = true;
         }
         if is_whole {
+            session.reports().into_iter().for_each(|value| answer.parameter("default_transaction_read_only", value));
             answer.ready(session.status());
             let doing = if session.status() == b'I' { Doing::Idle } else { Doing::IdleInTransaction };
             set_doing(session, doing);

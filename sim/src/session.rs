@@ -49,6 +49,10 @@ pub(crate) struct Session {
     pub(crate) settings: BTreeMap<String, String>,
     prepared: BTreeMap<String, Statement>,
     message: u64,
+    /// The server's fence for open sessions, as this one last looked. It looks between two messages.
+    fenced: bool,
+    /// The last value of `default_transaction_read_only` that was reported.
+    reported: Option<bool>,
     /// An error has ended it.
     pub(crate) ended: bool,
 }
@@ -71,6 +75,8 @@ impl Session {
             settings,
             prepared: BTreeMap::new(),
             message: 0,
+            fenced: false,
+            reported: None,
             ended: false,
         }
     }
@@ -105,7 +111,19 @@ impl Session {
 
     fn is_read_only_by_default(&self) -> bool {
         let by_setting = self.settings.get("default_transaction_read_only").is_some_and(|value| value == "on");
-        by_setting || self.of_node(|node| node.troubles.read_only)
+        by_setting || self.fenced
+    }
+
+    /// Reads the server's configuration again, as a session does between two messages.
+    pub(crate) fn reload(&mut self) {
+        self.fenced = self.of_node(|node| node.troubles.read_only);
+    }
+
+    /// Returns what has to be reported before the end of a request.
+    pub(crate) fn reports(&mut self) -> Option<&'static str> {
+        let read_only = self.is_read_only_by_default();
+        let changed = self.reported.replace(read_only) != Some(read_only);
+        changed.then_some(if read_only { "on" } else { "off" })
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -306,6 +306,27 @@ fn a_rollback_that_no_text_shows_is_noted() {
     assert!(!activity.has_rolled_back_unseen());
 }
 
+/// A fence comes before the end of the first request to which it applies, and may be lifted before anybody looks.
+#[test]
+fn a_fence_is_remembered_until_the_next_transaction() {
+    let (activity, mut counter) = (Activity::default(), logged_in());
+    let reported = |value: &str| message(b'S', format!("default_transaction_read_only\0{value}\0").as_bytes());
+    let mut receive = |bytes: &[u8]| {
+        bytes.chunks(7).for_each(|part| drop(counter.received(part)));
+        activity.publish(&mut counter);
+        (activity.tells_read_only(), activity.was_read_only())
+    };
+    assert_eq!(receive(&message(b'S', b"TimeZone\0UTC\0")), (false, false), "PostgreSQL 13");
+    assert_eq!(receive(&reported("off")), (true, false));
+    assert_eq!(receive(&[reported("on"), ready(b'T')].concat()), (true, true));
+    assert_eq!(receive(&[reported("off"), ready(b'I')].concat()), (true, true), "it was lifted");
+    activity.watch();
+    assert_eq!(receive(&ready(b'T')), (true, false), "the next transaction");
+    assert_eq!(receive(&reported("on")), (true, true));
+    activity.watch();
+    assert_eq!(receive(&ready(b'T')), (true, true), "the fence goes on");
+}
+
 #[test]
 fn a_session_is_known_by_its_process() {
     let mut counter = Counter::new(false);
