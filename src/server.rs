@@ -7,6 +7,7 @@
 mod activity;
 mod end;
 mod notices;
+mod opening;
 mod over;
 mod owned;
 mod password;
@@ -22,6 +23,7 @@ mod withheld;
 pub(crate) use activity::{Activity, Heard, POOLS_COMMIT, TransactionEnd, Unanswered};
 pub(crate) use end::End;
 pub(crate) use notices::{Notices, NotificationSink, SessionEndListener};
+pub(crate) use opening::{MarkText, OpeningState};
 pub(crate) use owned::OwnedSession;
 pub(crate) use password::{PasswordProvider, Passwords};
 pub(crate) use rows::{may_be_cut, rows};

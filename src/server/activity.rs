@@ -20,6 +20,8 @@ use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Notify;
 
+use super::opening::{Opening, OpeningState};
+
 pub(super) use self::counter::Counter;
 pub(crate) use self::messages::POOLS_COMMIT;
 
@@ -72,6 +74,12 @@ pub(crate) struct Activity {
     pid: AtomicI32,
     /// Where signs of the server's life are noted.
     heard: OnceLock<Heard>,
+    /// Everything that was sent is answered, what the driver sends by itself, too.
+    all_answered: AtomicBool,
+    /// A statement was sent that drops all prepared statements.
+    deallocated: AtomicBool,
+    /// The opening of the session's transaction, if it travels with the first request.
+    opening: Opening,
 }
 
 /// Whether any of several sessions to one server has received a sign of the server's life since the last call of
@@ -265,6 +273,26 @@ impl Activity {
         self.is_settled() && self.flags.load(Ordering::Acquire) == TRANSACTION && !self.is_condemned()
     }
 
+    /// Returns whether the session is idle and has answered everything, also what the driver has sent by itself.
+    pub(crate) fn is_silent(&self) -> bool {
+        self.is_idle() == Some(true) && self.all_answered.load(Ordering::Acquire)
+    }
+
+    /// Returns whether a statement was sent since the last call that drops all prepared statements.
+    pub(crate) fn take_deallocated(&self) -> bool {
+        self.deallocated.load(Ordering::Acquire) && self.deallocated.swap(false, Ordering::AcqRel)
+    }
+
+    /// The opening of the session's transaction.
+    pub(crate) fn opening(&self) -> &Opening {
+        &self.opening
+    }
+
+    /// Returns whether a transaction's opening is left over. Nobody else may use such a session.
+    pub(crate) fn has_opening(&self) -> bool {
+        self.opening.state() != OpeningState::Absent
+    }
+
     /// Returns what a request that was not answered may have done to the transaction.
     pub(crate) fn unanswered(&self) -> Unanswered {
         match self.unanswered.load(Ordering::Acquire) {
@@ -321,9 +349,13 @@ impl Activity {
             self.is_read_only.store(read_only, Ordering::Release);
             self.was_read_only.fetch_or(read_only, Ordering::AcqRel);
         }
+        if std::mem::take(&mut counts.deallocated) {
+            self.deallocated.store(true, Ordering::Release);
+        }
         self.pid.store(counts.pid, Ordering::Release);
         self.pools_commit.store(counts.pools_commit, Ordering::Release);
         self.unanswered.store(counts.unanswered() as u8, Ordering::Release);
+        self.all_answered.store(counter.is_all_answered(), Ordering::Release);
         self.flags.store(counter.flags(), Ordering::Release);
     }
 }

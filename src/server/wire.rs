@@ -22,6 +22,7 @@ use crate::connect::Connect;
 use crate::topology::Endpoint;
 
 use super::activity::{Activity, Counter};
+use super::opening::Passage;
 use super::over::Over;
 use super::socket::{Plain, open};
 use super::{Driver, Notices};
@@ -81,7 +82,8 @@ where
 {
     let activity = Arc::clone(&notices.activity);
     let asks = config.get_ssl_mode() != SslMode::Disable && config.get_ssl_negotiation() == SslNegotiation::Postgres;
-    let wire = Wire { stream, counter: Counter::new(asks), activity, begins: Some(Begins { asks_for_tls: asks }) };
+    let begins = Some(Begins { asks_for_tls: asks });
+    let wire = Wire { stream, counter: Counter::new(asks), passage: Passage::default(), activity, begins };
     let (client, connection) = config.connect_raw(wire, secure).await?;
     Ok((client, drive(connection, notices)))
 }
@@ -143,10 +145,12 @@ fn host_of(config: &Config) -> Option<String> {
     })
 }
 
-/// A stream that carries the protocol messages unencrypted: it is above TLS, or there is no TLS. It counts them.
+/// A stream that carries the protocol messages unencrypted: it is above TLS, or there is no TLS. It counts them, without
+/// those of a transaction's opening, of which the driver knows nothing.
 struct Wire<S> {
     stream: S,
     counter: Counter,
+    passage: Passage,
     activity: Arc<Activity>,
     /// Nothing was received yet.
     begins: Option<Begins>,
@@ -155,7 +159,11 @@ struct Wire<S> {
 impl<S> Wire<S> {
     /// A stream for a message that belongs to no session.
     fn uncounted(stream: S) -> Self {
-        Self { stream, counter: Counter::new(false), activity: Arc::default(), begins: None }
+        Self::of(stream, Arc::default())
+    }
+
+    fn of(stream: S, activity: Arc<Activity>) -> Self {
+        Self { stream, counter: Counter::new(false), passage: Passage::default(), activity, begins: None }
     }
 }
 
@@ -199,7 +207,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let this = &mut *self;
-        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let polled = this.passage.poll_read(this.activity.opening(), &mut this.stream, cx, buf);
         if polled.is_ready()
             && let Some(error) = this.begins.take().and_then(|begins| begins.error(buf.filled().get(before..)?))
         {
@@ -225,17 +233,27 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
-        let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
+        let polled = this.passage.poll_write(this.activity.opening(), &mut this.stream, cx, buf);
         match &polled {
             Poll::Ready(Ok(taken)) => this.counter.sent(buf.get(..*taken).unwrap_or_default()),
             _ => this.counter.blocked(),
+        }
+        if this.passage.has_unsent() {
+            this.counter.blocked();
         }
         this.activity.publish(&mut this.counter);
         polled
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let this = &mut *self;
+        let had_unsent = this.passage.has_unsent();
+        let polled = this.passage.poll_flush(&mut this.stream, cx);
+        if had_unsent && !this.passage.has_unsent() {
+            this.counter.sent(&[]);
+            this.activity.publish(&mut this.counter);
+        }
+        polled
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -321,7 +339,7 @@ where
 {
     Box::pin(async move {
         let stream = connecting?.await.map_err(Into::into)?;
-        Ok(Wire { stream, counter: Counter::new(false), activity, begins: None })
+        Ok(Wire::of(stream, activity))
     })
 }
 

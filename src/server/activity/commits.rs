@@ -80,6 +80,8 @@ enum Told {
     Prepare,
     /// It rolls back, but further words may say that it only rolls back to a savepoint, or that it chains.
     Rollback,
+    /// It drops prepared statements, and a further word may say that it drops all of them.
+    Deallocate,
     /// It creates something.
     Create,
     /// It creates a function or a procedure, whose body may be a list of statements.
@@ -110,6 +112,8 @@ pub(super) struct Statements {
     tag: Vec<u8>,
     before: Before,
     ends: Ends,
+    /// A statement drops all prepared statements.
+    deallocates: bool,
 }
 
 /// What came immediately before this byte, within no string or comment.
@@ -136,6 +140,11 @@ impl Statements {
     /// Returns what the text does. The zero byte behind the text must have been fed.
     pub(super) fn ends(&self) -> Ends {
         self.ends
+    }
+
+    /// Returns whether a statement drops all prepared statements: `DEALLOCATE ALL` or `DISCARD ALL`.
+    pub(super) fn deallocates(&self) -> bool {
+        self.deallocates
     }
 
     pub(super) fn feed(&mut self, bytes: &[u8]) {
@@ -299,6 +308,12 @@ impl Statements {
                 self.rolls_back = !word(&["TO", "PREPARED", "CHAIN"]);
                 self.ends.chains |= word(&["CHAIN"]);
                 self.ends.to_savepoints = self.ends.to_savepoints.saturating_add(word(&["TO"]).into());
+                Told::All
+            }
+            Told::Nothing if word(&["DEALLOCATE", "DISCARD"]) => Told::Deallocate,
+            Told::Deallocate if word(&["PREPARE"]) => Told::Deallocate,
+            Told::Deallocate => {
+                self.deallocates |= word(&["ALL"]);
                 Told::All
             }
             Told::Nothing if word(&["CREATE"]) => Told::Create,

@@ -56,6 +56,8 @@ pub(super) struct Counts {
     pub(super) rolled_back_unseen: bool,
     /// Whether new transactions are read-only by default, if the server has reported it since the last publication.
     pub(super) read_only: Option<bool>,
+    /// Since the last publication, a statement was sent that drops all prepared statements.
+    pub(super) deallocated: bool,
 }
 
 /// The requests whose text ends a transaction. The pool's own COMMIT is none of them.
@@ -140,10 +142,16 @@ impl Counter {
     pub(super) fn flags(&self) -> u8 {
         self.counts.flags(self.sent.within())
     }
+
+    /// Returns whether each request is answered, those of the driver, too.
+    pub(super) fn is_all_answered(&self) -> bool {
+        self.counts.requests == self.counts.answered && !self.sent.within()
+    }
 }
 
 impl Counts {
     fn sent(&mut self, message: Message) {
+        self.deallocated |= message.deallocates;
         match message.letter {
             // These close a statement, give a password, or end the session.
             b'C' | b'p' | b'X' => {}

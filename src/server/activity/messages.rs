@@ -95,6 +95,8 @@ pub(super) struct Message {
     pub(super) says: Option<Says>,
     /// What the statements of `Query`, or the prepared statement of `Bind`, do to the session's transaction.
     pub(super) ends: Ends,
+    /// `Query`, `Parse`: a statement drops all prepared statements.
+    pub(super) deallocates: bool,
     /// The first number in the body of `BackendKeyData`: the server process of the session.
     pub(super) pid: i32,
 }
@@ -184,10 +186,12 @@ impl Messages {
     /// The body is complete.
     fn end(&mut self) -> Message {
         let letter = self.header[0];
-        let ends = if matches!(letter, b'Q' | b'P') { self.statements.ends() } else { Ends::default() };
+        let has_text = matches!(letter, b'Q' | b'P');
+        let ends = if has_text { self.statements.ends() } else { Ends::default() };
+        let deallocates = has_text && self.statements.deallocates();
         let bound = self.names.end(letter, ends);
         let ends = if letter == b'Q' { ends } else { bound };
-        Message { letter, says: self.comparison.end(), ends, pid: self.pid }
+        Message { letter, says: self.comparison.end(), ends, deallocates, pid: self.pid }
     }
 
     /// Returns the part of a body that belongs to the text of a query.
