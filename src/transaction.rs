@@ -17,6 +17,7 @@ mod generic_client;
 mod left;
 mod marks;
 mod nested;
+mod opening;
 mod run;
 mod session;
 mod settle;

@@ -175,6 +175,17 @@ impl PoolBuilder {
         /// [`Guarantee::ExactlyOnce`].
         guarantee;
 
+        /// Sets whether BEGIN travels together with the first statement of a transaction. Default: `true`.
+        ///
+        /// Then a transaction of one statement takes two round trips instead of three. If BEGIN fails, the server
+        /// carries out nothing of what was sent with it: the session is closed, the work runs again, and for a minute
+        /// BEGIN is sent by itself. This is done only on sessions that lead directly to the server, and not with
+        /// [`Guarantee::Ledger`]. The first [marked](Guarantee::ExactlyOnce) transaction of a session begins by itself.
+        ///
+        /// Choose `false` if something between the pool and the server does not forward the messages of the extended
+        /// protocol as they come.
+        begin_with_first_statement;
+
         /// The budget that all re-runs of this pool share. Default: [`RetryBudget::default`].
         retry_budget;
     }

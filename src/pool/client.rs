@@ -120,7 +120,7 @@ impl<C: SessionClient> CheckedOut<C> {
     }
 
     fn usable(&self) -> bool {
-        if self.activity().is_condemned() {
+        if self.activity().is_condemned() || self.activity().has_opening() {
             return false;
         }
         let ended = matches!(self, Self::Wrapped { scope, .. } if scope.is_cancelled());

@@ -119,6 +119,7 @@ impl<C: SessionClient> Connection<C> {
         !self.inner.client.is_closed()
             && !facts.is_unfit()
             && !facts.notices.activity.is_condemned()
+            && !facts.notices.activity.has_opening()
             && !self.is_evicted()
     }
 

@@ -51,6 +51,8 @@ impl Check {
 pub(crate) struct Lacking {
     mark: Mutex<Option<Unmarked>>,
     check: Mutex<Weakened>,
+    /// The primary on which a BEGIN has failed that travelled with the first statement, and when.
+    begin: Mutex<Option<(GenerationId, Instant)>>,
 }
 
 /// A primary on which the role cannot write the mark of a transaction, so that a COMMIT in doubt cannot be settled.
@@ -100,6 +102,19 @@ impl Lacking {
         if before.is_none_or(|before| before.why != why) {
             tracing::warn!(why, "transactions cannot be settled here: ExactlyOnce is AtMostOnce");
         }
+    }
+
+    /// Returns whether BEGIN may travel with the first statement of a transaction on this primary.
+    pub(crate) fn may_begin_travel(&self, id: GenerationId) -> bool {
+        let mut begin = lock(&self.begin);
+        *begin = begin.filter(|(failed, since)| *failed == id && since.elapsed() < REFUSED_FOR);
+        begin.is_none()
+    }
+
+    /// Notes that a BEGIN has failed which travelled with the first statement. For a while, BEGIN is a message of its
+    /// own on this primary, so that its error is known as such.
+    pub(crate) fn begin_does_not_travel(&self, id: GenerationId) {
+        *lock(&self.begin) = Some((id, Instant::now()));
     }
 
     /// Returns how a COMMIT checks for its transaction.
@@ -157,6 +172,18 @@ mod tests {
         tokio::time::advance(REFUSED_FOR).await;
         assert_eq!(lacking.check(), Check::Full);
         assert_eq!(lacking.why_unmarked(ONE), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_begin_that_failed_does_not_travel_for_a_while() {
+        let lacking = Lacking::default();
+        assert!(lacking.may_begin_travel(ONE));
+        lacking.begin_does_not_travel(ONE);
+        assert!(!lacking.may_begin_travel(ONE));
+        tokio::time::advance(REFUSED_FOR).await;
+        assert!(lacking.may_begin_travel(ONE));
+        lacking.begin_does_not_travel(ONE);
+        assert!(lacking.may_begin_travel(GenerationId(2)), "another primary");
     }
 
     #[tokio::test(start_paused = true)]

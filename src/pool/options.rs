@@ -46,6 +46,11 @@ macro_rules! setters {
     (@guarantee $($about:tt)*) => {
         setters! { @set $($about)* guarantee(guarantee: Guarantee) calls.guarantee = guarantee }
     };
+    (@begin_with_first_statement $($about:tt)*) => {
+        setters! {
+            @set $($about)* begin_with_first_statement(together: bool) calls.begin_with_first_statement = together
+        }
+    };
     (@slow_checkout_after $($about:tt)*) => {
         setters! { @set $($about)* slow_checkout_after(wait: Duration) calls.slow_checkout_after = Some(wait) }
     };
@@ -97,6 +102,7 @@ pub(super) struct CallOptions {
     pub(super) retry: RetryPolicy,
     pub(super) budget: RetryBudget,
     pub(super) guarantee: Guarantee,
+    pub(super) begin_with_first_statement: bool,
     pub(super) slow_checkout_after: Option<Duration>,
     pub(super) leak_after: Option<Duration>,
 }
@@ -108,6 +114,7 @@ impl Default for CallOptions {
             retry: RetryPolicy::default(),
             budget: RetryBudget::default(),
             guarantee: Guarantee::default(),
+            begin_with_first_statement: true,
             slow_checkout_after: None,
             leak_after: None,
         }
@@ -117,7 +124,8 @@ impl Default for CallOptions {
 impl CallOptions {
     /// Checks the options, and makes what the calls of the pool share from them.
     pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
-        let Self { checkout_timeout, retry, budget, guarantee, slow_checkout_after, leak_after } = self;
+        let Self { begin_with_first_statement, slow_checkout_after, leak_after, .. } = self;
+        let Self { checkout_timeout, retry, budget, guarantee, .. } = self;
         not_zero("checkout_timeout", checkout_timeout)?;
         slow_checkout_after.map_or(Ok(()), |limit| not_zero("slow_checkout_after", limit))?;
         leak_after.map_or(Ok(()), |limit| not_zero("leak_after", limit))?;
@@ -128,6 +136,7 @@ impl CallOptions {
             retry,
             budget,
             guarantee,
+            begin_with_first_statement,
             searching: AtomicUsize::new(0),
             lacking: Lacking::default(),
             signatures: SignatureCache::default(),

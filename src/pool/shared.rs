@@ -25,6 +25,7 @@ pub(super) struct Shared {
     pub(super) retry: RetryPolicy,
     pub(super) budget: RetryBudget,
     pub(super) guarantee: Guarantee,
+    pub(super) begin_with_first_statement: bool,
     /// The number of callers that wait for a primary. The inner pool knows only those that wait for a connection.
     pub(super) searching: AtomicUsize,
     pub(super) lacking: Lacking,
@@ -43,6 +44,11 @@ impl<C: SessionClient> Pool<C> {
 
     pub(crate) fn guarantee(&self) -> &Guarantee {
         &self.shared.guarantee
+    }
+
+    /// Returns whether BEGIN may travel with the first statement of a transaction.
+    pub(crate) fn begins_with_first_statement(&self) -> bool {
+        self.shared.begin_with_first_statement
     }
 
     /// How long a caller waits for a connection by default.

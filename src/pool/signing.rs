@@ -43,6 +43,15 @@ impl SignatureCache {
             }
         }
     }
+
+    /// Returns the signature of this primary's timeline if it is known, or if it is known that there is none.
+    #[expect(clippy::option_option, reason = "the outer one says whether it is known")]
+    pub(crate) fn done(&self, id: GenerationId) -> Option<Option<Arc<Signature>>> {
+        match &*lock(&self.0) {
+            Some((signed, State::Ended(by))) if *signed == id => Some(by.clone()),
+            _ => None,
+        }
+    }
 }
 
 impl Signer<'_> {

@@ -117,7 +117,8 @@ impl MarkForm {
         }
     }
 
-    fn prepared(self) -> &'static str {
+    /// The name of the mark's prepared statement. Its only parameter is the nonce, a text.
+    pub(crate) fn prepared(self) -> &'static str {
         match self {
             Self::Full => PREPARED,
             Self::Direct => DIRECT_PREPARED,

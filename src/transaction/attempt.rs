@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
@@ -15,6 +16,7 @@ use super::earlier::Unsent;
 use super::ended::{Ended, Failed};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
+use super::opening::Travelling;
 use super::settle::SettleKey;
 use super::streams::{all_is_answered, answers, is_answering, is_free};
 use super::verdict::{evicted, judge_absent, judge_begin};
@@ -71,6 +73,8 @@ pub(super) struct Attempt<C: SessionClient> {
     /// Set if the pool reads every answer that the closure gets, and has seen that the session had no transaction before
     /// BEGIN. Then these answers show what becomes of the transaction.
     pub(super) answers_tell: OnceLock<()>,
+    /// Set if BEGIN travels with the closure's first request.
+    pub(super) travelling: OnceLock<Travelling>,
     /// The session had prepared statements when the attempt began.
     pub(super) statements: bool,
     /// How COMMIT checks for the transaction.
@@ -85,6 +89,8 @@ pub(super) struct Attempt<C: SessionClient> {
 enum Fault {
     /// BEGIN failed, or the session was evicted.
     Session(Verdict, Error),
+    /// BEGIN has travelled and failed. The closure's error, if it returned one.
+    NotBegun(Option<Error>),
     /// The closure failed.
     Closure(Error),
     Kept(RolledBack),
@@ -103,6 +109,7 @@ impl<C: SessionClient> Attempt<C> {
             began_read_only: OnceLock::new(),
             closures: ClosuresEnd::NotSent,
             answers_tell: OnceLock::new(),
+            travelling: OnceLock::new(),
             inner,
         }
     }
@@ -133,6 +140,8 @@ impl<C: SessionClient> Attempt<C> {
         };
         let ended = match ended {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
+            // Nothing was carried out, so nothing is rolled back, and nobody is asked about anything.
+            Ok(Err(Fault::NotBegun(error))) => Ended::Failed(Stage::Body, self.not_begun(error)),
             Ok(Err(fault)) => {
                 self.wait_for_closures_end().await;
                 let failed = match fault {
@@ -140,6 +149,7 @@ impl<C: SessionClient> Attempt<C> {
                     Fault::Closure(error) => self.closure_failed(mode, error).await,
                     // The session is closed, and so cannot be asked.
                     Fault::Kept(kept) => Failed::new(Verdict::Application, Error::RolledBack(kept)),
+                    Fault::NotBegun(error) => self.not_begun(error),
                 };
                 if self.is_shared() {
                     self.sever().await;
@@ -213,7 +223,7 @@ impl<C: SessionClient> Attempt<C> {
     {
         self.client().notices().forget();
         self.client().trail().forget();
-        let mark = self.begin(begin).await.map_err(|error| Fault::Session(judge_begin(&error), error))?;
+        let mark = self.open(begin).await.map_err(|error| Fault::Session(judge_begin(&error), error))?;
         if !self.client().notices().are_driven() {
             self.client().heard();
         }
@@ -232,10 +242,26 @@ impl<C: SessionClient> Attempt<C> {
         self.client().trail().forget();
         let done = {
             let mut work = pin!(self.pool().holding(work(Transaction::new(Arc::clone(&self.held.client)))));
-            poll_fn(|context| nested::poll_within(&self.inner, work.as_mut(), context)).await
+            poll_fn(|context| match nested::poll_within(&self.inner, work.as_mut(), context) {
+                // A closure that hides the error of its first statement would go on for nothing.
+                Poll::Pending if self.has_not_begun() => Poll::Ready(None),
+                done => done.map(Some),
+            })
+            .await
         };
-        let value = done.map_err(Fault::Closure)?;
-        self.kept().await.map_or(Ok(value), |kept| Err(Fault::Kept(kept)))
+        let value = match done {
+            Some(Ok(value)) => value,
+            None => return Err(Fault::NotBegun(None)),
+            Some(Err(error)) if self.has_not_begun() => return Err(Fault::NotBegun(Some(error))),
+            Some(Err(error)) => return Err(Fault::Closure(error)),
+        };
+        // If BEGIN has not travelled yet, it does so now.
+        let kept = self.kept().await;
+        if self.has_not_begun() {
+            return Err(Fault::NotBegun(None));
+        }
+        self.learn_mark();
+        kept.map_or(Ok(value), |kept| Err(Fault::Kept(kept)))
     }
 
     async fn commit<T>(&mut self, value: T, mode: Mode, begin: &Begin, lost: &mut Option<Unsent>) -> Ended<T> {

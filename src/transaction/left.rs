@@ -40,6 +40,7 @@ impl<C: SessionClient> Attempt<C> {
 
     /// Finds out how the closure has ended the transaction, after the answer to the pool's own COMMIT, or without one.
     pub(super) fn look_at_closure(&mut self) {
+        self.learn_mark();
         self.closures = self.closures_end();
     }
 
@@ -116,7 +117,9 @@ impl<C: SessionClient> Attempt<C> {
     fn session_left(&self) -> Option<(ServerSession, Instant)> {
         // A session that is clean may be in somebody else's use by now.
         let began = self.began.get().filter(|_| !self.held.clean);
-        began.zip(self.client().notices().server_session()).map(|(began, session)| (session, *began))
+        // If BEGIN has travelled, the transaction is younger than the closure, but not younger than this moment.
+        let began = began.map(|began| if self.travelling.get().is_some() { Instant::now() } else { *began });
+        began.zip(self.client().notices().server_session()).map(|(began, session)| (session, began))
     }
 }
 

@@ -1,4 +1,5 @@
-//! How a transaction begins: one message contains BEGIN and the mark. Later, the transaction can be found by its mark.
+//! How a transaction begins by a message of its own, which contains BEGIN and the mark. Later, the transaction can be
+//! found by its mark. `opening.rs` says when BEGIN travels with the first statement instead.
 
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::error::{Error, RolledBack};
 use crate::pool::{Check, SignatureState, UNIDENTIFIED};
 use crate::server::SessionClient;
 use crate::settle::ledger::{Entering, entered, entered_directly};
-use crate::settle::wal::{self, MarkAnswer, MarkForm, MarkStatement};
+use crate::settle::wal::{self, Backend, MarkAnswer, MarkForm, MarkStatement};
 use crate::sync::log_safely;
 use crate::topology::{BadReport, Suspicion};
 
@@ -26,10 +27,6 @@ impl<C: SessionClient> Attempt<C> {
     /// Sends BEGIN and the mark in one message.
     pub(super) async fn begin(&self, begin: &Begin) -> Result<Option<SettleKey>, Error> {
         let client = self.client();
-        if self.is_seen_without_transaction().await {
-            // Setting it cannot fail, because an attempt begins only once.
-            let _ = self.answers_tell.set(());
-        }
         let nonce = self.pool().next_nonce();
         let signature =
             if matches!(begin.marks, MarkKind::Wal) && self.can_be_marked() { self.signature().await? } else { None };
@@ -60,11 +57,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         // The life is read once, because more may be learned about it at any time.
         let life = client.life();
-        let mark = |by, backend| {
-            let signature = signature.clone();
-            let (generation, cluster) = (client.generation(), client.cluster());
-            SettleKey { by, backend, generation, cluster, life, signature }
-        };
+        let mark = |by, backend| self.key(by, backend, life, signature.clone());
         let read = match (&begin.marks, life) {
             (MarkKind::Ledger(ledger), life) => match self.read_entry(life.as_ref(), &row) {
                 Ok(Entering::As(entered, backend)) => {
@@ -97,9 +90,21 @@ impl<C: SessionClient> Attempt<C> {
         Ok(mark)
     }
 
+    /// Returns by what this transaction can be found.
+    pub(super) fn key(
+        &self,
+        by: SettleBy,
+        backend: Backend,
+        life: Option<Life>,
+        signature: Option<Arc<Signature>>,
+    ) -> SettleKey {
+        let client = self.client();
+        SettleKey { by, backend, generation: client.generation(), cluster: client.cluster(), life, signature }
+    }
+
     /// Returns whether the pool has read every answer on the session, and these show that no transaction is open. Behind
     /// a proxy, another session of the server may answer next.
-    async fn is_seen_without_transaction(&self) -> bool {
+    pub(super) async fn is_seen_without_transaction(&self) -> bool {
         let client = self.client();
         let Some(activity) = client.watched_activity().filter(|_| client.notices().is_direct()) else { return false };
         if activity.is_idle().is_none() {
@@ -206,7 +211,7 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// Returns how the transaction is marked. A session prepares only one of the two forms.
-    fn mark_form(&self) -> (MarkForm, MarkStatement) {
+    pub(super) fn mark_form(&self) -> (MarkForm, MarkStatement) {
         let client = self.client();
         match (self.do_answers_tell(), client.notices().is_direct()) {
             (true, _) => (MarkForm::Direct, client.mark_statement()),
@@ -222,14 +227,14 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    fn read_mark(&self, life: &Life, nonce: Nonce, row: &wal::Row) -> Result<MarkAnswer, BadReport> {
+    pub(super) fn read_mark(&self, life: &Life, nonce: Nonce, row: &wal::Row) -> Result<MarkAnswer, BadReport> {
         match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
             Some(session) => wal::direct_marker(life, session.pid, nonce, row),
             None => wal::marker(life, nonce, row),
         }
     }
 
-    fn can_be_marked(&self) -> bool {
+    pub(super) fn can_be_marked(&self) -> bool {
         let (client, pool) = (self.client(), self.pool());
         let identified = client.life().is_some();
         if pool.lacking().is_unmarked(client.generation(), identified) {

@@ -1,0 +1,132 @@
+//! How a transaction begins without a round trip of its own: BEGIN and the mark travel with the closure's first
+//! request. `server/opening.rs` says why no statement can run outside of the transaction. This file says when they
+//! travel, and what the attempt makes of their answers.
+
+use std::sync::Arc;
+
+use super::attempt::Attempt;
+use super::begin::{Begin, MarkKind};
+use super::ended::Failed;
+use super::settle::{SettleBy, SettleKey};
+use super::verdict::{ClosureError, Session};
+use crate::classify::{Verdict, ends_session};
+use crate::commit::{Nonce, Signature};
+use crate::error::{Error, RolledBack};
+use crate::server::{Activity, MarkText, OpeningState, SessionClient};
+use crate::settle::wal::{MarkAnswer, MarkForm, MarkStatement};
+use crate::sync::log_safely;
+
+/// What an attempt remembers of a BEGIN that travels.
+pub(super) struct Travelling {
+    /// `None`: the transaction has no mark.
+    mark: Option<(Nonce, Option<Arc<Signature>>)>,
+}
+
+impl<C: SessionClient> Attempt<C> {
+    /// Begins the transaction. If possible, BEGIN only waits here, and travels with the closure's first request.
+    pub(super) async fn open(&self, begin: &Begin) -> Result<Option<SettleKey>, Error> {
+        if self.is_seen_without_transaction().await {
+            // Setting it cannot fail, because an attempt begins only once.
+            let _ = self.answers_tell.set(());
+        }
+        self.notice_deallocated();
+        if self.travels(begin) { Ok(None) } else { self.begin(begin).await }
+    }
+
+    /// If somebody has dropped the session's prepared statements, the mark's must be prepared again.
+    fn notice_deallocated(&self) {
+        let client = self.client();
+        let Some(activity) = client.watched_activity().filter(|_| self.do_answers_tell()) else { return };
+        if activity.take_deallocated() && client.mark_statement() == MarkStatement::Prepared {
+            client.set_mark_statement(MarkStatement::New);
+            client.set_check_prepared(false);
+        }
+    }
+
+    /// Lets BEGIN travel with the closure's first request, if that is possible. Otherwise nothing has happened.
+    fn travels(&self, begin: &Begin) -> bool {
+        let (client, pool) = (self.client(), self.pool());
+        let Some(activity) = client.watched_activity().filter(|_| self.do_answers_tell()) else { return false };
+        if !pool.begins_with_first_statement() || !activity.is_silent() {
+            return false;
+        }
+        if !pool.lacking().may_begin_travel(client.generation()) {
+            return false;
+        }
+        let Some(travelling) = self.mark_that_travels(begin) else { return false };
+        let statement = MarkForm::Direct.prepared();
+        let mark = travelling.mark.as_ref().map(|(nonce, _)| MarkText { statement, nonce: *nonce });
+        // Setting it cannot fail, because an attempt begins only once.
+        activity.opening().arm(&begin.sql, mark) && self.travelling.set(travelling).is_ok()
+    }
+
+    /// Returns the mark of a transaction whose BEGIN travels. `None`: the mark needs a message of its own, as the first
+    /// one of a session does. Its answer may say what the role or the server lacks.
+    fn mark_that_travels(&self, begin: &Begin) -> Option<Travelling> {
+        let (client, pool) = (self.client(), self.pool());
+        let marks = match begin.marks {
+            MarkKind::Ledger(_) => return None,
+            MarkKind::Nothing => false,
+            MarkKind::Wal | MarkKind::Write => self.can_be_marked(),
+        };
+        if !marks {
+            return Some(Travelling { mark: None });
+        }
+        if self.mark_form() != (MarkForm::Direct, MarkStatement::Prepared) {
+            return None;
+        }
+        let is_first = client.life().is_some_and(|life| life.server.timeline == 1);
+        let signature = match begin.marks {
+            MarkKind::Wal if !is_first => pool.signatures().done(client.generation())?,
+            _ => None,
+        };
+        Some(Travelling { mark: Some((pool.next_nonce(), signature)) })
+    }
+
+    /// Takes notice of the answers to a BEGIN that travelled, as far as they have come. If the transaction is marked, it
+    /// can be found by its mark from now on.
+    pub(super) fn learn_mark(&self) {
+        let (Some(travelling), Some(activity)) = (self.travelling.get(), self.travels_on()) else { return };
+        let Some(row) = activity.opening().take_row() else { return };
+        let (client, Some((nonce, signature))) = (self.client(), &travelling.mark) else { return };
+        let Some(life) = client.life() else { return };
+        match self.read_mark(&life, *nonce, &row) {
+            Ok(MarkAnswer::By(marker, backend)) => {
+                let key = self.key(SettleBy::Wal(marker), backend, Some(life), signature.clone());
+                // Setting it cannot fail, because the row is taken only once.
+                let _ = self.mark.set(key);
+            }
+            Ok(MarkAnswer::ReadOnly | MarkAnswer::Elsewhere | MarkAnswer::Joined) => {}
+            Err(bad) => self.pool().lacking().set_unmarked(client.generation(), &bad.to_string()),
+        }
+    }
+
+    /// What passes on the session, if BEGIN travels there.
+    fn travels_on(&self) -> Option<&Activity> {
+        self.travelling.get().map(|_| &*self.client().notices().activity)
+    }
+
+    /// Returns whether BEGIN has travelled and failed. Then the server has carried out nothing of the closure's.
+    pub(super) fn has_not_begun(&self) -> bool {
+        self.travels_on().is_some_and(|activity| activity.opening().state() == OpeningState::Failed)
+    }
+
+    /// Judges an attempt whose BEGIN has travelled and failed. The work has not begun, so it can begin again, on another
+    /// session and with a BEGIN of its own message, which finds out the reason. `closure`: the closure's error, which
+    /// is that of BEGIN.
+    pub(super) fn not_begun(&self, closure: Option<Error>) -> Failed {
+        let client = self.client();
+        client.poison();
+        let error = closure.unwrap_or(Error::RolledBack(RolledBack::FailedInside));
+        let report = ClosureError::of(&error).report().cloned().or_else(|| client.trail().last());
+        let session = match report.filter(ends_session) {
+            Some(report) => Session::Ended(Some(report)),
+            None => {
+                self.pool().lacking().begin_does_not_travel(client.generation());
+                log_safely(|| tracing::debug!("BEGIN failed together with the first statement: {error}"));
+                Session::Open
+            }
+        };
+        Failed { session, ..Failed::new(Verdict::ConnectionLost, error) }
+    }
+}
