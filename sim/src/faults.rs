@@ -52,6 +52,7 @@ faults! {
     12 "the primary crashes within a COMMIT" crash_in_commit,
     4 "new connections are cut" cut_new,
     3 "statements fail" errors,
+    4 "BEGIN fails" begin,
     6 "connections are cut while the standby is away" cut_waits,
     4 "the disk is slow" slow_disk,
     5 "a standby lags and is promoted" promote_laggard,
@@ -268,6 +269,16 @@ async fn errors(sim: &Arc<Sim>) {
     cut_all(sim).await;
     pause(sim, 500, 9000).await;
     sim.lock().nodes[on].troubles.errors = 0;
+    sim.lock().trouble(on);
+}
+
+/// Somebody cancels BEGIN, as a cancel request that comes late does.
+async fn begin(sim: &Arc<Sim>) {
+    let (on, _) = leader(sim);
+    sim.lock().say(|| format!("BEGIN is cancelled on server {on}"));
+    sim.lock().nodes[on].troubles.begin = if chance(sim, 50) { 30 } else { 100 };
+    pause(sim, 200, 5000).await;
+    sim.lock().nodes[on].troubles.begin = 0;
     sim.lock().trouble(on);
 }
 

@@ -38,7 +38,7 @@ const fn kind(weight: u64, name: &'static str, how: How, promise: Promise, act: 
 }
 
 /// Each kind of call, by weight.
-static KINDS: [Kind; 22] = [
+static KINDS: [Kind; 25] = [
     kind(30, "exactly once", How::Transaction, Promise::Exactly, Act::Plain),
     kind(8, "ledger", How::Transaction, Promise::Ledger, Act::Plain),
     kind(8, "at most once", How::Transaction, Promise::AtMostOnce, Act::Plain),
@@ -57,6 +57,9 @@ static KINDS: [Kind; 22] = [
     kind(1, "committing itself, idempotent", How::Transaction, Promise::Idempotent, Act::Commits),
     kind(2, "rolling back itself", How::Transaction, Promise::Exactly, Act::RollsBack),
     kind(2, "rolling back itself, at most once", How::Transaction, Promise::AtMostOnce, Act::RollsBack),
+    kind(6, "pipelining", How::Transaction, Promise::Exactly, Act::Pipelines),
+    kind(3, "pipelining, at most once", How::Transaction, Promise::AtMostOnce, Act::Pipelines),
+    kind(3, "insisting", How::Transaction, Promise::AtMostOnce, Act::Insists),
     kind(1, "deallocating", How::Transaction, Promise::Exactly, Act::Deallocates),
     kind(4, "nesting", How::Transaction, Promise::Exactly, Act::Nests),
     kind(12, "get", How::Get, Promise::Exactly, Act::Plain),
@@ -84,7 +87,11 @@ fn plan(rng: &mut Rng, kind: &Kind, call: i64) -> Plan {
         promise,
         act: kind.act,
         // What is written outside of a transaction is not written together.
-        rows: 1 + if kind.act == Act::RollsBack { 0 } else { rng.index(2) },
+        rows: match kind.act {
+            Act::RollsBack => 1,
+            Act::Pipelines => 2,
+            _ => 1 + rng.index(2),
+        },
         extended: rng.chance(30),
         slow,
         deadline: rng.millis(1000, 12_000),

@@ -7,6 +7,7 @@ mod columns;
 mod coverage;
 mod done;
 mod durable;
+mod extended;
 mod faults;
 mod ledger;
 mod listen;

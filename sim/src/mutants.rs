@@ -53,6 +53,14 @@ pub(crate) const MUTANTS: &[(&str, &str)] = &[
         "src/transaction/earlier.rs: `EndedInside` although nobody knows whether the closure has ended anything",
     ),
     ("takes a cancelled wait for a commit", "src/transaction/attempt.rs: the warning is ignored"),
+    (
+        "lets a request through before BEGIN is answered",
+        "src/server/opening/passage.rs: what follows the first request may run outside of the transaction",
+    ),
+    (
+        "ignores an opening that failed",
+        "src/server/opening/passage.rs: a session goes on although its transaction has not begun",
+    ),
     ("gives back what is within a transaction", "src/server/activity.rs: an open transaction is not seen"),
     ("hands out while suspended", "src/pool/checkout.rs: an idle connection of a suspended primary is handed out"),
     ("waits beyond deadlines", "src/pool/checkout.rs: a checkout takes 50 ms longer"),

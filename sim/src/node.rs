@@ -99,6 +99,8 @@ pub(crate) struct Troubles {
     pub(crate) log_ins_refused: bool,
     /// So many of a hundred statements fail for want of memory.
     pub(crate) errors: u64,
+    /// So many of a hundred BEGINs are cancelled.
+    pub(crate) begin: u64,
     /// It cannot give out another transaction id.
     pub(crate) full_disk: bool,
     /// `default_transaction_read_only` is on, for open sessions, too.

@@ -189,15 +189,16 @@ async fn messages(
         let is_whole = matches!(request, Request::Query(_) | Request::Sync);
         let failed = match request {
             Request::Terminate => return Ok(()),
-            Request::Query(text) => {
-                session.query(&text, answer).await;
-                None
-            }
             Request::Sync => {
                 skips = false;
                 None
             }
+            // After an error of the extended protocol, everything until the next Sync, a simple query, too.
             _ if skips => continue,
+            Request::Query(text) => {
+                session.query(&text, answer).await;
+                None
+            }
             Request::Parse { name, sql } => session.keep(name, &sql).map(|()| answer.parsed()).err(),
             Request::Describe { portal, name } => {
                 if !portal {
@@ -206,13 +207,16 @@ async fn messages(
                 answer.no_data();
                 None
             }
-            Request::Bind { statement, values } => {
-                bound = two_numbers(&session.kept(&statement), &values);
-                answer.bound();
-                None
-            }
+            Request::Bind { statement, values } => match session.bind(&statement, &values) {
+                Ok(values) => {
+                    bound = Some(values);
+                    answer.bound();
+                    None
+                }
+                Err(error) => Some(error),
+            },
             Request::Execute => match bound.take() {
-                Some(row) => session.insert(row, answer).await.map(|()| answer.complete("INSERT 0 1")).err(),
+                Some(bound) => session.execute(bound, answer).await.err(),
                 None => Some(session.unknown("a bound statement")),
             },
             Request::Close { name } => {
@@ -222,12 +226,14 @@ async fn messages(
             }
             Request::Other => None,
         };
+        if let Some(error) = failed {
+            answer.error(if error.fatal { "FATAL" } else { "ERROR" }, &error);
+            skips = true;
+            // A server sends an error at once.
+            end.send(&std::mem::take(&mut answer.bytes))?;
+        }
         if session.ended {
             return end.send(&std::mem::take(&mut answer.bytes));
-        }
-        if let Some(error) = failed {
-            answer.error("ERROR", &error);
-            skips = true;
         }
         if is_whole {
             session.reports().into_iter().for_each(|value| answer.parameter("default_transaction_read_only", value));
@@ -241,9 +247,4 @@ async fn messages(
 
 fn set_doing(session: &Session, doing: Doing) {
     session.sim.lock().set_doing(session.node, session.pid, doing);
-}
-
-fn two_numbers(statement: &Statement, values: &[Option<Vec<u8>>]) -> Option<[i64; 2]> {
-    let number = |at: usize| Some(i64::from_be_bytes(values.get(at)?.as_deref()?.try_into().ok()?));
-    (*statement == Statement::Insert(None)).then(|| Some([number(0)?, number(1)?])).flatten()
 }

@@ -10,7 +10,7 @@ use crate::columns::value_of;
 use crate::done::Done;
 use crate::durable::raised;
 use crate::log::{Row, What};
-use crate::node::Node;
+use crate::node::{Node, Troubles};
 use crate::proto::Answer;
 use crate::sql::{SqlError, Statement, parse, read};
 use crate::world::Sim;
@@ -47,8 +47,8 @@ pub(crate) struct Session {
     pub(crate) cancel: Arc<Notify>,
     pub(crate) transaction: Option<Transaction>,
     pub(crate) settings: BTreeMap<String, String>,
-    prepared: BTreeMap<String, Statement>,
-    message: u64,
+    pub(crate) prepared: BTreeMap<String, Statement>,
+    pub(crate) message: u64,
     /// The server's fence for open sessions, as this one last looked. It looks between two messages.
     fenced: bool,
     /// The last value of `default_transaction_read_only` that was reported.
@@ -156,7 +156,7 @@ impl Session {
         Ok(xid)
     }
 
-    fn begin(&mut self, block: bool) {
+    pub(crate) fn begin(&mut self, block: bool) {
         let default = self.is_read_only_by_default();
         self.transaction = Some(Transaction {
             block,
@@ -266,7 +266,7 @@ impl Session {
     }
 
     /// After an error, a transaction block has failed, and anything else is rolled back.
-    fn fail(&mut self) {
+    pub(crate) fn fail(&mut self) {
         match &mut self.transaction {
             Some(transaction) if transaction.block => {
                 transaction.failed = true;
@@ -281,7 +281,12 @@ impl Session {
     }
 
     /// Carries out one statement. `last`: it is the last one of its message, so a transaction without a block ends.
-    async fn one(&mut self, statement: &Statement, last: bool, answer: &mut Answer) -> Result<Done, SqlError> {
+    pub(crate) async fn one(
+        &mut self,
+        statement: &Statement,
+        last: bool,
+        answer: &mut Answer,
+    ) -> Result<Done, SqlError> {
         if let Some(transaction) = &self.transaction
             && transaction.failed
             && !statement.ends_a_failure()
@@ -304,32 +309,17 @@ impl Session {
     }
 
     fn fails(&self) -> bool {
+        self.happens(|troubles| troubles.errors)
+    }
+
+    /// Whether a trouble happens that has this chance.
+    fn happens(&self, percent: fn(&Troubles) -> u64) -> bool {
         let mut world = self.sim.lock();
-        let percent = world.nodes[self.node].troubles.errors;
+        let percent = percent(&world.nodes[self.node].troubles);
         percent > 0 && world.rng.chance(percent)
     }
 
-    /// `INSERT` with parameters, as the extended protocol sends it.
-    pub(crate) async fn insert(&mut self, row: [i64; 2], answer: &mut Answer) -> Result<(), SqlError> {
-        self.message += 1;
-        if self.transaction.as_ref().is_some_and(|it| it.failed) {
-            return Err(SqlError::new("25P02", "current transaction is aborted"));
-        }
-        if self.transaction.is_none() {
-            self.begin(false);
-        }
-        let done = async {
-            self.write(row)?;
-            if self.transaction.as_ref().is_some_and(|it| !it.block) { self.commit(answer).await } else { Ok(()) }
-        };
-        let done = done.await;
-        if done.is_err() {
-            self.fail();
-        }
-        done
-    }
-
-    fn write(&mut self, [call, attempt]: [i64; 2]) -> Result<(), SqlError> {
+    pub(crate) fn write(&mut self, [call, attempt]: [i64; 2]) -> Result<(), SqlError> {
         if self.is_read_only() {
             return Err(SqlError::new(READ_ONLY, "cannot execute INSERT in a read-only transaction"));
         }
@@ -352,6 +342,7 @@ impl Session {
     #[expect(clippy::too_many_lines, reason = "one arm for each statement")]
     async fn carry_out(&mut self, statement: &Statement, answer: &mut Answer) -> Result<Done, SqlError> {
         Ok(match statement {
+            Statement::Begin { .. } if self.happens(|troubles| troubles.begin) => return Err(cancelled_by_user()),
             Statement::Begin { read_only, tag } => {
                 match &mut self.transaction {
                     Some(open) if open.block => {
@@ -489,23 +480,6 @@ impl Session {
                 return Err(self.unknown("a parameter"));
             }
         })
-    }
-
-    /// Prepares a statement of the extended protocol.
-    pub(crate) fn keep(&mut self, name: String, sql: &str) -> Result<(), SqlError> {
-        if self.transaction.as_ref().is_some_and(|it| it.failed) {
-            return Err(SqlError::new("25P02", "current transaction is aborted"));
-        }
-        self.prepared.insert(name, parse(sql));
-        Ok(())
-    }
-
-    pub(crate) fn kept(&self, name: &str) -> Statement {
-        self.prepared.get(name).cloned().unwrap_or_else(|| Statement::Unknown(name.to_owned()))
-    }
-
-    pub(crate) fn close(&mut self, name: &str) {
-        self.prepared.remove(name);
     }
 }
 

@@ -41,6 +41,10 @@ pub(crate) enum Act {
     Commits,
     /// It rolls back, and writes outside of the transaction after that.
     RollsBack,
+    /// It sends its statements without waiting for their answers.
+    Pipelines,
+    /// Its first statement fails, and it sends others nevertheless.
+    Insists,
     /// It drops all prepared statements, those of the pool, too.
     Deallocates,
     /// It makes another call of the pool.
@@ -207,6 +211,15 @@ struct Closure {
 impl Closure {
     async fn statements(&self, transaction: &Transaction) -> Result<(), Error> {
         let Plan { call, slow, .. } = self.plan;
+        if self.plan.act == Act::Pipelines {
+            let sql = format!("INSERT INTO payments VALUES ({call}, {})", self.attempt);
+            let (one, two) = tokio::join!(transaction.batch_execute(&sql), transaction.batch_execute(&sql));
+            return Ok(one.and(two)?);
+        }
+        if self.plan.act == Act::Insists {
+            // What it does about the error does not matter.
+            let _ = transaction.batch_execute("SELECT 1").await;
+        }
         for _ in 0..self.plan.rows {
             if self.plan.promise == Promise::Read {
                 transaction.batch_execute("SELECT 1").await?;
@@ -234,7 +247,7 @@ impl Closure {
             Act::Plain if self.plan.tells => {
                 Ok(transaction.batch_execute(&format!("SELECT pg_notify('calls', '{}')", self.plan.call)).await?)
             }
-            Act::Plain => Ok(()),
+            Act::Plain | Act::Pipelines | Act::Insists => Ok(()),
             Act::Aborts => Err(Error::abort("the caller changed its mind")),
             Act::Raises if self.attempt > 1 => Ok(()),
             Act::Raises => self.raise(&transaction).await,

@@ -5,6 +5,7 @@ mod cancel;
 mod endings;
 mod helpers;
 mod inner;
+mod opening;
 mod raised;
 mod shapes;
 mod stale;
