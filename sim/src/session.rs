@@ -12,7 +12,7 @@ use crate::durable::raised;
 use crate::log::{Row, What};
 use crate::node::{Node, Troubles};
 use crate::proto::Answer;
-use crate::sql::{SqlError, Statement, parse, read};
+use crate::sql::{SqlError, Statement, read};
 use crate::world::Sim;
 
 const READ_ONLY: &str = "25006";

@@ -116,6 +116,9 @@ impl Opening {
 
     /// Appends the messages of an armed opening, which is sent now. Returns the letters of its answers.
     fn depart(&self, out: &mut BytesMut) -> Option<&'static [u8]> {
+        if self.state() != OpeningState::Armed {
+            return None;
+        }
         let content = lock(&self.content);
         if self.state() != OpeningState::Armed {
             return None;

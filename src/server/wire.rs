@@ -233,7 +233,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
-        let polled = this.passage.poll_write(this.activity.opening(), &mut this.stream, cx, buf);
+        let (opening, silent) = (this.activity.opening(), this.counter.is_all_answered());
+        let polled = this.passage.poll_write(opening, silent, &mut this.stream, cx, buf);
         match &polled {
             Poll::Ready(Ok(taken)) => this.counter.sent(buf.get(..*taken).unwrap_or_default()),
             _ => this.counter.blocked(),

@@ -163,6 +163,8 @@ impl<C: SessionClient> Attempt<C> {
                 self.not_committed(Stage::Body, failed, lost)
             }
         };
+        // ROLLBACK may have been the first request. The next user's transaction has an opening of its own.
+        self.learn_mark();
         let answered = self.held.clean || self.is_shared();
         match ended {
             Ended::Failed(stage, failed) => Ended::Failed(stage, Failed { answered, ..failed }),

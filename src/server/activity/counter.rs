@@ -144,7 +144,7 @@ impl Counter {
     }
 
     /// Returns whether each request is answered, those of the driver, too.
-    pub(super) fn is_all_answered(&self) -> bool {
+    pub(in crate::server) fn is_all_answered(&self) -> bool {
         self.counts.requests == self.counts.answered && !self.sent.within()
     }
 }

@@ -8,8 +8,8 @@ use std::task::{Context, Poll, Waker, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::bytes::{Buf, BytesMut};
 
-use super::Opening;
 use super::answers::{Answers, FirstRequest, Verdict};
+use super::{Opening, OpeningState};
 
 /// The most bytes of the first request that are copied behind the opening. The rest follows without a copy.
 const MOST_COPIED: usize = 16 * 1024;
@@ -22,7 +22,7 @@ enum Phase {
     Free,
     /// It was sent, and is not answered.
     UnderWay,
-    /// It has failed, so the session must end.
+    /// It has failed, or was not understood, so the session must end.
     Failed,
 }
 
@@ -74,6 +74,7 @@ impl Passage {
     }
 
     fn judge(&mut self, opening: &Opening, verdict: Verdict) {
+        seen!("openings", "{verdict:?}");
         match verdict {
             Verdict::GoesOn => {}
             Verdict::Failed if planted!("ignores an opening that failed") => {
@@ -87,18 +88,24 @@ impl Passage {
                     held.wake();
                 }
             }
-            Verdict::Failed | Verdict::Strange => {
-                self.phase = Phase::Failed;
-                opening.failed();
-            }
+            Verdict::Failed => self.fail(opening),
+            // Nobody knows what was carried out. The session is lost before the first answer.
+            Verdict::Strange => self.phase = Phase::Failed,
         }
     }
 
+    /// The server has carried out nothing since the opening was armed.
+    fn fail(&mut self, opening: &Opening) {
+        self.phase = Phase::Failed;
+        opening.failed();
+    }
+
     /// Sends what comes from the driver. `Ready` means that it was taken over, not that the socket has it: see
-    /// [`Self::has_unsent`].
+    /// [`Self::has_unsent`]. `silent`: everything that was sent before is answered.
     pub(in crate::server) fn poll_write<S: AsyncWrite + Unpin>(
         &mut self,
         opening: &Opening,
+        silent: bool,
         stream: &mut S,
         cx: &mut Context<'_>,
         buf: &[u8],
@@ -107,6 +114,11 @@ impl Passage {
         match self.phase {
             // A message that ends the session begins no transaction.
             Phase::Free if matches!(buf.first(), None | Some(b'X')) => Pin::new(stream).poll_write(cx, buf),
+            // The driver has closed a statement at the very moment when the opening was armed.
+            Phase::Free if !silent && opening.state() == OpeningState::Armed => {
+                self.fail(opening);
+                Poll::Ready(Err(not_begun()))
+            }
             Phase::Free => match opening.depart(&mut self.unsent) {
                 None => Pin::new(stream).poll_write(cx, buf),
                 Some(answers) => self.poll_first(answers, stream, cx, buf),

@@ -55,7 +55,7 @@ async fn one_statement_takes_two_round_trips() {
             tap.reset();
             let call = pool.build_transaction().guarantee(guarantee.clone());
             call.run(async |tx| {
-                let insert = tx.prepare_cached("INSERT INTO entries VALUES ($1)").await?;
+                let insert = tx.prepare_cached(PREPARED).await?;
                 tx.execute(&insert, &[&2_i64]).await?;
                 Ok(())
             })
@@ -67,12 +67,20 @@ async fn one_statement_takes_two_round_trips() {
             tap.reset();
             pool.build_transaction().guarantee(guarantee.clone()).run(async |_| Ok(())).await.unwrap();
             assert_eq!(tap.counts().round_trips, 2, "a closure that sends nothing: {guarantee:?} {together}");
+            tap.reset();
+            let call = pool.build_transaction().guarantee(guarantee.clone());
+            call.run(async |_| Err::<(), _>(Error::abort("no"))).await.unwrap_err();
+            let failing = if together { 1 } else { 2 };
+            assert_eq!(tap.counts().round_trips, failing, "a closure that only fails: {guarantee:?} {together}");
+            let session = "INSERT INTO entries VALUES (3)";
+            pool.get().await.unwrap().batch_execute(session).await.unwrap();
+            assert_eq!(tap.counts().connections, 0, "its session is kept: {guarantee:?} {together}");
         }
         tap.reset();
         pool.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
         assert_eq!(tap.counts().round_trips, round_trips, "a read: {together}");
     }
-    assert_eq!(stored(&cluster).await, [1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]);
+    assert_eq!(stored(&cluster).await, [[1; 6], [2; 6], [3; 6]].concat());
 }
 
 /// A proxy that, while it is told to, makes each BEGIN fail that travels: the server gets a word that it does not know.
@@ -136,28 +144,37 @@ enum Shape {
     Prepares,
     Prepared,
     Joins,
+    /// The same. The first request of the first one has a Sync.
+    JoinsPreparing,
     /// It takes no notice of errors.
     Blind,
     /// It drops the future of its first statement.
     Drops,
     Stream,
     Copies,
+    /// The same, with a statement that is prepared.
+    CopiesPrepared,
     Savepoint,
 }
 
-const SHAPES: [Shape; 9] = [
+const SHAPES: [Shape; 11] = [
     Shape::Simple,
     Shape::Prepares,
     Shape::Prepared,
     Shape::Joins,
+    Shape::JoinsPreparing,
     Shape::Blind,
     Shape::Drops,
     Shape::Stream,
     Shape::Copies,
+    Shape::CopiesPrepared,
     Shape::Savepoint,
 ];
 
 const ONE: &str = "INSERT INTO entries VALUES (1)";
+/// What is prepared on a session before its transaction.
+const PREPARED: &str = "INSERT INTO entries VALUES ($1)";
+const COPY: &str = "COPY entries FROM STDIN";
 const TWO: &str = "INSERT INTO entries VALUES (2)";
 
 async fn work(tx: &mut Transaction, shape: Shape) -> Result<(), Error> {
@@ -171,13 +188,18 @@ async fn work(tx: &mut Transaction, shape: Shape) -> Result<(), Error> {
             insert(tx, 2).await?;
         }
         Shape::Prepared => {
-            let statement = tx.prepare_cached("INSERT INTO entries VALUES ($1)").await?;
+            let statement = tx.prepare_cached(PREPARED).await?;
             tx.execute(&statement, &[&1_i64]).await?;
             tx.execute(&statement, &[&2_i64]).await?;
         }
         Shape::Joins => {
             let (one, two) = tokio::join!(tx.batch_execute(ONE), tx.batch_execute(TWO));
             one.and(two)?;
+        }
+        Shape::JoinsPreparing => {
+            let (one, two) = tokio::join!(insert(tx, 1), tx.batch_execute(TWO));
+            one?;
+            two?;
         }
         Shape::Blind => {
             let _ = tx.batch_execute(ONE).await;
@@ -192,8 +214,14 @@ async fn work(tx: &mut Transaction, shape: Shape) -> Result<(), Error> {
             pin!(rows).try_next().await?;
             tx.batch_execute("INSERT INTO entries VALUES (1), (2)").await?;
         }
-        Shape::Copies => {
-            let mut sink = pin!(tx.copy_in::<_, &[u8]>("COPY entries FROM STDIN").await?);
+        Shape::Copies | Shape::CopiesPrepared => {
+            let sink = if shape == Shape::Copies {
+                tx.copy_in::<_, &[u8]>(COPY).await?
+            } else {
+                let statement = tx.prepare_cached(COPY).await?;
+                tx.copy_in::<_, &[u8]>(&statement).await?
+            };
+            let mut sink = pin!(sink);
             sink.send(b"1\n2\n").await?;
             sink.as_mut().finish().await?;
         }
@@ -246,10 +274,10 @@ async fn a_begin_that_fails_alone_lets_nothing_run() {
                 spoiler.spoils.store(false, Ordering::SeqCst);
                 let pool = builder(spoiler.addr).build().unwrap();
                 warm(&pool, &guarantee).await;
-                if shape == Shape::Prepared {
-                    let client = pool.get().await.unwrap();
-                    client.prepare_cached("INSERT INTO entries VALUES ($1)").await.unwrap();
-                }
+                let client = pool.get().await.unwrap();
+                client.prepare_cached(PREPARED).await.unwrap();
+                client.prepare_cached(COPY).await.unwrap();
+                drop(client);
                 spoiler.spoils.store(true, Ordering::SeqCst);
                 let what = format!("{guarantee:?} {shape:?} {commits}");
                 for calls in 1..=2 {
