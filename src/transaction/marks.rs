@@ -131,7 +131,7 @@ impl<C: SessionClient> Attempt<C> {
     }
 
     /// Notes that the transaction began read-only.
-    fn note_read_only(&self) {
+    pub(super) fn note_read_only(&self) {
         // Setting it cannot fail, because an attempt begins only once.
         let _ = self.began_read_only.set(());
     }

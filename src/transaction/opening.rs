@@ -70,7 +70,9 @@ impl<C: SessionClient> Attempt<C> {
             MarkKind::Wal | MarkKind::Write => self.can_be_marked(),
         };
         if !marks {
-            return Some(Travelling { mark: None });
+            // Otherwise BEGIN must ask whether the transaction can write.
+            let told = begin.read_only || client.notices().activity.tells_read_only();
+            return told.then_some(Travelling { mark: None });
         }
         if self.mark_form() != (MarkForm::Direct, MarkStatement::Prepared) {
             return None;
@@ -96,7 +98,8 @@ impl<C: SessionClient> Attempt<C> {
                 // Setting it cannot fail, because the row is taken only once.
                 let _ = self.mark.set(key);
             }
-            Ok(MarkAnswer::ReadOnly | MarkAnswer::Elsewhere | MarkAnswer::Joined) => {}
+            Ok(MarkAnswer::ReadOnly) => self.note_read_only(),
+            Ok(MarkAnswer::Elsewhere | MarkAnswer::Joined) => {}
             Err(bad) => self.pool().lacking().set_unmarked(client.generation(), &bad.to_string()),
         }
     }

@@ -58,6 +58,7 @@ impl Simulated {
             wrapped: false,
             archives: false,
             wrong_clock: false,
+            pooled: false,
         };
         Self { sim: Sim::with(Rng::new(1), setup, false) }
     }
