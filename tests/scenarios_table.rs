@@ -13,7 +13,7 @@ mod ran;
 use ran::Ran;
 
 /// The list: a letter, and how many rows it has. R4b comes on top.
-const ROWS: [(char, u32); 8] = [('S', 16), ('R', 17), ('D', 10), ('C', 31), ('E', 10), ('K', 10), ('H', 5), ('M', 7)];
+const ROWS: [(char, u32); 8] = [('S', 16), ('R', 17), ('D', 10), ('C', 32), ('E', 10), ('K', 10), ('H', 5), ('M', 7)];
 /// How a row without a test says why.
 const REASON: &str = "Not built yet: ";
 

@@ -378,3 +378,45 @@ fn a_sign_of_life_is_noted_once() {
     activity.note_life();
     assert_eq!((heard.take(), heard.take()), (true, false));
 }
+
+#[test]
+fn what_drops_all_prepared_statements_is_noted_once() {
+    for (text, drops) in [
+        ("DEALLOCATE ALL", true),
+        ("SELECT 1; deallocate prepare all", true),
+        ("/* all */ DISCARD ALL;", true),
+        ("DEALLOCATE every", false),
+        ("DEALLOCATE \"ALL\"", false),
+        ("DISCARD PLANS", false),
+        ("SELECT 'DEALLOCATE ALL'", false),
+    ] {
+        for letter in *b"QP" {
+            let (activity, mut counter) = (Activity::default(), logged_in());
+            let name: &[u8] = if letter == b'P' { b"s1\0" } else { b"" };
+            counter.sent(&message(letter, &[name, text.as_bytes(), b"\0\0\0"].concat()));
+            activity.publish(&mut counter);
+            activity.publish(&mut counter);
+            assert_eq!((activity.take_deallocated(), activity.take_deallocated()), (drops, false), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_session_is_silent_when_everything_is_answered() {
+    let (activity, mut counter) = (Activity::default(), logged_in());
+    let is_silent = |counter: &mut Counter| {
+        activity.publish(counter);
+        activity.is_silent()
+    };
+    assert!(is_silent(&mut counter));
+    let closes = [message(b'C', b"Ss1\0"), message(b'S', b"")].concat();
+    counter.sent(&closes[..3]);
+    assert!(!is_silent(&mut counter));
+    counter.sent(&closes[3..]);
+    assert_eq!(activity.is_idle(), Some(false));
+    activity.publish(&mut counter);
+    assert_eq!((activity.is_idle(), activity.is_silent()), (Some(true), false), "nobody waits for this answer");
+    counter.received(&[message(b'3', b""), ready(b'I')].concat());
+    counter.drained();
+    assert!(is_silent(&mut counter));
+}
