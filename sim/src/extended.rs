@@ -42,6 +42,9 @@ impl Session {
             Statement::Mark { nonce: None, .. } => {
                 text().map(|argument| Bound::Other(Statement::Execute { name: name.to_owned(), argument }))
             }
+            Statement::Enter { .. } => {
+                Some(Bound::Other(Statement::Execute { name: name.to_owned(), argument: String::new() }))
+            }
             Statement::Begin { .. } => Some(Bound::Other(statement.clone())),
             _ => None,
         };

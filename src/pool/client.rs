@@ -337,6 +337,11 @@ impl<C: SessionClient> Client<C> {
         self.facts().set_entry_statement(ledger, statement);
     }
 
+    /// Notes that the session's prepared statements were dropped.
+    pub(crate) fn forget_prepared(&self) {
+        self.facts().forget_prepared();
+    }
+
     /// Returns whether the session has prepared the check by which a COMMIT looks for its transaction.
     pub(crate) fn check_is_prepared(&self) -> bool {
         self.facts().check_prepared.load(Ordering::Relaxed)

@@ -79,6 +79,18 @@ impl Facts {
         }
     }
 
+    /// The session's prepared statements were dropped, so the pool's own ones must be prepared again.
+    pub(super) fn forget_prepared(&self) {
+        let forget = |statement: &mut MarkStatement| {
+            if *statement == MarkStatement::Prepared {
+                *statement = MarkStatement::New;
+            }
+        };
+        forget(&mut lock(&self.mark_statement));
+        forget(&mut lock(&self.entry_statement).1);
+        self.check_prepared.store(false, Ordering::Relaxed);
+    }
+
     pub(super) fn is_committing(&self) -> bool {
         self.committing.load(Ordering::Acquire) || self.notices.activity.is_committing()
     }

@@ -50,11 +50,11 @@ pub(crate) enum OpeningState {
     Failed = 4,
 }
 
-/// What a mark consists of: the name of its prepared statement, and its nonce.
+/// What writes a mark, or a row in a ledger: a statement that the session has prepared, and its parameter if it has one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MarkText<'a, N> {
     pub(crate) statement: &'a str,
-    pub(crate) nonce: N,
+    pub(crate) nonce: Option<N>,
 }
 
 /// The opening of a session's transaction, if it travels with the first request.
@@ -146,7 +146,7 @@ fn write<N: Display>(out: &mut BytesMut, begin: &str, mark: Option<MarkText<'_, 
     bind(out, "", None::<N>)?;
     frontend::execute("", 0, out)?;
     let Some(MarkText { statement, nonce }) = mark else { return Ok(()) };
-    bind(out, statement, Some(nonce))?;
+    bind(out, statement, nonce)?;
     frontend::execute("", 0, out)
 }
 

@@ -125,8 +125,7 @@ impl Ledger {
     /// As [`Self::enter`], for a session that is one session of the server as long as it lasts, and on which no
     /// transaction was open. So the answer need not say which server has answered.
     pub(crate) fn enter_directly(&self, statement: MarkStatement) -> String {
-        // The number changes with the columns: different versions of this crate may share a session.
-        let name = format!("tokio_postgres_failover_entry_1_{:016x}", self.key());
+        let name = self.entry_name();
         let entry = || {
             let columns = list(|column| match column {
                 DirectEntryColumn::Id => "id",
@@ -140,6 +139,12 @@ impl Ledger {
             MarkStatement::Prepared => format!("EXECUTE {name}"),
             MarkStatement::Plain => entry(),
         }
+    }
+
+    /// The name of the statement that a session prepares for this ledger. The number in it changes with the columns:
+    /// different versions of this crate may share a session.
+    pub(crate) fn entry_name(&self) -> String {
+        format!("tokio_postgres_failover_entry_1_{:016x}", self.key())
     }
 
     /// A number that tells the statement of this ledger from those of others.

@@ -220,7 +220,7 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
-    fn read_entry(&self, life: Option<&Life>, row: &wal::Row) -> Result<Entering, BadReport> {
+    pub(super) fn read_entry(&self, life: Option<&Life>, row: &wal::Row) -> Result<Entering, BadReport> {
         match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
             Some(session) => entered_directly(session.pid, row),
             None => entered(life, row),

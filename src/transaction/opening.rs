@@ -10,16 +10,18 @@ use super::ended::Failed;
 use super::settle::{SettleBy, SettleKey};
 use super::verdict::{ClosureError, Session};
 use crate::classify::{Verdict, ends_session};
-use crate::commit::{Nonce, Signature};
+use crate::commit::{Ledger, Nonce, Signature};
 use crate::error::{Error, RolledBack};
 use crate::server::{Activity, MarkText, OpeningState, SessionClient};
+use crate::settle::ledger::Entering;
 use crate::settle::wal::{MarkAnswer, MarkForm, MarkStatement};
 use crate::sync::log_safely;
 
-/// What an attempt remembers of a BEGIN that travels.
-pub(super) struct Travelling {
-    /// `None`: the transaction has no mark.
-    mark: Option<(Nonce, Option<Arc<Signature>>)>,
+/// What an attempt remembers of a BEGIN that travels: how its transaction is marked.
+pub(super) enum Travelling {
+    Unmarked,
+    Wal(Nonce, Option<Arc<Signature>>),
+    Ledger(Ledger),
 }
 
 impl<C: SessionClient> Attempt<C> {
@@ -37,9 +39,8 @@ impl<C: SessionClient> Attempt<C> {
     fn notice_deallocated(&self) {
         let client = self.client();
         let Some(activity) = client.watched_activity().filter(|_| self.do_answers_tell()) else { return };
-        if activity.take_deallocated() && client.mark_statement() == MarkStatement::Prepared {
-            client.set_mark_statement(MarkStatement::New);
-            client.set_check_prepared(false);
+        if activity.take_deallocated() {
+            client.forget_prepared();
         }
     }
 
@@ -54,25 +55,38 @@ impl<C: SessionClient> Attempt<C> {
             return false;
         }
         let Some(travelling) = self.mark_that_travels(begin) else { return false };
-        let statement = MarkForm::Direct.prepared();
-        let mark = travelling.mark.as_ref().map(|(nonce, _)| MarkText { statement, nonce: *nonce });
+        let opening = activity.opening();
+        let armed = match &travelling {
+            Travelling::Unmarked => opening.arm(&begin.sql, None::<MarkText<'_, Nonce>>),
+            Travelling::Wal(nonce, _) => {
+                let (statement, nonce) = (MarkForm::Direct.prepared(), Some(*nonce));
+                opening.arm(&begin.sql, Some(MarkText { statement, nonce }))
+            }
+            Travelling::Ledger(ledger) => {
+                let statement = &*ledger.entry_name();
+                opening.arm(&begin.sql, Some(MarkText { statement, nonce: None::<Nonce> }))
+            }
+        };
         // Setting it cannot fail, because an attempt begins only once.
-        activity.opening().arm(&begin.sql, mark) && self.travelling.set(travelling).is_ok()
+        armed && self.travelling.set(travelling).is_ok()
     }
 
     /// Returns the mark of a transaction whose BEGIN travels. `None`: the mark needs a message of its own, as the first
     /// one of a session does. Its answer may say what the role or the server lacks.
     fn mark_that_travels(&self, begin: &Begin) -> Option<Travelling> {
         let (client, pool) = (self.client(), self.pool());
-        let marks = match begin.marks {
-            MarkKind::Ledger(_) => return None,
+        let marks = match &begin.marks {
+            MarkKind::Ledger(ledger) => {
+                let prepared = client.entry_statement(ledger.key()) == MarkStatement::Prepared;
+                return prepared.then(|| Travelling::Ledger(ledger.clone()));
+            }
             MarkKind::Nothing => false,
             MarkKind::Wal | MarkKind::Write => self.can_be_marked(),
         };
         if !marks {
             // Otherwise BEGIN must ask whether the transaction can write.
             let told = begin.read_only || client.notices().activity.tells_read_only();
-            return told.then_some(Travelling { mark: None });
+            return told.then_some(Travelling::Unmarked);
         }
         if self.mark_form() != (MarkForm::Direct, MarkStatement::Prepared) {
             return None;
@@ -82,7 +96,7 @@ impl<C: SessionClient> Attempt<C> {
             MarkKind::Wal if !is_first => pool.signatures().done(client.generation())?,
             _ => None,
         };
-        Some(Travelling { mark: Some((pool.next_nonce(), signature)) })
+        Some(Travelling::Wal(pool.next_nonce(), signature))
     }
 
     /// Takes notice of the answers to a BEGIN that travelled, as far as they have come. If the transaction is marked, it
@@ -90,16 +104,26 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) fn learn_mark(&self) {
         let (Some(travelling), Some(activity)) = (self.travelling.get(), self.travels_on()) else { return };
         let Some(row) = activity.opening().take_row() else { return };
-        let (client, Some((nonce, signature))) = (self.client(), &travelling.mark) else { return };
-        let Some(life) = client.life() else { return };
-        match self.read_mark(&life, *nonce, &row) {
-            Ok(MarkAnswer::By(marker, backend)) => {
-                let key = self.key(SettleBy::Wal(marker), backend, Some(life), signature.clone());
+        let (client, life) = (self.client(), self.client().life());
+        let read = match (travelling, life) {
+            (Travelling::Unmarked, _) | (Travelling::Wal(..), None) => return,
+            (Travelling::Wal(nonce, signature), Some(life)) => match self.read_mark(&life, *nonce, &row) {
+                Ok(MarkAnswer::By(mark, backend)) => Ok((SettleBy::Wal(mark), backend, signature.clone())),
+                Ok(MarkAnswer::ReadOnly) => return self.note_read_only(),
+                Ok(MarkAnswer::Elsewhere | MarkAnswer::Joined) => return,
+                Err(bad) => Err(bad),
+            },
+            (Travelling::Ledger(ledger), life) => match self.read_entry(life.as_ref(), &row) {
+                Ok(Entering::As(entered, backend)) => Ok((SettleBy::Ledger(ledger.clone(), entered), backend, None)),
+                Ok(Entering::Elsewhere | Entering::Joined) => return,
+                Err(bad) => Err(bad),
+            },
+        };
+        match read {
+            Ok((by, backend, signature)) => {
                 // Setting it cannot fail, because the row is taken only once.
-                let _ = self.mark.set(key);
+                let _ = self.mark.set(self.key(by, backend, life, signature));
             }
-            Ok(MarkAnswer::ReadOnly) => self.note_read_only(),
-            Ok(MarkAnswer::Elsewhere | MarkAnswer::Joined) => {}
             Err(bad) => self.pool().lacking().set_unmarked(client.generation(), &bad.to_string()),
         }
     }
@@ -122,13 +146,12 @@ impl<C: SessionClient> Attempt<C> {
         client.poison();
         let error = closure.unwrap_or(Error::RolledBack(RolledBack::FailedInside));
         let report = ClosureError::of(&error).report().cloned().or_else(|| client.trail().last());
-        let session = match report.filter(ends_session) {
-            Some(report) => Session::Ended(Some(report)),
-            None => {
-                self.pool().lacking().begin_does_not_travel(client.generation());
-                log_safely(|| tracing::debug!("BEGIN failed together with the first statement: {error}"));
-                Session::Open
-            }
+        let session = if let Some(report) = report.filter(ends_session) {
+            Session::Ended(Some(report))
+        } else {
+            self.pool().lacking().begin_does_not_travel(client.generation());
+            log_safely(|| tracing::debug!("BEGIN failed together with the first statement: {error}"));
+            Session::Open
         };
         Failed { session, ..Failed::new(Verdict::ConnectionLost, error) }
     }

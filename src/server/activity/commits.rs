@@ -1,6 +1,7 @@
 //! Recognises by the text of a query whether it ends its transaction. The text may arrive in pieces.
 
 /// What the statements of a text do to the transaction of their session, if all of them succeed.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ends {
     /// A statement commits the transaction, or prepares it.

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::answers::{Answers, FirstRequest, Verdict};
 use super::*;
 
-const MARK: MarkText<'static, u64> = MarkText { statement: "mark", nonce: 7 };
+const MARK: MarkText<'static, u64> = MarkText { statement: "mark", nonce: Some(7) };
 
 fn message(letter: u8, body: &[u8]) -> Vec<u8> {
     let length = u32::try_from(body.len() + 4).unwrap().to_be_bytes();

@@ -14,14 +14,19 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_failover::error::Ending;
+use tokio_postgres_failover::ledger::Ledger;
 use tokio_postgres_failover::{Error, Guarantee, Pool, PoolBuilder, RetryPolicy, Transaction};
 
+use crate::commit::finish::{single, with_ledger};
 use crate::support::load::LONG;
-use crate::support::{PATIENCE, Runs, insert, server, sql, stored};
+use crate::support::{PATIENCE, Runs, insert, sql, stored};
 
 /// Longer than the test.
 const NEVER: Duration = Duration::from_secs(3600);
-const GUARANTEES: [Guarantee; 3] = [Guarantee::ExactlyOnce, Guarantee::AtMostOnce, Guarantee::AtLeastOnce];
+
+fn guarantees() -> [Guarantee; 4] {
+    [Guarantee::ExactlyOnce, Guarantee::AtMostOnce, Guarantee::AtLeastOnce, Guarantee::Ledger(Ledger::default())]
+}
 
 fn builder(addr: SocketAddr) -> PoolBuilder {
     let builder = Pool::builder(format!("postgres://app@{addr}/app")).unwrap().max_size(1);
@@ -42,11 +47,11 @@ async fn tap(cluster: &Cluster) -> Tap {
 
 #[tokio::test]
 async fn one_statement_takes_two_round_trips() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     let tap = tap(&cluster).await;
     for (together, round_trips) in [(true, 2), (false, 3)] {
         let pool = builder(tap.addr()).begin_with_first_statement(together).build().unwrap();
-        for guarantee in GUARANTEES {
+        for guarantee in guarantees() {
             warm(&pool, &guarantee).await;
             tap.reset();
             let call = pool.build_transaction().guarantee(guarantee.clone());
@@ -80,7 +85,7 @@ async fn one_statement_takes_two_round_trips() {
         pool.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
         assert_eq!(tap.counts().round_trips, round_trips, "a read: {together}");
     }
-    assert_eq!(stored(&cluster).await, [[1; 6], [2; 6], [3; 6]].concat());
+    assert_eq!(stored(&cluster).await, [[1; 8], [2; 8], [3; 8]].concat());
 }
 
 /// A proxy that, while it is told to, makes each BEGIN fail that travels: the server gets a word that it does not know.
@@ -240,8 +245,8 @@ async fn work(tx: &mut Transaction, shape: Shape) -> Result<(), Error> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_closure_is_within_its_transaction() {
-    let cluster = server().await;
-    for guarantee in GUARANTEES {
+    let cluster = with_ledger(single()).await;
+    for guarantee in guarantees() {
         let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
         warm(&pool, &guarantee).await;
         for shape in SHAPES {
@@ -266,9 +271,9 @@ async fn every_closure_is_within_its_transaction() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_begin_that_fails_alone_lets_nothing_run() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     let spoiler = Spoiler::start(&cluster).await;
-    for guarantee in GUARANTEES {
+    for guarantee in guarantees() {
         for shape in SHAPES {
             for commits in [true, false] {
                 spoiler.spoils.store(false, Ordering::SeqCst);
@@ -303,7 +308,7 @@ async fn a_begin_that_fails_alone_lets_nothing_run() {
 /// The error of a BEGIN that failed is told if the work may not run again.
 #[tokio::test]
 async fn a_begin_that_fails_alone_is_told() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     let spoiler = Spoiler::start(&cluster).await;
     let once = RetryPolicy::new().attempts(1);
     let pool = builder(spoiler.addr).retry(once).build().unwrap();
@@ -318,7 +323,7 @@ async fn a_begin_that_fails_alone_is_told() {
 /// The mark fails, and BEGIN does not. The pool does not see which statement was dropped.
 #[tokio::test]
 async fn a_mark_that_fails_alone_lets_nothing_run() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     for shape in SHAPES {
         let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
         warm(&pool, &Guarantee::ExactlyOnce).await;
@@ -340,7 +345,7 @@ async fn a_mark_that_fails_alone_lets_nothing_run() {
 
 #[tokio::test]
 async fn a_session_without_prepared_statements_costs_no_run() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     let tap = tap(&cluster).await;
     let pool = builder(tap.addr()).build().unwrap();
     warm(&pool, &Guarantee::ExactlyOnce).await;
@@ -363,9 +368,9 @@ async fn a_session_without_prepared_statements_costs_no_run() {
 /// The server is told again and again to cancel what the session runs, whatever that is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cancel_requests_let_nothing_run_outside() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     sql(&cluster, "ALTER ROLE app SET client_min_messages = error").await;
-    for guarantee in GUARANTEES {
+    for guarantee in guarantees() {
         let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
         warm(&pool, &guarantee).await;
         let canceller = cluster.direct(Node(0)).await;
@@ -408,8 +413,8 @@ async fn cancel_requests_let_nothing_run_outside() {
 
 #[tokio::test]
 async fn a_closure_that_begins_with_its_own_end_is_told() {
-    let cluster = server().await;
-    for guarantee in GUARANTEES {
+    let cluster = with_ledger(single()).await;
+    for guarantee in guarantees() {
         let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
         warm(&pool, &guarantee).await;
         for (first, ending) in [("COMMIT", Ending::Committed), ("ROLLBACK", Ending::RolledBack)] {
@@ -436,8 +441,8 @@ async fn a_closure_that_begins_with_its_own_end_is_told() {
 /// The server dies while it carries out the first statement, before it has answered anything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_first_answer_that_is_lost_costs_one_run() {
-    for guarantee in GUARANTEES {
-        let cluster = server().await;
+    for guarantee in guarantees() {
+        let cluster = with_ledger(single()).await;
         let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
         warm(&pool, &guarantee).await;
         let lock = cluster.direct(Node(0)).await;
@@ -463,9 +468,9 @@ async fn a_first_answer_that_is_lost_costs_one_run() {
 /// The call is dropped after so many polls, with its first statement queued, sent, or answered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dropped_call_leaves_nothing_behind() {
-    let cluster = server().await;
+    let cluster = with_ledger(single()).await;
     let pool = builder(cluster.socket_addr(Node(0))).build().unwrap();
-    for guarantee in GUARANTEES {
+    for guarantee in guarantees() {
         for polls in 1..8 {
             warm(&pool, &guarantee).await;
             let runs = Runs::default();

@@ -112,6 +112,7 @@ fn case(
     Case { what, sent: sent.to_vec(), received: received.to_vec(), end, unanswered }
 }
 
+#[expect(clippy::too_many_lines, reason = "it is a table")]
 fn cases() -> Vec<Case> {
     use TransactionEnd::{Committed, Prepared, RolledBack};
     use Unanswered::{Commits, GoesOn, Nothing};
