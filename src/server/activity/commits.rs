@@ -268,6 +268,13 @@ impl Statements {
                 self.brackets = if byte == b'(' { self.brackets + 1 } else { self.brackets.saturating_sub(1) };
                 ParsePosition::Outside
             }
+            // Most statements are told by their first letter.
+            _ if self.told == Told::Nothing
+                && !matches!(byte.to_ascii_uppercase(), b'A' | b'C'..=b'E' | b'P' | b'R') =>
+            {
+                self.told = Told::All;
+                ParsePosition::Outside
+            }
             _ if may_tell && is_letter(byte) && before != Before::Letter => {
                 self.word = Word::default();
                 self.word.push(byte);

@@ -39,6 +39,15 @@ struct Text {
     says: Says,
 }
 
+impl Text {
+    /// Returns whether a body with these bytes at this place may still be equal to the text, or begin with it.
+    fn goes_on(&self, at: usize, body: &[u8]) -> bool {
+        let rest = self.bytes.get(at..).unwrap_or_default();
+        let common = rest.len().min(body.len());
+        rest.get(..common) == body.get(..common) && !(self.whole && body.len() > rest.len())
+    }
+}
+
 const TEXTS: [Text; 8] = [
     Text { letter: b'Q', bytes: ROLLBACK, whole: true, says: Says::DriversRollback },
     Text { letter: b'Q', bytes: POOLS_COMMIT.as_bytes(), whole: false, says: Says::PoolsCommit },
@@ -71,9 +80,7 @@ impl Comparison {
             return;
         }
         for (index, text) in TEXTS.iter().enumerate() {
-            let rest = text.bytes.get(self.at..).unwrap_or_default();
-            let goes_on = rest.iter().zip(body).all(|(expected, byte)| expected == byte);
-            if text.letter != letter || !goes_on || (text.whole && body.len() > rest.len()) {
+            if self.matches & 1 << index != 0 && !(text.letter == letter && text.goes_on(self.at, body)) {
                 self.matches &= !(1 << index);
             }
         }
@@ -146,7 +153,15 @@ impl Messages {
                 continue;
             }
             let from = usize::from(self.untyped > 0);
-            if self.have + from < 5 {
+            if self.have + from == 0
+                && let Some((header, rest)) = bytes.split_first_chunk()
+            {
+                // The whole header is there, as nearly always.
+                self.header = *header;
+                self.have = header.len();
+                bytes = rest;
+                self.begin();
+            } else if self.have + from < 5 {
                 self.header[self.have + from] = bytes[0];
                 self.have += 1;
                 bytes = &bytes[1..];
