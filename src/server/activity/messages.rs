@@ -43,9 +43,21 @@ impl Text {
     /// Returns whether a body with these bytes at this place may still be equal to the text, or begin with it.
     fn goes_on(&self, at: usize, body: &[u8]) -> bool {
         let rest = self.bytes.get(at..).unwrap_or_default();
-        let common = rest.len().min(body.len());
-        rest.get(..common) == body.get(..common) && !(self.whole && body.len() > rest.len())
+        // Nearly always the first byte differs.
+        rest.iter().zip(body).all(|(expected, byte)| expected == byte) && !(self.whole && body.len() > rest.len())
     }
+}
+
+/// Returns a bit for each text that messages with this letter are compared with.
+const fn texts_of(letter: u8) -> u8 {
+    let (mut index, mut bits) = (0, 0);
+    while index < TEXTS.len() {
+        if TEXTS[index].letter == letter {
+            bits |= 1 << index;
+        }
+        index += 1;
+    }
+    bits
 }
 
 const TEXTS: [Text; 8] = [
@@ -72,15 +84,25 @@ struct Comparison {
 impl Comparison {
     fn begin(&mut self, letter: u8) {
         self.at = 0;
-        self.matches = if matches!(letter, b'Q' | b'Z' | b'C' | b'S') { u8::MAX } else { 0 };
+        const QUERY: u8 = texts_of(b'Q');
+        const READY: u8 = texts_of(b'Z');
+        const COMPLETE: u8 = texts_of(b'C');
+        const STATUS: u8 = texts_of(b'S');
+        self.matches = match letter {
+            b'Q' => QUERY,
+            b'Z' => READY,
+            b'C' => COMPLETE,
+            b'S' => STATUS,
+            _ => 0,
+        };
     }
 
-    fn feed(&mut self, letter: u8, body: &[u8]) {
+    fn feed(&mut self, body: &[u8]) {
         if self.matches == 0 {
             return;
         }
         for (index, text) in TEXTS.iter().enumerate() {
-            if self.matches & 1 << index != 0 && !(text.letter == letter && text.goes_on(self.at, body)) {
+            if self.matches & 1 << index != 0 && !text.goes_on(self.at, body) {
                 self.matches &= !(1 << index);
             }
         }
@@ -226,7 +248,7 @@ impl Messages {
             let text = self.text_of(body);
             self.statements.feed(text);
         }
-        self.comparison.feed(letter, body);
+        self.comparison.feed(body);
         for byte in body.iter().take(usize::from(self.pid_left)) {
             self.pid = self.pid << 8 | i32::from(*byte);
             self.pid_left -= 1;
