@@ -11,7 +11,7 @@ use super::settle::{SettleBy, SettleKey};
 use super::verdict::{ClosureError, Session};
 use crate::classify::{Verdict, ends_session};
 use crate::commit::{Ledger, Nonce, Signature};
-use crate::error::{Error, RolledBack};
+use crate::error::{Error, RolledBack, SessionEnded};
 use crate::server::{Activity, MarkText, OpeningState, SessionClient};
 use crate::settle::ledger::Entering;
 use crate::settle::wal::{MarkAnswer, MarkForm, MarkStatement};
@@ -144,9 +144,13 @@ impl<C: SessionClient> Attempt<C> {
     pub(super) fn not_begun(&self, closure: Option<Error>) -> Failed {
         let client = self.client();
         client.poison();
-        let error = closure.unwrap_or(Error::RolledBack(RolledBack::FailedInside));
+        let mut error = closure.unwrap_or(Error::RolledBack(RolledBack::FailedInside));
         let report = ClosureError::of(&error).report().cloned().or_else(|| client.trail().last());
         let session = if let Some(report) = report.filter(ends_session) {
+            // The closure has hidden the report, or was dropped.
+            if ClosureError::of(&error).report().is_none() {
+                error = Error::SessionEnded(Box::new(SessionEnded::new(report.clone(), error)));
+            }
             Session::Ended(Some(report))
         } else {
             self.pool().lacking().begin_does_not_travel(client.generation());

@@ -20,7 +20,8 @@ use crate::bed::sync::lock;
 
 /// Where a transaction's connection is cut.
 ///
-/// BEGIN is a simple query whose text begins with it or with START, and COMMIT one that has it as a statement, as
+/// BEGIN is a simple query whose text begins with it or with START, or is parsed in the same round trip as the first
+/// statement, as the failover pool sends it. COMMIT is a simple query that has it as a statement, as
 /// `SELECT 1; COMMIT`. The answer of a message ends with ReadyForQuery. "Closed" is a FIN after all that was passed on,
 /// and is for both sides where nothing else is said; the server then rolls back what it has open, as soon as it reads
 /// from the connection.
@@ -33,7 +34,8 @@ pub enum Cut {
     /// So many round trips after BEGIN's have been answered, and the client has the answer; whatever it sends then is
     /// not passed on. A simple query is one round trip, and so are the messages up to a Sync: a statement with
     /// parameters that `tokio_postgres` prepares first makes two, and a third when it is dropped. 0 is after BEGIN's
-    /// own answer. A COMMIT, and what ends the transaction in another way, does not count.
+    /// own answer. If BEGIN comes together with the first statement, 0 and 1 are after the answer to both. A COMMIT, and
+    /// what ends the transaction in another way, does not count.
     AfterStatement(u32),
     /// The same, but the server's side stays open and silent, as when a path vanishes: the session stays idle in
     /// transaction, with its locks, until [`Cutter::release`].

@@ -61,6 +61,8 @@ async fn a_limit_that_would_end_the_next_run_too_ends_the_call() {
                 .read_only(read)
                 .run(async |tx| {
                     runs.begin();
+                    // Only now is a transaction open.
+                    tx.batch_execute("SELECT 1").await?;
                     idle(&tx).await;
                     do_then(&tx, then).await
                 })

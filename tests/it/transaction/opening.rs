@@ -211,7 +211,8 @@ async fn work(tx: &mut Transaction, shape: Shape) -> Result<(), Error> {
             let _ = tx.batch_execute(TWO).await;
         }
         Shape::Drops => {
-            assert!(tx.batch_execute(ONE).now_or_never().is_none());
+            // The driver queues a request at the first poll.
+            let _ = tx.batch_execute(ONE).now_or_never();
             tx.batch_execute(TWO).await?;
         }
         Shape::Stream => {

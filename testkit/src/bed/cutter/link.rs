@@ -99,6 +99,8 @@ struct Transaction {
     number: Option<u64>,
     planned: Option<Cut>,
     statements: u32,
+    /// BEGIN came in one round trip with the first statement.
+    together: bool,
 }
 
 /// An answer that is not passed on.
@@ -202,9 +204,25 @@ impl Link {
                 let text = String::from_utf8_lossy(frame.body().strip_suffix(b"\0").unwrap_or(frame.body()));
                 return self.query(&text, frame);
             }
+            Head::Message(b'P') if self.transaction.is_none() && begins(&parsed_text(frame)) => {
+                return self.begin_together(frame);
+            }
             Head::Message(b'S' | b'F') if self.pending.is_none() => self.expect_answer(Pending::Statement),
             Head::Message(_) | Head::Byte(_) | Head::Opaque => {}
         }
+        self.server.send(&frame.bytes);
+        None
+    }
+
+    /// BEGIN is parsed. What carries it out, and the first statement, are behind it.
+    fn begin_together(&mut self, frame: &Frame) -> Option<(Order, Option<bool>)> {
+        let transaction = self.begin(&parsed_text(frame));
+        self.transaction = Some(Transaction { together: true, ..transaction });
+        let order = self.reached(Cut::at_begin);
+        if order.as_ref().is_some_and(|order| order.cut == Cut::BeginUndelivered) {
+            return order.map(|order| (order, Some(false)));
+        }
+        self.withheld = order.map(|order| Withheld { order, answer: Vec::new(), committed: false });
         self.server.send(&frame.bytes);
         None
     }
@@ -245,12 +263,12 @@ impl Link {
     fn begin(&self, text: &str) -> Transaction {
         let mut book = self.shared.book();
         if text.to_ascii_uppercase().contains("READ ONLY") {
-            return Transaction { number: None, planned: None, statements: 0 };
+            return Transaction { number: None, planned: None, statements: 0, together: false };
         }
         book.begun += 1;
         let number = book.begun;
         let planned = book.plan.as_mut().and_then(|plan| plan(number, text));
-        Transaction { number: Some(number), planned, statements: 0 }
+        Transaction { number: Some(number), planned, statements: 0, together: false }
     }
 
     /// The cut for this point: the plan's, or else the first one armed.
@@ -301,7 +319,12 @@ impl Link {
             _ => return None,
         }
         let statements = transaction.statements;
-        let reached = |cut| cut == Cut::AfterStatement(statements) || cut == Cut::AfterStatementHeld(statements);
+        // BEGIN's own round trip is that of the first statement.
+        let least = if transaction.together && statements == 1 { 0 } else { statements };
+        let reached = |cut| match cut {
+            Cut::AfterStatement(after) | Cut::AfterStatementHeld(after) => (least..=statements).contains(&after),
+            _ => false,
+        };
         self.reached(reached).map(|order| (order, Some(false)))
     }
 
@@ -366,6 +389,12 @@ impl Drop for Held {
 /// `START TRANSACTION` is what tokio-postgres sends.
 fn begins(text: &str) -> bool {
     ["BEGIN", "START"].iter().any(|word| first_word(text).eq_ignore_ascii_case(word))
+}
+
+/// The text of `Parse`, which follows the statement's name.
+fn parsed_text(frame: &Frame) -> String {
+    let text = frame.body().split(|byte| *byte == 0).nth(1).unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
 }
 
 /// Not `READ COMMITTED`, `synchronous_commit` or `ON COMMIT DROP`, in which there is one, too.
