@@ -2,6 +2,10 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use hickory_resolver::proto::op::Message;
+use hickory_resolver::proto::rr::Record;
+use tokio::net::UdpSocket;
+
 use super::*;
 
 /// A directory with a `resolv.conf` and a `hosts`. Dropping this removes it.
@@ -229,40 +233,87 @@ fn d6_search_domains_and_ndots() {
     assert_eq!(candidates("domain corp.example", "pg"), ["pg.corp.example.", "pg."]);
 }
 
+/// What a [`NameServer`] says about a name and an address family.
+#[derive(Clone, Copy)]
+enum Reply {
+    Address(IpAddr),
+    NoSuchName,
+    Silence,
+}
+
+/// A name server on loopback. The packed crate has these tests but not the test bed, so the server is here.
+struct NameServer {
+    address: SocketAddr,
+    replies: Arc<Mutex<HashMap<(String, RecordType), Reply>>>,
+    /// Accepts connections, and never answers on one.
+    _tcp: std::net::TcpListener,
+}
+
+impl NameServer {
+    async fn start() -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        let server = Self { address, replies: Arc::default(), _tcp: std::net::TcpListener::bind(address).unwrap() };
+        let replies = Arc::clone(&server.replies);
+        tokio::spawn(async move {
+            let mut buffer = [0; 4096];
+            loop {
+                let (length, client) = socket.recv_from(&mut buffer).await.unwrap();
+                let mut message = Message::from_vec(&buffer[..length]).unwrap().into_response();
+                let asked = (message.queries[0].name().to_string(), message.queries[0].query_type());
+                match lock(&replies)[&asked] {
+                    Reply::Address(address) => {
+                        let name = message.queries[0].name().clone();
+                        message.add_answer(Record::from_rdata(name, 0, address.into()));
+                    }
+                    Reply::NoSuchName => message.metadata.response_code = ResponseCode::NXDomain,
+                    Reply::Silence => continue,
+                }
+                socket.send_to(&message.to_vec().unwrap(), client).await.unwrap();
+            }
+        });
+        server
+    }
+
+    fn reply(&self, name: &str, a: Reply, aaaa: Reply) {
+        let mut replies = lock(&self.replies);
+        replies.insert((name.to_owned(), RecordType::A), a);
+        replies.insert((name.to_owned(), RecordType::AAAA), aaaa);
+    }
+}
+
 /// A name server drops the questions for one address family. As in the C library, its answer for the other family
 /// counts: the search list goes on behind a name that does not exist.
 #[tokio::test]
 async fn d6_a_silent_family_does_not_end_the_search_list() {
-    let dns = testbed::Dns::start(([127, 0, 0, 1], 0).into()).await;
-    let split = |a, aaaa| testbed::Answer::Split { a: Box::new(a), aaaa: Box::new(aaaa) };
+    let dns = NameServer::start().await;
     let resolver = || {
-        let mut resolver = HickoryResolver::with_name_servers([dns.addr()]).timeout(Duration::from_millis(500));
+        let mut resolver = HickoryResolver::with_name_servers([dns.address]).timeout(Duration::from_millis(500));
         let Source::Given(setup) = &mut resolver.setup else { unreachable!("they were given") };
         let setup = Arc::get_mut(setup).expect("nobody else has it");
         setup.search = ["a.example.", "b.example."].map(|domain| Name::from_ascii(domain).unwrap()).to_vec();
         setup.ndots = 5;
         resolver
     };
-    let (here, gone) = ([10, 0, 0, 1].into(), || testbed::Answer::NxDomain);
     for silent in ["AAAA", "A"] {
-        let but = |answer| match silent {
-            "AAAA" => split(answer, testbed::Answer::Silent),
-            _ => split(testbed::Answer::Silent, answer),
+        let but = |name, reply| match silent {
+            "AAAA" => dns.reply(name, reply, Reply::Silence),
+            _ => dns.reply(name, Reply::Silence, reply),
         };
-        let address: IpAddr = if silent == "AAAA" { here } else { "fdaa::1".parse().unwrap() };
-        dns.answer_name("pg.a.example", but(gone()));
-        dns.answer_name("pg.b.example", but(testbed::Answer::Addresses(vec![address])));
+        let address: IpAddr = if silent == "AAAA" { [10, 0, 0, 1].into() } else { "fdaa::1".parse().unwrap() };
+        but("pg.a.example.", Reply::NoSuchName);
+        but("pg.b.example.", Reply::Address(address));
         let resolver = resolver();
         let addresses = resolver.resolve("pg").await.unwrap();
         assert_eq!(addresses.iter().collect::<Vec<_>>(), [address], "{silent}");
         assert!(addresses.partial().is_some(), "{silent}");
         // No name has an address. What was silent may have one.
-        dns.answer_name("pg.b.example", but(gone()));
-        dns.answer_name("pg", but(gone()));
+        but("pg.b.example.", Reply::NoSuchName);
+        but("pg.", Reply::NoSuchName);
         assert!(!resolver.resolve("pg").await.unwrap_err().is_answer(), "{silent}");
         // The silence of both families ends the list.
-        dns.answer_name("pg.a.example", testbed::Answer::Silent);
-        dns.answer_name("pg.b.example", but(testbed::Answer::Addresses(vec![address])));
+        but("pg.a.example.", Reply::Silence);
+        but("pg.b.example.", Reply::Address(address));
         assert!(matches!(resolver.resolve("pg").await, Err(ResolveError::TimedOut { .. })), "{silent}");
     }
 }
