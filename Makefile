@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size sim sim-mutants sim-long sim-reality
+.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size package sim sim-mutants sim-long sim-reality
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ api: ## Renew the lists of the public API, docs/public-api.txt and testkit/publi
 
 size: ## Crates and compile time of the default build, beside deadpool-postgres
 	@sh scripts/size.sh
+
+package: ## Packs the crate and the test kit as for crates.io, and builds and tests what was packed
+	@sh scripts/package.sh
 
 sim: ## The whole crate in a deterministic simulation (SEEDS=1000 FIRST=1 LIMIT=60 seconds, or one story: SEED=42 TRACE=1)
 	@sh scripts/sim.sh run

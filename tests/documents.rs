@@ -140,32 +140,6 @@ fn links_lead_somewhere() {
     }
 }
 
-/// docs.rs shows the files of the package, and no others.
-#[test]
-fn links_to_files_of_the_package_lead_to_files_in_it() {
-    let manifest = read("Cargo.toml");
-    let (_, include) = manifest.split_once("\ninclude = [").unwrap();
-    let patterns: Vec<&str> = include.split(']').next().unwrap().split('"').skip(1).step_by(2).collect();
-    let packaged = |path: &str| {
-        let fits = |pattern: &&str| {
-            let pattern = pattern.trim_start_matches('/');
-            let (start, end) = pattern.split_once('*').unwrap_or((pattern, ""));
-            path.strip_prefix(start).and_then(|rest| rest.strip_suffix(end)).is_some_and(|rest| !rest.contains('/'))
-        };
-        patterns.iter().any(fits)
-    };
-    let links = read("src/docs/links.md");
-    let shown = definitions(&links).into_iter().filter_map(|(_, target)| Some(target.split_once("/source/")?.1));
-    let mut seen = 0;
-    for path in shown {
-        assert!(root().join(path).is_file() && packaged(path), "{path} is not in the package: see `include`");
-        seen += 1;
-    }
-    assert!(seen >= 5, "{seen} files");
-    let dead: Vec<_> = ["BENCHMARKS.md", "docs/bench/growth-pools.svg"].iter().filter(|path| !packaged(path)).collect();
-    assert!(dead.is_empty() && !packaged("bench/Cargo.toml"), "{dead:?}");
-}
-
 /// The documentation has no files beside it, so the pictures are in its text. `make picture` and `make bench-docs`
 /// renew it.
 #[test]
