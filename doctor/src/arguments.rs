@@ -45,11 +45,9 @@ pub(crate) enum Wrong {
 impl From<BuildError> for Wrong {
     /// What the library says about its feature is of no use at a command line.
     fn from(error: BuildError) -> Self {
-        match &error {
-            BuildError::Invalid { problem, .. } if !cfg!(feature = "rustls") && problem.contains("`rustls`") => {
-                Self::NoTls(error)
-            }
-            _ => Self::Build(error),
+        match error {
+            BuildError::NoTls { .. } => Self::NoTls(error),
+            other => Self::Build(other),
         }
     }
 }
@@ -130,6 +128,14 @@ mod tests {
         }
         let arguments = read(&["x", "--dns", "10.0.0.2", "--dns", "[fd00::1]:5353"]).unwrap();
         assert_eq!(arguments.dns, ["10.0.0.2:53".parse().unwrap(), "[fd00::1]:5353".parse().unwrap()]);
+    }
+
+    #[test]
+    fn a_missing_feature_is_told_in_words_of_the_command_line() {
+        let told = Wrong::from(BuildError::NoTls { option: "sslmode" }).to_string();
+        assert!(told.ends_with("cargo install --path doctor --features rustls"), "{told}");
+        let told = Wrong::from(BuildError::NoHost).to_string();
+        assert_eq!(told, BuildError::NoHost.to_string());
     }
 
     #[test]

@@ -30,6 +30,29 @@ pub enum BuildError {
         /// What is wrong and what to do.
         problem: String,
     },
+    /// An option asks for TLS, and nothing can do it: neither this crate's feature `rustls` nor a connector.
+    ///
+    /// # Examples
+    /// A program that is configured by its environment says it in words of its own:
+    /// ```
+    /// use tokio_postgres_failover::BuildError;
+    ///
+    /// fn explain(error: &BuildError) -> String {
+    ///     match error {
+    ///         BuildError::NoTls { option } => format!("{option} needs TLS, and this program was built without it"),
+    ///         other => other.to_string(),
+    ///     }
+    /// }
+    ///
+    /// assert!(explain(&BuildError::NoHost).starts_with("no host"));
+    /// ```
+    #[error(
+        "{option}: TLS is asked for; enable this crate's feature `rustls`, or give a connector with `PoolBuilder::tls`"
+    )]
+    NoTls {
+        /// The option of the connection string.
+        option: &'static str,
+    },
     /// The system's resolver configuration cannot be read.
     #[error("the resolver cannot be set up: {0}; give the name servers with `PoolBuilder::dns_servers`")]
     Resolver(#[source] crate::resolve::ResolveError),
@@ -51,6 +74,7 @@ impl fmt::Debug for BuildError {
             Self::Url(_) => write!(f, "Url: {self}"),
             Self::NoHost => write!(f, "NoHost: {self}"),
             Self::Invalid { .. } => write!(f, "Invalid: {self}"),
+            Self::NoTls { .. } => write!(f, "NoTls: {self}"),
             Self::Resolver(_) => write!(f, "Resolver: {self}"),
             Self::NoRuntime => write!(f, "NoRuntime: {self}"),
             Self::Runtime { .. } => write!(f, "Runtime: {self}"),

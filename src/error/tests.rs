@@ -159,6 +159,7 @@ fn all() -> Vec<(&'static str, String)> {
             "BuildError::Invalid",
             BuildError::invalid("max_size", "must be at least 1: a pool of none hands out nothing"),
         ),
+        ("BuildError::NoTls", BuildError::NoTls { option: "sslmode" }),
         ("BuildError::Resolver", BuildError::Resolver(unreadable)),
         ("BuildError::NoRuntime", BuildError::NoRuntime),
         ("BuildError::Runtime", BuildError::Runtime { lacks: "enable_time" }),

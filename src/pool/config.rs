@@ -9,7 +9,6 @@ use tokio_postgres::Config;
 use tokio_postgres::config::{ChannelBinding, Host, LoadBalanceHosts, SslMode, SslNegotiation, TargetSessionAttrs};
 
 use super::hosts::{Hosts, Target};
-use super::security::NO_CONNECTOR;
 use super::ssl::{self, Ssl};
 use super::startup;
 use super::typo;
@@ -183,7 +182,7 @@ pub(super) fn template(
         return Err(BuildError::invalid("load_balance_hosts", problem));
     }
     if config.get_ssl_mode() == SslMode::Require && !tls {
-        return Err(BuildError::invalid("sslmode", format!("TLS is asked for; {NO_CONNECTOR}")));
+        return Err(BuildError::NoTls { option: "sslmode" });
     }
     // The driver would otherwise send the password in plain text, or refuse each session.
     if config.get_ssl_negotiation() == SslNegotiation::Direct && config.get_ssl_mode() != SslMode::Require {
@@ -199,7 +198,7 @@ pub(super) fn template(
         return Err(BuildError::invalid("channel_binding", "`require` needs TLS, and sslmode=disable forbids it"));
     }
     if config.get_channel_binding() == ChannelBinding::Require && !tls {
-        return Err(BuildError::invalid("channel_binding", format!("`require` needs TLS; {NO_CONNECTOR}")));
+        return Err(BuildError::NoTls { option: "channel_binding" });
     }
     if config.get_tcp_user_timeout().is_some_and(|timeout| *timeout > LONGEST_USER_TIMEOUT) {
         return Err(BuildError::invalid("tcp_user_timeout", "is longer than 24 days, which Linux does not take"));
@@ -310,6 +309,19 @@ mod tests {
         let error = text.into_configuration().map(drop).expect_err(text).to_string();
         assert!(!error.contains("s3cr3t"), "{error}");
         error
+    }
+
+    /// Only a build without the feature `rustls` meets it otherwise.
+    #[test]
+    fn an_option_that_nothing_can_honour_without_tls_is_named() {
+        for (url, expected) in [
+            ("host=db sslmode=require", "sslmode"),
+            ("host=db channel_binding=require", "channel_binding"),
+            ("host=db sslmode=require channel_binding=require", "sslmode"),
+        ] {
+            let error = template(&url.parse().unwrap(), &[], false, Duration::from_secs(20)).unwrap_err();
+            assert!(matches!(error, BuildError::NoTls { option } if option == expected), "{url}: {error:?}");
+        }
     }
 
     /// The fuzz target `password` found the first of these; the others are of the same kind.

@@ -15,10 +15,6 @@ use crate::server::Opener;
 #[cfg(feature = "rustls")]
 use crate::tls::{Tls, Verify};
 
-/// What the user should do if TLS is wanted but no connector is available.
-pub(super) const NO_CONNECTOR: &str =
-    "enable this crate's feature `rustls`, or give a connector with `PoolBuilder::tls`";
-
 /// Creates an [`Opener`] from the finished template, and hides the TLS connector's type.
 pub(super) type MakeOpener = Box<dyn FnOnce(Config) -> Opener + Send>;
 
@@ -71,7 +67,7 @@ fn by_rustls(
     _: Option<&Arc<dyn Connect>>,
 ) -> Result<Option<MakeOpener>, BuildError> {
     match ssl.files().next() {
-        Some((option, _)) => Err(BuildError::invalid(option, format!("TLS is asked for; {NO_CONNECTOR}"))),
+        Some((option, _)) => Err(BuildError::NoTls { option }),
         None => Ok(None),
     }
 }

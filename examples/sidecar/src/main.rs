@@ -36,11 +36,9 @@ enum Failure {
 impl From<BuildError> for Failure {
     /// What the library says about its feature is of no use to who runs a program.
     fn from(error: BuildError) -> Self {
-        match &error {
-            BuildError::Invalid { problem, .. } if !cfg!(feature = "rustls") && problem.contains("`rustls`") => {
-                Self::NoTls(error)
-            }
-            _ => Self::Build(error),
+        match error {
+            BuildError::NoTls { .. } => Self::NoTls(error),
+            other => Self::Build(other),
         }
     }
 }
@@ -80,5 +78,18 @@ async fn main() -> ExitCode {
             eprintln!("failover-sidecar: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_feature_is_told_in_words_of_the_program() {
+        let told = Failure::from(BuildError::NoTls { option: "sslmode" }).to_string();
+        assert!(told.starts_with("DATABASE_URL: sslmode") && told.contains("`--features rustls`"), "{told}");
+        let told = Failure::from(BuildError::NoHost).to_string();
+        assert_eq!(told, format!("DATABASE_URL: {}", BuildError::NoHost));
     }
 }

@@ -20,7 +20,7 @@ fn invalid(error: &BuildError) -> &'static str {
     match error {
         BuildError::Url(_) => "url",
         BuildError::NoHost => "no host",
-        BuildError::Invalid { option, .. } => option,
+        BuildError::Invalid { option, .. } | BuildError::NoTls { option } => option,
         BuildError::Resolver(_) => "resolver",
         BuildError::NoRuntime => "no runtime",
         _ => "?",
