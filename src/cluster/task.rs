@@ -18,7 +18,7 @@ use tracing::{Instrument, Span};
 
 use super::kept::{Number, SessionCache};
 use super::scopes::Scopes;
-use super::work::{self, Event, ProbeOptions};
+use super::work::{self, ProbeOptions, WorkResult};
 use super::{Diagnosis, Generation, Name, Setup, Shared, Snapshot};
 use crate::observe::{self, Observer, Tally};
 use crate::resolve::Resolve;
@@ -44,7 +44,7 @@ pub(super) struct Task<C: SessionClient> {
     shared: Arc<Shared>,
     /// Sessions kept for the next question to their server.
     sessions: SessionCache<Session<C>>,
-    work: FuturesUnordered<BoxFuture<'static, Event<C>>>,
+    work: FuturesUnordered<BoxFuture<'static, WorkResult<C>>>,
     /// The newest generation, until it ends. Callers see it only while `live` is true, that is, not during a
     /// suspension.
     generation: Option<Arc<Generation<C>>>,
@@ -246,7 +246,7 @@ impl<C: SessionClient> Task<C> {
             Action::Resolve(index) => {
                 if let Some(name) = self.names.get(index).cloned() {
                     let looked_up = work::look_up(index, name, Arc::clone(&self.resolver)).instrument(self.span());
-                    let failed = move |failure: ProbeFailure| Event::Resolved {
+                    let failed = move |failure: ProbeFailure| WorkResult::Resolved {
                         name: index,
                         answer: NameAnswer::Failed(failure.message),
                     };
@@ -260,9 +260,9 @@ impl<C: SessionClient> Task<C> {
                 let (number, asked_at) = (kept.as_ref().map(|(number, _)| *number), endpoint.clone());
                 let failed = move |failure: ProbeFailure| match number {
                     Some(number) => {
-                        Event::Asked { endpoint: asked_at, number, session: None, beside, result: Err(failure) }
+                        WorkResult::Asked { endpoint: asked_at, number, session: None, beside, result: Err(failure) }
                     }
-                    None => Event::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) },
+                    None => WorkResult::Opened { endpoint: asked_at, beside, fresh: true, result: Err(failure) },
                 };
                 let asked =
                     work::ask(opener, endpoint, kept, ProbeOptions { fresh, beside, promotion_wait, within }, scope);
@@ -371,15 +371,15 @@ impl<C: SessionClient> Task<C> {
         now
     }
 
-    fn happened(&mut self, event: Event<C>) {
+    fn happened(&mut self, done: WorkResult<C>) {
         let now = self.now();
         // A caller may have received an answer since the last sample. Such an answer shows that the server is not
         // silent, even if a question has no answer.
         if self.take_heard() {
             self.topology.heard(now);
         }
-        match event {
-            Event::Resolved { name, answer } => {
+        match done {
+            WorkResult::Resolved { name, answer } => {
                 let failure = match &answer {
                     NameAnswer::Unknown(failure) | NameAnswer::Failed(failure) => Some(failure.clone()),
                     NameAnswer::Addresses { .. } => None,
@@ -389,7 +389,7 @@ impl<C: SessionClient> Task<C> {
                     tracing::debug!("{failure}");
                 }
             }
-            Event::Opened { endpoint, beside, fresh, result } => {
+            WorkResult::Opened { endpoint, beside, fresh, result } => {
                 let address = endpoint.address;
                 let still_open = self.sessions.is_open(&address);
                 let result = result.map(|(session, report)| {
@@ -400,7 +400,7 @@ impl<C: SessionClient> Task<C> {
                 });
                 self.topology.probed(now, &Probed { address, result, fresh, still_open, beside });
             }
-            Event::Asked { endpoint, number, session, beside, result } => {
+            WorkResult::Asked { endpoint, number, session, beside, result } => {
                 let address = endpoint.address;
                 // After a time-out, keep the primary's session: a late answer would show that the server lives.
                 let session = session.filter(|_| result.is_ok() || self.topology.holds(&address));

@@ -19,7 +19,7 @@ use crate::topology::{Endpoint, FailureKind, NameAnswer, ProbeFailure, Promotion
 const RESOLVE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The result of a piece of work.
-pub(super) enum Event<C> {
+pub(super) enum WorkResult<C> {
     Resolved {
         name: usize,
         answer: NameAnswer,
@@ -52,15 +52,15 @@ pub(super) struct ProbeOptions {
 /// Turns a panic of the program's log during this work into a failed answer. Without an answer, the topology would wait
 /// for one for ever and never ask again.
 pub(super) async fn contained<C>(
-    work: impl Future<Output = Event<C>>,
-    failed: impl FnOnce(ProbeFailure) -> Event<C>,
-) -> Event<C> {
+    work: impl Future<Output = WorkResult<C>>,
+    failed: impl FnOnce(ProbeFailure) -> WorkResult<C>,
+) -> WorkResult<C> {
     let done = AssertUnwindSafe(work).catch_unwind().await;
     done.unwrap_or_else(|panic| failed(panicked("what the program logs with", &*panic)))
 }
 
 /// Asks the resolver for the addresses of the configured name with this index.
-pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> Event<C> {
+pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resolve>) -> WorkResult<C> {
     let answer = match addresses_of(&*resolver, &name.host).await {
         Ok(addresses) if addresses.is_empty() => NameAnswer::Unknown(format!("{} has no address", name.host)),
         Ok(addresses) => NameAnswer::Addresses {
@@ -70,7 +70,7 @@ pub(super) async fn look_up<C>(index: usize, name: Name, resolver: Arc<dyn Resol
         Err(error) if error.is_answer() => NameAnswer::Unknown(error.to_string()),
         Err(error) => NameAnswer::Failed(error.to_string()),
     };
-    Event::Resolved { name: index, answer }
+    WorkResult::Resolved { name: index, answer }
 }
 
 /// Asks the resolver, within a time limit. It may be user code, so it may take too long or panic; that costs only this
@@ -91,17 +91,17 @@ pub(super) async fn ask<C: SessionClient>(
     kept: Option<(Number, Session<C>)>,
     ProbeOptions { fresh, beside, promotion_wait, within }: ProbeOptions,
     scope: Scope,
-) -> Event<C> {
+) -> WorkResult<C> {
     let silent = || ProbeFailure::new(FailureKind::TimedOut, format!("no answer within {within:?}"));
     match kept {
         Some((number, session)) => {
             let answer = timeout(within, opener.ask(&endpoint.address, &session.client, promotion_wait)).await;
             let result = answer.unwrap_or_else(|_| Err(silent()));
-            Event::Asked { endpoint, number, session: Some(session), beside, result }
+            WorkResult::Asked { endpoint, number, session: Some(session), beside, result }
         }
         None if beside && !fresh => {
             let result = Err(ProbeFailure::new(FailureKind::Unreachable, "no session is open"));
-            Event::Opened { endpoint, beside, fresh, result }
+            WorkResult::Opened { endpoint, beside, fresh, result }
         }
         None => {
             let answer = timeout(within, opener.open(&endpoint, Question::Candidate, scope)).await;
@@ -109,7 +109,7 @@ pub(super) async fn ask<C: SessionClient>(
                 let message = format!("no answer within {within:?} (probe_timeout)");
                 Err(ProbeFailure::new(FailureKind::TimedOut, message))
             };
-            Event::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(late) }
+            WorkResult::Opened { endpoint, beside, fresh: true, result: answer.unwrap_or_else(late) }
         }
     }
 }
