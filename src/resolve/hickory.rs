@@ -27,8 +27,8 @@ use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::{Name, RData, RecordType};
 use tokio::time::{Instant, timeout};
 
-use super::setup::{Files, Setup, Source, System};
-use super::system::Hosts;
+use super::setup::{Files, ResolverSetup, Source, System};
+use super::system::HostsFile;
 use super::{Addresses, BoxFuture, Resolve, ResolveError};
 use crate::sync::lock;
 
@@ -148,13 +148,13 @@ impl HickoryResolver {
             tcp.port = server.port();
             NameServerConfig::new(server.ip(), true, vec![udp, tcp])
         });
-        Self::new(Source::Given(Arc::new(Setup {
+        Self::new(Source::Given(Arc::new(ResolverSetup {
             name_servers: name_servers.collect(),
             scoped: None,
             search: Vec::new(),
             ndots: 0,
             edns0: false,
-            hosts: Hosts::default(),
+            hosts: HostsFile::default(),
         })))
     }
 
@@ -260,7 +260,7 @@ impl HickoryResolver {
         Err(reported)
     }
 
-    fn client(&self, setup: &Setup) -> Result<TokioResolver, NetError> {
+    fn client(&self, setup: &ResolverSetup) -> Result<TokioResolver, NetError> {
         let servers = ResolverConfig::from_name_servers(setup.name_servers.clone());
         let mut builder = TokioResolver::builder_with_config(servers, TokioRuntimeProvider::default());
         let options = builder.options_mut();
@@ -269,7 +269,7 @@ impl HickoryResolver {
         // hickory counts only the repetitions.
         options.attempts = ATTEMPTS as usize - 1;
         options.edns0 = setup.edns0;
-        // `look_up` has read `Setup::hosts` already, and hickory would look up only the first name of a search list.
+        // `look_up` has read the hosts file already, and hickory would look up only the first name of a search list.
         options.use_hosts_file = ResolveHosts::Never;
         builder.build()
     }

@@ -13,18 +13,18 @@ use hickory_resolver::config::{ConnectionConfig, NameServerConfig};
 use hickory_resolver::proto::rr::Name;
 
 use super::ResolveError;
-use super::system::{Hosts, ResolvConf};
+use super::system::{HostsFile, ResolvConf};
 use crate::sync::lock;
 
 /// Where the name servers come from.
 #[derive(Debug)]
 pub(super) enum Source {
-    Given(Arc<Setup>),
+    Given(Arc<ResolverSetup>),
     System(System),
 }
 
 impl Source {
-    pub(super) fn current(&self) -> Arc<Setup> {
+    pub(super) fn current(&self) -> Arc<ResolverSetup> {
         match self {
             Self::Given(setup) => Arc::clone(setup),
             Self::System(system) => system.current(),
@@ -33,20 +33,20 @@ impl Source {
 }
 
 /// Which name servers to ask, and for which names.
-pub(super) struct Setup {
+pub(super) struct ResolverSetup {
     pub(super) name_servers: Vec<NameServerConfig>,
     /// A name server that cannot be asked, because its address includes an interface.
     pub(super) scoped: Option<String>,
     pub(super) search: Vec<Name>,
     pub(super) ndots: usize,
     pub(super) edns0: bool,
-    pub(super) hosts: Hosts,
+    pub(super) hosts: HostsFile,
 }
 
-impl Setup {
+impl ResolverSetup {
     /// Reads the files. `before` is what was read last.
     fn read(files: &Files, before: Option<&Self>) -> Result<Self, Unusable> {
-        let hosts = Hosts::parse(&read_text(&files.hosts)?.unwrap_or_default());
+        let hosts = HostsFile::parse(&read_text(&files.hosts)?.unwrap_or_default());
         // A missing or empty file is probably about to be written. Until then, its last contents stay in force.
         if let Some(before) = before.filter(|_| !files.tell_servers()) {
             let (name_servers, search) = (before.name_servers.clone(), before.search.clone());
@@ -75,13 +75,13 @@ impl Setup {
     }
 }
 
-impl fmt::Debug for Setup {
+impl fmt::Debug for ResolverSetup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let servers = self.name_servers.iter().map(|server| {
             let port = server.connections.first().map_or(53, |connection| connection.port);
             SocketAddr::new(server.ip, port)
         });
-        f.debug_struct("Setup")
+        f.debug_struct("ResolverSetup")
             .field("name_servers", &servers.collect::<Vec<_>>())
             .field("search", &self.search)
             .field("ndots", &self.ndots)
@@ -147,7 +147,7 @@ pub(super) struct System {
 /// What was read last.
 struct Last {
     stamps: Stamps,
-    setup: Arc<Setup>,
+    setup: Arc<ResolverSetup>,
     /// Why the files cannot be used now, as written to the log. It prevents a second line with the same text.
     complaint: Option<String>,
 }
@@ -171,7 +171,7 @@ impl Last {
 impl System {
     pub(super) fn new(files: Files) -> Result<Self, ResolveError> {
         let stamps = files.stamps();
-        let setup = Setup::read(&files, None).map_err(|unusable| ResolveError::NoConfiguration {
+        let setup = ResolverSetup::read(&files, None).map_err(|unusable| ResolveError::NoConfiguration {
             file: unusable.file.display().to_string(),
             source: unusable.source,
         })?;
@@ -179,12 +179,12 @@ impl System {
     }
 
     /// The current setup. It costs two calls of `stat` as long as no file has changed.
-    fn current(&self) -> Arc<Setup> {
+    fn current(&self) -> Arc<ResolverSetup> {
         let mut last = lock(&self.last);
         // The stamps are taken before the files are read, so a change in between is noticed next time.
         let stamps = self.files.stamps();
         if last.stamps != stamps {
-            match Setup::read(&self.files, Some(&last.setup)) {
+            match ResolverSetup::read(&self.files, Some(&last.setup)) {
                 Ok(setup) => *last = Last { stamps, setup: Arc::new(setup), complaint: None },
                 // The file may be half written. The old stamps are kept, so that each question tries again.
                 Err(unusable) => last.complain(&unusable),

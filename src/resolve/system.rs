@@ -95,13 +95,13 @@ fn domain(word: &str) -> Option<Name> {
 
 /// What a hosts file says: the addresses of each name, and the names whose address cannot be used.
 #[derive(Debug, Default)]
-pub(super) struct Hosts {
+pub(super) struct HostsFile {
     names: HashMap<String, Vec<IpAddr>>,
     /// The names with an address that includes an interface, as in `fe80::1%eth0`.
     scoped: HashMap<String, String>,
 }
 
-impl Hosts {
+impl HostsFile {
     pub(super) fn parse(text: &str) -> Self {
         let mut hosts = Self::default();
         for line in text.lines() {
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_hosts_file_with_odd_lines_tells_what_the_others_say() {
-        let hosts = Hosts::parse(
+        let hosts = HostsFile::parse(
             "10.0.0.1 PG pg.internal # the primary\n\nnonsense pg\n10.0.0 pg\n10.0.0.2\n  fdaa::1\tpg\n\
              10.0.0.3 pg#comment\nfe80::1%eth0 far pg\n\u{fffd} pg\n",
         );
