@@ -17,7 +17,7 @@ type OnRetry = dyn Fn(&Retry<'_>) -> ControlFlow<()> + Send + Sync;
 
 /// The user's hooks. Boxed to the size of one pointer, because the future of each call contains its policy.
 #[derive(Clone, Default)]
-pub(super) struct Hooks(Option<Arc<Given>>);
+pub(super) struct RetryHooks(Option<Arc<Given>>);
 
 #[derive(Clone, Default)]
 pub(super) struct Given {
@@ -25,7 +25,7 @@ pub(super) struct Given {
     pub(super) on_retry: Option<Arc<OnRetry>>,
 }
 
-impl Hooks {
+impl RetryHooks {
     pub(super) fn classify(&self) -> Option<&Classify> {
         self.0.as_ref()?.classify.as_deref()
     }
@@ -39,9 +39,9 @@ impl Hooks {
     }
 }
 
-impl fmt::Debug for Hooks {
+impl fmt::Debug for RetryHooks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Hooks")
+        f.debug_struct("RetryHooks")
             .field("classify", &self.classify().is_some())
             .field("on_retry", &self.on_retry().is_some())
             .finish()

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_postgres::error::DbError;
 
-use super::hooks::{Hooks, Retry};
+use super::hooks::{Retry, RetryHooks};
 use super::{Backoff, Exponential, FAR, Retries};
 
 type MakeBackoff = dyn Fn() -> Box<dyn Backoff> + Send + Sync;
@@ -67,7 +67,7 @@ pub struct RetryPolicy {
     pub(super) attempts: Option<u32>,
     attempt_timeout: Option<Duration>,
     schedule: Option<Arc<MakeBackoff>>,
-    hooks: Hooks,
+    hooks: RetryHooks,
 }
 
 impl Default for RetryPolicy {
@@ -109,7 +109,7 @@ impl RetryPolicy {
             attempts: None,
             attempt_timeout: None,
             schedule: None,
-            hooks: Hooks::default(),
+            hooks: RetryHooks::default(),
         }
     }
 
