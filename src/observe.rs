@@ -40,7 +40,7 @@ const EVENTS: usize = 256;
 
 /// The names of a pool in its reports.
 #[derive(Clone, Debug)]
-pub(crate) struct Names {
+pub(crate) struct PoolNames {
     /// The name of the pool, in its metrics.
     pub(crate) pool: String,
     /// The name of the database, in its spans.
@@ -56,7 +56,7 @@ pub(crate) struct Observer {
 }
 
 impl Observer {
-    pub(crate) fn new(names: Names) -> Self {
+    pub(crate) fn new(names: PoolNames) -> Self {
         let events = Mutex::new(Some(broadcast::Sender::new(EVENTS)));
         let meters = Meters::new(&names);
         Self { database: names.database, events, meters }
@@ -453,7 +453,7 @@ mod tests {
     use super::*;
 
     fn observer() -> Observer {
-        Observer::new(Names { pool: "test".to_owned(), database: "app".to_owned() })
+        Observer::new(PoolNames { pool: "test".to_owned(), database: "app".to_owned() })
     }
 
     fn settled_in(event: Option<Event>) -> u64 {

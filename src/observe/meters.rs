@@ -12,7 +12,7 @@ use metrics::{
 };
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, SettledOutcome, Stopwatch};
+use super::{PoolNames, SettledOutcome, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
@@ -104,7 +104,7 @@ struct Operations {
 }
 
 impl Operations {
-    fn new(names: &Names) -> Self {
+    fn new(names: &PoolNames) -> Self {
         let mut common = vec![Label::new(POOL, names.pool.clone()), Label::from_static_parts(SYSTEM, "postgresql")];
         // Only the manager of a wrapped pool knows its database.
         if !names.database.is_empty() {
@@ -156,7 +156,7 @@ struct SettleCounters {
 }
 
 impl Meters {
-    pub(super) fn new(names: &Names) -> Self {
+    pub(super) fn new(names: &PoolNames) -> Self {
         describe();
         let pool = names.pool.clone();
         let counted = |name: &'static str| counter!(name, POOL => pool.clone());

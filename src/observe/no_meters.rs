@@ -5,14 +5,14 @@
 use std::time::Duration;
 
 use super::operation::{Failure, OPERATIONS, Operation};
-use super::{Names, SettledOutcome, Stopwatch};
+use super::{PoolNames, SettledOutcome, Stopwatch};
 use crate::classify::Verdict;
 use crate::topology::{Eviction, GenerationId, Refusal};
 
 pub(super) struct Meters;
 
 impl Meters {
-    pub(super) fn new(names: &Names) -> Self {
+    pub(super) fn new(names: &PoolNames) -> Self {
         // It names the pool in its metrics alone.
         let _ = &names.pool;
         Self

@@ -14,7 +14,7 @@ use super::startup;
 use super::typo;
 use crate::cluster::Name;
 use crate::error::BuildError;
-use crate::observe::Names;
+use crate::observe::PoolNames;
 use crate::topology::{Address, Endpoint};
 
 /// The longest `tcp_user_timeout`. Linux stores it as milliseconds, in 31 bits.
@@ -259,14 +259,14 @@ pub(super) fn open_within(
 }
 
 /// Returns the names for the pool's metrics and log lines. Without a database name, PostgreSQL uses the user's name.
-pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) -> Names {
+pub(super) fn names(pool: Option<String>, targets: &Targets, template: &Config) -> PoolNames {
     let database = template.get_dbname().or(template.get_user()).unwrap_or_default().to_owned();
     let server = match (targets.names.first(), targets.addresses.first()) {
         (Some(name), _) => format!("{}:{}", name.host, name.port),
         (None, Some(endpoint)) => endpoint.address.to_string(),
         (None, None) => String::new(),
     };
-    Names { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
+    PoolNames { pool: pool.unwrap_or_else(|| format!("{server}/{database}")), database }
 }
 
 /// Refuses values that Linux does not accept, because no session could be opened with them.

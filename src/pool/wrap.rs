@@ -21,7 +21,7 @@ use super::{Pool, Source};
 use crate::cluster::{Cluster, Setup};
 use crate::commit::Guarantee;
 use crate::error::BuildError;
-use crate::observe::{Names, Observer};
+use crate::observe::{Observer, PoolNames};
 use crate::resolve::FixedResolver;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::{Open, SessionClient};
@@ -114,7 +114,7 @@ impl<C: SessionClient> WrapBuilder<C> {
         existing.start(runtime.clone());
         let seed = seed_or_random(seed);
         let open_timeout = settings.probe_timeout;
-        let names = Names { pool: pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
+        let names = PoolNames { pool: pool_name.unwrap_or_else(|| "wrapped".to_owned()), database: String::new() };
         let observer = Arc::new(Observer::new(names));
         observer.sized(existing.status().max_size, 0);
         let cluster = Cluster::start(Setup {
