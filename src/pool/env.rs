@@ -141,9 +141,9 @@ impl Surroundings<'_> {
 
 /// The options that were found. The first value of an option counts, even if it is empty or asks for nothing.
 #[derive(Default)]
-struct Options(Vec<(String, String)>);
+struct FoundOptions(Vec<(String, String)>);
 
-impl Options {
+impl FoundOptions {
     /// As in libpq, an empty value counts as none.
     fn get(&self, option: &str) -> Option<&str> {
         let found = self.0.iter().find(|(known, _)| known == option);
@@ -178,7 +178,7 @@ impl Options {
 }
 
 fn from(surroundings: &Surroundings<'_>) -> Result<Configuration, BuildError> {
-    let mut options = Options::default();
+    let mut options = FoundOptions::default();
     if let Some(service) = surroundings.variable("PGSERVICE")? {
         for (option, value) in service::find(surroundings, &service)? {
             options.add(&option, value);
@@ -203,7 +203,7 @@ fn from(surroundings: &Surroundings<'_>) -> Result<Configuration, BuildError> {
 }
 
 /// Adds the settings to the session's options. A space or a backslash in a value gets a backslash before it.
-fn add_settings(surroundings: &Surroundings<'_>, options: &mut Options) -> Result<(), BuildError> {
+fn add_settings(surroundings: &Surroundings<'_>, options: &mut FoundOptions) -> Result<(), BuildError> {
     let mut all = options.get("options").unwrap_or_default().to_owned();
     for (variable, setting) in SETTINGS {
         let value = surroundings.variable(variable)?;
