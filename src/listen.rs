@@ -33,7 +33,7 @@ use crate::retry::Exponential;
 use crate::server::{NotificationSink, rows};
 use crate::sync::{lock, log_safely};
 use crate::topology::{Suspicion, UNDISTURBED};
-use backlog::{Backlog, Entry};
+use backlog::{Backlog, BacklogEntry};
 
 /// The shortest and the longest pause between two tries to subscribe. A missing primary causes no such pause, because
 /// the search for it has pauses of its own.
@@ -421,8 +421,8 @@ impl Inbox {
         self.reader.register(cx.waker());
         let next = self.backlog().next();
         next.map(|item| match item {
-            Some(Ok(Entry::Told(notification))) => Some(Ok(Message::Notification(notification))),
-            Some(Ok(Entry::Gap)) => Some(Ok(Message::MayHaveGap)),
+            Some(Ok(BacklogEntry::Told(notification))) => Some(Ok(Message::Notification(notification))),
+            Some(Ok(BacklogEntry::Gap)) => Some(Ok(Message::MayHaveGap)),
             Some(Err(error)) => Some(Err(error)),
             None => None,
         })

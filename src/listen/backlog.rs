@@ -14,7 +14,7 @@ const CAPACITY: usize = 1024;
 /// What waits for the reader, in order.
 #[derive(Debug)]
 pub(super) struct Backlog<N> {
-    pub(super) queue: VecDeque<Entry<N>>,
+    pub(super) queue: VecDeque<BacklogEntry<N>>,
     /// Why there is no subscription now. It is set after there has been none for a while, so it is newer than the
     /// queue.
     pub(super) trouble: Option<Error>,
@@ -22,7 +22,7 @@ pub(super) struct Backlog<N> {
 }
 
 #[derive(Debug, PartialEq)]
-pub(super) enum Entry<N> {
+pub(super) enum BacklogEntry<N> {
     Told(N),
     Gap,
 }
@@ -36,7 +36,7 @@ impl<N> Default for Backlog<N> {
 impl<N> Backlog<N> {
     pub(super) fn push(&mut self, notification: N) {
         if self.queue.len() < CAPACITY {
-            self.queue.push_back(Entry::Told(notification));
+            self.queue.push_back(BacklogEntry::Told(notification));
         } else {
             self.gap();
         }
@@ -44,8 +44,8 @@ impl<N> Backlog<N> {
 
     /// Adds a gap mark, unless the last entry is one. One mark stands for everything that is missing in its place.
     fn gap(&mut self) {
-        if !matches!(self.queue.back(), Some(Entry::Gap)) {
-            self.queue.push_back(Entry::Gap);
+        if !matches!(self.queue.back(), Some(BacklogEntry::Gap)) {
+            self.queue.push_back(BacklogEntry::Gap);
         }
     }
 
@@ -55,7 +55,7 @@ impl<N> Backlog<N> {
         self.gap();
     }
 
-    pub(super) fn next(&mut self) -> Poll<Option<Result<Entry<N>, Error>>> {
+    pub(super) fn next(&mut self) -> Poll<Option<Result<BacklogEntry<N>, Error>>> {
         if let Some(entry) = self.queue.pop_front() {
             return Poll::Ready(Some(Ok(entry)));
         }
@@ -108,18 +108,18 @@ mod tests {
                     Step::Resubscribe => {
                         backlog.subscribed();
                         prop_assert!(backlog.trouble.is_none());
-                        prop_assert!(matches!(backlog.queue.back(), Some(Entry::Gap)));
+                        prop_assert!(matches!(backlog.queue.back(), Some(BacklogEntry::Gap)));
                         resubscribed = true;
                     }
                     Step::Trouble => backlog.trouble = Some(Error::Closed),
                     Step::Read(count) => for _ in 0..count {
                         match backlog.next() {
-                            Poll::Ready(Some(Ok(Entry::Told(number)))) => {
+                            Poll::Ready(Some(Ok(BacklogEntry::Told(number)))) => {
                                 prop_assert!(number > read);
                                 prop_assert!(number == read + 1 || marked, "{read}, then {number}");
                                 (read, marked) = (number, false);
                             }
-                            Poll::Ready(Some(Ok(Entry::Gap))) => {
+                            Poll::Ready(Some(Ok(BacklogEntry::Gap))) => {
                                 prop_assert!(!marked || resubscribed, "two marks in a row");
                                 marked = true;
                             }
@@ -141,7 +141,7 @@ mod tests {
         let mut backlog = Backlog::default();
         backlog.push(1);
         backlog.closed = true;
-        assert!(matches!(backlog.next(), Poll::Ready(Some(Ok(Entry::Told(1))))));
+        assert!(matches!(backlog.next(), Poll::Ready(Some(Ok(BacklogEntry::Told(1))))));
         assert!(matches!(backlog.next(), Poll::Ready(None)));
     }
 }
