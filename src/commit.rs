@@ -402,7 +402,7 @@ impl From<XactStatus> for SettleVerdict {
 
 /// Whose row the ledger contains under the transaction's id, after a settler has tried to insert its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entry {
+pub(crate) enum LedgerEntry {
     /// The transaction's own row, which was committed with it.
     Own,
     /// A settler's row. The transaction can no longer commit, because its own row would be a duplicate.
@@ -412,13 +412,13 @@ pub(crate) enum Entry {
 /// Decides by the entry what became of a transaction that began `age` ago, by the server's clock. The transaction's own
 /// row may be pruned once it is older than `keep`, and then a settler would insert a fence. So a fence is trusted only
 /// for half of that time. The other half allows for differences between the clocks of two servers.
-pub(crate) fn settle_entry(entry: Entry, age: Duration, keep: Duration) -> SettleVerdict {
+pub(crate) fn settle_entry(entry: LedgerEntry, age: Duration, keep: Duration) -> SettleVerdict {
     seen!("ledger", "{entry:?}, old: {}", age > keep / 2);
     match entry {
-        Entry::Fence if planted!("takes a fence for the work's own row") => SettleVerdict::Committed,
-        Entry::Own if planted!("takes the work's own row for a fence") => SettleVerdict::NotCommitted,
-        Entry::Own => SettleVerdict::Committed,
-        Entry::Fence if age > keep / 2 => SettleVerdict::Unknown(Unsettled::TooOld),
-        Entry::Fence => SettleVerdict::NotCommitted,
+        LedgerEntry::Fence if planted!("takes a fence for the work's own row") => SettleVerdict::Committed,
+        LedgerEntry::Own if planted!("takes the work's own row for a fence") => SettleVerdict::NotCommitted,
+        LedgerEntry::Own => SettleVerdict::Committed,
+        LedgerEntry::Fence if age > keep / 2 => SettleVerdict::Unknown(Unsettled::TooOld),
+        LedgerEntry::Fence => SettleVerdict::NotCommitted,
     }
 }

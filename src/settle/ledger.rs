@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Error, SimpleQueryMessage};
 use super::columns::{Column, Row, columns, field, list, text};
 use super::wal::{BEGUN_HERE, Backend, LAST_REPLAYED, MarkStatement, begin_with, completes, is_of};
 use crate::classify::not_offered;
-use crate::commit::{Entry, Ledger, Life, SettleVerdict, settle_entry};
+use crate::commit::{Ledger, LedgerEntry, Life, SettleVerdict, settle_entry};
 use crate::topology::{BadReport, STARTED_AT, UNLIMITED};
 
 /// The documented SQL file; its names are those of [`Ledger::default`].
@@ -203,8 +203,8 @@ impl Ledger {
             return Err(None);
         }
         let entry = match text(&row, FoundColumn::Fence) {
-            Some("t") => Entry::Fence,
-            Some("f") => Entry::Own,
+            Some("t") => LedgerEntry::Fence,
+            Some("f") => LedgerEntry::Own,
             _ => return Err(None),
         };
         let now: i64 = field(&row, FoundColumn::Now, "a time").map_err(|_| None)?;

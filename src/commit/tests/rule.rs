@@ -285,14 +285,14 @@ fn an_id_that_was_not_given_out_is_of_no_transaction() {
 fn a_fence_is_believed_for_half_of_the_time_that_rows_are_kept() {
     let keep = Duration::from_secs(3600);
     let settle = |entry, age| settle_entry(entry, Duration::from_secs(age), keep);
-    assert_eq!(settle(Entry::Fence, 0), SettleVerdict::NotCommitted);
-    assert_eq!(settle(Entry::Fence, 1800), SettleVerdict::NotCommitted);
+    assert_eq!(settle(LedgerEntry::Fence, 0), SettleVerdict::NotCommitted);
+    assert_eq!(settle(LedgerEntry::Fence, 1800), SettleVerdict::NotCommitted);
     assert_eq!(
-        settle(Entry::Fence, 1801),
+        settle(LedgerEntry::Fence, 1801),
         SettleVerdict::Unknown(Unsettled::TooOld),
         "its own row may have been pruned"
     );
     for age in [0, 1801, 3600 * 24] {
-        assert_eq!(settle(Entry::Own, age), SettleVerdict::Committed, "a row that is there is true at any age");
+        assert_eq!(settle(LedgerEntry::Own, age), SettleVerdict::Committed, "a row that is there is true at any age");
     }
 }
