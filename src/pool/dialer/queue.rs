@@ -200,9 +200,9 @@ impl<C: SessionClient> DialQueue<C> {
 }
 
 /// A dial that is counted as under way.
-struct Dialing<C: SessionClient>(Arc<DialQueue<C>>);
+struct CountedDial<C: SessionClient>(Arc<DialQueue<C>>);
 
-impl<C: SessionClient> Drop for Dialing<C> {
+impl<C: SessionClient> Drop for CountedDial<C> {
     fn drop(&mut self) {
         let mut book = self.0.book();
         book.dialing = book.dialing.saturating_sub(1);
@@ -348,7 +348,7 @@ impl<C: SessionClient> Dialer<C> {
                 break;
             }
             book.dialing += 1;
-            let dialing = Dialing(Arc::clone(&self.queue));
+            let dialing = CountedDial(Arc::clone(&self.queue));
             let dial = dial(Arc::downgrade(self), Arc::clone(generation), dialing);
             // If the runtime has ended, the task is dropped immediately, and takes the lock. So release the lock first.
             drop(book);
@@ -407,7 +407,7 @@ impl<C: SessionClient> Dialer<C> {
         connection
     }
 
-    fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: Dialing<C>, evictions: u64) {
+    fn arrived(&self, session: Session<C>, generation: &Generation<C>, dialing: CountedDial<C>, evictions: u64) {
         let mut book = self.queue.book();
         book.failed_at = None;
         let mut connection = self.make(session, generation, evictions);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use tokio::sync::SemaphorePermit;
 use tokio::time::{Instant, sleep};
 
-use super::Dialing;
+use super::CountedDial;
 use super::after_connect::after_connect;
 use crate::cluster::Generation;
 use crate::error::Error;
@@ -30,7 +30,7 @@ impl<'a> DialPermits<'a> {
 pub(super) async fn dial<C: SessionClient>(
     dialer: Weak<Dialer<C>>,
     generation: Arc<Generation<C>>,
-    dialing: Dialing<C>,
+    dialing: CountedDial<C>,
 ) {
     let Some((opener, within)) = dialer.upgrade().map(|it| (Arc::clone(&it.opener), it.open_timeout)) else { return };
     let scope = generation.scope.clone();
