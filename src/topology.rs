@@ -80,7 +80,7 @@ pub(crate) struct Topology {
     let_in: bool,
     /// Limits how often log-ins are tried that will most likely be refused.
     log_ins: refusals::Pace,
-    names: Vec<names::Name>,
+    names: Vec<names::TrackedName>,
     /// Candidates beyond the limit of concurrent probes. They wait for their turn.
     spare: VecDeque<(Endpoint, Origin)>,
     asleep: bool,
@@ -130,7 +130,7 @@ impl Topology {
             own_primary_at: now,
             let_in: false,
             log_ins: refusals::Pace::new(now),
-            names: (0..names).map(|_| names::Name::new(now)).collect(),
+            names: (0..names).map(|_| names::TrackedName::new(now)).collect(),
             spare: VecDeque::new(),
             asleep: false,
             changed: Change { at: now, why: "started".to_owned() },

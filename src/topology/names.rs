@@ -28,7 +28,7 @@ pub(crate) enum NameAnswer {
 }
 
 /// One configured name.
-pub(super) struct Name {
+pub(super) struct TrackedName {
     /// When to ask; `None` while a look-up is under way.
     due: Option<Instant>,
     /// When the question was sent whose answer came last. `asked_at` is when the question under way was sent.
@@ -41,7 +41,7 @@ pub(super) struct Name {
     pub(super) unknown: bool,
 }
 
-impl Name {
+impl TrackedName {
     pub(super) fn new(now: Instant) -> Self {
         Self { due: Some(now), told_at: None, asked_at: None, addresses: HashSet::new(), failure: None, unknown: false }
     }
