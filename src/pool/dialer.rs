@@ -17,7 +17,7 @@ use super::facts::Facts;
 use super::hooks::Hooks;
 use super::settling::SettleSessions;
 use super::test_after::TestAfter;
-use super::trail::Trails;
+use super::trail::SessionTrails;
 use crate::cluster::{Cluster, Generation};
 use crate::commit::Nonce;
 use crate::error::{CHECKOUT_TIMEOUT, Error, Obstacle, Refused, Unavailable, UnavailableReason};
@@ -50,7 +50,7 @@ pub(super) struct Dialer<C: SessionClient> {
     pub(super) refusals: AtomicU32,
     seeds: AtomicU64,
     nonces: Nonces,
-    pub(super) trails: Trails,
+    pub(super) trails: SessionTrails,
     /// The lock that a task holds while it tries a log-in that will most likely be refused, or find no free slot.
     turn: Arc<tokio::sync::Mutex<()>>,
     /// The last refusal, and when its log-in began. `None` after a session was opened.
@@ -78,7 +78,7 @@ impl<C: SessionClient> Dialer<C> {
             refusals: AtomicU32::new(0),
             seeds: AtomicU64::new(seed),
             nonces: Nonces::default(),
-            trails: Trails::default(),
+            trails: SessionTrails::default(),
             turn: Arc::default(),
             refused: Mutex::default(),
         }

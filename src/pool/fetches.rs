@@ -28,7 +28,7 @@ use super::client::CheckedOut;
 use super::counted::Counted;
 use super::dialer::{Dialer, REFUSED_AFTER, Turn};
 use super::facts::Facts;
-use super::trail::Trails;
+use super::trail::SessionTrails;
 use super::wrapped_pool::{Getting, NoObject, ObjectKey, WrappedObject, WrappedPool};
 use crate::cluster::Generation;
 use crate::error::{Error, Obstacle, Refused, Unavailable};
@@ -45,7 +45,7 @@ pub(super) struct Wrapped<C: SessionClient> {
     pub(super) existing: Arc<dyn WrappedPool<C>>,
     /// The connections whose server proved to be the primary of the newest generation.
     known: Mutex<HashMap<ObjectKey, Arc<Facts>>>,
-    pub(super) trails: Trails,
+    pub(super) trails: SessionTrails,
     queue: Mutex<Queue<C>>,
     /// While log-ins will most likely fail, the one fetch that may try the next log-in holds this lock. It waits for
     /// its time, and for a connection that comes back.
@@ -127,7 +127,7 @@ impl<C: SessionClient> Wrapped<C> {
         Self {
             existing,
             known: Mutex::default(),
-            trails: Trails::default(),
+            trails: SessionTrails::default(),
             queue: Mutex::new(queue),
             first: tokio::sync::Mutex::default(),
             held_up: AtomicUsize::new(0),

@@ -15,7 +15,8 @@ use crate::classify::{Cure, stale, stale_report, unexpected};
 use crate::server::SessionClient;
 use crate::sync::lock;
 
-/// The trail of one session.
+/// What the pool remembers of one session: the last error of its statements, and whether the statements that it has
+/// prepared are still usable.
 #[derive(Debug, Default)]
 pub(crate) struct Trail {
     /// The last error, without those that only say that the transaction has failed before.
@@ -141,9 +142,9 @@ fn wrapper<C: SessionClient>(client: &C) -> Option<&ClientWrapper> {
 
 /// The trails of all sessions of a pool, idle or checked out.
 #[derive(Debug, Default)]
-pub(super) struct Trails(Mutex<Vec<Weak<Trail>>>);
+pub(super) struct SessionTrails(Mutex<Vec<Weak<Trail>>>);
 
-impl Trails {
+impl SessionTrails {
     pub(super) fn add(&self, trail: &Arc<Trail>) {
         let mut trails = lock(&self.0);
         // Remove dropped trails only when the vector would grow, so that adding stays cheap.
@@ -167,7 +168,7 @@ mod tests {
 
     #[test]
     fn sessions_that_have_ended_are_not_kept() {
-        let trails = Trails::default();
+        let trails = SessionTrails::default();
         let kept = Arc::new(Trail::default());
         trails.add(&kept);
         for _ in 0..10_000 {
