@@ -112,7 +112,7 @@ pub(crate) struct WalMark {
     pub(crate) nonce: Nonce,
 }
 
-/// What the primary says when it is asked about a marker.
+/// What the primary says when it is asked about a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Now {
     pub(crate) life: Life,
@@ -132,7 +132,7 @@ pub(crate) enum Proof {
     /// Only what every role may read.
     #[default]
     Nothing,
-    /// Whether a file in `pg_wal` belongs to the marker's timeline.
+    /// Whether a file in `pg_wal` belongs to the mark's timeline.
     Files { followed: bool },
     /// Whether the transactions of the [`Signature`] have its outcomes here.
     Signature { found: bool },
@@ -140,7 +140,7 @@ pub(crate) enum Proof {
     Function { ancestry: Ancestry, sighting: Sighting },
 }
 
-/// What is in the WAL where the marker was written.
+/// What is in the WAL where the mark was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sighting {
     /// The mark.
@@ -153,17 +153,17 @@ pub(crate) enum Sighting {
     Recycled,
 }
 
-/// Whether the server can be asked about the marker's transaction by its id.
+/// Whether the server can be asked about the mark's transaction by its id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Located {
-    /// The marker is in this server's history, so its id means this transaction: `pg_xact_status` decides.
+    /// The mark is in this server's history, so its id means this transaction: `pg_xact_status` decides.
     Here,
-    /// The marker is not in this server's history, and so neither is the commit. The id may belong to another
+    /// The mark is not in this server's history, and so neither is the commit. The id may belong to another
     /// transaction now.
     Lost,
     /// The server cannot say yet. Ask again in a moment.
     NotYet,
-    /// It cannot be proved whether the marker is in this server's history.
+    /// It cannot be proved whether the mark is in this server's history.
     Unclear(Unsettled),
 }
 
@@ -256,23 +256,23 @@ pub enum Unsettled {
 }
 
 /// Returns whether the decision needs more than what every role may read, and the server shows more.
-pub(crate) fn wants_proof(marker: &WalMark, now: &Now, evidence: Evidence) -> bool {
-    if now.life.is(&marker.life) {
+pub(crate) fn wants_proof(mark: &WalMark, now: &Now, evidence: Evidence) -> bool {
+    if now.life.is(&mark.life) {
         return false;
     }
-    match (evidence, locate(marker, now, &Proof::Nothing)) {
+    match (evidence, locate(mark, now, &Proof::Nothing)) {
         (_, Located::Lost | Located::Unclear(Unsettled::OtherCluster)) | (Evidence::Checkpoint, _) => false,
         (Evidence::Function, _) => true,
         (Evidence::Files, located) => located == Located::Unclear(Unsettled::Unproven),
     }
 }
 
-/// Finds out whether the marker is in the history of the server that says `now`.
-pub(crate) fn locate(marker: &WalMark, now: &Now, proof: &Proof) -> Located {
-    if now.life.is(&marker.life) {
+/// Finds out whether the mark is in the history of the server that says `now`.
+pub(crate) fn locate(mark: &WalMark, now: &Now, proof: &Proof) -> Located {
+    if now.life.is(&mark.life) {
         return Located::Here;
     }
-    let (then, server) = (marker.life.server, now.life.server);
+    let (then, server) = (mark.life.server, now.life.server);
     if then.system_identifier != server.system_identifier {
         return Located::Unclear(Unsettled::OtherCluster);
     }
@@ -285,33 +285,33 @@ pub(crate) fn locate(marker: &WalMark, now: &Now, proof: &Proof) -> Located {
             Sighting::Recycled => {}
         }
     }
-    if server.timeline < then.timeline || is_another_of_this_number(marker, now) {
+    if server.timeline < then.timeline || is_another_of_this_number(mark, now) {
         return Located::Unclear(Unsettled::OtherHistory);
     }
-    // The marker comes after the end of the last replay. This life of the server wrote everything from there on, but an
-    // earlier life wrote the marker. So the marker is not there any more.
-    if now.life.replayed.is_some_and(|replayed| replayed < marker.lsn) {
+    // The mark comes after the end of the last replay. This life of the server wrote everything from there on, but an
+    // earlier life wrote the mark. So the mark is not there any more.
+    if now.life.replayed.is_some_and(|replayed| replayed < mark.lsn) {
         return Located::Lost;
     }
     match proof {
-        _ if server.timeline == then.timeline => restarted(marker, now),
-        Proof::Function { ancestry, .. } => descended(marker, now, ancestry),
-        Proof::Files { followed: shown } | Proof::Signature { found: shown } => promoted(marker, now, *shown),
-        Proof::Nothing => promoted(marker, now, false),
+        _ if server.timeline == then.timeline => restarted(mark, now),
+        Proof::Function { ancestry, .. } => descended(mark, now, ancestry),
+        Proof::Files { followed: shown } | Proof::Signature { found: shown } => promoted(mark, now, *shown),
+        Proof::Nothing => promoted(mark, now, false),
     }
 }
 
-/// Two servers may be promoted to timelines with the same number. If a server on the marker's timeline was promoted in
-/// its present life, it is not the server on which the marker was written, because that one had been promoted before.
-fn is_another_of_this_number(marker: &WalMark, now: &Now) -> bool {
+/// Two servers may be promoted to timelines with the same number. If a server on the mark's timeline was promoted in
+/// its present life, it is not the server on which the mark was written, because that one had been promoted before.
+fn is_another_of_this_number(mark: &WalMark, now: &Now) -> bool {
     let promoted = now.received.is_some() || now.life.ancestor.is_some();
-    now.life.server.timeline == marker.life.server.timeline && promoted
+    now.life.server.timeline == mark.life.server.timeline && promoted
 }
 
-/// Decides for a later life of the server on the marker's timeline. If the server has crashed only once, it has not
-/// lost the marker.
-fn restarted(marker: &WalMark, now: &Now) -> Located {
-    let (before, after) = (marker.life.stats_reset, now.life.stats_reset);
+/// Decides for a later life of the server on the mark's timeline. If the server has crashed only once, it has not
+/// lost the mark.
+fn restarted(mark: &WalMark, now: &Now) -> Located {
+    let (before, after) = (mark.life.stats_reset, now.life.stats_reset);
     if before.is_some() && before == after {
         // The statistics survived, so the server has never crashed since, and has lost nothing.
         return Located::Here;
@@ -323,10 +323,10 @@ fn restarted(marker: &WalMark, now: &Now) -> Located {
     }
 }
 
-/// Decides for a server on a newer timeline that does not show its history. The marker is here if the server's timeline
-/// follows directly on the marker's, and if replay ended where the marker's timeline ended.
-fn promoted(marker: &WalMark, now: &Now, followed: bool) -> Located {
-    let then = marker.life.server.timeline;
+/// Decides for a server on a newer timeline that does not show its history. The mark is here if the server's timeline
+/// follows directly on the mark's, and if replay ended where the mark's timeline ended.
+fn promoted(mark: &WalMark, now: &Now, followed: bool) -> Located {
+    let then = mark.life.server.timeline;
     if now.primaries_since > 1 || now.life.server.timeline - then > 1 {
         return Located::Unclear(Unsettled::SeveralFailovers);
     }
@@ -337,31 +337,31 @@ fn promoted(marker: &WalMark, now: &Now, followed: bool) -> Located {
     // If the server has crashed after its promotion, `replayed` is the end of the crash recovery. One of three facts
     // rules that out. If the statistics survived, the server was shut down cleanly and then started as a standby,
     // because crash recovery would have reset them.
-    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
+    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == mark.life.stats_reset;
     let not_crashed_since = now.received.is_some() || now.life.ancestor.is_some() || stats_survived;
     match now.life.replayed {
-        Some(_) if not_crashed_since && !may_be_lost_unseen(marker, now) => Located::Here,
+        Some(_) if not_crashed_since && !may_be_lost_unseen(mark, now) => Located::Here,
         _ => Located::Unclear(Unsettled::Restarted),
     }
 }
 
-/// Returns whether a crash recovery that no client saw may have lost the marker. Such a recovery and the shutdown after
-/// it write one checkpoint each, and the server has kept all WAL before these two. So a marker well before them cannot
+/// Returns whether a crash recovery that no client saw may have lost the mark. Such a recovery and the shutdown after
+/// it write one checkpoint each, and the server has kept all WAL before these two. So a mark well before them cannot
 /// be lost.
-fn may_be_lost_unseen(marker: &WalMark, now: &Now) -> bool {
-    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == marker.life.stats_reset;
-    !stats_survived && now.stopped.is_some_and(|stopped| marker.lsn.get() + TWO_CHECKPOINTS > stopped.get())
+fn may_be_lost_unseen(mark: &WalMark, now: &Now) -> bool {
+    let stats_survived = now.life.stats_reset.is_some() && now.life.stats_reset == mark.life.stats_reset;
+    !stats_survived && now.stopped.is_some_and(|stopped| mark.lsn.get() + TWO_CHECKPOINTS > stopped.get())
 }
 
-/// Decides for a server on a newer timeline that shows its history, but not the WAL at the marker. A crash on the
-/// marker's timeline may have lost the marker. If there was one promotion, and the pool has seen one new primary, there
+/// Decides for a server on a newer timeline that shows its history, but not the WAL at the mark. A crash on the
+/// mark's timeline may have lost the mark. If there was one promotion, and the pool has seen one new primary, there
 /// was no such crash.
-fn descended(marker: &WalMark, now: &Now, ancestry: &Ancestry) -> Located {
-    let then = marker.life.server.timeline;
+fn descended(mark: &WalMark, now: &Now, ancestry: &Ancestry) -> Located {
+    let then = mark.life.server.timeline;
     match ancestry.end_of(then) {
         None => Located::Lost,
-        Some(end) if end < marker.lsn => Located::Lost,
-        Some(_) if may_be_lost_unseen(marker, now) => Located::Unclear(Unsettled::Restarted),
+        Some(end) if end < mark.lsn => Located::Lost,
+        Some(_) if may_be_lost_unseen(mark, now) => Located::Unclear(Unsettled::Restarted),
         Some(_) if now.primaries_since <= 1 && ancestry.promotions_since(then) == 1 => Located::Here,
         Some(_) => Located::Unclear(Unsettled::SeveralFailovers),
     }

@@ -27,14 +27,14 @@ fn life(server: Server, replayed: Option<usize>, stats_reset: Option<i64>) -> Li
     Life { server, replayed: replayed.map(lsn), stats_reset, ancestor: None }
 }
 
-/// A marker that ends at 20, on a server whose replay had ended at `replayed`.
-fn marker(replayed: Option<usize>) -> WalMark {
+/// A mark that ends at 20, on a server whose replay had ended at `replayed`.
+fn mark(replayed: Option<usize>) -> WalMark {
     WalMark { life: life(OLD, replayed, Some(7)), xid: FIRST_XID, lsn: lsn(20), nonce: Nonce(1) }
 }
 
 /// The decision if the server shows only what every role may read.
-fn located(marker: &WalMark, now: &Now) -> Located {
-    locate(marker, now, &Proof::Nothing)
+fn located(mark: &WalMark, now: &Now) -> Located {
+    locate(mark, now, &Proof::Nothing)
 }
 
 /// The answer of a server that has not completed a checkpoint on its own timeline yet.
@@ -63,11 +63,11 @@ const EACH: [Kind; 4] =
 fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
     let now = asked.says(primaries_since);
     let evidence = if let Kind::Of(evidence) = kind { evidence } else { Evidence::Checkpoint };
-    let wanted = wants_proof(&begun.marker, &now, evidence);
-    let proof = if wanted { asked.shows(&begun.marker, evidence) } else { Proof::Nothing };
-    let located = match (locate(&begun.marker, &now, &proof), begun.signed) {
+    let wanted = wants_proof(&begun.mark, &now, evidence);
+    let proof = if wanted { asked.shows(&begun.mark, evidence) } else { Proof::Nothing };
+    let located = match (locate(&begun.mark, &now, &proof), begun.signed) {
         (Located::Unclear(Unsettled::Unproven), Some(signed)) if kind == Kind::Signature => {
-            locate(&begun.marker, &now, &Proof::Signature { found: asked.bears(&signed) })
+            locate(&begun.mark, &now, &Proof::Signature { found: asked.bears(&signed) })
         }
         (located, _) => located,
     };
@@ -75,7 +75,7 @@ fn settled_by(kind: Kind, begun: &Begun, asked: &Node, primaries_since: u64) -> 
 }
 
 fn answered(located: Located, begun: &Begun, asked: &Node) -> SettleVerdict {
-    match settle(located, asked.xact_status(begun.marker.xid)) {
+    match settle(located, asked.xact_status(begun.mark.xid)) {
         // The pool would ask again, so it does not know more yet.
         SettleVerdict::InProgress if located == Located::NotYet => SettleVerdict::Unknown(Unsettled::InProgress),
         settled => settled,
@@ -88,7 +88,7 @@ fn settled(begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
 
 /// The decision of a pool that assumes that each timeline continues the one with the previous number.
 fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict {
-    match locate(&begun.marker, &asked.says(primaries_since), &Proof::Files { followed: true }) {
+    match locate(&begun.mark, &asked.says(primaries_since), &Proof::Files { followed: true }) {
         Located::Here => naive(begun, asked),
         located => answered(located, begun, asked),
     }
@@ -97,7 +97,7 @@ fn by_number(begun: &Begun, asked: &Node, primaries_since: u64) -> SettleVerdict
 /// The decision of a pool that trusts `pg_xact_status`, and takes the error about an id in the future for "not
 /// committed".
 fn naive(begun: &Begun, asked: &Node) -> SettleVerdict {
-    asked.xact_status(begun.marker.xid).map_or(SettleVerdict::NotCommitted, SettleVerdict::from)
+    asked.xact_status(begun.mark.xid).map_or(SettleVerdict::NotCommitted, SettleVerdict::from)
 }
 
 fn is_true(answer: SettleVerdict, truth: Truth) -> bool {

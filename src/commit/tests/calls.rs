@@ -36,8 +36,8 @@ fn runs(asks: Asks, world: &World, attempts: &[Begun], newest: usize, kind: Kind
     let asked = if asks == Asks::Last { attempts.len().saturating_sub(1) } else { 0 };
     let node = world.node(newest);
     attempts[asked..].iter().all(|begun| {
-        // If the marker's segment was recycled, its attempt cannot be decided, and the call ends.
-        !node.has_recycled(&begun.marker)
+        // If the mark's segment was recycled, its attempt cannot be decided, and the call ends.
+        !node.has_recycled(&begun.mark)
             && settled_by(kind, begun, node, world.since(begun).primaries) == SettleVerdict::NotCommitted
     })
 }

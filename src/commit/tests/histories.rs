@@ -11,7 +11,7 @@ fn an_id_that_was_given_out_again_deceives_the_naive_rule_and_not_this_one() {
         let node = world.node(server);
         (node.truth(begun.token), naive(&begun, node), settled(&begun, node, 1))
     };
-    assert_eq!(begun.marker.xid, FIRST_XID + 1);
+    assert_eq!(begun.mark.xid, FIRST_XID + 1);
     assert_eq!(ask(&world, 0), (Truth::Running, SettleVerdict::InProgress, SettleVerdict::InProgress));
 
     world.apply(Op::Commit { client: 0, how: Commit::Flushed });
@@ -20,7 +20,7 @@ fn an_id_that_was_given_out_again_deceives_the_naive_rule_and_not_this_one() {
     // The standby has not received the transaction, and has not given out its id.
     world.apply(Op::Crash { on: 0, kept: 0 });
     world.apply(Op::Promote { on: 0 });
-    assert_eq!(world.node(1).xact_status(begun.marker.xid), None, "in the future");
+    assert_eq!(world.node(1).xact_status(begun.mark.xid), None, "in the future");
     assert_eq!(ask(&world, 1), (Truth::NeverHere, SettleVerdict::NotCommitted, SettleVerdict::NotCommitted));
 
     // The next writer gets the same id.
@@ -138,8 +138,8 @@ fn a_recovery_in_single_user_mode_cannot_be_told_behind_the_next_checkpoint() {
 fn a_file_that_pg_rewind_kept_would_deceive() {
     // As in the history above, but server 3 followed the lost timeline, is rewound, and promoted.
     let said = Now { primaries_since: 1, ..now(NEXT, Some(20), Some(20)) };
-    assert_eq!(locate(&marker(None), &said, &Proof::Files { followed: true }), Located::Here, "what a file would say");
-    assert_eq!(locate(&marker(None), &said, &Proof::Files { followed: false }), Located::Unclear(Unsettled::Unproven));
+    assert_eq!(locate(&mark(None), &said, &Proof::Files { followed: true }), Located::Here, "what a file would say");
+    assert_eq!(locate(&mark(None), &said, &Proof::Files { followed: false }), Located::Unclear(Unsettled::Unproven));
     let mut world = archiving(
         4,
         true,

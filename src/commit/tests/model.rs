@@ -28,7 +28,7 @@ pub(super) struct Tally {
 /// A client's transaction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Begun {
-    pub(super) marker: WalMark,
+    pub(super) mark: WalMark,
     pub(super) token: Token,
     pub(super) node: usize,
     term: u64,
@@ -135,7 +135,7 @@ impl World {
     pub(super) fn is_plain_failover(&self, begun: &Begun, asked: usize) -> bool {
         let node = &self.nodes[asked];
         let stayed = asked == begun.node && node.term == begun.term;
-        let replaced = node.identity.timeline == begun.marker.life.server.timeline + 1 && node.received.is_some();
+        let replaced = node.identity.timeline == begun.mark.life.server.timeline + 1 && node.received.is_some();
         begun.on_newest && (stayed || replaced)
     }
 
@@ -243,10 +243,10 @@ impl World {
         let on_newest = self.newest() == Some(on);
         let node = &mut self.nodes[on];
         node.running.insert(xid, Running { token, committing: false });
-        let marker = WalMark { life: node.life(), xid, lsn: node.end(), nonce };
+        let mark = WalMark { life: node.life(), xid, lsn: node.end(), nonce };
         let (term, before, signed) = (node.term, self.tally, node.signed);
-        let split_brain = self.is_split_brain(marker.life.server.timeline);
-        self.clients.push(Begun { marker, token, node: on, term, before, on_newest, split_brain, signed });
+        let split_brain = self.is_split_brain(mark.life.server.timeline);
+        self.clients.push(Begun { mark, token, node: on, term, before, on_newest, split_brain, signed });
     }
 
     fn write(&mut self, on: usize, flush: bool) {
@@ -261,12 +261,12 @@ impl World {
     /// Returns the client's transaction if it is still running, and whether it is being committed.
     fn running(&self, client: usize) -> Option<(Begun, bool)> {
         let begun = *self.clients.get(client % self.clients.len().max(1))?;
-        let running = self.nodes[begun.node].running.get(&begun.marker.xid)?;
+        let running = self.nodes[begun.node].running.get(&begun.mark.xid)?;
         (running.token == begun.token).then_some((begun, running.committing))
     }
 
     fn commit(&mut self, client: usize, how: Commit) {
-        let Some((Begun { node: on, marker: WalMark { xid, .. }, token, .. }, false)) = self.running(client) else {
+        let Some((Begun { node: on, mark: WalMark { xid, .. }, token, .. }, false)) = self.running(client) else {
             return;
         };
         self.append(on, What::Commit { xid, token });
@@ -281,12 +281,12 @@ impl World {
 
     fn finish(&mut self, client: usize) {
         if let Some((begun, true)) = self.running(client) {
-            self.end(begun.node, begun.marker.xid, true);
+            self.end(begun.node, begun.mark.xid, true);
         }
     }
 
     fn abort(&mut self, client: usize) {
-        if let Some((Begun { node: on, marker: WalMark { xid, .. }, token, .. }, false)) = self.running(client) {
+        if let Some((Begun { node: on, mark: WalMark { xid, .. }, token, .. }, false)) = self.running(client) {
             self.append(on, What::Abort { xid, token });
             self.end(on, xid, false);
         }

@@ -29,7 +29,7 @@ impl Record {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum What {
-    /// A client's marker.
+    /// A client's mark.
     Mark {
         xid: u64,
         nonce: Nonce,
@@ -173,19 +173,19 @@ impl Node {
     }
 
     /// What the server shows of the history of its log.
-    pub(super) fn shows(&self, marker: &WalMark, evidence: Evidence) -> Proof {
+    pub(super) fn shows(&self, mark: &WalMark, evidence: Evidence) -> Proof {
         match evidence {
             Evidence::Checkpoint => Proof::Nothing,
-            Evidence::Files => Proof::Files { followed: self.segments.contains(&marker.life.server.timeline) },
+            Evidence::Files => Proof::Files { followed: self.segments.contains(&mark.life.server.timeline) },
             Evidence::Function => {
-                Proof::Function { ancestry: self.ancestry.iter().copied().collect(), sighting: self.sighting(marker) }
+                Proof::Function { ancestry: self.ancestry.iter().copied().collect(), sighting: self.sighting(mark) }
             }
         }
     }
 
-    /// Returns whether this kind of evidence shows that the server's timeline continues the marker's.
+    /// Returns whether this kind of evidence shows that the server's timeline continues the mark's.
     pub(super) fn shows_parent(&self, begun: &Begun, kind: Kind) -> bool {
-        let then = begun.marker.life.server.timeline;
+        let then = begun.mark.life.server.timeline;
         let by_kind = match kind {
             Kind::Of(Evidence::Checkpoint) => false,
             Kind::Signature => begun.signed.is_some_and(|signed| self.bears(&signed)),
@@ -205,18 +205,18 @@ impl Node {
             && signed.iter().any(|(.., token)| own(*token))
     }
 
-    pub(super) fn has_recycled(&self, marker: &WalMark) -> bool {
-        self.sighting(marker) == Sighting::Recycled
+    pub(super) fn has_recycled(&self, mark: &WalMark) -> bool {
+        self.sighting(mark) == Sighting::Recycled
     }
 
-    pub(super) fn sighting(&self, marker: &WalMark) -> Sighting {
-        let Some(end) = (0..=self.wal.len()).find(|end| at(*end) == marker.lsn) else { return Sighting::Other };
+    pub(super) fn sighting(&self, mark: &WalMark) -> Sighting {
+        let Some(end) = (0..=self.wal.len()).find(|end| at(*end) == mark.lsn) else { return Sighting::Other };
         if end > self.flushed {
             return Sighting::NotYet;
         }
         match self.wal[end - 1].what {
             _ if end <= self.recycled => Sighting::Recycled,
-            What::Mark { nonce, .. } if nonce == marker.nonce => Sighting::Mark,
+            What::Mark { nonce, .. } if nonce == mark.nonce => Sighting::Mark,
             _ => Sighting::Other,
         }
     }

@@ -44,7 +44,7 @@ proptest! {
     #[test]
     fn a_server_that_shows_its_log_is_answered_truly_whatever_happened((servers, history) in histories()) {
         ask_always(servers, &history, |world, begun, asked| {
-            if !world.node(asked).has_recycled(&begun.marker) {
+            if !world.node(asked).has_recycled(&begun.mark) {
                 let answer = is_answered_truly(Kind::Of(Evidence::Function), world, begun, asked, 0)?;
                 let open = matches!(answer, SettleVerdict::Unknown(why) if why != Unsettled::InProgress);
                 prop_assert!(!open, "{answer:?} of {begun:?} on server {asked}, {:?}", world.node(asked));
@@ -93,10 +93,10 @@ proptest! {
 }
 
 /// Returns whether all of this holds: the pool asks the newest primary, and has seen each one before it. Only one
-/// server was promoted to the marker's timeline. Each promoted server had streamed before. If there was a recovery in
+/// server was promoted to the mark's timeline. Each promoted server had streamed before. If there was a recovery in
 /// single-user mode, the server still shows it.
 fn misses_nothing(world: &World, begun: &Begun, asked: usize) -> bool {
-    let one_history = world.since(begun).unfed == 0 && !world.is_split_brain(begun.marker.life.server.timeline);
+    let one_history = world.since(begun).unfed == 0 && !world.is_split_brain(begun.mark.life.server.timeline);
     let unseen = world.since(begun).unseen > 0 && !world.node(asked).shows_stop();
     begun.on_newest && world.newest() == Some(asked) && one_history && !unseen
 }

@@ -75,7 +75,7 @@ pub enum Ending {
     /// It ran `PREPARE TRANSACTION`. The transaction is stored, holds its locks, and waits for `COMMIT PREPARED` or
     /// `ROLLBACK PREPARED`.
     Prepared,
-    /// The server cannot tell, because the transaction had left no marker there. See [`Guarantee`](crate::Guarantee).
+    /// The server cannot tell, because the transaction had left no mark there. See [`Guarantee`](crate::Guarantee).
     Unknown,
 }
 
