@@ -1,4 +1,4 @@
-//! The SQL that settles commits by the write-ahead log: it writes a transaction's marker, and asks a server about one.
+//! The SQL that settles commits by the write-ahead log: it writes a transaction's mark, and asks a server about one.
 //! `commit` decides what the answers mean. The tests are in `tests/it/commit/settle.rs`.
 
 mod question;
@@ -201,7 +201,7 @@ pub(crate) enum MarkAnswer {
 }
 
 /// Reads the answer to [`direct_mark`]. `pid`: the server process of the session.
-pub(crate) fn direct_marker(life: &Life, pid: i32, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
+pub(crate) fn read_direct_mark(life: &Life, pid: i32, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
     if row.is_empty() {
         return Ok(MarkAnswer::ReadOnly);
     }
@@ -210,7 +210,8 @@ pub(crate) fn direct_marker(life: &Life, pid: i32, nonce: Nonce, row: &Row) -> R
     Ok(MarkAnswer::By(WalMark { life: *life, xid, lsn, nonce }, Backend { pid, xid }))
 }
 
-pub(crate) fn marker(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
+/// Reads the answer to [`mark`].
+pub(crate) fn read_mark(life: &Life, nonce: Nonce, row: &Row) -> Result<MarkAnswer, BadReport> {
     if text(row, MarkColumn::BegunHere) == Some("f") {
         return Ok(MarkAnswer::Joined);
     }
@@ -275,8 +276,7 @@ columns! {
 /// Asks, within a settler's transaction, what the server shows about the history of its WAL. If one kind of evidence
 /// fails, for instance because the function's owner may not read the files, the next weaker kind is asked for in the
 /// same transaction.
-pub(crate) async fn prove(client: &Client, marker: &WalMark, evidence: Evidence) -> Result<Proof, Error> {
-    let timeline = marker.life.server.timeline;
+pub(crate) async fn prove(client: &Client, mark: &WalMark, evidence: Evidence) -> Result<Proof, Error> {
     let columns = list(|column| match column {
         ProofColumn::Seen => "seen",
         ProofColumn::History => "history",
@@ -285,9 +285,9 @@ pub(crate) async fn prove(client: &Client, marker: &WalMark, evidence: Evidence)
     // whoever may create objects in the schema could have made.
     let function = format!(
         "SELECT {columns} FROM failover.wal_history('{}'::pg_catalog.pg_lsn, '{}'::pg_catalog.text)",
-        marker.lsn, marker.nonce
+        mark.lsn, mark.nonce
     );
-    let files = followed(timeline);
+    let files = followed(mark.life.server.timeline);
     for (kind, sql) in [(Evidence::Function, function), (Evidence::Files, files)] {
         if kind > evidence {
             continue;

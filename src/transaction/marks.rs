@@ -229,8 +229,8 @@ impl<C: SessionClient> Attempt<C> {
 
     pub(super) fn read_mark(&self, life: &Life, nonce: Nonce, row: &wal::Row) -> Result<MarkAnswer, BadReport> {
         match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
-            Some(session) => wal::direct_marker(life, session.pid, nonce, row),
-            None => wal::marker(life, nonce, row),
+            Some(session) => wal::read_direct_mark(life, session.pid, nonce, row),
+            None => wal::read_mark(life, nonce, row),
         }
     }
 

@@ -17,20 +17,20 @@ fn row(columns: &[Option<&str>]) -> Row {
 const MARKED: [Option<&str>; 6] = [Some("728"), Some("0/30162E0"), None, Some("42"), Some("5"), Some("t")];
 
 #[test]
-fn a_marker_is_read() {
-    let MarkAnswer::By(marker, backend) = marker(&life(), NONCE, &row(&MARKED)).unwrap() else {
+fn a_mark_is_read() {
+    let MarkAnswer::By(mark, backend) = read_mark(&life(), NONCE, &row(&MARKED)).unwrap() else {
         panic!("it is a mark")
     };
-    assert_eq!((marker.xid, marker.lsn.to_string(), marker.life), (728, "0/30162E0".to_owned(), life()));
+    assert_eq!((mark.xid, mark.lsn.to_string(), mark.life), (728, "0/30162E0".to_owned(), life()));
     assert_eq!(backend, Backend { pid: 42, xid: 728 });
 }
 
 #[test]
-fn a_marker_of_another_life_is_none() {
+fn a_mark_of_another_life_is_none() {
     for (index, other) in [(2, Some("0/1")), (4, Some("6"))] {
         let mut columns = MARKED;
         columns[index] = other;
-        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Elsewhere, "column {index}");
+        assert_eq!(read_mark(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Elsewhere, "column {index}");
     }
 }
 
@@ -38,7 +38,7 @@ fn a_marker_of_another_life_is_none() {
 fn a_transaction_that_cannot_write_has_none() {
     let mut columns = MARKED;
     (columns[0], columns[1]) = (None, None);
-    assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::ReadOnly);
+    assert_eq!(read_mark(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::ReadOnly);
 }
 
 #[test]
@@ -46,20 +46,20 @@ fn a_transaction_that_was_open_before_has_none_of_its_own() {
     for written in [MARKED[0], None] {
         let mut columns = MARKED;
         (columns[0], columns[5]) = (written, Some("f"));
-        assert_eq!(marker(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Joined);
+        assert_eq!(read_mark(&life(), NONCE, &row(&columns)).unwrap(), MarkAnswer::Joined);
     }
 }
 
 #[test]
-fn nonsense_is_no_marker() {
+fn nonsense_is_no_mark() {
     for (index, bad) in
         [(0, Some("x")), (0, Some("-1")), (1, None), (1, Some("0")), (2, Some("x")), (3, None), (4, None)]
     {
         let mut columns = MARKED;
         columns[index] = bad;
-        assert!(marker(&life(), NONCE, &row(&columns)).is_err(), "column {index}: {bad:?}");
+        assert!(read_mark(&life(), NONCE, &row(&columns)).is_err(), "column {index}: {bad:?}");
     }
-    assert!(marker(&life(), NONCE, &row(&[])).is_err());
+    assert!(read_mark(&life(), NONCE, &row(&[])).is_err());
 }
 
 #[test]
