@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use serde_json::Value;
@@ -14,6 +14,8 @@ const MENDED: [(&str, [u64; 3], &str); 4] = [
     ("tokio-postgres", [0, 7, 18], "RUSTSEC-2026-0178"),
     ("postgres-protocol", [0, 6, 12], "RUSTSEC-2026-0179, RUSTSEC-2026-0180"),
 ];
+/// Crates of the default build, this one included.
+const MOST_CRATES: usize = 120;
 /// Crates with an advisory that nothing mends.
 const UNMENDED: [(&str, &str); 2] = [("backoff", "RUSTSEC-2025-0012"), ("instant", "RUSTSEC-2024-0384")];
 
@@ -28,11 +30,16 @@ fn cargo(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Name and version of each crate in a build of the library.
-fn crates(features: &[&str]) -> BTreeMap<String, [u64; 3]> {
+/// The crates in a build of the library, as `cargo tree` prints them.
+fn tree(features: &[&str]) -> String {
     let mut arguments = vec!["tree", "--package", "tokio-postgres-failover", "--edges", "normal", "--prefix", "none"];
     arguments.extend(features);
     cargo(&arguments)
+}
+
+/// Name and version of each crate in a build of the library.
+fn crates(features: &[&str]) -> BTreeMap<String, [u64; 3]> {
+    tree(features)
         .lines()
         .filter_map(|line| {
             let (name, rest) = line.split_once(" v")?;
@@ -57,6 +64,17 @@ fn the_default_build_holds_no_crate_with_an_open_advisory() {
     for (name, advisory) in UNMENDED {
         assert!(!crates.contains_key(name), "{name}: {advisory}");
     }
+}
+
+/// A crate counts once for each of its versions.
+#[test]
+fn the_default_build_has_as_many_crates_as_the_readme_says() {
+    let tree = tree(&[]);
+    let crates: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(" (").next()).collect();
+    assert!(crates.len() <= MOST_CRATES, "{} crates, and {MOST_CRATES} were promised: {crates:?}", crates.len());
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let words = format!("This pool compiles {} crates", crates.len());
+    assert!(readme.contains(&words), "README.md does not say: {words}; docs/figures.md has the number, too");
 }
 
 #[test]
