@@ -140,8 +140,7 @@ impl MarkStatement {
         }
     }
 
-    /// Returns whether the error says that the prepared statement is missing, is there already, has become stale, or may
-    /// not be prepared.
+    /// Returns whether the error says that the prepared statement is missing, exists already, is stale, or is refused.
     pub(crate) fn failed(self, error: &Error) -> bool {
         self != Self::Plain && (not_prepared(error) || not_offered(error))
     }
