@@ -179,8 +179,8 @@ impl PoolBuilder {
         ///
         /// Then a transaction of one statement takes two round trips instead of three. If BEGIN fails, the server
         /// carries out nothing of what was sent with it: the session is closed, the work runs again, and for a minute
-        /// BEGIN is sent by itself. This is done only on sessions that lead directly to the server. The first transaction
-        /// of a session with [`Guarantee::ExactlyOnce`] or [`Guarantee::Ledger`] begins by itself.
+        /// BEGIN is sent by itself. This is done only on sessions that lead directly to the server. The first
+        /// transaction of a session with [`Guarantee::ExactlyOnce`] or [`Guarantee::Ledger`] begins by itself.
         ///
         /// Choose `false` if something between the pool and the server does not forward the messages of the extended
         /// protocol as they come.

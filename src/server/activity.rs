@@ -251,8 +251,8 @@ impl Activity {
             .find(|end| *end as u8 == self.first_end.load(Ordering::Acquire))
     }
 
-    /// Returns whether something was rolled back since the last call of [`Self::watch`], and no text shows whether it was
-    /// the transaction or a part of it.
+    /// Returns whether something was rolled back since the last call of [`Self::watch`], and no text shows whether it
+    /// was the transaction or a part of it.
     pub(crate) fn has_rolled_back_unseen(&self) -> bool {
         self.rolled_back_unseen.load(Ordering::Acquire)
     }

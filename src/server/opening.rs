@@ -50,7 +50,8 @@ pub(crate) enum OpeningState {
     Failed = 4,
 }
 
-/// What writes a mark, or a row in a ledger: a statement that the session has prepared, and its parameter if it has one.
+/// What writes a mark, or a row in a ledger: a statement that the session has prepared, and its parameter if it has
+/// one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MarkText<'a, N> {
     pub(crate) statement: &'a str,

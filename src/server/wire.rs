@@ -145,8 +145,8 @@ fn host_of(config: &Config) -> Option<String> {
     })
 }
 
-/// A stream that carries the protocol messages unencrypted: it is above TLS, or there is no TLS. It counts them, without
-/// those of a transaction's opening, of which the driver knows nothing.
+/// A stream that carries the protocol messages unencrypted: it is above TLS, or there is no TLS. It counts them,
+/// without those of a transaction's opening, of which the driver knows nothing.
 struct Wire<S> {
     stream: S,
     counter: Counter,

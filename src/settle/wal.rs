@@ -5,6 +5,7 @@ mod question;
 #[cfg(test)]
 mod tests;
 
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
 use self::question::{LogColumn, question, refused};
@@ -146,9 +147,13 @@ impl MarkStatement {
     }
 
     /// What becomes of it on a session where it has failed so. `direct`: no proxy has given the transaction another
-    /// session, so somebody has removed the prepared statement from this one, and it can be prepared again.
+    /// session. So somebody has removed the prepared statement from this one, or it is there already.
     pub(crate) fn after(self, error: &Error, direct: bool) -> Self {
-        if self == Self::Prepared && direct && not_prepared(error) { Self::New } else { Self::Plain }
+        match self {
+            Self::Prepared if direct && not_prepared(error) => Self::New,
+            Self::New if direct && error.code() == Some(&SqlState::DUPLICATE_PSTATEMENT) => Self::Prepared,
+            _ => Self::Plain,
+        }
     }
 }
 

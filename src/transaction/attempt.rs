@@ -9,20 +9,19 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::Transaction;
-use super::begin::{Begin, MarkKind};
+use super::begin::{Begin, MarkKind, Travelling};
 use super::closures::ClosuresEnd;
 use super::decide::{Mode, Stage};
 use super::earlier::Unsent;
 use super::ended::{Ended, Failed};
 use super::finish::{Answer, CommitProof, Known, Look, Undone};
 use super::nested::{self, InnerDoubt};
-use super::opening::Travelling;
 use super::settle::SettleKey;
 use super::streams::{all_is_answered, answers, is_answering, is_free};
 use super::verdict::{evicted, judge_absent, judge_begin};
 use crate::classify::{Verdict, classify, explain};
 use crate::commit::{Nonce, Unsettled};
-use crate::error::{CommitUnknown, EndedInside, Error, RolledBack};
+use crate::error::{CommitUnknown, EndedInside, Ending, Error, RolledBack};
 use crate::pool::{Check, Client, Pool};
 use crate::server::{Activity, SessionClient};
 use crate::settle::wal::MarkStatement;
@@ -70,8 +69,8 @@ pub(super) struct Attempt<C: SessionClient> {
     pub(super) began_read_only: OnceLock<()>,
     /// How the closure has ended the transaction, when that was last looked at.
     pub(super) closures: ClosuresEnd,
-    /// Set if the pool reads every answer that the closure gets, and has seen that the session had no transaction before
-    /// BEGIN. Then these answers show what becomes of the transaction.
+    /// Set if the pool reads every answer that the closure gets, and has seen that the session had no transaction
+    /// before BEGIN. Then these answers show what becomes of the transaction.
     pub(super) answers_tell: OnceLock<()>,
     /// Set if BEGIN travels with the closure's first request.
     pub(super) travelling: OnceLock<Travelling>,
@@ -183,6 +182,11 @@ impl<C: SessionClient> Attempt<C> {
         activity.is_some_and(|activity| activity.is_quiet_in_transaction() && !activity.has_rolled_back_unseen())
     }
 
+    /// Returns whether the last answer on a session that is watched says that a transaction is open.
+    fn is_in_transaction(&self) -> bool {
+        self.client().watched_activity().is_none_or(Activity::in_transaction)
+    }
+
     pub(super) fn has_begun(&self) -> bool {
         self.began.get().is_some()
     }
@@ -277,6 +281,10 @@ impl<C: SessionClient> Attempt<C> {
         let known = self.known(mode);
         if self.do_answers_tell() {
             self.look_at_closure();
+        }
+        if known == Known::ByAnswers && !closed && !self.is_in_transaction() && self.closures == ClosuresEnd::NotSent {
+            // Nobody has seen how it ended.
+            self.closures = ClosuresEnd::Left(Ending::Unknown);
         }
         if matches!(self.closures, ClosuresEnd::Left(_)) && !planted!("takes a closure's own end for a commit") {
             let ending = self.ended_before(known).await;

@@ -1,6 +1,8 @@
 //! The choices that a call makes for how its transactions begin.
 
-use crate::commit::Ledger;
+use std::sync::Arc;
+
+use crate::commit::{Ledger, Nonce, Signature};
 
 /// How a transaction begins.
 pub(super) struct Begin {
@@ -18,5 +20,12 @@ pub(super) enum MarkKind {
     /// nothing else. The mark makes its COMMIT wait for the synchronous standbys all the same.
     Write,
     Wal,
+    Ledger(Ledger),
+}
+
+/// What an attempt remembers of a BEGIN that travels: how its transaction is marked.
+pub(super) enum Travelling {
+    Unmarked,
+    Wal(Nonce, Option<Arc<Signature>>),
     Ledger(Ledger),
 }

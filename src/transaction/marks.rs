@@ -102,8 +102,8 @@ impl<C: SessionClient> Attempt<C> {
         SettleKey { by, backend, generation: client.generation(), cluster: client.cluster(), life, signature }
     }
 
-    /// Returns whether the pool has read every answer on the session, and these show that no transaction is open. Behind
-    /// a proxy, another session of the server may answer next.
+    /// Returns whether the pool has read every answer on the session, and these show that no transaction is open.
+    /// Behind a proxy, another session of the server may answer next.
     pub(super) async fn is_seen_without_transaction(&self) -> bool {
         let client = self.client();
         let Some(activity) = client.watched_activity().filter(|_| client.notices().is_direct()) else { return false };

@@ -2,27 +2,18 @@
 //! request. `server/opening.rs` says why no statement can run outside of the transaction. This file says when they
 //! travel, and what the attempt makes of their answers.
 
-use std::sync::Arc;
-
 use super::attempt::Attempt;
-use super::begin::{Begin, MarkKind};
+use super::begin::{Begin, MarkKind, Travelling};
 use super::ended::Failed;
 use super::settle::{SettleBy, SettleKey};
 use super::verdict::{ClosureError, Session};
 use crate::classify::{Verdict, ends_session};
-use crate::commit::{Ledger, Nonce, Signature};
+use crate::commit::Nonce;
 use crate::error::{Error, RolledBack, SessionEnded};
 use crate::server::{Activity, MarkText, OpeningState, SessionClient};
 use crate::settle::ledger::Entering;
 use crate::settle::wal::{MarkAnswer, MarkForm, MarkStatement};
 use crate::sync::log_safely;
-
-/// What an attempt remembers of a BEGIN that travels: how its transaction is marked.
-pub(super) enum Travelling {
-    Unmarked,
-    Wal(Nonce, Option<Arc<Signature>>),
-    Ledger(Ledger),
-}
 
 impl<C: SessionClient> Attempt<C> {
     /// Begins the transaction. If possible, BEGIN only waits here, and travels with the closure's first request.
@@ -99,8 +90,8 @@ impl<C: SessionClient> Attempt<C> {
         Some(Travelling::Wal(pool.next_nonce(), signature))
     }
 
-    /// Takes notice of the answers to a BEGIN that travelled, as far as they have come. If the transaction is marked, it
-    /// can be found by its mark from now on.
+    /// Takes notice of the answers to a BEGIN that travelled, as far as they have come. If the transaction is marked,
+    /// it can be found by its mark from now on.
     pub(super) fn learn_mark(&self) {
         let (Some(travelling), Some(activity)) = (self.travelling.get(), self.travels_on()) else { return };
         let Some(row) = activity.opening().take_row() else { return };
@@ -138,9 +129,9 @@ impl<C: SessionClient> Attempt<C> {
         self.travels_on().is_some_and(|activity| activity.opening().state() == OpeningState::Failed)
     }
 
-    /// Judges an attempt whose BEGIN has travelled and failed. The work has not begun, so it can begin again, on another
-    /// session and with a BEGIN of its own message, which finds out the reason. `closure`: the closure's error, which
-    /// is that of BEGIN.
+    /// Judges an attempt whose BEGIN has travelled and failed. The work has not begun, so it can begin again, on
+    /// another session and with a BEGIN of its own message, which finds out the reason. `closure`: the closure's error,
+    /// which is that of BEGIN.
     pub(super) fn not_begun(&self, closure: Option<Error>) -> Failed {
         let client = self.client();
         client.poison();

@@ -143,9 +143,9 @@ impl Counter {
         self.counts.flags(self.sent.within())
     }
 
-    /// Returns whether each request is answered, those of the driver, too.
+    /// Returns whether each request is answered, those of the driver, too, and no message is incomplete.
     pub(in crate::server) fn is_all_answered(&self) -> bool {
-        self.counts.requests == self.counts.answered && !self.sent.within()
+        self.counts.requests == self.counts.answered && !self.sent.within() && !self.received.within()
     }
 }
 
@@ -203,8 +203,11 @@ impl Counts {
             (b'Z', says) => {
                 self.answered += 1;
                 // A proxy that has lost its server may answer with an error and "idle". No statement has ended the
-                // transaction then. So a failed request counts only if its text, or that of a later one, ends one.
-                if says == Some(Says::Idle) && (!self.failed || self.endings.last >= self.answered) {
+                // transaction then. So a failed request counts only if its text, or that of a later one, ends one. The
+                // answer to a Close that the driver sends by itself may come late, when the next transaction is waited
+                // for.
+                let closes = self.answered > self.last_request.max(self.last_rollback);
+                if says == Some(Says::Idle) && !closes && (!self.failed || self.endings.last >= self.answered) {
                     self.ends(self.answered, TransactionEnd::RolledBack);
                 }
                 self.request_ends();
@@ -245,6 +248,8 @@ impl Counts {
         let known = self.may_roll_back.front().filter(|(number, _)| *number == request).map(|(_, ends)| *ends);
         let ends = known.unwrap_or_default();
         if self.rolled_back <= ends.to_savepoints {
+            // If the text fails before it comes to its savepoints, this may have been the end of the transaction.
+            self.rolled_back_unseen |= ends.leaves || ends.chains;
             return;
         }
         if ends.leaves || ends.chains {

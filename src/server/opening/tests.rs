@@ -99,7 +99,8 @@ proptest! {
             answers = [begun(), message(b'2', b""), message(b'C', b"SELECT 0\0")].concat();
         }
         let behind = [message(b'D', b"\0\0"), message(b'C', b"SELECT 1\0"), message(b'Z', b"T")].concat();
-        let all = if noisy { [with_unasked(&answers), behind.clone()].concat() } else { [answers, behind.clone()].concat() };
+        let answers = if noisy { with_unasked(&answers) } else { answers };
+        let all = [answers, behind.clone()].concat();
         let (passed, verdict, row) = filtered(expected, &cut(&all, &places));
         prop_assert_eq!(verdict, Verdict::Done);
         let noise = unasked().repeat(if !noisy { 0 } else if !marks { 4 } else if writes { 7 } else { 6 });
@@ -192,7 +193,7 @@ impl AsyncRead for Socket {
 
 /// A session's stream, and what its driver sends and has received.
 #[derive(Default)]
-struct Stream {
+struct Session {
     opening: Opening,
     passage: Passage,
     socket: Socket,
@@ -200,7 +201,7 @@ struct Stream {
     silent: bool,
 }
 
-impl Stream {
+impl Session {
     fn armed() -> Self {
         let stream = Self { silent: true, ..Self::default() };
         assert!(stream.opening.arm("BEGIN", Some(MARK)));
@@ -268,7 +269,7 @@ proptest! {
         takes in prop::collection::vec(1..90_usize, 1..6), places in cuts(), which in 0..3_usize, second in 0..3_usize
     ) {
         let [one, two] = [which, second].map(|index| first_requests()[index].clone());
-        let mut stream = Stream::armed();
+        let mut stream = Session::armed();
         let both = [one.clone(), two].concat();
         stream.socket.takes = takes.into();
         let mut sent = stream.send(&both)?;
@@ -284,7 +285,8 @@ proptest! {
 
         let behind = [message(b'C', b"INSERT 0 1\0"), message(b'Z', b"T")].concat();
         let answers = [marked(), behind.clone()].concat();
-        stream.socket.gives = cut(&answers, &places).into_iter().filter(|it| !it.is_empty()).map(<[u8]>::to_vec).collect();
+        let parts = cut(&answers, &places).into_iter().filter(|it| !it.is_empty());
+        stream.socket.gives = parts.map(<[u8]>::to_vec).collect();
         stream.receive()?;
         prop_assert_eq!(&stream.received, &behind);
         prop_assert_eq!(stream.opening.state(), OpeningState::Done);
@@ -299,7 +301,7 @@ proptest! {
 #[test]
 fn nothing_is_sent_behind_an_opening_that_failed() {
     for strange in [false, true] {
-        let mut stream = Stream::armed();
+        let mut stream = Session::armed();
         stream.socket.takes = [usize::MAX; 9].into();
         let one = first_requests()[2].clone();
         assert_eq!(stream.send(&one).unwrap(), one.len());
@@ -320,7 +322,7 @@ fn nothing_is_sent_behind_an_opening_that_failed() {
 
 #[test]
 fn an_opening_never_travels_behind_something_unanswered() {
-    let mut stream = Stream { silent: false, ..Stream::armed() };
+    let mut stream = Session { silent: false, ..Session::armed() };
     stream.socket.takes = [usize::MAX; 9].into();
     assert!(stream.send(&first_requests()[2]).is_err());
     assert!(stream.socket.taken.is_empty());
@@ -329,7 +331,7 @@ fn an_opening_never_travels_behind_something_unanswered() {
 
 #[test]
 fn a_session_that_ends_begins_nothing() {
-    let mut stream = Stream::armed();
+    let mut stream = Session::armed();
     stream.socket.takes = [usize::MAX; 9].into();
     stream.send(&message(b'X', b"")).unwrap();
     assert_eq!(stream.socket.taken, message(b'X', b""));
@@ -338,7 +340,7 @@ fn a_session_that_ends_begins_nothing() {
 
 #[test]
 fn a_large_first_request_passes_in_parts() {
-    let mut stream = Stream::armed();
+    let mut stream = Session::armed();
     let one = message(b'Q', &vec![b'a'; 100_000]);
     stream.socket.takes = std::iter::repeat_n(1000, 200).collect();
     assert_eq!(stream.send(&one).unwrap(), one.len());
@@ -358,7 +360,7 @@ impl Wake for Woken {
 
 #[test]
 fn what_is_held_back_is_woken_by_the_answers() {
-    let (mut stream, woken) = (Stream::armed(), Arc::<Woken>::default());
+    let (mut stream, woken) = (Session::armed(), Arc::<Woken>::default());
     stream.socket.takes = [usize::MAX; 9].into();
     let one = first_requests()[2].clone();
     stream.send(&one).unwrap();

@@ -34,8 +34,8 @@ pub enum Cut {
     /// So many round trips after BEGIN's have been answered, and the client has the answer; whatever it sends then is
     /// not passed on. A simple query is one round trip, and so are the messages up to a Sync: a statement with
     /// parameters that `tokio_postgres` prepares first makes two, and a third when it is dropped. 0 is after BEGIN's
-    /// own answer. If BEGIN comes together with the first statement, 0 and 1 are after the answer to both. A COMMIT, and
-    /// what ends the transaction in another way, does not count.
+    /// own answer. If BEGIN comes together with the first statement, 0 and 1 are after the answer to both. A COMMIT,
+    /// and what ends the transaction in another way, does not count.
     AfterStatement(u32),
     /// The same, but the server's side stays open and silent, as when a path vanishes: the session stays idle in
     /// transaction, with its locks, until [`Cutter::release`].

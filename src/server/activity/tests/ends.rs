@@ -292,12 +292,20 @@ fn the_first_end_counts_until_the_next_transaction_is_watched() {
     assert_eq!((activity.transaction_end(), activity.unanswered()), (None, Unanswered::GoesOn));
 }
 
-/// A text that this module cannot read, such as one in which a backslash escapes a quote by a setting.
+/// A text that this module cannot read, such as one in which a backslash escapes a quote by a setting, or one that has
+/// failed before it came to its savepoint.
 #[test]
 fn a_rollback_that_no_text_shows_is_noted() {
     let activity = Activity::default();
     let mut counter = within();
-    for (sql, noted) in [("ROLLBACK TO a", false), (r"SELECT '\''; ROLLBACK AND CHAIN; --'", true)] {
+    for (sql, noted) in [
+        ("ROLLBACK TO a", false),
+        (r"SELECT '\''; ROLLBACK AND CHAIN; --'", true),
+        ("ROLLBACK TO a; SAVEPOINT a", false),
+        ("ROLLBACK; BEGIN; SAVEPOINT a; SELECT 1 / 0; ROLLBACK TO a", true),
+        ("ROLLBACK AND CHAIN; SAVEPOINT a; SELECT 1 / 0; ROLLBACK TO a", true),
+    ] {
+        activity.watch();
         counter.sent(&text(sql));
         counter.received(&[done("ROLLBACK"), ready(b'T')].concat());
         activity.publish(&mut counter);
@@ -305,6 +313,27 @@ fn a_rollback_that_no_text_shows_is_noted() {
     }
     activity.watch();
     assert!(!activity.has_rolled_back_unseen());
+}
+
+/// The driver closes a statement of the transaction before, and the answer comes when the next one is waited for.
+#[test]
+fn the_answer_to_a_close_is_no_end() {
+    let mut counter = logged_in();
+    counter.counts.end = None;
+    counter.sent(&[message(b'C', b"Ss1\0"), message(b'S', b"")].concat());
+    counter.received(&[message(b'3', b""), ready(b'I')].concat());
+    assert_eq!(counter.counts.end, None);
+}
+
+#[test]
+fn all_is_answered_only_if_no_message_is_incomplete() {
+    let mut counter = logged_in();
+    assert!(counter.is_all_answered());
+    let notification = message(b'A', &[0; 20]);
+    counter.received(&notification[..9]);
+    assert!(!counter.is_all_answered());
+    counter.received(&notification[9..]);
+    assert!(counter.is_all_answered());
 }
 
 /// A fence comes before the end of the first request to which it applies, and may be lifted before anybody looks.
