@@ -8,7 +8,7 @@ mod tests;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, SimpleQueryMessage};
 
-use self::question::{LogColumn, question, refused};
+use self::question::{LogColumn, followed, question, refused};
 use super::columns::{Column, columns, field, has, list, only_value, optional, text, time};
 pub(crate) use super::columns::{Row, only_row};
 use crate::classify::{explain, not_offered, not_prepared};
@@ -310,16 +310,6 @@ pub(crate) async fn prove(client: &Client, mark: &WalMark, evidence: Evidence) -
         log_safely(|| tracing::warn!(?kind, why, "the server does not show the history of its log"));
     }
     Ok(Proof::Nothing)
-}
-
-/// Returns SQL that asks whether `pg_wal` has a file of this timeline. From PostgreSQL 17 on the answer is always
-/// false, because such a file proves nothing there: `pg_rewind` may keep the segment in which it found the fork, under
-/// the name of the abandoned timeline (`keepwal_add_entry` in `filemap.c`).
-fn followed(timeline: u32) -> String {
-    format!(
-        "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \
-           FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'"
-    )
 }
 
 columns! {

@@ -72,6 +72,11 @@ const TEXTS: [Text; 8] = [
     Text { letter: b'S', bytes: b"default_transaction_read_only\0off\0", whole: true, says: Says::ReadOnly(false) },
 ];
 
+const QUERY: u8 = texts_of(b'Q');
+const READY: u8 = texts_of(b'Z');
+const COMPLETE: u8 = texts_of(b'C');
+const STATUS: u8 = texts_of(b'S');
+
 /// Compares the body of one message with [`TEXTS`].
 #[derive(Debug, Default)]
 struct Comparison {
@@ -84,10 +89,6 @@ struct Comparison {
 impl Comparison {
     fn begin(&mut self, letter: u8) {
         self.at = 0;
-        const QUERY: u8 = texts_of(b'Q');
-        const READY: u8 = texts_of(b'Z');
-        const COMPLETE: u8 = texts_of(b'C');
-        const STATUS: u8 = texts_of(b'S');
         self.matches = match letter {
             b'Q' => QUERY,
             b'Z' => READY,

@@ -157,7 +157,7 @@ fn what_is_no_answer_is_strange() {
 
 /// A socket that takes and gives so many bytes at a time.
 #[derive(Default)]
-struct Socket {
+struct FakeSocket {
     taken: Vec<u8>,
     /// How many bytes it takes at the next calls. Then it takes none.
     takes: VecDeque<usize>,
@@ -165,7 +165,7 @@ struct Socket {
     flushed: usize,
 }
 
-impl AsyncWrite for Socket {
+impl AsyncWrite for FakeSocket {
     fn poll_write(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let Some(takes) = self.takes.pop_front() else { return Poll::Pending };
         let length = takes.min(buf.len());
@@ -183,7 +183,7 @@ impl AsyncWrite for Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl AsyncRead for FakeSocket {
     fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let Some(bytes) = self.gives.pop_front() else { return Poll::Pending };
         buf.put_slice(&bytes);
@@ -196,7 +196,7 @@ impl AsyncRead for Socket {
 struct Session {
     opening: Opening,
     passage: Passage,
-    socket: Socket,
+    socket: FakeSocket,
     received: Vec<u8>,
     silent: bool,
 }

@@ -103,3 +103,13 @@ pub(super) fn question(xid: u64, refused: &[LogColumn]) -> String {
     });
     format!("SET LOCAL search_path = pg_catalog, pg_temp; SELECT {columns}")
 }
+
+/// Returns SQL that asks whether `pg_wal` has a file of this timeline. From PostgreSQL 17 on the answer is always
+/// false, because such a file proves nothing there: `pg_rewind` may keep the segment in which it found the fork, under
+/// the name of the abandoned timeline (`keepwal_add_entry` in `filemap.c`).
+pub(super) fn followed(timeline: u32) -> String {
+    format!(
+        "SELECT count(*) > 0 AND current_setting('server_version_num')::int < 170000 \
+           FROM pg_ls_waldir() WHERE name ~ '^{timeline:08X}[0-9A-F]{{16}}$'"
+    )
+}
