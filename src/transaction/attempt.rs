@@ -139,22 +139,7 @@ impl<C: SessionClient> Attempt<C> {
         };
         let ended = match ended {
             Ok(Ok(value)) => self.commit(value, mode, begin, lost).await,
-            // Nothing was carried out, so nothing is rolled back, and nobody is asked about anything.
-            Ok(Err(Fault::NotBegun(error))) => Ended::Failed(Stage::Body, self.not_begun(error)),
-            Ok(Err(fault)) => {
-                self.wait_for_closures_end().await;
-                let failed = match fault {
-                    Fault::Session(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
-                    Fault::Closure(error) => self.closure_failed(mode, error).await,
-                    // The session is closed, and so cannot be asked.
-                    Fault::Kept(kept) => Failed::new(Verdict::Application, Error::RolledBack(kept)),
-                    Fault::NotBegun(error) => self.not_begun(error),
-                };
-                if self.is_shared() {
-                    self.sever().await;
-                }
-                self.not_committed(Stage::Body, failed, lost)
-            }
+            Ok(Err(fault)) => self.faulted(fault, mode, lost).await,
             Err(after) => {
                 self.client().suspect(Suspicion::Connection);
                 self.sever().await;
@@ -171,6 +156,30 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
+    /// Judges an attempt that has not reached COMMIT.
+    async fn faulted<T>(&mut self, fault: Fault, mode: Mode, lost: &mut Option<Unsent>) -> Ended<T> {
+        if !matches!(fault, Fault::NotBegun(_)) {
+            self.wait_for_closures_end().await;
+        }
+        let failed = match fault {
+            // Nothing was carried out, so nothing is rolled back, and nobody is asked about anything.
+            Fault::NotBegun(error) => return Ended::Failed(Stage::Body, self.not_begun(error)),
+            Fault::Session(verdict, error) => self.cleaned_up(mode, Failed::new(verdict, error)).await,
+            Fault::Closure(error) => self.closure_failed(mode, error).await,
+            // The session is closed, and so cannot be asked.
+            Fault::Kept(kept) => Failed::new(Verdict::Application, Error::RolledBack(kept)),
+        };
+        if self.is_shared() {
+            self.sever().await;
+        }
+        self.not_committed(Stage::Body, failed, lost)
+    }
+
+    /// What passes on the session, if its answers show what becomes of the transaction.
+    pub(super) fn telling(&self) -> Option<&Activity> {
+        self.client().watched_activity().filter(|_| self.do_answers_tell())
+    }
+
     /// Returns whether the answers that the closure gets show what becomes of the transaction.
     pub(super) fn do_answers_tell(&self) -> bool {
         self.answers_tell.get().is_some()
@@ -178,8 +187,7 @@ impl<C: SessionClient> Attempt<C> {
 
     /// Returns whether the answers show that the pool's transaction is open.
     fn is_shown_by_answers(&self) -> bool {
-        let activity = self.client().watched_activity().filter(|_| self.do_answers_tell());
-        activity.is_some_and(|activity| activity.is_quiet_in_transaction() && !activity.has_rolled_back_unseen())
+        self.telling().is_some_and(|activity| activity.is_quiet_in_transaction() && !activity.has_rolled_back_unseen())
     }
 
     /// Returns whether the last answer on a session that is watched says that a transaction is open.

@@ -147,7 +147,7 @@ impl<C: SessionClient> Attempt<C> {
     /// primary signs; transactions that begin meanwhile have no signature.
     async fn signature(&self) -> Result<Option<Arc<Signature>>, Error> {
         let (client, pool) = (self.client(), self.pool());
-        let Some(life) = client.life().filter(|life| life.server.timeline > 1) else { return Ok(None) };
+        let Some(life) = self.life_to_sign() else { return Ok(None) };
         let signer = match pool.signatures().of(client.generation()) {
             SignatureState::Done(signature) => return Ok(signature),
             SignatureState::Yours(signer) => signer,
@@ -220,16 +220,27 @@ impl<C: SessionClient> Attempt<C> {
         }
     }
 
+    /// The life of the server, if its timeline needs a signature.
+    pub(super) fn life_to_sign(&self) -> Option<Life> {
+        self.client().life().filter(|life| life.server.timeline > 1)
+    }
+
+    /// The server process of the session, if the short answers to the mark and to the ledger's entry are asked for.
+    fn direct_pid(&self) -> Option<i32> {
+        let session = self.client().notices().server_session().filter(|_| self.do_answers_tell());
+        session.map(|session| session.pid)
+    }
+
     pub(super) fn read_entry(&self, life: Option<&Life>, row: &wal::Row) -> Result<Entering, BadReport> {
-        match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
-            Some(session) => entered_directly(session.pid, row),
+        match self.direct_pid() {
+            Some(pid) => entered_directly(pid, row),
             None => entered(life, row),
         }
     }
 
     pub(super) fn read_mark(&self, life: &Life, nonce: Nonce, row: &wal::Row) -> Result<MarkAnswer, BadReport> {
-        match self.client().notices().server_session().filter(|_| self.do_answers_tell()) {
-            Some(session) => wal::read_direct_mark(life, session.pid, nonce, row),
+        match self.direct_pid() {
+            Some(pid) => wal::read_direct_mark(life, pid, nonce, row),
             None => wal::read_mark(life, nonce, row),
         }
     }

@@ -28,17 +28,15 @@ impl<C: SessionClient> Attempt<C> {
 
     /// If somebody has dropped the session's prepared statements, the mark's must be prepared again.
     fn notice_deallocated(&self) {
-        let client = self.client();
-        let Some(activity) = client.watched_activity().filter(|_| self.do_answers_tell()) else { return };
-        if activity.take_deallocated() {
-            client.forget_prepared();
+        if self.telling().is_some_and(Activity::take_deallocated) {
+            self.client().forget_prepared();
         }
     }
 
     /// Lets BEGIN travel with the closure's first request, if that is possible. Otherwise nothing has happened.
     fn travels(&self, begin: &Begin) -> bool {
         let (client, pool) = (self.client(), self.pool());
-        let Some(activity) = client.watched_activity().filter(|_| self.do_answers_tell()) else { return false };
+        let Some(activity) = self.telling() else { return false };
         if !pool.begins_with_first_statement() || !activity.is_silent() {
             return false;
         }
@@ -82,9 +80,8 @@ impl<C: SessionClient> Attempt<C> {
         if self.mark_form() != (MarkForm::Direct, MarkStatement::Prepared) {
             return None;
         }
-        let is_first = client.life().is_some_and(|life| life.server.timeline == 1);
         let signature = match begin.marks {
-            MarkKind::Wal if !is_first => pool.signatures().done(client.generation())?,
+            MarkKind::Wal if self.life_to_sign().is_some() => pool.signatures().done(client.generation())?,
             _ => None,
         };
         Some(Travelling::Wal(pool.next_nonce(), signature))
