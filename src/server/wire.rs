@@ -223,7 +223,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
                     this.activity.note_life();
                 }
             }
-            Poll::Pending => this.counter.drained(),
+            // Nothing has changed since this was last published.
+            Poll::Pending if !this.counter.drained() => return polled,
+            Poll::Pending => {}
         }
         this.activity.publish(&mut this.counter);
         polled

@@ -134,9 +134,9 @@ impl Counter {
         self.counts.alive
     }
 
-    /// The driver has read all received data.
-    pub(in crate::server) fn drained(&mut self) {
-        self.counts.stalled = false;
+    /// The driver has read all received data. Returns whether that is news.
+    pub(in crate::server) fn drained(&mut self) -> bool {
+        std::mem::take(&mut self.counts.stalled)
     }
 
     pub(super) fn flags(&self) -> u8 {
@@ -292,17 +292,13 @@ impl Counts {
         let ending = failed && self.last_rollback < self.last_request;
         let open = self.transaction && self.last_rollback <= self.answered;
         let commits = self.last_commit > self.answered || self.binds_commit();
-        [
-            (REQUEST, under_way && !failed),
-            (TRANSACTION, open),
-            (COPYING, self.copying),
-            (BLOCKED, self.blocked),
-            (STALLED, self.stalled),
-            (FAILED, ending),
-            (COMMIT, under_way && !failed && commits),
-        ]
-        .into_iter()
-        .filter_map(|(flag, set)| set.then_some(flag))
-        .sum()
+        let flag = |flag, set| if set { flag } else { 0 };
+        flag(REQUEST, under_way && !failed)
+            | flag(TRANSACTION, open)
+            | flag(COPYING, self.copying)
+            | flag(BLOCKED, self.blocked)
+            | flag(STALLED, self.stalled)
+            | flag(FAILED, ending)
+            | flag(COMMIT, under_way && !failed && commits)
     }
 }

@@ -99,22 +99,29 @@ impl Comparison {
     }
 
     fn feed(&mut self, body: &[u8]) {
-        if self.matches == 0 {
-            return;
-        }
-        for (index, text) in TEXTS.iter().enumerate() {
-            if self.matches & 1 << index != 0 && !text.goes_on(self.at, body) {
+        for (index, text) in self.matching() {
+            if !text.goes_on(self.at, body) {
                 self.matches &= !(1 << index);
             }
         }
         self.at += body.len();
     }
 
+    /// The texts that still match, with their places in [`TEXTS`].
+    fn matching(&self) -> impl Iterator<Item = (u32, &'static Text)> + use<> {
+        let mut left = self.matches;
+        std::iter::from_fn(move || {
+            let index = left.trailing_zeros();
+            let text = TEXTS.get(index as usize)?;
+            left &= !(1 << index);
+            Some((index, text))
+        })
+    }
+
     fn end(&self) -> Option<Says> {
         let is_complete =
             |text: &Text| if text.whole { self.at == text.bytes.len() } else { self.at >= text.bytes.len() };
-        let found = TEXTS.iter().enumerate().find(|(index, text)| self.matches & 1 << index != 0 && is_complete(text));
-        found.map(|(_, text)| text.says)
+        self.matching().find(|(_, text)| is_complete(text)).map(|(_, text)| text.says)
     }
 }
 
@@ -129,6 +136,18 @@ pub(super) struct Message {
     pub(super) deallocates: bool,
     /// The first number in the body of `BackendKeyData`: the server process of the session.
     pub(super) pid: i32,
+}
+
+impl Message {
+    /// A message of which only the letter counts.
+    fn unread(letter: u8) -> Self {
+        Self { letter, says: None, ends: Ends::default(), deallocates: false, pid: 0 }
+    }
+}
+
+/// Returns whether the body of messages with this letter is looked at, in either direction.
+fn is_read(letter: u8) -> bool {
+    matches!(letter, b'B' | b'C' | b'K' | b'P' | b'Q' | b'S' | b'Z')
 }
 
 #[derive(Debug, Default)]
@@ -175,6 +194,12 @@ impl Messages {
                 bytes = &bytes[1..];
                 continue;
             }
+            if let Some((letter, rest)) = self.skips(bytes) {
+                self.header[0] = letter;
+                tell(Message::unread(letter));
+                bytes = rest;
+                continue;
+            }
             let from = usize::from(self.untyped > 0);
             if self.have + from == 0
                 && let Some((header, rest)) = bytes.split_first_chunk()
@@ -206,6 +231,17 @@ impl Messages {
                 self.have = 0;
             }
         }
+    }
+
+    /// Returns the letter of the next message, and what follows the message, if it has come whole and only its letter
+    /// counts.
+    fn skips<'a>(&self, bytes: &'a [u8]) -> Option<(u8, &'a [u8])> {
+        let ([letter, length @ ..], rest) = bytes.split_first_chunk::<5>()?;
+        if self.have > 0 || self.untyped > 0 || is_read(*letter) {
+            return None;
+        }
+        let body = (u32::from_be_bytes(*length) as usize).saturating_sub(4);
+        Some((*letter, rest.get(body..)?))
     }
 
     /// The header is complete.
