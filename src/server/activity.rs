@@ -15,7 +15,7 @@ mod counter;
 mod messages;
 mod names;
 
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Notify;
@@ -55,6 +55,8 @@ pub(crate) struct Activity {
     condemned: AtomicBool,
     /// Notifies when the driver's task has handled all wake-ups.
     settled: Notify,
+    /// The number of tasks that wait for that.
+    waiting: AtomicUsize,
     /// When the server last sent something, in milliseconds of the wall clock.
     heard_at: AtomicU64,
     /// The number of the last request that is the pool's own COMMIT.
@@ -80,6 +82,22 @@ pub(crate) struct Activity {
     deallocated: AtomicBool,
     /// The opening of the session's transaction, if it travels with the first request.
     opening: Opening,
+}
+
+/// A task that waits is counted as long as this lives.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn on(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Whether any of several sessions to one server has received a sign of the server's life since the last call of
@@ -174,6 +192,10 @@ impl Activity {
 
     /// Waits until `look` finds something. It looks each time that the driver's task has handled all wake-ups.
     async fn until<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
+        // Whoever counts itself first and then looks is notified of everything that it has not seen.
+        let _waits = Waits::on(&self.waiting);
+        // If the driver's task has not counted this one, this load sees its last store, and what it has published before.
+        let _ = self.dealt_with.load(Ordering::SeqCst);
         loop {
             let settled = self.settled.notified();
             if let Some(found) = look(self) {
@@ -205,7 +227,7 @@ impl Activity {
     /// something under way.
     pub(super) fn polled(&self, woken: u64) -> bool {
         self.dealt_with.store(woken, Ordering::SeqCst);
-        self.settled.notify_waiters();
+        self.notify();
         let busy = self.flags.load(Ordering::Acquire) & !FAILED != 0 && self.is_settled();
         let left_busy = busy && self.given_back.load(Ordering::SeqCst);
         if left_busy {
@@ -219,7 +241,14 @@ impl Activity {
     pub(super) fn end(&self) {
         self.condemned.store(true, Ordering::Release);
         self.dealt_with.store(self.woken.load(Ordering::SeqCst), Ordering::SeqCst);
-        self.settled.notify_waiters();
+        self.notify();
+    }
+
+    /// Notifies those who wait. Nearly always nobody does, and then this takes no lock.
+    fn notify(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.settled.notify_waiters();
+        }
     }
 
     /// When the server last sent something, in milliseconds of the wall clock. 0 if unknown.

@@ -105,7 +105,8 @@ impl Notices {
 
     /// Counts that the driver's task runs, because something is sent or received.
     pub(super) fn count_traffic(&self) {
-        self.traffic.fetch_add(1, Ordering::Relaxed);
+        // Only this task writes it.
+        self.traffic.store(self.traffic() + 1, Ordering::Relaxed);
     }
 
     /// Counts that something was sent or received for a caller. `pool` is the counter of all sessions of the pool.

@@ -126,14 +126,22 @@ pub(super) async fn drive_until_end(
     let activity = &notices.activity;
     let scope_waker = Arc::new(ScopeWaker { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
     let waker = Waker::from(Arc::clone(&scope_waker));
-    let counted =
-        Waker::from(Arc::new(Counted { activity: Arc::clone(activity), scope_waker: Arc::clone(&scope_waker) }));
+    let mut counted = Counted::waker(activity, Waker::noop());
+    let mut task = Waker::noop().clone();
     let (mut left, mut abandoned) = (pin!(scope.cancelled()), pin!(scope.abandoned().cancelled()));
     let (mut leaving, mut finishing, mut busy) = (false, false, false);
     // Data to send, received data and the scope's waker are all that wakes the driver.
     let ended = poll_fn(|context| {
-        scope_waker.driver.register(context.waker());
-        if scope_waker.rung.swap(false, Ordering::AcqRel) {
+        // A task nearly always has the same waker.
+        if !task.will_wake(context.waker()) {
+            task.clone_from(context.waker());
+            counted = Counted::waker(activity, &task);
+            scope_waker.driver.register(&task);
+        }
+        if scope_waker.rung.load(Ordering::Acquire) {
+            // Waking has taken the waker. What rings from here on wakes this task again.
+            scope_waker.driver.register(&task);
+            scope_waker.rung.swap(false, Ordering::AcqRel);
             let mut context = Context::from_waker(&waker);
             if abandoned.as_mut().poll(&mut context).is_ready() {
                 return Poll::Ready(Ok(()));
@@ -164,7 +172,13 @@ pub(super) async fn drive_until_end(
 /// Counts the driver's wake-ups. Each one stands for a new request or for received data.
 struct Counted {
     activity: Arc<Activity>,
-    scope_waker: Arc<ScopeWaker>,
+    task: Waker,
+}
+
+impl Counted {
+    fn waker(activity: &Arc<Activity>, task: &Waker) -> Waker {
+        Waker::from(Arc::new(Self { activity: Arc::clone(activity), task: task.clone() }))
+    }
 }
 
 impl Wake for Counted {
@@ -174,7 +188,7 @@ impl Wake for Counted {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.activity.wake();
-        self.scope_waker.driver.wake();
+        self.task.wake_by_ref();
     }
 }
 
