@@ -85,7 +85,6 @@ use crate::observe::Events;
 use crate::retry::{FAR, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::{Accept, CandidateReport, State, View};
-use dialer::Dialer;
 use fetches::Wrapped;
 use shared::Shared;
 use wrapped_pool::ExistingPool;
@@ -108,9 +107,7 @@ use wrapped_pool::ExistingPool;
 /// failover, it also holds the session that found the primary. Everything that the pool has started ends when the last
 /// clone and the last [`Client`] are dropped.
 pub struct Pool<C: SessionClient = ClientWrapper> {
-    source: Source<C>,
-    dialer: Arc<Dialer<C>>,
-    shared: Arc<Shared>,
+    shared: Arc<Shared<C>>,
 }
 
 /// Where the pool's connections come from.
@@ -223,7 +220,7 @@ impl<C: SessionClient> Pool<C> {
         self.not_ended()?;
         let began = Instant::now();
         let finding = async {
-            match timeout(self.shared.checkout_timeout, self.cluster().primary()).await {
+            match timeout(self.shared.calls.checkout_timeout, self.cluster().primary()).await {
                 Ok(found) => found.map(drop).map_err(Error::without_primary),
                 Err(_) => Err(self.unavailable_beside(began)),
             }
@@ -261,7 +258,7 @@ impl<C: SessionClient> Pool<C> {
         let place = Location::caller();
         async move {
             self.is_open()?;
-            self.get_by(|| Instant::now() + self.shared.checkout_timeout, CHECKOUT_TIMEOUT, None, place).await
+            self.get_by(|| Instant::now() + self.shared.calls.checkout_timeout, CHECKOUT_TIMEOUT, None, place).await
         }
     }
 
@@ -290,13 +287,13 @@ impl<C: SessionClient> Pool<C> {
     /// Returns the pool's present state.
     #[must_use]
     pub fn status(&self) -> Status {
-        let managed::Status { max_size, size, available, waiting } = self.source.status();
+        let managed::Status { max_size, size, available, waiting } = self.shared.source.status();
         // The inner pool does not count these connections, which wait for the next caller.
-        let ready = self.dialer.queue.ready();
+        let ready = self.shared.dialer.queue.ready();
         let (size, available) = (size + ready, available + ready);
-        let waiting = waiting + self.shared.searching.load(Ordering::Relaxed);
+        let waiting = waiting + self.shared.calls.searching.load(Ordering::Relaxed);
         let view = self.cluster().view();
-        let fallback = self.shared.lacking.why_unmarked(view.generation);
+        let fallback = self.shared.calls.lacking.why_unmarked(view.generation);
         let evidence = match &view.state {
             State::Primary { report, .. } => report.evidence,
             _ => None,
@@ -429,8 +426,8 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub fn clear_statement_caches(&self) {
-        match &self.source {
-            Source::Own(_) => self.dialer.trails.clear(),
+        match &self.shared.source {
+            Source::Own(_) => self.shared.dialer.trails.clear(),
             Source::Wrapped(wrapped) => wrapped.clear_statement_caches(),
         }
     }
@@ -446,17 +443,17 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     #[must_use]
     pub fn retry_policy(&self) -> &RetryPolicy {
-        &self.shared.retry
+        &self.shared.calls.retry
     }
 
     fn cluster(&self) -> &Cluster<C> {
-        &self.dialer.cluster
+        &self.shared.dialer.cluster
     }
 }
 
 impl<C: SessionClient> Clone for Pool<C> {
     fn clone(&self) -> Self {
-        Self { source: self.source.clone(), dialer: Arc::clone(&self.dialer), shared: Arc::clone(&self.shared) }
+        Self { shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -465,15 +462,6 @@ impl<C: SessionClient> Source<C> {
         match self {
             Self::Own(inner) => inner.status(),
             Self::Wrapped(wrapped) => wrapped.status(),
-        }
-    }
-}
-
-impl<C: SessionClient> Clone for Source<C> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Own(inner) => Self::Own(inner.clone()),
-            Self::Wrapped(wrapped) => Self::Wrapped(Arc::clone(wrapped)),
         }
     }
 }

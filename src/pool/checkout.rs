@@ -29,7 +29,7 @@ impl<C: SessionClient> Pool<C> {
     /// be longer than the checkout timeout, so that the call survives a failover. While other callers use all
     /// connections, it waits no longer than [`Pool::get`].
     pub(crate) async fn get_for_transaction(&self, deadline: Instant, place: CallSite) -> Result<Client<C>, Error> {
-        self.get_by(|| deadline, "RetryPolicy::deadline", Some(self.shared.checkout_timeout), place).await
+        self.get_by(|| deadline, "RetryPolicy::deadline", Some(self.shared.calls.checkout_timeout), place).await
     }
 
     /// `limit` names the setting that the deadline comes from. `in_use` limits the wait while there is a primary and
@@ -50,7 +50,7 @@ impl<C: SessionClient> Pool<C> {
         }
         if self.is_held_by_caller() {
             waits.timed_out();
-            let obstacle = Obstacle::HeldByCaller { max_size: self.source.status().max_size };
+            let obstacle = Obstacle::HeldByCaller { max_size: self.shared.source.status().max_size };
             let unavailable = Unavailable::new(Duration::ZERO, self.cluster().diagnosis(), obstacle, limit);
             return Err(Error::Unavailable(Box::new(unavailable)));
         }
@@ -95,7 +95,7 @@ impl<C: SessionClient> Pool<C> {
                 checked_out = checkout.as_mut() => return Some(checked_out),
                 () = self.cluster().left(generation.primary.id) => {}
                 () = sleep(longest) => {
-                    let managed::Status { size, max_size, .. } = self.source.status();
+                    let managed::Status { size, max_size, .. } = self.shared.source.status();
                     if size >= max_size {
                         return None;
                     }
@@ -110,7 +110,7 @@ impl<C: SessionClient> Pool<C> {
             // Wait here, not in `recycle`: if a caller gives up inside `recycle`, deadpool closes a good connection.
             if !self.cluster().has_primary() && !planted!("hands out while suspended") {
                 self.not_ended()?;
-                let _counted = Counted::new(&self.shared.searching);
+                let _counted = Counted::new(&self.shared.calls.searching);
                 if let Err(none) = Box::pin(self.cluster().primary()).await {
                     // A caller may call again immediately, in a loop. Let the cluster's task run in between, so that it
                     // can find a primary.
@@ -118,9 +118,9 @@ impl<C: SessionClient> Pool<C> {
                     return Err(Error::without_primary(none));
                 }
             }
-            let checked_out = match &self.source {
+            let checked_out = match &self.shared.source {
                 Source::Own(inner) => self.checkout_own(inner).await?,
-                Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.dialer)).await?),
+                Source::Wrapped(wrapped) => Some(Box::pin(wrapped.checkout(&self.shared.dialer)).await?),
             };
             let Some(checked_out) = checked_out else { continue };
             let client = self.check_out(checked_out, place);
@@ -148,8 +148,8 @@ impl<C: SessionClient> Pool<C> {
             // The inner pool has no time-outs and no hooks of its own, so this error means that it was closed.
             Err(_) => return Err(Error::without_primary(self.cluster().ended())),
         };
-        let (object, tested) = if !object.is_known_idle() || self.dialer.must_be_tested(&object) {
-            let Some(object) = Box::pin(self.dialer.tested(object)).await else { return Ok(None) };
+        let (object, tested) = if !object.is_known_idle() || self.shared.dialer.must_be_tested(&object) {
+            let Some(object) = Box::pin(self.shared.dialer.tested(object)).await else { return Ok(None) };
             (object, true)
         } else {
             (object, false)
@@ -159,16 +159,16 @@ impl<C: SessionClient> Pool<C> {
         if !current || (tested && !object.may_be_handed_out(self.cluster())) {
             // The connection can be used again if the primary is resumed, so give it back. The next round waits for a
             // primary.
-            self.dialer.give_back(object);
+            self.shared.dialer.give_back(object);
             tokio::task::yield_now().await;
             return Ok(None);
         }
-        let object = if self.dialer.has_before_acquire() {
-            match Box::pin(self.dialer.before_acquire(object)).await {
+        let object = if self.shared.dialer.has_before_acquire() {
+            match Box::pin(self.shared.dialer.before_acquire(object)).await {
                 Some(object) if object.may_be_handed_out(self.cluster()) => object,
                 Some(object) => {
                     object.activity().give_back();
-                    self.dialer.give_back(object);
+                    self.shared.dialer.give_back(object);
                     tokio::task::yield_now().await;
                     return Ok(None);
                 }
@@ -178,7 +178,7 @@ impl<C: SessionClient> Pool<C> {
             object
         };
         object.use_it();
-        self.dialer.queue.taken();
+        self.shared.dialer.queue.taken();
         Ok(Some(CheckedOut::Own(object)))
     }
 
@@ -187,9 +187,9 @@ impl<C: SessionClient> Pool<C> {
         match checked_out {
             CheckedOut::Own(object) => {
                 object.given_back();
-                if let Some(object) = self.dialer.after_return(object) {
+                if let Some(object) = self.shared.dialer.after_return(object) {
                     object.activity().give_back();
-                    self.dialer.give_back(object);
+                    self.shared.dialer.give_back(object);
                 }
             }
             wrapped @ CheckedOut::Wrapped { .. } => wrapped.activity().give_back(),
@@ -207,9 +207,9 @@ impl<C: SessionClient> Pool<C> {
     /// Returns a connection that no caller has used before, if a slot is free. Waits for a primary without a limit of
     /// its own. Cancel-safe.
     pub(super) async fn get_new(&self) -> Result<Option<Client<C>>, Error> {
-        let Source::Own(inner) = &self.source else { return Ok(None) };
+        let Source::Own(inner) = &self.shared.source else { return Ok(None) };
         // A hook may have changed what SQL means in a new session.
-        if self.dialer.hooks.is_some() {
+        if self.shared.dialer.hooks.is_some() {
             return Ok(None);
         }
         // Wait before a slot is taken, so that others can use the slot meanwhile.
@@ -217,7 +217,8 @@ impl<C: SessionClient> Pool<C> {
         // A pool that was made smaller may have more slots than connections. Who waits in such a slot waits for a
         // connection to be given back, perhaps by a caller that waits for this settler. So take only what is idle then,
         // and wait for a dial no longer than one may take.
-        let within = if self.dialer.queue.is_spoken_for() { Duration::ZERO } else { self.dialer.open_timeout };
+        let within =
+            if self.shared.dialer.queue.is_spoken_for() { Duration::ZERO } else { self.shared.dialer.open_timeout };
         let Ok(got) = timeout(within, inner.timeout_get(&AT_ONCE)).await else { return Ok(None) };
         match got {
             Ok(object) if self.cluster().is_current(object.facts().generation) && object.use_it() => {
@@ -225,7 +226,7 @@ impl<C: SessionClient> Pool<C> {
             }
             // A caller may wait for it.
             Ok(object) => {
-                self.dialer.give_back(object);
+                self.shared.dialer.give_back(object);
                 Ok(None)
             }
             Err(PoolError::Timeout(_)) => Ok(None),
@@ -236,7 +237,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// Returns an idle connection if there is one. Callers may have used it. Cancel-safe.
     pub(super) async fn get_idle(&self) -> Option<Client<C>> {
-        if self.source.status().available == 0 {
+        if self.shared.source.status().available == 0 {
             return None;
         }
         timeout(IDLE_WITHIN, self.checkout(None, true)).await.ok()?.ok()
@@ -248,11 +249,12 @@ impl<C: SessionClient> Pool<C> {
         if self.cluster().is_closed() {
             return Error::without_primary(self.cluster().ended());
         }
-        let managed::Status { size, max_size, waiting, .. } = self.source.status();
-        let (own, in_use) = (matches!(self.source, Source::Own(_)), self.cluster().in_use());
+        let managed::Status { size, max_size, waiting, .. } = self.shared.source.status();
+        let (own, in_use) = (matches!(self.shared.source, Source::Own(_)), self.cluster().in_use());
         // A wrapped pool has other users, who are not counted.
         let free = own && in_use + waiting < max_size;
-        let (tests, hooks) = (self.dialer.queue.tested().load(Ordering::Relaxed) > 0, self.dialer.queue.hooked() > 0);
+        let (tests, hooks) =
+            (self.shared.dialer.queue.tested().load(Ordering::Relaxed) > 0, self.shared.dialer.queue.hooked() > 0);
         let obstacle = match self.cluster().current() {
             None => Obstacle::NoPrimary,
             Some(_) if in_use < max_size && tests => Obstacle::BeingTested,

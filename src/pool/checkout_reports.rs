@@ -70,20 +70,20 @@ impl Drop for CheckoutWatch {
 impl<C: SessionClient> Pool<C> {
     /// Reports the wait of a caller, whether or not it has got a connection, if the wait was long enough.
     pub(super) fn waited(&self, began: Instant, place: CallSite) {
-        let Some(limit) = self.shared.reports.slow_checkout_after else { return };
+        let Some(limit) = self.shared.calls.reports.slow_checkout_after else { return };
         let now = Instant::now();
         let waited = now.saturating_duration_since(began);
         if waited < limit {
             return;
         }
-        if let Some(untold) = self.shared.reports.tells(now) {
+        if let Some(untold) = self.shared.calls.reports.tells(now) {
             self.observer().slow_checkout(waited, untold, place);
         }
     }
 
     /// Watches a checkout, if a limit is set.
     pub(super) fn watch_checkout(&self, place: CallSite) -> Option<CheckoutWatch> {
-        let limit = self.shared.reports.leak_after?;
+        let limit = self.shared.calls.reports.leak_after?;
         let since = Instant::now();
         let (told, tell) = (Arc::new(AtomicBool::new(false)), Arc::clone(self.cluster().observer()));
         let watched = Arc::clone(&told);

@@ -232,7 +232,7 @@ impl<C: SessionClient> Client<C> {
     #[must_use]
     pub fn cancel_token(&self) -> CancelToken {
         let token = tokio_postgres::Client::cancel_token(self);
-        CancelToken::new(&self.pool.dialer.opener, self.facts().endpoint.clone(), token)
+        CancelToken::new(&self.pool.shared.dialer.opener, self.facts().endpoint.clone(), token)
     }
 
     /// Ends the session, so that it never goes back to the pool. Cancels what still runs on the server, except for a
@@ -243,7 +243,7 @@ impl<C: SessionClient> Client<C> {
         }
         // If the pool was closed, the server may still be running something for this session.
         if (!self.is_closed() || self.pool.cluster().is_closed()) && self.checked_out().may_run_something() {
-            self.pool.dialer.cancel_running(self, self.facts());
+            self.pool.shared.dialer.cancel_running(self, self.facts());
         }
         if let CheckedOut::Own(object) = self.checked_out() {
             object.abort();
@@ -458,7 +458,7 @@ impl<C: SessionClient> Drop for Client<C> {
         let busy = checked_out.activity().is_busy();
         // If the pool was closed, the server may still be running something for this session.
         if (busy || (closed && checked_out.may_run_something())) && !checked_out.facts().is_poisoned() {
-            self.pool.dialer.cancel_running(checked_out.client(), checked_out.facts());
+            self.pool.shared.dialer.cancel_running(checked_out.client(), checked_out.facts());
         }
         if closed || busy || !checked_out.usable() {
             return checked_out.discard();

@@ -71,8 +71,8 @@ impl<C: SessionClient> Pool<C> {
     /// statement's effect becomes visible. Closing is idempotent, and closes all clones. A [wrapped](Pool::wrap) pool
     /// stays open, with its idle connections and those in use: only transactions of this pool end.
     pub fn close(&self) {
-        self.shared.closing.begin();
-        if let Source::Own(inner) = &self.source {
+        self.shared.calls.closing.begin();
+        if let Source::Own(inner) = &self.shared.source {
             inner.close();
         }
         self.cluster().close();
@@ -106,7 +106,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub async fn close_within(&self, limit: Duration) -> bool {
-        let closing = &self.shared.closing;
+        let closing = &self.shared.calls.closing;
         closing.begin();
         let finished = async {
             loop {
@@ -127,12 +127,12 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn is_unused(&self) -> bool {
-        self.shared.closing.calls.load(Ordering::SeqCst) == 0 && self.cluster().in_use() == 0
+        self.shared.calls.closing.calls.load(Ordering::SeqCst) == 0 && self.cluster().in_use() == 0
     }
 
     /// Fails if the pool takes no new callers. A call within one of the pool's transactions is not a new caller.
     pub(crate) fn is_open(&self) -> Result<(), Error> {
-        if self.shared.closing.has_begun() && !self.is_within_a_call() {
+        if self.shared.calls.closing.has_begun() && !self.is_within_a_call() {
             return Err(Error::without_primary(self.cluster().ended()));
         }
         Ok(())
@@ -140,7 +140,7 @@ impl<C: SessionClient> Pool<C> {
 
     /// Begins a call that a closing pool waits for.
     pub(crate) fn begin_call(&self) -> Result<Call<'_>, Error> {
-        let closing = &self.shared.closing;
+        let closing = &self.shared.calls.closing;
         closing.calls.fetch_add(1, Ordering::SeqCst);
         let call = Call(closing);
         self.is_open().map(|()| call)
@@ -152,7 +152,7 @@ impl<C: SessionClient> Pool<C> {
         if begun || self.is_within_a_call() {
             return pending().await;
         }
-        self.shared.closing.begins().await;
+        self.shared.calls.closing.begins().await;
     }
 
     /// Waits for the result of `work`, unless the pool begins to close before. Cancel-safe if `work` is.
@@ -167,6 +167,6 @@ impl<C: SessionClient> Pool<C> {
     /// A connection checked out was given back.
     pub(super) fn returned(&self) {
         self.cluster().returned();
-        self.shared.closing.ended();
+        self.shared.calls.closing.ended();
     }
 }

@@ -51,11 +51,11 @@ impl Pool {
         let began = Instant::now();
         let wanting = self.cluster().want();
         let dialling = async {
-            let dialled = timeout(within, self.dialer.owned_session()).await;
+            let dialled = timeout(within, self.shared.dialer.owned_session()).await;
             dialled.map_err(|_| self.unavailable_beside(began))?
         };
         let session = self.unless_closing(dialling).await?;
-        let cancel = CancelToken::new(&self.dialer.opener, session.endpoint, session.client.cancel_token());
+        let cancel = CancelToken::new(&self.shared.dialer.opener, session.endpoint, session.client.cancel_token());
         let driver = SessionDriver { driving: session.driving, cancel, _wanting: wanting, _pool: self.clone() };
         Ok((session.client, driver))
     }

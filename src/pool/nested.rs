@@ -31,7 +31,7 @@ impl<C: SessionClient> Pool<C> {
     /// Returns whether the transactions around this call hold all connections. Then no connection can become free while
     /// this call waits.
     pub(super) fn is_held_by_caller(&self) -> bool {
-        let max_size = self.source.status().max_size;
+        let max_size = self.shared.source.status().max_size;
         let held = |innermost: &Holder| {
             let holders = std::iter::successors(Some(innermost), |holder| holder.outer.as_deref());
             holders.filter(|holder| holder.pool == self.address()).count() >= max_size

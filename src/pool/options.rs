@@ -15,7 +15,7 @@ use super::checkout_reports::CheckoutLimits;
 use super::closing::Closing;
 use super::lacking::Lacking;
 use super::pruning::PruneAt;
-use super::shared::Shared;
+use super::shared::CallState;
 use super::signing::SignatureCache;
 use crate::commit::Guarantee;
 use crate::error::BuildError;
@@ -122,15 +122,15 @@ impl Default for CallOptions {
 }
 
 impl CallOptions {
-    /// Checks the options, and makes what the calls of the pool share from them.
-    pub(super) fn shared(self, settings: &Settings) -> Result<Arc<Shared>, BuildError> {
+    /// Checks the options, and makes from them what the calls of the pool have in common.
+    pub(super) fn state(self, settings: &Settings) -> Result<CallState, BuildError> {
         let Self { begin_with_first_statement, slow_checkout_after, leak_after, .. } = self;
         let Self { checkout_timeout, retry, budget, guarantee, .. } = self;
         not_zero("checkout_timeout", checkout_timeout)?;
         slow_checkout_after.map_or(Ok(()), |limit| not_zero("slow_checkout_after", limit))?;
         leak_after.map_or(Ok(()), |limit| not_zero("leak_after", limit))?;
         retry.validate().map_err(|problem| BuildError::invalid("retry", problem))?;
-        Ok(Arc::new(Shared {
+        Ok(CallState {
             checkout_timeout: checkout_timeout.min(FAR),
             heartbeat: settings.heartbeat.min(FAR),
             retry,
@@ -144,7 +144,7 @@ impl CallOptions {
             closing: Closing::default(),
             reports: CheckoutLimits::new(slow_checkout_after, leak_after.map(|limit| limit.min(FAR))),
             resizing: std::sync::Mutex::default(),
-        }))
+        })
     }
 }
 

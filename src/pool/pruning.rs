@@ -21,12 +21,12 @@ impl<C: SessionClient> Pool<C> {
     /// returns `true` to one caller.
     pub(crate) fn prunes(&self, ledger: &Ledger) -> bool {
         let (now, pause) = (Instant::now(), ledger.kept_for() / 8);
-        let mut dates = lock(&self.shared.prune_at);
+        let mut dates = lock(&self.shared.calls.prune_at);
         let date = dates.entry(ledger.path()).or_insert_with(|| {
             // Pools that start together must not prune at the same time. But short-lived pools must prune as well, so a
             // few prune immediately.
             let at_once = self.next_seed().is_multiple_of(PRUNE_AT_ONCE);
-            if at_once { now } else { now + self.dialer.random_up_to(pause) }
+            if at_once { now } else { now + self.shared.dialer.random_up_to(pause) }
         });
         let due = *date <= now;
         if due {

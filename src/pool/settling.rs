@@ -47,7 +47,7 @@ pub(crate) struct SettleGuard<'a, C: SessionClient> {
 impl<'a, C: SessionClient> SettleGuard<'a, C> {
     /// Registers a commit that is being settled. Hold the result until it is settled.
     pub(crate) fn new(pool: &'a Pool<C>) -> Self {
-        let settlers = &pool.dialer.settlers;
+        let settlers = &pool.shared.dialer.settlers;
         settlers.pending.fetch_add(1, Ordering::AcqRel);
         Self { pool, settlers }
     }

@@ -1,25 +1,34 @@
 //! What the calls of a pool share: their limits, and what is known about the newest primary and the ledgers.
 
-use std::sync::Mutex;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::Pool;
 use super::checkout_reports::CheckoutLimits;
 use super::closing::Closing;
+use super::dialer::Dialer;
 use super::lacking::Lacking;
 use super::pruning::PruneAt;
 use super::signing::SignatureCache;
+use super::{Pool, Source};
 use crate::commit::{Guarantee, Nonce};
 use crate::observe::Observer;
 use crate::retry::{RetryBudget, RetryPolicy};
 use crate::server::SessionClient;
 use crate::topology::{GenerationId, Suspicion};
 
-pub(super) struct Shared {
+/// What all clones of a pool have in common. One pointer to it is cheaper to clone than several.
+pub(super) struct Shared<C: SessionClient> {
+    pub(super) source: Source<C>,
+    pub(super) dialer: Arc<Dialer<C>>,
+    pub(super) calls: CallState,
+}
+
+/// What the calls of a pool have in common.
+pub(super) struct CallState {
     pub(super) checkout_timeout: Duration,
     pub(super) heartbeat: Duration,
     pub(super) retry: RetryPolicy,
@@ -39,26 +48,26 @@ pub(super) struct Shared {
 
 impl<C: SessionClient> Pool<C> {
     pub(crate) fn budget(&self) -> &RetryBudget {
-        &self.shared.budget
+        &self.shared.calls.budget
     }
 
     pub(crate) fn guarantee(&self) -> &Guarantee {
-        &self.shared.guarantee
+        &self.shared.calls.guarantee
     }
 
     /// Returns whether BEGIN may travel with the first statement of a transaction.
     pub(crate) fn begins_with_first_statement(&self) -> bool {
-        self.shared.begin_with_first_statement
+        self.shared.calls.begin_with_first_statement
     }
 
     /// How long a caller waits for a connection by default.
     pub(crate) fn checkout_timeout(&self) -> Duration {
-        self.shared.checkout_timeout
+        self.shared.calls.checkout_timeout
     }
 
     /// The time limit for opening a session.
     pub(crate) fn opens_within(&self) -> Duration {
-        self.dialer.open_timeout
+        self.shared.dialer.open_timeout
     }
 
     /// The scope that ends when the pool is closed, or when its runtime ends.
@@ -68,30 +77,30 @@ impl<C: SessionClient> Pool<C> {
 
     /// Pause between two heartbeats.
     pub(crate) fn heartbeat(&self) -> Duration {
-        self.shared.heartbeat
+        self.shared.calls.heartbeat
     }
 
     pub(crate) fn lacking(&self) -> &Lacking {
-        &self.shared.lacking
+        &self.shared.calls.lacking
     }
 
     pub(crate) fn signatures(&self) -> &SignatureCache {
-        &self.shared.signatures
+        &self.shared.calls.signatures
     }
 
     /// A nonce for the mark of one transaction.
     pub(crate) fn next_nonce(&self) -> Nonce {
-        self.dialer.next_nonce()
+        self.shared.dialer.next_nonce()
     }
 
     /// A seed for the jitter of one call.
     pub(crate) fn next_seed(&self) -> u64 {
-        self.dialer.next_seed()
+        self.shared.dialer.next_seed()
     }
 
     /// The runtime of the pool's tasks.
     pub(crate) fn runtime(&self) -> &Handle {
-        self.dialer.queue.runtime()
+        self.shared.dialer.queue.runtime()
     }
 
     pub(crate) fn observer(&self) -> &Observer {

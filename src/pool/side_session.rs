@@ -22,14 +22,14 @@ impl<C: SessionClient> Pool<C> {
     /// Opens a session outside the pool. Waits for a primary without a limit of its own. Cancel-safe.
     pub(crate) async fn side_session(&self) -> Result<SideSession<C>, Error> {
         let wanting = self.cluster().want();
-        let (session, generation) = self.dialer.session().await?;
+        let (session, generation) = self.shared.dialer.session().await?;
         Ok(SideSession { session, generation, _wanting: wanting })
     }
 
     /// Returns how long a caller waits for a session outside the pool. Fails immediately if it cannot get one: from a
     /// wrapped pool, whose manager drives its sessions itself, or after the pool's end.
     pub(crate) fn beside_within(&self) -> Result<Duration, Error> {
-        if matches!(self.source, Source::Wrapped(_)) {
+        if matches!(self.shared.source, Source::Wrapped(_)) {
             return Err(Error::Wrapped);
         }
         self.is_open()?;

@@ -36,11 +36,11 @@ impl<C: SessionClient> Pool<C> {
     /// ```
     pub fn resize(&self, max_size: usize) -> Result<(), BuildError> {
         usable_size(max_size)?;
-        let _one_at_a_time = lock(&self.shared.resizing);
+        let _one_at_a_time = lock(&self.shared.calls.resizing);
         if self.cluster().is_closed() {
             return Ok(());
         }
-        let min_idle = match &self.source {
+        let min_idle = match &self.shared.source {
             Source::Own(inner) => self.resize_own(inner, max_size)?,
             Source::Wrapped(wrapped) => {
                 wrapped.existing.resize(max_size)?;
@@ -57,12 +57,12 @@ impl<C: SessionClient> Pool<C> {
     }
 
     fn resize_own(&self, inner: &managed::Pool<Manager<C>>, max_size: usize) -> Result<usize, BuildError> {
-        let min_idle = self.dialer.queue.min_idle();
+        let min_idle = self.shared.dialer.queue.min_idle();
         if min_idle > max_size {
             let problem = format!("{max_size} is less than min_idle, {min_idle}; a pool keeps its min_idle for life");
             return Err(BuildError::invalid("max_size", problem));
         }
-        self.dialer.queue.resize(max_size);
+        self.shared.dialer.queue.resize(max_size);
         inner.resize(max_size);
         Ok(min_idle)
     }
@@ -82,7 +82,7 @@ impl<C: SessionClient> Pool<C> {
     /// # }
     /// ```
     pub fn evict_idle(&self) -> usize {
-        let closed = match &self.source {
+        let closed = match &self.shared.source {
             Source::Own(_) => self.evict_own(),
             Source::Wrapped(wrapped) => wrapped.existing.evict_idle(),
         };
@@ -94,7 +94,7 @@ impl<C: SessionClient> Pool<C> {
         // The session that proved the primary is as old as the others.
         drop(self.cluster().current().and_then(|generation| generation.take_spare()));
         // Before the idle ones are taken out, so that what is on its way back to them meanwhile is closed as well.
-        self.dialer.queue.evict();
-        self.dialer.queue.take_silent(u64::MAX).len()
+        self.shared.dialer.queue.evict();
+        self.shared.dialer.queue.take_silent(u64::MAX).len()
     }
 }

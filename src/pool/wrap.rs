@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::dialer::Dialer;
 use super::fetches::Wrapped;
 use super::options::{Options, checked, seed_or_random, setters};
+use super::shared::Shared;
 use super::wrapped_pool::{Existing, WrappedPool};
 use super::{Pool, Source};
 use crate::cluster::{Cluster, Setup};
@@ -109,7 +110,7 @@ impl<C: SessionClient> WrapBuilder<C> {
     pub fn build(self) -> Result<Pool<C>, BuildError> {
         let Self { existing, options: Options { calls, mut settings, pool_name, seed } } = self;
         checked(&mut settings)?;
-        let shared = calls.shared(&settings)?;
+        let calls = calls.state(&settings)?;
         let runtime = Handle::current();
         existing.start(runtime.clone());
         let seed = seed_or_random(seed);
@@ -132,7 +133,7 @@ impl<C: SessionClient> WrapBuilder<C> {
         tokio::spawn(evict(Arc::clone(&existing) as Arc<dyn WrappedPool<C>>, cluster.watch()));
         let source = Source::Wrapped(Arc::new(Wrapped::new(Arc::clone(&existing) as _)));
         let dialer = Arc::new(Dialer::new(cluster, existing, open_timeout, seed, runtime));
-        Ok(Pool { source, dialer, shared })
+        Ok(Pool { shared: Arc::new(Shared { source, dialer, calls }) })
     }
 }
 

@@ -12,6 +12,7 @@ use super::super::dialer::Dialer;
 use super::super::idle::{Idle, IdleTask};
 use super::super::options::{checked, not_zero, resolver, seed_or_random, usable_size};
 use super::super::security::{make_opener, plain_opener};
+use super::super::shared::Shared;
 use super::super::{Manager, Pool, Source};
 use super::PoolBuilder;
 use crate::cluster::{Cluster, Setup};
@@ -31,7 +32,7 @@ impl PoolBuilder {
         }
         not_zero("idle_timeout", self.idle.timeout)?;
         let idle = Idle { timeout: self.idle.timeout.min(FAR), ..self.idle };
-        let shared = self.options.calls.clone().shared(&self.options.settings)?;
+        let calls = self.options.calls.clone().state(&self.options.settings)?;
         let manager = Self { knows_checkouts: true, ..self }.build_manager()?;
         let dialer = Arc::clone(&manager.dialer);
         dialer.cluster.observer().sized(max_size, idle.min);
@@ -47,7 +48,7 @@ impl PoolBuilder {
             end: dialer.cluster.scope().clone(),
         };
         tokio::spawn(keeper.run());
-        Ok(Pool { source: Source::Own(inner), dialer, shared })
+        Ok(Pool { shared: Arc::new(Shared { source: Source::Own(inner), dialer, calls }) })
     }
 
     /// Creates only the manager, for a deadpool pool built by hand. `max_size`, `checkout_timeout`, `min_idle`,

@@ -86,7 +86,7 @@ impl<C: SessionClient> Detached<C> {
     #[must_use]
     pub fn cancel_token(&self) -> CancelToken {
         let token = tokio_postgres::Client::cancel_token(self);
-        CancelToken::new(&self.pool.dialer.opener, self.own().facts().endpoint.clone(), token)
+        CancelToken::new(&self.pool.shared.dialer.opener, self.own().facts().endpoint.clone(), token)
     }
 
     #[expect(clippy::expect_used, reason = "it is made of a client, which holds its connection")]
@@ -122,7 +122,7 @@ impl<C: SessionClient> Drop for Detached<C> {
         // If the pool was closed, the server may still be running something for this session.
         let reachable = !connection.is_closed() || self.pool.cluster().is_closed();
         if reachable && connection.activity().may_be_busy() {
-            self.pool.dialer.cancel_running(connection, connection.facts());
+            self.pool.shared.dialer.cancel_running(connection, connection.facts());
         }
     }
 }
