@@ -307,6 +307,12 @@ impl<C: SessionClient> Cluster<C> {
         self.snapshot.borrow().generation.clone()
     }
 
+    /// Returns since when the current generation has been the current one without a break, if there is one.
+    pub(crate) fn primary_since(&self) -> Option<Instant> {
+        let now = self.snapshot.borrow();
+        now.generation.as_ref().map(|_| now.view.changed.at)
+    }
+
     /// Returns whether the task sleeps or is falling asleep. Call this after [`Self::check_out`].
     pub(crate) fn is_asleep(&self) -> bool {
         self.shared.asleep.load(Ordering::SeqCst)

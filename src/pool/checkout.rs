@@ -7,7 +7,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use deadpool::managed::{self, PoolError};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::checkout_reports::CallSite;
 use super::client::CheckedOut;
@@ -20,6 +20,9 @@ use crate::topology::FailureKind;
 
 /// The settings of deadpool with which `get` does not wait for a free slot.
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
+
+/// A wait that is no longer than this needs nothing but a timer. Only a longer one notices that the pool is being closed.
+const BRIEF_WAIT: Duration = Duration::from_millis(5);
 
 /// How long an idle connection may take to be handed out. It may be tested first.
 const IDLE_WITHIN: Duration = Duration::from_secs(1);
@@ -56,51 +59,62 @@ impl<C: SessionClient> Pool<C> {
         }
         let (began, deadline) = (Instant::now(), deadline());
         let deadline = if planted!("waits beyond deadlines") { deadline + Duration::from_millis(50) } else { deadline };
-        let checkout = async {
-            match in_use {
-                Some(longest) if began + longest < deadline => self.free_within(longest, checkout).await,
-                _ => Some(checkout.await),
+        let brief = timeout_at(deadline.min(began + BRIEF_WAIT), checkout.as_mut()).await;
+        let waited = if let Ok(checked_out) = brief {
+            Ok(checked_out)
+        } else {
+            tokio::select! {
+                biased;
+                waited = self.wait_for(checkout, (began, deadline), in_use, limit) => waited,
+                () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
             }
-        };
-        let waited = tokio::select! {
-            biased;
-            waited = timeout_at(deadline, checkout) => waited,
-            () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
         };
         self.waited(began, place);
         let checked_out = match waited {
-            Ok(Some(checked_out)) => checked_out,
-            ended => {
+            Ok(checked_out) => checked_out,
+            Err(limit) => {
                 waits.timed_out();
-                // `Ok(None)`: the limit for a primary whose connections are all in use has ended the wait.
-                return Err(self.unavailable(began, if ended.is_ok() { CHECKOUT_TIMEOUT } else { limit }));
+                return Err(self.unavailable(began, limit));
             }
         };
         waits.ended(&checked_out);
         checked_out
     }
 
-    /// Waits for the checkout. `None`: there was a primary for this long, and all connections were in use.
-    async fn free_within<T>(&self, longest: Duration, mut checkout: Pin<&mut impl Future<Output = T>>) -> Option<T> {
+    /// Waits for the checkout, from `began` until `deadline`. While there is a primary, it waits no longer than `in_use`
+    /// for a connection that others use. `Err`: the name of the setting that has ended the wait.
+    async fn wait_for<T>(
+        &self,
+        mut checkout: Pin<&mut impl Future<Output = T>>,
+        (began, deadline): (Instant, Instant),
+        in_use: Option<Duration>,
+        limit: &'static str,
+    ) -> Result<T, &'static str> {
+        // Nearly every wait ends before the first limit, so one timer will do until then.
+        let mut until = in_use.map_or(deadline, |longest| deadline.min(began + longest));
         loop {
-            let generation = tokio::select! {
-                biased;
-                checked_out = checkout.as_mut() => return Some(checked_out),
-                generation = self.cluster().primary() => generation,
-            };
-            // The checkout reports why there is no primary.
-            let Ok(generation) = generation else { return Some(checkout.await) };
-            tokio::select! {
-                biased;
-                checked_out = checkout.as_mut() => return Some(checked_out),
-                () = self.cluster().left(generation.primary.id) => {}
-                () = sleep(longest) => {
-                    let managed::Status { size, max_size, .. } = self.shared.source.status();
-                    if size >= max_size {
-                        return None;
+            if let Ok(checked_out) = timeout_at(until, checkout.as_mut()).await {
+                return Ok(checked_out);
+            }
+            let Some(longest) = in_use.filter(|_| until < deadline) else { return Err(limit) };
+            let Some(since) = self.cluster().primary_since() else {
+                tokio::select! {
+                    biased;
+                    checked_out = checkout.as_mut() => return Ok(checked_out),
+                    // If there will be none, the checkout reports why.
+                    found = timeout_at(deadline, self.cluster().primary()) => {
+                        until = if matches!(found, Ok(Ok(_))) { Instant::now() } else { deadline };
                     }
                 }
-            }
+                continue;
+            };
+            let managed::Status { size, max_size, .. } = self.shared.source.status();
+            let full_until = since.max(began) + longest;
+            until = match Instant::now() {
+                now if now < full_until => deadline.min(full_until),
+                _ if size >= max_size => return Err(CHECKOUT_TIMEOUT),
+                now => deadline.min(now + longest),
+            };
         }
     }
 
