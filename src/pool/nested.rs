@@ -31,13 +31,13 @@ impl<C: SessionClient> Pool<C> {
     /// Returns whether the transactions around this call hold all connections. Then no connection can become free while
     /// this call waits.
     pub(super) fn is_held_by_caller(&self) -> bool {
-        let max_size = self.shared.source.status().max_size;
         let held = |innermost: &Holder| {
             let holders = std::iter::successors(Some(innermost), |holder| holder.outer.as_deref());
-            holders.filter(|holder| holder.pool == self.address()).count() >= max_size
+            let held = holders.filter(|holder| holder.pool == self.address()).count();
+            // The owner of a wrapped pool that is closed has set its size to 0.
+            held > 0 && (1..=held).contains(&self.shared.source.status().max_size)
         };
-        // The owner of a wrapped pool that is closed has set it to 0.
-        max_size > 0 && INNERMOST.try_with(held).unwrap_or(false)
+        INNERMOST.try_with(held).unwrap_or(false)
     }
 
     /// Returns whether this is called within a transaction of this pool.

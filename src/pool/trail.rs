@@ -108,7 +108,11 @@ impl Trail {
     /// Call this when somebody gets the connection.
     pub(super) fn check_out(&self, client: &tokio_postgres::Client) {
         let forgotten = self.freshen(client);
-        let checked_out = self.checked_out.swap(true, Ordering::Relaxed);
+        // One caller at a time has the connection.
+        let checked_out = self.checked_out.load(Ordering::Relaxed);
+        if !checked_out {
+            self.checked_out.store(true, Ordering::Relaxed);
+        }
         self.old_types.store(checked_out && !forgotten, Ordering::Relaxed);
     }
 
@@ -119,7 +123,7 @@ impl Trail {
 
     /// Call this before the session is used again. Returns whether the driver has forgotten its types.
     pub(super) fn freshen(&self, client: &tokio_postgres::Client) -> bool {
-        let forgets = self.forget_types.swap(false, Ordering::AcqRel);
+        let forgets = self.forget_types.load(Ordering::Acquire) && self.forget_types.swap(false, Ordering::AcqRel);
         if forgets {
             client.clear_type_cache();
         }
