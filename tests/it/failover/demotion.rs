@@ -263,18 +263,17 @@ async fn fence_of_the_database_without_a_successor() {
     fenced_alone(async |cluster, on| cluster.set_database_read_only(Node(0), on).await).await;
 }
 
-/// Leads the second connection over a path of its own: the first one is the caller's, the second one the heartbeat's.
+/// Leads the connections that are opened while `on` is set over a path of their own.
 struct Detour {
     path: SocketAddr,
-    opened: AtomicUsize,
+    on: Arc<AtomicBool>,
 }
 
 impl Connect for Detour {
     fn connect<'a>(&'a self, endpoint: &'a Endpoint) -> Connecting<'a> {
         Box::pin(async move {
             let Address::Tcp(direct) = endpoint.address else { panic!("{endpoint}") };
-            let is_second = self.opened.fetch_add(1, Ordering::SeqCst) == 1;
-            let to = if is_second { self.path } else { direct };
+            let to = if self.on.load(Ordering::SeqCst) { self.path } else { direct };
             Ok(Box::new(TcpStream::connect(to).await?) as Box<dyn ByteStream>)
         })
     }
@@ -286,7 +285,8 @@ impl Connect for Detour {
 async fn fence_is_seen_although_the_heart_beats_session_is_dead() {
     let cluster = Cluster::builder().nodes(1).start().await;
     let path = Path::start((cluster.spare_addr(0), 0).into(), cluster.socket_addr(Node(0))).await;
-    let detour = Detour { path: path.addr(), opened: AtomicUsize::new(0) };
+    let on = Arc::new(AtomicBool::new(false));
+    let detour = Detour { path: path.addr(), on: Arc::clone(&on) };
     let pool = by_url(format!("postgres://app@{}/app", cluster.socket_addr(Node(0))))
         .connector(detour)
         .max_size(1)
@@ -296,7 +296,14 @@ async fn fence_is_seen_although_the_heart_beats_session_is_dead() {
         .build()
         .unwrap();
     let client = pool.get().await.unwrap();
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    // Each session but the caller's is opened again, on the path.
+    on.store(true, Ordering::SeqCst);
+    let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app' AND pid <> $1";
+    cluster.direct(Node(0)).await.execute(others, &[&pid]).await.unwrap();
     heart_beats(&cluster).await;
+    assert!(path.accepted() > 0, "the heartbeat is on the path");
+    on.store(false, Ordering::SeqCst);
     path.vanish();
     let caller = tokio::spawn(async move {
         let mut answers = 0_u32;
