@@ -29,8 +29,9 @@ bench-docs: ## Renew BENCHMARKS.md and docs/bench from the results in target/ben
 	@cargo run --release --quiet --package failover-bench --bin failover-bench -- docs
 	RENEW=1 cargo test --quiet --test documents picture
 
-test: setup ## Run every test against real servers
+test: setup ## Run every test against real servers, and a minute of the simulation
 	@bash scripts/test.sh
+	@SEEDS=1000000 LIMIT=60 sh scripts/sim.sh run
 
 soak: setup ## Random faults under load, held against what is stored (MINUTES=5, FAILOVERS=100, SEED=...)
 	cargo test --release --all-features --test soak
@@ -52,11 +53,10 @@ test-managers: setup-managers ## One round of the most important trials with Pat
 setup-managers:
 	@sh scripts/setup.sh managers
 
-test-long: test ## All tests, what the compiler says of a migration, a minute of the simulation, five minutes of the soak, and a tenth of the proof
+test-long: test ## All tests, what the compiler says of a migration, five minutes of the soak, and a tenth of the proof
 	cargo test --package failover-migration -- --ignored
 	MINUTES=5 cargo test --release --all-features --test soak
 	CUTS=200 FAILOVERS=20 ASYNC=10 cargo test --release --all-features --test exactly_once
-	SEEDS=1000000 LIMIT=60 sh scripts/sim.sh run
 
 VERSIONS ?= 13 14 16 17 18
 
