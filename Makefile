@@ -1,6 +1,6 @@
 # The commands of this project; the continuous integration calls the same ones.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions soak exactly-once managers test-managers model fuzz lint features api size package sim sim-mutants sim-long sim-reality
+.PHONY: help setup setup-managers demo web picture bench bench-report bench-docs test test-long test-versions test-versions-short soak exactly-once managers test-managers model fuzz lint features api size package sim sim-mutants sim-long sim-reality
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,7 +46,7 @@ model: ## The rule of settling against random histories of a modelled cluster (H
 	HISTORIES=$${HISTORIES:-1000000} cargo test --release --all-features --lib a_search_finds_naive_rules -- --nocapture
 
 test-managers: setup-managers ## One round of the most important trials with Patroni, etcd and repmgr; the web service with Patroni
-	cargo test --all-features --test managers -- --ignored short::
+	@bash scripts/test.sh --test managers -- --ignored short::
 	cargo build --all-features --example patroni
 	cargo test --all-features --test failover -- --ignored patroni::
 
@@ -62,6 +62,9 @@ VERSIONS ?= 13 14 16 17 18
 
 test-versions: setup ## Every test against other PostgreSQL servers, which it fetches (VERSIONS="13 14 16 17 18" SUITES="it testbed" TESTS="settle:: tls::", RECORD=1)
 	@sh scripts/versions.sh $(VERSIONS)
+
+test-versions-short: setup ## Settling, failovers, transactions and TLS on the oldest and the newest server; what cannot be fetched is skipped
+	@sh scripts/versions-short.sh 13 18
 
 SECONDS ?= 600
 TARGETS ?= lsn wal_file_name probe_answer connection_string password

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs every test. The tests play failovers in real time, and a shared machine may stall in the middle of one: so a test that
-# failed runs once more by itself. If it passes then, it is told as FLAKY, which is a fault of the test. If it fails again, or
-# more than MOST failed, or a program of tests did not come to its end, the run has failed.
+# Runs every test, or those that cargo's words after the script choose: test.sh --test it -- settle::
+# The tests play failovers in real time, and a shared machine may stall in the middle of one: so a test that failed runs
+# once more by itself. If it passes then, it is told as FLAKY, which is a fault of the test. If it fails again, or more
+# than MOST failed, or a program of tests did not come to its end, the run has failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MOST=3
@@ -10,7 +11,7 @@ export RUST_TEST_THREADS=${RUST_TEST_THREADS:-3}
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-cargo test --all-features --no-fail-fast 2>&1 | tee "$log" && exit 0
+cargo test --all-features --no-fail-fast "$@" 2>&1 | tee "$log" && exit 0
 
 mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED.*/\1/p' "$log")
 mapfile -t targets < <(sed -n 's/^    `\(-.*\)`$/\1/p' "$log")
@@ -32,6 +33,6 @@ mapfile -t programs < <(awk "$programs" "$log")
 for line in "${programs[@]}"; do
     package=${line%% *} program=$(realpath "${line#* }")
     folder=$(cargo pkgid --offline -p "$package" | sed 's|^path+file://||; s|#.*||')
-    (cd "$folder" && CARGO_MANIFEST_DIR=$folder "$program" --exact "${failed[@]}") 2>&1
+    (cd "$folder" && CARGO_MANIFEST_DIR=$folder "$program" --include-ignored --exact "${failed[@]}") 2>&1
 done
 printf 'test.sh: FLAKY, passed when it ran by itself: %s\n' "${failed[@]}"
