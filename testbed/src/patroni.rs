@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 use tokio_postgres::{Client, Config, NoTls};
 
 use crate::cluster::{Node, ended};
@@ -302,8 +303,10 @@ impl Patroni {
 
     async fn leader_among(&self, nodes: &[Node]) -> Node {
         until("Patroni has a leader", PATIENCE, || async {
+            // Patroni calls a server a primary as soon as it has told it to promote.
+            let sql = "SELECT count(*) WHERE NOT pg_is_in_recovery()";
             match self.leaders(nodes).await[..] {
-                [leader] => Ok(leader),
+                [leader] if self.number(leader, sql).await == Some(1) => Ok(leader),
                 _ => Err(self.state().await),
             }
         })
@@ -342,8 +345,9 @@ impl Patroni {
 
     /// The one number that a query gives, unless anything fails.
     async fn number(&self, node: Node, sql: &str) -> Option<i64> {
-        let session = self.try_direct(node).await.ok()?;
-        session.query_one(sql, &[]).await.ok()?.try_get(0).ok()
+        let answer = async { self.try_direct(node).await?.query_one(sql, &[]).await?.try_get(0) };
+        // A frozen server takes connections and answers nothing.
+        timeout(ANSWER, answer).await.ok()?.ok()
     }
 
     /// What each node says of all, for an error's text.
