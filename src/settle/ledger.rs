@@ -243,7 +243,9 @@ impl Ledger {
     }
 
     fn until(&self) -> String {
-        format!("pg_catalog.now() OPERATOR(pg_catalog.+) interval '{} seconds'", self.kept_for().as_secs())
+        // The fields of an interval that is written as a text end at 2^31 before PostgreSQL 15.
+        let kept = format!("pg_catalog.make_interval(secs => {})", self.kept_for().as_secs());
+        format!("pg_catalog.now() OPERATOR(pg_catalog.+) {kept}")
     }
 
     pub(crate) fn path(&self) -> String {

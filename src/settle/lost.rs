@@ -47,9 +47,10 @@ impl Whose {
             }
             Self::Unmarked(session, began) => {
                 let (pid, started_at, began) = (session.pid, session.epoch(), began.as_micros());
+                // As a text, a number of microseconds could not be larger than 2^31 before PostgreSQL 15.
                 format!(
                     "pid = {pid} AND round(extract(epoch FROM backend_start)::numeric, 6) = {started_at} \
-                     AND xact_start <= clock_timestamp() - interval '{began} microseconds'"
+                     AND xact_start <= clock_timestamp() - make_interval(secs => {began} / 1000000.0)"
                 )
             }
         }
