@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres_failover::view::State;
 use tokio_postgres_failover::{Manager, Pool, PoolBuilder, deadpool};
 
+use crate::sessions::versions::has_idle_session_timeout;
 use crate::support::PATIENCE;
 use crate::support::stalls::unless_stalled;
 
@@ -394,6 +395,9 @@ async fn a_zombie_that_the_name_led_to_before_the_sleep_is_not_believed() {
 #[tokio::test]
 async fn idle_connections_that_the_server_closes_keep_no_pool_awake() {
     let cluster = Cluster::builder().nodes(1).start().await;
+    if !has_idle_session_timeout(&cluster).await {
+        return;
+    }
     let direct = cluster.direct(Node(0)).await;
     direct.batch_execute("ALTER ROLE app SET idle_session_timeout = '200ms'").await.unwrap();
     let builder = Pool::builder(cluster.url_hosts()).unwrap().application_name("sleeper").min_idle(2);

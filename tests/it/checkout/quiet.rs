@@ -13,7 +13,7 @@ const TIMES: u64 = 25;
 const NEVER: Duration = Duration::from_secs(3600);
 
 struct Bench {
-    _cluster: Cluster,
+    cluster: Cluster,
     tap: Tap,
 }
 
@@ -21,7 +21,7 @@ impl Bench {
     async fn new() -> Self {
         let cluster = Cluster::builder().nodes(1).start().await;
         let tap = Tap::start(SocketAddr::new(cluster.spare_addr(0), 0), cluster.socket_addr(Node(0))).await;
-        Self { _cluster: cluster, tap }
+        Self { cluster, tap }
     }
 
     fn url(&self) -> String {
@@ -118,6 +118,7 @@ async fn a_transaction_takes_no_round_trip_more() {
             transaction.commit().await.unwrap();
         })
         .await;
+    let asks_for_fence = bench.cluster.version().await < 14;
     let ledger = Ledger::default();
     // The application's role owns the database.
     ledger.install(&client).await.unwrap();
@@ -132,6 +133,8 @@ async fn a_transaction_takes_no_round_trip_more() {
                     call.run(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
                 })
                 .await;
+            // Without a mark, a server that does not report a fence is asked for it after BEGIN.
+            let saved = if asks_for_fence && guarantee == Guarantee::AtLeastOnce && !reads { 0 } else { saved };
             assert_eq!(counts.round_trips + saved, drivers.round_trips, "{guarantee:?}: {counts:?} {drivers:?}");
             assert_eq!((counts.connections, counts.cancels), (0, 0));
         }
