@@ -9,6 +9,7 @@
 
 mod kept;
 mod scopes;
+mod snapshot;
 mod task;
 mod work;
 
@@ -28,6 +29,7 @@ use crate::topology::{
     Accept, Address, Answer, CandidateReport, Endpoint, FailureKind, GenerationId, Primary, ProbeFailure, RefusedLogIn,
     ServerReport, Settings, State, Suspicion, View,
 };
+pub(crate) use snapshot::Snapshot;
 use task::Task;
 
 /// On so many idle sessions the primary is asked at the same time at most.
@@ -121,15 +123,6 @@ impl<C: SessionClient> Generation<C> {
     pub(crate) fn trouble(&self) -> Option<ProbeFailure> {
         lock(&self.trouble).0.clone()
     }
-}
-
-/// What the task publishes: the view, and the generation whose connections may be handed out.
-pub(crate) struct Snapshot<C> {
-    pub(crate) view: View,
-    /// Set exactly while the view's state is [`State::Primary`].
-    pub(crate) generation: Option<Arc<Generation<C>>>,
-    /// When the question was sent whose answer shows that waiting does not help. `None` unless the view says so.
-    refused_as_of: Option<Instant>,
 }
 
 /// The candidates' last answers, which explain a failure.
@@ -309,8 +302,7 @@ impl<C: SessionClient> Cluster<C> {
 
     /// Returns since when the current generation has been the current one without a break, if there is one.
     pub(crate) fn primary_since(&self) -> Option<Instant> {
-        let now = self.snapshot.borrow();
-        now.generation.as_ref().map(|_| now.view.changed.at)
+        self.snapshot.borrow().since()
     }
 
     /// Returns whether the task sleeps or is falling asleep. Call this after [`Self::check_out`].

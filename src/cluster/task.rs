@@ -82,8 +82,7 @@ impl<C: SessionClient> Task<C> {
         let topology = Topology::new(setup.settings, setup.configured, setup.names.len(), setup.seed, now);
         let first = topology.view();
         let (view, views) = watch::channel(first.clone());
-        let (snapshot, snapshots) =
-            watch::channel(Arc::new(Snapshot { view: first, generation: None, refused_as_of: None }));
+        let (snapshot, snapshots) = watch::channel(Arc::new(Snapshot::first(first)));
         let task = Self {
             revision: topology.revision(),
             refused_as_of: None,
@@ -469,7 +468,8 @@ impl<C: SessionClient> Task<C> {
         let current = generation.as_ref().map_or_else(GenerationId::default, |generation| generation.primary.id);
         // Store this before the snapshot, so that callers woken by the snapshot read the same value here.
         self.shared.current.store(current.get(), Ordering::Release);
-        self.snapshot.send_replace(Arc::new(Snapshot { view, generation, refused_as_of: self.refused_as_of }));
+        let next = self.snapshot.borrow().next(view, generation, self.refused_as_of);
+        self.snapshot.send_replace(Arc::new(next));
     }
 
     /// Copies the span of the search. Copying calls the program's log. If that panics, the work goes on without a span.
