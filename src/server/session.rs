@@ -4,19 +4,18 @@ use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use deadpool_postgres::ClientWrapper;
 use futures_util::future::BoxFuture;
-use futures_util::task::AtomicWaker;
 use tokio::task::AbortHandle;
 use tokio_postgres::{Client, Error};
 
 use super::{Activity, Notices, Scope};
 use crate::classify::explain;
-use crate::sync::log_safely;
+use crate::sync::{lock, log_safely};
 
 /// Reads and writes the socket of one session until it ends.
 pub(super) type Driver = BoxFuture<'static, Result<(), Error>>;
@@ -124,7 +123,7 @@ pub(super) async fn drive_until_end(
     let at_the_end = AtTheEnd(Arc::clone(notices));
     notices.end().driven();
     let activity = &notices.activity;
-    let scope_waker = Arc::new(ScopeWaker { rung: AtomicBool::new(true), driver: AtomicWaker::new() });
+    let scope_waker = Arc::new(ScopeWaker { rung: AtomicBool::new(true), driver: Mutex::new(Waker::noop().clone()) });
     let waker = Waker::from(Arc::clone(&scope_waker));
     let mut counted = Counted::waker(activity, Waker::noop());
     let mut task = Waker::noop().clone();
@@ -136,12 +135,9 @@ pub(super) async fn drive_until_end(
         if !task.will_wake(context.waker()) {
             task.clone_from(context.waker());
             counted = Counted::waker(activity, &task);
-            scope_waker.driver.register(&task);
+            lock(&scope_waker.driver).clone_from(&task);
         }
-        if scope_waker.rung.load(Ordering::Acquire) {
-            // Waking has taken the waker. What rings from here on wakes this task again.
-            scope_waker.driver.register(&task);
-            scope_waker.rung.swap(false, Ordering::AcqRel);
+        if scope_waker.rung.load(Ordering::Acquire) && scope_waker.rung.swap(false, Ordering::AcqRel) {
             let mut context = Context::from_waker(&waker);
             if abandoned.as_mut().poll(&mut context).is_ready() {
                 return Poll::Ready(Ok(()));
@@ -197,12 +193,42 @@ impl Wake for Counted {
 /// received.
 struct ScopeWaker {
     rung: AtomicBool,
-    driver: AtomicWaker,
+    /// It stays here when it is used, because a scope may ring twice before the driver has looked.
+    driver: Mutex<Waker>,
 }
 
 impl Wake for ScopeWaker {
     fn wake(self: Arc<Self>) {
         self.rung.store(true, Ordering::Release);
-        self.driver.wake();
+        // Waking may run the task at once, so release the lock first.
+        let driver = lock(&self.driver).clone();
+        driver.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicU32);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The end of a scope and its abandonment may come before the driver has looked, and while it looks.
+    #[test]
+    fn each_ring_wakes_the_driver() {
+        let woken = Arc::new(Woken::default());
+        let driver = Mutex::new(Waker::from(Arc::clone(&woken)));
+        let waker = Waker::from(Arc::new(ScopeWaker { rung: AtomicBool::new(false), driver }));
+        waker.wake_by_ref();
+        waker.wake_by_ref();
+        assert_eq!(woken.0.load(Ordering::SeqCst), 2);
     }
 }

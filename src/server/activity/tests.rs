@@ -3,6 +3,7 @@
 mod ends;
 
 use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::commits::{Ends, Statements};
 use super::messages::ROLLBACK;
@@ -179,7 +180,54 @@ proptest! {
             prop_assert_eq!(whole.counts.end, pieces.counts.end);
         }
     }
+
+    /// The same for whole messages of every kind, most of which are skipped in one step if they come whole.
+    #[test]
+    fn cuts_of_messages_change_nothing(
+        messages in proptest::collection::vec((select(LETTERS), select(BODIES)), 0..30),
+        cut in 1..40_usize,
+    ) {
+        let bytes: Vec<u8> = messages.iter().flat_map(|(letter, body)| message(*letter, body)).collect();
+        let (mut whole, mut pieces) = (Counter::new(false), Counter::new(false));
+        for (counter, cut) in [(&mut whole, bytes.len().max(1)), (&mut pieces, cut)] {
+            counter.sent(&message(b'p', b"start"));
+            bytes.chunks(cut).for_each(|piece| counter.sent(piece));
+            bytes.chunks(cut).for_each(|piece| { counter.received(piece); });
+            counter.drained();
+        }
+        let seen = |counter: &Counter| {
+            let counts = &counter.counts;
+            (counter.flags(), counter.is_all_answered(), counts.unanswered(), counts.end, counts.read_only)
+        };
+        prop_assert_eq!(seen(&whole), seen(&pieces));
+        let seen = |counter: &Counter| {
+            let counts = &counter.counts;
+            (counts.pools_commit, counts.last_commit, counts.pid, counts.rolled_back_unseen, counts.deallocated)
+        };
+        prop_assert_eq!(seen(&whole), seen(&pieces));
+    }
 }
+
+/// The letters of messages in both directions, and one that no message has.
+const LETTERS: &[u8] = b"BCDEFGHIKNPQRSTXZcdnpst123~";
+
+const BODIES: &[&[u8]] = &[
+    b"",
+    b"I",
+    b"T",
+    b"E",
+    b"S1\0",
+    b"\0S1\0",
+    b"\0\0",
+    b"S1\0COMMIT\0\0\0",
+    b"COMMIT\0",
+    b"ROLLBACK\0",
+    b"PREPARE TRANSACTION\0",
+    b"DEALLOCATE ALL\0",
+    b"default_transaction_read_only\0on\0",
+    b"SET LOCAL client_min_messages = warning; COMMIT\0",
+    &[0, 0, 1, 2, 3, 4, 5, 6],
+];
 
 /// Texts, and whether they commit.
 const TEXTS: &[(&str, bool)] = &[
