@@ -59,13 +59,14 @@ impl<C: SessionClient> Pool<C> {
         }
         let (began, deadline) = (Instant::now(), deadline());
         let deadline = if planted!("waits beyond deadlines") { deadline + Duration::from_millis(50) } else { deadline };
-        let brief = timeout_at(deadline.min(began + BRIEF_WAIT), checkout.as_mut()).await;
-        let waited = if let Ok(checked_out) = brief {
+        // While there is a primary, no connection is waited for beyond this.
+        let full = in_use.map_or(deadline, |longest| deadline.min(began + longest));
+        let waited = if let Ok(checked_out) = timeout_at(full.min(began + BRIEF_WAIT), checkout.as_mut()).await {
             Ok(checked_out)
         } else {
             tokio::select! {
                 biased;
-                waited = self.wait_for(checkout, (began, deadline), in_use, limit) => waited,
+                waited = self.wait_for(checkout, (began, full, deadline), in_use, limit) => waited,
                 () = self.turns_away(in_use.is_some()) => return Err(Error::without_primary(self.cluster().ended())),
             }
         };
@@ -82,16 +83,17 @@ impl<C: SessionClient> Pool<C> {
     }
 
     /// Waits for the checkout, from `began` until `deadline`. While there is a primary, it waits no longer than `in_use`
-    /// for a connection that others use. `Err`: the name of the setting that has ended the wait.
+    /// for a connection that others use, and so until `full` at first. `Err`: the name of the setting that has ended the
+    /// wait.
     async fn wait_for<T>(
         &self,
         mut checkout: Pin<&mut impl Future<Output = T>>,
-        (began, deadline): (Instant, Instant),
+        (began, full, deadline): (Instant, Instant, Instant),
         in_use: Option<Duration>,
         limit: &'static str,
     ) -> Result<T, &'static str> {
         // Nearly every wait ends before the first limit, so one timer will do until then.
-        let mut until = in_use.map_or(deadline, |longest| deadline.min(began + longest));
+        let mut until = full;
         loop {
             if let Ok(checked_out) = timeout_at(until, checkout.as_mut()).await {
                 return Ok(checked_out);
