@@ -24,6 +24,7 @@ fi
 # Documentation is no matter of time.
 case "${targets[*]}" in *--doc*) exit 1 ;; esac
 
+case " $* " in *" --ignored "*) ignored=--ignored ;; *) ignored= ;; esac
 echo "test.sh: once more, by themselves: ${failed[*]}"
 # The programs that were built. For one of them alone, cargo would choose other features and build everything anew.
 programs='
@@ -33,6 +34,6 @@ mapfile -t programs < <(awk "$programs" "$log")
 for line in "${programs[@]}"; do
     package=${line%% *} program=$(realpath "${line#* }")
     folder=$(cargo pkgid --offline -p "$package" | sed 's|^path+file://||; s|#.*||')
-    (cd "$folder" && CARGO_MANIFEST_DIR=$folder "$program" --include-ignored --exact "${failed[@]}") 2>&1
+    (cd "$folder" && CARGO_MANIFEST_DIR=$folder "$program" $ignored --exact "${failed[@]}") 2>&1
 done
 printf 'test.sh: FLAKY, passed when it ran by itself: %s\n' "${failed[@]}"

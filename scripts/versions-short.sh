@@ -4,13 +4,17 @@
 set -eu
 cd "$(dirname "$0")/.."
 tests=${TESTS:-settle:: failover:: transaction:: tls::}
-skipped=""
+failed=0
+said=$(mktemp)
+skipped=$(mktemp)
+trap 'rm -f "$said" "$skipped"' EXIT
 for version in "$@"; do
-    if sh scripts/servers.sh "$version"; then
-        # shellcheck disable=SC2086 # a list of words
-        PG_BIN=$PWD/target/pg/$version/bin bash scripts/test.sh --test it -- $tests
-    else
-        skipped="$skipped $version"
+    if ! sh scripts/servers.sh "$version" >"$said" 2>&1; then
+        echo "SKIPPED: nothing ran on PostgreSQL $version, which could not be made ready here: $(tail -1 "$said")" >>"$skipped"
+        continue
     fi
+    # shellcheck disable=SC2086 # a list of words
+    PG_BIN=$PWD/target/pg/$version/bin bash scripts/test.sh --test it -- $tests || failed=1
 done
-for version in $skipped; do echo "SKIPPED: PostgreSQL $version cannot be fetched here, so nothing ran on it."; done
+cat "$skipped"
+exit "$failed"
