@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 umask 022
 # A server that was made in another way than this file says now is made anew.
-RECIPE=1
+RECIPE=2
 
 # Where the servers lie. As root they run as the user postgres, who has to reach them.
 place() {
@@ -97,6 +97,8 @@ debian() {
         dpkg-deb --fsys-tarfile "$file" | tar -x -C "$folder" --keep-directory-symlink --no-same-owner || return 1
     done
     rm -rf "$state"
+    # It needs LLVM. Without this library the server does not try to compile.
+    rm -f "$folder/usr/lib/postgresql/$version/lib"/llvmjit.so
     # The link to it is absolute in older suites, and would lead to this machine's own.
     loader=$(find "$folder/lib" "$folder/usr/lib" -type f -name 'ld-*.so*' | head -1)
     [ -n "$loader" ] || fail "Debian's suite $suite has no loader" || return 1
