@@ -205,15 +205,17 @@ impl<C: SessionClient> Attempt<C> {
             return Some(RolledBack::HandleKept);
         }
         let client = self.client();
+        // A server that waits for COPY data swallows the next request. Before PostgreSQL 14 it then answers the COPY alone,
+        // and nothing shows that the answer to that request will never come.
+        if client.trail().has_misread() && !answers(client).await {
+            return Some(RolledBack::StreamKept);
+        }
         if self.do_answers_tell() && !all_is_answered(client).await {
             return Some(RolledBack::StreamKept);
         }
         // A statement may still run although its future was dropped, and COMMIT would wait for it beyond the limit.
         let waits = client.has_streamed() || (self.limit.is_some() && is_answering(client).await);
         if waits && !is_free(client).await {
-            return Some(RolledBack::StreamKept);
-        }
-        if client.trail().has_misread() && !answers(client).await {
             return Some(RolledBack::StreamKept);
         }
         None
