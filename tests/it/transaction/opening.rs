@@ -33,6 +33,12 @@ fn builder(addr: SocketAddr) -> PoolBuilder {
     builder.heartbeat_interval(NEVER).patrol_interval(NEVER)
 }
 
+/// Returns whether BEGIN travels. Up to 13 the server does not report a fence, so a BEGIN without a mark asks for it.
+async fn travels(cluster: &Cluster, guarantee: &Guarantee) -> bool {
+    let is_marked = matches!(guarantee, Guarantee::ExactlyOnce | Guarantee::Ledger(_));
+    is_marked || cluster.version().await >= 14
+}
+
 /// The pool's session has begun a transaction before, so the next BEGIN travels.
 async fn warm(pool: &Pool, guarantee: &Guarantee) {
     for _ in 0..2 {
@@ -49,9 +55,10 @@ async fn tap(cluster: &Cluster) -> Tap {
 async fn one_statement_takes_two_round_trips() {
     let cluster = with_ledger(single()).await;
     let tap = tap(&cluster).await;
-    for (together, round_trips) in [(true, 2), (false, 3)] {
+    for together in [true, false] {
         let pool = builder(tap.addr()).begin_with_first_statement(together).build().unwrap();
         for guarantee in guarantees() {
+            let round_trips = if together && travels(&cluster, &guarantee).await { 2 } else { 3 };
             warm(&pool, &guarantee).await;
             tap.reset();
             let call = pool.build_transaction().guarantee(guarantee.clone());
@@ -75,15 +82,14 @@ async fn one_statement_takes_two_round_trips() {
             tap.reset();
             let call = pool.build_transaction().guarantee(guarantee.clone());
             call.run(async |_| Err::<(), _>(Error::abort("no"))).await.unwrap_err();
-            let failing = if together { 1 } else { 2 };
-            assert_eq!(tap.counts().round_trips, failing, "a closure that only fails: {guarantee:?} {together}");
+            assert_eq!(tap.counts().round_trips, round_trips - 1, "a closure that only fails: {guarantee:?} {together}");
             let session = "INSERT INTO entries VALUES (3)";
             pool.get().await.unwrap().batch_execute(session).await.unwrap();
             assert_eq!(tap.counts().connections, 0, "its session is kept: {guarantee:?} {together}");
         }
         tap.reset();
         pool.read(async |tx| Ok(tx.batch_execute("SELECT 1").await?)).await.unwrap();
-        assert_eq!(tap.counts().round_trips, round_trips, "a read: {together}");
+        assert_eq!(tap.counts().round_trips, if together { 2 } else { 3 }, "a read: {together}");
     }
     assert_eq!(stored(&cluster).await, [[1; 8], [2; 8], [3; 8]].concat());
 }
@@ -275,6 +281,9 @@ async fn a_begin_that_fails_alone_lets_nothing_run() {
     let cluster = with_ledger(single()).await;
     let spoiler = Spoiler::start(&cluster).await;
     for guarantee in guarantees() {
+        if !travels(&cluster, &guarantee).await {
+            continue;
+        }
         for shape in SHAPES {
             for commits in [true, false] {
                 spoiler.spoils.store(false, Ordering::SeqCst);

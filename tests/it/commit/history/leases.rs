@@ -104,6 +104,7 @@ async fn a_leader_that_was_demoted_and_promoted_again_is_settled() {
     for (right, checkpointed) in MATRIX {
         for fate in [Fate::Done, Fate::Undelivered] {
             let case = Case::new(single(), right).await;
+            let version = case.bench.cluster.version().await;
             fate.prepare(&case.bench.cluster).await;
             let fault = async |scene: &Scene| {
                 scene.cluster.lose_and_regain_quorum().await;
@@ -112,7 +113,10 @@ async fn a_leader_that_was_demoted_and_promoted_again_is_settled() {
                 }
                 scene.assert_replayed(true).await;
             };
-            case.assert(fate.cut(), fault, fate.answer()).await;
+            // Before 15, statistics do not survive the demotion, which is a clean restart.
+            let is_proved = version >= 15 || right == Right::Function;
+            let answer = if is_proved { fate.answer() } else { Answer::Unknown(&[Unsettled::Restarted]) };
+            case.assert(fate.cut(), fault, answer).await;
         }
     }
 }
