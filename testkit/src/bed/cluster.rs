@@ -855,7 +855,9 @@ impl Cluster {
             if self.is_running(node) {
                 self.kill(node).await;
             }
-            fs::remove_dir_all(&data).expect("the old data folder");
+            // A process of the killed server may still write a file.
+            let removed = || async { fs::remove_dir_all(&data).map_err(|error| error.to_string()) };
+            until("the old data folder is removed", FOLLOW_PATIENCE, removed).await;
             let mut copy = self.server.command("pg_basebackup", &self.folder);
             copy.args(["--no-sync", "--checkpoint=fast", "--wal-method=stream", "--dbname"])
                 .arg(&source)
