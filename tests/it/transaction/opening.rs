@@ -82,7 +82,11 @@ async fn one_statement_takes_two_round_trips() {
             tap.reset();
             let call = pool.build_transaction().guarantee(guarantee.clone());
             call.run(async |_| Err::<(), _>(Error::abort("no"))).await.unwrap_err();
-            assert_eq!(tap.counts().round_trips, round_trips - 1, "a closure that only fails: {guarantee:?} {together}");
+            assert_eq!(
+                tap.counts().round_trips,
+                round_trips - 1,
+                "a closure that only fails: {guarantee:?} {together}"
+            );
             let session = "INSERT INTO entries VALUES (3)";
             pool.get().await.unwrap().batch_execute(session).await.unwrap();
             assert_eq!(tap.counts().connections, 0, "its session is kept: {guarantee:?} {together}");
