@@ -205,8 +205,8 @@ impl<C: SessionClient> Attempt<C> {
             return Some(RolledBack::HandleKept);
         }
         let client = self.client();
-        // A server that waits for COPY data swallows the next request. Before PostgreSQL 14 it then answers the COPY alone,
-        // and nothing shows that the answer to that request will never come.
+        // A server that waits for COPY data swallows the next request. Before PostgreSQL 14 it then answers the COPY
+        // alone, and nothing shows that the answer to that request will never come.
         if client.trail().has_misread() && !answers(client).await {
             return Some(RolledBack::StreamKept);
         }
