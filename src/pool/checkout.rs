@@ -21,7 +21,8 @@ use crate::topology::FailureKind;
 /// The settings of deadpool with which `get` does not wait for a free slot.
 const AT_ONCE: managed::Timeouts = managed::Timeouts { wait: Some(Duration::ZERO), create: None, recycle: None };
 
-/// A wait that is no longer than this needs nothing but a timer. Only a longer one notices that the pool is being closed.
+/// A wait that is no longer than this needs nothing but a timer. Only a longer one notices that the pool is being
+/// closed.
 const BRIEF_WAIT: Duration = Duration::from_millis(5);
 
 /// How long an idle connection may take to be handed out. It may be tested first.
@@ -82,9 +83,9 @@ impl<C: SessionClient> Pool<C> {
         checked_out
     }
 
-    /// Waits for the checkout, from `began` until `deadline`. While there is a primary, it waits no longer than `in_use`
-    /// for a connection that others use, and so until `full` at first. `Err`: the name of the setting that has ended the
-    /// wait.
+    /// Waits for the checkout, from `began` until `deadline`. While there is a primary, it waits no longer than
+    /// `in_use` for a connection that others use, and so until `full` at first. `Err`: the name of the setting that has
+    /// ended the wait.
     async fn wait_for<T>(
         &self,
         mut checkout: Pin<&mut impl Future<Output = T>>,

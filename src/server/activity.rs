@@ -194,7 +194,8 @@ impl Activity {
     async fn until<T>(&self, look: impl Fn(&Self) -> Option<T>) -> T {
         // Whoever counts itself first and then looks is notified of everything that it has not seen.
         let _waits = Waits::on(&self.waiting);
-        // If the driver's task has not counted this one, this load sees its last store, and what it has published before.
+        // If the driver's task has not counted this one, this load sees its last store, and what it has published
+        // before.
         let _ = self.dealt_with.load(Ordering::SeqCst);
         loop {
             let settled = self.settled.notified();
