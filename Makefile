@@ -63,8 +63,8 @@ VERSIONS ?= 13 14 16 17 18
 test-versions: setup ## Every test against other PostgreSQL servers, which it fetches (VERSIONS="13 14 16 17 18" SUITES="it testbed" TESTS="settle:: tls::", RECORD=1)
 	@sh scripts/versions.sh $(VERSIONS)
 
-test-versions-short: setup ## Settling, failovers, transactions and TLS on the oldest and the newest server; what cannot be fetched is skipped
-	@sh scripts/versions-short.sh 13 18
+test-versions-short: setup ## Settling, failovers, transactions and TLS on the oldest and the newest server
+	@SUITES=it TESTS="settle:: failover:: transaction:: tls::" sh scripts/versions.sh 13 18
 
 SECONDS ?= 600
 TARGETS ?= lsn wal_file_name probe_answer connection_string password
