@@ -1,4 +1,5 @@
-//! What the calls of a pool share: their limits, and what is known about the newest primary and the ledgers.
+//! What all clones of a pool have in common: where its connections come from, the limits of its calls, and what is
+//! known about the newest primary and the ledgers.
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
