@@ -90,11 +90,10 @@ impl Net {
         if direction == Direction::ToServer { ways.to_server } else { ways.to_pool }
     }
 
-    /// The open connections, the oldest first.
+    /// The open connections, the oldest first. One that the server has ended stays known: its last bytes may still have
+    /// to arrive, once the way is open.
     pub(crate) fn links(&self) -> Vec<Arc<Link>> {
-        let mut ways = lock(&self.ways);
-        ways.links.retain(|link| link.upgrade().is_some_and(|link| !link.is_over()));
-        ways.links.iter().filter_map(Weak::upgrade).collect()
+        lock(&self.ways).links.iter().filter_map(Weak::upgrade).filter(|link| !link.is_over()).collect()
     }
 }
 
@@ -356,5 +355,32 @@ impl AsyncWrite for End {
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.link.end(self.writes());
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn last_words_arrive_when_the_way_is_open_again() {
+        let net = Arc::new(Net::default());
+        let (mut pool, server) = connection(&net, 1);
+        net.block(Direction::ToPool, true);
+        server.send(b"farewell").expect("the server does not notice");
+        drop(server);
+        let reads = tokio::spawn(async move {
+            let mut received = Vec::new();
+            pool.read_to_end(&mut received).await.map(|_| received)
+        });
+        tokio::task::yield_now().await;
+        // Another fault looks for open connections meanwhile.
+        assert!(net.links().is_empty());
+        net.block(Direction::ToPool, false);
+        let received = timeout(Duration::from_secs(10), reads).await.expect("the reader is woken");
+        assert_eq!(received.expect("no panic").expect("no reset"), b"farewell");
     }
 }
