@@ -3,7 +3,7 @@
 #![allow(clippy::unnecessary_wraps, reason = "each row of the table has the same type")]
 
 use crate::log::What;
-use crate::node::{FIRST_XID, Node, epoch, lsn};
+use crate::node::{Node, epoch, lsn};
 use crate::session::Session;
 use crate::setup::Shown;
 use crate::sql::{Column, SqlError, between};
@@ -110,22 +110,20 @@ fn status(session: &mut Session, expression: &str) -> Value {
     if expression.contains("pg_current_xact_id()") && xid >= session.xid()? {
         return Ok(None);
     }
-    if xid < FIRST_XID {
-        return Ok(expression.contains("'forgotten'").then(|| "forgotten".to_owned()));
-    }
     session.of_node(|node| {
         if xid >= node.next_xid {
             return Err(SqlError::new("22023", format!("transaction ID {xid} is in the future")));
         }
-        found(match node.log.outcome(xid) {
-            _ if node.running.contains(&xid) => "in progress",
-            Some(true) => "committed",
-            _ => "aborted",
-        })
+        let forgotten = expression.contains("'forgotten'").then_some("forgotten");
+        Ok(node.status(xid).or(forgotten).map(str::to_owned))
     })
 }
 
 fn emit(session: &mut Session) -> Value {
+    if session.of_node(|node| node.recovery) {
+        // No check of the function's own comes before the one that assigns the id.
+        return Err(SqlError::new("XX000", "cannot assign TransactionIds during recovery").by("AssignTransactionId"));
+    }
     let (xid, on) = (session.xid()?, session.node);
     let mut world = session.sim.lock();
     world.append(on, What::Message { xid });

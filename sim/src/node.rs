@@ -193,6 +193,18 @@ impl Node {
         }
     }
 
+    /// What `pg_xact_status` says about a transaction. `None`: it is older than what the server remembers.
+    pub(crate) fn status(&self, xid: u64) -> Option<&'static str> {
+        if xid < FIRST_XID {
+            return None;
+        }
+        Some(match self.log.outcome(xid) {
+            _ if self.running.contains(&xid) => "in progress",
+            Some(true) => "committed",
+            _ => "aborted",
+        })
+    }
+
     /// Returns whether its process runs and is not stopped.
     pub(crate) fn works(&self) -> bool {
         self.machine_up && self.process == Process::Up && !self.frozen

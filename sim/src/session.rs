@@ -373,7 +373,11 @@ impl Session {
                 let read_only = self.block("ROLLBACK AND CHAIN")?.read_only;
                 self.abort();
                 self.begin(true);
-                self.access(Some(read_only))?;
+                // The access mode is kept as it was. `RestoreTransactionCharacteristics` does not check it, so a
+                // standby does not refuse it either.
+                if let Some(transaction) = &mut self.transaction {
+                    transaction.read_only = read_only;
+                }
                 Done::tag("ROLLBACK")
             }
             Statement::RollbackToSavepoint(name) => self.back_to(name)?,
@@ -444,7 +448,10 @@ impl Session {
             Statement::Signed(ids) => {
                 let own = self.xid()?;
                 let all = self.of_node(|node| {
-                    ids.iter().all(|(id, committed)| *id < own && node.log.outcome(*id).unwrap_or(false) == *committed)
+                    let is = |(id, committed): &(u64, bool)| {
+                        *id < own && node.status(*id) == Some(if *committed { "committed" } else { "aborted" })
+                    };
+                    ids.iter().all(is)
                 });
                 Done::row(vec![Some(if all { "t" } else { "f" }.to_owned())])
             }
@@ -460,7 +467,7 @@ impl Session {
             Statement::HasEntry(id) => self.has_entry(*id),
             Statement::Listen => self.listen(),
             Statement::Channels => self.channels(),
-            Statement::Unlimited => Done::nothing(1),
+            Statement::Unlimited => Done::nothing(0),
             Statement::Stay => Done::row(vec![Some("0".to_owned())]),
             Statement::Notify(call) => {
                 self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(*call));
