@@ -51,12 +51,12 @@ const NOWHERE: u8 = 9;
 const RIGHTS: [Right; 3] = [Right::Function, Right::Monitor, Right::Nothing];
 
 impl Right {
-    /// What the pool tells of it.
-    fn evidence(self) -> Evidence {
+    /// What the pool tells of it with servers of this version. From 17 on, the names of files prove nothing.
+    fn evidence(self, version: u32) -> Evidence {
         match self {
             Self::Function => Evidence::Function,
-            Self::Monitor => Evidence::Files,
-            Self::Nothing => Evidence::Checkpoint,
+            Self::Monitor if version < 17 => Evidence::Files,
+            Self::Monitor | Self::Nothing => Evidence::Checkpoint,
         }
     }
 }
