@@ -12,21 +12,21 @@ if [ -n "${RECORD:-}" ]; then export CI=true; fi
 
 # What is asked for is built before the first server runs, and its time is no version's.
 # Without the package: with it, cargo would choose other features and build everything anew.
-crate="--quiet --all-features"
 # shellcheck disable=SC2086 # lists of words, here and below
 for suite in $suites; do
     case $suite in
-        it | exactly_once | soak) cargo test $crate --test "$suite" --no-run ;;
+        it | exactly_once | soak) cargo test --quiet --all-features --test "$suite" --no-run ;;
         testbed) cargo test --quiet --package testbed --no-run ;;
         *) echo "there is no suite $suite"; exit 1 ;;
     esac
 done
 
+# Not quietly: record.sh needs the names of the tests.
 run() {
     case $1 in
-        it) cargo test $crate --test it -- $tests ;;
-        exactly_once | soak) cargo test $crate --test "$1" ;;
-        testbed) cargo test --quiet --package testbed ;;
+        it) cargo test --all-features --test it -- $tests ;;
+        exactly_once | soak) cargo test --all-features --test "$1" ;;
+        testbed) cargo test --package testbed ;;
     esac
 }
 
