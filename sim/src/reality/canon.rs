@@ -37,6 +37,10 @@ fn is_digits(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
+fn is_time(text: &str) -> bool {
+    text.split_once('.').is_some_and(|(whole, part)| is_digits(whole) && is_digits(part))
+}
+
 impl Canon {
     pub(super) fn happened(&mut self) {
         self.before = self.marks.len();
@@ -146,6 +150,9 @@ impl Canon {
         if value == pid.to_string() {
             return "own pid".to_owned();
         }
+        if value.split_once(' ').is_some_and(|(process, began)| process == pid.to_string() && is_time(began)) {
+            return "own pid and start".to_owned();
+        }
         if let Some(position) = lsn(value).filter(|position| *position > 0) {
             return self.position(node, position);
         }
@@ -153,7 +160,7 @@ impl Canon {
             let timelines = value.lines().map(|line| line.split('\t').next().unwrap_or_default());
             return format!("history {}", timelines.collect::<Vec<_>>().join(" "));
         }
-        if value.split_once('.').is_some_and(|(whole, part)| is_digits(whole) && is_digits(part)) {
+        if is_time(value) {
             return format!("time {}", self.first_seen(node, value));
         }
         if value.len() == 36 && value.matches('-').count() == 4 {
