@@ -19,6 +19,9 @@ use crate::trace::{Counts, Trace};
 /// The pool must have left an old primary by then: it looks at the other servers every five seconds.
 const SUPERSEDED_FOR: Duration = Duration::from_secs(20);
 
+/// So long after its start, in microseconds, a server that recovers resets its statistics.
+const UNTIL_RESET: i64 = 10_000;
+
 pub(crate) const SYSTEM_IDENTIFIER: &str = "7300000000000000001";
 
 /// What DNS answers now.
@@ -252,7 +255,7 @@ impl World {
         node.replayed = (!clean).then(|| node.log.end());
         node.next_xid_from_log();
         if !clean {
-            node.stats_reset = clock;
+            node.stats_reset = clock + UNTIL_RESET;
             self.checkpoint(on, true);
         }
         if leads {
@@ -288,7 +291,7 @@ impl World {
         (node.upstream, node.received, node.replayed) = (of, None, None);
         node.started_at = clock;
         if !clean {
-            node.stats_reset = clock;
+            node.stats_reset = clock + UNTIL_RESET;
         }
         let from = node.checkpoint.position;
         let is_end = |what: &What| matches!(what, What::Commit { .. } | What::Abort { .. });
