@@ -222,10 +222,11 @@ impl Node {
         self.next_xid = self.log.newest_xid().max(FIRST_XID - 1) + 1;
     }
 
-    /// The history file of its timeline.
+    /// The history file of its timeline. A promotion copies the file of the timeline before, and adds an empty line and
+    /// its own one, in case that file does not end with a newline.
     pub(crate) fn history(&self) -> String {
         let line = |(timeline, end): &(u32, u64)| format!("{timeline}\t{}\tno recovery target specified\n", lsn(*end));
-        self.ancestry.iter().map(line).collect()
+        self.ancestry.iter().map(line).collect::<Vec<_>>().join("\n")
     }
 
     /// `pg_last_wal_receive_lsn()`, or the replay position of a server that replayed its own log as a standby.
