@@ -1,5 +1,7 @@
 //! Transaction blocks: what needs one, what warns without one, and savepoints within one.
 
+use tokio::time::Instant;
+
 use crate::done::Done;
 use crate::proto::Answer;
 use crate::session::{Session, Transaction};
@@ -10,6 +12,11 @@ impl Session {
     pub(crate) fn block(&mut self, statement: &str) -> Result<&mut Transaction, SqlError> {
         let open = self.transaction.as_mut().filter(|it| it.block);
         open.ok_or_else(|| SqlError::new("25P01", format!("{statement} can only be used in transaction blocks")))
+    }
+
+    /// Shows others when the transaction began, or that there is none.
+    pub(crate) fn show_start(&self, at: Option<Instant>) {
+        self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.xact_start = at));
     }
 
     /// Sets whether the open transaction may write. A standby has none that may.

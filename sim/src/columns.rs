@@ -3,7 +3,7 @@
 #![allow(clippy::unnecessary_wraps, reason = "each row of the table has the same type")]
 
 use crate::log::What;
-use crate::node::{Node, epoch, lsn};
+use crate::node::{Node, backend_start, epoch, lsn};
 use crate::session::Session;
 use crate::setup::Shown;
 use crate::sql::{Column, SqlError, between};
@@ -17,7 +17,7 @@ type Evaluate = fn(&mut Session, &str) -> Value;
 const EXPRESSIONS: [(Is, Evaluate); 22] = [
     (|it| it == "NULL", |_, _| Ok(None)),
     (|it| it == "1", |_, _| found("1")),
-    (|it| it.contains("pg_stat_get_activity"), |session, _| found(format!("{pid} {pid}.000000", pid = session.pid))),
+    (|it| it.contains("pg_stat_get_activity"), |session, _| process(session)),
     (|it| it.starts_with("'0/0'"), |_, _| found("0/0")),
     (|it| it.contains("redo_lsn = checkpoint_lsn"), |session, _| session.of_node(|node| Ok(node.stopped().map(lsn)))),
     (|it| it.contains("pg_xact_status"), |session, it| status(session, it)),
@@ -71,6 +71,10 @@ fn found(value: impl Into<String>) -> Value {
 
 fn yes(value: bool) -> Value {
     found(if value { "t" } else { "f" })
+}
+
+fn process(session: &Session) -> Value {
+    found(format!("{} {}", session.pid, backend_start(session.pid)))
 }
 
 fn needs_primary(node: &Node) -> Result<(), SqlError> {

@@ -44,6 +44,7 @@ impl Session {
         }
         if let Some(transaction) = self.transaction.take() {
             self.tell(&transaction.tells);
+            self.show_start(None);
             self.undo_settings(transaction.before, true);
         }
         Ok(())

@@ -62,6 +62,8 @@ pub(crate) struct Backend {
     pub(crate) doing: Doing,
     pub(crate) since: Instant,
     pub(crate) xid: Option<u64>,
+    /// When its transaction began, if it is in one.
+    pub(crate) xact_start: Option<Instant>,
     /// The text of its statement has a word that may end a transaction.
     pub(crate) ends: bool,
     /// `pg_cancel_backend`, or a cancel request.
@@ -245,6 +247,11 @@ impl Node {
 /// As PostgreSQL prints a position.
 pub(crate) fn lsn(position: u64) -> String {
     format!("{:X}/{:X}", position >> 32, position & 0xFFFF_FFFF)
+}
+
+/// When a session began, as `pg_stat_activity` shows it. In this model it is the number of the session's process.
+pub(crate) fn backend_start(pid: i32) -> String {
+    format!("{pid}.000000")
 }
 
 /// Microseconds since 1970 as `extract(epoch …)` prints them.

@@ -2,9 +2,9 @@
 
 use crate::done::Done;
 use crate::log::What;
-use crate::node::{Doing, epoch, lsn};
+use crate::node::{Backend, Doing, backend_start, epoch, lsn};
 use crate::session::Session;
-use crate::sql::SqlError;
+use crate::sql::{SqlError, Whose};
 
 impl Session {
     pub(crate) fn mark(&mut self, nonce: &str, direct: bool) -> Result<Done, SqlError> {
@@ -74,10 +74,10 @@ impl Session {
     }
 
     /// As [`Self::end_abandoned`]. NULL: a COMMIT may still arrive.
-    pub(crate) fn end_in_doubt(&self, pid: i32, xid: Option<u64>) -> Done {
+    pub(crate) fn end_in_doubt(&self, pid: i32, whose: &Whose) -> Done {
         let found = self.of_node(|node| {
             let backend = node.backends.get(&pid)?;
-            let is_it = backend.doing == Doing::IdleInTransaction && (xid.is_none() || backend.xid == xid);
+            let is_it = backend.doing == Doing::IdleInTransaction && backend.is_of(pid, whose);
             is_it.then(|| (backend.since.elapsed().as_millis() > 250).then(|| backend.terminate.clone()))
         });
         let Some(late) = found else { return Done::nothing(1) };
@@ -87,9 +87,9 @@ impl Session {
     }
 
     /// Ends a session in a transaction whose client has gone. No COMMIT was sent on it.
-    pub(crate) fn end_unmarked(&self, pid: i32) -> Done {
+    pub(crate) fn end_unmarked(&self, pid: i32, whose: &Whose) -> Done {
         let mut world = self.sim.lock();
-        let found = world.nodes[self.node].backends.get(&pid).filter(|backend| backend.doing != Doing::Idle);
+        let found = world.nodes[self.node].backends.get(&pid).filter(|backend| backend.is_of(pid, whose));
         let Some((terminate, doing, ends)) = found.map(|found| (found.terminate.clone(), found.doing, found.ends))
         else {
             return Done::nothing(1);
@@ -111,5 +111,17 @@ impl Session {
                 _ => None,
             }
         })
+    }
+}
+
+impl Backend {
+    /// Returns whether the conditions of a search in `pg_stat_activity` are true of this process.
+    fn is_of(&self, pid: i32, whose: &Whose) -> bool {
+        match whose {
+            Whose::Marked(xid) => self.xid == Some(*xid),
+            Whose::Unmarked { backend_start: began, open_for } => {
+                *began == backend_start(pid) && self.xact_start.is_some_and(|at| at.elapsed() >= *open_for)
+            }
+        }
     }
 }

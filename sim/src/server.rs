@@ -78,6 +78,7 @@ async fn session(sim: &Arc<Sim>, node: usize, end: &mut End, answer: &mut Answer
             doing: Doing::Idle,
             since: Instant::now(),
             xid: None,
+            xact_start: None,
             ends: false,
             cancel: Arc::clone(&cancel),
             terminate: terminate.clone(),

@@ -172,6 +172,7 @@ impl Session {
             savepoints: Vec::new(),
             before: Vec::new(),
         });
+        self.show_start(Some(Instant::now()));
     }
 
     /// Undoes each `SET LOCAL` at a transaction's end, and each `SET` if it was rolled back.
@@ -190,6 +191,7 @@ impl Session {
     pub(crate) fn abort(&mut self) {
         let Some(transaction) = self.transaction.take() else { return };
         self.abort_id(transaction.xid);
+        self.show_start(None);
         self.undo_settings(transaction.before, false);
     }
 
@@ -274,6 +276,7 @@ impl Session {
                 if transaction.savepoints.is_empty() {
                     let xid = transaction.xid.take();
                     self.abort_id(xid);
+                    self.show_start(None);
                 }
             }
             _ => self.abort(),
@@ -475,8 +478,8 @@ impl Session {
             }
             Statement::Prune => Done::tag("DELETE 0"),
             Statement::Terminate { pid, xid } => self.end_abandoned(*pid, *xid),
-            Statement::TerminateInDoubt { pid, xid } => self.end_in_doubt(*pid, *xid),
-            Statement::TerminateUnmarked(pid) => self.end_unmarked(*pid),
+            Statement::TerminateInDoubt { pid, whose } => self.end_in_doubt(*pid, whose),
+            Statement::TerminateUnmarked { pid, whose } => self.end_unmarked(*pid, whose),
             Statement::Ends { pid, xid } => Done::row(vec![self.ends(*pid, *xid)]),
             Statement::Columns(list) => {
                 let values: Result<Vec<_>, _> = list.iter().map(|column| value_of(self, column)).collect();

@@ -51,6 +51,17 @@ impl Column {
     }
 }
 
+/// By what a session that has lost its client is found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Whose {
+    Marked(u64),
+    /// When the session began, and how long its transaction has been open at least.
+    Unmarked {
+        backend_start: String,
+        open_for: Duration,
+    },
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Statement {
     Begin {
@@ -108,13 +119,15 @@ pub(crate) enum Statement {
         pid: i32,
         xid: u64,
     },
-    /// Ends a session that has lost its client, and whose transaction has no mark. In this model, each process has a
-    /// number of its own.
-    TerminateUnmarked(i32),
-    /// Ends a session whose COMMIT is in doubt, if it has not arrived. `None`: its transaction has no mark.
+    /// Ends a session that has lost its client, and whose transaction has no mark.
+    TerminateUnmarked {
+        pid: i32,
+        whose: Whose,
+    },
+    /// Ends a session whose COMMIT is in doubt, if it has not arrived.
     TerminateInDoubt {
         pid: i32,
-        xid: Option<u64>,
+        whose: Whose,
     },
     Ends {
         pid: i32,
@@ -324,17 +337,25 @@ fn signatures(text: &str) -> Option<Statement> {
 fn sessions(text: &str) -> Option<Statement> {
     let pid = || between(text, "pid = ", " ")?.parse().ok();
     if text.starts_with("SELECT CASE WHEN") && text.contains("THEN pg_terminate_backend(pid) END") {
-        let xid = between(text, "backend_xid = '", "'").and_then(|xid| xid.parse().ok());
-        return Some(Statement::TerminateInDoubt { pid: pid()?, xid });
+        return Some(Statement::TerminateInDoubt { pid: pid()?, whose: whose(text)? });
     }
     if text.starts_with("SELECT pg_terminate_backend(pid)") && text.contains("xact_start") {
-        return Some(Statement::TerminateUnmarked(pid()?));
+        return Some(Statement::TerminateUnmarked { pid: pid()?, whose: whose(text)? });
     }
     if text.starts_with("SELECT pg_terminate_backend(pid)") {
         return Some(Statement::Terminate { pid: pid()?, xid: between(text, "backend_xid = '", "'")?.parse().ok()? });
     }
     text.starts_with("SELECT CASE WHEN EXISTS (SELECT FROM pg_prepared_xacts").then_some(())?;
     Some(Statement::Ends { pid: pid()?, xid: between(text, "transaction = '", "'")?.parse().ok()? })
+}
+
+fn whose(text: &str) -> Option<Whose> {
+    if let Some(xid) = between(text, "backend_xid = '", "'") {
+        return Some(Whose::Marked(xid.parse().ok()?));
+    }
+    let backend_start = between(text, "round(extract(epoch FROM backend_start)::numeric, 6) = ", " ")?.to_owned();
+    let open_for = between(text, "make_interval(secs => ", " / 1000000.0)")?.parse().ok()?;
+    Some(Whose::Unmarked { backend_start, open_for: Duration::from_micros(open_for) })
 }
 
 fn raises(text: &str) -> Option<Statement> {
