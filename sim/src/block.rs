@@ -4,7 +4,7 @@ use tokio::time::Instant;
 
 use crate::done::Done;
 use crate::proto::Answer;
-use crate::session::{Session, Transaction};
+use crate::session::{READ_ONLY, Session, Transaction};
 use crate::sql::SqlError;
 
 impl Session {
@@ -19,12 +19,46 @@ impl Session {
         self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.xact_start = at));
     }
 
-    /// Sets whether the open transaction may write. A standby has none that may.
-    pub(crate) fn access(&mut self, read_only: Option<bool>) -> Result<(), SqlError> {
-        let (Some(transaction), Some(read_only)) = (&mut self.transaction, read_only) else { return Ok(()) };
-        if transaction.began_in_recovery && !read_only {
+    /// A transaction that began on a standby may outlive its promotion, so this asks for the present.
+    pub(crate) fn not_during_recovery(&self, command: &str) -> Result<(), SqlError> {
+        if !self.of_node(|node| node.recovery) {
+            return Ok(());
+        }
+        let message = format!("cannot execute {command} during recovery");
+        Err(SqlError::new(READ_ONLY, message).by("PreventCommandDuringRecovery"))
+    }
+
+    /// BEGIN, whose block may be open already.
+    pub(crate) fn begin_block(&mut self, read_only: Option<bool>, answer: &mut Answer) -> Result<(), SqlError> {
+        let was_open = self.transaction.as_ref().is_some_and(|it| it.block);
+        match &mut self.transaction {
+            Some(_) if was_open => {
+                answer.notice(&SqlError::new("25001", "there is already a transaction in progress"));
+            }
+            Some(open) => open.block = true,
+            None => self.begin(true),
+        }
+        let refused = self.access(read_only);
+        // A block that could not begin is none.
+        if refused.is_err() && !was_open {
             self.abort();
-            return Err(SqlError::new("0A000", "cannot set transaction read-write mode during recovery"));
+        }
+        refused
+    }
+
+    /// Sets whether the open transaction may write (`check_transaction_read_only`). A standby has none that may, and
+    /// after the first query it is too late.
+    fn access(&mut self, read_only: Option<bool>) -> Result<(), SqlError> {
+        let recovery = self.of_node(|node| node.recovery);
+        let (Some(transaction), Some(read_only)) = (&mut self.transaction, read_only) else { return Ok(()) };
+        if !read_only && (transaction.read_only || transaction.began_in_recovery) {
+            if transaction.has_queried {
+                return Err(SqlError::new("25001", "transaction read-write mode must be set before any query"));
+            }
+            if recovery {
+                return Err(SqlError::new("0A000", "cannot set transaction read-write mode during recovery"));
+            }
+            transaction.began_in_recovery = false;
         }
         transaction.read_only = read_only;
         Ok(())

@@ -12,7 +12,7 @@ use tokio_postgres_failover::listen::Message;
 use crate::done::Done;
 use crate::net::lock;
 use crate::session::Session;
-use crate::sql::{Statement, between};
+use crate::sql::{SqlError, Statement, between};
 use crate::world::Sim;
 
 /// The listener is told of a lost subscription within this time.
@@ -53,9 +53,10 @@ pub(crate) fn statement(text: &str) -> Option<Statement> {
 }
 
 impl Session {
-    pub(crate) fn listen(&self) -> Done {
+    pub(crate) fn listen(&self) -> Result<Done, SqlError> {
+        self.not_during_recovery("LISTEN")?;
         self.of_node(|node| node.backends.get_mut(&self.pid).map(|backend| backend.listens = true));
-        Done::tag("LISTEN")
+        Ok(Done::tag("LISTEN"))
     }
 
     pub(crate) fn channels(&self) -> Done {

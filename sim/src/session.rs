@@ -15,7 +15,7 @@ use crate::proto::Answer;
 use crate::sql::{SqlError, Statement, read};
 use crate::world::Sim;
 
-const READ_ONLY: &str = "25006";
+pub(crate) const READ_ONLY: &str = "25006";
 
 /// An open transaction.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub(crate) struct Transaction {
     pub(crate) xid: Option<u64>,
     pub(crate) began_in_recovery: bool,
     pub(crate) read_only: bool,
+    /// It has a snapshot.
+    pub(crate) has_queried: bool,
     /// The message that began it.
     message: u64,
     begun_at: Instant,
@@ -139,11 +141,8 @@ impl Session {
     /// The transaction's id, which is assigned if it has none yet.
     pub(crate) fn xid(&mut self) -> Result<u64, SqlError> {
         let (node, pid) = (self.node, self.pid);
+        self.not_during_recovery("pg_current_xact_id()")?;
         let Some(transaction) = &mut self.transaction else { return Err(SqlError::new("25P01", "no transaction")) };
-        if transaction.began_in_recovery {
-            let message = "cannot execute pg_current_xact_id() during recovery";
-            return Err(SqlError::new(READ_ONLY, message).by("PreventCommandDuringRecovery"));
-        }
         if let Some(xid) = transaction.xid {
             return Ok(xid);
         }
@@ -164,6 +163,7 @@ impl Session {
             xid: None,
             began_in_recovery: self.of_node(|node| node.recovery),
             read_only: default,
+            has_queried: false,
             message: self.message,
             begun_at: Instant::now(),
             rows: Vec::new(),
@@ -304,6 +304,11 @@ impl Session {
         {
             return Err(SqlError::new("53200", "out of memory"));
         }
+        if statement.takes_a_snapshot()
+            && let Some(transaction) = &mut self.transaction
+        {
+            transaction.has_queried = true;
+        }
         let done = self.carry_out(statement, answer).await?;
         if last && self.transaction.as_ref().is_some_and(|it| !it.block) {
             self.commit(answer).await?;
@@ -347,14 +352,7 @@ impl Session {
         Ok(match statement {
             Statement::Begin { .. } if self.happens(|troubles| troubles.begin) => return Err(cancelled_by_user()),
             Statement::Begin { read_only, tag } => {
-                match &mut self.transaction {
-                    Some(open) if open.block => {
-                        answer.notice(&SqlError::new("25001", "there is already a transaction in progress"));
-                    }
-                    Some(open) => open.block = true,
-                    None => self.begin(true),
-                }
-                self.access(*read_only)?;
+                self.begin_block(*read_only, answer)?;
                 Done::tag(tag)
             }
             Statement::Commit => {
@@ -468,13 +466,17 @@ impl Session {
             Statement::Enter { direct } => self.enter(*direct)?,
             Statement::Fence(id) => self.fence_entry(*id).await?,
             Statement::HasEntry(id) => self.has_entry(*id),
-            Statement::Listen => self.listen(),
+            Statement::Listen => self.listen()?,
             Statement::Channels => self.channels(),
             Statement::Unlimited => Done::nothing(0),
             Statement::Stay => Done::row(vec![Some("0".to_owned())]),
             Statement::Notify(call) => {
+                self.not_during_recovery("NOTIFY")?;
                 self.transaction.iter_mut().for_each(|transaction| transaction.tells.push(*call));
                 Done::row(vec![Some(String::new())])
+            }
+            Statement::Prune if self.is_read_only() => {
+                return Err(SqlError::new(READ_ONLY, "cannot execute DELETE in a read-only transaction"));
             }
             Statement::Prune => Done::tag("DELETE 0"),
             Statement::Terminate { pid, xid } => self.end_abandoned(*pid, *xid),

@@ -165,6 +165,12 @@ impl Statement {
     pub(crate) fn ends_a_failure(&self) -> bool {
         matches!(self, Self::Rollback | Self::RollbackAndChain | Self::Commit | Self::RollbackToSavepoint(_))
     }
+
+    /// After such a statement, a transaction's access mode cannot become "read write" any more.
+    pub(crate) fn takes_a_snapshot(&self) -> bool {
+        let ends = self.ends_a_failure() || matches!(self, Self::Begin { .. } | Self::Savepoint(_) | Self::Release);
+        !ends && !matches!(self, Self::Set { .. } | Self::Show(_) | Self::Listen)
+    }
 }
 
 /// The statements of one message.
