@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 /// Where the first record begins. The log never reaches the next segment.
 const BASE: u64 = 0x0300_0028 + 4096;
 
+/// The size of a page.
+const PAGE: u64 = 8192;
+
 /// What a record says. Sizes are those of PostgreSQL, roughly.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum What {
@@ -117,6 +120,11 @@ impl Log {
 
     pub(crate) fn end(&self) -> u64 {
         self.position(self.records.len())
+    }
+
+    /// The end of the last page that is full. The server writes whole pages, whether or not a record ends with them.
+    pub(crate) fn full_pages(&self) -> u64 {
+        self.end() / PAGE * PAGE
     }
 
     pub(crate) fn append(&mut self, serial: u64, what: What) -> usize {

@@ -398,7 +398,7 @@ fn columns(text: &str) -> Option<Statement> {
 }
 
 /// Splits a list at the commas outside of brackets and strings.
-fn split_columns(list: &str) -> Vec<&str> {
+pub(crate) fn split_columns(list: &str) -> Vec<&str> {
     let (mut depth, mut quoted, mut from, mut found) = (0_i32, false, 0, Vec::new());
     for (at, letter) in list.char_indices() {
         match letter {

@@ -382,7 +382,8 @@ impl World {
             if to.received.is_none() || before < from.log.flushed() {
                 moved = true;
                 to.log.receive(&from.log);
-                to.received = Some(to.log.end());
+                // The last page may end with the beginning of a record, which is received and cannot be replayed.
+                to.received = Some(to.log.end().max(from.log.full_pages()));
                 to.replayed_an_end |= to.log.len() > before;
                 to.next_xid_from_log();
             }

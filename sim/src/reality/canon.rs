@@ -3,6 +3,7 @@
 
 use super::texts::Values;
 use super::wire::Said;
+use crate::sql::split_columns;
 
 /// A transaction's mark, or its row in the ledger.
 #[derive(Clone, Debug)]
@@ -31,6 +32,15 @@ pub(super) struct Canon {
 fn lsn(text: &str) -> Option<u64> {
     let (high, low) = text.split_once('/')?;
     Some(u64::from_str_radix(high, 16).ok()? << 32 | u64::from_str_radix(low, 16).ok()?)
+}
+
+/// The number of the column whose expression has this in it.
+fn column_of(text: &str, expression: &str) -> Option<usize> {
+    let (before, after) = text.split_once(expression)?;
+    let list = before.rsplit_once("; SELECT ").map_or(before, |(_, list)| list);
+    let end = after.split_once(';').map_or(after, |(rest, _)| rest);
+    let columns = format!("{list}{expression}{end}");
+    split_columns(&columns).iter().position(|column| column.contains(expression))
 }
 
 fn is_digits(text: &str) -> bool {
@@ -119,6 +129,7 @@ impl Canon {
     pub(super) fn of(&mut self, node: usize, pid: i32, text: &str, said: &[Said]) -> Vec<String> {
         // Which file of an older timeline is left depends on the size of a file.
         let unclear = text.contains("SELECT count(*) > 0") && self.checkpointed.contains(&node);
+        let received = column_of(text, "pg_last_wal_receive_lsn()");
         let mut words = Vec::new();
         for (number, now) in said.iter().enumerate() {
             // Whether the columns are described before an error depends on when the server notices it.
@@ -129,7 +140,12 @@ impl Canon {
             words.push(match now {
                 Said::Row(_) if unclear => "row".to_owned(),
                 Said::Row(row) => {
-                    let values: Vec<String> = row.iter().map(|value| self.value(node, pid, value.as_deref())).collect();
+                    let values = row.iter().map(Option::as_deref).enumerate().map(|(at, value)| match value {
+                        // A standby receives whole pages of records that are not complete.
+                        Some(_) if Some(at) == received => "received".to_owned(),
+                        _ => self.value(node, pid, value),
+                    });
+                    let values: Vec<String> = values.collect();
                     format!("row ({})", values.join(", "))
                 }
                 Said::Columns(count) => format!("{count} columns"),
