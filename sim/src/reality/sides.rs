@@ -97,7 +97,12 @@ impl Side for Simulated {
             self.replicate();
         }
         match act {
-            Act::Kill(on) => self.sim.lock().crash(on, Goodbye::Closed),
+            Act::Kill(on) => {
+                let mut world = self.sim.lock();
+                world.crash(on, Goodbye::Closed);
+                // If it comes back, its standbys connect anew.
+                world.nodes.iter_mut().for_each(|node| node.troubles.lags = false);
+            }
             Act::Stop(on) => self.sim.lock().shut_down(on),
             Act::BackendCrash(on) => self.sim.lock().backend_crash(on),
             Act::Start { on, leads } => {
@@ -112,10 +117,12 @@ impl Side for Simulated {
             Act::Promote(on) => {
                 promote(&self.sim, on);
                 let mut world = self.sim.lock();
-                world.nodes.iter_mut().for_each(|node| node.troubles.lags = false);
-                // The test bed writes twice on a server that it promotes.
-                for _ in 0..2 {
+                // The test bed writes twice on a server that it promotes, the first time with the whole page.
+                for rows in [8, 1] {
                     let xid = world.assign_xid(on, 0);
+                    for _ in 0..rows {
+                        world.append(on, What::Message { xid });
+                    }
                     let records = world.append(on, What::Commit { xid });
                     world.nodes[on].running.remove(&xid);
                     world.nodes[on].log.flush(records);
