@@ -13,6 +13,7 @@ pub(super) struct Mark {
     lsn: u64,
     entry: String,
     pid: String,
+    backend_start: String,
     node: usize,
     timeline: u32,
 }
@@ -68,6 +69,7 @@ impl Canon {
             lsn: 0x0100_0000,
             entry: "00000000-0000-4000-8000-000000000000".to_owned(),
             pid: "1".to_owned(),
+            backend_start: "1.0".to_owned(),
             node: 0,
             timeline: 1,
         };
@@ -81,6 +83,7 @@ impl Canon {
             lsn: format!("{:X}/{:X}", mark.lsn >> 32, mark.lsn & 0xFFFF_FFFF),
             entry: mark.entry,
             pid: mark.pid,
+            backend_start: mark.backend_start,
             timeline: format!("{:08X}", mark.timeline),
         }
     }
@@ -89,7 +92,7 @@ impl Canon {
     pub(super) fn learn(
         &mut self,
         nonce: Option<&str>,
-        (node, pid): (usize, i32),
+        (node, pid, backend_start): (usize, i32, &str),
         timeline: u32,
         said: &[Said],
     ) -> Option<usize> {
@@ -102,6 +105,7 @@ impl Canon {
                 lsn: lsn(text(1))?,
                 entry: self.values(None).entry,
                 pid: pid.to_string(),
+                backend_start: backend_start.to_owned(),
                 node,
                 timeline,
             },
@@ -115,6 +119,7 @@ impl Canon {
                     lsn: lsn(&position)?,
                     entry: text(0).to_owned(),
                     pid: pid.to_string(),
+                    backend_start: backend_start.to_owned(),
                     node,
                     timeline,
                 }

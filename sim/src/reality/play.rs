@@ -34,6 +34,7 @@ impl fmt::Display for Told {
 struct Session<S> {
     talk: Talk<S>,
     node: usize,
+    backend_start: String,
     /// The number of its own mark.
     mark: Option<usize>,
 }
@@ -94,8 +95,11 @@ impl<S: Side> Player<S> {
         let (talk, said) = Talk::open(stream, PATIENCE).await;
         let said = self.canon.of(node, talk.pid, "", &said);
         self.tell(number, &format!("session {session} of server {node}"), said);
-        let closed = talk.closed;
-        self.sessions[session] = Some(Session { talk, node, mark: None }).filter(|_| !closed);
+        if talk.closed {
+            return;
+        }
+        let backend_start = self.side.backend_start(node, talk.pid).await;
+        self.sessions[session] = Some(Session { talk, node, backend_start, mark: None });
     }
 
     async fn ask(&mut self, number: usize, session: usize, text: &str, mark: Option<usize>, cut: bool) {
@@ -126,7 +130,8 @@ impl<S: Side> Player<S> {
             return self.tell(number, &format!("{step}, and is cut"), Vec::new());
         }
         said.extend(open.talk.answer(PATIENCE).await);
-        let learned = self.canon.learn(fresh.as_deref(), (node, pid), self.timelines[node], &said);
+        let process = (node, pid, open.backend_start.as_str());
+        let learned = self.canon.learn(fresh.as_deref(), process, self.timelines[node], &said);
         open.mark = learned.or(open.mark);
         let ends = open.talk.closed || said.last() == Some(&Said::Silent);
         let said = self.canon.of(node, pid, text, &said);

@@ -15,7 +15,7 @@ use super::plan::Act;
 use crate::log::What;
 use crate::manager::{follow, promote};
 use crate::net::{End, Net, connection};
-use crate::node::{Goodbye, Process};
+use crate::node::{Goodbye, Process, backend_start};
 use crate::rng::Rng;
 use crate::server::serve;
 use crate::setup::{Dns, Setup, Shown};
@@ -27,6 +27,9 @@ pub(super) trait Side {
 
     /// `None`: nobody listens.
     async fn connect(&self, node: usize) -> Option<Self::Stream>;
+
+    /// When this session began, as `pg_stat_activity` shows it.
+    async fn backend_start(&self, node: usize, pid: i32) -> String;
 
     /// Waits until a session has ended whose client has left.
     async fn gone(&self, node: usize, pid: i32);
@@ -85,6 +88,10 @@ impl Side for Simulated {
         let (ours, theirs) = connection(&net, 1);
         tokio::spawn(serve(Arc::clone(&self.sim), node, theirs));
         Some(ours)
+    }
+
+    async fn backend_start(&self, _: usize, pid: i32) -> String {
+        backend_start(pid)
     }
 
     async fn gone(&self, _: usize, _: i32) {
@@ -212,6 +219,12 @@ impl Side for Real {
 
     async fn connect(&self, node: usize) -> Option<TcpStream> {
         TcpStream::connect(self.cluster.socket_addr(Node(node))).await.ok()
+    }
+
+    async fn backend_start(&self, node: usize, pid: i32) -> String {
+        let sql =
+            "SELECT round(extract(epoch FROM backend_start)::numeric, 6)::text FROM pg_stat_activity WHERE pid = $1";
+        self.cluster.direct(Node(node)).await.query_one(sql, &[&pid]).await.unwrap().get(0)
     }
 
     async fn gone(&self, node: usize, pid: i32) {

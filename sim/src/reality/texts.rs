@@ -14,6 +14,9 @@ const SEEDS: u64 = 30;
 const LEFT_OUT: [&str; 8] =
     ["payments", "raise", "pg_notify", "LISTEN", "listening", "idle_session_timeout", "DEALLOCATE", "SELECT pg_sleep("];
 
+/// For so many microseconds at least a transaction has been open whose session is ended. The player waits for longer.
+const OPEN_FOR: &str = "100000";
+
 thread_local! {
     static HEARD: RefCell<BTreeSet<String>> = const { RefCell::new(BTreeSet::new()) };
 }
@@ -35,6 +38,8 @@ pub(super) struct Values {
     pub(super) lsn: String,
     pub(super) entry: String,
     pub(super) pid: String,
+    /// When the process began, as `extract(epoch …)` prints it.
+    pub(super) backend_start: String,
     pub(super) timeline: String,
     /// Rows of an id and an outcome.
     pub(super) signed: Vec<String>,
@@ -68,6 +73,8 @@ pub(super) fn fill(text: &str, values: &Values) -> String {
         .replace("{lsn}", &values.lsn)
         .replace("{entry}", &values.entry)
         .replace("{pid}", &values.pid)
+        .replace("{backend_start}", &values.backend_start)
+        .replace("{open_for}", OPEN_FOR)
         .replace("{timeline}", &values.timeline)
         .replace("{count}", &values.signed.len().to_string())
         .replace("{signed}", &values.signed.join(", "))
@@ -116,10 +123,23 @@ fn quoted(text: &str) -> String {
     }
 }
 
+/// What is before a number outside of quotes, and the number's name.
+const NUMBERS: [(&str, &str); 3] = [
+    (" pid = ", "{pid}"),
+    ("round(extract(epoch FROM backend_start)::numeric, 6) = ", "{backend_start}"),
+    ("xact_start <= clock_timestamp() - make_interval(secs => ", "{open_for}"),
+];
+
 fn unquoted(text: &str) -> String {
-    let Some((before, rest)) = text.split_once(" pid = ") else { return text.to_owned() };
-    let after = rest.trim_start_matches(|letter: char| letter.is_ascii_digit());
-    format!("{before} pid = {{pid}}{}", unquoted(after))
+    NUMBERS.iter().fold(text.to_owned(), |text, (before, name)| {
+        let mut parts = text.split(before);
+        let mut found = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let rest = part.trim_start_matches(|letter: char| letter.is_ascii_digit() || letter == '.');
+            found.extend([*before, *name, rest]);
+        }
+        found
+    })
 }
 
 #[test]
@@ -138,10 +158,16 @@ fn values_become_names_and_names_values() {
         lsn: "1/A0".into(),
         entry: String::new(),
         pid: "12".into(),
+        backend_start: "7.500000".into(),
         timeline: "00000001".into(),
         signed: Vec::new(),
     };
     assert_eq!(fill(&made, &values), text);
+    let search = "WHERE pid = 12 AND round(extract(epoch FROM backend_start)::numeric, 6) = 7.500000 \
+                  AND xact_start <= clock_timestamp() - make_interval(secs => 100000 / 1000000.0)";
+    let made = template(search);
+    assert!(made.contains(" = {backend_start} ") && made.contains("{open_for} / 1000000.0"), "{made}");
+    assert_eq!(fill(&made, &values), search);
     let signed =
         template("SELECT count(*) = 2 FROM (VALUES ('7'::xid8, 'aborted'), ('8'::xid8, 'committed')) AS signed");
     assert_eq!(signed, "SELECT count(*) = {count} FROM (VALUES {signed}) AS signed");
