@@ -27,19 +27,20 @@ const CONTEXT: usize = 8;
 /// How many differences of a script are printed. Those behind the first one may follow from it.
 const MOST: usize = 5;
 
-fn setting(name: &str, default: u64) -> u64 {
+fn setting<T: std::str::FromStr>(name: &str, default: T) -> T {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 /// Plays one script on both sides, and returns the first steps whose answers differ.
 fn differences(seed: u64, texts: &Texts) -> Vec<String> {
+    let (context, most) = (setting("CONTEXT", CONTEXT), setting("MOST", MOST));
     let plan = Plan::random(seed, texts);
     let simulated = sides::paused().block_on(async { play(Simulated::new(plan.servers), &plan).await });
     let real = sides::awake().block_on(async { play(Real::start(plan.servers).await, &plan).await });
     let differ: Vec<usize> =
-        (0..simulated.len().max(real.len())).filter(|at| simulated.get(*at) != real.get(*at)).take(MOST).collect();
+        (0..simulated.len().max(real.len())).filter(|at| simulated.get(*at) != real.get(*at)).take(most).collect();
     let Some(first) = differ.first() else { return Vec::new() };
-    let story = simulated.iter().take(*first).skip(first.saturating_sub(CONTEXT)).map(ToString::to_string);
+    let story = simulated.iter().take(*first).skip(first.saturating_sub(context)).map(ToString::to_string);
     let of = |side: &[Told], at: usize| side.get(at).map_or_else(|| "nothing".to_owned(), Told::to_string);
     let differ = differ.iter().map(|at| format!("simulated: {}\nreal:      {}", of(&simulated, *at), of(&real, *at)));
     story.chain(differ).collect()
@@ -50,7 +51,7 @@ fn differences(seed: u64, texts: &Texts) -> Vec<String> {
 fn the_model_answers_as_real_servers_do() {
     let texts = Texts::from_the_crate();
     println!("{} texts of the crate", texts.len());
-    let (first, scripts) = (setting("FIRST", 1), setting("SCRIPTS", 10));
+    let (first, scripts): (u64, u64) = (setting("FIRST", 1), setting("SCRIPTS", 10));
     let mut differ = Vec::new();
     for seed in first..first + scripts {
         let found = differences(seed, &texts);
