@@ -11,6 +11,9 @@ case "${1:-run}" in
     mutants) exec cargo run --quiet --profile sim --package failover-sim -- mutants ;;
     long) exec cargo run --quiet --profile sim --package failover-sim -- long ;;
     test) exec cargo test --quiet --profile sim --package failover-sim ;;
-    reality) exec cargo test --quiet --profile sim --package failover-sim -- --ignored --nocapture reality:: ;;
+    reality)
+        # All scripts are one test, which the test bed would end after five minutes.
+        export TESTBED_LIMIT="${TESTBED_LIMIT:-$((60 + ${SCRIPTS:-10} * 30))}"
+        exec cargo test --quiet --profile sim --package failover-sim -- --ignored --nocapture reality:: ;;
     *) echo "sim.sh: build, run, mutants, long, reality or test" >&2; exit 1 ;;
 esac
