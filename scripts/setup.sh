@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes sure that PostgreSQL's server programs are here, and HAProxy and PgBouncer if they can be had. With the word `managers`:
-# etcd, Patroni and repmgr, too. The test bed finds them by itself afterwards. Only the programs are wanted: no service is started.
+# Makes sure that PostgreSQL's server programs are here, and HAProxy, PgBouncer and psycopg if they can be had. With the
+# word `managers`: etcd, Patroni and repmgr, too. The test bed finds them by itself afterwards. Only the programs are
+# wanted: no service is started.
 set -eu
 
 have_server() {
@@ -69,7 +70,7 @@ install_quiet_debian() (
 
 # The tests that need these say so and pass where they are missing, so nothing here fails, and nobody is asked for a password.
 # shellcheck disable=SC2086 # a list of words
-install_proxies() {
+install_optional() {
     if [ -n "$as_root" ]; then as_root="sudo -n"; fi
     if command -v apt-get >/dev/null 2>&1; then
         install_quiet_debian $1
@@ -90,6 +91,14 @@ fi
 VENV="$(dirname "$0")/../target/patroni"
 PYTHON=/usr/bin/python3
 if [ ! -x "$PYTHON" ]; then PYTHON=python3; fi
+
+# The sidecar's test takes the first of these that has it.
+have_psycopg() {
+    for python in "$VENV/bin/python3" python3 /usr/bin/python3; do
+        if "$python" -c 'import psycopg' 2>/dev/null; then return 0; fi
+    done
+    return 1
+}
 
 # pip puts a program there when all that it needs is there.
 have_patroni() { [ -x "$VENV/bin/patroni" ] && "$VENV/bin/python3" -c '' 2>/dev/null; }
@@ -146,13 +155,15 @@ install_managers() {
 }
 
 missing=$(missing_proxies)
-if [ -n "$missing" ]; then install_proxies "$missing" || true; fi
+if [ -n "$missing" ]; then install_optional "$missing" || true; fi
+if ! have_psycopg; then install_optional python3-psycopg || true; fi
 missing=""
 if [ "${1:-}" = managers ]; then
     missing=$(missing_managers)
     if [ -n "$missing" ]; then install_managers || true; fi
     missing=$(missing_managers)
 fi
+have_psycopg || missing="psycopg $missing"
 missing="$(missing_proxies)$missing"
 if [ -n "$missing" ]; then
     echo "Not installed, so the tests that need it are skipped: $missing" >&2

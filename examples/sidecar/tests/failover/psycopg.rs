@@ -53,15 +53,17 @@ async fn until_all_write_to(server: &str, lines: &mut Lines<BufReader<ChildStdou
     numbers
 }
 
-/// A Python with psycopg, if the machine has one: the one that `make setup-managers` installs for Patroni, or its own.
+/// A Python with psycopg, if the machine has one: the one that `make setup-managers` installs for Patroni, the first in
+/// the path, or the system's, for which `make setup` installs it.
 async fn python() -> Option<&'static str> {
-    for python in [concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/patroni/bin/python3"), "python3"] {
+    let patronis = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/patroni/bin/python3");
+    for python in [patronis, "python3", "/usr/bin/python3"] {
         let asked = Command::new(python).args(["-c", "import psycopg"]).stderr(Stdio::null()).status().await;
         if asked.is_ok_and(|status| status.success()) {
             return Some(python);
         }
     }
-    println!("skipped: no Python with psycopg; `make setup-managers` installs one");
+    println!("skipped: no Python with psycopg; `make setup` installs it");
     None
 }
 
