@@ -214,6 +214,25 @@ fn the_program_says_how_to_get_tls() {
     assert!(!output.status.success() && said.contains("build it with `--features rustls`"), "{said}");
 }
 
+/// TLS passes between the program and the server: the sidecar itself has no certificate.
+#[cfg(feature = "rustls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_passes_from_end_to_end() {
+    const NAME: &str = "pg.internal";
+    let authority = testbed::Authority::new();
+    let cluster = Cluster::builder().nodes(1).tls(&authority.issue(&[NAME])).start().await;
+    let trusted = cluster.folder().join("trusted.pem");
+    fs::write(&trusted, authority.pem()).unwrap();
+    let sidecar = sidecar(&cluster, LONG).await;
+    let (ip, port) = (sidecar.address.ip(), sidecar.address.port());
+    // As README.md says: the name is that of the certificate, and the address is the sidecar's.
+    let servers = format!("host={NAME} hostaddr={ip} port={port} user=app dbname=app");
+    let program = format!("{servers} sslmode=verify-full sslrootcert={}", trusted.display());
+    let client = Pool::builder(program).unwrap().build().unwrap().get().await.unwrap();
+    let encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+    assert!(client.query_one(encrypted, &[]).await.unwrap().get::<_, bool>(0));
+}
+
 /// A cancel request is a connection of its own, and finds the statement that it is for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_request_passes() {
