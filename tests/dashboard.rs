@@ -205,6 +205,65 @@ async fn the_dashboard_reads_what_the_crate_reports() {
     assert_eq!(shown, all, "the dashboard leaves something out");
 }
 
+/// What Grafana replaces in an expression, beside the dashboard's own variables.
+const REPLACED: [&str; 2] = ["__range", "__rate_interval"];
+
+/// What may be in front of a bracket: functions of Prometheus, `by`, and Grafana's own function for a variable.
+const FUNCTIONS: [&str; 9] =
+    ["by", "changes", "count", "histogram_quantile", "increase", "label_values", "max", "rate", "sum"];
+/// Grafana's ids of the units that are in use. It shows another one as a text behind the figure.
+const UNITS: [&str; 3] = ["ops", "s", "short"];
+
+/// The words of `text` that follow each `mark`.
+fn words_after<'a>(text: &'a str, mark: &'a str) -> impl Iterator<Item = &'a str> {
+    let end = |rest: &str| rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+    text.split(mark).skip(1).map(move |rest| &rest[..end(rest)])
+}
+
+/// Returns whether each bracket has its other half. Texts within the expressions have none.
+fn is_balanced(text: &str) -> bool {
+    let mut open = Vec::new();
+    for c in text.chars() {
+        match c {
+            '(' => open.push(')'),
+            '[' => open.push(']'),
+            '{' => open.push('}'),
+            ')' | ']' | '}' if open.pop() != Some(c) => return false,
+            _ => {}
+        }
+    }
+    open.is_empty()
+}
+
+/// Grafana shows an expression that it cannot read as a panel without data.
+#[tokio::test]
+async fn the_expressions_are_whole() {
+    let dashboard: Value = serde_json::from_str(&read("docs/grafana-dashboard.json")).unwrap();
+    let variables = dashboard["templating"]["list"].as_array().unwrap();
+    let named: Vec<&str> = variables.iter().filter_map(|variable| variable["name"].as_str()).chain(REPLACED).collect();
+    let mut found = Vec::new();
+    expressions(&dashboard, &mut found);
+    let mut values: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (label, of_figure) in reported().await.into_values().flat_map(|figure| figure.labels) {
+        values.entry(label.replace('.', "_")).or_default().extend(of_figure);
+    }
+    for expression in &found {
+        assert!(is_balanced(expression), "{expression}");
+        for before in expression.split('(').rev().skip(1) {
+            let word = before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap();
+            assert!(word.is_empty() || FUNCTIONS.contains(&word), "{word} is no function: {expression}");
+        }
+        for variable in words_after(expression, "$") {
+            assert!(named.contains(&variable), "${variable} is no variable: {expression}");
+        }
+        for (label, known) in &values {
+            for value in words_after(expression, &format!("{label}=\"")) {
+                assert!(known.contains(value), "{label} is never `{value}`: {expression}");
+            }
+        }
+    }
+}
+
 /// What Grafana's schema of dashboards (`kinds/dashboard` of its sources) asks of this one.
 #[test]
 fn the_dashboard_fits_the_schema() {
@@ -231,6 +290,8 @@ fn the_dashboard_fits_the_schema() {
             panel["fieldConfig"]["defaults"].is_object() && panel["fieldConfig"]["overrides"].is_array(),
             "{panel}"
         );
+        let unit = panel["fieldConfig"]["defaults"]["unit"].as_str().unwrap_or("short");
+        assert!(UNITS.contains(&unit), "{unit} is no unit: {panel}");
         let place = ["x", "y", "w", "h"].map(|side| panel["gridPos"][side].as_u64().unwrap());
         let [x, y, w, h] = place;
         assert!(w > 0 && h > 0 && x + w <= 24, "{place:?}");
