@@ -83,10 +83,10 @@ impl fmt::Debug for BuildError {
 }
 
 impl BuildError {
-    /// `hint` says what to change.
-    pub(crate) fn url(error: &tokio_postgres::Error, hint: Option<String>) -> Self {
+    /// `hint` says what to change, by what the driver has told.
+    pub(crate) fn url(error: &tokio_postgres::Error, hint: impl FnOnce(&str) -> Option<String>) -> Self {
         let what = explain(error);
-        Self::Url(hint.map_or(what.clone(), |hint| format!("{what}: {hint}")))
+        Self::Url(hint(&what).map_or(what.clone(), |hint| format!("{what}: {hint}")))
     }
 
     pub(crate) fn invalid(option: &'static str, problem: impl Into<String>) -> Self {

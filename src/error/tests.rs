@@ -153,7 +153,7 @@ fn all() -> Vec<(&'static str, String)> {
     let source = Arc::new(std::io::Error::other("permission denied"));
     let unreadable = ResolveError::NoConfiguration { file: "/etc/resolv.conf".to_owned(), source };
     let build = [
-        ("BuildError::Url", BuildError::url(&no_url, None)),
+        ("BuildError::Url", BuildError::url(&no_url, |_| None)),
         ("BuildError::NoHost", BuildError::NoHost),
         (
             "BuildError::Invalid",

@@ -55,7 +55,8 @@ mod sealed {
 impl IntoConfig for &str {
     fn into_configuration(self) -> Result<Configuration, BuildError> {
         let (text, ssl) = ssl::split(self);
-        let mut config: Config = text.parse().map_err(|error| BuildError::url(&error, typo::hint(&text)))?;
+        let mut config: Config =
+            text.parse().map_err(|error| BuildError::url(&error, |told| typo::hint(&text, told)))?;
         not_misread(self, &config, &ssl)?;
         ssl.hosts.check_role()?;
         if let Some((option, problem)) = ssl.refused {
@@ -97,6 +98,11 @@ impl IntoConfig for Config {
 /// database or a role, and names are shown. The error quotes nothing, because that could be the piece.
 fn not_misread(text: &str, config: &Config, ssl: &Ssl) -> Result<(), BuildError> {
     let url = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    // In a list of `option=value` it separates, and ends nothing.
+    if url.is_some_and(|rest| rest.ends_with(['\n', '\r'])) {
+        let problem = "it ends with a line break, which would belong to its last part; remove that, as in `url.trim()`";
+        return Err(BuildError::invalid("connection string", problem));
+    }
     if let Some((credentials, rest)) = url.and_then(|rest| rest.split_once('@')) {
         // The driver ends the credentials at the first `@`.
         let (before_parameters, _) = rest.split_once('?').unwrap_or((rest, ""));
