@@ -6,6 +6,7 @@
 mod compiler;
 mod difference;
 mod failover;
+mod quotes;
 
 use std::fs;
 use std::path::{Path, PathBuf};
