@@ -51,15 +51,16 @@ impl Reach {
             }
         }
         sleep(Duration::from_millis(2) + net.late() * 2).await;
-        let seed = {
+        let (seed, life) = {
             let mut world = self.0.lock();
             if world.nodes[node].process == Process::Down {
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
-            world.rng.next()
+            // Now, because the server may crash before its task begins, and no session outlives its server.
+            (world.rng.next(), world.nodes[node].life.clone())
         };
         let (ours, theirs) = connection(&net, seed);
-        tokio::spawn(serve(Arc::clone(&self.0), node, theirs));
+        tokio::spawn(serve(Arc::clone(&self.0), node, life, theirs));
         let servers = self.0.lock().nodes.len();
         let open: usize = (0..servers).map(|node| self.open_links(node)).sum();
         self.0.lock().oracle.connected(open);

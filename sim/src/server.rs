@@ -16,9 +16,8 @@ use crate::session::Session;
 use crate::sql::{SqlError, Statement};
 use crate::world::Sim;
 
-/// Serves one connection until its end, or the end of the server's life.
-pub(crate) async fn serve(sim: Arc<Sim>, node: usize, mut end: End) {
-    let life = sim.lock().nodes[node].life.clone();
+/// Serves one connection until its end, or the end of the server's `life`, in which it was accepted.
+pub(crate) async fn serve(sim: Arc<Sim>, node: usize, life: CancellationToken, mut end: End) {
     let mut answer = Answer::default();
     tokio::select! {
         // First, so that no session does anything after its server's life.

@@ -86,7 +86,8 @@ impl Side for Simulated {
             Arc::clone(&node.net)
         };
         let (ours, theirs) = connection(&net, 1);
-        tokio::spawn(serve(Arc::clone(&self.sim), node, theirs));
+        let life = self.sim.lock().nodes[node].life.clone();
+        tokio::spawn(serve(Arc::clone(&self.sim), node, life, theirs));
         Some(ours)
     }
 
