@@ -195,6 +195,13 @@ impl Node {
         }
     }
 
+    /// Accepts a connection, and returns the life of the server that it belongs to. A session ends with that life, even
+    /// if the server crashes before the session's task begins. `None`: nobody listens.
+    pub(crate) fn accept(&self) -> Option<CancellationToken> {
+        let listens = self.machine_up && self.process != Process::Down;
+        listens.then(|| self.life.clone())
+    }
+
     /// What `pg_xact_status` says about a transaction. `None`: it is older than what the server remembers.
     pub(crate) fn status(&self, xid: u64) -> Option<&'static str> {
         if xid < FIRST_XID {

@@ -16,7 +16,6 @@ use tokio_postgres_failover::resolve::{Addresses, Resolve, ResolveError};
 use tokio_postgres_failover::view::{Address, Endpoint};
 
 use crate::net::connection;
-use crate::node::Process;
 use crate::server::serve;
 use crate::setup::Dns;
 use crate::world::Sim;
@@ -53,11 +52,8 @@ impl Reach {
         sleep(Duration::from_millis(2) + net.late() * 2).await;
         let (seed, life) = {
             let mut world = self.0.lock();
-            if world.nodes[node].process == Process::Down {
-                return Err(io::ErrorKind::ConnectionRefused.into());
-            }
-            // Now, because the server may crash before its task begins, and no session outlives its server.
-            (world.rng.next(), world.nodes[node].life.clone())
+            let Some(life) = world.nodes[node].accept() else { return Err(io::ErrorKind::ConnectionRefused.into()) };
+            (world.rng.next(), life)
         };
         let (ours, theirs) = connection(&net, seed);
         tokio::spawn(serve(Arc::clone(&self.0), node, life, theirs));

@@ -15,7 +15,7 @@ use super::plan::Act;
 use crate::log::What;
 use crate::manager::{follow, promote};
 use crate::net::{End, Net, connection};
-use crate::node::{Goodbye, Process, backend_start};
+use crate::node::{Goodbye, backend_start};
 use crate::rng::Rng;
 use crate::server::serve;
 use crate::setup::{Dns, Setup, Shown};
@@ -77,16 +77,12 @@ impl Side for Simulated {
 
     async fn connect(&self, node: usize) -> Option<End> {
         sleep(Duration::from_millis(1)).await;
-        let net: Arc<Net> = {
+        let (net, life): (Arc<Net>, _) = {
             let world = self.sim.lock();
             let node = &world.nodes[node];
-            if node.process == Process::Down || !node.machine_up {
-                return None;
-            }
-            Arc::clone(&node.net)
+            (Arc::clone(&node.net), node.accept()?)
         };
         let (ours, theirs) = connection(&net, 1);
-        let life = self.sim.lock().nodes[node].life.clone();
         tokio::spawn(serve(Arc::clone(&self.sim), node, life, theirs));
         Some(ours)
     }
