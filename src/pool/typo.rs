@@ -23,9 +23,12 @@ const OPTIONS: [&str; 19] = [
     "tcp_user_timeout",
     "user",
 ];
+
 /// The options that this crate takes out of the text before the driver reads it.
 const OURS: [&str; 3] = ["sslcert", "sslkey", "sslrootcert"];
+
 const SECONDS: &str = "whole seconds, as in 5";
+
 /// What an option may be, where the driver takes not every text. A test compares this with the driver.
 const VALUES: [(&str, &str); 13] = [
     ("channel_binding", "disable, prefer or require"),
@@ -43,6 +46,7 @@ const VALUES: [(&str, &str); 13] = [
     // This crate reads it, in libpq's unit.
     ("tcp_user_timeout", "whole milliseconds, as in 15000"),
 ];
+
 /// The most changes that count as a typing error. Two swapped letters are two changes.
 const TYPO: usize = 2;
 
